@@ -1,0 +1,191 @@
+"""Every setting of a training run, once: its name, type, default and meaning.
+
+    train.py                              the example run, examples/dpo.yaml
+    train.py run.yaml --learning_rate 1e-5    a YAML or JSON file, then flags that override it
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import UserError
+
+
+def _flag(default, help: str, choices=None):
+    factory = {"default_factory": default} if default is list else {"default": default}
+    metadata = {"help": help} | ({"choices": choices} if choices else {})
+    return field(**factory, metadata=metadata)
+
+
+@dataclass
+class TrainArguments:
+    # Model
+    model_name: str = _flag(None, "Folder or hub id of a causal LM, or folder of a PEFT adapter to train on.")
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the weights.")
+    random_init: bool = _flag(False, "Start from model_name's config with random weights instead of its weights.")
+    bf16: bool = _flag(False, "Weights and activations in bfloat16, float32 master weights; otherwise float32.")
+    use_flash_attention: bool = _flag(False, "Demand the variable-length flash kernel (CUDA); stop where it fails.")
+    gradient_checkpointing: bool = _flag(False, "Recompute activations in backward instead of keeping them.")
+    use_lora: bool = _flag(True, "Train a LoRA adapter; false is full fine-tuning, as is --lora_r 0.")
+    lora_r: int = _flag(16, "LoRA rank.")
+    lora_alpha: int = _flag(32, "LoRA scale times rank.")
+    lora_dropout: float = _flag(0.0, "Dropout before LoRA; needs --allow_dropout, since step 0 is then not ln 2.")
+    lora_target_modules: str = _flag("all-linear", "Comma-separated module names, or all-linear.")
+    allow_dropout: bool = _flag(False, "Keep dropout (LoRA's and the model's own) on in training passes.")
+
+    # Data
+    train_file_path: str = _flag(None, ".parquet, .jsonl, .json or .csv file, glob, or hub id[:config[:split]].")
+    eval_file_path: str = _flag(None, "The same for evaluation.")
+    eval_size: int = _flag(0, "Without eval_file_path: hold out this many training rows, drawn by seed.")
+    prompt_field: str = _flag(None, "Column of prompts. Default: prompt, or question.")
+    chosen_field: str = _flag(None, "Column of preferred responses. Default: chosen, or text.")
+    rejected_field: str = _flag(None, "Column of dispreferred responses. Default: rejected, or worse-text.")
+    assistant_header: str = _flag(None, "What opens an assistant turn. Default: read off the chat template.")
+    boundary: str = _flag("error", "Where prompt and response merge in one token: stop, or tokenise them apart.",
+                          ["error", "concat"])
+    max_length: int = _flag(None, "Longest prompt + response, in tokens. Default: the model's context.")
+    max_prompt_length: int = _flag(None, "Longest prompt, in tokens. A prompt is never cut.")
+    overlong: str = _flag("error", "Rows over a limit: stop, drop them, or cut the end of the response.",
+                          ["error", "drop", "truncate"])
+    on_bad_row: str = _flag("error", "Empty, mistyped or mismatched rows: stop, or drop them.", ["error", "drop"])
+
+    # Loss
+    loss: str = _flag("dpo", "What to minimise.", ["dpo", "ipo", "hinge", "robust", "sft"])
+    beta: float = _flag(0.1, "How strongly the reference holds the policy.")
+    label_smoothing: float = _flag(0.0, "Chance that a label is flipped, for dpo and robust: 0 to below 0.5.")
+
+    # Optimisation
+    max_steps: int = _flag(-1, "Optimizer steps; -1: num_train_epochs decides.")
+    num_train_epochs: float = _flag(1.0, "Passes over the data, where max_steps is -1.")
+    per_device_train_batch_size: int = _flag(1, "Pairs in a micro-batch on each rank.")
+    per_device_eval_batch_size: int = _flag(None, "The same in evaluation. Default: as in training.")
+    gradient_accumulation_steps: int = _flag(1, "Micro-batches a step on each rank.")
+    learning_rate: float = _flag(1e-5, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = _flag("cosine", "Shape of the decay after warm-up.", ["cosine", "linear", "constant"])
+    warmup_steps: int = _flag(0, "Steps from 0 up to the learning rate.")
+    weight_decay: float = _flag(0.0, "AdamW's, on matrices; vectors (norms, biases) are never decayed.")
+    adam_beta1: float = _flag(0.9, "AdamW's.")
+    adam_beta2: float = _flag(0.999, "AdamW's.")
+    adam_epsilon: float = _flag(1e-8, "AdamW's.")
+    max_grad_norm: float = _flag(1.0, "Gradients of a larger global norm are scaled down to it; 0: never.")
+    seed: int = _flag(42, "Of the data order, LoRA's weights, random_init and dropout.")
+    deepspeed: str = _flag(None, "JSON file for DeepSpeed: ZeRO and the like. Default: ds_config.json beside train.py.")
+    local_rank: int = _flag(-1, "Set by the deepspeed launcher.")
+
+    # Output
+    output_dir: str = _flag(None, "Folder of the run; must be new or empty. Default: runs/<loss>-<date-time>.")
+    logging_steps: int = _flag(1, "Print the means every so many steps; metrics.jsonl has every step.")
+    eval_steps: int = _flag(0, "Evaluate every so many steps, and at the end; 0: only before and after.")
+    save_steps: int = _flag(0, "Save a checkpoint every so many steps; 0: only step 0 and the last.")
+    save_total_limit: int = _flag(None, "Keep so many checkpoints besides step 0, the newest. Default: all.")
+    merge_weights: bool = _flag(False, "At the end also save the adapter merged into its base, in merged/.")
+    cache_dir: str = _flag("~/.cache/nanodpo", "Folder for reference log-probs.")
+
+    # Looking without training
+    inspect: bool = _flag(False, "Print one tokenised pair, the boundary and the lengths, and stop.")
+    print_config: bool = _flag(False, "Print the resolved settings as JSON and stop.")
+
+    def __post_init__(self):
+        self.use_lora = self.use_lora and self.lora_r > 0
+        self.cache_dir = str(Path(self.cache_dir).expanduser())
+        self.per_device_eval_batch_size = self.per_device_eval_batch_size or self.per_device_train_batch_size
+        _check(self)
+
+
+POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "beta",
+            "num_train_epochs", "logging_steps", "adam_epsilon", "max_length", "max_prompt_length", "save_total_limit")
+NOT_NEGATIVE = ("lora_r", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "save_steps",
+                "eval_size", "seed")
+
+
+def _check(args: TrainArguments) -> None:
+    """Raises UserError for values that can't work, before anything is loaded."""
+    for name in POSITIVE:
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise UserError(f"--{name} {value}: must be above 0")
+    for name in NOT_NEGATIVE:
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise UserError(f"--max_steps {args.max_steps}: must be above 0, or -1 to let --num_train_epochs decide")
+    if not 0 <= args.label_smoothing < 0.5:
+        raise UserError(f"--label_smoothing {args.label_smoothing}: must be at least 0 and below 0.5")
+    if args.label_smoothing and args.loss not in ("dpo", "robust"):
+        raise UserError(f"--label_smoothing {args.label_smoothing} has no meaning for --loss {args.loss}; "
+                        "use --loss dpo or robust")
+    if not 0 <= args.lora_dropout < 1:
+        raise UserError(f"--lora_dropout {args.lora_dropout}: must be at least 0 and below 1")
+    if args.lora_dropout and args.use_lora and not args.allow_dropout:
+        raise UserError(f"--lora_dropout {args.lora_dropout} makes policy and reference differ at step 0; "
+                        "add --allow_dropout to train with it all the same, or leave it out")
+    if args.eval_file_path and args.eval_size:
+        raise UserError("--eval_file_path and --eval_size: give one of them")
+    if args.random_init and args.use_lora:
+        raise UserError("--random_init with LoRA would freeze random weights; add --use_lora false")
+    if args.merge_weights and not args.use_lora:
+        raise UserError("--merge_weights: nothing to merge without LoRA; every checkpoint is a whole model")
+
+
+def parse(argv: list[str], default_file: Path) -> TrainArguments:
+    """Command line -> arguments. Raises UserError for unknown flags or keys, wrong types and wrong values."""
+    from transformers import HfArgumentParser  # slow to import
+
+    parser = HfArgumentParser(TrainArguments, description="SFT and DPO training.", allow_abbrev=False)
+    parser.error = _raise  # argparse would print the whole usage before the one line that matters
+    launcher = [flag for flag in argv if flag.startswith("--local_rank")]
+    if len(argv) == len(launcher):
+        argv = [str(default_file), *argv]
+    if argv[0].endswith((".yaml", ".yml", ".json")):
+        parser.set_defaults(**_settings(argv.pop(0)))
+    args, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}; `train.py --help` lists them all")
+    _check_rank(args)
+    for name in ("model_name", "train_file_path"):
+        if not getattr(args, name):
+            raise UserError(f"--{name} is missing")
+    return args
+
+
+def _raise(message: str) -> None:
+    raise UserError(message)
+
+
+def _settings(path: str) -> dict:
+    """A flat YAML or JSON file as text values, so that argparse converts and checks them just like flags."""
+    import yaml  # a dependency of transformers
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text())  # JSON is YAML
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML or JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected settings like `learning_rate: 1e-5`, found {type(settings).__name__}")
+    names = {f.name: f for f in dataclasses.fields(TrainArguments)}
+    if unknown := [str(key) for key in settings if key not in names]:
+        raise UserError(f"{path}: unknown setting {', '.join(unknown)}; `train.py --help` lists them")
+    for key, value in settings.items():
+        if isinstance(value, (dict, list)):
+            raise UserError(f"{path}: {key} must be a single value, found {json.dumps(value)}")
+        choices = names[key].metadata.get("choices")
+        if choices and value not in choices:  # argparse does not check defaults against choices
+            raise UserError(f"{path}: {key} is {value!r}; choose from {', '.join(choices)}")
+    return {key: value if value is None else str(value) for key, value in settings.items()}
+
+
+def _check_rank(args: TrainArguments) -> None:
+    """--local_rank serves launchers that set no LOCAL_RANK; where both are there they must agree."""
+    if args.local_rank < 0:
+        args.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    elif args.local_rank != int(os.environ.setdefault("LOCAL_RANK", str(args.local_rank))):
+        raise UserError(f"--local_rank {args.local_rank}, but LOCAL_RANK is {os.environ['LOCAL_RANK']}")
+
+
+def describe(args: TrainArguments) -> dict:
+    """What run.json keeps: every resolved setting and the command that gave it."""
+    return {"command": " ".join(sys.argv), "arguments": dataclasses.asdict(args)}

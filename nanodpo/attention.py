@@ -1,0 +1,73 @@
+"""Attention for packed rows: every response sees its own prompt and itself, nothing else. Torch only, but for the names
+registered with transformers.
+
+Shapes: H heads, G key/value heads, T row length, E head size, S sequences.
+
+Two implementations of one definition, chosen by name (`config._attn_implementation`): "nanodpo_loop" calls causal SDPA
+once a sequence and runs anywhere; "nanodpo_varlen" is a single variable-length call on CUDA. No T x T mask is built by
+either, except a sequence's own where a model caps its scores or slides a window shorter than the sequence.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+LOOP, VARLEN = "nanodpo_loop", "nanodpo_varlen"
+
+
+def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, segments=None, **kwargs):
+    """(1, H, T, E), (1, G, T, E) x 2 -> (1, T, H, E): each response as if its row were [prompt | response] alone."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    pieces = []
+    for p0, p1, r0, r1 in segments.spans:
+        q, k, v = (torch.cat([x[:, :, p0:p1], x[:, :, r0:r1]], 2) if r0 > p1 else x[:, :, p0:r1]
+                   for x in (query, key, value))
+        out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap"))
+        # Queries of a shared prompt are computed again for each response, which needs no mask, and dropped.
+        pieces.append(out[:, :, p1 - p0:] if r0 > p1 else out)
+    return torch.cat(pieces, 2).transpose(1, 2), None
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) -> Tensor:
+    length = q.shape[2]
+    band = None
+    if softcap or (window and window < length):
+        ahead = torch.arange(length, device=q.device)
+        distance = ahead[:, None] - ahead[None, :]  # query minus key position
+        band = (distance >= 0) & (distance < (window or length))
+    if not softcap:
+        return F.scaled_dot_product_attention(q, k, v, band, dropout, is_causal=band is None, scale=scaling)
+    scores = q @ k.transpose(2, 3) * (scaling or q.shape[3] ** -0.5)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~band, -torch.inf)
+    return F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout) @ v
+
+
+def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, segments=None, **kwargs):
+    """The same in one call. Queries lie in row order; keys are gathered so that a shared prompt stands before each of
+    its responses. The kernel aligns its causal mask to the last key, which is just what a response after a prompt needs.
+    """
+    if kwargs.get("softcap") or dropout:
+        return loop_attention(module, query, key, value, attention_mask, dropout, scaling, segments, **kwargs)
+    q = query[0].transpose(0, 1)  # (T, H, E)
+    k, v = (x[0].index_select(1, segments.keys).transpose(0, 1) for x in (key, value))  # (K, G, E)
+    window = (kwargs.get("sliding_window") or 0) - 1  # -1: no window
+    out = varlen_call(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, scaling, window)
+    return out.unsqueeze(0), None
+
+
+def varlen_call(q, k, v, cu_q, cu_k, max_q: int, max_k: int, scaling, window: int) -> Tensor:
+    """PyTorch's flash kernel; a function of its own so that a test can put a slow, plain one in its place."""
+    from torch.nn.attention.varlen import varlen_attn  # imported here because only CUDA has the kernel
+
+    # Older releases share key/value heads without being told.
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scaling, window_size=(window, 0), **gqa)
+
+
+# No mask function is registered under these names, so transformers builds no mask for them.
+AttentionInterface.register(LOOP, loop_attention)
+AttentionInterface.register(VARLEN, varlen_attention)

@@ -1,0 +1,95 @@
+"""Ranks: starting them under any launcher, and the few things they tell each other."""
+
+import contextlib
+import logging
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+from .errors import UserError
+
+OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+         "gradient_clipping", "fp16", "bf16")  # settings of the DeepSpeed JSON that are flags of train.py
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(*text) -> None:
+    """Prints on rank 0."""
+    if is_main():
+        print(*text, flush=True)
+
+
+def start(local_rank: int) -> torch.device:
+    """Joins the ranks of whatever launched this process and returns its device."""
+    if "RANK" not in os.environ:  # plain python: without these DeepSpeed goes looking for MPI
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed  # slow to import
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On CPU DeepSpeed would compile a shared-memory op, and die where there is no compiler; gloo serves as well here.
+    if "deepspeed_shm_comm" in getattr(deepspeed.ops, "__compatible_ops__", {}):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def engine_config(settings: dict, path: str, args) -> dict:
+    """The DeepSpeed JSON with train.py's own settings written in. Raises UserError where the JSON sets one of those.
+
+    "auto", as other trainers' files have it, means that train.py decides.
+    """
+    settings = _without_auto(settings)
+    if taken := [key for key in OWNED if key in settings and settings[key] != {"enabled": False}]:
+        # A precision that says the same as the flag contradicts nobody.
+        taken = [key for key in taken if not (key == "bf16" and settings[key].get("enabled") is args.bf16)]
+        if taken:
+            raise UserError(f"{path}: sets {', '.join(taken)}, which train.py owns: remove it there and use the flags "
+                            "(--learning_rate, --lr_scheduler_type, --per_device_train_batch_size, "
+                            "--gradient_accumulation_steps, --max_grad_norm, --bf16)")
+    settings["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
+    settings["gradient_accumulation_steps"] = 1  # accumulation is train.py's loop, with windows of any size
+    settings["gradient_clipping"] = args.max_grad_norm
+    settings["bf16"] = {"enabled": args.bf16}
+    settings.setdefault("steps_per_print", 10**9)
+    # DeepSpeed calls an optimizer it did not make itself "untested"; AdamW of PyTorch is the plainest there is.
+    settings.setdefault("zero_allow_untested_optimizer", True)
+    return settings
+
+
+def _without_auto(value):
+    if isinstance(value, dict):
+        return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
+    return value
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The elementwise sum over all ranks, on all ranks; without ranks the values themselves."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def from_main(value):
+    """Rank 0's value on all ranks."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextlib.contextmanager
+def wait_for_main():
+    """Keeps the other ranks until rank 0 has done the block."""
+    yield
+    dist.barrier()

@@ -1,0 +1,26 @@
+"""The two ends of a run that are not bugs, and how a script shows them: one line, an exit code, no traceback."""
+
+import os
+import sys
+
+
+class UserError(ValueError):
+    """A mistake in the input. The message names the file, row or flag, what was found and what to do. Exit code 2."""
+
+
+class RunStopped(RuntimeError):
+    """A run that must not go on: its numbers went wrong. Exit code 1."""
+
+
+def run_script(main) -> int:
+    """Calls main(argv) and turns its end into an exit code. Anything unforeseen keeps its traceback."""
+    try:
+        main(sys.argv[1:])
+        return 0
+    except (UserError, RunStopped) as error:
+        if os.environ.get("RANK", "0") == "0":  # all ranks find the same mistake
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        return 130

@@ -1,0 +1,131 @@
+"""From hidden states to log-probabilities: the one path that policy, reference, evaluation and scoring take. Torch only.
+
+Shapes: B batch, T row length, N scored tokens, S sequences, D hidden size, V vocabulary, C tokens in a chunk.
+
+The head works chunk by chunk, so (N, V) logits never exist. Log-probs are float32 or better from the logits on; sums
+over a response are float64, so that 20,000 terms and any order of them cost no digits.
+"""
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_BYTES = 64 * 2**20  # of float32 logits
+
+
+class LogProbHead(nn.Module):
+    """Token log-probs from hidden states, through the model's own output layer, whose parameters it shares.
+
+    It is a module, and called as one, because ZeRO-3 gathers a sharded weight when the module that holds it is called.
+    """
+
+    def __init__(self, lm_head: nn.Linear, scale: float = 1.0, cap: float | None = None, chunk: int | None = None):
+        super().__init__()
+        self.weight, self.bias = lm_head.weight, lm_head.bias
+        self.scale, self.cap = scale, cap
+        self.chunk = chunk or max(1, CHUNK_BYTES // (4 * lm_head.out_features))
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """(N, D), (N,) -> (N,): log softmax(logits)[target], nats, float32 (float64 for float64 hidden states).
+
+        logits = cap * tanh(scale * (W h + b) / cap), or scale * (W h + b) without a cap.
+        """
+        return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.scale, self.cap, self.chunk)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
+    """(C, V), float32 or better."""
+    z = nn.functional.linear(hidden, weight, bias)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if scale != 1.0:
+        z = z * scale
+    return z if cap is None else cap * torch.tanh(z / cap)
+
+
+def _logit_grad(z: Tensor, lse: Tensor, targets: Tensor, scale: float, cap: float | None) -> Tensor:
+    """d log softmax(z)[target] / d(W h + b) = (onehot - softmax(z)) * dz/d(W h + b): (C, V). Overwrites z."""
+    slope = None if cap is None else 1 - (z / cap) ** 2
+    grad = z.sub_(lse[:, None]).exp_().neg_()
+    grad[torch.arange(len(targets), device=z.device), targets] += 1
+    if slope is not None:
+        grad *= slope
+    return grad if scale == 1.0 else grad.mul_(scale)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(W h)[y] for each row of h, in chunks.
+
+    Frozen head: the gradient by h, W[y] - softmax(W h) W, is taken while the chunk's logits are there and kept, (N, D);
+    backward multiplies it by the incoming (N,) gradient. A token's log-prob depends on no other hidden state, so this is
+    right for any loss. Trainable head: backward computes the logits again and sums dW in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, cap, chunk):
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+        lse = torch.empty_like(logps)
+        ctx.trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+        kept = torch.empty_like(hidden) if hidden.requires_grad and not ctx.trainable else None
+        for i in range(0, len(hidden), chunk):
+            here = slice(i, i + chunk)
+            z = _logits(hidden[here], weight, bias, scale, cap)
+            lse[here] = z.logsumexp(1)
+            logps[here] = z.gather(1, targets[here, None]).squeeze(1) - lse[here]
+            if kept is not None:
+                kept[here] = _logit_grad(z, lse[here], targets[here], scale, cap).to(weight.dtype) @ weight
+        ctx.settings = scale, cap, chunk
+        ctx.save_for_backward(*((hidden, weight, bias, targets, lse) if ctx.trainable else (kept,)))
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not ctx.trainable:
+            (kept,) = ctx.saved_tensors
+            return (kept * grad[:, None]).to(kept.dtype), None, None, None, None, None, None
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        scale, cap, chunk = ctx.settings
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=lse.dtype)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
+        for i in range(0, len(hidden), chunk):
+            here = slice(i, i + chunk)
+            z = _logits(hidden[here], weight, bias, scale, cap)
+            dz = _logit_grad(z, lse[here], targets[here], scale, cap).mul_(grad[here, None])
+            d_hidden[here] = dz.to(weight.dtype) @ weight
+            d_weight += dz.to(hidden.dtype).T @ hidden[here]
+            if d_bias is not None:
+                d_bias += dz.sum(0)
+        return d_hidden, d_weight.to(weight.dtype), d_bias, None, None, None, None
+
+
+def sum_by_sequence(token_logps: Tensor, seq: Tensor, n_sequences: int) -> Tensor:
+    """(N,), (N,) -> (S,): log pi(y|x) of each response, nats, float64."""
+    sums = torch.zeros(n_sequences, dtype=torch.float64, device=token_logps.device)
+    return sums.index_add(0, seq, token_logps.double())
+
+
+class SequenceLogProbs(nn.Module):
+    """A causal language model that answers a row with log-probabilities instead of logits."""
+
+    def __init__(self, model: nn.Module, chunk: int | None = None):
+        """`model` is a transformers causal LM, or one wrapped by PEFT. Raises ValueError for an adapted output layer."""
+        super().__init__()
+        self.model = model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        lm_head, config = inner.get_output_embeddings(), inner.config.get_text_config()
+        if not isinstance(lm_head, nn.Linear):
+            raise ValueError(f"the output layer must be a plain linear layer, found {type(lm_head).__name__}")
+        # gemma caps its logits, cohere multiplies and granite divides them.
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self.head = LogProbHead(lm_head, scale, getattr(config, "final_logit_softcapping", None), chunk)
+
+    def token_logps(self, row) -> Tensor:
+        """Row -> (N,): the log-prob of every scored token, nats, in the order of row.targets."""
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        extra = {} if row.segments is None else {"position_ids": row.position_ids, "segments": row.segments}
+        states = inner.base_model(input_ids=row.input_ids, use_cache=False, **extra).last_hidden_state  # (B, T, D)
+        return self.head(states.flatten(0, 1).index_select(0, row.rows), row.targets)
+
+    def forward(self, row) -> Tensor:
+        """Row -> (S,): the summed log-prob of each response, nats, float64."""
+        return sum_by_sequence(self.token_logps(row), row.seq, row.n_sequences)

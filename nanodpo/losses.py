@@ -1,0 +1,67 @@
+"""The losses: log-probabilities of whole responses in, one loss a pair out. Pure functions, torch only.
+
+Shapes: P pairs. chosen, rejected, ref_chosen, ref_rejected are (P,), in nats: log pi(y|x) summed over the tokens of a
+response, under the policy and under the frozen reference. `ipo` alone takes means over tokens (see MEAN_LOGPS).
+
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
+    """How much more the policy prefers chosen over rejected than the reference does: (P,), nats."""
+    return (chosen - ref_chosen) - (rejected - ref_rejected)
+
+
+def dpo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(beta m): (P,). Eq. 7 of arXiv 2305.18290; ln 2 where the policy is the reference.
+
+    label_smoothing e in [0, 0.5) is the chance that a label is flipped ("conservative DPO", Eq. 3 of Mitchell's note
+    of 2023): -(1-e) log sigmoid(beta m) - e log sigmoid(-beta m), smallest at beta m = logit(1-e).
+    """
+    logits = beta * margin(chosen, rejected, ref_chosen, ref_rejected)
+    # logsigmoid stays finite where log(sigmoid(x)) is -inf: long responses reach margins of thousands of nats.
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
+def robust(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """((1-e) L(m) - e L(-m)) / (1-2e) with L = dpo: (P,). Eq. 13 of arXiv 2403.00409.
+
+    Unbiased: where labels are flipped with chance e = label_smoothing, its expectation is the clean DPO loss.
+    """
+    kept = dpo(chosen, rejected, ref_chosen, ref_rejected, beta)
+    flipped = dpo(rejected, chosen, ref_rejected, ref_chosen, beta)
+    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def ipo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """(m - 1/(2 beta))^2: (P,). Eq. 17 of arXiv 2310.12036, beta being its tau; 0 at m = 1/(2 beta).
+
+    m is of *mean* log-probs a token: with sums a long response would have to move less a token than a short one.
+    """
+    _no_label_smoothing("ipo", label_smoothing)
+    return (margin(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * beta)) ** 2
+
+
+def hinge(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """max(0, 1 - beta m): (P,). Sec. 3 of arXiv 2305.10425 (SLiC) on DPO's rewards; 0 from m = 1/beta on."""
+    _no_label_smoothing("hinge", label_smoothing)
+    return torch.relu(1 - beta * margin(chosen, rejected, ref_chosen, ref_rejected))
+
+
+def sft(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-chosen: (P,), the negative log-likelihood of the chosen response. Ignores everything else."""
+    _no_label_smoothing("sft", label_smoothing)
+    return -chosen
+
+
+def _no_label_smoothing(name: str, label_smoothing: float) -> None:
+    if label_smoothing:
+        raise ValueError(f"{name} has no label smoothing, got {label_smoothing}; dpo and robust have")
+
+
+LOSSES = {"dpo": dpo, "ipo": ipo, "hinge": hinge, "robust": robust, "sft": sft}
+MEAN_LOGPS = {"ipo"}  # fed with means over tokens instead of sums

@@ -1,0 +1,79 @@
+"""What a step reports: means over all its pairs, on all ranks and in all micro-batches, every pair once.
+
+Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of a step is their mean over its pairs:
+
+    loss                     of dpo, ipo ...: the pair's; of sft: -log pi a token, over all tokens of the step
+    rewards/chosen           beta * (logps - ref_logps) of the chosen response; rewards/rejected likewise
+    rewards/margins          rewards/chosen - rewards/rejected
+    rewards/accuracies       share of pairs with a margin above 0; a tie counts as 0 here, and in rewards/ties as 1
+    logps/chosen             log pi(y|x) summed over the tokens of the response, nats
+    logps_per_token/chosen   the same divided by the response's number of tokens
+    ref_logps/chosen         the reference's sum
+"""
+
+import json
+import resource
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .distributed import sum_over_ranks
+from .losses import LOSSES, MEAN_LOGPS
+
+
+def pair_values(logps: Tensor, tokens: Tensor, ref: Tensor | None, args) -> tuple[Tensor, dict[str, Tensor]]:
+    """(P, R) summed log-probs and token counts -> (P,) losses, which carry the gradient, and (P,) values for the log.
+
+    R is 2, chosen and rejected, or 1 for SFT data without rejected. `ref` is (P, 2), the reference's sums, or None.
+    """
+    sides = ["chosen", "rejected"][: logps.shape[1]]
+    # Losses take four tensors; those that SFT has no use for are absent here and ignored there.
+    inputs = [*logps.unbind(1), *(ref.unbind(1) if ref is not None else ())] + [None] * 3
+    if args.loss in MEAN_LOGPS:
+        inputs = [x / n for x, n in zip(inputs, [*tokens.unbind(1)] * 2)]
+    losses = LOSSES[args.loss](*inputs[:4], args.beta, args.label_smoothing)
+    values, logps = {}, logps.detach()
+    for side, sums, counts in zip(sides, logps.unbind(1), tokens.unbind(1)):
+        values |= {f"logps/{side}": sums, f"logps_per_token/{side}": sums / counts}
+    if ref is not None:
+        rewards = args.beta * (logps - ref)
+        margins = rewards[:, 0] - rewards[:, 1]
+        values |= {"rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
+                   "rewards/accuracies": (margins > 0).double(), "rewards/ties": (margins == 0).double(),
+                   "ref_logps/chosen": ref[:, 0], "ref_logps/rejected": ref[:, 1]}
+    return losses, values
+
+
+class Meter:
+    """Adds up (P,) values of micro-batches; `means` joins the ranks, once a step."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.sums, self.pairs = device, {}, 0.0
+
+    def add(self, values: dict[str, Tensor], weight: float) -> None:
+        """`weight` is 1, or 0 for a micro-batch that only keeps ranks in step."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + weight * value.sum()
+        self.pairs += weight * len(value)
+
+    def means(self) -> dict[str, float]:
+        """Every name's mean over the pairs of all ranks. The same on every rank."""
+        names = list(self.sums)
+        sums = torch.stack([torch.as_tensor(self.sums[name], device=self.device) for name in names]).double()
+        pairs = torch.tensor([self.pairs], dtype=torch.float64, device=self.device)
+        *sums, pairs = sum_over_ranks(torch.cat([sums, pairs])).tolist()
+        return {name: value / pairs for name, value in zip(names, sums)}
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this rank so far, GiB: of the GPU, or of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def write_line(file: Path, line: dict) -> None:
+    """Appends one JSON line and hands it to the operating system at once."""
+    with file.open("a") as out:
+        out.write(json.dumps(line) + "\n")

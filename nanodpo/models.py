@@ -1,0 +1,167 @@
+"""Loads a model and its tokenizer, adds LoRA, and says which policy is the reference."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .errors import UserError
+
+
+@dataclasses.dataclass
+class Source:
+    """Where a run starts: a base model and, perhaps, an adapter on it."""
+
+    base: str
+    adapter: str | None
+    config: object
+    tokenizer: object
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence the model's config allows, in tokens."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+
+def open_source(name: str, trust_remote_code: bool) -> Source:
+    """Reads config and tokenizer of a model or adapter, without its weights. Raises UserError for what is not there."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    adapter_config = Path(name) / "adapter_config.json"
+    base, adapter = name, None
+    if adapter_config.is_file():
+        try:
+            base, adapter = json.loads(adapter_config.read_text())["base_model_name_or_path"], name
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{adapter_config}: no base_model_name_or_path can be read from it: {error}") from error
+    elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"--model_name {name}: has neither config.json nor adapter_config.json")
+    has_tokenizer = adapter and (Path(adapter) / "tokenizer_config.json").is_file()
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base,
+                                                  trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--model_name {name}: can't be opened: {_first_line(error)}") from error
+    vocabulary = config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"--model_name {name}: the tokenizer has {len(tokenizer)} entries, the model only {vocabulary}")
+    return Source(base, adapter, config, tokenizer)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def load_model(source: Source, args) -> nn.Module:
+    """The policy at its start: the base model, its adapter where it has one, a fresh LoRA where args ask for one."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    torch.manual_seed(args.seed)  # every rank draws the same weights
+    try:
+        if args.random_init:
+            model = AutoModelForCausalLM.from_config(source.config, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source.base, dtype=dtype,
+                                                         trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{source.base}: the weights can't be loaded: {_first_line(error)}") from error
+    if source.adapter:
+        model = _open_adapter(model, source, args)
+    elif args.use_lora:
+        model = _add_lora(model, source, args)
+    if not args.allow_dropout:
+        _remove_dropout(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("no parameter is trainable")
+    return model
+
+
+def _open_adapter(model: nn.Module, source: Source, args) -> nn.Module:
+    from peft import PeftModel
+
+    if not args.use_lora:
+        raise UserError(f"--model_name {source.adapter} is an adapter; merge it into its base for full fine-tuning")
+    try:
+        return PeftModel.from_pretrained(model, source.adapter, is_trainable=True, autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{source.adapter}: does not fit its base {source.base}: {_first_line(error)}") from error
+
+
+def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    names = args.lora_target_modules.split(",") if args.lora_target_modules != "all-linear" else "all-linear"
+    if names != "all-linear":
+        names = [name.strip() for name in names if name.strip()]
+        modules = [name for name, _ in model.named_modules()]
+        if unknown := [n for n in names if not any(m == n or m.endswith("." + n) for m in modules)]:
+            linear = sorted({m.rpartition(".")[2] for m, layer in model.named_modules() if isinstance(layer, nn.Linear)})
+            raise UserError(f"--lora_target_modules: the model has no module {', '.join(unknown)}; its linear layers "
+                            f"are {', '.join(linear)}")
+    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+                        target_modules=names, task_type="CAUSAL_LM")
+    head = model.get_output_embeddings()
+    try:
+        # The adapter takes the base's dtype; DeepSpeed keeps float32 master weights of it.
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules {args.lora_target_modules}: {_first_line(error)}") from error
+    if model.get_base_model().get_output_embeddings() is not head:
+        raise UserError("--lora_target_modules: the output layer can't be adapted; leave it out")
+    model.peft_config["default"].base_model_name_or_path = absolute(source.base)
+    return model
+
+
+def absolute(name: str) -> str:
+    """A local folder by its full path, so that a checkpoint finds its base from anywhere; a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """Sets every dropout rate to 0: modules, and the floats that attention layers hand on."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def describe(model: nn.Module) -> str:
+    """One line on what is trained, in which dtype."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    count, total = sum(p.numel() for _, p in trained), sum(p.numel() for p in model.parameters())
+    line = f"model: {total:,} parameters, {count:,} trained ({count / total:.2%}) in {trained[0][1].dtype}"
+    adapted = sorted({name.split(".lora_")[0].rpartition(".")[2] for name, _ in trained if ".lora_" in name})
+    return line + (f"; LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the weights: names, shapes and up to 4,096 evenly spaced values of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)]
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def reference_policy(model: nn.Module, fresh_lora: bool):
+    """The policy as it was before training: eval mode and, for LoRA that started from nothing, the adapter off.
+
+    Full fine-tuning and a trained adapter *are* their reference only until the first step. Modes come back whatever
+    happens inside.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter() if fresh_lora else contextlib.nullcontext():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,120 @@
+"""Lays groups of [prompt | response | response ...] into padding-free rows. Torch only.
+
+Shapes: S sequences (a prompt with one response), N scored tokens, T row length, B batch (1 when packed).
+
+A group is a prompt with any number of responses. In a packed row the prompt stands once, its responses follow, the next
+group follows them; positions restart at len(prompt) for each response. Nothing is padded, shifted or masked: for each
+scored token a row says where it is predicted (`rows`), what it is (`targets`) and whose it is (`seq`). The first token
+of *every* response is predicted by the last token of the prompt.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+Group = tuple[list[int], list[list[int]]]  # prompt ids, ids of each response
+
+
+@dataclasses.dataclass
+class Segments:
+    """Where the sequences of a packed row lie, for attention. Tensors are int32 or int64 on the row's device."""
+
+    spans: list[tuple[int, int, int, int]]  # a sequence each: prompt start, prompt end, response start, response end
+    cu_q: Tensor  # (S+1,) borders of the queries: prompt and first response are one stretch, every other response its own
+    cu_k: Tensor  # (S+1,) borders of the keys: each stretch sees its prompt and itself
+    keys: Tensor  # (K,) row positions of the keys in that order
+    max_q: int
+    max_k: int
+
+
+@dataclasses.dataclass
+class Row:
+    """One forward pass: a micro-batch.
+
+    `rows` index the B*T hidden states, flattened; `segments` is None in a plain row (one sequence a line).
+    """
+
+    input_ids: Tensor  # (B, T)
+    position_ids: Tensor  # (B, T)
+    rows: Tensor  # (N,)
+    targets: Tensor  # (N,)
+    seq: Tensor  # (N,)
+    n_sequences: int
+    segments: Segments | None
+
+    def to(self, device: torch.device) -> "Row":
+        """The same row on `device`; from pinned memory the copy does not wait."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "Row":
+        return _map_tensors(self, Tensor.pin_memory)
+
+
+def _map_tensors(record, change):
+    changed = {}
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = change(value)
+        elif isinstance(value, Segments):
+            changed[field.name] = _map_tensors(value, change)
+    return dataclasses.replace(record, **changed)
+
+
+def pack(groups: list[Group]) -> Row:
+    """All groups in one row without padding, each prompt once.
+
+    >>> row = pack([([7, 8], [[1, 2], [3]])])     # prompt 7 8, responses "1 2" and "3"
+    >>> row.input_ids.tolist(), row.position_ids.tolist()
+    ([[7, 8, 1, 2, 3]], [[0, 1, 2, 3, 2]])
+    >>> row.rows.tolist(), row.targets.tolist(), row.seq.tolist()     # 8 predicts 1, 1 predicts 2, 8 predicts 3
+    ([1, 2, 1], [1, 2, 3], [0, 0, 1])
+    >>> row.segments.spans, row.segments.keys.tolist()
+    ([(0, 2, 2, 4), (0, 2, 4, 5)], [0, 1, 2, 3, 0, 1, 4])
+    """
+    ids, positions, rows, targets, seq, spans = [], [], [], [], [], []
+    for prompt, responses in groups:
+        start, end = len(ids), len(ids) + len(prompt)
+        ids += prompt
+        positions += range(len(prompt))
+        for response in responses:
+            at = len(ids)
+            rows += [end - 1, *range(at, at + len(response) - 1)]
+            targets += response
+            seq += [len(spans)] * len(response)
+            spans.append((start, end, at, at + len(response)))
+            ids += response
+            positions += range(len(prompt), len(prompt) + len(response))
+    line = torch.tensor([ids]), torch.tensor([positions])
+    return Row(*line, torch.tensor(rows), torch.tensor(targets), torch.tensor(seq), len(spans), _segments(spans))
+
+
+def _segments(spans) -> Segments:
+    keys = [torch.cat([torch.arange(*span[:2]), torch.arange(*span[2:])]) for span in spans]
+    q_lengths = [r1 - (p0 if r0 == p1 else r0) for p0, p1, r0, r1 in spans]  # the first response brings the prompt
+    k_lengths = [len(k) for k in keys]
+    return Segments(spans, _borders(q_lengths), _borders(k_lengths), torch.cat(keys), max(q_lengths), max(k_lengths))
+
+
+def _borders(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def pad(groups: list[Group]) -> Row:
+    """One sequence a line, the prompt repeated, padded on the right: for models that can't share a row.
+
+    The padding needs no mask: no token of a causal model sees what follows it, and no padding is scored.
+    """
+    lines = [(prompt, response) for prompt, responses in groups for response in responses]
+    width = max(len(prompt) + len(response) for prompt, response in lines)
+    input_ids = torch.zeros(len(lines), width, dtype=torch.long)
+    rows, targets, seq = [], [], []
+    for i, (prompt, response) in enumerate(lines):
+        input_ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        first = i * width + len(prompt) - 1
+        rows += range(first, first + len(response))
+        targets += response
+        seq += [i] * len(response)
+    positions = torch.arange(width).expand(len(lines), width)
+    return Row(input_ids, positions, torch.tensor(rows), torch.tensor(targets), torch.tensor(seq), len(lines), None)

@@ -1,0 +1,109 @@
+"""Reference log-probs: computed once, before the first step, for the pairs that the run will visit, and kept on disk.
+
+The file is named by a fingerprint of everything that could change a number in it. Another fingerprint is another file,
+so a stale one is never read; the run says which part of the fingerprint changed.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .distributed import from_main, is_main, say, sum_over_ranks
+from .errors import UserError
+
+
+def data_hash(examples) -> str:
+    """A hash of the token ids of all examples, in order: data, tokenizer, template and limits in one."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.prompt, example.chosen, example.rejected]).encode())
+    return digest.hexdigest()
+
+
+def reference_logps(examples, batches, score, fingerprint: dict, cache_dir: str, device) -> Tensor:
+    """(n, 2) float64 on CPU: the reference's summed log-probs of chosen and rejected; NaN for pairs not visited.
+
+    `batches` are this rank's micro-batches, (indices, weight) each, as many on every rank; `score` maps indices to
+    (P, 2). Raises UserError where the cache can't be written, RuntimeError for a log-prob that is not finite.
+    """
+    file = cache_file(cache_dir, fingerprint)
+    wanted = torch.zeros(len(examples), dtype=torch.float64)
+    for indices, weight in batches:
+        wanted[indices] += weight
+    wanted = sum_over_ranks(wanted.to(device)).cpu() > 0
+    known = from_main(_load(file, fingerprint, len(examples)) if is_main() else None)
+    missing = wanted & known[:, 0].isnan()
+    if not missing.any():
+        say(f"reference: {int(wanted.sum())} pairs from {file}")
+        return known
+    sums, counts = torch.zeros_like(known), torch.zeros(len(examples), 1, dtype=torch.float64)
+    for indices, weight in _progress(batches):
+        sums[indices] += weight * score(indices).cpu()
+        counts[indices] += weight
+    sums, counts = sum_over_ranks(sums.to(device)).cpu(), sum_over_ranks(counts.to(device)).cpu()
+    known = torch.where(counts > 0, sums / counts, known)
+    if bad := (~known.isfinite()[wanted].all(1)).sum().item():
+        raise RuntimeError(f"{bad} reference log-probs are not finite: the starting model is broken")
+    if is_main():
+        _save(file, known, fingerprint)
+    say(f"reference: {int(wanted.sum())} pairs computed, kept in {file}")
+    return known
+
+
+def cache_file(cache_dir: str, fingerprint: dict) -> Path:
+    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    return Path(cache_dir) / f"reference-{key[:24]}.safetensors"
+
+
+def check_writable(cache_dir: str) -> None:
+    """Raises UserError before any work is done for a cache that could not be kept."""
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--cache_dir {cache_dir}: {error.strerror}") from error
+    if not os.access(cache_dir, os.W_OK):
+        raise UserError(f"--cache_dir {cache_dir}: can't be written to")
+
+
+def _load(file: Path, fingerprint: dict, n: int) -> Tensor:
+    """What the cache knows, (n, 2); NaN elsewhere. Says why it starts anew where a cache of this data is there."""
+    try:
+        with safe_open(file, "pt") as cache:
+            return cache.get_tensor("logps")
+    except FileNotFoundError:
+        if changed := _changed(file.parent, fingerprint):
+            say(f"reference: the cached one is stale ({', '.join(changed)} changed), computing it again")
+    except SafetensorError as error:
+        say(f"reference: {file} is damaged ({error}), computing it again")
+    return torch.full((n, 2), torch.nan, dtype=torch.float64)
+
+
+def _changed(folder: Path, fingerprint: dict) -> list[str]:
+    """How the newest cache of the same model and data file differs."""
+    for file in sorted(folder.glob("reference-*.safetensors"), key=lambda f: -f.stat().st_mtime):
+        try:
+            with safe_open(file, "pt") as cache:
+                other = json.loads(cache.metadata()["fingerprint"])
+        except SafetensorError:
+            continue
+        if all(other.get(key) == fingerprint[key] for key in ("model_name", "data_path")):
+            return [key for key in fingerprint if other.get(key) != fingerprint[key]]
+    return []
+
+
+def _save(file: Path, logps: Tensor, fingerprint: dict) -> None:
+    aside = file.with_suffix(f".{os.getpid()}")
+    save_file({"logps": logps}, aside, {"fingerprint": json.dumps(fingerprint)})
+    os.replace(aside, file)  # a reader sees the old file or the new one, never half of one
+
+
+def _progress(batches):
+    from tqdm import tqdm
+
+    return tqdm(batches, desc="reference", unit="batch", disable=not is_main(), leave=False)

@@ -1,0 +1,46 @@
+"""What happens at which step: the order of the data, the rows of a step, the learning rate.
+
+All are pure functions of the step and the settings, so a run can go on from the step number alone.
+"""
+
+import functools
+import math
+import random
+
+
+@functools.lru_cache(maxsize=2)  # every step asks for its epoch's
+def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order in which epoch `epoch` visits n examples: a permutation, the same wherever it is asked for."""
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def pairs_of_step(n: int, pairs_per_step: int, seed: int, step: int) -> list[int]:
+    """Indices of step `step` (from 0). The last step of an epoch takes what is left, so no pair is seen twice in one."""
+    epoch, window = divmod(step, math.ceil(n / pairs_per_step))
+    return list(epoch_order(n, seed, epoch)[window * pairs_per_step : (window + 1) * pairs_per_step])
+
+
+def deal(pairs: list[int], batch: int, rank: int, world: int) -> list[tuple[list[int], float]]:
+    """This rank's micro-batches of a step's pairs: (indices, weight) each. Every rank gets the same number.
+
+    Where a rank would go short it repeats the step's first micro-batch with weight 0: ranks that run different numbers
+    of forward passes wait for each other for ever under ZeRO-3.
+
+    >>> deal([5, 6, 7], 2, rank=0, world=2), deal([5, 6, 7], 2, rank=1, world=2)
+    ([([5, 6], 1.0)], [([7], 1.0)])
+    >>> deal([5, 6, 7], 1, rank=1, world=2)
+    [([6], 1.0), ([5], 0.0)]
+    """
+    rows = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
+    mine = [(row, 1.0) for row in rows[rank::world]]
+    return mine + [(rows[0], 0.0)] * (math.ceil(len(rows) / world) - len(mine))
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, shape: str) -> float:
+    """The rate of step `step` of 0 .. steps-1: linear from peak/warmup to peak, then down to 0 (or constant)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[shape]

@@ -1,0 +1,441 @@
+"""Trains a causal language model on preference pairs (or on their chosen side): arguments in, checkpoints out.
+
+    deepspeed train.py                                     the example run: DPO on a tiny model, under a minute on CPU
+    python train.py --model_name M --train_file_path D     plain python and torchrun work too
+    python train.py --help                                 every setting
+
+Step k is the k-th update, from 0: its line in metrics.jsonl holds the numbers under the weights of checkpoint-k.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nanodpo.arguments import TrainArguments, describe, parse
+from nanodpo.errors import RunStopped, UserError, run_script
+
+HERE = Path(__file__).resolve().parent
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
+
+
+@dataclasses.dataclass
+class Run:
+    """What the parts of a run share. `ref` and `held_ref` are (n, 2) reference log-probs, None for SFT."""
+
+    args: TrainArguments
+    folder: Path
+    source: object
+    engine: object
+    device: object
+    world: int
+    rank: int
+    lay_out: object  # groups -> Row
+    train: object
+    held_out: object
+    ref: object = None
+    held_ref: object = None
+
+    @property
+    def pairs_per_step(self) -> int:
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train.examples) / self.pairs_per_step)
+
+    @property
+    def steps(self) -> int:
+        epochs = self.args.num_train_epochs
+        return self.args.max_steps if self.args.max_steps > 0 else math.ceil(epochs * self.steps_per_epoch)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv, HERE / "examples" / "dpo.yaml")
+    if args.print_config:
+        print(json.dumps(dataclasses.asdict(args), indent=2))
+        return
+    settings = read_deepspeed(args)
+
+    # What is wrong with the input is found here, before a weight is loaded or a folder made.
+    from nanodpo import checkpoint, distributed, inspection, models, reference
+
+    source = models.open_source(args.model_name, args.trust_remote_code)
+    train, held_out, limit = load_data(args, source)
+    if args.inspect:
+        distributed.say(inspection.inspect(train, source.tokenizer, limit))
+        return
+    folder = args.output_dir or f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
+    if distributed.is_main():
+        checkpoint.claim(Path(folder))
+        reference.check_writable(args.cache_dir)
+        print(train.report(), flush=True)
+
+    device = distributed.start(args.local_rank)
+    folder = Path(distributed.from_main(folder))  # ranks may have read the clock in different seconds
+    model = models.load_model(source, args)
+    weights = models.fingerprint(model)
+    distributed.say(models.describe(model))
+    engine, layout, attention = build_engine(model, args, settings, device)
+    run = make_run(args, folder, source, engine, device, layout, train, held_out)
+    open_folder(run, layout, attention, weights, limit)
+    add_references(run, layout, attention, weights)
+    train_model(run)
+    finish(run)
+
+
+def read_deepspeed(args) -> dict:
+    """The DeepSpeed JSON with train.py's own numbers in it."""
+    from nanodpo.distributed import engine_config
+
+    path = Path(args.deepspeed or HERE / "ds_config.json")
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--deepspeed {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--deepspeed {path}: not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--deepspeed {path}: expected an object, found {type(settings).__name__}")
+    return engine_config(settings, str(path), args)
+
+
+def load_data(args, source):
+    """(training set, held-out set or None, the longest sequence allowed in tokens)."""
+    from nanodpo.schedule import epoch_order
+    from nanodpo.template import read_template
+    from nanodpo.tokens import DataSet, load_dataset
+
+    template = read_template(source.tokenizer, args.assistant_header)
+    context = source.context or sys.maxsize
+    limit = args.max_length or context
+    if limit > context:
+        raise UserError(f"--max_length {limit}: the model's context is {context} tokens (max_position_embeddings)")
+    pairs = args.loss != "sft"
+    train = load_dataset(args.train_file_path, template, args, limit, pairs)
+    if args.eval_file_path:
+        return train, load_dataset(args.eval_file_path, template, args, limit, pairs), limit
+    if not args.eval_size:
+        return train, None, limit
+    n = len(train.examples)
+    if args.eval_size >= n:
+        raise UserError(f"--eval_size {args.eval_size}: {args.train_file_path} has only {n} usable rows")
+    held = set(epoch_order(n, args.seed, -1)[: args.eval_size])
+    held_out = DataSet(f"{args.eval_size} rows of {train.path}", [train.examples[i] for i in sorted(held)], [], {})
+    train.examples = [e for i, e in enumerate(train.examples) if i not in held]
+    return train, held_out, limit
+
+
+def build_engine(model, args, settings: dict, device):
+    """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention)."""
+    import deepspeed
+    import torch
+
+    from nanodpo import distributed, selfcheck
+    from nanodpo.logprobs import SequenceLogProbs
+
+    if args.gradient_checkpointing:
+        # ZeRO-3 frees weights between forward and backward, which the newer, hook-based checkpointing takes for an
+        # error; the older one runs backward only where the inputs have a gradient.
+        reentrant = settings.get("zero_optimization", {}).get("stage") == 3
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate,
+                                  betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
+    module = SequenceLogProbs(model.to(device))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    layout, attention = selfcheck.choose_layout(module, device, dtype, args.use_flash_attention)
+    distributed.say(f"rows: {layout}, attention {attention}")
+    return engine, layout, attention
+
+
+def make_run(args, folder, source, engine, device, layout, train, held_out) -> Run:
+    import torch.distributed as dist
+
+    from nanodpo.selfcheck import LAYOUTS
+
+    return Run(args, folder, source, engine, device, dist.get_world_size(), dist.get_rank(), LAYOUTS[layout], train,
+               held_out)
+
+
+def open_folder(run: Run, layout: str, attention: str, weights: str, limit: int) -> None:
+    """Makes the run's folder: run.json, dropped_rows.jsonl and checkpoint-0, the starting point."""
+    from nanodpo import reference
+    from nanodpo.distributed import is_main, say
+
+    if is_main():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        record = describe(run.args) | {
+            "output_dir": str(run.folder), "world_size": run.world, "steps": run.steps, "layout": layout,
+            "attention": attention, "max_length": limit, "weights": weights, "versions": versions(),
+            "git_commit": git_commit(), "device": str(run.device), "data": reference.data_hash(run.train.examples),
+            "data_report": run.train.report(),
+        }
+        (run.folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+        dropped = run.train.dropped + (run.held_out.dropped if run.held_out else [])
+        if dropped:
+            (run.folder / "dropped_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dropped))
+    say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs")
+    save_checkpoint(run, 0)
+
+
+def versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def git_commit() -> str | None:
+    done = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def add_references(run: Run, layout: str, attention: str, weights: str) -> None:
+    """Fills run.ref and run.held_ref: log-probs under the policy as it is now, before the first step."""
+    if run.args.loss == "sft":
+        return
+    from nanodpo import reference
+    from nanodpo.models import reference_policy
+    from nanodpo.schedule import deal, pairs_of_step
+
+    def batches(n, per_step, batch, steps):
+        pairs = (pairs_of_step(n, per_step, run.args.seed, step) for step in range(steps))
+        return [row for step in pairs for row in deal(step, batch, run.rank, run.world)]
+
+    def logps_of(data, rows, path):
+        fingerprint = {"model_name": run.args.model_name, "data_path": path, "weights": weights,
+                       "data": reference.data_hash(data.examples), "bf16": run.args.bf16, "layout": layout,
+                       "attention": attention, "device": run.device.type, "versions": versions()}
+        # The rows are those of training's first epoch: at step 0 policy and reference then agree to the last bit.
+        with reference_policy(run.engine.module.model, fresh_lora=run.args.use_lora and not run.source.adapter):
+            return reference.reference_logps(data.examples, rows, lambda i: score(run, data, i), fingerprint,
+                                             run.args.cache_dir, run.device)
+
+    n, steps = len(run.train.examples), min(run.steps, run.steps_per_epoch)
+    rows = batches(n, run.pairs_per_step, run.args.per_device_train_batch_size, steps)
+    run.ref = logps_of(run.train, rows, run.args.train_file_path)
+    if run.held_out:
+        run.held_ref = logps_of(run.held_out, eval_batches(run), run.held_out.path)
+
+
+def eval_batches(run: Run) -> list:
+    """This rank's micro-batches of one evaluation, every held-out pair once."""
+    from nanodpo.schedule import deal
+
+    every = list(range(len(run.held_out.examples)))
+    return deal(every, run.args.per_device_eval_batch_size, run.rank, run.world)
+
+
+def score(run: Run, data, indices: list[int], gradient: bool = False):
+    """(P, R) summed log-probs of the responses of these examples: the only forward pass there is."""
+    import torch
+
+    sides = ["chosen", "rejected"] if has_rejected(run, data, gradient) else ["chosen"]
+    examples = [data.examples[i] for i in indices]
+    row = run.lay_out([(e.prompt, [getattr(e, side) for side in sides]) for e in examples])
+    row = (row.pin() if run.device.type == "cuda" else row).to(run.device)
+    with torch.set_grad_enabled(gradient):
+        return run.engine(row).view(len(indices), len(sides))
+
+
+def has_rejected(run: Run, data, training: bool) -> bool:
+    """SFT trains on chosen alone, but evaluation follows both where the data has both."""
+    return data.examples[0].rejected is not None and not (training and run.args.loss == "sft")
+
+
+def train_model(run: Run) -> None:
+    """The loop. Every pair of a step weighs the same, however the step is cut into micro-batches and ranks."""
+    from nanodpo.metrics import Meter
+    from nanodpo.schedule import deal, learning_rate, pairs_of_step
+
+    args, engine, tokens, bar = run.args, run.engine, 0, progress(run)
+    evaluate(run, 0)
+    for step in range(run.steps):
+        began = time.perf_counter()
+        pairs = pairs_of_step(len(run.train.examples), run.pairs_per_step, args.seed, step)
+        rate = learning_rate(step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+
+        engine.train()
+        meter = Meter(run.device)
+        rows = deal(pairs, args.per_device_train_batch_size, run.rank, run.world)
+        share = run.world / divisor(run, run.train, pairs)  # DeepSpeed averages over ranks; this makes it a sum
+        for i, (indices, weight) in enumerate(rows):
+            engine.set_gradient_accumulation_boundary(i == len(rows) - 1)
+            losses = losses_of(run, run.train, run.ref, indices, weight, meter, gradient=True)
+            engine.backward(losses.sum() * weight * share, scale_wrt_gas=False)
+
+        means = step_means(run, run.train, pairs, meter)
+        check_numbers(run, step, pairs, means)
+        norm = take_step(run, step)
+        tokens += sum(count_tokens(run, run.train.examples[i]) for i in pairs)
+        line = {"step": step, "epoch": step / run.steps_per_epoch, **means, "grad_norm": norm, "learning_rate": rate,
+                "num_tokens": tokens}
+        log_step(run, bar, line, pairs, time.perf_counter() - began)
+
+        done = step + 1
+        if done == run.steps or (args.eval_steps and done % args.eval_steps == 0):
+            evaluate(run, done)
+        if done == run.steps or (args.save_steps and done % args.save_steps == 0):
+            save_checkpoint(run, done)
+    bar.close()
+
+
+def losses_of(run: Run, data, ref, indices: list[int], weight: float, meter, gradient: bool):
+    """(P,) losses of one micro-batch; its values go into the meter."""
+    import torch
+
+    from nanodpo.metrics import pair_values
+
+    logps = score(run, data, indices, gradient)
+    examples = [data.examples[i] for i in indices]
+    counts = [[len(e.chosen), len(e.rejected or ())][: logps.shape[1]] for e in examples]
+    tokens = torch.tensor(counts, dtype=torch.float64).to(run.device, non_blocking=True)
+    ref = None if ref is None else ref[indices].to(run.device, non_blocking=True)
+    losses, values = pair_values(logps, tokens, ref, run.args)
+    meter.add({"loss": losses.detach(), **values}, weight)
+    return losses
+
+
+def divisor(run: Run, data, pairs: list[int]) -> int:
+    """What a step's summed loss is divided by: its pairs, or for SFT its scored tokens. Over all ranks."""
+    return sum(len(data.examples[i].chosen) for i in pairs) if run.args.loss == "sft" else len(pairs)
+
+
+def step_means(run: Run, data, pairs: list[int], meter) -> dict[str, float]:
+    means = meter.means()
+    means["loss"] *= len(pairs) / divisor(run, data, pairs)
+    return means
+
+
+def count_tokens(run: Run, example) -> int:
+    sides = [example.chosen] if run.args.loss == "sft" else [example.chosen, example.rejected]
+    return len(example.prompt) + sum(map(len, sides))
+
+
+def check_numbers(run: Run, step: int, pairs: list[int], means: dict) -> None:
+    """Stops all ranks together, before the update, where the step's numbers can't be right."""
+    rows = ", ".join(f"{e.row} ({len(e.prompt)}+{len(e.chosen)}/{len(e.rejected or ())} tokens)"
+                     for e in (run.train.examples[i] for i in pairs[:16]))
+    if bad := [name for name, value in means.items() if not math.isfinite(value)]:
+        raise RunStopped(f"step {step}: {', '.join(bad)} not finite; no update was made; rows {rows}")
+    if step or run.ref is None or run.args.allow_dropout:
+        return
+    # Policy and reference are one model now. bfloat16 in rows of another make-up differs by its noise, no more.
+    tolerance = 1e-2 if run.args.bf16 else 1e-4
+    for side in ("chosen", "rejected"):
+        tokens = sum(len(getattr(run.train.examples[i], side)) for i in pairs) / len(pairs)
+        gap = abs(means[f"logps/{side}"] - means[f"ref_logps/{side}"]) / tokens
+        if gap > tolerance:
+            raise RunStopped(
+                f"step 0: policy and reference should be equal, but their log-probs of {side} differ by {gap:.2g} nats "
+                f"a token (loss {means['loss']:.4f}). Likely causes: dropout, a reference cache of other weights "
+                f"(empty {run.args.cache_dir}), an adapter that was already trained, another attention")
+
+
+def take_step(run: Run, step: int) -> float:
+    """The update; returns the gradient's global norm before clipping, over all ranks."""
+    import torch
+
+    norm = None
+    if run.engine.zero_optimization_stage() == 0 and not run.args.bf16:
+        # Here DeepSpeed keeps no norm; an infinite bound makes PyTorch's clipping a measurement.
+        norm = torch.nn.utils.clip_grad_norm_(run.engine.module.parameters(), math.inf)
+    if norm is not None and not math.isfinite(norm):
+        raise RunStopped(f"step {step}: the gradient is not finite; no update was made")
+    run.engine.step()
+    norm = float(run.engine.get_global_grad_norm() if norm is None else norm)
+    if not math.isfinite(norm):
+        raise RunStopped(f"step {step}: the gradient is not finite; DeepSpeed made no update")
+    return norm
+
+
+def evaluate(run: Run, step: int) -> None:
+    """Means over the held-out set under the weights of checkpoint-`step`, into metrics.jsonl as eval_*."""
+    if run.held_out is None:
+        return
+    from nanodpo.distributed import is_main, say
+    from nanodpo.metrics import Meter, write_line
+
+    run.engine.eval()
+    meter = Meter(run.device)
+    for indices, weight in eval_batches(run):
+        losses_of(run, run.held_out, run.held_ref, indices, weight, meter, gradient=False)
+    means = step_means(run, run.held_out, list(range(len(run.held_out.examples))), meter)
+    if is_main():
+        line = {"step": step, "epoch": step / run.steps_per_epoch}
+        write_line(run.folder / "metrics.jsonl", line | {f"eval_{name}": value for name, value in means.items()})
+    say(f"step {step:>5}  eval_loss {means['loss']:.4f}" + summary(means, "eval_"))
+
+
+def progress(run: Run):
+    from tqdm import tqdm
+
+    return tqdm(total=run.steps, unit="step", disable=run.rank != 0 or not sys.stderr.isatty(), dynamic_ncols=True)
+
+
+def log_step(run: Run, bar, line: dict, pairs: list[int], seconds: float) -> None:
+    """One line in metrics.jsonl a step; on the screen the bar, and a line every logging_steps."""
+    from nanodpo.metrics import peak_gib, write_line
+
+    tokens = sum(count_tokens(run, run.train.examples[i]) for i in pairs)
+    line |= {"perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds,
+             "mem/peak_gib": peak_gib(run.device)}
+    if run.rank != 0:
+        return
+    write_line(run.folder / "metrics.jsonl", line)
+    bar.update()
+    speed = f"  {tokens / seconds:,.0f} tokens/s"
+    bar.set_postfix_str(f"loss {line['loss']:.4f}{summary(line)}{speed}", refresh=False)
+    if line["step"] % run.args.logging_steps == 0 or line["step"] == run.steps - 1:
+        bar.write(f"step {line['step']:>5}  loss {line['loss']:.4f}{summary(line)}{speed}")
+
+
+def summary(means: dict, prefix: str = "") -> str:
+    names = ("rewards/margins", "rewards/accuracies") if "rewards/margins" in means else ("logps_per_token/chosen",)
+    return "".join(f"  {prefix}{name} {means[name]:.4f}" for name in names)
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """checkpoint-<step>: adapter or model, and tokenizer. All ranks gather, the first writes."""
+    from nanodpo import checkpoint
+    from nanodpo.distributed import is_main, wait_for_main
+
+    model = run.engine.module.model
+    state = checkpoint.gather(model, only_trained=run.args.use_lora)
+    with wait_for_main():
+        if is_main():
+            checkpoint.save(model, run.source.tokenizer, state, run.folder / f"checkpoint-{step}")
+            checkpoint.rotate(run.folder, run.args.save_total_limit)
+
+
+def finish(run: Run) -> None:
+    """Leaves the other ranks, merges where asked, and says where everything is."""
+    import torch
+    import torch.distributed as dist
+
+    from nanodpo import checkpoint
+
+    dist.destroy_process_group()  # merging a large model outlasts a collective's patience
+    if run.rank != 0:
+        return
+    last = run.folder / f"checkpoint-{run.steps}"
+    if run.args.merge_weights:
+        dtype = torch.bfloat16 if run.args.bf16 else torch.float32
+        checkpoint.merge(last, run.folder / "merged", dtype, run.args.trust_remote_code)
+        print(f"merged: {run.folder / 'merged'}")
+    print(f"done: {run.folder}\nlast: {last}")
+    if run.args.loss == "sft":
+        print(f"next: deepspeed train.py --model_name {last} --train_file_path {run.args.train_file_path}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
