@@ -210,9 +210,12 @@ def add_references(run: Run, layout: str, attention: str, weights: str) -> None:
         return [row for step in pairs for row in deal(step, batch, run.rank, run.world)]
 
     def logps_of(data, rows, path):
+        zero = run.engine.zero_optimization_stage()  # stage 3 multiplies matrices by other code, and rounds otherwise
         fingerprint = {"model_name": run.args.model_name, "data_path": path, "weights": weights,
                        "data": reference.data_hash(data.examples), "bf16": run.args.bf16, "layout": layout,
-                       "attention": attention, "device": run.device.type, "versions": versions()}
+                       "attention": attention, "zero": zero, "device": run.device.type, "versions": versions()}
+        if run.args.bf16:  # its rounding depends on what else is in the row
+            fingerprint |= {"rows": [run.args.seed, run.args.per_device_train_batch_size, run.pairs_per_step]}
         # The rows are those of training's first epoch: at step 0 policy and reference then agree to the last bit.
         with reference_policy(run.engine.module.model, fresh_lora=run.args.use_lora and not run.source.adapter):
             return reference.reference_logps(data.examples, rows, lambda i: score(run, data, i), fingerprint,
@@ -343,12 +346,11 @@ def check_numbers(run: Run, step: int, pairs: list[int], means: dict) -> None:
 
 def take_step(run: Run, step: int) -> float:
     """The update; returns the gradient's global norm before clipping, over all ranks."""
-    import torch
-
     norm = None
     if run.engine.zero_optimization_stage() == 0 and not run.args.bf16:
-        # Here DeepSpeed keeps no norm; an infinite bound makes PyTorch's clipping a measurement.
-        norm = torch.nn.utils.clip_grad_norm_(run.engine.module.parameters(), math.inf)
+        # Here DeepSpeed keeps no norm.
+        grads = [p.grad for p in run.engine.module.parameters() if p.grad is not None]
+        norm = math.sqrt(sum(grad.double().square().sum().item() for grad in grads))
     if norm is not None and not math.isfinite(norm):
         raise RunStopped(f"step {step}: the gradient is not finite; no update was made")
     run.engine.step()

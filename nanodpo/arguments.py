@@ -5,13 +5,14 @@
 """
 
 import dataclasses
-import json
-import os
+import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import UserError
+from .settings import local_rank, read_settings
 
 
 def _flag(default, help: str, choices=None):
@@ -90,25 +91,37 @@ class TrainArguments:
 
     def __post_init__(self):
         self.use_lora = self.use_lora and self.lora_r > 0
-        self.cache_dir = str(Path(self.cache_dir).expanduser())
-        self.per_device_eval_batch_size = self.per_device_eval_batch_size or self.per_device_train_batch_size
+        for name in PATHS:  # no shell opens ~ in --name=~/x or in a settings file
+            if (value := getattr(self, name)) and value.startswith("~"):
+                setattr(self, name, str(Path(value).expanduser()))
+        if self.assistant_header:  # a shell passes on what an error message shows: a backslash and an n
+            self.assistant_header = self.assistant_header.replace("\\n", "\n")
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
         _check(self)
 
 
+PATHS = ("model_name", "train_file_path", "eval_file_path", "deepspeed", "output_dir", "cache_dir")
 POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "beta",
-            "num_train_epochs", "logging_steps", "adam_epsilon", "max_length", "max_prompt_length", "save_total_limit")
+            "num_train_epochs", "logging_steps", "lora_alpha", "adam_epsilon", "max_length", "max_prompt_length",
+            "save_total_limit")
 NOT_NEGATIVE = ("lora_r", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "save_steps",
                 "eval_size", "seed")
 
 
 def _check(args: TrainArguments) -> None:
     """Raises UserError for values that can't work, before anything is loaded."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value}: must be a finite number")
     for name in POSITIVE:
         if (value := getattr(args, name)) is not None and not value > 0:
             raise UserError(f"--{name} {value}: must be above 0")
     for name in NOT_NEGATIVE:
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed}: must be below 2^63")
     if args.max_steps == 0 or args.max_steps < -1:
         raise UserError(f"--max_steps {args.max_steps}: must be above 0, or -1 to let --num_train_epochs decide")
     if not 0 <= args.label_smoothing < 0.5:
@@ -116,13 +129,16 @@ def _check(args: TrainArguments) -> None:
     if args.label_smoothing and args.loss not in ("dpo", "robust"):
         raise UserError(f"--label_smoothing {args.label_smoothing} has no meaning for --loss {args.loss}; "
                         "use --loss dpo or robust")
-    if not 0 <= args.lora_dropout < 1:
-        raise UserError(f"--lora_dropout {args.lora_dropout}: must be at least 0 and below 1")
+    for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 0 and below 1")
     if args.lora_dropout and args.use_lora and not args.allow_dropout:
         raise UserError(f"--lora_dropout {args.lora_dropout} makes policy and reference differ at step 0; "
                         "add --allow_dropout to train with it all the same, or leave it out")
     if args.eval_file_path and args.eval_size:
         raise UserError("--eval_file_path and --eval_size: give one of them")
+    if args.eval_steps and not (args.eval_file_path or args.eval_size):
+        raise UserError(f"--eval_steps {args.eval_steps}: nothing to evaluate; add --eval_file_path or --eval_size")
     if args.random_init and args.use_lora:
         raise UserError("--random_init with LoRA would freeze random weights; add --use_lora false")
     if args.merge_weights and not args.use_lora:
@@ -135,15 +151,19 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
 
     parser = HfArgumentParser(TrainArguments, description="SFT and DPO training.", allow_abbrev=False)
     parser.error = _raise  # argparse would print the whole usage before the one line that matters
-    launcher = [flag for flag in argv if flag.startswith("--local_rank")]
-    if len(argv) == len(launcher):
-        argv = [str(default_file), *argv]
+    launcher = [flag for flag in argv if flag.startswith(("--local_rank=", "--local-rank="))]
+    argv = [flag for flag in argv if flag not in launcher]  # the deepspeed launcher puts it before a settings file
+    if not argv:
+        argv = [str(default_file)]
     if argv[0].endswith((".yaml", ".yml", ".json")):
-        parser.set_defaults(**_settings(argv.pop(0)))
-    args, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+        argv = read_settings(argv[0], [f.name for f in dataclasses.fields(TrainArguments)]) + argv[1:]
+    args, unknown = parser.parse_args_into_dataclasses(argv + launcher, look_for_args_file=False,
+                                                       return_remaining_strings=True)
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]}; `train.py --help` lists them all")
-    _check_rank(args)
+        place = "a settings file comes first" if unknown[0].endswith((".yaml", ".yml", ".json")) else \
+            "`train.py --help` lists them all"
+        raise UserError(f"unknown argument {unknown[0]}; {place}")
+    args.local_rank = local_rank(args.local_rank)
     for name in ("model_name", "train_file_path"):
         if not getattr(args, name):
             raise UserError(f"--{name} is missing")
@@ -151,39 +171,7 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
 
 
 def _raise(message: str) -> None:
-    raise UserError(message)
-
-
-def _settings(path: str) -> dict:
-    """A flat YAML or JSON file as text values, so that argparse converts and checks them just like flags."""
-    import yaml  # a dependency of transformers
-
-    try:
-        settings = yaml.safe_load(Path(path).read_text())  # JSON is YAML
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML or JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected settings like `learning_rate: 1e-5`, found {type(settings).__name__}")
-    names = {f.name: f for f in dataclasses.fields(TrainArguments)}
-    if unknown := [str(key) for key in settings if key not in names]:
-        raise UserError(f"{path}: unknown setting {', '.join(unknown)}; `train.py --help` lists them")
-    for key, value in settings.items():
-        if isinstance(value, (dict, list)):
-            raise UserError(f"{path}: {key} must be a single value, found {json.dumps(value)}")
-        choices = names[key].metadata.get("choices")
-        if choices and value not in choices:  # argparse does not check defaults against choices
-            raise UserError(f"{path}: {key} is {value!r}; choose from {', '.join(choices)}")
-    return {key: value if value is None else str(value) for key, value in settings.items()}
-
-
-def _check_rank(args: TrainArguments) -> None:
-    """--local_rank serves launchers that set no LOCAL_RANK; where both are there they must agree."""
-    if args.local_rank < 0:
-        args.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    elif args.local_rank != int(os.environ.setdefault("LOCAL_RANK", str(args.local_rank))):
-        raise UserError(f"--local_rank {args.local_rank}, but LOCAL_RANK is {os.environ['LOCAL_RANK']}")
+    raise UserError(re.sub(r"^argument (--\w+)/\S+:", r"\1:", message))
 
 
 def describe(args: TrainArguments) -> dict:

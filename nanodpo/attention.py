@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 LOOP, VARLEN = "nanodpo_loop", "nanodpo_varlen"
 
 
-def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, segments=None, **kwargs):
+def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
     """(1, H, T, E), (1, G, T, E) x 2 -> (1, T, H, E): each response as if its row were [prompt | response] alone."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -46,12 +46,12 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) 
     return F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout) @ v
 
 
-def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, segments=None, **kwargs):
+def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
     """The same in one call. Queries lie in row order; keys are gathered so that a shared prompt stands before each of
-    its responses. The kernel aligns its causal mask to the last key, which is just what a response after a prompt needs.
+    its responses. The kernel aligns its causal mask to the last key: just what a response after a prompt needs.
     """
     if kwargs.get("softcap") or dropout:
-        return loop_attention(module, query, key, value, attention_mask, dropout, scaling, segments, **kwargs)
+        return loop_attention(module, query, key, value, attention_mask, dropout, scaling, segments=segments, **kwargs)
     q = query[0].transpose(0, 1)  # (T, H, E)
     k, v = (x[0].index_select(1, segments.keys).transpose(0, 1) for x in (key, value))  # (K, G, E)
     window = (kwargs.get("sliding_window") or 0) - 1  # -1: no window

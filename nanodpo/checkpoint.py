@@ -28,9 +28,9 @@ def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
 
 
 def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Path) -> None:
-    """Writes model (or adapter) and tokenizer to `folder`, on one rank. Raises OSError, and leaves nothing half-written.
+    """Writes model (or adapter) and tokenizer to `folder`, on one rank; raises OSError.
 
-    `state` is what `gather` gave: the weights of the adapter, or of the whole model.
+    Nothing half-written is left, whatever happens. `state` is what `gather` gave: the weights of the adapter, or of the whole model.
     """
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -39,6 +39,7 @@ def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Pa
         tokenizer.save_pretrained(aside)
         verify(aside, state)
         for file in aside.iterdir():
+            file.chmod(0o666 & ~_umask())  # safetensors writes for the owner's eyes only
             _flush(file)
         os.rename(aside, folder)
         _flush(folder.parent)
@@ -51,7 +52,8 @@ def _write(model: nn.Module, state, folder: Path) -> None:
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
-        buffers = {name: buffer for name, buffer in model.state_dict().items() if name not in state}
+        kept = model.state_dict().keys()  # not every buffer is meant to be saved
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
         model.save_pretrained(folder, state_dict=state | buffers)
 
 
@@ -62,12 +64,20 @@ def verify(folder: Path, state: dict[str, torch.Tensor]) -> None:
     written = {}
     for file in folder.glob("*.safetensors"):
         written |= load_file(file)
+    if empty := [name for name, tensor in written.items() if not tensor.numel()]:
+        raise RuntimeError(f"{folder}: {empty[0]} was written without its values")
     for name, tensor in state.items():
         found = written.get(name.replace(".default.", "."))
         if found is None or found.shape != tensor.shape or not torch.equal(found, tensor):
             raise RuntimeError(f"{folder}: {name} was not written as it is in memory")
         if not found.isfinite().all():
             raise RuntimeError(f"{folder}: {name} holds values that are not finite")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _flush(path: Path) -> None:

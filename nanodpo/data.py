@@ -1,15 +1,9 @@
-"""Reads preference data: files or hub ids -> texts of prompt, chosen and rejected, the same whatever the format was."""
+"""One row's values -> texts of prompt, chosen and rejected, the same whatever the format was."""
 
 import dataclasses
-import glob
-from pathlib import Path
 
 from .errors import UserError
-from .template import Template, close_turn, question_in, render_messages, split_transcript
-
-PROMPT_FIELDS, CHOSEN_FIELDS, REJECTED_FIELDS = (
-    ("prompt", "question"), ("chosen", "text", "completion", "messages"), ("rejected", "worse-text"))
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+from .template import Template, close_turn, question_in, render_messages, render_prompt, split_transcript
 
 
 @dataclasses.dataclass
@@ -21,60 +15,6 @@ class Texts:
     chosen: str
     rejected: str | None
     notes: tuple[str, ...]  # what was normalised, for the report
-
-
-def read_rows(path: str) -> list[dict]:
-    """.parquet, .jsonl, .json or .csv file(s), a save_to_disk folder, or a hub id "name[:config[:split]]" -> rows."""
-    import datasets  # slow to import
-
-    datasets.disable_progress_bars()
-    files = sorted(glob.glob(path))
-    try:
-        if Path(path).is_dir():
-            table = datasets.load_from_disk(path)
-        elif files:
-            table = datasets.load_dataset(_reader(files), data_files=files, split="train")
-        elif Path(path).suffix in READERS or path.count("/") > 1 or path.startswith((".", "/", "~")):
-            raise UserError(f"{path}: no such file")
-        else:
-            name, config, split = (path.split(":") + [None, None])[:3]
-            table = datasets.load_dataset(name, config or None, split=split or "train")
-        if not isinstance(table, datasets.Dataset):
-            raise UserError(f"{path}: holds several splits ({', '.join(table)}); name the folder of one")
-        rows = list(table)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error  # datasets wraps what the parser said
-        raise UserError(f"{path}: can't be read as a data set: {' '.join(str(cause).split())[:300]}") from error
-    if not rows:
-        raise UserError(f"{path}: has no rows")
-    return rows
-
-
-def _reader(files: list[str]) -> str:
-    suffixes = {Path(file).suffix for file in files}
-    if len(suffixes) != 1 or not suffixes <= READERS.keys():
-        raise UserError(f"{files[0]}: expected {', '.join(READERS)}, all files of one kind, found "
-                        f"{', '.join(sorted(suffixes)) or 'no suffix'}")
-    return READERS[suffixes.pop()]
-
-
-def choose_fields(path: str, rows: list[dict], prompt, chosen, rejected, pairs: bool) -> tuple:
-    """The names of the three columns; prompt and, unless `pairs`, rejected may be None. Raises UserError."""
-    columns = list(rows[0])
-
-    def choose(flag, named, candidates, needed):
-        if named and named not in columns:
-            raise UserError(f"{path}: has no column {named!r} (--{flag}); it has {', '.join(columns)}")
-        found = named or next((name for name in candidates if name in columns), None)
-        if needed and not found:
-            raise UserError(f"{path}: has no column {' or '.join(candidates)}; it has {', '.join(columns)}: "
-                            f"name one with --{flag}")
-        return found
-
-    return (choose("prompt_field", prompt, PROMPT_FIELDS, False), choose("chosen_field", chosen, CHOSEN_FIELDS, True),
-            choose("rejected_field", rejected, REJECTED_FIELDS, pairs))
 
 
 def render_row(template: Template, number: int, prompt, chosen, rejected, has_rejected: bool) -> Texts:
@@ -97,41 +37,61 @@ def render_row(template: Template, number: int, prompt, chosen, rejected, has_re
 def _render_side(template: Template, side: str, prompt, value, notes: list[str]) -> tuple[str, str]:
     """(prompt column's value, this side's value) -> (prompt text, response text), and notes on what was changed."""
     try:
-        if _is_messages(value):
-            parts = render_messages(template, (prompt if _is_messages(prompt) else []) + value)
-        elif isinstance(value, str):
-            parts = split_transcript(template, value)
-        else:
-            raise UserError(f"is {_kind(value)}, not text or a list of messages")
+        parts = _split(template, prompt, value)
+        if parts is None:
+            parts = _plain_prompt(template, prompt), value
+        elif isinstance(prompt, str) and not question_in(template, parts[0]).endswith(question_in(template, prompt)):
+            notes.append("prompt column differs from the transcript's prompt (the transcript is used)")
+        end = _end_of(template, *parts)
+        response, dropped, added = close_turn(parts[1], end, template.tokenizer.eos_token)
+        body = response.removesuffix(end)
+        if not body.strip():
+            raise UserError("is empty")
+        if end in body:
+            raise UserError(f"goes on after its end of turn {end!r}; it must end with the assistant's turn")
+        if opening := next((mark for mark in template.openings if mark in body), None):
+            raise UserError(f"holds a turn that is not the assistant's ({opening!r})")
     except UserError as error:
         raise UserError(f"{side} {error}") from error
-    end = template.end
-    if parts is None:
-        parts = _plain_prompt(template, prompt), value
-        end = end if _is_messages(prompt) or parts[0].endswith(template.header or "\0") else template.tokenizer.eos_token
-    elif isinstance(prompt, str) and not question_in(template, parts[0]).endswith(prompt.strip()):
-        notes.append("prompt column differs from the transcript's prompt (the transcript is used)")
-    response, dropped, added = close_turn(parts[1], end or template.end)
-    if not response.removesuffix(end or template.end).strip():
-        raise UserError(f"{side} is empty")
-    if end and end in response.removesuffix(end):
-        raise UserError(f"{side} goes on after its end of turn {end!r}")
-    notes += [f"{side}: dropped what followed the end of turn"] * dropped + [f"{side}: added the end of turn"] * added
+    notes += [f"{side}: dropped white space or a second end after the turn"] * dropped + [f"{side}: added the end of turn"] * added
     return parts[0], response
+
+
+def _split(template: Template, prompt, value) -> tuple[str, str] | None:
+    """(prompt text, response text) of messages or of a transcript; None for a plain response."""
+    if isinstance(value, str):
+        return split_transcript(template, value, prompt if isinstance(prompt, str) else None)
+    if not _is_messages(value):
+        raise UserError(f"is {_kind(value)}, not text or a list of messages")
+    lead = prompt if _is_messages(prompt) else []
+    said = [[(message["role"], message.get("content")) for message in part] for part in (lead, value)]
+    # Some sets repeat the prompt in front of the reply.
+    return render_messages(template, value if said[1][: len(lead)] == said[0] else lead + value)
 
 
 def _plain_prompt(template: Template, prompt) -> str:
     if _is_messages(prompt):
-        return template.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return render_prompt(template, prompt)
+    if prompt is None:
+        raise UserError("has no prompt: name its column with --prompt_field, or, for a transcript, what opens the "
+                        "assistant's turn with --assistant_header")
     if not isinstance(prompt, str):
-        raise UserError(f"prompt is {_kind(prompt)}, not text or a list of messages")
+        raise UserError(f"has a prompt that is {_kind(prompt)}, not text or a list of messages")
     if not prompt.strip():
-        raise UserError("prompt is empty")
+        raise UserError("has an empty prompt")
     return prompt
 
 
+def _end_of(template: Template, prompt: str, response: str) -> str:
+    """A turn's end inside a chat, the eos token in plain text."""
+    in_chat = template.header and prompt.endswith(template.header)
+    if in_chat or response.rstrip().endswith(template.end):
+        return template.end
+    return template.tokenizer.eos_token or template.end
+
+
 def _is_messages(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and m.get("role") for m in value)
 
 
 def _kind(value) -> str:

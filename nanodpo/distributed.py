@@ -1,9 +1,9 @@
 """Ranks: starting them under any launcher, and the few things they tell each other."""
 
 import contextlib
-import logging
 import os
 import socket
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -31,14 +31,16 @@ def start(local_rank: int) -> torch.device:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not guess and warn
     import deepspeed  # slow to import
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that newer releases of PyTorch want changed: nothing a user can do.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # On CPU DeepSpeed would compile a shared-memory op, and die where there is no compiler; gloo serves as well here.
     if "deepspeed_shm_comm" in getattr(deepspeed.ops, "__compatible_ops__", {}):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
@@ -62,6 +64,11 @@ def engine_config(settings: dict, path: str, args) -> dict:
     settings["gradient_accumulation_steps"] = 1  # accumulation is train.py's loop, with windows of any size
     settings["gradient_clipping"] = args.max_grad_norm
     settings["bf16"] = {"enabled": args.bf16}
+    zero = settings.setdefault("zero_optimization", {})
+    if args.bf16 and not zero.get("stage"):
+        # DeepSpeed's stage 0 takes one empty Adam step before the first real one in bfloat16, which then is too short.
+        say(f"{path}: ZeRO stage 1 instead of 0, which is not exact in bfloat16")
+        zero["stage"] = 1
     settings.setdefault("steps_per_print", 10**9)
     # DeepSpeed calls an optimizer it did not make itself "untested"; AdamW of PyTorch is the plainest there is.
     settings.setdefault("zero_allow_untested_optimizer", True)

@@ -21,6 +21,9 @@ def run_script(main) -> int:
         if os.environ.get("RANK", "0") == "0":  # all ranks find the same mistake
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:  # `train.py --inspect | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        return 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         return 130

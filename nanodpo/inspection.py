@@ -1,33 +1,51 @@
 """`train.py --inspect`: what the model will be trained on, token by token, before any training."""
 
+import sys
+
 from .tokens import DataSet
 
-BINS = 12
+BINS, HEAD, TAIL = 12, 200, 60
 
 
 def inspect(data: DataSet, tokenizer, limit: int) -> str:
     """One example with its scored tokens in brackets, the ids around the boundary, and the lengths of all."""
     example = data.examples[0]
     parts = [data.report(), f"\nrow {example.row}; [scored tokens] in brackets"]
-    for side in ("chosen", "rejected"):
+    for side, cut in zip(("chosen", "rejected"), example.cut):
         response = getattr(example, side)
         if response is None:
             continue
-        text = _mark(tokenizer, example.prompt, False) + _mark(tokenizer, response, True)
-        near = [(i, False) for i in example.prompt[-5:]] + [(i, True) for i in response[:5]]
-        ids = "  ".join(f"{'*' if scored else ''}{i}:{tokenizer.decode([i])!r}" for i, scored in near)
-        parts += [f"\n--- {side}: {len(example.prompt)} prompt + {len(response)} scored tokens", text,
+        near = [(i, "") for i in example.prompt[-5:]] + [(i, "*") for i in response[:5]]
+        ids = "  ".join(f"{star}{i}:{tokenizer.decode([i])!r}" for i, star in near)
+        parts += [f"\n--- {side}: {len(example.prompt)} prompt + {len(response)} scored tokens" + ", cut" * cut,
+                  tokenizer.decode(example.prompt) + _scored(tokenizer, response),
                   f"boundary, scored ids starred: {ids}"]
-    return "\n".join([*parts, "", histogram([e.length for e in data.examples], limit)])
+    return "\n".join([*parts, "", histogram(data.lengths, limit)])
 
 
-def _mark(tokenizer, ids: list[int], scored: bool) -> str:
-    pieces = [tokenizer.decode([i]) for i in ids]
-    return "".join(f"[{piece}]" for piece in pieces) if scored else "".join(pieces)
+def _scored(tokenizer, ids: list[int]) -> str:
+    """The tokens in brackets; of a long response its beginning and end."""
+    hidden = len(ids) - HEAD - TAIL
+    if hidden > 0:
+        head, tail = _brackets(tokenizer, ids[:HEAD]), _brackets(tokenizer, ids[-TAIL:])
+        return f"{head}\n... {hidden} more tokens ...\n{tail}"
+    return _brackets(tokenizer, ids)
+
+
+def _brackets(tokenizer, ids: list[int]) -> str:
+    """Each token's text; tokens that hold only part of a character share a bracket."""
+    pieces, part = [], []
+    for i in ids:
+        part.append(i)
+        text = tokenizer.decode(part)
+        if not text.endswith("\ufffd") or len(part) == 4:  # no character has more than four bytes
+            pieces.append(text)
+            part = []
+    return "".join(f"[{piece}]" for piece in pieces + [tokenizer.decode(part)] * bool(part))
 
 
 def histogram(lengths: list[int], limit: int) -> str:
-    """Text bars of sequence lengths, in tokens, with the share at the limit."""
+    """Text bars of sequence lengths in tokens, before any cut, with the share over the limit."""
     low, high = min(lengths), max(lengths)
     width = max(1, -(-(high - low + 1) // BINS))
     counts = [0] * ((high - low) // width + 1)
@@ -35,5 +53,6 @@ def histogram(lengths: list[int], limit: int) -> str:
         counts[(length - low) // width] += 1
     lines = [f"{low + i * width:>7}-{low + (i + 1) * width - 1:<7}{'#' * round(50 * c / max(counts)):<51}{c}"
              for i, c in enumerate(counts)]
-    at_limit = sum(length >= limit for length in lengths) / len(lengths)
-    return "\n".join([f"prompt + longest response, tokens ({at_limit:.1%} at the limit of {limit})", *lines])
+    over = sum(length > limit for length in lengths) / len(lengths)
+    bound = "no limit" if limit == sys.maxsize else f"{over:.1%} over the limit of {limit}"
+    return "\n".join([f"prompt + longest response, tokens, before any cut ({bound})", *lines])

@@ -1,4 +1,4 @@
-"""From hidden states to log-probabilities: the one path that policy, reference, evaluation and scoring take. Torch only.
+"""From hidden states to log-probabilities: the one path of policy, reference, evaluation and scoring. Torch only.
 
 Shapes: B batch, T row length, N scored tokens, S sequences, D hidden size, V vocabulary, C tokens in a chunk.
 
@@ -8,6 +8,7 @@ over a response are float64, so that 20,000 terms and any order of them cost no 
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits
 
@@ -55,8 +56,8 @@ class _TokenLogProbs(torch.autograd.Function):
     """log softmax(W h)[y] for each row of h, in chunks.
 
     Frozen head: the gradient by h, W[y] - softmax(W h) W, is taken while the chunk's logits are there and kept, (N, D);
-    backward multiplies it by the incoming (N,) gradient. A token's log-prob depends on no other hidden state, so this is
-    right for any loss. Trainable head: backward computes the logits again and sums dW in float32.
+    backward multiplies it by the incoming (N,) gradient. A token's log-prob depends on no other hidden state, so this
+    is right for any loss. Trainable head: backward computes the logits again and sums dW in float32.
     """
 
     @staticmethod
@@ -78,6 +79,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return logps
 
     @staticmethod
+    @once_differentiable  # what is kept is a constant to autograd: a second derivative would be wrong, not just missing
     def backward(ctx, grad):
         if not ctx.trainable:
             (kept,) = ctx.saved_tensors
@@ -108,7 +110,7 @@ class SequenceLogProbs(nn.Module):
     """A causal language model that answers a row with log-probabilities instead of logits."""
 
     def __init__(self, model: nn.Module, chunk: int | None = None):
-        """`model` is a transformers causal LM, or one wrapped by PEFT. Raises ValueError for an adapted output layer."""
+        """`model`: a transformers causal LM, bare or wrapped by PEFT. Raises ValueError for an adapted output layer."""
         super().__init__()
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -124,7 +126,9 @@ class SequenceLogProbs(nn.Module):
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         extra = {} if row.segments is None else {"position_ids": row.position_ids, "segments": row.segments}
         states = inner.base_model(input_ids=row.input_ids, use_cache=False, **extra).last_hidden_state  # (B, T, D)
-        return self.head(states.flatten(0, 1).index_select(0, row.rows), row.targets)
+        scored = states.flatten(0, 1).index_select(0, row.rows)
+        # Mamba and its like keep hidden states in float32 and cast them before the output layer.
+        return self.head(scored.to(self.head.weight.dtype), row.targets)
 
     def forward(self, row) -> Tensor:
         """Row -> (S,): the summed log-prob of each response, nats, float64."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,7 +31,9 @@ class Source:
 def open_source(name: str, trust_remote_code: bool) -> Source:
     """Reads config and tokenizer of a model or adapter, without its weights. Raises UserError for what is not there."""
     from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # a bar for every file read or written, on every rank
     adapter_config = Path(name) / "adapter_config.json"
     base, adapter = name, None
     if adapter_config.is_file():
@@ -61,14 +64,13 @@ def load_model(source: Source, args) -> nn.Module:
     """The policy at its start: the base model, its adapter where it has one, a fresh LoRA where args ask for one."""
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    dtype, remote = torch.bfloat16 if args.bf16 else torch.float32, {"trust_remote_code": args.trust_remote_code}
     torch.manual_seed(args.seed)  # every rank draws the same weights
     try:
         if args.random_init:
-            model = AutoModelForCausalLM.from_config(source.config, dtype=dtype, trust_remote_code=args.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(source.config, dtype=dtype, **remote)
         else:
-            model = AutoModelForCausalLM.from_pretrained(source.base, dtype=dtype,
-                                                         trust_remote_code=args.trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(source.base, dtype=dtype, **remote)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{source.base}: the weights can't be loaded: {_first_line(error)}") from error
     if source.adapter:
@@ -101,12 +103,14 @@ def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
         names = [name.strip() for name in names if name.strip()]
         modules = [name for name, _ in model.named_modules()]
         if unknown := [n for n in names if not any(m == n or m.endswith("." + n) for m in modules)]:
-            linear = sorted({m.rpartition(".")[2] for m, layer in model.named_modules() if isinstance(layer, nn.Linear)})
+            layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+            linear = sorted({name.rpartition(".")[2] for name in layers})
             raise UserError(f"--lora_target_modules: the model has no module {', '.join(unknown)}; its linear layers "
                             f"are {', '.join(linear)}")
     config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                         target_modules=names, task_type="CAUSAL_LM")
     head = model.get_output_embeddings()
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # between PEFT and transformers
     try:
         # The adapter takes the base's dtype; DeepSpeed keeps float32 master weights of it.
         model = get_peft_model(model, config, autocast_adapter_dtype=False)

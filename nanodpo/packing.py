@@ -21,7 +21,7 @@ class Segments:
     """Where the sequences of a packed row lie, for attention. Tensors are int32 or int64 on the row's device."""
 
     spans: list[tuple[int, int, int, int]]  # a sequence each: prompt start, prompt end, response start, response end
-    cu_q: Tensor  # (S+1,) borders of the queries: prompt and first response are one stretch, every other response its own
+    cu_q: Tensor  # (S+1,) borders of the queries: prompt and first response are one stretch, any other response its own
     cu_k: Tensor  # (S+1,) borders of the keys: each stretch sees its prompt and itself
     keys: Tensor  # (K,) row positions of the keys in that order
     max_q: int
@@ -73,6 +73,7 @@ def pack(groups: list[Group]) -> Row:
     >>> row.segments.spans, row.segments.keys.tolist()
     ([(0, 2, 2, 4), (0, 2, 4, 5)], [0, 1, 2, 3, 0, 1, 4])
     """
+    _check(groups)
     ids, positions, rows, targets, seq, spans = [], [], [], [], [], []
     for prompt, responses in groups:
         start, end = len(ids), len(ids) + len(prompt)
@@ -88,6 +89,12 @@ def pack(groups: list[Group]) -> Row:
             positions += range(len(prompt), len(prompt) + len(response))
     line = torch.tensor([ids]), torch.tensor([positions])
     return Row(*line, torch.tensor(rows), torch.tensor(targets), torch.tensor(seq), len(spans), _segments(spans))
+
+
+def _check(groups: list[Group]) -> None:
+    """Without a prompt token nothing predicts a response; without responses, or tokens in one, nothing is scored."""
+    for i, (prompt, responses) in enumerate(groups):
+        assert prompt and responses and all(responses), f"group {i}: empty prompt, no response, or an empty one"
 
 
 def _segments(spans) -> Segments:
@@ -106,6 +113,7 @@ def pad(groups: list[Group]) -> Row:
 
     The padding needs no mask: no token of a causal model sees what follows it, and no padding is scored.
     """
+    _check(groups)
     lines = [(prompt, response) for prompt, responses in groups for response in responses]
     width = max(len(prompt) + len(response) for prompt, response in lines)
     input_ids = torch.zeros(len(lines), width, dtype=torch.long)

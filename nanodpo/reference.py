@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .distributed import from_main, is_main, say, sum_over_ranks
-from .errors import UserError
+from .errors import RunStopped, UserError
 
 
 def data_hash(examples) -> str:
@@ -30,7 +30,7 @@ def reference_logps(examples, batches, score, fingerprint: dict, cache_dir: str,
     """(n, 2) float64 on CPU: the reference's summed log-probs of chosen and rejected; NaN for pairs not visited.
 
     `batches` are this rank's micro-batches, (indices, weight) each, as many on every rank; `score` maps indices to
-    (P, 2). Raises UserError where the cache can't be written, RuntimeError for a log-prob that is not finite.
+    (P, 2). Raises UserError where the cache can't be written, RunStopped for a log-prob that is not finite.
     """
     file = cache_file(cache_dir, fingerprint)
     wanted = torch.zeros(len(examples), dtype=torch.float64)
@@ -49,7 +49,7 @@ def reference_logps(examples, batches, score, fingerprint: dict, cache_dir: str,
     sums, counts = sum_over_ranks(sums.to(device)).cpu(), sum_over_ranks(counts.to(device)).cpu()
     known = torch.where(counts > 0, sums / counts, known)
     if bad := (~known.isfinite()[wanted].all(1)).sum().item():
-        raise RuntimeError(f"{bad} reference log-probs are not finite: the starting model is broken")
+        raise RunStopped(f"{bad} reference log-probs are not finite: the starting model is broken")
     if is_main():
         _save(file, known, fingerprint)
     say(f"reference: {int(wanted.sum())} pairs computed, kept in {file}")

@@ -17,7 +17,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def pairs_of_step(n: int, pairs_per_step: int, seed: int, step: int) -> list[int]:
-    """Indices of step `step` (from 0). The last step of an epoch takes what is left, so no pair is seen twice in one."""
+    """Indices of step `step`, from 0. The last step of an epoch takes what is left: no pair comes twice in one."""
     epoch, window = divmod(step, math.ceil(n / pairs_per_step))
     return list(epoch_order(n, seed, epoch)[window * pairs_per_step : (window + 1) * pairs_per_step])
 

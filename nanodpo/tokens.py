@@ -1,28 +1,18 @@
 """Texts -> token ids, with the boundary, the limits and every dropped row accounted for.
 
-Lengths are in tokens, always. A row is an Example: prompt ids, and the ids of each response with its end of turn.
+Lengths are in tokens, always.
 """
 
 import collections
 import dataclasses
 
-from .data import Texts, choose_fields, read_rows, render_row
+from .data import Texts, render_row
 from .errors import UserError
+from .example import Example, too_long, truncate
+from .rows import choose_fields, read_rows
 from .template import Template
 
-
-@dataclasses.dataclass
-class Example:
-    row: int  # number of the row in its file
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int] | None
-    cut: tuple[bool, bool] = (False, False)  # was chosen, rejected truncated
-
-    @property
-    def length(self) -> int:
-        """The longest [prompt | response], in tokens."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected or ()))
+SHOWN = 3  # rows that a message names; dropped_rows.jsonl has them all
 
 
 @dataclasses.dataclass
@@ -31,11 +21,13 @@ class DataSet:
     examples: list[Example]
     dropped: list[dict]  # {"file", "row", "reason"}
     notes: collections.Counter  # what was normalised or found, and in how many rows
+    lengths: list[int] = dataclasses.field(default_factory=list)  # of every tokenised row, before any cut or drop
 
     def report(self) -> str:
-        lines = [f"data {self.path}: {len(self.examples)} rows, {len(self.dropped)} dropped"]
-        lines += [f"  {count} rows: {note}" for note, count in sorted(self.notes.items())]
-        return "\n".join(lines)
+        lines = [f"data {self.path}: {_rows(len(self.examples))}, {len(self.dropped)} dropped"]
+        lines += [f"  {_rows(count)}: {note}" for note, count in sorted(self.notes.items())]
+        lines += [f"  dropped row {row['row']}: {row['reason']}" for row in self.dropped[:SHOWN]]
+        return "\n".join(lines + [f"  ... and {len(self.dropped) - SHOWN} more"] * (len(self.dropped) > SHOWN))
 
 
 def load_dataset(path: str, template: Template, args, limit: int, pairs: bool) -> DataSet:
@@ -52,28 +44,43 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool) -
             values = [row[name] if name else None for name in fields]
             texts.append(render_row(template, number, *values, has_rejected=fields[2] is not None))
         except UserError as error:
-            _bad_row(data, number, str(error), args.on_bad_row)
+            _drop(data, number, str(error))
     for text, example in zip(texts, _tokenize(texts, template.tokenizer, args.boundary)):
         if isinstance(example, str):
-            _bad_row(data, text.row, example, args.on_bad_row)
-        elif reason := _too_long(example, args.max_prompt_length, limit):
+            _drop(data, text.row, example)
+            continue
+        data.notes.update(set(text.notes))  # a set: both sides may say the same of one row
+        data.lengths.append(example.length)
+        if reason := too_long(example, args.max_prompt_length, limit):
             overlong.append((example, reason))
         else:
             data.examples.append(example)
-        data.notes.update(text.notes)
+    if data.dropped and args.on_bad_row == "error":
+        raise UserError(f"{path}: {len(data.dropped)} of {_rows(len(rows))} can't be used; {_worst(data.dropped)}. Mend "
+                        "them, or leave such rows out with --on_bad_row drop")
     _handle_overlong(data, overlong, limit, args)
     duplicates = len(texts) - len({(t.prompt, t.chosen, t.rejected) for t in texts})
     if duplicates:
-        data.notes["duplicate of another row"] = duplicates
+        data.notes["repeats an earlier row"] = duplicates
     if not data.examples:
-        raise UserError(f"{path}: no usable row left of {len(rows)}; first: {data.dropped[0]['reason']}")
+        raise UserError(f"{path}: no usable row is left of {len(rows)}; {_worst(data.dropped)}")
     return data
 
 
-def _bad_row(data: DataSet, number: int, reason: str, policy: str) -> None:
-    if policy == "error":
-        raise UserError(f"{data.path}: row {number}: {reason}; mend it, or drop such rows with --on_bad_row drop")
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
+
+
+def _drop(data: DataSet, number: int, reason: str) -> None:
     data.dropped.append({"file": data.path, "row": number, "reason": reason})
+
+
+def _worst(dropped: list[dict]) -> str:
+    """The first rows of a list of dropped ones, each reason once."""
+    first = {}
+    for row in dropped:
+        first.setdefault(row["reason"], row["row"])
+    return "; ".join(f"row {row}: {reason}" for reason, row in list(first.items())[:SHOWN])
 
 
 def _tokenize(texts: list[Texts], tokenizer, boundary: str) -> list[Example | str]:
@@ -87,7 +94,7 @@ def _tokenize(texts: list[Texts], tokenizer, boundary: str) -> list[Example | st
         if responses[0] is None:
             sides.append([None] * len(texts))
         elif boundary == "concat":
-            sides.append(tokenizer(responses, add_special_tokens=False).input_ids)
+            sides.append(_ids(tokenizer, responses))
         else:
             wholes = _encode(tokenizer, [t.prompt + r for t, r in zip(texts, responses)])
             sides.append([_after(prompt, whole, tokenizer) for prompt, whole in zip(prompts, wholes)])
@@ -98,6 +105,8 @@ def _example(text: Texts, prompt: list[int], chosen, rejected) -> Example | str:
     for name, ids in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(ids, str):
             return f"{name}: {ids}"
+        if ids == []:
+            return f"{name} has no tokens"
     if not prompt:
         return "prompt has no tokens"
     if chosen == rejected:
@@ -107,11 +116,16 @@ def _example(text: Texts, prompt: list[int], chosen, rejected) -> Example | str:
 
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids with exactly one BOS in front where the tokenizer uses one, and no other special token added."""
-    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    ids = _ids(tokenizer, texts)
     bos = tokenizer.bos_token_id
     # A rendered template may have written its BOS as text already.
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     return [[bos, *line] if adds_bos and line[:1] != [bos] else line for line in ids]
+
+
+def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    # Not verbose: it would warn of texts beyond the model's context, which are handled here.
+    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
 
 
 def _after(prompt: list[int], whole: list[int], tokenizer) -> list[int] | str:
@@ -124,43 +138,22 @@ def _after(prompt: list[int], whole: list[int], tokenizer) -> list[int] | str:
             "tokenise them apart with --boundary concat")
 
 
-def _too_long(example: Example, max_prompt: int | None, limit: int) -> str | None:
-    if max_prompt and len(example.prompt) > max_prompt:
-        return f"prompt of {len(example.prompt)} tokens, over --max_prompt_length {max_prompt}"
-    if example.length > limit:
-        return f"{example.length} tokens, over the limit of {limit}"
-    return None
-
-
 def _handle_overlong(data: DataSet, overlong: list[tuple[Example, str]], limit: int, args) -> None:
     if overlong and args.overlong == "error":
-        worst = sorted(overlong, key=lambda item: -item[0].length)[:3]
+        worst = sorted(overlong, key=lambda item: -item[0].length)[:SHOWN]
         total = len(data.examples) + len(overlong)
-        raise UserError(
-            f"{data.path}: {len(overlong)} of {total} rows ({len(overlong) / total:.0%}) are too long; longest: "
-            + "; ".join(f"row {e.row}: {reason}" for e, reason in worst)
-            + ". Raise --max_length, or use --overlong drop or --overlong truncate")
+        raise UserError(f"{data.path}: {len(overlong)} of {_rows(total)} ({len(overlong) / total:.1%}) are too long; "
+                        f"longest: {'; '.join(f'row {e.row}: {reason}' for e, reason in worst)}. Raise the limit, or "
+                        "use --overlong drop or --overlong truncate")
     for example, reason in overlong:
         cut = None if args.overlong == "drop" else truncate(example, limit, args.max_prompt_length)
         if cut is None:
-            data.dropped.append({"file": data.path, "row": example.row, "reason": reason})
+            # A cut of the responses can fail too: a prompt that leaves no room, responses that differ too late.
+            reason += "; cut, no two responses would be left" * (args.overlong == "truncate")
+            _drop(data, example.row, reason)
             continue
         data.examples.append(cut)
         sides = "both responses" if all(cut.cut) else f"only {'chosen' if cut.cut[0] else 'rejected'}"
         data.notes[f"{sides} cut to fit {limit} tokens"] += 1
     data.examples.sort(key=lambda example: example.row)
-
-
-def truncate(example: Example, limit: int, max_prompt: int | None = None) -> Example | None:
-    """Each response cut at its end to fit `limit` with the whole prompt, never closed again.
-
-    None where no token of a response would be left, where the cut makes both responses equal, or for a long prompt.
-    """
-    room = limit - len(example.prompt)
-    if room < 1 or (max_prompt and len(example.prompt) > max_prompt):
-        return None
-    chosen, rejected = example.chosen[:room], example.rejected and example.rejected[:room]
-    if chosen == rejected:
-        return None
-    cut = len(example.chosen) > room, len(example.rejected or ()) > room
-    return Example(example.row, example.prompt, chosen, rejected, cut)
+    data.dropped.sort(key=lambda row: row["row"])

@@ -1,0 +1,43 @@
+"""One row in tokens, and how it is made to fit a limit. Lengths are in tokens, always."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class Example:
+    """Prompt ids, and the ids of each response with its end of turn; rejected is None in SFT data."""
+
+    row: int  # number of the row in its file
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int] | None
+    cut: tuple[bool, bool] = (False, False)  # was chosen, rejected truncated
+
+    @property
+    def length(self) -> int:
+        """The longest [prompt | response], in tokens."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected or ()))
+
+
+def too_long(example: Example, max_prompt: int | None, limit: int) -> str | None:
+    """Which limit an example breaks, or None."""
+    if max_prompt and len(example.prompt) > max_prompt:
+        return f"prompt of {len(example.prompt)} tokens, over --max_prompt_length {max_prompt}"
+    if example.length > limit:
+        return f"{example.length} tokens, over --max_length {limit}"
+    return None
+
+
+def truncate(example: Example, limit: int, max_prompt: int | None = None) -> Example | None:
+    """Each response cut at its end to fit `limit` with the whole prompt, never closed again.
+
+    None where no token of a response would be left, where the cut makes both responses equal, or for a long prompt.
+    """
+    room = limit - len(example.prompt)
+    if room < 1 or (max_prompt and len(example.prompt) > max_prompt):
+        return None
+    chosen, rejected = example.chosen[:room], example.rejected and example.rejected[:room]
+    if chosen == rejected:
+        return None
+    cut = len(example.chosen) > room, len(example.rejected or ()) > room
+    return Example(example.row, example.prompt, chosen, rejected, cut)

@@ -1,0 +1,51 @@
+"""What tells a run its settings besides its flags: a YAML or JSON file, and the launcher's environment."""
+
+import json
+import os
+from pathlib import Path
+
+from .errors import UserError
+
+
+def read_settings(path: str, names: list[str]) -> list[str]:
+    """A flat YAML or JSON file as flags, so that argparse converts and checks its values like any others.
+
+    Values stay as they are written (1e-5, 010): YAML would take the first for text and the second for 8. Raises
+    UserError for an unreadable file, a key not in `names` and a nested value.
+    """
+    import yaml  # a dependency of transformers
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if path.endswith(".json"):
+            settings = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+        else:
+            settings = yaml.load(text, Loader=yaml.BaseLoader)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not YAML or JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected settings like `learning_rate: 1e-5`, found {type(settings).__name__}")
+    if unknown := [str(key) for key in settings if key not in names]:
+        raise UserError(f"{path}: unknown setting {', '.join(unknown)}; `train.py --help` lists them")
+    for key, value in settings.items():
+        if isinstance(value, (dict, list)):
+            raise UserError(f"{path}: {key} must be a single value, found {json.dumps(value)[:100]}")
+    return [f"--{key}={value}" for key, value in settings.items() if value not in (None, "", "null", "~")]
+
+
+def local_rank(flag: int) -> int:
+    """This process's place on its machine. --local_rank serves launchers that set no LOCAL_RANK; both must agree."""
+    given = os.environ.get("LOCAL_RANK")
+    if given is not None and not given.isdecimal():
+        raise UserError(f"LOCAL_RANK is {given!r} in the environment, not a rank")
+    rank = flag if flag >= 0 else int(given or 0)
+    if given is not None and rank != int(given):
+        raise UserError(f"--local_rank {flag}, but LOCAL_RANK is {given}")
+    if "RANK" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", str(rank))  # DeepSpeed reads it there
+    elif flag > 0:
+        raise UserError(f"--local_rank {flag} without RANK: start several processes with deepspeed or torchrun; to "
+                        "choose a GPU set CUDA_VISIBLE_DEVICES")
+    return rank

@@ -1,0 +1,93 @@
+"""What several test files share: a tiny model and tokenizer made on the spot, and launches of the real scripts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def make_tokenizer():
+    """Byte-level, one token a byte, ChatML; the pad token is not the end of turn."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   additional_special_tokens=["<|im_start|>"])
+    fast.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+                          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    return fast
+
+
+def make_model(seed: int = 0, tied: bool = True, dtype=torch.float32):
+    """A random Llama of 2 layers whose vocabulary is make_tokenizer's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, eos_token_id=258,
+        pad_token_id=256)).to(dtype)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with a model (model/), an untied one (untied/) and pairs of ragged lengths (train.jsonl, 11 rows)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name, tied in (("model", True), ("untied", False)):
+        make_model(tied=tied).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    rows = [{"prompt": f"What is {i}+{i}? ", "chosen": f"It is {2 * i}, " + "sure " * (i % 4),
+             "rejected": "No idea" + "!" * (3 * i + 1)} for i in range(11)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def launch(*arguments, ranks: int = 1, launcher: str = "python", check: bool = True, cwd=ROOT):
+    """Runs a script as a user would. Returns the finished process, its output as text."""
+    port = str(20000 + (os.getpid() * 7 + launch.count * 13) % 20000)  # side by side with other test processes
+    launch.count += 1
+    start = {"python": [sys.executable], "deepspeed": [str(Path(sys.executable).with_name("deepspeed")),
+                                                       "--num_gpus", str(ranks), "--master_port", port],
+             "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+                          "--master_port", port]}[launcher if ranks == 1 else "torchrun" if launcher == "python"
+                                                  else launcher]
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment = clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd,
+                          timeout=600)
+    if check and done.returncode:
+        raise AssertionError(f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done
+
+
+launch.count = 0
+
+
+def train(tiny: Path, output: Path, *flags, model: str = "model", **how) -> list[dict]:
+    """A run of train.py on the tiny model; returns the lines of its metrics.jsonl."""
+    launch(ROOT / "train.py", "--model_name", tiny / model, "--train_file_path", tiny / "train.jsonl", "--output_dir",
+           output, "--cache_dir", output.parent / "cache", *flags, **how)
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def zero(folder: Path, stage: int) -> Path:
+    """A DeepSpeed file with this ZeRO stage."""
+    file = folder / f"zero{stage}.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    return file

@@ -1,0 +1,33 @@
+"""Trains, then computes the reference again with the trained engine; launched by test_train.py on two ranks."""
+
+import json
+import sys
+
+import train
+from nanodpo.distributed import sum_over_ranks
+from nanodpo.models import reference_policy
+
+
+def compare(run):
+    """In place of train.finish: every reference log-prob from the same rows, through the adapter-free model."""
+    import torch
+
+    from nanodpo.schedule import deal, pairs_of_step
+
+    n, again = len(run.train.examples), torch.zeros_like(run.ref)
+    rows = [row for step in range(run.steps_per_epoch)
+            for row in deal(pairs_of_step(n, run.pairs_per_step, run.args.seed, step), 1, run.rank, run.world)]
+    trained = torch.zeros_like(run.ref)
+    for indices, weight in rows:
+        with reference_policy(run.engine.module.model, fresh_lora=True):
+            again[indices] += weight * train.score(run, run.train, indices)
+        trained[indices] += weight * train.score(run, run.train, indices)
+    again, trained = sum_over_ranks(again), sum_over_ranks(trained)
+    if run.rank == 0:
+        result = {"largest_difference": (again - run.ref).abs().max().item(),
+                  "moved": bool((trained - run.ref).abs().max() > 1e-3)}
+        (run.folder / "again.json").write_text(json.dumps(result))
+
+
+train.finish = compare
+train.main(sys.argv[1:])

@@ -1,0 +1,223 @@
+"""Whole runs of train.py against an independent trainer: what a run computes, and what it leaves."""
+
+import json
+import math
+
+import oracle
+import pytest
+import torch
+from conftest import ROOT, launch, train, zero
+from safetensors.torch import load_file, save_file
+
+from nanodpo.schedule import pairs_of_step
+
+pytestmark = pytest.mark.slow
+LORA = ("--learning_rate", "1e-3", "--lora_r", "4", "--num_train_epochs", "1")
+FULL = ("--learning_rate", "1e-3", "--use_lora", "false", "--num_train_epochs", "1")
+MICRO4, ACCUMULATE4, RANKS2 = (
+    ("--per_device_train_batch_size", "4"),
+    ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"),
+    ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"))
+WINDOWS = [pairs_of_step(11, 4, 42, step) for step in range(3)]  # 4 + 4 + 3 of the 11 pairs
+# name: flags, ZeRO stage, ranks, launcher
+RUNS = {
+    "micro": ((*LORA, *MICRO4), 0, 1, "python"),
+    "accumulate": ((*LORA, *ACCUMULATE4), 2, 1, "deepspeed"),
+    "ranks": ((*LORA, *RANKS2), 0, 2, "torchrun"),
+    "ranks-zero1": ((*LORA, *RANKS2), 1, 2, "torchrun"),
+    "ranks-zero2": ((*LORA, *RANKS2), 2, 2, "deepspeed"),
+    "ranks-zero3": ((*LORA, *RANKS2, "--gradient_checkpointing"), 3, 2, "deepspeed"),
+    "full-tied": ((*FULL, *MICRO4), 2, 1, "python"),
+    "full-tied-checkpointing": ((*FULL, *MICRO4, "--gradient_checkpointing"), 0, 1, "python"),
+    "full-tied-zero3": ((*FULL, *RANKS2, "--gradient_checkpointing"), 3, 2, "torchrun"),
+    "full-untied-zero3": ((*FULL, *RANKS2), 3, 2, "torchrun"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """Each run of RUNS, made when first asked for: (folder, lines of metrics.jsonl)."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+
+    def get(name):
+        if name not in made:
+            flags, stage, ranks, launcher = RUNS[name]
+            model = "untied" if "untied" in name else "model"
+            # References of each run are its own: a cache would hide a wrong one.
+            lines = train(tiny, folder / name / "run", *flags, "--deepspeed", zero(tiny, stage), ranks=ranks,
+                          launcher=launcher, model=model)
+            made[name] = folder / name / "run", lines
+        return made[name]
+
+    return get
+
+
+def weights(folder):
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_equals_an_independent_trainer(name, runs, tiny):
+    """R-E1, R-E2, R-E5, R-G5, R-G8, R-G10: losses, norms, log-probs and weights of plain full-logits DPO, however the
+    step is cut, sharded and checkpointed; the last window is uneven."""
+    folder, lines = runs(name)
+    base = tiny / ("untied" if "untied" in name else "model")
+    model = oracle.load(base) if "full" in name else oracle.load(folder / "checkpoint-0", base)
+    expected = oracle.train(model, oracle.read_pairs(tiny / "train.jsonl"), WINDOWS)
+    assert len(lines) == 3
+    for line, truth in zip(lines, expected):
+        for key, value in truth.items():
+            assert line[key] == pytest.approx(value, rel=1e-5), (line["step"], key)
+    saved = weights(folder / "checkpoint-3")
+    start = weights(folder / "checkpoint-0")
+    for key, value in model.state_dict().items():
+        key = key.replace(".default.", ".")
+        if key in saved and (".lora_" in key or "full" in name):
+            # Adam divides by the gradient's size, so weights with almost none are the loosest.
+            moved = (value - start[key]).norm()
+            assert (saved[key] - value).norm() <= 1e-4 * moved + 1e-7, key
+
+
+@pytest.mark.parametrize("name", ["accumulate", "ranks", "ranks-zero1", "ranks-zero2", "ranks-zero3"])
+def test_the_cut_of_a_step_changes_nothing(name, runs):
+    """R-E1: micro 4 x 1 x 1 rank = 1 x 4 x 1 = 1 x 2 x 2 in loss, grad norm and weights to 1e-6."""
+    (one, first), (other, second) = runs("micro"), runs(name)
+    for a, b in zip(first, second, strict=True):
+        for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logps/rejected", "rewards/accuracies"):
+            assert b[key] == pytest.approx(a[key], rel=1e-6, abs=1e-6), (a["step"], key)
+    after, same = weights(one / "checkpoint-3"), weights(other / "checkpoint-3")
+    for key in after:
+        assert (after[key] - same[key]).abs().max() <= 2e-6, key
+
+
+def test_step_0_is_ln_2(runs):
+    """R-C5: a fresh LoRA is its reference, bit for bit."""
+    for name in ("micro", "ranks-zero3", "full-tied"):
+        line = runs(name)[1][0]
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-12)
+        assert line["rewards/chosen"] == line["rewards/rejected"] == line["rewards/margins"] == 0.0
+        assert line["rewards/ties"] == 1.0 and line["rewards/accuracies"] == 0.0
+
+
+def test_an_adapter_of_zero3_opens_in_plain_peft(tiny, tmp_path):
+    """R-G1, R-G3: saved by two ranks under ZeRO-3, opened by PEFT on CPU, it gives the live model's log-probs, and so
+    does merged/, which generates."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lines = train(tiny, tmp_path / "run", *LORA, *RANKS2, "--deepspeed", zero(tiny, 3), "--merge_weights",
+                  "--eval_file_path", tiny / "train.jsonl", ranks=2)
+    live = [line for line in lines if "eval_loss" in line][-1]
+    assert live["step"] == 3
+    pairs = oracle.read_pairs(tiny / "train.jsonl")
+    adapter = oracle.load(tmp_path / "run" / "checkpoint-3", tiny / "model").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged").eval()
+    for model in (adapter, merged):
+        with torch.no_grad():
+            mean = sum(oracle.sequence_logp(model, p, chosen).item() for p, chosen, _ in pairs) / len(pairs)
+        assert live["eval_logps/chosen"] == pytest.approx(mean, rel=1e-6)
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight  # still tied
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "run" / "merged")("What is 1+1? ", return_tensors="pt")
+    assert merged.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] == prompt.input_ids.shape[1] + 3
+
+
+def test_sft_is_the_mean_over_all_tokens(tiny, tmp_path):
+    """SFT weighs every token of a step the same, over uneven micro-batches and ranks, and evaluates both sides."""
+    lines = train(tiny, tmp_path / "run", *FULL, *RANKS2, "--loss", "sft", "--eval_file_path", tiny / "train.jsonl",
+                  ranks=2)
+    model = oracle.load(tiny / "model")
+    pairs = oracle.read_pairs(tiny / "train.jsonl")
+    expected = oracle.train(model, pairs, WINDOWS, loss="sft")
+    steps = [line for line in lines if "loss" in line]
+    for line, truth in zip(steps, expected, strict=True):
+        for key, value in truth.items():
+            assert line[key] == pytest.approx(value, rel=1e-5), (line["step"], key)
+    with torch.no_grad():
+        rejected = [oracle.sequence_logp(model, p, r).item() / len(r) for p, _, r in pairs]
+    last = [line for line in lines if "eval_loss" in line][-1]
+    assert last["eval_logps_per_token/rejected"] == pytest.approx(sum(rejected) / len(pairs), rel=1e-4)
+
+
+def test_dpo_on_an_sft_adapter_keeps_it_as_reference(tiny, tmp_path):
+    """R-D1: the reference of a run that starts from an adapter is that adapter, not the bare model."""
+    train(tiny, tmp_path / "sft", *LORA, *MICRO4, "--loss", "sft")
+    start = tmp_path / "sft" / "checkpoint-3"
+    done = launch(ROOT / "train.py", "--model_name", start, "--train_file_path", tiny / "train.jsonl", "--output_dir",
+                  tmp_path / "dpo", "--cache_dir", tmp_path / "cache", *MICRO4, "--max_steps", "2")
+    assert "LoRA on" in done.stdout
+    first, second = map(json.loads, (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines())
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-12)
+    pairs, model = oracle.read_pairs(tiny / "train.jsonl"), oracle.load(start, tiny / "model").eval()
+    with torch.no_grad():
+        truth = sum(oracle.sequence_logp(model, *pairs[i][:2]).item() for i in WINDOWS[0]) / 4
+    assert first["ref_logps/chosen"] == pytest.approx(truth, rel=1e-6)
+    assert second["rewards/margins"] != 0
+
+
+def test_reference_is_cached_and_a_stale_one_is_not_used(tiny, tmp_path):
+    """R-D5: the same run reads the cache; other weights do not, and it says why."""
+    again = [ROOT / "train.py", "--train_file_path", tiny / "train.jsonl", "--cache_dir", tmp_path / "cache",
+             "--max_steps", "1", *MICRO4]
+    from conftest import make_model, make_tokenizer
+
+    start = tmp_path / "start"
+    make_model().save_pretrained(start)
+    make_tokenizer().save_pretrained(start)
+    outputs = []
+    for i, seed in enumerate((0, 0, 1)):
+        make_model(seed).save_pretrained(start)
+        outputs.append(launch(*again, "--model_name", start, "--output_dir", tmp_path / str(i)).stdout)
+    assert "4 pairs computed" in outputs[0]
+    assert "4 pairs from" in outputs[1]
+    assert "stale (weights changed)" in outputs[2] and "4 pairs computed" in outputs[2]
+
+
+def test_a_run_that_does_not_start_at_its_reference_stops(tiny, tmp_path):
+    """R-C5: a reference that is off by a nat a sequence ends the run before the first update, with the likely causes."""
+    run = [ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--cache_dir",
+           tmp_path / "cache", "--max_steps", "1", *MICRO4]
+    launch(*run, "--output_dir", tmp_path / "good")
+    (cache,) = (tmp_path / "cache").glob("reference-*.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(cache, "pt") as file:
+        metadata = file.metadata()
+    save_file({"logps": load_file(cache)["logps"] + 1.0}, cache, metadata)
+    done = launch(*run, "--output_dir", tmp_path / "bad", check=False)
+    assert done.returncode == 1
+    assert "error: step 0: policy and reference should be equal" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "bad" / "metrics.jsonl").exists()
+
+
+def test_reference_after_training_equals_the_cache(tiny, tmp_path):
+    """R-D3: after five steps under ZeRO-3 on two ranks the adapter-free model still gives the cached numbers."""
+    launch(ROOT / "tests" / "reference_again.py", "--model_name", tiny / "model", "--train_file_path",
+           tiny / "train.jsonl", "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", *LORA, *RANKS2,
+           "--max_steps", "5", "--deepspeed", zero(tiny, 3), ranks=2)
+    assert json.loads((tmp_path / "run" / "again.json").read_text()) == {"largest_difference": 0.0, "moved": True}
+
+
+def test_what_a_run_leaves(tiny, tmp_path):
+    """run.json, metrics with TRL's names, checkpoint-0 and the rotation, dropped rows with their reason."""
+    rows = (tiny / "train.jsonl").read_text() + json.dumps({"prompt": "Empty? ", "chosen": " ", "rejected": "x"}) + "\n"
+    (tmp_path / "data.jsonl").write_text(rows)
+    done = launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tmp_path / "data.jsonl",
+                  "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", *LORA, "--max_steps", "5",
+                  "--save_steps", "1", "--save_total_limit", "2", "--eval_size", "3", "--eval_steps", "2",
+                  "--on_bad_row", "drop", "--bf16")
+    run = tmp_path / "run"
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-4", "checkpoint-5"]
+    assert json.loads((run / "dropped_rows.jsonl").read_text()) == {
+        "file": str(tmp_path / "data.jsonl"), "row": 11, "reason": "chosen is empty"}
+    record = json.loads((run / "run.json").read_text())
+    assert record["arguments"]["lora_r"] == 4 and record["versions"]["torch"] == torch.__version__
+    assert record["steps"] == 5 and record["layout"] == "packed" and "train.py" in record["command"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps, evals = ([x for x in lines if key in x] for key in ("loss", "eval_loss"))
+    assert [x["step"] for x in steps] == [0, 1, 2, 3, 4] and [x["step"] for x in evals] == [0, 2, 4, 5]
+    assert {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "rewards/chosen", "rewards/rejected",
+            "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "logps_per_token/chosen",
+            "logps_per_token/rejected", "perf/tokens_per_second", "mem/peak_gib"} <= steps[0].keys()
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-12)  # in bfloat16 too
+    assert evals[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-12)
+    assert not list(run.glob(".*")), "nothing half-written"
+    assert "Warning" not in done.stderr and "WARNING" not in done.stdout, "noise"
