@@ -64,8 +64,10 @@ def main(argv: list[str]) -> None:
 
     # What is wrong with the input is found here, before a weight is loaded or a folder made.
     from nanodpo import checkpoint, distributed, inspection, models, reference
+    from nanodpo.source import open_source
 
-    source = models.open_source(args.model_name, args.trust_remote_code)
+    distributed.check_device(args)
+    source = open_source(args.model_name, args.trust_remote_code)
     train, held_out, limit = load_data(args, source)
     if args.inspect:
         distributed.say(inspection.inspect(train, source.tokenizer, limit))
@@ -98,7 +100,7 @@ def read_deepspeed(args) -> dict:
         settings = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"--deepspeed {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--deepspeed {path}: not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"--deepspeed {path}: expected an object, found {type(settings).__name__}")
@@ -124,9 +126,9 @@ def load_data(args, source):
         return train, None, limit
     n = len(train.examples)
     if args.eval_size >= n:
-        raise UserError(f"--eval_size {args.eval_size}: {args.train_file_path} has only {n} usable rows")
+        raise UserError(f"--eval_size {args.eval_size}: {args.train_file_path} has {n} usable row{'s' * (n > 1)}")
     held = set(epoch_order(n, args.seed, -1)[: args.eval_size])
-    held_out = DataSet(f"{args.eval_size} rows of {train.path}", [train.examples[i] for i in sorted(held)], [], {})
+    held_out = DataSet(f"{args.eval_size} rows of {train.path}", [train.examples[i] for i in sorted(held)], [], {}, [])
     train.examples = [e for i, e in enumerate(train.examples) if i not in held]
     return train, held_out, limit
 

@@ -5,6 +5,7 @@ A checkpoint is written beside its place, read back and compared with the weight
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
 def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Path) -> None:
     """Writes model (or adapter) and tokenizer to `folder`, on one rank; raises OSError.
 
-    Nothing half-written is left, whatever happens. `state` is what `gather` gave: the weights of the adapter, or of the whole model.
+    Nothing half-written is left, whatever happens. `state` is what `gather` gave: the weights of the adapter, or of
+    the whole model.
     """
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -107,8 +109,10 @@ def claim(folder: Path) -> None:
     """Raises UserError unless `folder` can become a run's: new or empty, in a place that can be written."""
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder}: is in use; name a new folder")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder}: is a file")
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"--output_dir {folder}: {parent} can't be written to")
+    parent = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"--output_dir {folder}: {parent} is a file")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()  # permission bits don't tell of read-only and odd file systems
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: {parent} can't be written to ({error.strerror})") from error

@@ -53,7 +53,8 @@ def _render_side(template: Template, side: str, prompt, value, notes: list[str])
             raise UserError(f"holds a turn that is not the assistant's ({opening!r})")
     except UserError as error:
         raise UserError(f"{side} {error}") from error
-    notes += [f"{side}: dropped white space or a second end after the turn"] * dropped + [f"{side}: added the end of turn"] * added
+    notes += [f"{side}: dropped white space or a second end after the turn"] * dropped
+    notes += [f"{side}: added the end of turn"] * added
     return parts[0], response
 
 

@@ -24,6 +24,12 @@ def say(*text) -> None:
         print(*text, flush=True)
 
 
+def check_device(args) -> None:
+    """Raises UserError for settings that this machine can't honour."""
+    if args.use_flash_attention and not (torch.cuda.is_available() and args.bf16):
+        raise UserError("--use_flash_attention needs a CUDA device and --bf16; leave it out, rows are packed anyway")
+
+
 def start(local_rank: int) -> torch.device:
     """Joins the ranks of whatever launched this process and returns its device."""
     if "RANK" not in os.environ:  # plain python: without these DeepSpeed goes looking for MPI
@@ -53,11 +59,10 @@ def engine_config(settings: dict, path: str, args) -> dict:
     "auto", as other trainers' files have it, means that train.py decides.
     """
     settings = _without_auto(settings)
-    if taken := [key for key in OWNED if key in settings and settings[key] != {"enabled": False}]:
-        # A precision that says the same as the flag contradicts nobody.
-        taken = [key for key in taken if not (key == "bf16" and settings[key].get("enabled") is args.bf16)]
-        if taken:
-            raise UserError(f"{path}: sets {', '.join(taken)}, which train.py owns: remove it there and use the flags "
+    # A precision that is off, or says the same as the flag, contradicts nobody.
+    agreed = {"fp16": [{"enabled": False}], "bf16": [{"enabled": args.bf16}]}
+    if taken := [key for key in OWNED if key in settings and settings[key] not in agreed.get(key, [])]:
+        raise UserError(f"{path}: sets {', '.join(taken)}, which train.py owns: remove it there and use the flags "
                             "(--learning_rate, --lr_scheduler_type, --per_device_train_batch_size, "
                             "--gradient_accumulation_steps, --max_grad_norm, --bf16)")
     settings["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
@@ -65,6 +70,8 @@ def engine_config(settings: dict, path: str, args) -> dict:
     settings["gradient_clipping"] = args.max_grad_norm
     settings["bf16"] = {"enabled": args.bf16}
     zero = settings.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f'{path}: zero_optimization must be like {{"stage": 0}}, with a stage of 0 to 3')
     if args.bf16 and not zero.get("stage"):
         # DeepSpeed's stage 0 takes one empty Adam step before the first real one in bfloat16, which then is too short.
         say(f"{path}: ZeRO stage 1 instead of 0, which is not exact in bfloat16")

@@ -12,6 +12,11 @@ class RunStopped(RuntimeError):
     """A run that must not go on: its numbers went wrong. Exit code 1."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library's exception says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def run_script(main) -> int:
     """Calls main(argv) and turns its end into an exit code. Anything unforeseen keeps its traceback."""
     try:

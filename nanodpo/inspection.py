@@ -2,12 +2,10 @@
 
 import sys
 
-from .tokens import DataSet
-
 BINS, HEAD, TAIL = 12, 200, 60
 
 
-def inspect(data: DataSet, tokenizer, limit: int) -> str:
+def inspect(data, tokenizer, limit: int) -> str:
     """One example with its scored tokens in brackets, the ids around the boundary, and the lengths of all."""
     example = data.examples[0]
     parts = [data.report(), f"\nrow {example.row}; [scored tokens] in brackets"]

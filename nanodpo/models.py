@@ -1,63 +1,14 @@
-"""Loads a model and its tokenizer, adds LoRA, and says which policy is the reference."""
+"""Loads a model, adds LoRA, and says which policy is the reference."""
 
 import contextlib
-import dataclasses
 import hashlib
-import json
 import warnings
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from .errors import UserError
-
-
-@dataclasses.dataclass
-class Source:
-    """Where a run starts: a base model and, perhaps, an adapter on it."""
-
-    base: str
-    adapter: str | None
-    config: object
-    tokenizer: object
-
-    @property
-    def context(self) -> int | None:
-        """The longest sequence the model's config allows, in tokens."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
-
-
-def open_source(name: str, trust_remote_code: bool) -> Source:
-    """Reads config and tokenizer of a model or adapter, without its weights. Raises UserError for what is not there."""
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # a bar for every file read or written, on every rank
-    adapter_config = Path(name) / "adapter_config.json"
-    base, adapter = name, None
-    if adapter_config.is_file():
-        try:
-            base, adapter = json.loads(adapter_config.read_text())["base_model_name_or_path"], name
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{adapter_config}: no base_model_name_or_path can be read from it: {error}") from error
-    elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"--model_name {name}: has neither config.json nor adapter_config.json")
-    has_tokenizer = adapter and (Path(adapter) / "tokenizer_config.json").is_file()
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base,
-                                                  trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--model_name {name}: can't be opened: {_first_line(error)}") from error
-    vocabulary = config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise UserError(f"--model_name {name}: the tokenizer has {len(tokenizer)} entries, the model only {vocabulary}")
-    return Source(base, adapter, config, tokenizer)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+from .errors import UserError, first_line
+from .source import Source, absolute
 
 
 def load_model(source: Source, args) -> nn.Module:
@@ -72,7 +23,7 @@ def load_model(source: Source, args) -> nn.Module:
         else:
             model = AutoModelForCausalLM.from_pretrained(source.base, dtype=dtype, **remote)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source.base}: the weights can't be loaded: {_first_line(error)}") from error
+        raise UserError(f"{source.base}: the weights can't be loaded: {first_line(error)}") from error
     if source.adapter:
         model = _open_adapter(model, source, args)
     elif args.use_lora:
@@ -90,9 +41,12 @@ def _open_adapter(model: nn.Module, source: Source, args) -> nn.Module:
     if not args.use_lora:
         raise UserError(f"--model_name {source.adapter} is an adapter; merge it into its base for full fine-tuning")
     try:
-        return PeftModel.from_pretrained(model, source.adapter, is_trainable=True, autocast_adapter_dtype=False)
+        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=True, autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{source.adapter}: does not fit its base {source.base}: {_first_line(error)}") from error
+        raise UserError(f"{source.adapter}: does not fit its base {source.base}: {first_line(error)}") from error
+    if (kind := model.peft_config["default"].peft_type) != "LORA":
+        raise UserError(f"{source.adapter}: is a {kind} adapter; only LoRA can be trained on")
+    return model
 
 
 def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
@@ -115,25 +69,20 @@ def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
         # The adapter takes the base's dtype; DeepSpeed keeps float32 master weights of it.
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise UserError(f"--lora_target_modules {args.lora_target_modules}: {_first_line(error)}") from error
+        raise UserError(f"--lora_target_modules {args.lora_target_modules}: {first_line(error)}") from error
     if model.get_base_model().get_output_embeddings() is not head:
         raise UserError("--lora_target_modules: the output layer can't be adapted; leave it out")
     model.peft_config["default"].base_model_name_or_path = absolute(source.base)
     return model
 
 
-def absolute(name: str) -> str:
-    """A local folder by its full path, so that a checkpoint finds its base from anywhere; a hub id as it is."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
 def _remove_dropout(model: nn.Module) -> None:
-    """Sets every dropout rate to 0: modules, and the floats that attention layers hand on."""
+    """Sets every dropout rate to 0: modules, the floats that attention layers hand on, the noise of MoE routers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+        for name, value in list(vars(module).items()):
+            if ("dropout" in name or "jitter" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 

@@ -7,6 +7,7 @@ so a stale one is never read; the run says which part of the fingerprint changed
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -65,10 +66,9 @@ def check_writable(cache_dir: str) -> None:
     """Raises UserError before any work is done for a cache that could not be kept."""
     try:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache_dir).close()
     except OSError as error:
-        raise UserError(f"--cache_dir {cache_dir}: {error.strerror}") from error
-    if not os.access(cache_dir, os.W_OK):
-        raise UserError(f"--cache_dir {cache_dir}: can't be written to")
+        raise UserError(f"--cache_dir {cache_dir}: can't be written to ({error.strerror})") from error
 
 
 def _load(file: Path, fingerprint: dict, n: int) -> Tensor:

@@ -107,8 +107,8 @@ def split_transcript(template: Template, text: str, prompt: str | None = None) -
         text = prompt + text
     if header and header in text:
         before, _, response = text.rpartition(header)
-        if not before.strip():
-            raise UserError(f"has no turn before the assistant header {header!r}")
+        if prompt and not before.strip():  # without a prompt column this is text that nobody asked for, and fine
+            raise UserError(f"has no turn before the assistant header {header!r}, so the prompt would be lost")
         return before + header, response
     opening = next((o for o in FOREIGN_OPENINGS if text.lstrip().startswith(o)), None)
     if opening and not continues:

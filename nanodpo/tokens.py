@@ -56,8 +56,8 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool) -
         else:
             data.examples.append(example)
     if data.dropped and args.on_bad_row == "error":
-        raise UserError(f"{path}: {len(data.dropped)} of {_rows(len(rows))} can't be used; {_worst(data.dropped)}. Mend "
-                        "them, or leave such rows out with --on_bad_row drop")
+        raise UserError(f"{path}: {len(data.dropped)} of {_rows(len(rows))} can't be used; {_worst(data.dropped)}. "
+                        "Mend them, or leave such rows out with --on_bad_row drop")
     _handle_overlong(data, overlong, limit, args)
     duplicates = len(texts) - len({(t.prompt, t.chosen, t.rejected) for t in texts})
     if duplicates:

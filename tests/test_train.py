@@ -172,7 +172,7 @@ def test_reference_is_cached_and_a_stale_one_is_not_used(tiny, tmp_path):
 
 
 def test_a_run_that_does_not_start_at_its_reference_stops(tiny, tmp_path):
-    """R-C5: a reference that is off by a nat a sequence ends the run before the first update, with the likely causes."""
+    """R-C5: a reference that is off by a nat a sequence ends the run before the first update, with likely causes."""
     run = [ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--cache_dir",
            tmp_path / "cache", "--max_steps", "1", *MICRO4]
     launch(*run, "--output_dir", tmp_path / "good")

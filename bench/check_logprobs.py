@@ -1,0 +1,79 @@
+"""Are the log-probs of real rows those of plain transformers? Two computations that share nothing but the weights.
+
+    python bench/check_logprobs.py --model_name M --train_file_path pairs.parquet --max_length 1024
+
+One side is nanodpo's: its reader, its packed rows, its kernel. The other is pandas, one sequence a forward pass, full
+logits, log_softmax and a sum, in this file. Takes the paper's Parquet with whole ChatML transcripts. Exit code 1 where
+a summed log-prob differs by more than 1e-5 relative.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
+
+
+def plain(model, tokenizer, file: str, max_length: int, rows: int) -> list[list[float]]:
+    """[chosen, rejected] of each row, the long way."""
+    table, out = pandas.read_parquet(file), []
+    for transcripts in table[["text", "worse-text"]].itertuples(index=False):
+        sums = []
+        for transcript in transcripts:
+            prompt = transcript[: transcript.rindex(HEADER) + len(HEADER)]
+            whole = transcript[: transcript.rindex(END) + len(END)]
+            ids = tokenizer(whole, return_tensors="pt", add_special_tokens=False).input_ids[:, :max_length]
+            start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+            with torch.no_grad():
+                logps = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
+            sums.append(logps[0, start - 1 : -1].gather(1, ids[0, start:, None]).sum().item())
+        out.append(sums)
+        print(f"row {len(out) - 1}: chosen {sums[0]:.4f}, rejected {sums[1]:.4f}", flush=True)
+        if len(out) == rows:
+            break
+    return out
+
+
+def ours(model, tokenizer, file: str, max_length: int, rows: int) -> list[list[float]]:
+    """The same through the kernel, chosen and rejected packed into one row a pair."""
+    from types import SimpleNamespace
+
+    from nanodpo.attention import LOOP
+    from nanodpo.logprobs import SequenceLogProbs
+    from nanodpo.packing import pack
+    from nanodpo.template import read_template
+    from nanodpo.tokens import load_dataset
+
+    settings = SimpleNamespace(prompt_field=None, chosen_field=None, rejected_field=None, boundary="error",
+                               on_bad_row="error", overlong="truncate", max_prompt_length=None)
+    data = load_dataset(file, read_template(tokenizer), settings, max_length, pairs=True)
+    model.set_attn_implementation(LOOP)
+    module = SequenceLogProbs(model)
+    with torch.no_grad():
+        return [module(pack([(e.prompt, [e.chosen, e.rejected])])).tolist() for e in data.examples[:rows]]
+
+
+def main() -> int:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name", required=True)
+    parser.add_argument("--train_file_path", required=True)
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=10**9)
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name)
+    expected = torch.tensor(plain(model, tokenizer, args.train_file_path, args.max_length, args.rows))
+    found = torch.tensor(ours(model, tokenizer, args.train_file_path, args.max_length, args.rows))
+    error = ((found - expected) / expected).abs().max().item()
+    print(f"{expected.numel()} responses, largest relative difference {error:.1e} (1e-5 allowed)")
+    return int(error > 1e-5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Every setting exists once, can be set by flag and by file, is checked, and is read by somebody."""
+
+import ast
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from nanodpo.arguments import TrainArguments, parse
+from nanodpo.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ["--model_name", "M", "--train_file_path", "D"]
+FIELDS = {f.name: f for f in dataclasses.fields(TrainArguments)}
+PAPER = """model_name train_file_path output_dir max_steps num_train_epochs learning_rate lr_scheduler_type warmup_steps
+weight_decay per_device_train_batch_size gradient_accumulation_steps max_length max_prompt_length beta loss seed
+save_steps save_total_limit logging_steps eval_steps eval_file_path eval_size bf16 gradient_checkpointing use_lora
+lora_r lora_alpha lora_dropout lora_target_modules use_flash_attention deepspeed local_rank merge_weights prompt_field
+chosen_field rejected_field""".split()
+# Values that mean something only beside another setting, and some that are not the first guess by type.
+BESIDE = {"lora_dropout": ["--allow_dropout"], "eval_steps": ["--eval_size=5"], "random_init": ["--use_lora=false"]}
+VALUES = {"label_smoothing": 0.2, "lora_dropout": 0.05, "max_steps": 7, "adam_beta1": 0.5, "adam_beta2": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def arguments(*flags, file="nothing.yaml"):
+    return parse([*flags], Path(file))
+
+
+def error_of(*flags, **options):
+    with pytest.raises(UserError) as caught:
+        arguments(*flags, **options)
+    return str(caught.value)
+
+
+def other_value(f):
+    """A value of the field's type that is not its default."""
+    if f.name in VALUES:
+        return VALUES[f.name]
+    if choices := f.metadata.get("choices"):
+        return next(choice for choice in choices if choice != f.default)
+    if f.type is bool:
+        return not f.default
+    return "other" if f.type is str else f.type((f.default or 0) + (3 if f.type is int else 0.25))
+
+
+# The paper's command line
+
+
+def test_the_papers_command_line_parses():
+    args = arguments("--model_name", "M", "--train_file_path", "D", "--output_dir", "O", "--max_steps", "200",
+                     "--learning_rate", "5e-7", "--bf16", "--use_flash_attention")
+    assert (args.model_name, args.train_file_path, args.output_dir) == ("M", "D", "O")
+    assert (args.max_steps, args.learning_rate, args.bf16, args.use_flash_attention) == (200, 5e-7, True, True)
+
+
+def test_the_papers_lora_can_be_said():
+    modules = "q_proj,k_proj,v_proj,o_proj,gate_proj,down_proj,up_proj"
+    args = arguments(*NEEDED, "--use_lora", "--lora_r", "256", "--lora_alpha", "512", "--lora_dropout", ".05",
+                     "--allow_dropout", "--lora_target_modules", modules)
+    assert (args.use_lora, args.lora_r, args.lora_alpha, args.lora_dropout) == (True, 256, 512, 0.05)
+    assert args.lora_target_modules == modules
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_flag_of_the_papers_script_exists(name):
+    assert name in FIELDS
+
+
+# R-J1: every flag counts
+
+
+@pytest.mark.parametrize("name", [n for n in FIELDS if n != "local_rank"])  # that one has its own tests, at the end
+def test_every_flag_changes_the_settings(name):
+    """R-J1."""
+    beside = BESIDE.get(name, [])
+    base = [f"--{n}=x" for n in ("model_name", "train_file_path")]
+    value = other_value(FIELDS[name])
+    before = dataclasses.asdict(arguments(*base, *beside))
+    after = dataclasses.asdict(arguments(*base, *beside, f"--{name}={value}"))
+    assert after[name] == value
+    allowed = {name, "per_device_eval_batch_size"} if name == "per_device_train_batch_size" else {name}
+    assert {key for key in after if after[key] != before[key]} == allowed
+
+
+@functools.cache
+def readers():
+    """Names read as args.<name> or run.args.<name> in train.py and the modules, arguments.py's own checks left out."""
+    found = set()
+    for file in [ROOT / "train.py", *(ROOT / "nanodpo").glob("*.py")]:
+        if file.name == "arguments.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value
+                if getattr(owner, "id", getattr(owner, "attr", None)) == "args":
+                    found.add(node.attr)
+    return found
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_flag_is_read_by_somebody(name):
+    """R-J1: the flag of the published code that nobody read cost it a result."""
+    assert name in readers()
+
+
+def test_no_flag_is_read_that_does_not_exist():
+    assert readers() <= FIELDS.keys()
+
+
+def test_every_flag_has_a_help_text():
+    assert all(len(f.metadata["help"]) > 5 for f in FIELDS.values())
+
+
+# Files
+
+
+def settings(folder, text, name="run.yaml"):
+    file = folder / name
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("run.yaml", "model_name: M\ntrain_file_path: D\nlearning_rate: 1e-5\nbf16: true\nuse_lora: false\nseed: 010\n"
+                 "lora_r: 8\nmax_length: null\nloss: ipo\n"),
+    ("run.yml", "{model_name: M, train_file_path: D, learning_rate: 0.00001, bf16: yes, use_lora: no, seed: 10, "
+                "lora_r: 8, loss: ipo}"),
+    ("run.json", json.dumps({"model_name": "M", "train_file_path": "D", "learning_rate": 1e-5, "bf16": True,
+                             "use_lora": False, "seed": 10, "lora_r": 8, "max_length": None, "loss": "ipo"},
+                            indent="\t")),
+])
+def test_settings_files(tmp_path, name, text):
+    args = arguments(settings(tmp_path, text, name), "--lora_r", "4")
+    assert args.model_name == "M" and args.learning_rate == 1e-5 and args.bf16 is True and args.use_lora is False
+    assert args.seed == 10 and args.max_length is None and args.loss == "ipo"
+    assert args.lora_r == 4  # a flag overrides the file
+
+
+def test_a_bare_command_reads_the_default_file_also_under_the_launcher(tmp_path):
+    file = settings(tmp_path, "model_name: M\ntrain_file_path: D\nbeta: 0.5")
+    assert arguments(file=file).beta == 0.5
+    assert arguments("--local_rank=0", file=file).beta == 0.5
+
+
+def test_the_launcher_puts_its_flag_before_the_settings_file(tmp_path):
+    file = settings(tmp_path, "model_name: M\ntrain_file_path: D\nbeta: 0.5")
+    args = arguments("--local_rank=0", file, "--seed", "1")
+    assert (args.beta, args.seed, args.local_rank) == (0.5, 1, 0)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("model_nam: M", "unknown setting model_nam"), ("a: [1", "not YAML or JSON"), ("\tbeta: 1", "not YAML or JSON"),
+    ("- beta", "found list"), ("", "found "), ("beta", "found str"), ("beta: {a: 1}", "beta must be a single value"),
+    ("beta: [1, 2]", "beta must be a single value"), ("beta: big", "--beta: invalid float value: 'big'"),
+    ("max_steps: 1.5", "--max_steps: invalid int value: '1.5'"), ("bf16: maybe", "--bf16"), ("loss: ppo", "--loss"),
+    ("beta: .nan", "--beta"), ("beta: nan", "--beta nan: must be a finite number"),
+    ("learning_rate: inf", "must be a finite number"), ("[" * 20000, "not YAML or JSON"), ("a: *b", "not YAML or JSON"),
+    ("!!python/object/apply:os.system ['true']", "found list"),
+])
+def test_wrong_settings_files(tmp_path, text, words):
+    assert words in error_of(settings(tmp_path, text), *NEEDED)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 20000, '{"beta": 1} x', "\0", '{"beta": NaN}'])
+def test_wrong_json_files(tmp_path, text):
+    message = error_of(settings(tmp_path, text, "run.json"), *NEEDED)
+    assert "not YAML or JSON" in message or "must be a finite number" in message
+
+
+def test_unreadable_settings_files(tmp_path):
+    assert "No such file" in error_of(str(tmp_path / "none.yaml"))
+    (tmp_path / "folder.yaml").mkdir()
+    assert "directory" in error_of(str(tmp_path / "folder.yaml"))
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not YAML or JSON" in error_of(str(tmp_path / "bytes.yaml"))
+
+
+# Wrong values
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--bogus", "1"], "unknown argument --bogus"), (["--learning_rat", "1"], "unknown argument --learning_rat"),
+    (["x"], "unknown argument x"), (["run.yaml"], "a settings file comes first"),
+    (["--beta"], "--beta: expected one argument"), (["--beta", "x"], "--beta: invalid float value: 'x'"),
+    (["--max_steps", "1.5"], "--max_steps: invalid int"), (["--bf16", "perhaps"], "--bf16"),
+    (["--loss", "ppo"], "--loss: invalid choice: 'ppo'"), (["--overlong", "cut"], "--overlong: invalid choice"),
+    (["--beta", "nan"], "--beta nan: must be a finite number"), (["--beta=-inf"], "must be a finite number"),
+    (["--learning_rate", "inf"], "must be a finite number"), (["--num_train_epochs", "inf"], "must be a finite"),
+    (["--max_grad_norm", "nan"], "must be a finite number"), (["--weight_decay", "nan"], "must be a finite number"),
+    (["--beta", "0"], "must be above 0"), (["--learning_rate=-1"], "must not be negative"),
+    (["--max_steps", "0"], "above 0, or -1"), (["--max_steps=-2"], "or -1"), (["--logging_steps=0"], "above 0"),
+    (["--max_length", "0"], "must be above 0"), (["--per_device_eval_batch_size", "0"], "must be above 0"),
+    (["--save_total_limit", "0"], "must be above 0"), (["--seed=-1"], "negative"), ([f"--seed={2**63}"], "below 2^63"),
+    (["--label_smoothing", "0.5"], "below 0.5"), (["--label_smoothing", "0.1", "--loss", "ipo"], "no meaning"),
+    (["--adam_beta1", "1"], "--adam_beta1 1.0: must be at least 0 and below 1"), (["--lora_alpha", "0"], "above 0"),
+    (["--lora_dropout", "0.05"], "--allow_dropout"), (["--lora_dropout", "1", "--allow_dropout"], "below 1"),
+    (["--eval_file_path", "E", "--eval_size", "3"], "one of them"), (["--eval_steps", "3"], "nothing to evaluate"),
+    (["--random_init"], "--use_lora false"), (["--merge_weights", "--use_lora", "false"], "nothing to merge"),
+    (["--merge_weights", "--lora_r", "0"], "nothing to merge"), (["--local_rank", "3"], "without RANK"),
+])
+def test_wrong_flags(flags, words):
+    assert words in error_of(*NEEDED, *flags)
+
+
+@pytest.mark.parametrize("missing", ["model_name", "train_file_path"])
+def test_what_a_run_cannot_do_without(missing):
+    flags = [flag for flag in ("--model_name=M", "--train_file_path=D") if missing not in flag]
+    assert error_of(*flags) == f"--{missing} is missing"
+
+
+# What is derived
+
+
+def test_lora_r_0_is_full_fine_tuning():
+    assert arguments(*NEEDED, "--lora_r", "0").use_lora is False
+
+
+def test_a_header_can_be_given_as_error_messages_show_it():
+    args = arguments(*NEEDED, r"--assistant_header=<|im_start|>assistant\n")
+    assert args.assistant_header == "<|im_start|>assistant\n"
+
+
+def test_home_is_found_where_no_shell_looked(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    file = settings(tmp_path, "model_name: ~/m\ntrain_file_path: ~/d/*.parquet\noutput_dir: ~/o")
+    args = arguments(file)
+    assert (args.model_name, args.train_file_path, args.output_dir) == ("/home/x/m", "/home/x/d/*.parquet", "/home/x/o")
+    assert args.cache_dir == "/home/x/.cache/nanodpo"
+
+
+def test_local_rank_and_the_environment_agree(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert arguments(*NEEDED).local_rank == arguments(*NEEDED, "--local_rank=3").local_rank == 3
+    assert "--local_rank 1, but LOCAL_RANK is 3" in error_of(*NEEDED, "--local_rank=1")
+    monkeypatch.setenv("LOCAL_RANK", "x")
+    assert "not a rank" in error_of(*NEEDED)
+
+
+def test_a_launcher_without_local_rank_gets_one(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "placeholder")  # so that monkeypatch takes it away again at the end
+    monkeypatch.delenv("LOCAL_RANK")
+    assert arguments(*NEEDED, "--local_rank=3").local_rank == 3 and os.environ["LOCAL_RANK"] == "3"

@@ -1,0 +1,274 @@
+"""Packed rows against separate forward passes, family by family; the CUDA path against a slow one; the self-check."""
+
+import pytest
+import torch
+from tiny_models import KeepDouble, V, naive_token_logps, random_groups, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanodpo import attention, selfcheck
+from nanodpo.attention import LOOP, VARLEN, loop_attention, varlen_attention
+from nanodpo.errors import UserError
+from nanodpo.logprobs import SequenceLogProbs, sum_by_sequence
+from nanodpo.packing import pack, pad
+from nanodpo.selfcheck import choose_layout
+
+CPU = torch.device("cpu")
+PACKED = ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt_neox",
+          "gpt2", "cohere", "granite", "phi"]
+PLAIN = ["bloom", "lfm2", "mamba", "gpt_oss"]
+
+
+def logps_and_gradients(model, token_logps):
+    """Token log-probs and the gradient of an uneven weighting of them by every parameter."""
+    weights = torch.linspace(-1, 2, len(token_logps), dtype=token_logps.dtype)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad((token_logps * weights).sum(), parameters, allow_unused=True)
+    return token_logps.detach(), torch.cat([(p * 0 if g is None else g).flatten() for p, g in zip(parameters, grads)])
+
+
+def compare(model, layout, attention_name, groups):
+    """(largest error of a token's log-prob, relative error of the gradient) against separate forward passes."""
+    truth, true_grad = logps_and_gradients(model, torch.cat(naive_token_logps(model, groups)))
+    model.set_attn_implementation(attention_name)
+    logps, grad = logps_and_gradients(model, SequenceLogProbs(model, chunk=50).token_logps(layout(groups)))
+    assert truth.std() > 0.3 and true_grad.norm() > 1
+    return (logps - truth).abs().max().item(), ((grad - true_grad).norm() / true_grad.norm()).item()
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_is_separate(name, record_property):
+    """R-C2: in float64 to 1e-12, in float32 to 1e-5 nats a token and 1e-5 of the gradient; four groups in a row."""
+    with KeepDouble():
+        exact = compare(tiny(name), pack, LOOP, random_groups())
+    single = compare(tiny(name, torch.float32), pack, LOOP, random_groups())
+    record_property("errors", (exact, single))
+    assert max(exact) < 1e-12
+    assert max(single) < 1e-5
+
+
+@pytest.mark.parametrize("name", [*PACKED, "bloom", "lfm2", "mamba"])
+def test_plain_is_separate(name):
+    """R-C2: a sequence a line, padded on the right, under the model's own attention; to 1e-12 in float64."""
+    model = tiny(name)
+    with KeepDouble():
+        assert max(compare(model, pad, model.config._attn_implementation, random_groups())) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
+def test_a_response_is_blind_to_its_siblings_and_neighbours(name):
+    """Tokens of one response, or of a whole other group, change: every other sum stays the same to the last bit."""
+    model, groups = tiny(name, torch.float32), random_groups()
+    model.set_attn_implementation(LOOP)
+    module = SequenceLogProbs(model)
+
+    def other(ids):
+        return [(i + 1) % V for i in ids]
+
+    with torch.no_grad():
+        base = module(pack(groups))
+        for g, (prompt, responses) in enumerate(groups):
+            for side in (0, 1):
+                changed = [other(r) if i == side else r for i, r in enumerate(responses)]
+                moved = module(pack(groups[:g] + [(prompt, changed)] + groups[g + 1:])) != base
+                assert moved.nonzero().flatten().tolist() == [2 * g + side]
+            moved = module(pack(groups[:g] + [(other(prompt), [*map(other, responses)])] + groups[g + 1:])) != base
+            assert moved.nonzero().flatten().tolist() == [2 * g, 2 * g + 1]
+
+
+def test_row_mates_come_and_go_unnoticed():
+    """R-C2: alone, in front, behind, as one pair of many: the same sums to 1e-12 in float64."""
+    model, groups = tiny("llama"), random_groups()
+    model.set_attn_implementation(LOOP)
+    module = SequenceLogProbs(model)
+    with torch.no_grad(), KeepDouble():
+        together, backwards = module(pack(groups)).view(-1, 2), module(pack(groups[::-1])).view(-1, 2)
+        alone = torch.stack([module(pack([group])) for group in groups])
+        single = torch.stack([module(pack([(p, [r])])).squeeze() for p, rs in groups for r in rs]).view(-1, 2)
+    for way in (backwards.flip(0), alone, single):
+        assert (together - way).abs().max() < 1e-12
+
+
+def slow_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scaling, window):
+    """What the variable-length kernel is documented to do, a stretch, a head and a query at a time."""
+    assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
+    out, share = [], q.shape[1] // k.shape[1]
+    for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
+        ahead = (k1 - k0) - (q1 - q0)  # the last query stands at the last key
+        for i in range(q1 - q0):
+            first = max(0, int(ahead) + i - window) if window >= 0 else 0
+            seen = slice(int(k0) + first, int(k0 + ahead) + i + 1)
+            heads = []
+            for h in range(q.shape[1]):
+                scores = scaling * (k[seen, h // share] @ q[int(q0) + i, h])
+                heads.append(scores.softmax(0) @ v[seen, h // share])
+            out.append(torch.stack(heads))
+    return torch.stack(out)
+
+
+def attend(function, segments, length, window, kv_heads=2, dtype=torch.float64, device="cpu", size=8):
+    """Output and gradients of one attention call on random heads."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(1, 4, length, size), (1, kv_heads, length, size), (1, kv_heads, length, size)]
+    qkv = [torch.randn(s, generator=draw).to(device, dtype).requires_grad_() for s in shapes]
+    out, _ = function(None, *qkv, None, scaling=0.3, segments=segments, sliding_window=window)
+    weights = torch.randn(out.shape, generator=draw).to(device, dtype)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), qkv)]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 45, 46, 1000])
+def test_varlen_is_the_loop(monkeypatch, window, kv_heads):
+    """Forward and gradients to 1e-12; windows shorter than, as long as and longer than the longest sequence of 45."""
+    monkeypatch.setattr(attention, "varlen_call", slow_varlen)
+    row = pack(random_groups())
+    length = row.input_ids.shape[1]
+    loop, varlen = (attend(f, row.segments, length, window, kv_heads) for f in (loop_attention, varlen_attention))
+    for a, b in zip(loop, varlen):
+        assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt2", "gemma2"])
+def test_varlen_in_a_model_is_separate(monkeypatch, name):
+    """The CUDA path with a slow kernel in place of its own: to 1e-12. Gemma 2 caps its scores, so it takes the loop."""
+    calls = []
+    monkeypatch.setattr(attention, "varlen_call", lambda *a: calls.append(1) or slow_varlen(*a))
+    with KeepDouble():
+        assert max(compare(tiny(name), pack, VARLEN, random_groups())) < 1e-12
+    assert len(calls) == (0 if name == "gemma2" else 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a CUDA device")
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("window", [None, 3, 45])
+def test_cuda_kernel_is_as_exact_as_the_loop(window, kv_heads):
+    """R-C2: PyTorch's kernel in bfloat16 against float64, its error within twice the loop's own, output and gradients.
+    """
+    row = pack(random_groups()).to(torch.device("cuda"))
+    length = row.input_ids.shape[1]
+    call = {"segments": row.segments, "length": length, "window": window, "kv_heads": kv_heads, "size": 64,
+            "device": "cuda"}
+    # The truth starts from what bfloat16 can hold, so that it differs by arithmetic alone.
+    truth = attend(lambda m, *a, **k: loop_attention(m, *(x if x is None else x.bfloat16().double() for x in a), **k),
+                   **call)
+    loop = attend(loop_attention, dtype=torch.bfloat16, **call)
+    varlen = attend(varlen_attention, dtype=torch.bfloat16, **call)
+    for exact, usual, ours in zip(truth, loop, varlen):
+        assert (ours - exact).abs().max() <= 2 * (usual - exact).abs().max()
+        assert (ours - exact).abs().mean() <= 2 * (usual - exact).abs().mean()
+
+
+class Square(TorchDispatchMode):
+    """Counts tensors whose last two dimensions both reach `length`."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length, self.count = length, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, torch.Tensor) and t.ndim >= 2 and min(t.shape[-2:]) >= self.length:
+                self.count += 1
+        return out
+
+
+@pytest.mark.parametrize("sizes", [((20, [120, 110]), (30, [9, 140])), ((20, [150]),)])
+def test_no_square_of_the_row_is_ever_built(sizes):
+    """R-F: forward and backward of packed rows, no T x T mask or score matrix, even for one sequence that fills it."""
+    model, groups = tiny("llama", torch.float32), random_groups(sizes=sizes)
+    row = pack(groups)
+    length = row.input_ids.shape[1]
+    model.set_attn_implementation(LOOP)
+    with Square(length) as seen:
+        SequenceLogProbs(model, chunk=64)(row).sum().backward()
+    assert seen.count == 0
+    model.set_attn_implementation("eager")
+    with Square(length) as seen:
+        model(input_ids=row.input_ids)
+    assert seen.count > 0  # the counter counts
+
+
+@pytest.mark.parametrize("std", [0.3, None])
+@pytest.mark.parametrize("name", [*PACKED, *PLAIN])
+def test_self_check_knows_who_can_share_a_row(name, std):
+    """Convolution, SSM, alibi and attention sinks go to plain rows, even in a freshly drawn model of faint effects."""
+    model = tiny(name, torch.float32, std)
+    own, module = model.config._attn_implementation, SequenceLogProbs(model).train()
+    expected = ("packed", LOOP) if name in PACKED else ("plain", own)
+    assert choose_layout(module, CPU, torch.float32, demand_flash=False) == expected
+    assert model.config._attn_implementation == expected[1]
+    assert module.training and model.training  # given back as it came
+
+
+@pytest.mark.parametrize("name", [*PACKED, *PLAIN])
+def test_self_check_in_bfloat16(name):
+    """bfloat16's own noise is no wrong layout, and hides none."""
+    model = tiny(name, torch.bfloat16)
+    own = model.config._attn_implementation
+    expected = ("packed", LOOP) if name in PACKED else ("plain", own)
+    assert choose_layout(SequenceLogProbs(model), CPU, torch.bfloat16, demand_flash=False) == expected
+
+
+@pytest.mark.parametrize("name", PLAIN[:3])
+def test_plain_rows_after_the_self_check_are_right(name):
+    """R-C2: for a model that was sent to plain rows, sums and gradients are those of separate forward passes."""
+    model, groups = tiny(name, torch.float32), random_groups(7)
+    module = SequenceLogProbs(model)
+    truth = naive_token_logps(model, groups)
+    sums = torch.stack([t.double().sum() for t in truth])
+    _, true_grad = logps_and_gradients(model, torch.cat(truth))
+    layout, _ = choose_layout(module, CPU, torch.float32, demand_flash=False)
+    row = selfcheck.LAYOUTS[layout](groups)
+    logps, grad = logps_and_gradients(model, module.token_logps(row))
+    assert (sum_by_sequence(logps, row.seq, 8) - sums).abs().max() < 1e-4
+    assert (grad - true_grad).norm() < 1e-4 * true_grad.norm()
+
+
+def test_self_check_refuses_an_output_layer_it_does_not_know():
+    """Falcon-H1 multiplies its logits by a setting that the kernel has never heard of."""
+    with pytest.raises(UserError, match="output layer is not understood"):
+        choose_layout(SequenceLogProbs(tiny("falcon_h1", torch.float32)), CPU, torch.float32, demand_flash=False)
+
+
+def test_self_check_accepts_a_head_of_almost_zeros():
+    """Log-probs that are all but alike have no spread to measure an error by."""
+    model = tiny("llama", torch.float32, tie_word_embeddings=False)
+    torch.nn.init.normal_(model.lm_head.weight, 0, 1e-7)
+    assert choose_layout(SequenceLogProbs(model), CPU, torch.float32, False) == ("packed", LOOP)
+
+
+def test_self_check_is_as_strict_on_many_ranks_as_on_one(monkeypatch):
+    """64 ranks with the same small error have that error, not 64 times it; one failing rank fails all."""
+    monkeypatch.setattr(selfcheck, "sum_over_ranks", lambda values: values * 64)
+    module = SequenceLogProbs(tiny("gemma2", torch.bfloat16))
+    assert choose_layout(module, CPU, torch.bfloat16, False) == ("packed", LOOP)
+    monkeypatch.setattr(selfcheck, "sum_over_ranks", lambda values: values * 63 + torch.tensor([torch.inf, 1]))
+    with pytest.raises(UserError, match="error inf"):
+        choose_layout(SequenceLogProbs(tiny("gemma2", torch.bfloat16)), CPU, torch.bfloat16, False)
+
+
+def test_packed_attention_without_segments_says_so():
+    """A model left in packed mode and called with tokens alone fails by name, instead of attending across answers."""
+    model = tiny("llama", torch.float32)
+    for name in (LOOP, VARLEN):
+        model.set_attn_implementation(name)
+        with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'segments'"):
+            model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+def test_flash_attention_on_demand_only_where_it_can_run():
+    """R-J1: --use_flash_attention without CUDA stops with one line, before any forward pass."""
+    model = tiny("llama", torch.float32)
+    model.forward = None  # would fail if called
+    with pytest.raises(UserError, match="--use_flash_attention: the flash kernel needs a CUDA device"):
+        choose_layout(SequenceLogProbs(model), CPU, torch.bfloat16, demand_flash=True)
+
+
+@pytest.mark.parametrize("dtype, cap, offered", [(torch.bfloat16, None, True), (torch.float32, None, False),
+                                                 (torch.bfloat16, 50.0, False)])
+def test_flash_attention_is_offered_where_the_kernel_can_do_it(dtype, cap, offered):
+    """On CUDA it comes first for bfloat16 models that don't cap their scores, and is left out for others."""
+    config = tiny("gemma2", attn_logit_softcapping=cap).config
+    found = selfcheck._candidates(config, "sdpa", torch.device("cuda"), dtype)
+    assert found == [("packed", VARLEN)] * offered + [("packed", LOOP), ("plain", "sdpa")]

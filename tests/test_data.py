@@ -1,0 +1,306 @@
+"""Every format gives the same texts: prompt up to the assistant's header, responses with exactly one end of turn."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny_tokenizers as tiny
+
+from nanodpo.data import render_row
+from nanodpo.errors import UserError
+from nanodpo.rows import choose_fields, read_rows
+from nanodpo.template import close_turn, read_template
+
+SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
+ASKED = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+USER, YES, NO = ({"role": "user", "content": "How many?"}, {"role": "assistant", "content": "four"},
+                 {"role": "assistant", "content": "five"})
+
+
+@pytest.fixture(scope="module")
+def chatml():
+    return read_template(tiny.chatml())
+
+
+def render(template, prompt, chosen, rejected=None):
+    text = render_row(template, 0, prompt, chosen, rejected, has_rejected=rejected is not None)
+    return text.prompt, text.chosen, text.rejected
+
+
+def error_of(template, *values):
+    with pytest.raises(UserError) as caught:
+        render(template, *values)
+    return str(caught.value)
+
+
+# The template
+
+
+def test_header_and_end_are_read_off_the_template(chatml):
+    assert (chatml.header, chatml.end) == ("<|im_start|>assistant\n", "<|im_end|>")
+    assert chatml.openings == ("<|im_start|>user", "<|im_start|>system")
+    llama = read_template(tiny.llama())
+    assert (llama.header, llama.end) == ("<|h|>assistant<|/h|>\n\n", "<|eot|>")
+    assert llama.openings == ("<|h|>user<|/h|>", "<|h|>system<|/h|>")
+
+
+def test_a_base_models_template_closes_turns_with_its_own_token_not_eos():
+    template = read_template(tiny.base_chatml())
+    assert template.end == "<|im_end|>" and template.tokenizer.eos_token == "<|endoftext|>"
+
+
+def test_without_a_template_the_eos_ends_and_there_is_no_header():
+    template = read_template(tiny.plain())
+    assert (template.header, template.end, template.openings) == (None, "<|endoftext|>", ())
+
+
+def test_no_template_and_no_eos_is_an_error():
+    tokenizer = tiny.plain()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="set its eos_token"):
+        read_template(tokenizer)
+
+
+def test_a_template_that_refuses_system_turns_is_read_all_the_same():
+    tokenizer = tiny.chatml()
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer.chat_template = refusal + tiny.CHATML
+    assert read_template(tokenizer).openings == ("<|im_start|>user",)
+
+
+@pytest.mark.parametrize("text, closed", [
+    ("four", "four<e>"), ("four<e>", "four<e>"), ("four<e>\n", "four<e>"), ("four<e><e>", "four<e>"),
+    ("four<e>\n<e> \n", "four<e>"), ("four \n", "four \n<e>"), (" four<e>", " four<e>"),
+])
+def test_exactly_one_end_of_turn(text, closed):
+    """R-A2."""
+    assert close_turn(text, "<e>")[0] == closed
+
+
+# The paper's format: whole transcripts
+
+
+def test_transcripts_split_at_the_last_assistant_header(chatml):
+    """R-A3, R-A6: the sides' ends differ by a newline; the transcript's prompt wins over the column's."""
+    text = render_row(chatml, 7, "How many?", SYSTEM + ASKED + "<|im_start|>think\nfour<|im_end|>\n",
+                      SYSTEM + ASKED + "<|im_start|>think\nfive<|im_end|>", True)
+    assert text.prompt == SYSTEM + ASKED
+    assert (text.chosen, text.rejected) == ("<|im_start|>think\nfour<|im_end|>", "<|im_start|>think\nfive<|im_end|>")
+    assert text.row == 7 and text.notes == ("chosen: dropped white space or a second end after the turn",)
+
+
+def test_a_question_that_is_not_the_transcripts_is_noted(chatml):
+    """R-A6: half of the paper's rows."""
+    text = render_row(chatml, 0, "Which number?", ASKED + "four<|im_end|>", ASKED + "five<|im_end|>", True)
+    assert text.prompt == ASKED
+    assert set(text.notes) == {"prompt column differs from the transcript's prompt (the transcript is used)"}
+
+
+def test_of_several_assistant_turns_only_the_last_is_scored(chatml):
+    """R-A6."""
+    first = ASKED + "four<|im_end|>\n" + ASKED
+    assert render(chatml, None, first + "4<|im_end|>", first + "5<|im_end|>") == (first, "4<|im_end|>", "5<|im_end|>")
+
+
+@pytest.mark.parametrize("tail", ["<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n",  # ends in a user turn
+                                  "<|im_end|>\n<|im_start|>user\nSure?",
+                                  "\n<|im_start|>user\nSure?<|im_end|>",  # the assistant's turn is not even closed
+                                  "\n<|im_start|>system\nBe brief.<|im_end|>\n"])
+def test_no_other_turn_is_ever_scored(chatml, tail):
+    """R-A6."""
+    assert "chosen" in error_of(chatml, None, ASKED + "four" + tail, ASKED + "five<|im_end|>")
+    assert "rejected" in error_of(chatml, None, ASKED + "four<|im_end|>", ASKED + "five" + tail)
+    assert "chosen" in error_of(chatml, ASKED, "four" + tail, "five<|im_end|>")
+
+
+def test_a_foreign_transcript_names_the_header_that_was_looked_for(chatml):
+    message = error_of(chatml, None, "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>", "x")
+    assert repr("<|im_start|>assistant\n") in message and "--assistant_header" in message
+    message = error_of(read_template(tiny.llama()), "Q", ASKED + "four<|im_end|>", ASKED + "five<|im_end|>")
+    assert "'<|im_start|>'" in message and repr("<|h|>assistant<|/h|>\n\n") in message
+
+
+def test_assistant_header_splits_a_foreign_transcript():
+    template = read_template(tiny.plain(), "\n\nAssistant:")
+    human = "\n\nHuman: How many?\n\nAssistant:"
+    assert render(template, None, human + " four", human + " five") == (
+        human, " four<|endoftext|>", " five<|endoftext|>")
+
+
+def test_a_transcript_must_ask_something(chatml):
+    assert "no turn before" in error_of(chatml, "2+2?", "<|im_start|>assistant\nfour<|im_end|>")
+
+
+def test_prompts_of_the_sides_must_be_equal(chatml):
+    """R-A5."""
+    message = error_of(chatml, None, ASKED + "four<|im_end|>", SYSTEM + ASKED + "five<|im_end|>")
+    assert "prompts of chosen and rejected differ: 'user" in message and "'system" in message
+
+
+# TRL's formats
+
+
+@pytest.mark.parametrize("ending", ["", "<|im_end|>", "<|im_end|>\n"])
+def test_strings_get_an_end_only_where_they_have_none(chatml, ending):
+    """R-A2."""
+    assert render(chatml, "2+2=", "4" + ending, "5" + ending) == ("2+2=", "4<|im_end|>", "5<|im_end|>")
+
+
+def test_a_base_models_plain_strings_end_with_eos_and_its_chats_with_the_templates_end():
+    """R-A2."""
+    base = read_template(tiny.base_chatml())
+    assert render(base, "2+2=", "4")[1] == "4<|endoftext|>"
+    assert render(base, "2+2=", "4<|im_end|>\n")[1] == "4<|im_end|>"
+    assert render(base, ASKED, "4")[1] == "4<|im_end|>"
+    assert render(base, None, ASKED + "4<|im_end|>\n<|endoftext|>")[1] == "4<|im_end|>"
+    assert render(base, None, [USER, YES])[1] == "four<|im_end|>"
+
+
+@pytest.mark.parametrize("prompt, chosen, rejected", [
+    ([USER], [YES], [NO]),  # explicit prompt
+    (None, [USER, YES], [USER, NO]),  # implicit prompt
+    ("How many?", [USER, YES], [USER, NO]),  # UltraFeedback
+    ([USER], [USER, YES], [USER, NO]),  # the prompt twice
+    ([USER], "four", "five"),
+    (ASKED, "four", "five<|im_end|>\n"),  # rendered
+    ("<|im_start|>user\nHow many?<|im_end|>\n", "<|im_start|>assistant\nfour<|im_end|>",
+     "<|im_start|>assistant\nfive<|im_end|>"),
+])
+def test_every_format_gives_the_same_texts(chatml, prompt, chosen, rejected):
+    text = render_row(chatml, 0, prompt, chosen, rejected, True)
+    assert (text.prompt, text.chosen, text.rejected) == (ASKED, "four<|im_end|>", "five<|im_end|>")
+    assert not any("differs" in note for note in text.notes)
+
+
+def test_sft_rows_have_no_rejected(chatml):
+    for prompt, chosen in ((None, [USER, YES]), ([USER], [YES]), (None, ASKED + "four<|im_end|>\n"), (ASKED, "four")):
+        assert render(chatml, prompt, chosen) == (ASKED, "four<|im_end|>", None)
+
+
+def test_none_keys_of_arrow_are_dropped():
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = tiny.CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] }}{% if m.tools is defined %}{{ m.tools }}{% endif %}")
+    messages = [message | {"tools": None} for message in (USER, YES)]
+    assert render(read_template(tokenizer), None, messages) == (ASKED, "four<|im_end|>", None)
+    assert render(read_template(tokenizer), messages[:1], "four") == (ASKED, "four<|im_end|>", None)
+
+
+def test_a_response_may_begin_with_the_templates_token(chatml):
+    """As the paper's traces do: <|im_start|>think is no turn."""
+    assert render(chatml, ASKED, "<|im_start|>think\nfour")[:2] == (ASKED, "<|im_start|>think\nfour<|im_end|>")
+
+
+def test_nothing_may_follow_the_end_of_turn(chatml):
+    assert "goes on after its end of turn '<|im_end|>'" in error_of(chatml, None, ASKED + "four<|im_end|>\nmore")
+
+
+def test_a_rendered_prompt_stays_when_the_response_has_several_turns(chatml):
+    """R-A6: the reply's own first turn goes to the prompt, nothing of the prompt is lost."""
+    more = "four<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
+    assert render(chatml, ASKED, more)[:2] == (ASKED + more[: -len("yes<|im_end|>")], "yes<|im_end|>")
+
+
+@pytest.mark.parametrize("values, words", [
+    ((None, [YES, USER]), "must end with an assistant message, ends with role 'user'"),
+    ((None, [YES]), "no message before"),
+    (([USER], [{"role": "assistant", "content": [{"type": "text"}]}]), "chosen"),
+    (([{"role": "user"}], [YES]), "chosen"),
+    ((None, "four"), "--prompt_field"), (("", "four"), "empty prompt"), ((3, "four"), "of type int"),
+    (("Q", ""), "chosen is empty"), (("Q", " \n"), "chosen is empty"), (("Q", "<|im_end|>\n"), "chosen is empty"),
+    (("Q", None), "chosen is missing"), (("Q", 4), "chosen is of type int"), (("Q", []), "an empty list"),
+    (("Q", ["a"]), "of type list"), (("Q", "4", 5), "rejected is of type int"), (("Q", "4", "4"), "equal"),
+    (("Q", "4", "4<|im_end|>\n"), "equal"), ((None, ASKED), "chosen is empty"),
+])
+def test_bad_rows_say_which_side_and_why(values, words):
+    """R-A7. A template that joins contents as text shows what a content of another type does."""
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = tiny.CHATML.replace("{{ m['content'] }}", "{{ m['content'] + '' }}")
+    assert words in error_of(read_template(tokenizer), *values)
+
+
+def test_messages_without_a_chat_template_are_refused():
+    assert "no chat template" in error_of(read_template(tiny.plain()), None, [USER, YES])
+    assert "no chat template" in error_of(read_template(tiny.plain()), [USER], "four")
+
+
+# Files
+
+ROWS = [{"prompt": "1+1=", "chosen": "2", "rejected": "007"}, {"prompt": "Any?", "chosen": "None", "rejected": "NA"},
+        {"prompt": "两个？", "chosen": "二\n", "rejected": "\\frac{1}{2}"}]
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json", "a.csv", "odd [name]*.jsonl"])
+def test_every_file_type_gives_the_same_rows(tmp_path, name):
+    """A CSV's "007", "None" and "NA" are text like any other."""
+    assert read_rows(write(tmp_path / name, ROWS)) == ROWS
+
+
+def test_a_csv_of_numbers_is_text(tmp_path):
+    assert read_rows(write(tmp_path / "a.csv", [{"prompt": "1", "chosen": "2", "rejected": "3"}])) == [
+        {"prompt": "1", "chosen": "2", "rejected": "3"}]
+
+
+def test_a_glob_reads_its_files_in_the_order_of_their_names(tmp_path):
+    for name, row in zip(("b.jsonl", "a.jsonl", "c.jsonl"), ROWS):
+        write(tmp_path / name, [row])
+    assert read_rows(str(tmp_path / "*.jsonl")) == [ROWS[1], ROWS[0], ROWS[2]]
+
+
+def test_messages_survive_parquet_and_json(tmp_path):
+    rows = [{"chosen": [USER, YES], "rejected": [USER, NO]}, {"chosen": [USER, NO], "rejected": [USER, YES]}]
+    for name in ("a.parquet", "a.jsonl"):
+        assert read_rows(write(tmp_path / name, rows)) == rows
+
+
+def test_a_folder_of_save_to_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
+    assert read_rows(str(tmp_path / "saved")) == ROWS
+    with pytest.raises(UserError, match="several splits"):
+        read_rows(str(tmp_path / "splits"))
+
+
+def test_files_of_two_types_are_refused(tmp_path):
+    for name in ("a.jsonl", "a.csv"):
+        write(tmp_path / name, ROWS)
+    with pytest.raises(UserError, match=r"all files of one kind, found \.csv, \.jsonl"):
+        read_rows(str(tmp_path / "a.*"))
+
+
+@pytest.mark.parametrize("columns, pairs, names", [
+    (("prompt", "chosen", "rejected"), True, ("prompt", "chosen", "rejected")),
+    (("question", "text", "worse-text", "sample_type"), True, ("question", "text", "worse-text")),
+    (("chosen", "rejected"), True, (None, "chosen", "rejected")),
+    (("prompt", "completion"), False, ("prompt", "completion", None)),
+    (("messages",), False, (None, "messages", None)), (("text",), False, (None, "text", None)),
+])
+def test_columns_are_found_by_name(columns, pairs, names):
+    assert choose_fields("d", [dict.fromkeys(columns)], None, None, None, pairs) == names
+
+
+def test_named_columns_win_and_missing_ones_are_errors():
+    rows = [{"q": 1, "a": 1, "b": 1, "chosen": 1, "rejected": 1}]
+    assert choose_fields("d", rows, "q", "a", "b", True) == ("q", "a", "b")
+    with pytest.raises(UserError, match=r"d: has no column 'x' \(--chosen_field\); it has q, a, b, chosen, rejected"):
+        choose_fields("d", rows, "q", "x", "b", True)
+    with pytest.raises(UserError, match="rejected or worse-text; it has chosen: name one with --rejected_field"):
+        choose_fields("d", [{"chosen": 1}], None, None, None, True)

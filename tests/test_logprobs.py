@@ -1,0 +1,355 @@
+"""The kernel against loops, identities and plain full-logits code; nothing here takes its own output for the truth."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import KeepDouble, naive_token_logps, random_groups, tiny
+from torch import nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanodpo.attention import LOOP
+from nanodpo.logprobs import LogProbHead, SequenceLogProbs, sum_by_sequence
+from nanodpo.packing import pack, pad
+
+N, D, V = 23, 12, 31
+SETTINGS = [(1.0, None), (0.25, None), (1.0, 3.0), (2.0, 5.0)]  # scale and cap of the logits
+
+
+def linear(bias=True, dtype=torch.float64, trainable=True, vocabulary=V, width=D, std=0.7):
+    torch.manual_seed(1)
+    layer = nn.Linear(width, vocabulary, bias=bias, dtype=torch.float64)
+    for p in layer.parameters():
+        nn.init.normal_(p, 0, std)
+    return layer.to(dtype).requires_grad_(trainable)
+
+
+def inputs(n=N, dtype=torch.float64, vocabulary=V, width=D):
+    draw = torch.Generator().manual_seed(2)
+    hidden = torch.randn(n, width, generator=draw, dtype=torch.float64).to(dtype)
+    return hidden.requires_grad_(), torch.randint(vocabulary, (n,), generator=draw)
+
+
+def by_hand(hidden, layer, targets, scale, cap) -> list[float]:
+    """log softmax(logits)[target] with nothing but floats and loops."""
+    weight, out = layer.weight.tolist(), []
+    bias = layer.bias.tolist() if layer.bias is not None else [0.0] * len(weight)
+    for h, y in zip(hidden.tolist(), targets.tolist()):
+        logits = [scale * (sum(a * b for a, b in zip(row, h)) + c) for row, c in zip(weight, bias)]
+        if cap is not None:
+            logits = [cap * math.tanh(z / cap) for z in logits]
+        out.append(logits[y] - math.log(sum(math.exp(z) for z in logits)))
+    return out
+
+
+@pytest.mark.parametrize("scale, cap", SETTINGS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("chunk", [1, 7, N, N + 1])
+def test_kernel_is_the_loop(chunk, bias, scale, cap):
+    """R-C1, R-C2: token by token equal to Python floats, whatever the chunk; sums over ragged responses too."""
+    layer, (hidden, targets) = linear(bias), inputs()
+    truth = by_hand(hidden, layer, targets, scale, cap)
+    logps = LogProbHead(layer, scale, cap, chunk)(hidden, targets)
+    assert logps.tolist() == pytest.approx(truth, abs=1e-12)
+    lengths = [1, 9, 2, 11]
+    seq = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    starts = [0, 1, 10, 12]
+    sums = [sum(truth[s:s + n]) for s, n in zip(starts, lengths)]
+    assert sum_by_sequence(logps, seq, 4).tolist() == pytest.approx(sums, abs=1e-9)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(3))
+    assert sum_by_sequence(logps[order], seq[order], 4).tolist() == pytest.approx(sums, abs=1e-9)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 1000, 152_064])
+def test_uniform_logits_cost_ln_v_a_token(vocabulary):
+    """-n ln V where the head is zero, at the default chunk size, in float32."""
+    layer = nn.Linear(4, vocabulary)
+    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    hidden, targets = inputs(250, torch.float32, vocabulary, 4)
+    total = sum_by_sequence(LogProbHead(layer)(hidden, targets), torch.zeros(250, dtype=torch.long), 1)
+    assert total.item() == pytest.approx(-250 * math.log(vocabulary), rel=1e-7)
+
+
+def test_two_tokens_by_hand():
+    """Logits (0, ln 3) mean probabilities 1/4 and 3/4."""
+    layer = nn.Linear(1, 2, bias=False, dtype=torch.float64)
+    layer.weight.data = torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64)
+    logps = LogProbHead(layer)(torch.ones(2, 1, dtype=torch.float64), torch.tensor([0, 1]))
+    assert logps.tolist() == pytest.approx([math.log(1 / 4), math.log(3 / 4)], abs=1e-15)
+
+
+def test_all_answers_together_are_certain():
+    """Every response of length 3 over 5 tokens, packed after one prompt: their probabilities sum to 1."""
+    model = tiny("llama", vocab_size=5)
+    model.set_attn_implementation(LOOP)
+    responses = [[a, b, c] for a in range(5) for b in range(5) for c in range(5)]
+    with torch.no_grad(), KeepDouble():
+        logps = SequenceLogProbs(model)(pack([([3, 1, 4, 1], responses)]))
+    assert logps.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    assert logps.exp().max() > 3 / 125  # and not because all are alike
+
+
+@pytest.mark.parametrize("scale, cap", SETTINGS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_gradients_are_the_slopes(trainable, bias, scale, cap):
+    """Analytic against finite differences in float64, by hidden states and, where the head is trained, its parameters.
+    """
+    layer = linear(bias, trainable=trainable, vocabulary=7, width=5)
+    hidden, targets = inputs(6, width=5, vocabulary=7)
+    head = LogProbHead(layer, scale, cap, chunk=4)
+    names = [name for name, p in head.named_parameters()] if trainable else []
+
+    def call(hidden, *parameters):
+        return functional_call(head, dict(zip(names, parameters)), (hidden, targets))
+
+    parameters = [p.detach().clone().requires_grad_() for p in head.parameters()] if trainable else []
+    assert torch.autograd.gradcheck(call, (hidden, *parameters))
+
+
+def test_a_second_derivative_is_refused():
+    """The kept gradient is a constant to autograd; better an error than a curvature with half its terms."""
+    hidden, targets = inputs()
+    logps = LogProbHead(linear(trainable=False))(hidden, targets)
+    (grad,) = torch.autograd.grad((logps**2).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("scale, cap", SETTINGS)
+def test_inputs_come_back_bit_identical(scale, cap, trainable):
+    """Nothing that goes in is written to, in forward or backward."""
+    layer, (hidden, targets) = linear(trainable=trainable), inputs()
+    grad = torch.randn(N, dtype=torch.float64)
+    tensors = [hidden, targets, layer.weight, layer.bias, grad]
+    before = [t.detach().clone() for t in tensors]
+    LogProbHead(layer, scale, cap, chunk=7)(hidden, targets).backward(grad)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor with a vocabulary dimension that is no weight (which has D beside it)."""
+
+    def __init__(self, vocabulary, width):
+        super().__init__()
+        self.vocabulary, self.width, self.numel = vocabulary, width, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, torch.Tensor) and self.vocabulary in t.shape and self.width not in t.shape:
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("scale, cap", SETTINGS)
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("chunk", [1, 7, N])
+def test_logits_never_exceed_a_chunk(chunk, trainable, scale, cap):
+    """Forward and backward: no tensor of more than chunk x V elements, and one of just that."""
+    layer, (hidden, targets) = linear(trainable=trainable), inputs()
+    with Largest(V, D) as largest:
+        LogProbHead(layer, scale, cap, chunk)(hidden, targets).sum().backward()
+    assert largest.numel == chunk * V
+
+
+def test_the_default_chunk_is_64_mib():
+    """67,108,864 bytes of float32 logits: 110 tokens at 152,064 words, and never none."""
+    assert LogProbHead(nn.Linear(1, 152_064, device="meta")).chunk == 110
+    assert LogProbHead(nn.Linear(1, 2**25, device="meta")).chunk == 1
+
+
+def errors(values, truth) -> torch.Tensor:
+    d = (values.double() - truth).abs()
+    return torch.stack([d.max(), d.mean()])
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_bfloat16_is_no_worse_than_full_logits(trainable):
+    """R-C4: against float64 truth, values within the error of full float32 log_softmax, far within that of bfloat16.
+
+    Gradients get half as much again: ours are rounded once more, as a kept product or as a chunk's share of dW.
+    """
+    size = {"vocabulary": 1000, "width": 64}
+    layer = linear(False, torch.bfloat16, trainable, std=0.1, **size)
+    hidden, targets = inputs(3000, torch.bfloat16, **size)
+    weights = torch.linspace(-1, 1, 3000)
+
+    def grads(logps):
+        wanted = [hidden, layer.weight] if trainable else [hidden]
+        return torch.autograd.grad((logps * weights.to(logps.dtype)).sum(), wanted)
+
+    def naive(cast):
+        return F.linear(cast[0](hidden), cast[0](layer.weight)).to(cast[1]).log_softmax(1).gather(
+            1, targets[:, None]).squeeze(1)
+
+    truth = naive((torch.Tensor.double, torch.float64))
+    plain = naive((lambda t: t, torch.float32))
+    coarse = naive((lambda t: t, torch.bfloat16))
+    ours = LogProbHead(layer, chunk=64)(hidden, targets)
+    assert ours.dtype == torch.float32
+    assert (errors(ours, truth) <= errors(plain, truth) * 1.001).all()
+    assert (errors(ours, truth) < errors(coarse, truth) / 5).all()
+    for exact, usual, mine in zip(grads(truth), grads(plain), grads(ours)):
+        assert mine.dtype == torch.bfloat16
+        assert (errors(mine, exact) <= errors(usual, exact) * 1.5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("std", [0.1, 3.0, 300.0])
+def test_no_log_prob_is_positive(std, dtype):
+    """R-C4: flat, sharp and one-hot distributions; in the sharpest a sure token has log-prob 0 and not a bit more."""
+    layer, (hidden, _) = linear(dtype=dtype, std=std), inputs(4000, dtype)
+    best = layer(hidden).argmax(1)
+    logps = LogProbHead(layer)(hidden, best)
+    assert logps.max() <= 0 and logps.min() >= -math.log(V) - 1e-5
+    assert std < 300 or logps.max() == 0
+
+
+@pytest.mark.parametrize("scale", [2.0**-6, 2.0**-14])
+def test_twenty_thousand_terms_lose_nothing(scale):
+    """R-C4: bfloat16-sized terms sum exactly in float64, whatever the order; float32 and bfloat16 would be off."""
+    draw = torch.Generator().manual_seed(0)
+    terms = -torch.randint(1, 2**8, (20_000,), generator=draw) * scale - 7 * (torch.arange(20_000) % 3 == 0)
+    seq = torch.arange(20_000) % 2
+    expected = [math.fsum(terms.double()[side::2].tolist()) for side in (0, 1)]
+    assert sum_by_sequence(terms.float(), seq, 2).tolist() == expected
+    order = torch.randperm(20_000, generator=draw)
+    assert sum_by_sequence(terms.float()[order], seq[order], 2).tolist() == expected
+
+
+class PositionsOnly(nn.Module):
+    """A model whose hidden states depend on the position alone: tokens count as labels, never as context."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+        self.lm_head = linear(width=D)
+        self.table = inputs(40)[0].detach()
+        self.base_model = self.states
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def states(self, input_ids, use_cache, position_ids=None, segments=None):
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        return SimpleNamespace(last_hidden_state=self.table[position_ids])
+
+
+@pytest.mark.parametrize("layout", [pack, pad])
+def test_only_response_tokens_are_labels(layout):
+    """R-C8: a prompt token as label changes nothing; any token of chosen or rejected changes its own sum alone."""
+    model = PositionsOnly()
+    prompt, chosen, rejected = [3, 14, 15], [9, 2, 6, 5], [30, 5, 8]
+    logps = model.lm_head(model.table).log_softmax(1)
+
+    def score(prompt, chosen, rejected):
+        other = ([1, 1], [[4], [4, 4]])
+        return SequenceLogProbs(model)(layout([other, (prompt, [chosen, rejected]), other]))[2:4].tolist()
+
+    def expected(response):  # token k stands at position 3 + k, so position 2 + k predicts it
+        return sum(logps[2 + k, y].item() for k, y in enumerate(response))
+
+    base = score(prompt, chosen, rejected)
+    assert base == pytest.approx([expected(chosen), expected(rejected)], abs=1e-12)
+    for k in range(3):
+        assert score(prompt[:k] + [7] + prompt[k + 1:], chosen, rejected) == base
+    for k in range(4):
+        changed = chosen[:k] + [7] + chosen[k + 1:]
+        assert score(prompt, changed, rejected) == [pytest.approx(expected(changed), abs=1e-12), base[1]]
+        assert abs(expected(changed) - base[0]) > 1e-3
+    for k in range(3):
+        changed = rejected[:k] + [7] + rejected[k + 1:]
+        assert score(prompt, chosen, changed) == [base[0], pytest.approx(expected(changed), abs=1e-12)]
+        assert abs(expected(changed) - base[1]) > 1e-3
+
+
+def plain_dpo(model, groups, ref, beta=0.1):
+    """DPO as a textbook writes it, sharing no line with the trainer."""
+    logps = torch.stack([x.sum() for x in naive_token_logps(model, groups)]).view(-1, 2)
+    return -F.logsigmoid(beta * ((logps[:, 0] - ref[:, 0]) - (logps[:, 1] - ref[:, 1]))).mean()
+
+
+def our_dpo(model, groups, ref, beta=0.1):
+    from nanodpo.losses import dpo
+
+    logps = SequenceLogProbs(model, chunk=7)(pack(groups)).view(-1, 2)
+    return dpo(*logps.T, *ref.T, beta).mean()
+
+
+def trained(kind: str, dtype):
+    """A tiny model of each kind of training. Llama's norms go through float32, so float64 takes another family."""
+    family = "llama" if dtype == torch.float32 else "gpt_neox"
+    if kind != "lora":
+        return tiny(family, dtype, tie_word_embeddings=kind == "tied")
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny(family, dtype), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+                           autocast_adapter_dtype=False)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, 0, 0.1)  # zero, as LoRA starts, would leave lora_A without a gradient
+    return model
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+@pytest.mark.parametrize("kind", ["lora", "tied", "untied"])
+def test_gradients_of_a_whole_model_are_those_of_plain_dpo(kind, checkpointing, dtype, tolerance):
+    """R-G5: loss and the gradient of every parameter, frozen head and trained, tied and not, checkpointed or not."""
+    model, groups = trained(kind, dtype), random_groups()
+    model.train()
+    inner = model.get_base_model() if kind == "lora" else model
+    assert inner.get_output_embeddings().weight.requires_grad == (kind != "lora")
+    tied = inner.get_output_embeddings().weight is inner.get_input_embeddings().weight
+    assert tied == (kind == "tied")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ref = -torch.linspace(20, 90, 8, dtype=torch.float64).view(4, 2)
+    expected = plain_dpo(model, groups, ref)
+    truth = torch.autograd.grad(expected, parameters)
+
+    inner.set_attn_implementation(LOOP)
+    if checkpointing:
+        model.gradient_checkpointing_enable(checkpointing)
+        model.enable_input_require_grads()
+    loss = our_dpo(model, groups, ref)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for p, g in zip(parameters, truth):
+        assert g.norm() > 0
+        assert (p.grad - g).norm() <= tolerance * g.norm()
+
+
+def test_an_adapted_output_layer_is_refused():
+    """R-G9: LoRA on the head would be ignored, since the kernel reads the base weight."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="output layer must be a plain linear layer"):
+        SequenceLogProbs(model)
+
+
+@pytest.mark.parametrize("name", ["cohere", "granite", "gemma2", "phi"])
+def test_scaled_capped_and_biased_logits_are_the_models_own(name):
+    """Token log-probs of models that multiply, divide or cap their logits, or add a bias, against their own logits."""
+    model, groups = tiny(name), random_groups()
+    with torch.no_grad(), KeepDouble():
+        ours = SequenceLogProbs(model, chunk=7).token_logps(pad(groups))
+        assert (ours - torch.cat(naive_token_logps(model, groups))).abs().max() < 1e-9
+        bare = LogProbHead(nn.Linear(1, 1))
+        head = SequenceLogProbs(model).head
+        assert (head.scale, head.cap, head.bias is None) != (bare.scale, bare.cap, True)
+
+
+def test_hidden_states_of_another_dtype_meet_the_heads():
+    """Mamba keeps its last hidden state in float32 under bfloat16 weights; its own head casts first, and so do we."""
+    model, groups = tiny("mamba", torch.bfloat16), random_groups()
+    with torch.no_grad():
+        ours = SequenceLogProbs(model).token_logps(pad(groups))
+        truth = torch.cat(naive_token_logps(model, groups))
+    assert (ours - truth).abs().mean() < 0.01 and truth.std() > 1

@@ -1,0 +1,134 @@
+"""Rows as literal tensors, and as what a loop over the groups says they must be."""
+
+import copy
+import random
+
+import pytest
+import torch
+
+from nanodpo.packing import Row, Segments, pack, pad
+
+# Prompt 7 8 9 with three responses, one of a single token; prompt 4, a single token, with two.
+GROUPS = [([7, 8, 9], [[1, 2], [3], [5, 6]]), ([4], [[2, 2, 2], [1]])]
+
+
+def random_groups(draw: random.Random) -> list:
+    def ids(most):
+        return [draw.randrange(1, 50) for _ in range(draw.randint(1, most))]
+
+    return [(ids(6), [ids(7) for _ in range(draw.randint(1, 4))]) for _ in range(draw.randint(1, 5))]
+
+
+def test_pack_literally():
+    """R-C3: every token in its place; no padding, no shift, positions restart at len(prompt) for each response."""
+    row = pack(GROUPS)
+    #                            0  1  2  3  4  5  6  7  8  9 10 11 12
+    assert row.input_ids.tolist() == [[7, 8, 9, 1, 2, 3, 5, 6, 4, 2, 2, 2, 1]]
+    assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 3, 4, 0, 1, 2, 3, 1]]
+    assert row.rows.tolist() == [2, 3, 2, 2, 6, 8, 9, 10, 8]
+    assert row.targets.tolist() == [1, 2, 3, 5, 6, 2, 2, 2, 1]
+    assert row.seq.tolist() == [0, 0, 1, 2, 2, 3, 3, 3, 4]
+    assert row.n_sequences == 5
+
+
+def test_segments_literally():
+    """Queries cut the row; keys are each stretch's prompt and then itself."""
+    segments = pack(GROUPS).segments
+    assert segments.spans == [(0, 3, 3, 5), (0, 3, 5, 6), (0, 3, 6, 8), (8, 9, 9, 12), (8, 9, 12, 13)]
+    assert segments.cu_q.tolist() == [0, 5, 6, 8, 12, 13]
+    assert segments.cu_k.tolist() == [0, 5, 9, 14, 18, 20]
+    assert segments.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 2, 6, 7, 8, 9, 10, 11, 8, 12]
+    assert (segments.max_q, segments.max_k) == (5, 5)
+    assert segments.cu_q.dtype == segments.cu_k.dtype == torch.int32  # what the CUDA kernel takes
+
+
+def test_pad_literally():
+    """R-C3: the same groups, a sequence a line, padded on the right; rows count through the flattened lines of 5."""
+    row = pad(GROUPS)
+    assert row.input_ids.tolist() == [[7, 8, 9, 1, 2], [7, 8, 9, 3, 0], [7, 8, 9, 5, 6], [4, 2, 2, 2, 0],
+                                      [4, 1, 0, 0, 0]]
+    assert row.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 5
+    assert row.rows.tolist() == [2, 3, 7, 12, 13, 15, 16, 17, 20]
+    assert row.targets.tolist() == [1, 2, 3, 5, 6, 2, 2, 2, 1]
+    assert row.seq.tolist() == [0, 0, 1, 2, 2, 3, 3, 3, 4]
+    assert (row.n_sequences, row.segments) == (5, None)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("layout", [pack, pad])
+def test_every_scored_token_once_after_what_came_before_it(layout, seed):
+    """R-C1, R-A8: following `rows` back through the row finds, for each token of each response, its true context."""
+    groups = random_groups(random.Random(seed))
+    row = layout(groups)
+    expected, number = [], 0
+    for prompt, responses in groups:
+        for response in responses:
+            expected += [(number, token, (prompt + response[:k])) for k, token in enumerate(response)]
+            number += 1
+    found = [(s, t, context_of(row, r, s)) for r, t, s in zip(row.rows.tolist(), row.targets.tolist(),
+                                                              row.seq.tolist())]
+    assert found == expected
+    assert row.n_sequences == number
+
+
+def context_of(row: Row, at: int, seq: int) -> list[int]:
+    """The ids that flattened position `at` may see, in order of position, by the layout's own rule."""
+    width = row.input_ids.shape[1]
+    line, column = divmod(at, width)
+    ids, positions = row.input_ids[line].tolist(), row.position_ids[line].tolist()
+    if row.segments is None:
+        seen = range(column + 1)
+    else:
+        p0, p1, r0, r1 = row.segments.spans[seq]
+        seen = [i for i in [*range(p0, p1), *range(r0, r1)] if i <= column]
+    assert [positions[i] for i in seen] == list(range(len(seen)))
+    return [ids[i] for i in seen]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_queries_and_keys_line_up_at_the_end(seed):
+    """Stretch by stretch: queries are the last keys, in order, and together they are the row, each position once."""
+    groups = random_groups(random.Random(seed))
+    row = pack(groups)
+    s, length = row.segments, row.input_ids.shape[1]
+    assert length == sum(len(p) + sum(map(len, rs)) for p, rs in groups)
+    queries = []
+    for i, (p0, p1, r0, r1) in enumerate(s.spans):
+        q = list(range(*s.cu_q[i:i + 2].tolist()))
+        k = s.keys[s.cu_k[i]:s.cu_k[i + 1]].tolist()
+        assert k == [*range(p0, p1), *range(r0, r1)]
+        assert k[-len(q):] == q
+        assert q == (k if r0 == p1 else list(range(r0, r1)))
+        queries += q
+    assert queries == list(range(length))
+    assert s.max_q == max(s.cu_q.diff().tolist()) and s.max_k == max(s.cu_k.diff().tolist())
+
+
+@pytest.mark.parametrize("layout", [pack, pad])
+def test_groups_are_left_as_they_were(layout):
+    """A layout reads its input: what comes after the call must see the same lists."""
+    groups = copy.deepcopy(GROUPS)
+    layout(groups)
+    assert groups == GROUPS
+
+
+@pytest.mark.parametrize("layout", [pack, pad])
+@pytest.mark.parametrize("group", [([], [[1]]), ([1], []), ([1], [[2], []])])
+def test_nothing_is_scored_without_a_prompt_or_a_token(layout, group):
+    """R-B4: an empty side would take its hidden state from a neighbour, or shift the others' targets."""
+    with pytest.raises(AssertionError, match="group 1: empty prompt, no response, or an empty one"):
+        layout([([1, 2], [[3]]), group])
+
+
+def test_moving_a_row_moves_every_tensor_and_changes_none():
+    """`to` reaches the tensors inside `segments`; the meta device shows which ones it took."""
+    row = pack(GROUPS)
+    moved, same = row.to(torch.device("meta")), row.to(torch.device("cpu"))
+    for record, other, kept in [(moved, row, same), (moved.segments, row.segments, same.segments)]:
+        tensors = [name for name, value in vars(other).items() if isinstance(value, torch.Tensor)]
+        assert tensors == {Row: ["input_ids", "position_ids", "rows", "targets", "seq"],
+                           Segments: ["cu_q", "cu_k", "keys"]}[type(other)]
+        for name in tensors:
+            assert getattr(record, name).device.type == "meta"
+            assert torch.equal(getattr(kept, name), getattr(other, name))
+    assert moved.segments.spans == row.segments.spans and moved.n_sequences == 5

@@ -1,0 +1,238 @@
+"""Texts to token ids: ids known by hand (a byte's id is its value), boundaries, limits, and every row accounted for."""
+
+import itertools
+import json
+
+import pytest
+import tiny_tokenizers as tiny
+
+from nanodpo.errors import UserError
+from nanodpo.example import Example, truncate
+from nanodpo.inspection import histogram, inspect
+from nanodpo.template import read_template
+from nanodpo.tokens import load_dataset
+
+CHAT_EOS, START, END = 260, 259, 260  # tiny.chatml's <|im_start|> and <|im_end|>
+ASKED = "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
+ASKED_IDS = [START, *b"user\n2?", END, *b"\n", START, *b"assistant\n"]
+
+
+def load(folder, tokenizer, rows, limit=1000, pairs=True, **arguments):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_dataset(str(path), read_template(tokenizer), tiny.DataArguments(**arguments), limit, pairs)
+
+
+def row(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def error_of(*values, **arguments):
+    with pytest.raises(UserError) as caught:
+        load(*values, **arguments)
+    return str(caught.value)
+
+
+# Ids
+
+
+def test_a_chat_row_by_hand(tmp_path):
+    """R-A1 (no BOS: no None), R-A2, R-A5."""
+    transcripts = {"question": "2?", "text": ASKED + "4<|im_end|>\n", "worse-text": ASKED + "five<|im_end|>"}
+    messages = {"prompt": [{"role": "user", "content": "2?"}], "chosen": [{"role": "assistant", "content": "4"}],
+                "rejected": [{"role": "assistant", "content": "five"}]}
+    for data in (transcripts, messages, row(ASKED, "4", "five<|im_end|>")):
+        example, = load(tmp_path, tiny.chatml(), [data]).examples
+        assert example == Example(0, ASKED_IDS, [*b"4", END], [*b"five", END])
+        assert example.length == len(ASKED_IDS) + 5
+
+
+def test_bos_is_there_once_at_the_front(tmp_path):
+    """R-A1: added to plain text, not doubled where the template wrote it, never before a response."""
+    tokenizer = tiny.llama()
+    plain, written = load(tmp_path, tokenizer, [row("2?", "4", "five"), row("<s>2?", "4", "five")]).examples
+    assert plain.prompt == written.prompt == [258, *b"2?"]
+    assert plain.chosen == [*b"4", 259] and plain.rejected == [*b"five", 259]
+    messages = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "4"}]
+    chat, = load(tmp_path, tokenizer, [{"messages": messages}], pairs=False).examples
+    assert chat == Example(0, [258, 260, *b"user", 261, *b"\n\n2?", 262, 260, *b"assistant", 261, *b"\n\n"],
+                           [*b"4", 262], None)
+    apart, = load(tmp_path, tokenizer, [row("2?", "4", "five")], boundary="concat").examples
+    assert apart == plain
+
+
+@pytest.mark.parametrize("tokenizer", [tiny.pad_is_eos(), tiny.base_chatml(), tiny.plain()])
+def test_where_pad_is_eos_the_eos_is_still_scored(tmp_path, tokenizer):
+    """R-A8."""
+    eos = tokenizer.eos_token_id
+    assert tokenizer.pad_token_id == eos
+    example, = load(tmp_path, tokenizer, [row("2?", "4", "five")]).examples
+    assert example.chosen == [*b"4", eos] and example.rejected == [*b"five", eos]
+
+
+# The boundary
+
+
+@pytest.mark.parametrize("prompt, response, alone, together", [
+    ("1+2", "3", "['2'] alone", "['23', '<|endoftext|>'] together"),
+    ("1+ ", "3", "['Ġ'] alone", "['Ġ3', '<|endoftext|>'] together")])
+def test_a_boundary_inside_a_token_is_an_error_or_cut_apart(tmp_path, prompt, response, alone, together):
+    """R-A4."""
+    rows = [row("1+1=", "2", "4"), row(prompt, response, "x"), row("1+1=", "5", "6")]
+    message = error_of(tmp_path, tiny.plain(), rows)
+    assert "1 of 3 rows" in message and "row 1: chosen: " in message and "--boundary concat" in message
+    assert alone in message and together in message
+    data = load(tmp_path, tiny.plain(), rows, boundary="concat")
+    assert data.examples[1] == Example(1, [*prompt.encode()], [*response.encode(), 258], [*b"x", 258])
+    data = load(tmp_path, tiny.plain(), rows, on_bad_row="drop")
+    assert [e.row for e in data.examples] == [0, 2] and data.dropped[0]["row"] == 1
+
+
+def test_the_boundary_of_rejected_is_checked_too(tmp_path):
+    """R-A4."""
+    assert "row 0: rejected: " in error_of(tmp_path, tiny.plain(), [row("1+2", "x", "3")])
+
+
+# Lengths
+
+
+def test_lengths_are_tokens_not_characters(tmp_path):
+    """R-B1: a response of 20,000 characters is cut nowhere where its tokens fit, and measured by them where not."""
+    latex = "\\frac{1}{2}+" * 1666  # 19,992 characters, one token each
+    rows = [row("2?", latex, "数" * 6665)]  # 19,995 tokens, three each
+    data = load(tmp_path, tiny.plain(), rows, limit=20000)
+    assert data.examples == [Example(0, [*b"2?"], [*latex.encode(), 258], [*("数" * 6665).encode(), 258])]
+    assert data.examples[0].length == 2 + 19995 + 1 and data.dropped == []
+    assert "19998 tokens, over --max_length 19997" in error_of(tmp_path, tiny.plain(), rows, limit=19997)
+    merged, = load(tmp_path, tiny.plain(), [row("2?", "23" * 9, "x")], limit=12).examples  # 18 characters, 9 tokens
+    assert merged.chosen == [256] * 9 + [258]
+
+
+ROWS = [row("2?", "four", "x"), row("2?", "y", "fives"), row("2?", "threes", "threat"), row("2?", "a", "b")]
+
+
+def test_overlong_rows_stop_the_run_and_are_listed(tmp_path):
+    """R-B2."""
+    message = error_of(tmp_path, tiny.plain(), ROWS, limit=6)
+    assert "3 of 4 rows (75.0%) are too long" in message
+    assert "row 2: 9 tokens" in message and "row 1: 8 tokens" in message and "--overlong drop" in message
+
+
+def test_overlong_rows_are_dropped_with_reasons(tmp_path):
+    """R-B2, R-A7."""
+    data = load(tmp_path, tiny.plain(), ROWS, limit=7, overlong="drop")
+    assert [e.row for e in data.examples] == [0, 3]
+    assert [(d["row"], d["reason"]) for d in data.dropped] == [
+        (1, "8 tokens, over --max_length 7"), (2, "9 tokens, over --max_length 7")]
+    assert data.lengths == [7, 8, 9, 4]
+
+
+def test_truncation_cuts_each_side_by_its_own_length_and_closes_nothing(tmp_path):
+    """R-B3, R-B4, R-B5."""
+    data = load(tmp_path, tiny.plain(), ROWS, limit=5, overlong="truncate")
+    assert data.examples == [
+        Example(0, [*b"2?"], [*b"fou"], [*b"x", 258], (True, False)),
+        Example(1, [*b"2?"], [*b"y", 258], [*b"fiv"], (False, True)),
+        Example(3, [*b"2?"], [*b"a", 258], [*b"b", 258], (False, False))]
+    assert data.dropped[0]["row"] == 2 and "no two responses would be left" in data.dropped[0]["reason"]
+    assert data.notes["only chosen cut to fit 5 tokens"] == data.notes["only rejected cut to fit 5 tokens"] == 1
+
+
+def test_a_prompt_is_never_cut(tmp_path):
+    for overlong in ("drop", "truncate"):
+        data = load(tmp_path, tiny.plain(), [row("long?", "a", "b"), row("2?", "a", "b")], overlong=overlong,
+                    max_prompt_length=3)
+        assert [e.row for e in data.examples] == [1]
+        assert data.dropped[0]["reason"].startswith("prompt of 5 tokens, over --max_prompt_length 3")
+    assert "prompt of 5 tokens" in error_of(tmp_path, tiny.plain(), [row("long?", "a", "b")], max_prompt_length=4)
+
+
+def test_no_grid_point_gives_an_empty_side():
+    """R-B4, R-B5."""
+    for prompt, chosen, rejected, limit in itertools.product(range(1, 6), range(1, 6), range(1, 6), range(1, 12)):
+        example = Example(0, [1] * prompt, [2] * chosen, [3] * rejected)
+        cut = truncate(example, limit)
+        assert (cut is None) == (limit <= prompt)
+        if cut:
+            assert cut.prompt == example.prompt and cut.length <= limit
+            assert (len(cut.chosen), len(cut.rejected)) == (min(chosen, limit - prompt), min(rejected, limit - prompt))
+            assert cut.cut == (prompt + chosen > limit, prompt + rejected > limit)
+            assert len(cut.chosen) >= 1 and len(cut.rejected) >= 1
+    assert truncate(Example(0, [1], [2], None), 1) is None
+    assert truncate(Example(0, [1], [2, 3, 4], None), 3) == Example(0, [1], [2, 3], None, (True, False))
+
+
+# Bad rows, notes, reports
+
+
+def test_bad_rows_are_all_counted_before_the_run_stops(tmp_path):
+    """R-A7, R-J5."""
+    rows = [row("2?", "4", "4"), row("2?", "4", "5"), row("", "4", "5"), row("2?", "5", "5"), row("2?", None, "5")]
+    message = error_of(tmp_path, tiny.plain(), rows)
+    assert "rows.jsonl: 4 of 5 rows can't be used; row 0: chosen and rejected are equal; row 2: chosen has an empty " \
+        "prompt; row 4: chosen is missing" in message and "--on_bad_row drop" in message
+    data = load(tmp_path, tiny.plain(), rows, on_bad_row="drop")
+    assert [e.row for e in data.examples] == [1]
+    assert [d["row"] for d in data.dropped] == [0, 2, 3, 4] and data.dropped[0]["file"].endswith("rows.jsonl")
+    report = data.report()
+    assert "1 row, 4 dropped" in report and "dropped row 0: chosen and rejected are equal" in report
+    assert report.endswith("... and 1 more")
+
+
+def test_no_usable_row_is_an_error(tmp_path):
+    message = error_of(tmp_path, tiny.plain(), [row("2?", "4", "4")], on_bad_row="drop")
+    assert "no usable row is left of 1; row 0: chosen and rejected are equal" in message
+
+
+def test_dropped_rows_come_in_the_order_of_the_file(tmp_path):
+    rows = [row("2?", "a" * 9, "b"), row("2?", "a", "a"), row("2?", "a", "b"), row("1+2", "3", "4")]
+    data = load(tmp_path, tiny.plain(), rows, limit=8, overlong="drop", on_bad_row="drop")
+    assert [d["row"] for d in data.dropped] == [0, 1, 3]
+
+
+def test_notes_count_rows_once(tmp_path):
+    """R-A3, R-A6, R-A7."""
+    differs = {"question": "9?", "text": ASKED + "4<|im_end|>\n", "worse-text": ASKED + "5<|im_end|>"}
+    agrees = {"question": "2?", "text": ASKED + "4<|im_end|>\n", "worse-text": ASKED + "6<|im_end|>"}
+    data = load(tmp_path, tiny.chatml(), [differs, agrees, agrees, agrees])
+    assert data.notes == {"prompt column differs from the transcript's prompt (the transcript is used)": 1,
+                          "chosen: dropped white space or a second end after the turn": 4, "repeats an earlier row": 2}
+    assert "  1 row: prompt column differs" in data.report() and "  2 rows: repeats" in data.report()
+
+
+def test_sft_data_needs_no_rejected(tmp_path):
+    example, = load(tmp_path, tiny.plain(), [{"prompt": "2?", "completion": "4"}], pairs=False).examples
+    assert example == Example(0, [*b"2?"], [*b"4", 258], None)
+    assert "no column rejected" in error_of(tmp_path, tiny.plain(), [{"prompt": "2?", "completion": "4"}])
+
+
+# --inspect
+
+
+def test_inspect_shows_what_is_scored_and_the_boundary(tmp_path):
+    """R-A10."""
+    tokenizer = tiny.chatml()
+    text = inspect(load(tmp_path, tokenizer, [row(ASKED, "4!", "23数")]), tokenizer, 26)
+    lines = text.splitlines()
+    assert "[4][!][<|im_end|>]" in lines and "[23][数][<|im_end|>]" in lines  # a character of three tokens is one piece
+    assert "--- chosen: 21 prompt + 3 scored tokens" in lines and "--- rejected: 21 prompt + 5 scored tokens" in lines
+    assert "boundary, scored ids starred: 116:'t'  97:'a'  110:'n'  116:'t'  10:'\\n'  *52:'4'  *33:'!'  " \
+        "*260:'<|im_end|>'" in lines
+    assert "(0.0% over the limit of 26)" in text
+    cut = inspect(load(tmp_path, tokenizer, [row(ASKED, "4!", "56789")], limit=24, overlong="truncate"), tokenizer, 24)
+    assert "--- rejected: 21 prompt + 3 scored tokens, cut" in cut and "(100.0% over the limit of 24)" in cut
+
+
+def test_inspect_elides_the_middle_of_a_long_response(tmp_path):
+    tokenizer = tiny.plain()
+    text = inspect(load(tmp_path, tokenizer, [row("2?", "ab" * 500, "b")], limit=2000), tokenizer, 2000)
+    assert text.count("[a]") == 100 + 29 and "... 741 more tokens ..." in text and "[b][<|endoftext|>]\n" in text
+
+
+def test_histogram_counts_every_length_once():
+    """R-A10."""
+    lines = histogram([10, 10, 11, 20, 34], 19).splitlines()
+    assert lines[0].endswith("before any cut (40.0% over the limit of 19)")
+    assert [line.split()[-1] for line in lines[1:]][:1] == ["3"]
+    assert sum(int(line.split()[-1]) for line in lines[1:]) == 5
+    assert histogram([7], 10).splitlines()[1].split() == ["7-7", "#" * 50, "1"]
