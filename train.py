@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     device = distributed.start(args.local_rank)
     folder = Path(distributed.from_main(folder))  # ranks may have read the clock in different seconds
     model = models.load_model(source, args)
-    weights = models.fingerprint(model)
+    weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
     distributed.say(models.describe(model))
     engine, layout, attention = build_engine(model, args, settings, device)
     run = make_run(args, folder, source, engine, device, layout, train, held_out)

@@ -1,6 +1,6 @@
 """Every setting of a training run, once: its name, type, default and meaning.
 
-    train.py                              the example run, examples/dpo.yaml
+    train.py                              the example run, examples/dpo.yaml; flags may change it
     train.py run.yaml --learning_rate 1e-5    a YAML or JSON file, then flags that override it
 """
 
@@ -153,8 +153,9 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
     parser.error = _raise  # argparse would print the whole usage before the one line that matters
     launcher = [flag for flag in argv if flag.startswith(("--local_rank=", "--local-rank="))]
     argv = [flag for flag in argv if flag not in launcher]  # the deepspeed launcher puts it before a settings file
-    if not argv:
-        argv = [str(default_file)]
+    named = {flag.partition("=")[0].replace("-", "_") for flag in argv}
+    if not named & {"__model_name", "__train_file_path"} and not "".join(argv[:1]).endswith((".yaml", ".yml", ".json")):
+        argv = [str(default_file), *argv]  # nothing of one's own: the example, with these flags
     if argv[0].endswith((".yaml", ".yml", ".json")):
         argv = read_settings(argv[0], [f.name for f in dataclasses.fields(TrainArguments)]) + argv[1:]
     args, unknown = parser.parse_args_into_dataclasses(argv + launcher, look_for_args_file=False,

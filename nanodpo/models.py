@@ -95,10 +95,15 @@ def describe(model: nn.Module) -> str:
     return line + (f"; LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the weights: names, shapes and up to 4,096 evenly spaced values of each tensor."""
+def fingerprint(model: nn.Module, fresh_lora: bool) -> str:
+    """A hash of the reference's weights: names, shapes and up to 4,096 evenly spaced values of each tensor.
+
+    A fresh LoRA is not part of the reference, so runs that differ in its rank or seed have the same one.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if fresh_lora and ".lora_" in name:
+            continue
         sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)]
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()

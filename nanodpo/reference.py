@@ -4,9 +4,11 @@ The file is named by a fingerprint of everything that could change a number in i
 so a stale one is never read; the run says which part of the fingerprint changed.
 """
 
+import array
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,7 +25,8 @@ def data_hash(examples) -> str:
     """A hash of the token ids of all examples, in order: data, tokenizer, template and limits in one."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.prompt, example.chosen, example.rejected]).encode())
+        for ids in (example.prompt, example.chosen, example.rejected or []):
+            digest.update(array.array("q", [len(ids), *ids]).tobytes())
     return digest.hexdigest()
 
 
@@ -106,4 +109,5 @@ def _save(file: Path, logps: Tensor, fingerprint: dict) -> None:
 def _progress(batches):
     from tqdm import tqdm
 
-    return tqdm(batches, desc="reference", unit="batch", disable=not is_main(), leave=False)
+    return tqdm(batches, desc="reference", unit="batch", leave=False,
+                disable=not (is_main() and sys.stderr.isatty()))
