@@ -17,8 +17,19 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from nanodpo import checkpoint, distributed, inspection, metrics, models, reference
 from nanodpo.arguments import TrainArguments, describe, parse
 from nanodpo.errors import RunStopped, UserError, run_script
+from nanodpo.logprobs import SequenceLogProbs
+from nanodpo.packing import LAYOUTS
+from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
+from nanodpo.source import open_source
+from nanodpo.template import read_template
+from nanodpo.tokens import DataSet, load_dataset
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
@@ -35,7 +46,8 @@ class Run:
     device: object
     world: int
     rank: int
-    lay_out: object  # groups -> Row
+    layout: str  # "packed" or "plain"
+    attention: str
     train: object
     held_out: object
     ref: object = None
@@ -63,9 +75,6 @@ def main(argv: list[str]) -> None:
     settings = read_deepspeed(args)
 
     # What is wrong with the input is found here, before a weight is loaded or a folder made.
-    from nanodpo import checkpoint, distributed, inspection, models, reference
-    from nanodpo.source import open_source
-
     distributed.check_device(args)
     source = open_source(args.model_name, args.trust_remote_code)
     train, held_out, limit = load_data(args, source)
@@ -84,17 +93,16 @@ def main(argv: list[str]) -> None:
     weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
     distributed.say(models.describe(model))
     engine, layout, attention = build_engine(model, args, settings, device)
-    run = make_run(args, folder, source, engine, device, layout, train, held_out)
-    open_folder(run, layout, attention, weights, limit)
-    add_references(run, layout, attention, weights)
+    run = Run(args, folder, source, engine, device, dist.get_world_size(), dist.get_rank(), layout, attention, train,
+              held_out)
+    open_folder(run, weights, limit)
+    add_references(run, weights)
     train_model(run)
     finish(run)
 
 
 def read_deepspeed(args) -> dict:
     """The DeepSpeed JSON with train.py's own numbers in it."""
-    from nanodpo.distributed import engine_config
-
     path = Path(args.deepspeed or HERE / "ds_config.json")
     try:
         settings = json.loads(path.read_text())
@@ -104,15 +112,11 @@ def read_deepspeed(args) -> dict:
         raise UserError(f"--deepspeed {path}: not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"--deepspeed {path}: expected an object, found {type(settings).__name__}")
-    return engine_config(settings, str(path), args)
+    return distributed.engine_config(settings, str(path), args)
 
 
 def load_data(args, source):
     """(training set, held-out set or None, the longest sequence allowed in tokens)."""
-    from nanodpo.schedule import epoch_order
-    from nanodpo.template import read_template
-    from nanodpo.tokens import DataSet, load_dataset
-
     template = read_template(source.tokenizer, args.assistant_header)
     context = source.context or sys.maxsize
     limit = args.max_length or context
@@ -135,11 +139,9 @@ def load_data(args, source):
 
 def build_engine(model, args, settings: dict, device):
     """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention)."""
-    import deepspeed
-    import torch
+    import deepspeed  # this and the next are slow to import, and --help and wrong input need neither
 
-    from nanodpo import distributed, selfcheck
-    from nanodpo.logprobs import SequenceLogProbs
+    from nanodpo import selfcheck
 
     if args.gradient_checkpointing:
         # ZeRO-3 frees weights between forward and backward, which the newer, hook-based checkpointing takes for an
@@ -160,25 +162,13 @@ def build_engine(model, args, settings: dict, device):
     return engine, layout, attention
 
 
-def make_run(args, folder, source, engine, device, layout, train, held_out) -> Run:
-    import torch.distributed as dist
-
-    from nanodpo.selfcheck import LAYOUTS
-
-    return Run(args, folder, source, engine, device, dist.get_world_size(), dist.get_rank(), LAYOUTS[layout], train,
-               held_out)
-
-
-def open_folder(run: Run, layout: str, attention: str, weights: str, limit: int) -> None:
+def open_folder(run: Run, weights: str, limit: int) -> None:
     """Makes the run's folder: run.json, dropped_rows.jsonl and checkpoint-0, the starting point."""
-    from nanodpo import reference
-    from nanodpo.distributed import is_main, say
-
-    if is_main():
+    if distributed.is_main():
         run.folder.mkdir(parents=True, exist_ok=True)
         record = describe(run.args) | {
-            "output_dir": str(run.folder), "world_size": run.world, "steps": run.steps, "layout": layout,
-            "attention": attention, "max_length": limit, "weights": weights, "versions": versions(),
+            "output_dir": str(run.folder), "world_size": run.world, "steps": run.steps, "layout": run.layout,
+            "attention": run.attention, "max_length": limit, "weights": weights, "versions": versions(),
             "git_commit": git_commit(), "device": str(run.device), "data": reference.data_hash(run.train.examples),
             "data_report": run.train.report(),
         }
@@ -186,7 +176,7 @@ def open_folder(run: Run, layout: str, attention: str, weights: str, limit: int)
         dropped = run.train.dropped + (run.held_out.dropped if run.held_out else [])
         if dropped:
             (run.folder / "dropped_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dropped))
-    say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs")
+    distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs")
     save_checkpoint(run, 0)
 
 
@@ -199,52 +189,45 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def add_references(run: Run, layout: str, attention: str, weights: str) -> None:
+def add_references(run: Run, weights: str) -> None:
     """Fills run.ref and run.held_ref: log-probs under the policy as it is now, before the first step."""
     if run.args.loss == "sft":
         return
-    from nanodpo import reference
-    from nanodpo.models import reference_policy
-    from nanodpo.schedule import deal, pairs_of_step
-
-    def batches(n, per_step, batch, steps):
-        pairs = (pairs_of_step(n, per_step, run.args.seed, step) for step in range(steps))
-        return [row for step in pairs for row in deal(step, batch, run.rank, run.world)]
-
-    def logps_of(data, rows, path):
-        zero = run.engine.zero_optimization_stage()  # stage 3 multiplies matrices by other code, and rounds otherwise
-        fingerprint = {"model_name": run.args.model_name, "data_path": path, "weights": weights,
-                       "data": reference.data_hash(data.examples), "bf16": run.args.bf16, "layout": layout,
-                       "attention": attention, "zero": zero, "device": run.device.type, "versions": versions()}
-        if run.args.bf16:  # its rounding depends on what else is in the row
-            fingerprint |= {"rows": [run.args.seed, run.args.per_device_train_batch_size, run.pairs_per_step]}
-        # The rows are those of training's first epoch: at step 0 policy and reference then agree to the last bit.
-        with reference_policy(run.engine.module.model, fresh_lora=run.args.use_lora and not run.source.adapter):
-            return reference.reference_logps(data.examples, rows, lambda i: score(run, data, i), fingerprint,
-                                             run.args.cache_dir, run.device)
-
-    n, steps = len(run.train.examples), min(run.steps, run.steps_per_epoch)
-    rows = batches(n, run.pairs_per_step, run.args.per_device_train_batch_size, steps)
-    run.ref = logps_of(run.train, rows, run.args.train_file_path)
+    n, batch = len(run.train.examples), run.args.per_device_train_batch_size
+    # The rows are those of training's first epoch: at step 0 policy and reference then agree to the last bit.
+    steps = [pairs_of_step(n, run.pairs_per_step, run.args.seed, step)
+             for step in range(min(run.steps, run.steps_per_epoch))]
+    rows = [row for pairs in steps for row in deal(pairs, batch, run.rank, run.world)]
+    run.ref = references_of(run, run.train, rows, weights)
     if run.held_out:
-        run.held_ref = logps_of(run.held_out, eval_batches(run), run.held_out.path)
+        run.held_ref = references_of(run, run.held_out, eval_batches(run), weights)
+
+
+def references_of(run: Run, data, rows: list, weights: str):
+    """(n, 2): from the cache, where everything that could change a number is as it was; else from these rows."""
+    args = run.args
+    fingerprint = {"model_name": args.model_name, "data_path": data.path, "weights": weights, "bf16": args.bf16,
+                   "data": reference.data_hash(data.examples), "layout": run.layout, "attention": run.attention,
+                   # Stage 3 multiplies matrices by code of its own, which rounds otherwise.
+                   "zero": run.engine.zero_optimization_stage(), "device": run.device.type, "versions": versions()}
+    if args.bf16:  # its rounding depends on what else is in the row
+        fingerprint |= {"rows": [args.seed, args.per_device_train_batch_size, run.pairs_per_step]}
+    with models.reference_policy(run.engine.module.model, fresh_lora=args.use_lora and not run.source.adapter):
+        return reference.reference_logps(data.examples, rows, lambda indices: score(run, data, indices), fingerprint,
+                                         args.cache_dir, run.device)
 
 
 def eval_batches(run: Run) -> list:
     """This rank's micro-batches of one evaluation, every held-out pair once."""
-    from nanodpo.schedule import deal
-
     every = list(range(len(run.held_out.examples)))
     return deal(every, run.args.per_device_eval_batch_size, run.rank, run.world)
 
 
 def score(run: Run, data, indices: list[int], gradient: bool = False):
     """(P, R) summed log-probs of the responses of these examples: the only forward pass there is."""
-    import torch
-
     sides = ["chosen", "rejected"] if has_rejected(run, data, gradient) else ["chosen"]
     examples = [data.examples[i] for i in indices]
-    row = run.lay_out([(e.prompt, [getattr(e, side) for side in sides]) for e in examples])
+    row = LAYOUTS[run.layout]([(e.prompt, [getattr(e, side) for side in sides]) for e in examples])
     row = (row.pin() if run.device.type == "cuda" else row).to(run.device)
     with torch.set_grad_enabled(gradient):
         return run.engine(row).view(len(indices), len(sides))
@@ -257,9 +240,6 @@ def has_rejected(run: Run, data, training: bool) -> bool:
 
 def train_model(run: Run) -> None:
     """The loop. Every pair of a step weighs the same, however the step is cut into micro-batches and ranks."""
-    from nanodpo.metrics import Meter
-    from nanodpo.schedule import deal, learning_rate, pairs_of_step
-
     args, engine, tokens, bar = run.args, run.engine, 0, progress(run)
     evaluate(run, 0)
     for step in range(run.steps):
@@ -270,7 +250,7 @@ def train_model(run: Run) -> None:
             group["lr"] = rate
 
         engine.train()
-        meter = Meter(run.device)
+        meter = metrics.Meter(run.device)
         rows = deal(pairs, args.per_device_train_batch_size, run.rank, run.world)
         share = run.world / divisor(run, run.train, pairs)  # DeepSpeed averages over ranks; this makes it a sum
         for i, (indices, weight) in enumerate(rows):
@@ -296,16 +276,12 @@ def train_model(run: Run) -> None:
 
 def losses_of(run: Run, data, ref, indices: list[int], weight: float, meter, gradient: bool):
     """(P,) losses of one micro-batch; its values go into the meter."""
-    import torch
-
-    from nanodpo.metrics import pair_values
-
     logps = score(run, data, indices, gradient)
     examples = [data.examples[i] for i in indices]
     counts = [[len(e.chosen), len(e.rejected or ())][: logps.shape[1]] for e in examples]
     tokens = torch.tensor(counts, dtype=torch.float64).to(run.device, non_blocking=True)
     ref = None if ref is None else ref[indices].to(run.device, non_blocking=True)
-    losses, values = pair_values(logps, tokens, ref, run.args)
+    losses, values = metrics.pair_values(logps, tokens, ref, run.args)
     meter.add({"loss": losses.detach(), **values}, weight)
     return losses
 
@@ -366,36 +342,29 @@ def evaluate(run: Run, step: int) -> None:
     """Means over the held-out set under the weights of checkpoint-`step`, into metrics.jsonl as eval_*."""
     if run.held_out is None:
         return
-    from nanodpo.distributed import is_main, say
-    from nanodpo.metrics import Meter, write_line
-
     run.engine.eval()
-    meter = Meter(run.device)
+    meter = metrics.Meter(run.device)
     for indices, weight in eval_batches(run):
         losses_of(run, run.held_out, run.held_ref, indices, weight, meter, gradient=False)
     means = step_means(run, run.held_out, list(range(len(run.held_out.examples))), meter)
-    if is_main():
-        line = {"step": step, "epoch": step / run.steps_per_epoch}
-        write_line(run.folder / "metrics.jsonl", line | {f"eval_{name}": value for name, value in means.items()})
-    say(f"step {step:>5}  eval_loss {means['loss']:.4f}" + summary(means, "eval_"))
+    if distributed.is_main():
+        line = {"step": step, "epoch": step / run.steps_per_epoch} | {f"eval_{name}": v for name, v in means.items()}
+        metrics.write_line(run.folder / "metrics.jsonl", line)
+    distributed.say(f"step {step:>5}  eval_loss {means['loss']:.4f}" + summary(means, "eval_"))
 
 
 def progress(run: Run):
-    from tqdm import tqdm
-
     return tqdm(total=run.steps, unit="step", disable=run.rank != 0 or not sys.stderr.isatty(), dynamic_ncols=True)
 
 
 def log_step(run: Run, bar, line: dict, pairs: list[int], seconds: float) -> None:
     """One line in metrics.jsonl a step; on the screen the bar, and a line every logging_steps."""
-    from nanodpo.metrics import peak_gib, write_line
-
     tokens = sum(count_tokens(run, run.train.examples[i]) for i in pairs)
     line |= {"perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds,
-             "mem/peak_gib": peak_gib(run.device)}
+             "mem/peak_gib": metrics.peak_gib(run.device)}
     if run.rank != 0:
         return
-    write_line(run.folder / "metrics.jsonl", line)
+    metrics.write_line(run.folder / "metrics.jsonl", line)
     bar.update()
     speed = f"  {tokens / seconds:,.0f} tokens/s"
     bar.set_postfix_str(f"loss {line['loss']:.4f}{summary(line)}{speed}", refresh=False)
@@ -410,24 +379,16 @@ def summary(means: dict, prefix: str = "") -> str:
 
 def save_checkpoint(run: Run, step: int) -> None:
     """checkpoint-<step>: adapter or model, and tokenizer. All ranks gather, the first writes."""
-    from nanodpo import checkpoint
-    from nanodpo.distributed import is_main, wait_for_main
-
     model = run.engine.module.model
     state = checkpoint.gather(model, only_trained=run.args.use_lora)
-    with wait_for_main():
-        if is_main():
+    with distributed.wait_for_main():
+        if distributed.is_main():
             checkpoint.save(model, run.source.tokenizer, state, run.folder / f"checkpoint-{step}")
             checkpoint.rotate(run.folder, run.args.save_total_limit)
 
 
 def finish(run: Run) -> None:
     """Leaves the other ranks, merges where asked, and says where everything is."""
-    import torch
-    import torch.distributed as dist
-
-    from nanodpo import checkpoint
-
     dist.destroy_process_group()  # merging a large model outlasts a collective's patience
     if run.rank != 0:
         return

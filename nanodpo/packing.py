@@ -126,3 +126,6 @@ def pad(groups: list[Group]) -> Row:
         seq += [i] * len(response)
     positions = torch.arange(width).expand(len(lines), width)
     return Row(input_ids, positions, torch.tensor(rows), torch.tensor(targets), torch.tensor(seq), len(lines), None)
+
+
+LAYOUTS = {"packed": pack, "plain": pad}

@@ -9,12 +9,11 @@ import torch
 from .attention import LOOP, VARLEN
 from .distributed import sum_over_ranks
 from .errors import UserError
-from .packing import Group, pack, pad
+from .packing import LAYOUTS, Group
 
 # Largest error of a token's log-prob, in standard deviations of the log-probs: a freshly drawn model's vary by a tenth
 # of a nat, a trained one's by several. Right layouts measured 6e-6 and 0.03, wrong ones from 6e-4 and mostly above 0.2.
 TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 0.1}
-LAYOUTS = {"packed": pack, "plain": pad}
 
 
 @torch.no_grad()

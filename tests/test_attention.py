@@ -9,7 +9,7 @@ from nanodpo import attention, selfcheck
 from nanodpo.attention import LOOP, VARLEN, loop_attention, varlen_attention
 from nanodpo.errors import UserError
 from nanodpo.logprobs import SequenceLogProbs, sum_by_sequence
-from nanodpo.packing import pack, pad
+from nanodpo.packing import LAYOUTS, pack, pad
 from nanodpo.selfcheck import choose_layout
 
 CPU = torch.device("cpu")
@@ -219,7 +219,7 @@ def test_plain_rows_after_the_self_check_are_right(name):
     sums = torch.stack([t.double().sum() for t in truth])
     _, true_grad = logps_and_gradients(model, torch.cat(truth))
     layout, _ = choose_layout(module, CPU, torch.float32, demand_flash=False)
-    row = selfcheck.LAYOUTS[layout](groups)
+    row = LAYOUTS[layout](groups)
     logps, grad = logps_and_gradients(model, module.token_logps(row))
     assert (sum_by_sequence(logps, row.seq, 8) - sums).abs().max() < 1e-4
     assert (grad - true_grad).norm() < 1e-4 * true_grad.norm()
