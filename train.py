@@ -22,12 +22,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from nanodpo import checkpoint, distributed, inspection, metrics, models, reference
-from nanodpo.arguments import TrainArguments, describe, parse
+from nanodpo.arguments import TrainArguments, parse
 from nanodpo.errors import RunStopped, UserError, run_script
 from nanodpo.logprobs import SequenceLogProbs
 from nanodpo.packing import LAYOUTS
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
-from nanodpo.source import open_source
+from nanodpo.source import Source, open_source
 from nanodpo.template import read_template
 from nanodpo.tokens import DataSet, load_dataset
 
@@ -41,17 +41,17 @@ class Run:
 
     args: TrainArguments
     folder: Path
-    source: object
-    engine: object
-    device: object
+    source: Source
+    engine: object  # DeepSpeed's
+    device: torch.device
     world: int
     rank: int
     layout: str  # "packed" or "plain"
     attention: str
-    train: object
-    held_out: object
-    ref: object = None
-    held_ref: object = None
+    train_set: DataSet
+    held_out: DataSet | None
+    ref: torch.Tensor | None = None
+    held_ref: torch.Tensor | None = None
 
     @property
     def pairs_per_step(self) -> int:
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.train.examples) / self.pairs_per_step)
+        return math.ceil(len(self.train_set.examples) / self.pairs_per_step)
 
     @property
     def steps(self) -> int:
@@ -82,17 +82,18 @@ def main(argv: list[str]) -> None:
         distributed.say(inspection.inspect(train, source.tokenizer, limit))
         return
     folder = args.output_dir or f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
-    if distributed.is_main():
-        checkpoint.claim(Path(folder))
+    checkpoint.claim(Path(folder))
+    if args.loss != "sft":
         reference.check_writable(args.cache_dir)
-        print(train.report(), flush=True)
+    distributed.say("\n".join(data.report() for data in (train, held_out) if data))
 
     device = distributed.start(args.local_rank)
     folder = Path(distributed.from_main(folder))  # ranks may have read the clock in different seconds
     model = models.load_model(source, args)
     weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
     distributed.say(models.describe(model))
-    engine, layout, attention = build_engine(model, args, settings, device)
+    engine, layout, attention = build_engine(model, args, settings, device, longest(train, held_out))
+    torch.manual_seed(args.seed + dist.get_rank())  # of dropout, where it is allowed
     run = Run(args, folder, source, engine, device, dist.get_world_size(), dist.get_rank(), layout, attention, train,
               held_out)
     open_folder(run, weights, limit)
@@ -137,7 +138,12 @@ def load_data(args, source):
     return train, held_out, limit
 
 
-def build_engine(model, args, settings: dict, device):
+def longest(*sets: DataSet | None) -> int:
+    """Tokens of the longest [prompt | response]."""
+    return max(example.length for data in sets if data for example in data.examples)
+
+
+def build_engine(model, args, settings: dict, device, longest: int):
     """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention)."""
     import deepspeed  # this and the next are slow to import, and --help and wrong input need neither
 
@@ -154,10 +160,10 @@ def build_engine(model, args, settings: dict, device):
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
-    module = SequenceLogProbs(model.to(device))
+    module = SequenceLogProbs(model)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    layout, attention = selfcheck.choose_layout(module, device, dtype, args.use_flash_attention)
+    layout, attention = selfcheck.choose_layout(module, device, dtype, args.use_flash_attention, longest)
     distributed.say(f"rows: {layout}, attention {attention}")
     return engine, layout, attention
 
@@ -166,14 +172,21 @@ def open_folder(run: Run, weights: str, limit: int) -> None:
     """Makes the run's folder: run.json, dropped_rows.jsonl and checkpoint-0, the starting point."""
     if distributed.is_main():
         run.folder.mkdir(parents=True, exist_ok=True)
-        record = describe(run.args) | {
+        data_sets = [data for data in (run.train_set, run.held_out) if data]
+        record = {
+            "command": " ".join(sys.argv), "arguments": dataclasses.asdict(run.args),
             "output_dir": str(run.folder), "world_size": run.world, "steps": run.steps, "layout": run.layout,
             "attention": run.attention, "max_length": limit, "weights": weights, "versions": versions(),
-            "git_commit": git_commit(), "device": str(run.device), "data": reference.data_hash(run.train.examples),
-            "data_report": run.train.report(),
+            "git_commit": git_commit(), "device": str(run.device),
+            "data": [reference.data_hash(data.examples) for data in data_sets],
+            "data_report": [data.report() for data in data_sets],
         }
-        (run.folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-        dropped = run.train.dropped + (run.held_out.dropped if run.held_out else [])
+        try:
+            with (run.folder / "run.json").open("x") as file:  # of two runs that start at once, one finds it there
+                file.write(json.dumps(record, indent=2) + "\n")
+        except FileExistsError as error:
+            raise UserError(f"--output_dir {run.folder}: is in use by another run") from error
+        dropped = [row for data in data_sets for row in data.dropped]
         if dropped:
             (run.folder / "dropped_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dropped))
     distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs")
@@ -185,7 +198,11 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    done = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
+    """Of this program, where it is a clone and git is there."""
+    try:
+        done = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
     return done.stdout.strip() or None
 
 
@@ -193,49 +210,44 @@ def add_references(run: Run, weights: str) -> None:
     """Fills run.ref and run.held_ref: log-probs under the policy as it is now, before the first step."""
     if run.args.loss == "sft":
         return
-    n, batch = len(run.train.examples), run.args.per_device_train_batch_size
-    # The rows are those of training's first epoch: at step 0 policy and reference then agree to the last bit.
+    n, batch = len(run.train_set.examples), run.args.per_device_train_batch_size
+    # The micro-batches are those of training's first epoch: at step 0 policy and reference agree to the last bit.
     steps = [pairs_of_step(n, run.pairs_per_step, run.args.seed, step)
              for step in range(min(run.steps, run.steps_per_epoch))]
-    rows = [row for pairs in steps for row in deal(pairs, batch, run.rank, run.world)]
-    run.ref = references_of(run, run.train, rows, weights)
+    run.ref = references_of(run, run.train_set, steps, batch, weights)
     if run.held_out:
-        run.held_ref = references_of(run, run.held_out, eval_batches(run), weights)
+        batch = run.args.per_device_eval_batch_size
+        run.held_ref = references_of(run, run.held_out, eval_steps(run), batch, weights)
 
 
-def references_of(run: Run, data, rows: list, weights: str):
-    """(n, 2): from the cache, where everything that could change a number is as it was; else from these rows."""
+def references_of(run: Run, data: DataSet, steps: list[list[int]], batch: int, weights: str) -> torch.Tensor:
+    """(n, 2): from the cache, where everything that could change a number is as it was; else computed."""
     args = run.args
     fingerprint = {"model_name": args.model_name, "data_path": data.path, "weights": weights, "bf16": args.bf16,
                    "data": reference.data_hash(data.examples), "layout": run.layout, "attention": run.attention,
                    # Stage 3 multiplies matrices by code of its own, which rounds otherwise.
                    "zero": run.engine.zero_optimization_stage(), "device": run.device.type, "versions": versions()}
-    if args.bf16:  # its rounding depends on what else is in the row
-        fingerprint |= {"rows": [args.seed, args.per_device_train_batch_size, run.pairs_per_step]}
+    if args.bf16:  # its rounding depends on what else is in the micro-batch
+        fingerprint |= {"batches": [args.seed, batch, len(steps[0])]}
     with models.reference_policy(run.engine.module.model, fresh_lora=args.use_lora and not run.source.adapter):
-        return reference.reference_logps(data.examples, rows, lambda indices: score(run, data, indices), fingerprint,
-                                         args.cache_dir, run.device)
+        return reference.reference_logps(
+            data.examples, steps, lambda pairs: deal(pairs, batch, run.rank, run.world),
+            lambda indices: score(run, data, indices, ["chosen", "rejected"]), fingerprint, args.cache_dir, run.device)
 
 
-def eval_batches(run: Run) -> list:
-    """This rank's micro-batches of one evaluation, every held-out pair once."""
-    every = list(range(len(run.held_out.examples)))
-    return deal(every, run.args.per_device_eval_batch_size, run.rank, run.world)
+def eval_steps(run: Run) -> list[list[int]]:
+    """The held-out pairs in order, as many at a time as all ranks take in one micro-batch."""
+    n, size = len(run.held_out.examples), run.args.per_device_eval_batch_size * run.world
+    return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
 
 
-def score(run: Run, data, indices: list[int], gradient: bool = False):
-    """(P, R) summed log-probs of the responses of these examples: the only forward pass there is."""
-    sides = ["chosen", "rejected"] if has_rejected(run, data, gradient) else ["chosen"]
+def score(run: Run, data: DataSet, indices: list[int], sides: list[str], gradient: bool = False) -> torch.Tensor:
+    """(P, R) summed log-probs of these sides of these examples, nats: the only forward pass there is."""
     examples = [data.examples[i] for i in indices]
     row = LAYOUTS[run.layout]([(e.prompt, [getattr(e, side) for side in sides]) for e in examples])
     row = (row.pin() if run.device.type == "cuda" else row).to(run.device)
     with torch.set_grad_enabled(gradient):
         return run.engine(row).view(len(indices), len(sides))
-
-
-def has_rejected(run: Run, data, training: bool) -> bool:
-    """SFT trains on chosen alone, but evaluation follows both where the data has both."""
-    return data.examples[0].rejected is not None and not (training and run.args.loss == "sft")
 
 
 def train_model(run: Run) -> None:
@@ -244,27 +256,29 @@ def train_model(run: Run) -> None:
     evaluate(run, 0)
     for step in range(run.steps):
         began = time.perf_counter()
-        pairs = pairs_of_step(len(run.train.examples), run.pairs_per_step, args.seed, step)
+        pairs = pairs_of_step(len(run.train_set.examples), run.pairs_per_step, args.seed, step)
         rate = learning_rate(step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
 
         engine.train()
         meter = metrics.Meter(run.device)
-        rows = deal(pairs, args.per_device_train_batch_size, run.rank, run.world)
-        share = run.world / divisor(run, run.train, pairs)  # DeepSpeed averages over ranks; this makes it a sum
-        for i, (indices, weight) in enumerate(rows):
-            engine.set_gradient_accumulation_boundary(i == len(rows) - 1)
-            losses = losses_of(run, run.train, run.ref, indices, weight, meter, gradient=True)
+        batches = deal(pairs, args.per_device_train_batch_size, run.rank, run.world)
+        # The step's loss is the sum over all its pairs / divisor. DeepSpeed averages over ranks, hence world.
+        share = run.world / divisor(run, run.train_set, pairs)
+        for i, (indices, weight) in enumerate(batches):
+            engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            losses = losses_of(run, run.train_set, run.ref, indices, weight, meter, gradient=True)
             engine.backward(losses.sum() * weight * share, scale_wrt_gas=False)
 
-        means = step_means(run, run.train, pairs, meter)
+        means = step_means(run, run.train_set, pairs, meter)
         check_numbers(run, step, pairs, means)
         norm = take_step(run, step)
-        tokens += sum(count_tokens(run, run.train.examples[i]) for i in pairs)
+        new = sum(count_tokens(run, run.train_set.examples[i]) for i in pairs)
+        tokens += new
         line = {"step": step, "epoch": step / run.steps_per_epoch, **means, "grad_norm": norm, "learning_rate": rate,
                 "num_tokens": tokens}
-        log_step(run, bar, line, pairs, time.perf_counter() - began)
+        log_step(run, bar, line, new, time.perf_counter() - began)
 
         done = step + 1
         if done == run.steps or (args.eval_steps and done % args.eval_steps == 0):
@@ -276,9 +290,11 @@ def train_model(run: Run) -> None:
 
 def losses_of(run: Run, data, ref, indices: list[int], weight: float, meter, gradient: bool):
     """(P,) losses of one micro-batch; its values go into the meter."""
-    logps = score(run, data, indices, gradient)
-    examples = [data.examples[i] for i in indices]
-    counts = [[len(e.chosen), len(e.rejected or ())][: logps.shape[1]] for e in examples]
+    # SFT trains on chosen alone, but evaluation follows both where the data has both.
+    one_side = data.examples[0].rejected is None or (gradient and run.args.loss == "sft")
+    sides = ["chosen"] if one_side else ["chosen", "rejected"]
+    logps = score(run, data, indices, sides, gradient)
+    counts = [[len(getattr(data.examples[i], side)) for side in sides] for i in indices]
     tokens = torch.tensor(counts, dtype=torch.float64).to(run.device, non_blocking=True)
     ref = None if ref is None else ref[indices].to(run.device, non_blocking=True)
     losses, values = metrics.pair_values(logps, tokens, ref, run.args)
@@ -293,7 +309,7 @@ def divisor(run: Run, data, pairs: list[int]) -> int:
 
 def step_means(run: Run, data, pairs: list[int], meter) -> dict[str, float]:
     means = meter.means()
-    means["loss"] *= len(pairs) / divisor(run, data, pairs)
+    means["loss"] *= len(pairs) / divisor(run, data, pairs)  # Meter divided by the pairs
     return means
 
 
@@ -304,37 +320,30 @@ def count_tokens(run: Run, example) -> int:
 
 def check_numbers(run: Run, step: int, pairs: list[int], means: dict) -> None:
     """Stops all ranks together, before the update, where the step's numbers can't be right."""
-    rows = ", ".join(f"{e.row} ({len(e.prompt)}+{len(e.chosen)}/{len(e.rejected or ())} tokens)"
-                     for e in (run.train.examples[i] for i in pairs[:16]))
+    gap = means.pop("ref_gap", 0.0)
     if bad := [name for name, value in means.items() if not math.isfinite(value)]:
+        rows = ", ".join(f"{e.row} ({len(e.prompt)}+{len(e.chosen)}/{len(e.rejected or ())} tokens)"
+                         for e in (run.train_set.examples[i] for i in pairs[:16]))
         raise RunStopped(f"step {step}: {', '.join(bad)} not finite; no update was made; rows {rows}")
-    if step or run.ref is None or run.args.allow_dropout:
-        return
-    # Policy and reference are one model now. bfloat16 in rows of another make-up differs by its noise, no more.
-    tolerance = 1e-2 if run.args.bf16 else 1e-4
-    for side in ("chosen", "rejected"):
-        tokens = sum(len(getattr(run.train.examples[i], side)) for i in pairs) / len(pairs)
-        gap = abs(means[f"logps/{side}"] - means[f"ref_logps/{side}"]) / tokens
-        if gap > tolerance:
-            raise RunStopped(
-                f"step 0: policy and reference should be equal, but their log-probs of {side} differ by {gap:.2g} nats "
-                f"a token (loss {means['loss']:.4f}). Likely causes: dropout, a reference cache of other weights "
-                f"(empty {run.args.cache_dir}), an adapter that was already trained, another attention")
+    # Policy and reference are one model now, and their micro-batches are the same.
+    if step == 0 and gap > (1e-3 if run.args.bf16 else 1e-4) and not run.args.allow_dropout:
+        raise RunStopped(
+            f"step 0: policy and reference should be equal, but their log-probs differ by {gap:.2g} nats a token (loss "
+            f"{means['loss']:.4f}). Likely causes: dropout, a reference cache of other weights (empty "
+            f"{run.args.cache_dir}), an adapter that was already trained, another attention")
 
 
 def take_step(run: Run, step: int) -> float:
     """The update; returns the gradient's global norm before clipping, over all ranks."""
     norm = None
-    if run.engine.zero_optimization_stage() == 0 and not run.args.bf16:
-        # Here DeepSpeed keeps no norm.
-        grads = [p.grad for p in run.engine.module.parameters() if p.grad is not None]
-        norm = math.sqrt(sum(grad.double().square().sum().item() for grad in grads))
-    if norm is not None and not math.isfinite(norm):
-        raise RunStopped(f"step {step}: the gradient is not finite; no update was made")
-    run.engine.step()
+    if run.engine.zero_optimization_stage() == 0:  # here DeepSpeed keeps no norm, and steps whatever it is
+        grads = [p.grad.double().square().sum() for p in run.engine.module.parameters() if p.grad is not None]
+        norm = torch.stack(grads).sum().sqrt().item()
+    if norm is None or math.isfinite(norm):
+        run.engine.step()
     norm = float(run.engine.get_global_grad_norm() if norm is None else norm)
     if not math.isfinite(norm):
-        raise RunStopped(f"step {step}: the gradient is not finite; DeepSpeed made no update")
+        raise RunStopped(f"step {step}: the gradient is not finite; no update was made")
     return norm
 
 
@@ -344,9 +353,13 @@ def evaluate(run: Run, step: int) -> None:
         return
     run.engine.eval()
     meter = metrics.Meter(run.device)
-    for indices, weight in eval_batches(run):
-        losses_of(run, run.held_out, run.held_ref, indices, weight, meter, gradient=False)
+    for pairs in eval_steps(run):
+        for indices, weight in deal(pairs, run.args.per_device_eval_batch_size, run.rank, run.world):
+            losses_of(run, run.held_out, run.held_ref, indices, weight, meter, gradient=False)
     means = step_means(run, run.held_out, list(range(len(run.held_out.examples))), meter)
+    means.pop("ref_gap", None)
+    if bad := [name for name, value in means.items() if not math.isfinite(value)]:
+        raise RunStopped(f"evaluation under checkpoint-{step}: {', '.join(bad)} not finite")
     if distributed.is_main():
         line = {"step": step, "epoch": step / run.steps_per_epoch} | {f"eval_{name}": v for name, v in means.items()}
         metrics.write_line(run.folder / "metrics.jsonl", line)
@@ -357,9 +370,8 @@ def progress(run: Run):
     return tqdm(total=run.steps, unit="step", disable=run.rank != 0 or not sys.stderr.isatty(), dynamic_ncols=True)
 
 
-def log_step(run: Run, bar, line: dict, pairs: list[int], seconds: float) -> None:
+def log_step(run: Run, bar, line: dict, tokens: int, seconds: float) -> None:
     """One line in metrics.jsonl a step; on the screen the bar, and a line every logging_steps."""
-    tokens = sum(count_tokens(run, run.train.examples[i]) for i in pairs)
     line |= {"perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds,
              "mem/peak_gib": metrics.peak_gib(run.device)}
     if run.rank != 0:

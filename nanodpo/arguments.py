@@ -7,7 +7,6 @@
 import dataclasses
 import math
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,11 +152,13 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
     parser.error = _raise  # argparse would print the whole usage before the one line that matters
     launcher = [flag for flag in argv if flag.startswith(("--local_rank=", "--local-rank="))]
     argv = [flag for flag in argv if flag not in launcher]  # the deepspeed launcher puts it before a settings file
-    named = {flag.partition("=")[0].replace("-", "_") for flag in argv}
-    if not named & {"__model_name", "__train_file_path"} and not "".join(argv[:1]).endswith((".yaml", ".yml", ".json")):
-        argv = [str(default_file), *argv]  # nothing of one's own: the example, with these flags
-    if argv[0].endswith((".yaml", ".yml", ".json")):
-        argv = read_settings(argv[0], [f.name for f in dataclasses.fields(TrainArguments)]) + argv[1:]
+    names, own = [f.name for f in dataclasses.fields(TrainArguments)], {flag.partition("=")[0] for flag in argv}
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        argv = read_settings(argv[0], names) + argv[1:]
+    elif not own & {"--model_name", "--model-name", "--train_file_path", "--train-file-path"}:
+        # Nothing of one's own: the example, changed by these flags, from whatever folder it is called.
+        example = read_settings(str(default_file), names)
+        argv = [flag.replace("=examples/", f"={default_file.parent}/") for flag in example] + argv
     args, unknown = parser.parse_args_into_dataclasses(argv + launcher, look_for_args_file=False,
                                                        return_remaining_strings=True)
     if unknown:
@@ -173,8 +174,3 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
 
 def _raise(message: str) -> None:
     raise UserError(re.sub(r"^argument (--\w+)/\S+:", r"\1:", message))
-
-
-def describe(args: TrainArguments) -> dict:
-    """What run.json keeps: every resolved setting and the command that gave it."""
-    return {"command": " ".join(sys.argv), "arguments": dataclasses.asdict(args)}

@@ -4,18 +4,21 @@ A checkpoint is written beside its place, read back and compared with the weight
 """
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .errors import UserError
+from .distributed import is_main
+from .errors import RunStopped, UserError, first_line
 
 
 def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
-    """Weights by name, whole and on CPU, on every rank; with ZeRO-3 all ranks must call it."""
+    """Weights by name, whole and on CPU, on rank 0; nothing on the others. With ZeRO-3 all ranks must call it."""
     import deepspeed
 
     state = {}
@@ -24,12 +27,13 @@ def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
             continue
         sharded = [parameter] if hasattr(parameter, "ds_id") else []
         with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
-            state[name] = parameter.detach().cpu().clone()
+            if is_main():
+                state[name] = parameter.detach().cpu().clone()
     return state
 
 
 def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Path) -> None:
-    """Writes model (or adapter) and tokenizer to `folder`, on one rank; raises OSError.
+    """Writes model (or adapter) and tokenizer to `folder`, on one rank; raises RunStopped where the disk won't take it.
 
     Nothing half-written is left, whatever happens. `state` is what `gather` gave: the weights of the adapter, or of
     the whole model.
@@ -40,11 +44,13 @@ def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Pa
         _write(model, state, aside)
         tokenizer.save_pretrained(aside)
         verify(aside, state)
-        for file in aside.iterdir():
+        for file in filter(Path.is_file, aside.rglob("*")):
             file.chmod(0o666 & ~_umask())  # safetensors writes for the owner's eyes only
             _flush(file)
         os.rename(aside, folder)
         _flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise RunStopped(f"{folder}: can't be written ({first_line(error)}); earlier checkpoints are whole") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -54,26 +60,30 @@ def _write(model: nn.Module, state, folder: Path) -> None:
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:
+            # Many published models have sampling settings without sampling, and transformers then refuses to save.
+            model.generation_config.do_sample = True
         kept = model.state_dict().keys()  # not every buffer is meant to be saved
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
         model.save_pretrained(folder, state_dict=state | buffers)
 
 
 def verify(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """Opens the written weights again. Raises RuntimeError unless every tensor is there, bit for bit, and finite."""
-    from safetensors.torch import load_file
-
-    written = {}
+    """Opens the written weights again. Raises RunStopped unless every tensor is there, bit for bit, and finite."""
+    expected = {name.replace(".default.", "."): tensor for name, tensor in state.items()}
     for file in folder.glob("*.safetensors"):
-        written |= load_file(file)
-    if empty := [name for name, tensor in written.items() if not tensor.numel()]:
-        raise RuntimeError(f"{folder}: {empty[0]} was written without its values")
-    for name, tensor in state.items():
-        found = written.get(name.replace(".default.", "."))
-        if found is None or found.shape != tensor.shape or not torch.equal(found, tensor):
-            raise RuntimeError(f"{folder}: {name} was not written as it is in memory")
-        if not found.isfinite().all():
-            raise RuntimeError(f"{folder}: {name} holds values that are not finite")
+        with safe_open(file, "pt") as written:
+            for name in written.keys():
+                found = written.get_tensor(name)
+                tensor = expected.pop(name, found)
+                if not found.numel() or found.shape != tensor.shape or not torch.equal(found, tensor):
+                    raise RunStopped(f"{folder}: {name} was not written as it is in memory")
+                if not found.isfinite().all():
+                    raise RunStopped(f"{folder}: {name} holds values that are not finite")
+    if expected:
+        raise RunStopped(f"{folder}: {next(iter(expected))} was not written")
 
 
 def _umask() -> int:
@@ -90,7 +100,8 @@ def _flush(path: Path) -> None:
 
 def rotate(run: Path, keep: int | None) -> None:
     """Removes the oldest checkpoints beyond `keep`; the starting point, checkpoint-0, always stays."""
-    steps = sorted(int(folder.name.split("-")[1]) for folder in run.glob("checkpoint-*"))
+    names = (re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in run.iterdir())
+    steps = sorted(int(name[1]) for name in names if name)
     for step in [s for s in steps if s > 0][: -keep if keep else 0]:
         shutil.rmtree(run / f"checkpoint-{step}")
 
@@ -102,7 +113,8 @@ def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bo
 
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype, trust_remote_code=trust_remote_code)
     model = model.merge_and_unload()
-    save(model, AutoTokenizer.from_pretrained(adapter), dict(model.named_parameters()), folder)
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
+    save(model, tokenizer, dict(model.named_parameters()), folder)
 
 
 def claim(folder: Path) -> None:

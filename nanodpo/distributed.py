@@ -1,6 +1,7 @@
 """Ranks: starting them under any launcher, and the few things they tell each other."""
 
 import contextlib
+import datetime
 import os
 import socket
 import warnings
@@ -12,6 +13,8 @@ from .errors import UserError
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
          "gradient_clipping", "fp16", "bf16")  # settings of the DeepSpeed JSON that are flags of train.py
+UNKNOWN = ("sequence_parallel_size", "tensor_parallel", "pipeline", "autotuning")  # ranks would not be data ranks
+PATIENCE = datetime.timedelta(hours=6)  # ranks with longer rows come later, and saving a large model takes its time
 
 
 def is_main() -> bool:
@@ -49,7 +52,7 @@ def start(local_rank: int) -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if cuda:
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=PATIENCE)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
@@ -68,17 +71,22 @@ def engine_config(settings: dict, path: str, args) -> dict:
     settings["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     settings["gradient_accumulation_steps"] = 1  # accumulation is train.py's loop, with windows of any size
     settings["gradient_clipping"] = args.max_grad_norm
-    settings["bf16"] = {"enabled": args.bf16}
+    settings["bf16"] = {"enabled": args.bf16, "check_grad_overflow": True}
+    if args.bf16:  # micro-batches would be summed in bfloat16
+        settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if taken := [key for key in UNKNOWN if key in settings]:
+        raise UserError(f"{path}: sets {', '.join(taken)}, which train.py does not support; remove it")
     zero = settings.setdefault("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f'{path}: zero_optimization must be like {{"stage": 0}}, with a stage of 0 to 3')
     if args.bf16 and not zero.get("stage"):
         # DeepSpeed's stage 0 takes one empty Adam step before the first real one in bfloat16, which then is too short.
-        say(f"{path}: ZeRO stage 1 instead of 0, which is not exact in bfloat16")
-        zero["stage"] = 1
+        say(f"{path}: ZeRO stage 2 instead of 0, which is not exact in bfloat16")
+        zero["stage"] = 2
     settings.setdefault("steps_per_print", 10**9)
     # DeepSpeed calls an optimizer it did not make itself "untested"; AdamW of PyTorch is the plainest there is.
     settings.setdefault("zero_allow_untested_optimizer", True)
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading works with it too, and compiles nothing
     return settings
 
 

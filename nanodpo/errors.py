@@ -23,7 +23,7 @@ def run_script(main) -> int:
         main(sys.argv[1:])
         return 0
     except (UserError, RunStopped) as error:
-        if os.environ.get("RANK", "0") == "0":  # all ranks find the same mistake
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: files may be missing on one only
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # `train.py --inspect | head`

@@ -102,8 +102,9 @@ class _TokenLogProbs(torch.autograd.Function):
 
 def sum_by_sequence(token_logps: Tensor, seq: Tensor, n_sequences: int) -> Tensor:
     """(N,), (N,) -> (S,): log pi(y|x) of each response, nats, float64."""
-    sums = torch.zeros(n_sequences, dtype=torch.float64, device=token_logps.device)
-    return sums.index_add(0, seq, token_logps.double())
+    # Not index_add: on CUDA it adds in any order, and a policy would differ from itself in the last bit.
+    mine = seq == torch.arange(n_sequences, device=seq.device)[:, None]  # (S, N)
+    return torch.where(mine, token_logps.double(), 0.0).sum(1)
 
 
 class SequenceLogProbs(nn.Module):

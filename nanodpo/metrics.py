@@ -41,7 +41,8 @@ def pair_values(logps: Tensor, tokens: Tensor, ref: Tensor | None, args) -> tupl
         margins = rewards[:, 0] - rewards[:, 1]
         values |= {"rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
                    "rewards/accuracies": (margins > 0).double(), "rewards/ties": (margins == 0).double(),
-                   "ref_logps/chosen": ref[:, 0], "ref_logps/rejected": ref[:, 1]}
+                   "ref_logps/chosen": ref[:, 0], "ref_logps/rejected": ref[:, 1],
+                   "ref_gap": ((logps - ref).abs() / tokens).mean(1)}  # a check, not for the log
     return losses, values
 
 

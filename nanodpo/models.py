@@ -44,9 +44,30 @@ def _open_adapter(model: nn.Module, source: Source, args) -> nn.Module:
         model = PeftModel.from_pretrained(model, source.adapter, is_trainable=True, autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{source.adapter}: does not fit its base {source.base}: {first_line(error)}") from error
-    if (kind := model.peft_config["default"].peft_type) != "LORA":
-        raise UserError(f"{source.adapter}: is a {kind} adapter; only LoRA can be trained on")
+    own = model.peft_config["default"]
+    if own.peft_type != "LORA":
+        raise UserError(f"{source.adapter}: is a {own.peft_type} adapter; only LoRA can be trained on")
+    check_plain_lora(model, source.adapter)
+    _take_over(args, own, source.adapter)
     return model
+
+
+def _take_over(args, own, adapter: str) -> None:
+    """Writes the adapter's own LoRA settings into args. Raises UserError where a flag asked for others."""
+    targets = ",".join(sorted(own.target_modules)) if isinstance(own.target_modules, set) else own.target_modules
+    theirs = {"lora_r": own.r, "lora_alpha": own.lora_alpha, "lora_dropout": own.lora_dropout,
+              "lora_target_modules": targets}
+    for name, value in theirs.items():
+        if getattr(args, name) not in (value, type(args).__dataclass_fields__[name].default):
+            raise UserError(f"--{name} {getattr(args, name)}: the adapter {adapter} has {value}; leave the flag out")
+        setattr(args, name, value)
+
+
+def check_plain_lora(model: nn.Module, where: str) -> None:
+    """Raises UserError for an adapter that is more than LoRA on linear layers (embeddings, heads, DoRA ...)."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if odd := [name for name in trained if not name.endswith((".lora_A.default.weight", ".lora_B.default.weight"))]:
+        raise UserError(f"{where}: trains {odd[0]}, and only LoRA on linear layers is supported")
 
 
 def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
@@ -72,6 +93,7 @@ def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
         raise UserError(f"--lora_target_modules {args.lora_target_modules}: {first_line(error)}") from error
     if model.get_base_model().get_output_embeddings() is not head:
         raise UserError("--lora_target_modules: the output layer can't be adapted; leave it out")
+    check_plain_lora(model, f"--lora_target_modules {args.lora_target_modules}")
     model.peft_config["default"].base_model_name_or_path = absolute(source.base)
     return model
 
@@ -96,16 +118,20 @@ def describe(model: nn.Module) -> str:
 
 
 def fingerprint(model: nn.Module, fresh_lora: bool) -> str:
-    """A hash of the reference's weights: names, shapes and up to 4,096 evenly spaced values of each tensor.
+    """A hash of the reference: every weight, and the configs of model and adapter, which say how they are used.
 
     A fresh LoRA is not part of the reference, so runs that differ in its rank or seed have the same one.
     """
-    digest = hashlib.sha256()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    digest = hashlib.sha256(inner.config.to_json_string(use_diff=False).encode())
+    if not fresh_lora and hasattr(model, "peft_config"):
+        own = model.peft_config["default"]
+        digest.update(repr((own.r, own.lora_alpha, own.use_rslora, own.rank_pattern, own.alpha_pattern)).encode())
     for name, tensor in model.state_dict().items():
         if fresh_lora and ".lora_" in name:
             continue
-        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)]
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.float().cpu().numpy().tobytes())
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

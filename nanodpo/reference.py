@@ -16,9 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from .distributed import from_main, is_main, say, sum_over_ranks
 from .errors import RunStopped, UserError
+
+SAVE_EVERY = 100
 
 
 def data_hash(examples) -> str:
@@ -30,34 +33,39 @@ def data_hash(examples) -> str:
     return digest.hexdigest()
 
 
-def reference_logps(examples, batches, score, fingerprint: dict, cache_dir: str, device) -> Tensor:
+def reference_logps(examples, steps, deal, score, fingerprint: dict, cache_dir: str, device) -> Tensor:
     """(n, 2) float64 on CPU: the reference's summed log-probs of chosen and rejected; NaN for pairs not visited.
 
-    `batches` are this rank's micro-batches, (indices, weight) each, as many on every rank; `score` maps indices to
-    (P, 2). Raises UserError where the cache can't be written, RunStopped for a log-prob that is not finite.
+    `steps` are lists of indices, the same on every rank; `deal` gives this rank's micro-batches of one, (indices,
+    weight) each, as many on every rank; `score` maps indices to (P, 2). What is known is kept every SAVE_EVERY steps,
+    so a pass that was stopped goes on. Raises RunStopped for a log-prob that is not finite.
     """
     file = cache_file(cache_dir, fingerprint)
-    wanted = torch.zeros(len(examples), dtype=torch.float64)
-    for indices, weight in batches:
-        wanted[indices] += weight
-    wanted = sum_over_ranks(wanted.to(device)).cpu() > 0
     known = from_main(_load(file, fingerprint, len(examples)) if is_main() else None)
-    missing = wanted & known[:, 0].isnan()
-    if not missing.any():
-        say(f"reference: {int(wanted.sum())} pairs from {file}")
-        return known
-    sums, counts = torch.zeros_like(known), torch.zeros(len(examples), 1, dtype=torch.float64)
-    for indices, weight in _progress(batches):
-        sums[indices] += weight * score(indices).cpu()
-        counts[indices] += weight
-    sums, counts = sum_over_ranks(sums.to(device)).cpu(), sum_over_ranks(counts.to(device)).cpu()
-    known = torch.where(counts > 0, sums / counts, known)
-    if bad := (~known.isfinite()[wanted].all(1)).sum().item():
-        raise RunStopped(f"{bad} reference log-probs are not finite: the starting model is broken")
-    if is_main():
-        _save(file, known, fingerprint)
-    say(f"reference: {int(wanted.sum())} pairs computed, kept in {file}")
+    todo = [pairs for pairs in steps if known[pairs].isnan().any()]
+    with _progress(len(todo)) as bar:
+        for i in range(0, len(todo), SAVE_EVERY):
+            _fill(known, todo[i : i + SAVE_EVERY], deal, score, device, bar)
+            if is_main():
+                _save(file, known, fingerprint)
+    total, new = (len({i for pairs in lists for i in pairs}) for lists in (steps, todo))
+    say(f"reference: {new} pairs computed, {total - new} from the cache, {file}")
     return known
+
+
+def _fill(known: Tensor, steps, deal, score, device, bar) -> None:
+    """Computes the pairs of these steps on all ranks and writes them into `known`."""
+    sums, counts = torch.zeros_like(known), torch.zeros(len(known), 1, dtype=torch.float64)
+    for pairs in steps:
+        for indices, weight in deal(pairs):
+            sums[indices] += weight * score(indices).cpu()
+            counts[indices] += weight
+        bar.update()
+    sums, counts = sum_over_ranks(sums.to(device)).cpu(), sum_over_ranks(counts.to(device)).cpu()
+    known[:] = torch.where(counts > 0, sums / counts, known)
+    computed = (counts > 0).flatten()
+    if bad := (~known[computed].isfinite().all(1)).sum().item():
+        raise RunStopped(f"{bad} reference log-probs are not finite: the starting model is broken")
 
 
 def cache_file(cache_dir: str, fingerprint: dict) -> Path:
@@ -106,8 +114,6 @@ def _save(file: Path, logps: Tensor, fingerprint: dict) -> None:
     os.replace(aside, file)  # a reader sees the old file or the new one, never half of one
 
 
-def _progress(batches):
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="reference", unit="batch", leave=False,
+def _progress(steps: int):
+    return tqdm(total=steps, desc="reference", unit="step", leave=False,
                 disable=not (is_main() and sys.stderr.isatty()))

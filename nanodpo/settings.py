@@ -38,6 +38,12 @@ def read_settings(path: str, names: list[str]) -> list[str]:
 def local_rank(flag: int) -> int:
     """This process's place on its machine. --local_rank serves launchers that set no LOCAL_RANK; both must agree."""
     given = os.environ.get("LOCAL_RANK")
+    alone = "RANK" not in os.environ
+    if alone and any(os.environ.get(name, "1") != "1" for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
+        raise UserError("several processes were started by srun or mpirun without RANK, so each would be a run of its "
+                        "own; let them start torchrun, one a machine: srun torchrun --nproc_per_node=... train.py")
+    if not alone and os.environ.get("WORLD_SIZE", "1") != "1" and given is None and flag < 0:
+        raise UserError("RANK and WORLD_SIZE are set, but not LOCAL_RANK, so all would share one GPU; set it too")
     if given is not None and not given.isdecimal():
         raise UserError(f"LOCAL_RANK is {given!r} in the environment, not a rank")
     rank = flag if flag >= 0 else int(given or 0)

@@ -35,12 +35,12 @@ def make_tokenizer():
 
 
 def make_model(seed: int = 0, tied: bool = True, dtype=torch.float32):
-    """A random Llama of 2 layers whose vocabulary is make_tokenizer's."""
+    """A random Llama of 2 layers; its vocabulary is padded past make_tokenizer's 259, as real ones are."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, eos_token_id=258,
         pad_token_id=256)).to(dtype)
 

@@ -7,6 +7,8 @@ import train
 from nanodpo.distributed import sum_over_ranks
 from nanodpo.models import reference_policy
 
+SIDES = ["chosen", "rejected"]
+
 
 def compare(run):
     """In place of train.finish: every reference log-prob from the same rows, through the adapter-free model."""
@@ -14,14 +16,14 @@ def compare(run):
 
     from nanodpo.schedule import deal, pairs_of_step
 
-    n, again = len(run.train.examples), torch.zeros_like(run.ref)
+    n, again = len(run.train_set.examples), torch.zeros_like(run.ref)
     rows = [row for step in range(run.steps_per_epoch)
             for row in deal(pairs_of_step(n, run.pairs_per_step, run.args.seed, step), 1, run.rank, run.world)]
     trained = torch.zeros_like(run.ref)
     for indices, weight in rows:
         with reference_policy(run.engine.module.model, fresh_lora=True):
-            again[indices] += weight * train.score(run, run.train, indices)
-        trained[indices] += weight * train.score(run, run.train, indices)
+            again[indices] += weight * train.score(run, run.train_set, indices, SIDES)
+        trained[indices] += weight * train.score(run, run.train_set, indices, SIDES)
     again, trained = sum_over_ranks(again), sum_over_ranks(trained)
     if run.rank == 0:
         result = {"largest_difference": (again - run.ref).abs().max().item(),

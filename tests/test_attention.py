@@ -272,3 +272,25 @@ def test_flash_attention_is_offered_where_the_kernel_can_do_it(dtype, cap, offer
     config = tiny("gemma2", attn_logit_softcapping=cap).config
     found = selfcheck._candidates(config, "sdpa", torch.device("cuda"), dtype)
     assert found == [("packed", VARLEN)] * offered + [("packed", LOOP), ("plain", "sdpa")]
+
+
+def test_a_window_hidden_in_the_mask_is_caught():
+    """qwen2_moe keeps its window in the mask alone, where packed rows do not look: right below it, wrong past it."""
+    model = tiny("qwen2_moe", torch.float32)
+    module = SequenceLogProbs(model)
+    assert choose_layout(module, CPU, torch.float32, False, longest=50) == ("packed", LOOP)
+    model.set_attn_implementation("sdpa")
+    assert choose_layout(module, CPU, torch.float32, False, longest=200) == ("plain", "sdpa")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_kernels_gradients_are_compared_too(wrong, monkeypatch):
+    """A kernel with the right output and gradients off by a tenth is found out."""
+    def call(*args):
+        out = slow_varlen(*args)
+        return out + 0.1 * (out - out.detach()) if wrong else out
+
+    monkeypatch.setattr(attention, "varlen_call", call)
+    config = tiny("mistral").config
+    error = selfcheck._backward_error(config, random_groups(), CPU, torch.float64)
+    assert (0.05 < error < 0.2) if wrong else error < 1e-12

@@ -15,6 +15,8 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "sliding_window": 100,
+                  "shared_expert_intermediate_size": 16, "use_sliding_window": True, "max_window_layers": 2},
     "mistral": {"head_dim": 8, "sliding_window": 7},
     "gemma2": {"head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0,
                "final_logit_softcapping": 3.0},
