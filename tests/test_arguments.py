@@ -251,3 +251,25 @@ def test_a_launcher_without_local_rank_gets_one(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "placeholder")  # so that monkeypatch takes it away again at the end
     monkeypatch.delenv("LOCAL_RANK")
     assert arguments(*NEEDED, "--local_rank=3").local_rank == 3 and os.environ["LOCAL_RANK"] == "3"
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"SLURM_STEP_NUM_TASKS": "2"}, "srun torchrun"), ({"OMPI_COMM_WORLD_SIZE": "4"}, "started by srun or mpirun"),
+    ({"RANK": "1", "WORLD_SIZE": "2"}, "not LOCAL_RANK")])
+def test_ranks_that_would_not_find_each_other(monkeypatch, environment, words):
+    """Processes that a launcher started without telling them their ranks would each train alone, into one folder."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert words in error_of("--model_name=M", "--train_file_path=D")
+
+
+def test_the_example_is_found_from_any_folder_and_takes_flags(tmp_path):
+    """Its paths are beside it, not in the caller's folder."""
+    folder = tmp_path / "examples"
+    folder.mkdir()
+    file = settings(folder, "model_name: examples/m\ntrain_file_path: examples/d.parquet\nbeta: 0.5")
+    args = arguments("--beta", "0.2", file=file)
+    assert (args.model_name, args.train_file_path, args.beta) == (f"{folder}/m", f"{folder}/d.parquet", 0.2)
+    assert error_of("--model_name=M", file=file) == "--train_file_path is missing"

@@ -213,7 +213,7 @@ def test_how_a_script_ends(monkeypatch, capsys):
             raise error
         return main
 
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert run_script(lambda argv: None) == 0
     assert run_script(raising(UserError("a\n  b"))) == 2 and capsys.readouterr().err == "error: a b\n"
     assert run_script(raising(RunStopped("c"))) == 1 and capsys.readouterr().err == "error: c\n"
@@ -221,8 +221,9 @@ def test_how_a_script_ends(monkeypatch, capsys):
     with pytest.raises(KeyError):  # a bug keeps its traceback
         run_script(raising(KeyError("d")))
     capsys.readouterr()
-    monkeypatch.setenv("RANK", "1")
-    assert run_script(raising(UserError("a"))) == 2 and capsys.readouterr().err == ""  # rank 0 says it
+    for rank, said in (("1", ""), ("0", "error: a\n")):  # the first rank of each machine says it
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert run_script(raising(UserError("a"))) == 2 and capsys.readouterr().err == said
 
 
 # The real script, in processes of its own
