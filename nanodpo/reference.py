@@ -42,13 +42,13 @@ def reference_logps(examples, steps, deal, score, fingerprint: dict, cache_dir: 
     """
     file = cache_file(cache_dir, fingerprint)
     known = from_main(_load(file, fingerprint, len(examples)) if is_main() else None)
-    todo = [pairs for pairs in steps if known[pairs].isnan().any()]
-    with _progress(len(todo)) as bar:
-        for i in range(0, len(todo), SAVE_EVERY):
-            _fill(known, todo[i : i + SAVE_EVERY], deal, score, device, bar)
+    missing = [pairs for pairs in steps if known[pairs].isnan().any()]
+    with _progress(len(missing)) as bar:
+        for i in range(0, len(missing), SAVE_EVERY):
+            _fill(known, missing[i : i + SAVE_EVERY], deal, score, device, bar)
             if is_main():
                 _save(file, known, fingerprint)
-    total, new = (len({i for pairs in lists for i in pairs}) for lists in (steps, todo))
+    total, new = (len({i for pairs in lists for i in pairs}) for lists in (steps, missing))
     say(f"reference: {new} pairs computed, {total - new} from the cache, {file}")
     return known
 
