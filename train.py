@@ -409,9 +409,7 @@ def finish(run: Run) -> None:
         dtype = torch.bfloat16 if run.args.bf16 else torch.float32
         checkpoint.merge(last, run.folder / "merged", dtype, run.args.trust_remote_code)
         print(f"merged: {run.folder / 'merged'}")
-    print(f"done: {run.folder}\nlast: {last}")
-    if run.args.loss == "sft":
-        print(f"next: deepspeed train.py --model_name {last} --train_file_path {run.args.train_file_path}")
+    print(f"done: {run.folder}\nlast: {last}\nnext: python score.py {run.folder}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import warnings
 
 import torch
 from torch import nn
@@ -85,7 +84,6 @@ def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
     config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                         target_modules=names, task_type="CAUSAL_LM")
     head = model.get_output_embeddings()
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # between PEFT and transformers
     try:
         # The adapter takes the base's dtype; DeepSpeed keeps float32 master weights of it.
         model = get_peft_model(model, config, autocast_adapter_dtype=False)

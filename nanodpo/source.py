@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 from .errors import UserError, first_line
@@ -35,6 +36,7 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for every file read or written, on every rank
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # between PEFT and transformers
     adapter_config = Path(name) / "adapter_config.json"
     base, adapter = name, None
     if adapter_config.is_file():

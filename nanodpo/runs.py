@@ -1,0 +1,69 @@
+"""What there is to score: runs and their checkpoints, or any model or adapter, and the settings they were made with."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+from .errors import UserError
+
+# What a data set is read with where no run says otherwise.
+DEFAULTS = {"loss": "", "prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
+            "boundary": "error", "max_length": None, "max_prompt_length": None, "overlong": "error",
+            "on_bad_row": "error", "bf16": False, "trust_remote_code": False, "train_file_path": None,
+            "eval_file_path": None}
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """One set of weights: `run` names the line in a figure, `step` is the number of updates it has seen."""
+
+    run: str
+    phase: str  # the run's loss; empty for a bare model
+    step: int
+    path: str
+    settings: SimpleNamespace
+
+
+def open_targets(targets: list[str]) -> list[Checkpoint]:
+    """Run folders, checkpoints, adapters and models -> checkpoints in order. Raises UserError."""
+    found = [checkpoint for target in targets for checkpoint in _open(target)]
+    seen = [(c.run, c.step) for c in found]
+    if twice := {key for key in seen if seen.count(key) > 1}:
+        run, step = min(twice)
+        raise UserError(f"two checkpoints are both called {run}, step {step}; score them in two calls")
+    return found
+
+
+def newest_run(folder: Path) -> str:
+    """The run that was started last. Raises UserError where there is none."""
+    runs = [file.parent for file in folder.glob("*/run.json")]
+    if not runs:
+        raise UserError(f"{folder}/ holds no run; name one, or make one with train.py")
+    return str(max(runs, key=lambda run: ((run / "run.json").stat().st_mtime, run.name)))
+
+
+def _open(target: str) -> list[Checkpoint]:
+    path = Path(target)
+    if not (path / "run.json").is_file():
+        name, step = path.name or target, re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if step and (path.parent / "run.json").is_file():
+            settings = _settings(path.parent)
+            return [Checkpoint(path.parent.name, settings.loss, int(step[1]), target, settings)]
+        return [Checkpoint(name, "", 0, target, SimpleNamespace(**DEFAULTS))]
+    settings = _settings(path)
+    steps = sorted(int(m[1]) for f in path.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", f.name)))
+    if not steps:
+        raise UserError(f"{target}: the run has no checkpoint")
+    name = path.resolve().name
+    return [Checkpoint(name, settings.loss, step, str(path / f"checkpoint-{step}"), settings) for step in steps]
+
+
+def _settings(run: Path) -> SimpleNamespace:
+    try:
+        record = json.loads((run / "run.json").read_text())
+        given = record["arguments"] | {"max_length": record["max_length"]}
+        return SimpleNamespace(**DEFAULTS | {key: given[key] for key in DEFAULTS if key in given})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run / 'run.json'}: is not what train.py writes ({error!r})") from error

@@ -1,0 +1,172 @@
+"""score.py against plain transformers and against what training logged."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import oracle
+import pandas
+import pytest
+import torch
+from conftest import ROOT, launch, make_model, make_tokenizer, train
+
+import score
+from nanodpo import responses, scores
+from nanodpo.errors import UserError, run_script
+from nanodpo.example import Example
+from nanodpo.schedule import pairs_of_step
+
+KEYS = ["run", "step", "dataset", "row", "response"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A LoRA run of three steps with every checkpoint, each evaluated on the training file."""
+    folder = tmp_path_factory.mktemp("scored") / "dpo"
+    train(tiny, folder, "--learning_rate", "1e-2", "--lora_r", "4", "--per_device_train_batch_size", "4",
+          "--save_steps", "1", "--eval_steps", "1", "--eval_file_path", tiny / "train.jsonl")
+    return folder
+
+
+def scored(output, *flags) -> pandas.DataFrame:
+    score.main([*map(str, flags), "--output_dir", str(output)])
+    return pandas.read_parquet(output / "scores.parquet")
+
+
+@pytest.fixture(scope="module")
+def table(run, tmp_path_factory):
+    return scored(tmp_path_factory.mktemp("out"), run)
+
+
+def test_scores_are_those_of_plain_transformers(run, table, tiny):
+    """R-I1: each response under each checkpoint, opened by plain PEFT, one sequence at a time, to 1e-6."""
+    pairs = oracle.read_pairs(tiny / "train.jsonl")
+    assert len(table) == 4 * 11 * 4 and list(table.columns) == scores.COLUMNS
+    for step in (0, 3):
+        model = oracle.load(run / f"checkpoint-{step}", tiny / "model").eval()
+        here = table[table.step == step].set_index(["row", "response"])
+        for row, (prompt, chosen, rejected) in enumerate(pairs):
+            for response, ids in (("chosen", chosen), ("rejected", rejected)):
+                with torch.no_grad():
+                    truth = oracle.sequence_logp(model, prompt, ids).item()
+                line = here.loc[(row, response)]
+                assert line.logps == pytest.approx(truth, rel=1e-6) and line.tokens == len(ids)
+                assert line.mean_logps == pytest.approx(truth / len(ids), rel=1e-6)
+
+
+def test_scores_reproduce_what_training_logged(run, table):
+    """R-I1: the pairs of step k under checkpoint-k have the logps and rewards of line k, and so has each evaluation."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    start = table[table.step == 0].set_index(["row", "response"]).logps
+    for line in lines:
+        here = table[table.step == line["step"]].set_index(["row", "response"]).logps
+        rows = list(range(11)) if "eval_loss" in line else pairs_of_step(11, 4, 42, line["step"])
+        prefix = "eval_" if "eval_loss" in line else ""
+        for side in ("chosen", "rejected"):
+            logps = [here[(row, side)] for row in rows]
+            rewards = [0.1 * (here[(row, side)] - start[(row, side)]) for row in rows]
+            assert line[f"{prefix}logps/{side}"] == pytest.approx(sum(logps) / len(rows), rel=1e-6)
+            assert line[f"{prefix}rewards/{side}"] == pytest.approx(sum(rewards) / len(rows), abs=1e-5)
+    assert len(lines) == 3 + 4
+
+
+def test_packing_order_and_ranks_change_nothing(run, table, tmp_path):
+    """R-C2, R-D7: one group a micro-batch, and two ranks for 11 rows, give the same table."""
+    one = scored(tmp_path / "one", run, "--max_tokens", "1")
+    launch(ROOT / "score.py", run, "--output_dir", tmp_path / "two", ranks=2)
+    two = pandas.read_parquet(tmp_path / "two" / "scores.parquet")
+    for other in (one, two):
+        assert other[KEYS].equals(table[KEYS])
+        assert (other.logps / table.logps - 1).abs().max() < 1e-6
+
+
+def test_one_response_more_changes_no_other(run, table, tmp_path):
+    """R-I2."""
+    few = scored(tmp_path, run, "--responses", "shuffled", "chosen")
+    both = few.merge(table, on=KEYS, suffixes=("", "_all"))
+    assert len(both) == len(few) == 4 * 11 * 2
+    assert (both.tokens == both.tokens_all).all() and (both.logps / both.logps_all - 1).abs().max() < 1e-6
+
+
+def test_a_killed_scoring_goes_on(run, table, tmp_path):
+    """Killed -9 after its first part, it keeps that part and ends with the table of an undisturbed run."""
+    process = subprocess.Popen([sys.executable, ROOT / "score.py", run, "--output_dir", tmp_path],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (done := list((tmp_path / "parts").glob("*.parquet"))) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {file: file.stat().st_mtime_ns for file in done}
+    assert before
+    assert scored(tmp_path, run).equals(table)
+    assert all(file.stat().st_mtime_ns == then for file, then in before.items())
+
+
+def test_other_and_shuffled():
+    """Shuffled keeps the tokens and the last one's place; other is the answer to another question."""
+    examples = [Example(i, [i % 3], [10 * i, 10 * i + 1, 10 * i + 2, 99], None) for i in range(9)]
+    groups = responses.make_groups(examples, ["other", "shuffled"], seed=0)
+    for example, (prompt, found) in zip(examples, groups):
+        assert prompt == example.prompt and sorted(found["shuffled"]) == sorted(example.chosen)
+        assert found["shuffled"][-1] == 99
+        (source,) = [e for e in examples if e.chosen == found["other"]]
+        assert source.prompt != example.prompt
+    assert any(found["shuffled"] != e.chosen for e, (_, found) in zip(examples, groups))
+    assert responses.make_groups(examples, ["shuffled"], 1) != responses.make_groups(examples, ["shuffled"], 0)
+    alone = [Example(0, [1], [2], None), Example(1, [1], [3], None)]
+    with pytest.raises(UserError, match="--responses other: no row"):
+        responses.make_groups(alone, ["other"], 0)
+
+
+def test_batches_hold_every_group_once_within_the_budget():
+    draw = random.Random(0)
+    groups = [([0] * draw.randint(1, 9), {"chosen": [0] * draw.randint(1, 30)}) for _ in range(50)]
+    cut = responses.batches(groups, 40)
+    assert sorted(i for batch in cut for i in batch) == list(range(50))
+    size = [len(p) + len(r["chosen"]) for p, r in groups]
+    assert all(sum(size[i] for i in batch) <= 40 or len(batch) == 1 for batch in cut)
+
+
+def test_summary_by_hand():
+    """R-I5: means 1 and 3 -> mean 2, median 2, sem sqrt(2)/sqrt(2) = 1; the gap is taken row by row."""
+    line = {"run": "r", "phase": "dpo", "checkpoint": "c", "step": 0, "dataset": "d"}
+    table = pandas.DataFrame([line | {"row": row, "response": response, "mean_logps": value} for row, response, value in
+                              [(0, "chosen", 1.0), (1, "chosen", 3.0), (0, "rejected", 0.5), (1, "rejected", 0.5)]])
+    found = scores.summary(table).set_index("response")
+    assert found.loc["chosen", ["n", "mean", "median", "sem"]].tolist() == [2, 2.0, 2.0, pytest.approx(1.0)]
+    assert found.loc["gap", ["n", "mean", "median", "sem"]].tolist() == [2, 1.5, 1.5, pytest.approx(1.0)]
+    assert found.loc["rejected", "sem"] == 0.0
+
+
+def test_wrong_input_is_one_line(run, tiny, tmp_path, capsys, monkeypatch):
+    """R-J5: a clear line, exit code 2, no output."""
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    (broken / "run.json").write_text("{")
+    foreign = tmp_path / "foreign"
+    make_model().save_pretrained(foreign)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(foreign)
+    monkeypatch.chdir(tmp_path)
+    run, model, file = str(run), str(tiny / "model"), str(tiny / "train.jsonl")
+    data = ["--dataset_path", file]
+    capsys.readouterr()
+    for flags, words in [
+            ([], "runs/ holds no run"), (["nowhere", *data], "nowhere"), ([model], "--dataset_path is needed"),
+            ([run, "--responses", "best"], "invalid choice"), ([run, "--what"], "unrecognized arguments"),
+            ([str(broken), *data], "run.json: is not what train.py writes"), ([run, run], "both called dpo, step 0"),
+            ([model, str(foreign), *data], "different tokenizers or chat templates"),
+            ([run, "--dataset_path", "gone.parquet"], "gone.parquet: no such file"),
+            ([run, *data, file], "two data sets are called train"), ([run, "--max_tokens", "0"], "--max_tokens 0"),
+            ([run, "--output_dir", file], "can't be written to")]:
+        output = [] if "--output_dir" in flags else ["--output_dir", "out"]
+        monkeypatch.setattr(sys, "argv", ["score.py", *flags, *output])
+        assert run_script(score.main) == 2, flags
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and words in error, (flags, error)
+    assert not (tmp_path / "out" / "scores.parquet").exists()
