@@ -78,10 +78,10 @@ def verify(folder: Path, state: dict[str, torch.Tensor]) -> None:
             for name in written.keys():
                 found = written.get_tensor(name)
                 tensor = expected.pop(name, found)
-                if not found.numel() or found.shape != tensor.shape or not torch.equal(found, tensor):
-                    raise RunStopped(f"{folder}: {name} was not written as it is in memory")
                 if not found.isfinite().all():
                     raise RunStopped(f"{folder}: {name} holds values that are not finite")
+                if not found.numel() or found.shape != tensor.shape or not torch.equal(found, tensor):
+                    raise RunStopped(f"{folder}: {name} was not written as it is in memory")
     if expected:
         raise RunStopped(f"{folder}: {next(iter(expected))} was not written")
 

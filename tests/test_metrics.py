@@ -1,0 +1,63 @@
+"""What a step reports, by hand."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanodpo.metrics import Meter, pair_values, write_line
+
+LOGPS = torch.tensor([[-10.0, -20.0], [-8.0, -6.0], [-5.0, -5.0]], dtype=torch.float64, requires_grad=True)
+REF = torch.tensor([[-12.0, -19.0], [-8.0, -6.0], [-4.0, -6.0]], dtype=torch.float64)
+TOKENS = torch.tensor([[5.0, 10.0], [4.0, 2.0], [1.0, 5.0]], dtype=torch.float64)
+
+
+def args(loss, beta=0.5, label_smoothing=0.0):
+    return SimpleNamespace(loss=loss, beta=beta, label_smoothing=label_smoothing)
+
+
+def test_the_values_of_three_pairs():
+    """R-E3, R-E4: margins 3, 0 and -2 nats; a tie is no success; sums and means a token both."""
+    losses, values = pair_values(LOGPS, TOKENS, REF, args("dpo"))
+    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.5 * m)) for m in (3, 0, -2)])
+    assert values["rewards/chosen"].tolist() == [1.0, 0.0, -0.5]
+    assert values["rewards/rejected"].tolist() == [-0.5, 0.0, 0.5]
+    assert values["rewards/margins"].tolist() == [1.5, 0.0, -1.0]
+    assert values["rewards/accuracies"].tolist() == [1.0, 0.0, 0.0]
+    assert values["rewards/ties"].tolist() == [0.0, 1.0, 0.0]
+    assert values["logps/chosen"].tolist() == [-10.0, -8.0, -5.0]
+    assert values["logps_per_token/rejected"].tolist() == [-2.0, -3.0, -1.0]
+    assert values["ref_gap"].tolist() == pytest.approx([(2 / 5 + 1 / 10) / 2, 0.0, (1 + 1 / 5) / 2])
+    assert losses.requires_grad and not any(value.requires_grad for value in values.values())
+
+
+def test_ipo_takes_means_and_the_others_sums():
+    """arXiv 2310.12036 on means over tokens: margins 2/5+1/10, 0, -1-1/5; its zero is at 1/(2 beta)."""
+    losses, _ = pair_values(LOGPS, TOKENS, REF, args("ipo"))
+    assert losses.tolist() == pytest.approx([(m - 1.0) ** 2 for m in (0.5, 0.0, -1.2)])
+    hinge, _ = pair_values(LOGPS, TOKENS, REF, args("hinge"))
+    assert hinge.tolist() == pytest.approx([0.0, 1.0, 2.0])
+
+
+def test_sft_with_and_without_a_rejected_side():
+    both, values = pair_values(LOGPS, TOKENS, None, args("sft"))
+    one, fewer = pair_values(LOGPS[:, :1], TOKENS[:, :1], None, args("sft"))
+    assert both.tolist() == one.tolist() == [10.0, 8.0, 5.0]
+    assert "logps/rejected" in values and "logps/rejected" not in fewer and "rewards/chosen" not in values
+
+
+def test_means_weigh_every_pair_once():
+    """R-E2, R-E3: micro-batches of 3 and 1, and one of weight 0 that only keeps ranks in step."""
+    meter = Meter(torch.device("cpu"))
+    for values, weight in (([1.0, 2.0, 3.0], 1.0), ([6.0], 1.0), ([100.0, 100.0], 0.0)):
+        meter.add({"x": torch.tensor(values)}, weight)
+    assert meter.means() == {"x": 3.0}
+
+
+def test_a_line_is_whole_json(tmp_path):
+    for step in range(2):
+        write_line(tmp_path / "metrics.jsonl", {"step": step, "loss": 0.5})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.5}]

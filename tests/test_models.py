@@ -1,0 +1,128 @@
+"""Models, adapters, the reference policy, and what is saved of them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
+
+from nanodpo import checkpoint, models
+from nanodpo.errors import RunStopped, UserError
+from nanodpo.source import open_source
+
+
+def args(**changes):
+    return SimpleNamespace(**{"bf16": False, "trust_remote_code": False, "seed": 0, "random_init": False,
+                              "use_lora": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0,
+                              "lora_target_modules": "all-linear", "allow_dropout": False} | changes)
+
+
+def load(tiny, **changes):
+    return models.load_model(open_source(str(tiny / "model"), False), args(**changes))
+
+
+def test_the_papers_lora_is_expressible(tiny):
+    """r 256, alpha 512 and dropout .05 on all seven projections, counted by hand: r (in + out) each, two layers."""
+    seven = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    model = load(tiny, lora_r=256, lora_alpha=512, lora_dropout=0.05, lora_target_modules=seven, allow_dropout=True)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Hidden 32, key and value 16, inner 64.
+    assert trained == 2 * 256 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 2 * (32 + 64) + (64 + 32))
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (256, 512, 0.05)
+    assert "LoRA on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in models.describe(model)
+
+
+@pytest.mark.parametrize("names, words", [
+    ("q_proj,w_proj", "no module w_proj; its linear layers are down_proj"), ("lm_head", "output layer"),
+    ("embed_tokens", "only LoRA on linear layers")])
+def test_modules_that_cannot_be_adapted(tiny, names, words):
+    """R-F6, R-G9."""
+    with pytest.raises(UserError, match=words):
+        load(tiny, lora_target_modules=names)
+
+
+def test_dropout_is_off_unless_allowed(tiny):
+    """R-D4: modules, and the rates that attention layers hold."""
+    for allowed in (False, True):
+        model = load(tiny, lora_dropout=0.5, allow_dropout=allowed).train()
+        rates = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+        assert (0.5 in rates) == allowed
+        ids = torch.tensor([[1, 2, 3]])
+        for name, p in model.named_parameters():  # a LoRA that does something
+            if "lora_B" in name:
+                p.data.fill_(0.5)
+        same = torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert same != allowed
+
+
+def test_the_reference_is_left_as_it_was_found(tiny):
+    """R-D2: adapters on again and the mode restored, also where the pass raised."""
+    model = load(tiny).train()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.fill_(0.1)
+    ids = torch.tensor([[5, 6, 7]])
+    on = model(input_ids=ids).logits
+    base = make_model().eval()
+    with models.reference_policy(model, fresh_lora=True):
+        assert not model.training
+        assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
+    with pytest.raises(KeyError), models.reference_policy(model, fresh_lora=True):
+        raise KeyError
+    assert model.training and torch.equal(model(input_ids=ids).logits, on) and not torch.equal(on, base(ids).logits)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_the_fingerprint_sees_every_weight_and_setting(tiny):
+    """R-D5: one changed number, or another rope, is another reference; another fresh LoRA is the same one."""
+    model = load(tiny)
+    first = models.fingerprint(model, fresh_lora=True)
+    assert models.fingerprint(load(tiny, seed=7, lora_r=2), fresh_lora=True) == first
+    weight = model.get_input_embeddings().weight
+    weight.data[200, 3] += 1e-3
+    assert models.fingerprint(model, fresh_lora=True) != first
+    weight.data[200, 3] = make_model().get_input_embeddings().weight.data[200, 3]
+    assert models.fingerprint(model, fresh_lora=True) == first
+    model.get_base_model().config.rope_parameters["rope_theta"] = 5e5
+    assert models.fingerprint(model, fresh_lora=True) != first
+
+
+def test_a_checkpoint_is_verified_before_it_counts(tmp_path):
+    """R-G2: what was written is compared with memory; a difference, a NaN or a hole leaves no folder behind."""
+    model, tokenizer = make_model(), make_tokenizer()
+    state = checkpoint.gather(model, only_trained=False)
+    checkpoint.save(model, tokenizer, state, tmp_path / "checkpoint-1")
+    assert oct((tmp_path / "checkpoint-1" / "model.safetensors").stat().st_mode & 0o777) != "0o600"
+    broken = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    for spoil in (lambda t: t.fill_(torch.nan), lambda t: t.add_(1.0)):
+        wrong = {key: spoil(value.clone()) if key == name else value for key, value in broken.items()}
+        save_file(wrong, tmp_path / "checkpoint-1" / "model.safetensors")
+        with pytest.raises(RunStopped, match=name):
+            checkpoint.verify(tmp_path / "checkpoint-1", state)
+    state[name].fill_(torch.nan)
+    with pytest.raises(RunStopped, match="not finite"):
+        checkpoint.save(model, tokenizer, state, tmp_path / "checkpoint-2")
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_sampling_settings_do_not_lose_a_model(tmp_path):
+    """R-H7: a generation config that transformers refuses to save is mended, not the end of the run."""
+    model = make_model()
+    model.generation_config.temperature = 0.5  # without do_sample
+    with pytest.raises(ValueError):
+        model.save_pretrained(tmp_path / "plain")
+    checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1")
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+
+
+def test_rotation_keeps_the_start_and_what_is_not_its_own(tmp_path):
+    for name in ("checkpoint-0", "checkpoint-2", "checkpoint-10", "checkpoint-20", "checkpoint-best", "merged"):
+        (tmp_path / name).mkdir()
+    checkpoint.rotate(tmp_path, None)
+    assert len(list(tmp_path.iterdir())) == 6
+    checkpoint.rotate(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-0", "checkpoint-10", "checkpoint-20", "checkpoint-best", "merged"]
