@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {file.stem: file for file in (ROOT / "nanodpo").glob("*.py") if file.stem != "__init__"}
-SCRIPTS = [*(ROOT / f"{name}.py" for name in ("train", "score", "plot")), *sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "bench").glob("*.py"))]
+SCRIPTS = [*(ROOT / f"{name}.py" for name in ("train", "score", "plot")),
+           *sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "bench").glob("*.py"))]
 CORE = ("losses", "packing", "logprobs", "attention")
 
 
