@@ -9,7 +9,9 @@ import math
 import textwrap
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -94,10 +96,12 @@ def dynamics_figure(scores, columns: int, focus: tuple[float, float] | None = No
     fig, axes = _grid(len(sets), columns, f"{max(phases).upper()} step".strip() if len(phases) == 1 else "step", True)
     for ax, name in zip(axes, sets):
         ax.set_title(_wrap(name))
-        ax.set_ylabel(LOGPS)
-        ax.label_outer()
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel(LOGPS)
         for ((run, phase), dash), (response, look) in itertools.product(zip(runs, DASHES), looks.items()):
             here = table[(table[keys] == [name, run, phase, response]).all(axis=1)]  # groupby sorted it by step
+            if here.empty:
+                continue
             ax.plot(here["step"], here["mean"], **look, linestyle=dash, label=f"{run} {phase} {response}")
             reach = 1.96 * here["sem"]
             ax.fill_between(here["step"], here["mean"] - reach, here["mean"] + reach, color=look["color"], **INTERVAL)
@@ -105,7 +109,8 @@ def dynamics_figure(scores, columns: int, focus: tuple[float, float] | None = No
         set_focus(ax, *focus)
     handles = [Line2D([], [], **look, label=_wrap(response)) for response, look in looks.items()]
     if len(runs) > 1:
-        handles += [Line2D([], [], color=GREY, linestyle=dash, label=_wrap(f"{run} ({phase})" if phase else run))
+        alike = len({run for run, _ in runs}) < len(runs)
+        handles += [Line2D([], [], color=GREY, linestyle=dash, label=_wrap(f"{run} ({phase})" if alike else run))
                     for (run, phase), dash in zip(runs, DASHES)]
     fewest, most = table["count"].min(), table["count"].max()
     n = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
@@ -147,7 +152,8 @@ def _grid(panels: int, columns: int, xlabel: str = "step", sharey: bool = False)
     """(figure, its axes in reading order): up to three panels a line in two columns, one in one."""
     across = min(panels, 3) if columns == 2 else 1
     down = math.ceil(panels / across)
-    fig = Figure(figsize=(WIDTHS[columns], 0.5 + 1.6 * down), layout="constrained")
+    larger = max(1, FontProperties(size=rcParams["axes.labelsize"]).get_size() / 7)  # a style's letters need room too
+    fig = Figure(figsize=(WIDTHS[columns], (0.2 + 0.8 / columns + 1.6 * down) * larger), layout="constrained")
     axes = list(fig.subplots(down, across, sharex=True, sharey=sharey, squeeze=False).flat)
     for ax in axes[panels:]:
         ax.remove()

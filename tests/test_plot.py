@@ -1,0 +1,347 @@
+"""plot.py: what is drawn is what the files say, whole figures or none, and the same bytes again."""
+
+import json
+import math
+import os
+import re
+
+import numpy as np
+import pandas
+import pytest
+from conftest import ROOT, launch
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+import plot
+from nanodpo.errors import UserError
+from nanodpo.figures import set_focus, training_figure
+
+FORMATS = ("png", "pdf", "svg")
+OKABE_ITO = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
+SIDES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected")
+
+
+def make_run(folder, steps=5, evals=(0, 4), sides=SIDES, started=None):
+    """A run's folder; metric i of step k is i + k / 8, and i + k / 8 + 0.5 under evaluation."""
+    def values(step, prefix, more):
+        return {prefix + name: i + step / 8 + more for i, name in enumerate(("loss", *sides))}
+
+    lines = [{"step": k, **values(k, "eval_", 0.5)} for k in evals]
+    lines += [{"step": k, **values(k, "", 0), "grad_norm": 1.0} for k in range(steps)]
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if started:
+        os.utime(folder / "run.json", (started, started))
+    return folder
+
+
+def make_scores(file, values, run="dpo", phase="dpo", **changed):
+    """scores.parquet from {(dataset, response, step): mean log-probs of its rows}; 10 tokens a response."""
+    rows = [{"run": run, "phase": phase, "checkpoint": f"runs/{run}/checkpoint-{step}", "step": step,
+             "dataset": dataset, "row": row, "response": response, "tokens": 10, "logps": 10 * value,
+             "mean_logps": value} | changed
+            for (dataset, response, step), means in values.items() for row, value in enumerate(means)]
+    pandas.DataFrame(rows).to_parquet(file)
+    return file
+
+
+SCORES = {("forward", "chosen", 0): [-1.0, -2.0, -3.0], ("forward", "chosen", 40): [-1.0, -1.5, -2.0],
+          ("forward", "rejected", 0): [-4.0, -4.0, -7.0], ("forward", "rejected", 40): [-5.0, -6.0, -7.0],
+          ("reverse", "chosen", 0): [-0.5], ("reverse", "chosen", 40): [-0.25]}
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """draw(*arguments) -> the figures by name, in place of files."""
+    def figures(*arguments):
+        found = {}
+        monkeypatch.setattr(plot, "save", lambda drawn, folder: found.update(drawn, folder=folder))
+        plot.main([str(argument) for argument in arguments])
+        return found
+    return figures
+
+
+def points(fig, label):
+    """(panel, steps, values) of the one line with this label."""
+    (found,) = [(i, line) for i, ax in enumerate(fig.axes) for line in ax.get_lines() if line.get_label() == label]
+    return found[0], list(found[1].get_xdata()), list(found[1].get_ydata())
+
+
+def test_the_training_figure_draws_the_files_numbers(tmp_path, draw):
+    fig = draw(make_run(tmp_path / "a"))["training"]
+    for i, (name, panel) in enumerate(zip(("loss", *SIDES), (0, 1, 1, 1, 2, 2))):
+        assert points(fig, f"a {name}") == (panel, [0, 1, 2, 3, 4], [i, i + 0.125, i + 0.25, i + 0.375, i + 0.5])
+        assert points(fig, f"a eval_{name}") == (panel, [0, 4], [i + 0.5, i + 1.0])
+    assert sum(len(ax.get_lines()) for ax in fig.axes) == 12  # and nothing else
+    assert [ax.get_ylabel() for ax in fig.axes][::2] == ["loss", "log-prob (nats per token)"]
+    assert "nats" in fig.axes[1].get_ylabel()
+
+
+def test_training_is_faint_only_beside_evaluation(tmp_path):
+    fig = training_figure({"a": plot.read_metrics(make_run(tmp_path / "a", evals=()))}, 2)
+    assert {line.get_alpha() for ax in fig.axes for line in ax.get_lines()} == {None}
+    fig = training_figure({"b": plot.read_metrics(make_run(tmp_path / "b"))}, 2)
+    for line in (line for ax in fig.axes for line in ax.get_lines()):
+        held_out = "eval_" in line.get_label()
+        assert (line.get_alpha() is None) == held_out == (line.get_marker() in {"o", "s", "^"})
+
+
+def test_sft_has_no_panel_of_rewards(tmp_path):
+    sides = ("logps_per_token/chosen",)
+    fig = training_figure({"sft": plot.read_metrics(make_run(tmp_path / "sft", sides=sides))}, 1)
+    assert [ax.get_ylabel() for ax in fig.axes] == ["loss", "log-prob (nats per token)"]
+
+
+def test_a_single_step_can_be_seen(tmp_path):
+    fig = training_figure({"a": plot.read_metrics(make_run(tmp_path / "a", steps=1, evals=()))}, 2)
+    assert {line.get_marker() for ax in fig.axes for line in ax.get_lines()} == {"."}
+
+
+def test_several_runs_have_a_colour_and_a_name_each(tmp_path, draw):
+    found = draw(*[make_run(tmp_path / name) for name in "abcdefg"])
+    colours = {}
+    for ax in found["training"].axes:
+        for line in ax.get_lines():
+            colours.setdefault(line.get_label()[0], set()).add(to_hex(line.get_color()))
+    assert len(colours) == 7 == len(set.union(*colours.values())) and set.union(*colours.values()) < OKABE_ITO
+    names = [text.get_text() for text in found["training"].legends[0].get_texts()]
+    assert names[:8] == [*"abcdefg", "chosen"]
+    assert str(found["folder"]) == "runs/figures"
+
+
+def test_two_folders_of_one_name_are_told_apart_by_their_paths(tmp_path, draw):
+    folders = [make_run(tmp_path / parent / "run") for parent in "ab"]
+    fig = draw(*folders, folders[0])["training"]  # one given twice is drawn once
+    names = [text.get_text().replace("\n", "") for text in fig.legends[0].get_texts()]
+    assert names[:3] == [*map(str, folders), "chosen"]
+
+
+def test_without_arguments_the_newest_run_is_drawn(tmp_path, draw, monkeypatch):
+    for name, started in (("a", 1000), ("b", 3000), ("c", 2000)):
+        make_run(tmp_path / "runs" / name, started=started)
+    monkeypatch.chdir(tmp_path)
+    found = draw()
+    assert found["training"].legends[0].get_title().get_text() == "b"
+    assert str(found["folder"]) == "runs/b"
+
+
+def test_means_and_intervals_are_those_computed_by_hand(tmp_path, draw):
+    """sem of -1, -2, -3: standard deviation 1, over the root of 3. Of -4, -4, -7: mean -5, deviations 1, 1, -2."""
+    fig = draw("--scores", make_scores(tmp_path / "s.parquet", SCORES))["dynamics"]
+    assert [ax.get_title() for ax in fig.axes] == ["forward", "reverse"]
+    assert points(fig, "dpo dpo rejected") == (0, [0, 40], [-5.0, -6.0])  # and not in the other panel
+    assert fig.axes[0].get_ylim() == fig.axes[1].get_ylim()  # to be compared
+    chosen, rejected = fig.axes[0].get_lines()
+    assert list(chosen.get_xdata()) == list(rejected.get_xdata()) == [0, 40]
+    assert list(chosen.get_ydata()) == [-2.0, -1.5] and list(rejected.get_ydata()) == [-5.0, -6.0]
+    bands = [b.get_paths()[0].vertices for b in fig.axes[0].collections if isinstance(b, PolyCollection)]
+    for band, at_0, at_40 in zip(bands, ((-2, 1), (-5, math.sqrt(3))), ((-1.5, 0.5), (-6, 1))):
+        for step, (mean, deviation) in ((0, at_0), (40, at_40)):
+            reach = 1.96 * deviation / math.sqrt(3)
+            ys = band[band[:, 0] == step][:, 1]
+            assert ys.min() == pytest.approx(mean - reach, abs=1e-12)
+            assert ys.max() == pytest.approx(mean + reach, abs=1e-12)
+    assert list(fig.axes[1].get_lines()[0].get_ydata()) == [-0.5, -0.25]
+    assert not any(len(path.vertices) for b in fig.axes[1].collections for path in b.get_paths())  # n = 1: no interval
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["chosen", "rejected", "95% interval, n = 1 to 3"]
+    assert fig.axes[0].get_ylabel() == "log-prob (nats per token)" and fig.axes[0].get_xlabel() == "DPO step"
+
+
+def test_scores_beside_runs_are_joined(tmp_path, draw):
+    for name in "ab":
+        make_scores(make_run(tmp_path / name) / "scores.parquet", SCORES, run=name)
+    fig = draw(tmp_path / "a", tmp_path / "b")["dynamics"]
+    assert [line.get_label() for line in fig.axes[0].get_lines()] == [
+        "a dpo chosen", "a dpo rejected", "b dpo chosen", "b dpo rejected"]
+    assert {line.get_linestyle() for line in fig.axes[1].get_lines()} == {"-", "--"}
+
+
+def test_focus_gives_the_band_its_share():
+    """Of 0 to -10, [-1, -0.5] gets the quarter; 9.5 nats share the rest, 3/38 of the height each."""
+    ax = Figure().add_subplot()
+    ax.set_ylim(-10, 0)
+    set_focus(ax, -1, -0.5)
+    ax.figure.draw_without_rendering()
+    place = ax.transData + ax.transAxes.inverted()
+    for y, height in ((-10, 0), (-9, 3 / 38), (-1, 27 / 38), (-0.75, 27 / 38 + 0.125), (-0.5, 27 / 38 + 0.25), (0, 1)):
+        assert place.transform((0, y))[1] == pytest.approx(height, abs=1e-12)
+    values = np.linspace(-12, 2, 10001)
+    there = ax.yaxis.get_transform()
+    assert np.abs(there.inverted().transform(there.transform(values)) - values).max() < 1e-12
+    assert (np.diff(there.transform(values)) > 0).all()  # out of sight too: nothing is moved to the edge
+    ticks = ax.get_yticks()
+    assert {-1, -0.5, -10} <= set(ticks)
+    assert [float(t.get_text().replace("\N{MINUS SIGN}", "-")) for t in ax.get_yticklabels()] == pytest.approx(ticks)
+    assert np.diff([place.transform((0, y))[1] for y in ticks]).min() > 0.08
+    assert [line.get_ydata()[0] for line in ax.get_lines()] == [-1, -0.5]
+
+
+def test_focus_on_all_there_is_stays_linear_and_a_wider_one_widens_the_axis():
+    for band in ((-4, 0), (-8, 1)):
+        ax = Figure().add_subplot()
+        ax.set_ylim(-4, 0)
+        set_focus(ax, *band)
+        assert ax.get_ylim() == band
+        assert (ax.transData + ax.transAxes.inverted()).transform((0, sum(band) / 2))[1] == pytest.approx(0.5)
+
+
+def test_focus_is_an_option(tmp_path, draw):
+    file = make_scores(tmp_path / "s.parquet", SCORES)
+    for ax in draw("--scores", file, "--focus", "-3", "-1")["dynamics"].axes:
+        place = ax.transData + ax.transAxes.inverted()
+        assert np.diff(place.transform([(0, -3), (0, -1)])[:, 1]) == pytest.approx(0.25, abs=1e-12)
+
+
+def boxes(fig):
+    fig.draw_without_rendering()
+    renderer = fig._get_renderer()
+    return [legend.get_window_extent() for legend in fig.legends] + [ax.get_tightbbox(renderer) for ax in fig.axes]
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("style", [None, "ggplot"])
+def test_nothing_overlaps_or_leaves_the_figure(tmp_path, draw, columns, style):
+    names = ["dpo-2026-11-22-132049", "a-long-name-of-a-run-that-somebody-gave-it-on-a-friday-afternoon"]
+    runs = [make_run(tmp_path / name) for name in names]
+    values = {(d, r, s): [-i - 1.0, -i - 1.5] for d in "vwxyz" for s in (0, 5)
+              for i, r in enumerate(("chosen", "rejected", "other", "shuffled"))}
+    for run in runs:
+        make_scores(run / "scores.parquet", values, run=run.name)
+    extra = ["--columns", columns, *(["--style", style] if style else [])]
+    for chosen in (runs[:1], runs):
+        for name, fig in draw(*chosen, *extra, "--focus", "-2", "-1.5").items():
+            if name == "folder":
+                continue
+            found = boxes(fig)
+            for i, box in enumerate(found):
+                assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= fig.bbox.x1 + 1 and box.y1 <= fig.bbox.y1 + 1
+                for other in found[i + 1 :]:
+                    apart = (box.x1 <= other.x0 + 1 or other.x1 <= box.x0 + 1 or box.y1 <= other.y0 + 1
+                             or other.y1 <= box.y0 + 1)
+                    assert apart, (name, box, other)
+
+
+@pytest.mark.parametrize("columns, inches", [(1, 3.3), (2, 6.9)])
+def test_files_are_as_wide_as_a_journals_columns(tmp_path, columns, inches):
+    plot.main([str(make_run(tmp_path / "a")), "--columns", str(columns)])
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
+        "metrics.jsonl", "run.json", "training.pdf", "training.png", "training.svg"]
+    png, pdf, svg = ((tmp_path / "a" / f"training.{kind}").read_bytes() for kind in FORMATS)
+    assert int.from_bytes(png[16:20], "big") == round(300 * inches)
+    assert float(re.search(rb"/MediaBox \[ 0 0 (\S+)", pdf)[1]) == pytest.approx(72 * inches)
+    assert float(re.search(rb'<svg [^>]*width="([\d.]+)pt"', svg)[1]) == pytest.approx(72 * inches)
+    assert b"Date" not in pdf and b"<dc:date>" not in svg
+
+
+def test_another_process_writes_the_same_bytes(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a")
+    make_scores(run / "scores.parquet", SCORES, run="a")
+    plot.main([str(run), "--output_dir", str(tmp_path / "one")])
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
+    done = launch(ROOT / "plot.py", run, "--output_dir", tmp_path / "two")
+    files = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert files == sorted(f"{name}.{kind}" for name in ("training", "dynamics") for kind in FORMATS)
+    assert sorted(line.rpartition("/")[2] for line in done.stdout.split()) == files
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def broken_metrics(text):
+    return lambda run: (run / "metrics.jsonl").write_text(text)
+
+
+def broken_scores(**changed):
+    return lambda run: make_scores(run / "scores.parquet", SCORES, **changed)
+
+
+def without(*names):
+    def drop(run):
+        make_scores(run / "scores.parquet", SCORES)
+        table = pandas.read_parquet(run / "scores.parquet").drop(columns=list(names))
+        table.to_parquet(run / "scores.parquet")
+    return drop
+
+
+@pytest.mark.parametrize("change, flags, message", [
+    (lambda run: (run / "metrics.jsonl").unlink(), [], r"a/metrics.jsonl: No such file or directory"),
+    (broken_metrics('{"step": 0, "loss": 1.0}\n{"step": 1, "lo'), [], r"a/metrics.jsonl, line 2: not JSON"),
+    (broken_metrics('{"step": 0, "loss": 1.0}\n[1]\n'), [], r"a/metrics.jsonl, line 2: expected an object with a step"),
+    (broken_metrics('{"loss": 1.0}\n'), [], r"a/metrics.jsonl, line 1: expected an object with a step"),
+    (broken_metrics('{"step": 0, "loss": NaN}\n'), [], r"a/metrics.jsonl, line 1: loss is NaN, not a finite number"),
+    (broken_metrics('{"step": "0", "loss": 1}\n'), [], r'a/metrics.jsonl, line 1: step is "0", not a finite number'),
+    (broken_metrics(""), [], r"a/metrics.jsonl: has no step to draw yet"),
+    (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe"), [], r"a/metrics.jsonl: not text"),
+    (without("response", "step"), [], r"a/scores.parquet: no column response, step; it has run, phase"),
+    (lambda run: (run / "scores.parquet").write_text("PAR1"), [], r"a/scores.parquet: can't be read as Parquet"),
+    (broken_scores(mean_logps=-math.inf), [], r"a/scores.parquet, row 0: has a value that is missing or not finite"),
+    (broken_scores(response=None), [], r"a/scores.parquet, row 0: has a value that is missing or not finite"),
+    (broken_scores(mean_logps="x"), [], r"a/scores.parquet: column mean_logps must hold numbers"),
+    (broken_scores(row=3), [], r"a/scores.parquet, row 1: is there twice"),
+    (lambda run: None, ["--focus", "0", "1"], r"--focus: is for the figure of scores.parquet"),
+    (broken_scores(), ["--focus", "1", "0"], r"LOW must be below HIGH"),
+    (broken_scores(), ["--scores", "nowhere.parquet"], r"nowhere.parquet: can't be read"),
+    (broken_scores(), ["--style", "nonsense"], r"--style nonsense: neither a style"),
+    (broken_scores(), ["--output_dir", __file__], r"--output_dir .*test_plot.py: can't be written"),
+    (broken_scores(), ["--column", "2"], r"unrecognized arguments: --column"),
+    (broken_scores(), ["--columns", "3"], r"--columns: invalid choice: 3"),
+    (broken_scores(), ["elsewhere"], r"elsewhere/metrics.jsonl: No such file"),
+])
+def test_wrong_input_is_named_and_leaves_nothing(tmp_path, change, flags, message):
+    run = make_run(tmp_path / "a")
+    change(run)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        plot.main([str(run), *flags])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_scores_of_one_run_in_two_files_are_not_mixed(tmp_path):
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run in runs:
+        make_scores(run / "scores.parquet", SCORES, run="dpo")
+    with pytest.raises(UserError, match="more than one has a run called dpo"):
+        plot.main([*map(str, runs)])
+
+
+def test_more_runs_than_colours_are_refused(tmp_path):
+    with pytest.raises(UserError, match="8 runs: at most 7"):
+        plot.main([str(make_run(tmp_path / name)) for name in "abcdefgh"])
+
+
+def test_no_runs_at_all_is_one_line_and_exit_code_2(tmp_path):
+    done = launch(ROOT / "plot.py", check=False, cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"error: runs/ holds no run; .*\n", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_figures_whole(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a")
+    plot.main([str(run)])
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    make_scores(run / "scores.parquet", SCORES)
+    before[run / "scores.parquet"] = (run / "scores.parquet").read_bytes()
+    write, written = type(run).write_bytes, []
+
+    def full(file, content):
+        written.append(write(file, content[: len(content) // 2] if len(written) == 3 else content))
+        if len(written) == 4:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(run), "write_bytes", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        plot.main([str(run), "--columns", "1"])
+    assert {file: file.read_bytes() for file in run.iterdir()} == before
+
+
+def test_who_has_a_figure_open_keeps_it_whole(tmp_path):
+    """A figure is exchanged for the new one, never written over."""
+    run = make_run(tmp_path / "a")
+    plot.main([str(run)])
+    before = (run / "training.pdf").read_bytes()
+    with (run / "training.pdf").open("rb") as reader:
+        plot.main([str(run), "--columns", "1"])
+        assert reader.read() == before != (run / "training.pdf").read_bytes()
