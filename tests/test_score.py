@@ -93,16 +93,19 @@ def test_one_response_more_changes_no_other(run, table, tmp_path):
 
 
 def test_a_killed_scoring_goes_on(run, table, tmp_path):
-    """Killed -9 after its first part, it keeps that part and ends with the table of an undisturbed run."""
-    process = subprocess.Popen([sys.executable, ROOT / "score.py", run, "--output_dir", tmp_path],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (done := list((tmp_path / "parts").glob("*.parquet"))) and process.poll() is None:
+    """Killed -9 after its first part, it keeps what was done and ends with the table of an undisturbed run."""
+    said = tmp_path / "said"
+    with said.open("w") as out:  # one row a micro-batch, so that there is time to be killed in
+        process = subprocess.Popen([sys.executable, ROOT / "score.py", run, "--output_dir", tmp_path, "--max_tokens",
+                                    "1"], stdout=out, stderr=out)
+    while not list((tmp_path / "parts").glob("*.parquet")) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = {file: file.stat().st_mtime_ns for file in done}
-    assert before
-    assert scored(tmp_path, run).equals(table)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "parts").glob("*.parquet")}
+    assert before, said.read_text()
+    again = scored(tmp_path, run)
+    assert again[KEYS].equals(table[KEYS]) and (again.logps / table.logps - 1).abs().max() < 1e-6
     assert all(file.stat().st_mtime_ns == then for file, then in before.items())
 
 
