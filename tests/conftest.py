@@ -58,6 +58,13 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
+def environment() -> dict[str, str]:
+    """Of a process that no launcher started yet, whatever this one was told."""
+    told = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {name: value for name, value in os.environ.items() if name not in told}
+    return clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
 def launch(*arguments, ranks: int = 1, launcher: str = "python", check: bool = True, cwd=ROOT):
     """Runs a script as a user would. Returns the finished process, its output as text."""
     port = str(20000 + (os.getpid() * 7 + launch.count * 13) % 20000)  # side by side with other test processes
@@ -67,9 +74,7 @@ def launch(*arguments, ranks: int = 1, launcher: str = "python", check: bool = T
              "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
                           "--master_port", port]}[launcher if ranks == 1 else "torchrun" if launcher == "python"
                                                   else launcher]
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment = clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd,
+    done = subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, env=environment(), cwd=cwd,
                           timeout=600)
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")

@@ -31,5 +31,6 @@ def compare(run):
         (run.folder / "again.json").write_text(json.dumps(result))
 
 
-train.finish = compare
-train.main(sys.argv[1:])
+if __name__ == "__main__":  # pytest looks for doctests here too
+    train.finish = compare
+    train.main(sys.argv[1:])

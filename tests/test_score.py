@@ -12,7 +12,7 @@ import oracle
 import pandas
 import pytest
 import torch
-from conftest import ROOT, launch, make_model, make_tokenizer, train
+from conftest import ROOT, environment, launch, make_model, make_tokenizer, train
 
 import score
 from nanodpo import responses, scores
@@ -97,7 +97,7 @@ def test_a_killed_scoring_goes_on(run, table, tmp_path):
     said = tmp_path / "said"
     with said.open("w") as out:  # one row a micro-batch, so that there is time to be killed in
         process = subprocess.Popen([sys.executable, ROOT / "score.py", run, "--output_dir", tmp_path, "--max_tokens",
-                                    "1"], stdout=out, stderr=out)
+                                    "1"], stdout=out, stderr=out, env=environment())
     while not list((tmp_path / "parts").glob("*.parquet")) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
