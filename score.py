@@ -178,7 +178,8 @@ def open_checkpoint(checkpoint: Checkpoint, opened: Opened | None, probes, args,
     settings, dtype = checkpoint.settings, torch.bfloat16 if checkpoint.settings.bf16 or args.bf16 else torch.float32
     source = open_source(checkpoint.path, settings.trust_remote_code)
     adapter = scores.adapter_shape(source.adapter)
-    if opened and adapter and (opened.base, opened.adapter) == (source.base, adapter):
+    wanted = source.base, adapter, settings.bf16
+    if opened and adapter and (opened.base, opened.adapter, opened.checkpoint.settings.bf16) == wanted:
         scores.exchange_adapter(opened.module.model, source.adapter)
         return dataclasses.replace(opened, checkpoint=checkpoint)
     try:
