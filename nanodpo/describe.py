@@ -8,6 +8,9 @@ import pandas
 from .pairs import ches
 from .sections import answer_start, sections, shared_prefix
 
+MEASURED = ("logps", "argmax_logps", "entropy", "argmax_mass", "implausible_mass", "accuracy")
+NAMES = ("mean_logps", *MEASURED[1:])
+
 
 def describe(row: int, responses: dict[str, list[int]], found: dict[str, dict], pieces, tokens: bool) -> dict:
     """{table: lines} of one row; of "tokens" a table a response.
@@ -24,12 +27,12 @@ def describe(row: int, responses: dict[str, list[int]], found: dict[str, dict], 
             out["failed"].append(key | {"logps": str(logps)})
             out["scores"].append(key | {"tokens": len(ids), "logps": math.nan, "mean_logps": math.nan})
             continue
-        measures = measures | {"argmax_mass": np.exp(measures["argmax_logps"]), "accuracy": measures["rank"] == 1}
-        out["scores"].append(key | {"tokens": len(ids), "logps": logps, "mean_logps": logps / len(ids),
-                                    **_means(measures, range(len(ids)))})
+        more = {"argmax_mass": np.exp(measures["argmax_logps"]), "accuracy": measures["rank"] == 1}
+        table = np.stack([(measures | more)[name] for name in MEASURED]).astype(np.float64)
+        out["scores"].append(key | {"tokens": len(ids), "logps": logps} | _means(table, range(len(ids)), NAMES))
         texts = pieces(ids)
         parts = sections(len(ids), shared if kind in ("chosen", "rejected") else None, answer_start(texts))
-        out["sections"] += [key | {"section": name, "tokens": len(part), **_means(measures, part, "mean_logps")}
+        out["sections"] += [key | {"section": name, "tokens": len(part)} | _means(table, part, NAMES)
                             for name, part in parts.items()]
         if tokens:
             out["tokens"].append(_token_table(key, texts, measures))
@@ -40,13 +43,9 @@ def describe(row: int, responses: dict[str, list[int]], found: dict[str, dict], 
     return out
 
 
-def _means(measures: dict[str, np.ndarray], part: range, logps: str | None = None) -> dict[str, float]:
-    """Means over these positions, float64. `logps` is the name to give the log-prob's, if it is wanted."""
-    names = {"argmax_logps", "entropy", "argmax_mass", "implausible_mass", "accuracy"}
-    means = {name: float(np.mean(measures[name][part.start : part.stop], dtype=np.float64)) for name in sorted(names)}
-    if logps:
-        means[logps] = float(np.mean(measures["logps"][part.start : part.stop], dtype=np.float64))
-    return means
+def _means(table: np.ndarray, part: range, names: tuple[str, ...]) -> dict[str, float]:
+    """Means of the measures over these positions."""
+    return dict(zip(names, table[:, part.start : part.stop].mean(1).tolist()))
 
 
 def _token_table(key: dict, texts: list[str], measures: dict[str, np.ndarray]) -> pandas.DataFrame:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 IMPLAUSIBLE = 1e-3
+FLOOR = -1e4  # below it exp is 0 in any precision, and 0 times it is 0, where 0 times -inf would be NaN
 Sets = tuple[Tensor, Tensor]  # (N,) how many plausible tokens a place has, and their ids, one place after the other
 
 
@@ -44,9 +45,10 @@ def _measure(z: Tensor, targets: Tensor, plausible: Sets | None) -> tuple[dict[s
     """(C, V) logits, which it overwrites, and (C,) targets -> measures, and the plausible tokens."""
     lse, at = z.logsumexp(1, keepdim=True), z.gather(1, targets[:, None])
     found = {"logps": at - lse, "argmax_logps": z.amax(1, keepdim=True) - lse,
-             "rank": 1 + (z > at).sum(1, keepdim=True)}
-    p = z.sub_(lse).exp_()
-    found["entropy"] = torch.special.entr(p).sum(1, keepdim=True)  # 0 at p = 0, where p log p would be NaN
+             "rank": 1 + (z > at).sum(1, keepdim=True, dtype=torch.int32)}
+    logps = z.sub_(lse).clamp_(min=FLOOR)
+    p = logps.exp()
+    found["entropy"] = -(p * logps).sum(1, keepdim=True)
     if plausible is None:
         kept = p >= IMPLAUSIBLE
         plausible = kept.sum(1), kept.nonzero()[:, 1]
