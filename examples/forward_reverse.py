@@ -25,6 +25,10 @@ import pandas
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+from nanodpo.errors import RunStopped, UserError, first_line, run_script  # noqa: E402
+
+COLUMNS = ("question", "text", "worse-text", "relevant-question", "sample_type")
 SETS = ("forward", "reverse", "mixed")
 T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 - .025, by n - 1
 
@@ -33,22 +37,21 @@ class Failed(RuntimeError):
     """A command that ended with an error. The message says which, and where its output is."""
 
 
-def main() -> int:
-    args = parse()
-    root, failed = Path(args.output_dir), {}
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    root, failed, table = Path(args.output_dir), {}, read_data(args.data)
     for model in args.models or [None]:
         folder = root / Path(model).name if model else root
         try:
-            experiment(args, model, folder)
+            experiment(args, model, folder, table)
         except Failed as error:
             failed[model or "the tiny world"] = str(error)
             print(f"FAILED {model or ''}: {error}", flush=True)
-    for model, reason in failed.items():
-        print(f"failed: {model}: {reason}", file=sys.stderr)
-    return 1 if failed else 0
+    if failed:
+        raise RunStopped("; ".join(f"{model} failed: {reason}" for model, reason in failed.items()))
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL ... DATA", help="base models, and last the data")
     parser.add_argument("--output_dir", required=True)
@@ -57,11 +60,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dpo", default=None, help="settings of DPO")
     parser.add_argument("--ranks", type=int, default=1, help="processes a run, by torchrun")
     parser.add_argument("--parallel", type=int, help="seeds at a time; default: one a core, but one for a real model")
-    args = parser.parse_args()
+
+    def refuse(message):
+        raise UserError(message)
+
+    parser.error = refuse
+    args = parser.parse_args(argv)
     if len(args.models) == 1:
-        parser.error("MODEL ... DATA: with a model name the data too, last")
-    if min(args.seeds, args.ranks, args.parallel or 1) < 1:
-        parser.error("--seeds, --ranks and --parallel must be above 0")
+        raise UserError(f"{args.models[0]}: name models and, last, the data: MODEL [MODEL ...] DATA")
+    if len({Path(model).name for model in args.models[:-1]}) < len(args.models[:-1]):
+        raise UserError("two models have folders of one name, and would share their output")
+    for name in ("seeds", "ranks", "parallel"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be above 0")
     args.models, args.data = (args.models[:-1], args.models[-1]) if args.models else ([], None)
     kind = "real" if args.models else "tiny"
     args.sft, args.dpo = args.sft or HERE / f"{kind}_sft.yaml", args.dpo or HERE / f"{kind}_dpo.yaml"
@@ -69,10 +80,10 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def experiment(args, model: str | None, folder: Path) -> None:
+def experiment(args, model: str | None, folder: Path, table) -> None:
     """All seeds of one model, then what they show together."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_data(args.data, folder / "data")
+    write_data(table, folder / "data")
     seeds = range(1, args.seeds + 1)
     with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
         for done in [pool.submit(one_seed, args, model, folder, seed) for seed in seeds]:
@@ -84,13 +95,28 @@ def experiment(args, model: str | None, folder: Path) -> None:
     draw(args, folder)
 
 
-def write_data(path: str | None, folder: Path) -> None:
+def read_data(path: str | None) -> pandas.DataFrame | None:
+    """The table of real data; None for the tiny world's. Raises UserError for what is no such table."""
+    if path is None:
+        return None
+    try:
+        table = pandas.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read as Parquet ({first_line(error)})") from error
+    if missing := [name for name in COLUMNS if name not in table]:
+        raise UserError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(table)}")
+    if not {"original", "flipped"} <= set(table["sample_type"]) or len(table) < 20:
+        raise UserError(f"{path}: expected ten problems or more, each a row of original and one of flipped; "
+                        f"found {table['sample_type'].value_counts().to_dict()}")
+    return table
+
+
+def write_data(table: pandas.DataFrame | None, folder: Path) -> None:
     """{train,test}-{forward,reverse,mixed}.parquet; of real data each tenth problem is a test."""
     folder.mkdir(exist_ok=True)
-    if path is None:
+    if table is None:
         parts = {part: pandas.read_parquet(HERE / "piles" / f"{part}.parquet") for part in ("train", "test")}
     else:
-        table = pandas.read_parquet(path)
         # A problem's two directions name each other, and must not be parted.
         problem = [min(pair) for pair in zip(table["question"], table["relevant-question"])]
         order = {name: i for i, name in enumerate(dict.fromkeys(problem))}
@@ -239,4 +265,4 @@ def draw(args, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))
