@@ -103,6 +103,9 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--three_panel: takes its runs by --{', --'.join(ROLES)}, not {args.runs[0]}")
     if args.three_panel and args.test and len(set(args.test)) != 3:
         raise UserError("--test: the three-panel figure needs three data sets, in the order forward, reverse, mixed")
+    named = [run for role in ROLES for run in getattr(args, role)]
+    if twice := [run for run in named if named.count(run) > 1]:
+        raise UserError(f"--three_panel: {twice[0]} is named twice")
     if args.phases and len(args.runs) < 2:
         raise UserError("--phases: needs two runs or more, in their order")
     for flag in ("focus", "floor", "panel_ratios"):

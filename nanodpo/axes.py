@@ -27,8 +27,7 @@ FLOOR = {"color": "black", "linewidth": 0.8, "linestyle": (0, (6, 3))}
 LOGPS = "log-prob (nats per token)"
 TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
        ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "\N{MINUS SIGN}": "$-$",
-       "\N{PLUS-MINUS SIGN}": r"$\pm$", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}": r"$\hookleftarrow$",
-       "\N{RIGHTWARDS ARROW}": r"$\to$", "\N{LEFTWARDS ARROW}": r"$\gets$", "\N{OPEN BOX}": r"\textvisiblespace{}"}
+       "\N{PLUS-MINUS SIGN}": r"$\pm$"}
 TEX |= {letter: f"\\{letter}" for letter in "#$%&_{}"}
 
 
@@ -53,11 +52,16 @@ def listed(names) -> str:
     return f"{', '.join(names)} and {last}" if names else last
 
 
+def new_figure(columns: int, height: float) -> Figure:
+    """A figure as wide as a journal's columns; `height` inches, and more where a style has larger letters."""
+    larger = max(1, FontProperties(size=rcParams["axes.labelsize"]).get_size() / 7)
+    return Figure(figsize=(WIDTHS[columns], height * larger), layout="constrained")
+
+
 def grid(panels: int, across: int, columns: int, xlabel: str = "step", height: float = 1.6, **how):
     """(figure, its axes in reading order), `across` panels a line, `height` inches a line; `how` as for subplots."""
     down = math.ceil(panels / across)
-    larger = max(1, FontProperties(size=rcParams["axes.labelsize"]).get_size() / 7)  # a style's letters need room too
-    fig = Figure(figsize=(WIDTHS[columns], (0.2 + 0.8 / columns + height * down) * larger), layout="constrained")
+    fig = new_figure(columns, 0.2 + 0.8 / columns + height * down)
     axes = list(fig.subplots(down, across, squeeze=False, **{"sharex": True} | how).flat)
     for ax in axes[panels:]:
         ax.remove()
@@ -114,11 +118,11 @@ def set_focus(ax, low: float, high: float, share: float = 0.25) -> None:
 
 
 def crowd(values) -> tuple[float, float] | None:
-    """The band that most values share while the others lie far away, with an empty stretch wider than 0.6 of the whole
-    range between; its ends are round numbers. None where there is no such stretch."""
+    """The band that most values share while the others lie far away, with an empty stretch of more than 0.9 of the
+    whole range between; its ends are round numbers. None where there is no such stretch."""
     values = np.sort(np.asarray(values, dtype=float)[np.isfinite(values)])
     gaps = np.diff(values)
-    if not len(gaps) or gaps.max() <= 0.6 * (values[-1] - values[0]):
+    if not len(gaps) or gaps.max() <= 0.9 * (values[-1] - values[0]):
         return None
     cut = int(gaps.argmax()) + 1
     most = values[:cut] if cut > len(values) - cut else values[cut:]
@@ -144,5 +148,5 @@ def set_phases(ax, phases: list[tuple[str, float, float]]) -> None:
                 ticks[place(tick, i, first, last)] = f"{tick:g}"
         if i:
             ax.axvline(i, color="black", linewidth=0.6, zorder=0)
-            ticks[i] = f"{phases[i - 1][2]:g}|{first:g}"  # the last step of one phase is the first of the next
+            ticks[i] = f"{phases[i - 1][2]:g} | {first:g}"  # the last step of one phase is the first of the next
     ax.set_xticks(sorted(ticks), [plain(ticks[at]) for at in sorted(ticks)])

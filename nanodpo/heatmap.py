@@ -29,7 +29,7 @@ def heatmap_figure(scores: pandas.DataFrame, columns: int):
     limit = float(np.quantile(values, 0.98)) or float(values.max()) or 1.0
     fig, axes = grid(2 * len(sets), 2, columns, height=2.2, sharey="row")
     for ax, (name, side) in zip(axes, [(name, side) for name in sets for side in SIDES]):
-        image = _draw(ax, tables[name].get(side), side, limit)
+        image = _draw(ax, tables[name].get(side), side, limit, " " if columns == 2 else "\n")
         if side == "chosen":
             ax.set_ylabel(f"examples of {wrap(name, 24)}, sorted")
     beyond = bool((values > limit).any())
@@ -53,12 +53,12 @@ def _changes(scores: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
     return {side: tables[side].reindex(order) for side in SIDES if side in tables}
 
 
-def _draw(ax, table: pandas.DataFrame | None, side: str, limit: float):
+def _draw(ax, table: pandas.DataFrame | None, side: str, limit: float, gap: str):
     if table is None:
         ax.set_axis_off()
         return None
     final = table.iloc[:, -1].dropna()
-    ax.set_title(f"{side}: {(final > 0).sum():,} of {len(final):,} rise")
+    ax.set_title(f"{side}:{gap}{(final > 0).sum():,} of {len(final):,} rise")
     ax.set_facecolor("0.6")  # where a score is missing
     image = ax.imshow(table.to_numpy(), cmap=COLOURS, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     places = [int(i) for i in MaxNLocator(5, integer=True).tick_values(0, table.shape[1] - 1)

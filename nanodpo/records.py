@@ -79,6 +79,8 @@ def read_tokens(files: list[Path], row: int) -> pandas.DataFrame:
         wrong = table["position"] != table.groupby(keys).cumcount()
         _refuse(file, table, wrong, "is out of place: positions must be 0, 1, 2 ... once each")
         tables.append(table)
+    if all(table.empty for table in tables):
+        raise UserError(f"{', '.join(map(str, files))}: no tokens of chosen or rejected in row {row}")
     return pandas.concat(tables, ignore_index=True)
 
 

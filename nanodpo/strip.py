@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas
-from matplotlib import rcParams
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
@@ -10,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 
-from .axes import TEX, WIDTHS, escape_tex, wrap
+from .axes import WIDTHS, wrap
 from .errors import UserError
 
 SIDES = ("chosen", "rejected")
@@ -105,14 +104,14 @@ def _head(ax, side: str, tokens: int, left_out: int, shared: int, sides: int, to
 
 
 def _draw(ax, words, values, places, top: float, shared: int, colour, moved: bool) -> None:
-    """The cells with their text; dark ones in white letters."""
+    """The cells with their text, dark ones in white letters; never by LaTeX, whose letters are of other widths."""
     over, under, font = [], [], FontProperties(family="monospace", size=SIZE)
     for i, ((x, line, width), word, value) in enumerate(zip(places, words, values)):
         y, fill = top + line, colour.to_rgba(value)
         ax.add_patch(Rectangle((x, y + 0.08), width, 0.84, facecolor=fill, edgecolor="0.75", linewidth=0.25))
         dark = np.dot(fill[:3], (0.299, 0.587, 0.114)) < 0.5
         ax.text(x, y + 0.5, _visible(word, width), va="center_baseline", fontproperties=font,
-                color="white" if dark else "black", parse_math=False)
+                color="white" if dark else "black", parse_math=False, usetex=False)
         if i < shared:
             over.append([(x, y + 0.04), (x + width, y + 0.04)])
         if moved and value < -0.1 * colour.norm.vmax:  # red and blue are one grey: the fall is underlined
@@ -125,8 +124,5 @@ def _visible(word: str, width: int) -> str:
     """A token with its white space to be seen, and what the font lacks as a replacement character."""
     word = "".join(SEEN.get(letter, letter) for letter in word)[:width]
     word = word if word.strip() else "\N{OPEN BOX}" * max(len(word), 1)
-    if rcParams["text.usetex"]:
-        known = "".join(letter if letter.isascii() or letter in TEX else "?" for letter in word)
-        return escape_tex(known).replace(" ", "~")  # a blank at the start, LaTeX would drop
     font = get_font(findfont(FontProperties(family="monospace")))
     return "".join(letter if font.get_char_index(ord(letter)) else "\N{REPLACEMENT CHARACTER}" for letter in word)

@@ -7,7 +7,6 @@ hollow markers the rejected side.
 import itertools
 
 import pandas
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -17,10 +16,10 @@ from .axes import (
     GREY,
     INTERVAL,
     LOGPS,
-    WIDTHS,
     add_legend,
     draw_curve,
     listed,
+    new_figure,
     place,
     plain,
     set_focus,
@@ -91,12 +90,12 @@ def _seeds(curves: pandas.DataFrame, role: str, test: str, side: str, runs: list
 
 def _panels(columns: int, ratios):
     if columns == 2:
-        fig = Figure(figsize=(WIDTHS[2], 2.75), layout="constrained")
+        fig = new_figure(2, 2.75)
         axes = list(fig.subplots(1, 3, width_ratios=ratios))
     else:
-        fig = Figure(figsize=(WIDTHS[1], 6.9), layout="constrained")
+        fig = new_figure(1, 6.9)
         axes = list(fig.subplots(3, 1, height_ratios=ratios))
-    for ax, title in zip(axes, ("(a) SFT, own test set", "(b) SFT, then DPO", r"(c) gap, $y^+ - y^-$")):
+    for ax, title in zip(axes, ("(a) SFT", "(b) mixed", r"(c) $y^+ - y^-$")):
         ax.set_title(title, pad=12)
         ax.set_xlabel("SFT step")
         ax.set_ylabel("gap (nats per token)" if ax is axes[2] else LOGPS)
