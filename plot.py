@@ -71,9 +71,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("--strip", type=int, metavar="ROW", help="The tokens of one pair, from tokens.parquet beside "
                      "the scores: how far each moved, or with one checkpoint its log-prob.")
     one.add_argument("--three_panel", action="store_true", help="The figure of arXiv 2509.13079; with the four below.")
-    for role, (name, _) in ROLES.items():
-        figures.add_argument(f"--{role}", nargs="+", metavar="RUN", default=[], help=f"Runs that are {name}; "
-                             "several are seeds, with a 95%% t-interval over them.")
+    for role in ROLES:
+        what = "DPO from the mixed runs" if role == "dpo" else f"SFT on {role} data"
+        figures.add_argument(f"--{role}", nargs="+", metavar="RUN", default=[],
+                             help=f"{what}; several runs are seeds, and the interval is over them.")
     look = parser.add_argument_group("look")
     look.add_argument("--columns", type=int, choices=[1, 2], default=2, help="Of a journal: 3.3 or 6.9 inches.")
     look.add_argument("--focus", type=float, nargs=2, metavar=("LOW", "HIGH"),
@@ -83,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     look.add_argument("--panel_ratios", type=float, nargs=3, metavar=("A", "B", "C"),
                       help="Widths of the three panels (heights in one column). Default: 1 1 1.2.")
     look.add_argument("--style", help="A matplotlib style sheet: its name, or a file.")
-    look.add_argument("--serif", action="store_true", help="Letters like LaTeX's, without it.")
+    look.add_argument("--serif", action="store_true", help="The letters of a paper (STIX), without LaTeX.")
     look.add_argument("--usetex", action="store_true", help="Letters set by LaTeX, which must be installed.")
     parser.error = _raise  # argparse would print the whole usage before the one line that matters
     args = parser.parse_intermixed_args(argv)
@@ -166,9 +167,12 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
 def draw_three_panel(args: argparse.Namespace, scores, series):
     roles = {role: [Path(run).name for run in getattr(args, role)] for role in ROLES}
     tests = args.test or TESTS
+    named = sum(roles.values(), [])
+    if series is not None and (unused := sorted(set(series["run"]) - set(named))):
+        raise UserError(f"--series: {unused[0]} is named by none of --{', --'.join(ROLES)}")
     tables = [*([levels(scores.assign(at=scores["step"]))] if scores is not None else []),
               *([with_gaps(series)] if series is not None else [])]
-    tables = select(tables, list(dict.fromkeys(sum(roles.values(), []))), tests)
+    tables = select(tables, named, tests)
     more = {"focus": args.focus, "ratios": args.panel_ratios, "floor": args.floor}
     return three_panel_figure(pandas.concat(tables, ignore_index=True), roles, tests, args.columns,
                               **{name: value for name, value in more.items() if value is not None})

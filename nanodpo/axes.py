@@ -23,6 +23,7 @@ MARKERS = "os^DvPX*"
 GREY = "0.35"
 INTERVAL = {"alpha": 0.2, "linewidth": 0}
 CHANGE = {"color": GREY, "linewidth": 0.6, "linestyle": (0, (1, 2))}  # where a scale changes
+ABOVE_GRID = 0.9  # and below what is drawn
 FLOOR = {"color": "black", "linewidth": 0.8, "linestyle": (0, (6, 3))}
 LOGPS = "log-prob (nats per token)"
 TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
@@ -106,7 +107,7 @@ def set_focus(ax, low: float, high: float, share: float = 0.25) -> None:
     ax.set_yscale("function", functions=(lambda y: np.interp(y, values, places),
                                          lambda place: np.interp(place, places, values)))
     for edge in (low, high):
-        ax.axhline(edge, **CHANGE, zorder=0)
+        ax.axhline(edge, **CHANGE, zorder=ABOVE_GRID)
     ax.set_ylim(bottom, top)
 
     ticks = [low, high]
@@ -137,16 +138,17 @@ def place(steps, phase: int, first: float, last: float):
 
 def set_phases(ax, phases: list[tuple[str, float, float]]) -> None:
     """An x axis of phases, (name, first step, last step), one unit each: a line and a name each, ticks in own steps."""
-    width = ax.figure.get_figwidth() / ax.get_subplotspec().get_gridspec().ncols - 0.6
-    width, ticks = width / len(phases), {}  # inches of a phase; 0.28 are room for a label
+    larger = FontProperties(size=rcParams["axes.labelsize"]).get_size() / 7
+    width = ax.figure.get_figwidth() / ax.get_gridspec().ncols - 0.6 * larger
+    width, ticks = width / len(phases), {}  # inches of a phase; 0.3 are room for a label
     for i, (name, first, last) in enumerate(phases):
         ax.text(i + 0.5, 1.01, plain(name), transform=ax.get_xaxis_transform(), ha="center", va="bottom",
                 fontsize=rcParams["xtick.labelsize"])
-        for tick in MaxNLocator(max(1, int(width / 0.28)), integer=True).tick_values(first, last):
+        for tick in MaxNLocator(max(1, int(width / 0.3)), integer=True).tick_values(first, last):
             near = [abs(place(tick, i, first, last) - bound) for bound in range(1, len(phases))]
-            if first <= tick <= last and min(near, default=1) > 0.28 / width:
+            if first <= tick <= last and min(near, default=1) > 0.3 / width:
                 ticks[place(tick, i, first, last)] = f"{tick:g}"
         if i:
-            ax.axvline(i, color="black", linewidth=0.6, zorder=0)
+            ax.axvline(i, color="black", linewidth=0.6, zorder=ABOVE_GRID)
             ticks[i] = f"{phases[i - 1][2]:g} | {first:g}"  # the last step of one phase is the first of the next
     ax.set_xticks(sorted(ticks), [plain(ticks[at]) for at in sorted(ticks)])

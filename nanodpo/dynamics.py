@@ -7,6 +7,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .axes import (
+    ABOVE_GRID,
     CHANGE,
     COLOURS,
     DASHES,
@@ -53,9 +54,9 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
         if phases:
             set_phases(ax, list(phases.values()))
         if kind == "change":
-            ax.axhline(0, color=GREY, linewidth=0.6, zorder=0)
+            ax.axhline(0, color=GREY, linewidth=0.6, zorder=ABOVE_GRID)
         elif floor is not None:
-            ax.axhline(floor, **FLOOR, zorder=0)
+            ax.axhline(floor, **FLOOR, zorder=ABOVE_GRID)
     band = focus or crowd(levels["mean"])
     if band and not focus:  # what is far away gets a narrow part, and would lie on the edge of the panel
         room = 0.12 * (levels["mean"].max() - levels["mean"].min())

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas
+from matplotlib import rcParams
 from matplotlib.ticker import MaxNLocator
 
 from .axes import grid, plain, wrap
@@ -28,12 +29,13 @@ def heatmap_figure(scores: pandas.DataFrame, columns: int):
     values = np.abs(values[np.isfinite(values)])
     limit = float(np.quantile(values, 0.98)) or float(values.max()) or 1.0
     fig, axes = grid(2 * len(sets), 2, columns, height=2.2, sharey="row")
+    images = []
     for ax, (name, side) in zip(axes, [(name, side) for name in sets for side in SIDES]):
-        image = _draw(ax, tables[name].get(side), side, limit, " " if columns == 2 else "\n")
+        images += _draw(ax, tables[name].get(side), side, limit, " " if columns == 2 else "\n")
         if side == "chosen":
             ax.set_ylabel(f"examples of {wrap(name, 24)}, sorted")
     beyond = bool((values > limit).any())
-    bar = fig.colorbar(image, ax=axes, extend="both" if beyond else "neither", shrink=0.9, aspect=30, pad=0.02)
+    bar = fig.colorbar(images[0], ax=axes, extend="both" if beyond else "neither", shrink=0.9, aspect=30, pad=0.02)
     bar.set_label(f"change since step {scores['step'].min():g} (nats per token)")
     fig.suptitle(wrap(runs[0]), fontsize="medium")
     caption = (f"Change of the mean log-prob per token (nats) of each example since step {scores['step'].min():g} of "
@@ -53,12 +55,14 @@ def _changes(scores: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
     return {side: tables[side].reindex(order) for side in SIDES if side in tables}
 
 
-def _draw(ax, table: pandas.DataFrame | None, side: str, limit: float, gap: str):
+def _draw(ax, table: pandas.DataFrame | None, side: str, limit: float, gap: str) -> list:
     if table is None:
         ax.set_axis_off()
-        return None
+        return []
     final = table.iloc[:, -1].dropna()
-    ax.set_title(f"{side}:{gap}{(final > 0).sum():,} of {len(final):,} rise")
+    ax.set_title(f"{side}:{gap}{(final > 0).sum():,} of {len(final):,} rise",
+                 fontsize=rcParams["legend.fontsize"])
+    ax.grid(False)
     ax.set_facecolor("0.6")  # where a score is missing
     image = ax.imshow(table.to_numpy(), cmap=COLOURS, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     places = [int(i) for i in MaxNLocator(5, integer=True).tick_values(0, table.shape[1] - 1)
@@ -66,4 +70,4 @@ def _draw(ax, table: pandas.DataFrame | None, side: str, limit: float, gap: str)
     ax.set_xticks(places, [plain(f"{table.columns[i]:g}") for i in places])
     ax.set_yticks([])
     ax.spines[:].set_visible(True)
-    return image
+    return [image]

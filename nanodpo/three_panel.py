@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .axes import (
+    ABOVE_GRID,
     CHANGE,
     FLOOR,
     GREY,
@@ -62,8 +63,8 @@ def three_panel_figure(curves: pandas.DataFrame, roles: dict[str, list[str]], te
         ax.set_xlabel("step")
     if floor is not None:
         for ax in (a, b):
-            ax.axhline(floor, **FLOOR, zorder=0)
-    c.axhline(0, **ZERO, zorder=0)
+            ax.axhline(floor, **FLOOR, zorder=ABOVE_GRID)
+    c.axhline(0, **ZERO, zorder=ABOVE_GRID)
     set_focus(c, *focus)
     shaded = _interval(seeds, roles)
     _legend(fig, tests, shaded, floor)

@@ -278,6 +278,19 @@ def test_the_heatmap_is_the_changes_sorted_by_the_last_of_chosen(tmp_path, draw)
     assert "step 0" in bar.get_ylabel() and "nats" in bar.get_ylabel()
 
 
+def test_a_heatmap_of_data_without_rejected_has_one_side(tmp_path, draw):  # noqa: F811
+    values = {("test", "chosen", 0): [-1.0, -2.0], ("test", "chosen", 8): [-1.5, -1.75]}
+    fig = draw("--scores", make_scores(tmp_path / "s.parquet", values), "--heatmap")["heatmap"]
+    assert [len(ax.get_images()) for ax in fig.axes[:2]] == [1, 0]
+
+
+def test_a_series_that_no_role_names_is_not_passed_over(tmp_path):
+    (tmp_path / "p.csv").write_text("series,step,mean\npaper,0,-1\n")
+    flags = [*lab_flags(make_lab(tmp_path / "s.parquet")), "--series", tmp_path / "p.csv"]
+    with pytest.raises(UserError, match="--series: paper is named by none of --forward, --reverse, --mixed, --dpo"):
+        plot.main([str(flag) for flag in flags])
+
+
 def make_tokens(folder, chosen, rejected, steps=(0, 40), row=7, **changed):
     """tokens.parquet: position p of step s has log-prob -1 - p / 8 of chosen and one nat lower of rejected, + s / 80
     at even positions and - s / 80 at odd ones."""
