@@ -4,6 +4,7 @@ matplotlib is imported with this module: who draws only at the end imports it on
 """
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.style
 import pandas
+from matplotlib.backends.backend_pdf import PdfFile
 
 from .axes import escape_tex
 from .dynamics import dynamics_figure
@@ -67,6 +69,12 @@ def draw_dynamics(scores: pandas.DataFrame | None, series: pandas.DataFrame | No
     return dynamics_figure(level, change, columns, **how)
 
 
+def subset_prefix(letters) -> str:
+    """Six letters that name a part of a font in a PDF: a function of what is in it."""
+    digest = hashlib.sha256(repr(sorted(map(str, letters))).encode()).digest()
+    return "".join(chr(ord("A") + byte % 26) for byte in digest[:6]) + "+"
+
+
 @contextlib.contextmanager
 def house_style(sheet: str | None = None, serif: bool = False, usetex: bool = False):
     """The fonts and lines of the house, then a matplotlib style sheet (name or file), for what is drawn within."""
@@ -79,6 +87,8 @@ def house_style(sheet: str | None = None, serif: bool = False, usetex: bool = Fa
         except (OSError, ValueError) as error:
             raise UserError(f"--style {sheet}: neither a style of matplotlib nor a file with one") from error
         matplotlib.rcParams.update(FIXED | (USETEX if usetex else {}))
+        if hasattr(PdfFile, "_get_subset_prefix"):  # private, and under LaTeX another one in every process
+            PdfFile._get_subset_prefix = staticmethod(subset_prefix)
         yield
 
 

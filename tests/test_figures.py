@@ -3,10 +3,12 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pandas
 import pytest
+from conftest import ROOT, launch
 from matplotlib.colors import to_hex
 from test_plot import SCORES, boxes, draw, make_run, make_scores, points  # noqa: F401  (draw is a fixture)
 
@@ -418,6 +420,22 @@ def test_escaped_text_has_no_command_left():
     assert escape_tex("#$%&_{}") == r"\#\$\%\&\_\{\}"
     assert escape_tex("~^\\<>|") == (r"\textasciitilde{}\textasciicircum{}\textbackslash{}\textless{}"
                                      r"\textgreater{}\textbar{}")
+
+
+def test_parts_of_fonts_are_named_by_what_is_in_them():
+    """matplotlib's own names come from an object's address where LaTeX sets the text."""
+    prefixes = [drawing.subset_prefix(letters) for letters in ({"a": "x", "b": "y"}.values(), ["y", "x"], ["x", "z"])]
+    assert prefixes[0] == prefixes[1] != prefixes[2] and all(re.fullmatch(r"[A-Z]{6}\+", name) for name in prefixes)
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("latex", "dvipng"))), reason="needs LaTeX")
+def test_latex_sets_any_name_and_the_same_bytes_again(tmp_path):
+    scores = make_scores(tmp_path / "s.parquet", SCORES, run="a_50%&$x^2~{#}")
+    for name in ("one", "two"):
+        launch(ROOT / "plot.py", "--scores", scores, "--usetex", "--output_dir", tmp_path / name)
+    for kind in ("png", "pdf", "svg", "tex"):
+        one, two = ((tmp_path / name / f"dynamics.{kind}").read_bytes() for name in ("one", "two"))
+        assert one == two, kind
 
 
 def test_usetex_needs_latex(tmp_path, monkeypatch):
