@@ -66,6 +66,9 @@ def _render_side(template: Template, side: str, prompt, value, notes: list[str])
             raise UserError(f"goes on after its end of turn {end!r}; it must end with the assistant's turn")
         if opening := next((mark for mark in template.openings if mark in body), None):
             raise UserError(f"holds a turn that is not the assistant's ({opening!r})")
+        (parts[0] + response).encode()
+    except UnicodeEncodeError as error:  # JSON can write one, and no tokenizer reads it
+        raise UserError(f"{side} or its prompt holds half a character, {error.object[error.start]!r}") from error
     except UserError as error:
         raise UserError(f"{side} {error}") from error
     notes += [f"{side}: dropped white space or a second end after the turn"] * dropped
@@ -107,7 +110,8 @@ def _end_of(template: Template, prompt: str, response: str) -> str:
 
 
 def _is_messages(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and m.get("role") for m in value)
+    return (isinstance(value, list) and bool(value)
+            and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value))
 
 
 def _kind(value) -> str:

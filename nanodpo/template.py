@@ -30,10 +30,17 @@ def read_template(tokenizer, assistant_header: str | None = None) -> Template:
     header, end, openings = assistant_header, None, ()
     if tokenizer.chat_template:
         user, reply = {"role": "user", "content": "Q"}, {"role": "assistant", "content": PROBE}
-        asked, prompted = _apply(tokenizer, [user]), _apply(tokenizer, [user], add_generation_prompt=True)
+        try:
+            asked, prompted = _apply(tokenizer, [user]), _apply(tokenizer, [user], add_generation_prompt=True)
+            _, said, tail = _apply(tokenizer, [user, reply]).rpartition(PROBE)
+            if not said:
+                raise UserError("loses what the assistant says in the chat template")
+        except UserError as error:
+            raise UserError(f"{tokenizer.name_or_path}: a question and its answer: {error}; mend chat_template.jinja, "
+                            "or chat_template in tokenizer_config.json") from error
         if not header and prompted.startswith(asked):
             header = prompted[len(asked):] or None
-        tail = _apply(tokenizer, [user, reply]).rpartition(PROBE)[2].strip()
+        tail = tail.strip()
         specials = sorted((token for token in tokenizer.all_special_tokens if token in tail), key=tail.index)
         # ChatML of a base model: the template closes turns with a token that is not the tokenizer's eos.
         end = specials[0] if specials else (tail.split() or [None])[0]
@@ -64,9 +71,12 @@ def _apply(tokenizer, messages: list[dict], **options) -> str:
 
     # Arrow fills keys that some messages lack with None; templates would print it.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    if odd := [content for m in messages if not isinstance(content := m.get("content", ""), str)]:
+        raise UserError(f"has a message whose content is of type {type(odd[0]).__name__}, not text")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:  # templates compute with contents
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+            RecursionError) as error:  # templates compute with contents
         raise UserError(f"cannot be rendered by the chat template: {error}") from error
 
 
