@@ -13,8 +13,19 @@ class RunStopped(RuntimeError):
 
 
 def first_line(error: Exception) -> str:
-    """What a library's exception says, in one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What a library's exception says, in one line: its first, and what follows a colon at its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = lines.pop(0)
+    while said.endswith(":") and lines:
+        said += f" {lines.pop(0)}"
+    return f"{type(error).__name__} {said}" if isinstance(error, LookupError) else said
+
+
+def one_line(text: str, most: int = 1000) -> str:
+    """Text as a terminal can show it: its two ends where it is long, and no character that acts on the screen."""
+    text = " ".join(text.split())
+    text = text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def run_script(main) -> int:
@@ -24,7 +35,7 @@ def run_script(main) -> int:
         return 0
     except (UserError, RunStopped) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: files may be missing on one only
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # `train.py --inspect | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again

@@ -6,23 +6,24 @@ import hashlib
 import torch
 from torch import nn
 
+from .adapters import add_adapter, open_base
 from .errors import UserError, first_line
-from .source import Source, absolute
+from .source import BROKEN, Source, absolute
 
 
 def load_model(source: Source, args) -> nn.Module:
     """The policy at its start: the base model, its adapter where it has one, a fresh LoRA where args ask for one."""
     from transformers import AutoModelForCausalLM
 
-    dtype, remote = torch.bfloat16 if args.bf16 else torch.float32, {"trust_remote_code": args.trust_remote_code}
+    dtype, remote = torch.bfloat16 if args.bf16 else torch.float32, args.trust_remote_code
     torch.manual_seed(args.seed)  # every rank draws the same weights
-    try:
-        if args.random_init:
-            model = AutoModelForCausalLM.from_config(source.config, dtype=dtype, **remote)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(source.base, dtype=dtype, **remote)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source.base}: the weights can't be loaded: {first_line(error)}") from error
+    if args.random_init:
+        try:
+            model = AutoModelForCausalLM.from_config(source.config, dtype=dtype, trust_remote_code=remote)
+        except BROKEN as error:
+            raise UserError(f"{source.base}: no model can be made of its config: {first_line(error)}") from error
+    else:
+        model = open_base(source.base, dtype, remote)
     if source.adapter:
         model = _open_adapter(model, source, args)
     elif args.use_lora:
@@ -35,17 +36,10 @@ def load_model(source: Source, args) -> nn.Module:
 
 
 def _open_adapter(model: nn.Module, source: Source, args) -> nn.Module:
-    from peft import PeftModel
-
     if not args.use_lora:
         raise UserError(f"--model_name {source.adapter} is an adapter; merge it into its base for full fine-tuning")
-    try:
-        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=True, autocast_adapter_dtype=False)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{source.adapter}: does not fit its base {source.base}: {first_line(error)}") from error
+    model = add_adapter(model, source.adapter, trainable=True)
     own = model.peft_config["default"]
-    if own.peft_type != "LORA":
-        raise UserError(f"{source.adapter}: is a {own.peft_type} adapter; only LoRA can be trained on")
     check_plain_lora(model, source.adapter)
     _take_over(args, own, source.adapter)
     return model

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from . import selfcheck
-from .adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter
+from .adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
 from .distributed import say
-from .errors import UserError, first_line
 from .logprobs import SequenceLogProbs
 from .source import open_source
 
@@ -57,15 +56,10 @@ class Opener:
         return self.last
 
     def _load(self, checkpoint, source, base: str, shape: dict | None, bf16: bool) -> Opened:
-        from transformers import AutoModelForCausalLM  # slow to import
-
-        dtype, remote = torch.bfloat16 if bf16 else torch.float32, checkpoint.settings.trust_remote_code
-        try:
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=remote)
-            own = model.config._attn_implementation
-            model = add_adapter(model, source.adapter)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{checkpoint.path}: can't be opened: {first_line(error)}") from error
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        model = open_base(base, dtype, checkpoint.settings.trust_remote_code)
+        own = model.config._attn_implementation
+        model = add_adapter(model, source.adapter)
         model.requires_grad_(False)
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         module = SequenceLogProbs(model).to(self.device).eval()

@@ -1,11 +1,25 @@
 """Where a run starts: a model or an adapter on one, opened far enough to check everything but the weights."""
 
+import contextlib
 import dataclasses
 import json
+import logging
+import pickle
+import re
+import struct
 import warnings
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+
 from .errors import UserError, first_line
+
+# What libraries raise where a file of a model is broken or a setting in it makes no sense.
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
+          AssertionError, EOFError, struct.error, pickle.UnpicklingError, re.error, SafetensorError,
+          StrictDataclassError)
 
 
 @dataclasses.dataclass
@@ -29,38 +43,79 @@ class Source:
         return getattr(config, "max_position_embeddings", None)
 
 
+@contextlib.contextmanager
+def one_voice():
+    """What transformers logs within comes at the end, and not at all where an error ends it: that says it all."""
+    logger = logging.getLogger("transformers")
+    handlers, held = logger.handlers, MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
+    logger.handlers = [held]
+    try:
+        yield
+    finally:
+        logger.handlers = handlers
+    for record in held.buffer:
+        logger.handle(record)
+
+
 def open_source(name: str, trust_remote_code: bool) -> Source:
     """Reads config and tokenizer of a model or adapter, without its weights. Raises UserError for what is not there."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for every file read or written, on every rank
     # Names that transformers 6 will drop; PEFT and the range of releases supported here still need them.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
-    adapter_config = Path(name) / "adapter_config.json"
-    base, adapter = name, None
-    if adapter_config.is_file():
-        try:
-            base, adapter = json.loads(adapter_config.read_text())["base_model_name_or_path"], name
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UserError(f"{adapter_config}: no base_model_name_or_path can be read from it: {error}") from error
-        if not isinstance(base, str):
-            raise UserError(f"{adapter_config}: base_model_name_or_path is {base!r}, not a model's name")
-    elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"--model_name {name}: has neither config.json nor adapter_config.json")
+    base, adapter = _base_of(name)
     has_tokenizer = adapter and (Path(adapter) / "tokenizer_config.json").is_file()
+    where, what = name if base == name else f"{name}: its base {base}", "config.json"
+    with one_voice():
+        try:
+            config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+            vocabulary, what = config.get_text_config().vocab_size, "the tokenizer"
+            tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base,
+                                                      trust_remote_code=trust_remote_code)
+            tokenizer("a")  # some settings of a wrong type show only here
+        except BROKEN as error:
+            raise UserError(f"--model_name {where}: {what} can't be opened: {first_line(error)}") from error
+        _check_files(Path(adapter or base))
+        if adapter and not any(Path(adapter).glob("adapter_model.*")):
+            raise UserError(f"--model_name {name}: has adapter_config.json, but no adapter_model.safetensors")
+        if len(tokenizer) > vocabulary:
+            raise UserError(f"--model_name {name}: the tokenizer has {len(tokenizer)} entries, the model only "
+                            f"{vocabulary}")
+        source = Source(base, adapter, config, tokenizer)
+        if source.context is not None and source.context < 1:
+            raise UserError(f"--model_name {where}: config.json says max_position_embeddings {source.context}; it must "
+                            "be above 0")
+    return source
+
+
+def _check_files(folder: Path) -> None:
+    """Raises UserError for a file of weights that is cut short or none at all: its header says how long it must be."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: can't be read: {first_line(error)}; copy it anew") from error
+
+
+def _base_of(name: str) -> tuple[str, str | None]:
+    """(model, adapter or None) of what may be either. Raises UserError for a folder that is neither."""
+    file = Path(name) / "adapter_config.json"
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base,
-                                                  trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        where = name if base == name else f"{name}: its base {base}"
-        raise UserError(f"--model_name {where}: can't be opened: {first_line(error)}") from error
-    vocabulary = config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise UserError(f"--model_name {name}: the tokenizer has {len(tokenizer)} entries, the model only {vocabulary}")
-    return Source(base, adapter, config, tokenizer)
+        if not file.is_file():
+            if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+                raise UserError(f"--model_name {name}: has neither config.json nor adapter_config.json")
+            return name, None
+        base = json.loads(file.read_text())["base_model_name_or_path"]
+    except OSError as error:
+        raise UserError(f"--model_name {name}: can't be opened: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: no base_model_name_or_path can be read from it: {first_line(error)}") from error
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{file}: base_model_name_or_path is {base!r}, not a model's name")
+    return base, name
 
 
 def absolute(name: str) -> str:
