@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     checkpoints = open_targets(args.targets)
     probes = open_probes(checkpoints, args)
     folder = Path(args.output_dir or (args.targets[0] if (Path(args.targets[0]) / "run.json").is_file() else "scores"))
-    scores.make_folder(folder / "parts")
+    scores.check_folder(folder / "parts")
     device = open_device(args)
     longest = max(example.length for probe in probes for example in probe.examples)
     opener = Opener(device, args.bf16, args.gradients, longest)
@@ -134,10 +134,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    if args.gpu_id is not None and not 0 <= args.gpu_id < torch.cuda.device_count():
+        raise UserError(f"--gpu_id {args.gpu_id}: this machine has {torch.cuda.device_count()} CUDA devices, from 0")
+    if twice := [kind for kind in args.responses or [] if args.responses.count(kind) > 1]:
+        raise UserError(f"--responses: {twice[0]} is named twice")
     args.targets += [args.model_path] if args.model_path else []
     args.targets = args.targets or [newest_run(Path("runs"))]
     named = [item.partition("=") if "=" in item else (Path(item).stem, "", item) for item in args.dataset_path]
     args.dataset_path = [(name, path) for name, _, path in named] or [own_data(args.targets[0])]
+    if nameless := [f"{name}={path}" for name, path in args.dataset_path if not (name and path)]:
+        raise UserError(f"--dataset_path {nameless[0]}: expected FILE or NAME=FILE")
     names = [name for name, _ in args.dataset_path]
     if len(set(names)) < len(names):
         raise UserError(f"--dataset_path: two data sets are called {max(names, key=names.count)}; name them, NAME=FILE")
@@ -210,7 +216,7 @@ def add_greedy(opener: Opener, first: Checkpoint, probe: Probe, folder: Path, ar
     """Puts the first checkpoint's own answers among a data set's responses; they are kept, like the parts."""
     key = f"{part_key(first, args)}/{probe.key}/{args.max_new_tokens}"
     file = folder / f"greedy-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    said = distributed.from_main(json.loads(file.read_text()) if distributed.is_main() and file.is_file() else None)
+    said = distributed.from_main(scores.read_json(file) if distributed.is_main() and file.is_file() else None)
     if said is None:
         distributed.say(f"{probe.name}: greedy answers of {first.path}")
         said = answer_greedily(opener.open(first), probe, range(len(probe.groups)), args)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ DEFAULTS = {"loss": "", "prompt_field": None, "chosen_field": None, "rejected_fi
             "boundary": "error", "max_length": None, "max_prompt_length": None, "overlong": "error",
             "on_bad_row": "error", "beta": 0.1, "bf16": False, "trust_remote_code": False, "train_file_path": None,
             "eval_file_path": None, "prompt_leads": None}
+STEP = re.compile(r"checkpoint-(\d{1,15})")
 
 
 @dataclasses.dataclass
@@ -46,24 +48,46 @@ def newest_run(folder: Path) -> str:
 
 def _open(target: str) -> list[Checkpoint]:
     path = Path(target)
-    if not (path / "run.json").is_file():
-        name, step = path.name or target, re.fullmatch(r"checkpoint-(\d+)", path.name)
+    try:
+        is_run = (path / "run.json").is_file()
+    except OSError as error:
+        raise UserError(f"{target}: can't be opened: {error.strerror}") from error
+    if not is_run:
+        name, step = path.name or target, STEP.fullmatch(path.name)
         if step and (path.parent / "run.json").is_file():
             settings = _settings(path.parent)
             return [Checkpoint(path.parent.name, settings.loss, int(step[1]), target, settings)]
         return [Checkpoint(name, "", 0, target, SimpleNamespace(**DEFAULTS))]
     settings = _settings(path)
-    steps = sorted(int(m[1]) for f in path.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", f.name)))
+    steps = sorted((int(m[1]), str(f)) for f in path.iterdir() if (m := STEP.fullmatch(f.name)))
     if not steps:
         raise UserError(f"{target}: the run has no checkpoint")
     name = path.resolve().name
-    return [Checkpoint(name, settings.loss, step, str(path / f"checkpoint-{step}"), settings) for step in steps]
+    return [Checkpoint(name, settings.loss, step, folder, settings) for step, folder in steps]
 
 
 def _settings(run: Path) -> SimpleNamespace:
     try:
         record = json.loads((run / "run.json").read_text())
         given = record["arguments"] | {"max_length": record["max_length"], "prompt_leads": record.get("prompt_leads")}
-        return SimpleNamespace(**DEFAULTS | {key: given[key] for key in DEFAULTS if key in given})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run / 'run.json'}: is not what train.py writes ({error!r})") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{run / 'run.json'}: is not what train.py writes ({type(error).__name__}: {error})") from error
+    given = {key: given[key] for key in DEFAULTS if key in given}
+    if wrong := next((key for key, value in given.items() if not _right(key, value)), None):
+        raise UserError(f"{run / 'run.json'}: is not what train.py writes: {wrong} is {json.dumps(given[wrong])[:100]}")
+    return SimpleNamespace(**DEFAULTS | given)
+
+
+def _right(key: str, value) -> bool:
+    """Can a setting of run.json have this value?"""
+    if key in ("bf16", "trust_remote_code"):
+        return type(value) is bool
+    if key in ("max_length", "max_prompt_length"):
+        return type(value) is int and value > 0 or (value is None and key == "max_prompt_length")
+    if key == "prompt_leads":
+        return value is None or isinstance(value, list) and all(lead is None or isinstance(lead, str) for lead in value)
+    if key == "beta":
+        return type(value) in (int, float) and math.isfinite(value)
+    choices = {"boundary": ("error", "concat"), "overlong": ("error", "drop", "truncate"),
+               "on_bad_row": ("error", "drop")}
+    return value in choices[key] if key in choices else isinstance(value, str) or value is None and key != "loss"

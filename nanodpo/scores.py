@@ -25,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import pyarrow
 import pyarrow.parquet
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 KEYS = ["run", "phase", "checkpoint", "step", "dataset"]
 MEASURES = ["argmax_logps", "entropy", "argmax_mass", "implausible_mass", "accuracy"]
@@ -35,11 +36,11 @@ COLUMNS = [*KEYS, "row", "response", "tokens", "logps", "mean_logps", *MEASURES]
 TABLES = ("scores", "pairs", "sections", "tokens", "answers", "failed")
 
 
-def make_folder(folder: Path) -> None:
-    """Raises UserError before the work where its result could not be written."""
+def check_folder(folder: Path) -> None:
+    """Raises UserError before the work where its result could not be written. Makes nothing that then stays empty."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise UserError(f"--output_dir {folder.parent}: can't be written to ({error.strerror})") from error
 
@@ -49,7 +50,7 @@ def write_part(folder: Path, checkpoint, dataset: str, found: dict[str, list[dic
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir()
+        aside.mkdir(parents=True)
         for name, lines in found.items():
             table = pandas.concat(lines) if name == "tokens" and lines else pandas.DataFrame(lines)
             for key in ("run", "phase", "step"):
@@ -66,7 +67,6 @@ def write_part(folder: Path, checkpoint, dataset: str, found: dict[str, list[dic
 def join_parts(folder: Path, parts: list[Path], betas: dict[str, float]) -> dict[str, pandas.DataFrame]:
     """Writes the output files from all parts. Returns the tables, less tokens, which may be larger than memory."""
     tables = {name: _concat([part / f"{name}.parquet" for part in parts]) for name in TABLES if name != "tokens"}
-    tables["scores"] = tables["scores"][COLUMNS]
     tables["pairs"] = add_rewards(tables["pairs"], tables["scores"], betas)
     tables["summary"] = summary(tables["scores"])
     tables["sections"] = _means(tables["sections"], [*KEYS, "response", "section"]).drop(columns="median")
@@ -81,20 +81,38 @@ def join_parts(folder: Path, parts: list[Path], betas: dict[str, float]) -> dict
 
 
 def write_json(file: Path, value) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     with _aside(file) as aside:
         aside.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def read_json(file: Path):
+    """What `write_json` wrote. Raises UserError for a damaged file."""
+    with _whole(file, remove=file):
+        return json.loads(file.read_text())
+
+
 def _concat(files: list[Path]) -> pandas.DataFrame:
-    found = [pandas.read_parquet(file) for file in files if file.exists()]
+    found = []
+    for file in [file for file in files if file.exists() or file.stem == "scores"]:
+        with _whole(file, remove=file.parent):
+            found.append(pandas.read_parquet(file, columns=COLUMNS if file.stem == "scores" else None))
     return pandas.concat(found, ignore_index=True) if found else pandas.DataFrame()
+
+
+@contextlib.contextmanager
+def _whole(file: Path, remove: Path):
+    """What goes wrong within with a part's file becomes a UserError that says how to go on."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file}: is damaged ({first_line(error)}); remove {remove}, and score again") from error
 
 
 def _write(file: Path, table: pandas.DataFrame, write) -> None:
     """A table in place of the file; without rows no file, and none that an earlier call left."""
     if table.empty:
-        file.unlink(missing_ok=True)
-        return
+        return file.unlink(missing_ok=True)
     with _aside(file) as aside:
         write(aside, table)
 
@@ -105,10 +123,13 @@ def _stream(files: list[Path], target: Path) -> None:
     if not files:
         target.unlink(missing_ok=True)
         return
-    schema = pyarrow.parquet.read_schema(files[0])
+    with _whole(files[0], remove=files[0].parent):
+        schema = pyarrow.parquet.read_schema(files[0])
     with _aside(target) as aside, pyarrow.parquet.ParquetWriter(aside, schema) as writer:
         for file in files:
-            writer.write_table(pyarrow.parquet.read_table(file).cast(schema))
+            with _whole(file, remove=file.parent):
+                table = pyarrow.parquet.read_table(file).cast(schema)
+            writer.write_table(table)
 
 
 @contextlib.contextmanager

@@ -31,12 +31,15 @@ def read_settings(path: str, names: list[str]) -> list[str]:
         raise UserError(f"{path}: unknown setting {', '.join(unknown)}; `train.py --help` lists them")
     for key, value in settings.items():
         if isinstance(value, (dict, list)):
-            raise UserError(f"{path}: {key} must be a single value, found {json.dumps(value)[:100]}")
+            raise UserError(f"{path}: {key} must be a single value, found {type(value).__name__}")
     return [f"--{key}={value}" for key, value in settings.items() if value not in (None, "", "null", "~")]
 
 
 def local_rank(flag: int) -> int:
     """This process's place on its machine. --local_rank serves launchers that set no LOCAL_RANK; both must agree."""
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(f"{name} is {os.environ[name]!r} in the environment, not a number; launchers set it")
     given = os.environ.get("LOCAL_RANK")
     alone = "RANK" not in os.environ
     if alone and any(os.environ.get(name, "1") != "1" for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
