@@ -15,7 +15,7 @@ metrics.jsonl, scores.parquet, tokens.parquet or the csv; a rerun gives the same
 """
 
 import argparse
-import math
+import os
 import sys
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     default = places[0] if len(places) == 1 else "runs/figures"
     with house_style(args.style, args.serif, args.usetex):
         drawn = draw(args, list(folders.values()), files, names)
-        for file in save(drawn, Path(args.output_dir or default).expanduser(), args.columns):
+        for file in save(drawn, home(args.output_dir or default), args.columns):
             print(file)
 
 
@@ -107,11 +107,12 @@ def check(args: argparse.Namespace) -> None:
     named = [run for role in ROLES for run in getattr(args, role)]
     if twice := [run for run in named if named.count(run) > 1]:
         raise UserError(f"--three_panel: {twice[0]} is named twice")
-    if args.phases and len(args.runs) < 2:
+    if args.phases and len(set(args.runs)) < 2:
         raise UserError("--phases: needs two runs or more, in their order")
     for flag in ("focus", "floor", "panel_ratios"):
-        if not all(map(math.isfinite, [getattr(args, flag) or 0] if flag == "floor" else getattr(args, flag) or [])):
-            raise UserError(f"--{flag}: must be finite")
+        values = [args.floor or 0] if flag == "floor" else getattr(args, flag) or []
+        if not all(abs(value) <= 1e12 for value in values):
+            raise UserError(f"--{flag}: must be finite, and no larger than 1e12")
     if args.panel_ratios and min(args.panel_ratios) <= 0:
         raise UserError("--panel_ratios: must be above 0")
     if (args.heatmap or args.strip is not None) and (args.series or args.focus or args.floor is not None):
@@ -122,19 +123,24 @@ def _raise(message: str) -> None:
     raise UserError(message)
 
 
+def home(path: str | Path) -> Path:
+    """A path whose ~ is opened; a ~ that means nobody stays, and is then not found."""
+    return Path(os.path.expanduser(path))
+
+
 def find_folders(args: argparse.Namespace, given: list[str]) -> dict[str, Path]:
     """The given runs that are folders: without a table to look a name up in, all."""
-    paths = {run: Path(run).expanduser() for run in given}
+    paths = {run: home(run) for run in given}
     return {run: path for run, path in paths.items()
-            if not (args.scores or args.series) or (path / "metrics.jsonl").exists()}
+            if not (args.scores or args.series) or os.path.exists(path / "metrics.jsonl")}
 
 
 def find_scores(args: argparse.Namespace, folders: list[Path]) -> list[Path]:
     """The files of --scores, or those in the runs' folders, which a figure that can't do without must have."""
     if args.scores:
-        return [Path(file).expanduser() for file in args.scores]
+        return [home(file) for file in args.scores]
     needed = args.phases or args.heatmap or args.strip is not None or (args.three_panel and not args.series)
-    return [file for folder in folders if (file := folder / "scores.parquet").exists() or needed]
+    return [file for folder in folders if os.path.exists(file := folder / "scores.parquet") or needed]
 
 
 def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names: list[str]) -> dict:
@@ -144,7 +150,7 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
         (tokens,) = select([tokens], names if args.scores else [], args.test)
         return {"strip": strip_figure(tokens, args.strip, args.columns)}
     scores = read_scores(files) if files else None
-    series = read_series(Path(args.series).expanduser()) if args.series else None
+    series = read_series(home(args.series)) if args.series else None
     if args.three_panel:
         return {"three_panel": draw_three_panel(args, scores, series)}
     drawn = {}

@@ -110,8 +110,9 @@ def save(drawn: dict, folder: Path, columns: int) -> list[Path]:
         for file in files:
             os.replace(aside[file], file)
     except OSError as error:
-        for file in filter(Path.exists, aside.values()):
-            file.unlink()
+        for file in aside.values():
+            with contextlib.suppress(OSError):
+                file.unlink()
         raise UserError(f"--output_dir {folder}: can't be written ({first_line(error)})") from error
     return list(files)
 

@@ -5,10 +5,9 @@ import math
 from pathlib import Path
 
 import pandas
-import pyarrow
-import pyarrow.parquet
 
-from .errors import UserError, first_line
+from .errors import UserError
+from .tables import LARGEST, NAMES, odd, read_csv, read_parquet, refuse
 
 SIDES = ("chosen", "rejected")
 # The metrics that are drawn, of training and under evaluation.
@@ -23,7 +22,7 @@ SERIES = {"series": str, "step": float, "mean": float, "low": float, "high": flo
 def read_metrics(folder: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl, null (a skipped step) as NaN; raises UserError, naming the line, where one
     can't be drawn."""
-    file, lines = folder / "metrics.jsonl", []
+    file, lines, seen = folder / "metrics.jsonl", [], set()
     try:
         texts = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -38,8 +37,15 @@ def read_metrics(folder: Path) -> list[dict]:
         for name in sorted(line.keys() & (DRAWN | {"step"})):
             if line[name] is None and name != "step":
                 line[name] = math.nan
-            elif type(line[name]) not in (int, float) or not math.isfinite(line[name]):
-                raise UserError(f"{file}, line {number}: {name} is {json.dumps(line[name])}, not a finite number")
+            elif type(line[name]) not in (int, float) or not abs(line[name]) <= LARGEST:
+                found = json.dumps(line[name])[:60]
+                raise UserError(f"{file}, line {number}: {name} is {found}, not a finite number within {LARGEST:g}")
+        if type(line["step"]) is not int or line["step"] < 0:
+            raise UserError(f"{file}, line {number}: step is {line['step']}, not a whole number from 0")
+        here = {(line["step"], name) for name in DRAWN & line.keys()}
+        if seen & here:
+            raise UserError(f"{file}, line {number}: step {line['step']} is there twice")
+        seen |= here
         lines.append(line)
     if not any(DRAWN & line.keys() for line in lines):
         raise UserError(f"{file}: has no step to draw yet")
@@ -53,10 +59,10 @@ def read_scores(files: list[Path]) -> pandas.DataFrame:
     """
     tables = []
     for file in files:
-        table = _read_parquet(file, [*KEYS, "mean_logps"], ["step", "mean_logps"])
+        table = read_parquet(file, [*KEYS, "mean_logps"])
         infinite = (table[["step", "mean_logps"]].abs() == math.inf).any(axis=1)
-        _refuse(file, table, table[KEYS].isna().any(axis=1) | infinite, "has a value that is missing or not finite")
-        _refuse(file, table, table.duplicated(KEYS), "is there twice")
+        refuse(file, table, table[KEYS].isna().any(axis=1) | infinite, "has a value that is missing or not finite")
+        refuse(file, table, table.duplicated(KEYS), "is there twice")
         if table["mean_logps"].isna().all():
             raise UserError(f"{file}: every score in it is missing; all its rows failed")
         tables.append(table)
@@ -68,16 +74,18 @@ def read_scores(files: list[Path]) -> pandas.DataFrame:
 
 def read_tokens(files: list[Path], row: int) -> pandas.DataFrame:
     """TOKENS of both sides of one row, in order of position; raises UserError where one is missing or there twice."""
+    if not 0 <= row < 2**63:
+        raise UserError(f"--strip {row}: must be the number of a row, from 0")
     tables = []
     for file in files:
-        table = _read_parquet(file, [*TOKENS, "row"], ["step", "position", "logp"], [("row", "==", row)])
+        table = read_parquet(file, [*TOKENS, "row"], [("row", "==", row)])
         table = table[table["response"].isin(SIDES)]
-        _refuse(file, table, table.isna().any(axis=1) | (table[["step", "logp"]].abs() == math.inf).any(axis=1),
+        refuse(file, table, table.isna().any(axis=1) | (table[["step", "logp"]].abs() == math.inf).any(axis=1),
                 "has a value that is missing or not finite")
         keys = ["run", "dataset", "response", "step"]
         table = table.sort_values([*keys, "position"], kind="stable")
         wrong = table["position"] != table.groupby(keys).cumcount()
-        _refuse(file, table, wrong, "is out of place: positions must be 0, 1, 2 ... once each")
+        refuse(file, table, wrong, "is out of place: positions must be 0, 1, 2 ... once each")
         tables.append(table)
     if all(table.empty for table in tables):
         raise UserError(f"{', '.join(map(str, files))}: no tokens of chosen or rejected in row {row}")
@@ -87,10 +95,7 @@ def read_tokens(files: list[Path], row: int) -> pandas.DataFrame:
 def read_series(file: Path) -> pandas.DataFrame:
     """A csv with columns series, step, mean[, low, high][, dataset][, response][, phase] as a table of curves
     (intervals.py), the series as run. Raises UserError, naming file and line."""
-    try:
-        table = pandas.read_csv(file, dtype=str, keep_default_na=False)
-    except (OSError, UnicodeDecodeError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
-        raise UserError(f"{file}: can't be read as csv ({first_line(error)})") from error
+    table = read_csv(file)
     if missing := [name for name in ("series", "step", "mean") if name not in table]:
         raise UserError(f"{file}: no column {', '.join(missing)}; it has {', '.join(table)}")
     if unknown := [name for name in table if name not in SERIES]:
@@ -102,37 +107,18 @@ def read_series(file: Path) -> pandas.DataFrame:
     for name in [name for name, kind in SERIES.items() if kind is float and name in table]:
         numbers = pandas.to_numeric(table[name], errors="coerce").where(table[name].str.strip() != "", math.nan)
         empty = (table[name].str.strip() == "") & (name in ("low", "high"))
-        for bad in table.index[~(numbers.abs() < math.inf) & ~empty][:1]:
-            raise UserError(f"{file}, line {bad + 2}: {name} is {table[name][bad]!r}, not a finite number")
+        for bad in table.index[~(numbers.abs() <= LARGEST) & ~empty][:1]:
+            found = table[name][bad]
+            raise UserError(f"{file}, line {bad}: {name} is {found!r}, not a finite number within {LARGEST:g}")
         table[name] = numbers
     absent = {name: "" if kind is str else math.nan for name, kind in SERIES.items() if name not in table}
     table = table.assign(**absent)
     twice = table.duplicated(["series", "dataset", "response", "phase", "step"])
     outside = (table["low"] > table["mean"]) | (table["mean"] > table["high"])
     for bad, what in ((table["series"].str.strip() == "", "series has no name"), (twice, "is there twice"),
-                      (outside, "mean is not within low and high")):
+                      (outside, "mean is not within low and high"),
+                      *((odd(table[name]), NAMES) for name, kind in SERIES.items() if kind is str)):
         if bad.any():
-            raise UserError(f"{file}, line {bad.idxmax() + 2}: {what}")
+            raise UserError(f"{file}, line {bad.idxmax()}: {what}")
     table = table.rename(columns={"series": "run"}).assign(at=table["step"], n=0, left_out=0)
     return table.sort_values("step", kind="stable", ignore_index=True)
-
-
-def _read_parquet(file: Path, names: list[str], numbers: list[str], filters=None) -> pandas.DataFrame:
-    try:
-        have = pyarrow.parquet.read_schema(file).names
-        if missing := [name for name in names if name not in have]:
-            raise UserError(f"{file}: no column {', '.join(missing)}; it has {', '.join(have)}")
-        table = pandas.read_parquet(file, columns=names, filters=filters)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: can't be read as Parquet ({first_line(error)})") from error
-    if table.empty and filters is None:
-        raise UserError(f"{file}: has no rows")
-    for name in numbers:
-        if not pandas.api.types.is_numeric_dtype(table[name]):
-            raise UserError(f"{file}: column {name} must hold numbers, found {table[name].dtype}")
-    return table
-
-
-def _refuse(file: Path, table: pandas.DataFrame, bad: pandas.Series, what: str) -> None:
-    if bad.any():
-        raise UserError(f"{file}, row {bad.idxmax()}: {what}: {table.loc[bad.idxmax()].to_dict()}")

@@ -1,0 +1,75 @@
+"""Tables from outside, read with nothing guessed: Parquet and csv, refused where a column can't be what it must be."""
+
+import csv
+import math
+import sys
+from pathlib import Path
+
+import pandas
+import pyarrow
+import pyarrow.parquet
+
+from .errors import UserError, first_line
+
+NUMBERS = ("step", "row", "position", "mean_logps", "logp")  # the other columns hold text
+LARGEST = 1e12  # of a step or a log-prob: beyond it, sums and axes overflow
+LONGEST = 200  # characters of a name: a longer one fits no figure, and takes minutes to set
+NAMES = f"has a name of more than {LONGEST} characters, or with characters that can't be printed"
+NUMERIC = (pyarrow.types.is_integer, pyarrow.types.is_floating, pyarrow.types.is_null)
+TEXTUAL = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_null)
+
+
+def read_csv(file: Path) -> pandas.DataFrame:
+    """The fields of a csv as text, by the number of their line."""
+    try:
+        csv.field_size_limit(sys.maxsize)
+        with file.open(newline="", encoding="utf-8-sig") as text:
+            reader = csv.reader(text, strict=True)
+            columns = next(reader, [])
+            lines = dict((reader.line_num, fields) for fields in reader if fields)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: can't be read as csv ({first_line(error)})") from error
+    if not columns:
+        raise UserError(f"{file}: can't be read as csv (it is empty)")
+    if uneven := next((number for number, fields in lines.items() if len(fields) != len(columns)), None):
+        raise UserError(f"{file}, line {uneven}: has {len(lines[uneven])} fields, the first line {len(columns)}")
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise UserError(f"{file}: has two columns called {twice[0]}")
+    return pandas.DataFrame.from_dict(lines, orient="index", columns=columns)
+
+
+def read_parquet(file: Path, names: list[str], filters=None) -> pandas.DataFrame:
+    """These columns, of the kind that each must have; an empty table only where `filters` leave none."""
+    try:
+        schema = pyarrow.parquet.read_schema(file)
+        kinds = dict(zip(schema.names, schema.types))
+        if missing := [name for name in names if name not in kinds]:
+            raise UserError(f"{file}: no column {', '.join(missing)}; it has {', '.join(kinds)}")
+        for name in names:
+            what, right = ("numbers", NUMERIC) if name in NUMBERS else ("text", TEXTUAL)
+            kind = getattr(kinds[name], "value_type", kinds[name])  # of a dictionary, as pandas writes categories
+            if pyarrow.types.is_nested(kinds[name]) or not any(test(kind) for test in right):
+                raise UserError(f"{file}: column {name} must hold {what}, found {kinds[name]}")
+        table = pyarrow.parquet.read_table(file, columns=names, filters=filters).to_pandas(ignore_metadata=True)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file}: can't be read as Parquet ({first_line(error)})") from error
+    if table.empty and filters is None:
+        raise UserError(f"{file}: has no rows")
+    for name in names:
+        if name in NUMBERS:
+            table[name] = pandas.to_numeric(table[name])  # a column of nothing but nulls has no numbers' type
+            refuse(file, table, (table[name].abs() > LARGEST) & (table[name].abs() < math.inf),
+                   f"has a value beyond {LARGEST:g}")
+        elif name != "token":
+            refuse(file, table, odd(table[name]), NAMES)
+    return table
+
+
+def odd(names: pandas.Series) -> pandas.Series:
+    """Which names no figure could show."""
+    return names.isin([name for name in names.dropna().unique() if len(name) > LONGEST or not name.isprintable()])
+
+
+def refuse(file: Path, table: pandas.DataFrame, bad: pandas.Series, what: str) -> None:
+    if bad.any():
+        raise UserError(f"{file}, row {bad.idxmax()}: {what}: {table.loc[bad.idxmax()].to_dict()}")
