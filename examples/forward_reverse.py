@@ -104,7 +104,12 @@ def read_data(path: str | None) -> pandas.DataFrame | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: can't be read as Parquet ({first_line(error)})") from error
     if missing := [name for name in COLUMNS if name not in table]:
-        raise UserError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(table)}")
+        raise UserError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(map(str, table))}")
+    for name in COLUMNS:
+        odd = [not isinstance(value, str) or not value.strip() for value in table[name]]
+        if any(odd):
+            row = odd.index(True)
+            raise UserError(f"{path}, row {row}: {name} must be text, found {table[name].iloc[row]!r}")
     if not {"original", "flipped"} <= set(table["sample_type"]) or len(table) < 20:
         raise UserError(f"{path}: expected ten problems or more, each a row of original and one of flipped; "
                         f"found {table['sample_type'].value_counts().to_dict()}")

@@ -6,6 +6,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,7 @@ class TrainArguments:
         self.use_lora = self.use_lora and self.lora_r > 0
         for name in PATHS:  # no shell opens ~ in --name=~/x or in a settings file
             if (value := getattr(self, name)) and value.startswith("~"):
-                setattr(self, name, str(Path(value).expanduser()))
+                setattr(self, name, os.path.expanduser(value))
         if self.assistant_header:  # a shell passes on what an error message shows: a backslash and an n
             self.assistant_header = self.assistant_header.replace("\\n", "\n")
         if self.per_device_eval_batch_size is None:
@@ -153,7 +154,7 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
     launcher = [flag for flag in argv if flag.startswith(("--local_rank=", "--local-rank="))]
     argv = [flag for flag in argv if flag not in launcher]  # the deepspeed launcher puts it before a settings file
     names, own = [f.name for f in dataclasses.fields(TrainArguments)], {flag.partition("=")[0] for flag in argv}
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")) and not argv[0].startswith("-"):
         argv = read_settings(argv[0], names) + argv[1:]
     elif not own & {"--model_name", "--model-name", "--train_file_path", "--train-file-path"}:
         # Nothing of one's own: the example, changed by these flags, from whatever folder it is called.
