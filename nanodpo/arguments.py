@@ -174,4 +174,4 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
 
 
 def _raise(message: str) -> None:
-    raise UserError(re.sub(r"^argument (--\w+)/\S+:", r"\1:", message))
+    raise UserError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))

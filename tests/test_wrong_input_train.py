@@ -1,0 +1,431 @@
+"""train.py on malformed input: rows, files, models, templates, weights, adapters, settings, flags. A case a line."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny_tokenizers
+import torch
+from malformed import BYTES, DEEP, broken, changed_weights, copied, edited, nothing_changed, refused, written
+
+import train
+
+GOOD = {"prompt": "1+1=", "chosen": "2", "rejected": "5"}
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+JSONS = {"a list": "[]", "a number": "3", "null": "null", "too deep": DEEP}
+ROWS, MODEL, ADAPTER = ["--train_file_path=@/rows.jsonl"], ["--model_name=@/model"], ["--model_name=@/adapter"]
+
+
+def jsonl(*rows):
+    return written("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+# Values: every column x what it must not hold
+
+RESPONSES = [
+    ("null", None, "is missing, not text"), ("a number", 7, "is of type int"), ("true", True, "is of type bool"),
+    ("a fraction", 0.5, "is of type float"), ("numbers", [1, 2], "is of type list"), ("[]", [], "is an empty list"),
+    ("strings", ["a"], "is of type list"), ("an object", {"a": {"b": 1}}, "is of type dict"), ("empty", "", "is empty"),
+    ("white space", " \n\t ", "is empty"), ("only an end", "<|im_end|>", "is empty"),
+    ("messages without roles", [{"content": "a"}], "is of type list"),
+    ("a role that is a number", [TALK[0], {"role": 3, "content": "b"}], "is of type list"),
+    ("no reply", TALK[:1], "must end with an assistant message, ends with role 'user'"),
+    ("a reply to nothing", TALK[1:], "has no message before the assistant's"),
+    ("a null content", [TALK[0], {"role": "assistant", "content": None}], "is empty"),
+    ("a content that is a number", [TALK[0], {"role": "assistant", "content": 3}], "a message whose content is of type "
+     "int, not text"),
+    ("a content that is a list", [TALK[0], {"role": "assistant", "content": [{"type": "text", "text": "b"}]}],
+     "a message whose content is of type list, not text"),
+    ("two turns", "a<|im_end|>\nb", "goes on after its end of turn"),
+    ("a user's turn", "a <|im_start|>user\nb", "holds a turn that is not the assistant's"),
+    ("a foreign transcript", "<s>[INST] a [/INST] b", "is a transcript (it opens with"),
+    ("half a character", "a\ud800", "holds half a character, '\\ud800'"),
+]
+PROMPTS = [
+    ("null", None, "chosen has no prompt: name its column"), ("a number", 7, "has a prompt that is of type int"),
+    ("numbers", [1, 2], "has a prompt that is of type list"), ("[]", [], "has a prompt that is an empty list"),
+    ("an object", {"a": 1}, "has a prompt that is of type dict"), ("empty", "", "chosen has an empty prompt"),
+    ("white space", " \n ", "chosen has an empty prompt"), ("half a character", "\udc00", "holds half a character"),
+    ("messages without roles", [{"content": "a"}], "has a prompt that is of type list"),
+    ("a content that is a list", [{"role": "user", "content": ["a"]}], "a message whose content is of type list"),
+    ("huge", "x" * 1_000_000, "too long; longest: row 0: 1000002 tokens, over --max_length 100"),
+]
+VALUES = [(f"{side} is {what}", jsonl(GOOD | {side: value}), ROWS, ["@/rows.jsonl: 1 of 1 row", "row 0", side, words])
+          for side in ("chosen", "rejected") for what, value, words in RESPONSES]
+VALUES += [(f"prompt is {what}", jsonl(GOOD | {"prompt": value}), ROWS, ["@/rows.jsonl: 1 of 1 row", words])
+           for what, value, words in PROMPTS]
+VALUES += [("types change", jsonl(GOOD, GOOD | {"chosen": [1]}), ROWS, ["1 of 2 rows", "row 1: chosen is of type list"]),
+           ("a column is not in every row", jsonl(GOOD, {"prompt": "a"}), ROWS, ["row 1: chosen is missing"])]
+
+
+# Files
+
+
+def data(name: str, how):
+    """A change: forty good rows in this file, then its bytes through `how`."""
+    def change(folder):
+        rows = [GOOD | {"prompt": f"{i}+{i}="} for i in range(40)]
+        lines = [json.dumps(row) for row in rows]
+        if name.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist(rows), folder / name)
+        elif name.endswith(".csv"):
+            (folder / name).write_text("prompt,chosen,rejected\n" + "".join(f'"{i}=","2","5"\n' for i in range(40)))
+        else:
+            (folder / name).write_text("\n".join(lines) if name.endswith("l") else f"[{', '.join(lines)}]")
+        broken(name, how)(folder)
+    return change
+
+
+HURT = {  # what is said of each file that was cut short, flipped, emptied, or filled with binary or NULs
+    "r.parquet": ["can't be read", "can't be read", "is an empty file", "can't be read", "can't be read"],
+    "r.json": ["can't be read", "can't decode byte", "is an empty file", "can't decode byte", "line 1: can't be read"],
+    "r.jsonl": ["line 21: can't be read as JSON", "can't decode byte", "is an empty file", "can't decode byte",
+                "line 1: can't be read as JSON"],
+    "r.csv": ["unexpected end of data", "can't decode byte", "is an empty file", "can't decode byte", "has no rows"],
+}
+FILES = [(f"{name} {how}", data(name, change), [f"--train_file_path=@/{name}"], [f"@/{name}", words])
+         for name, said in HURT.items() for (how, change), words in zip(BYTES.items(), said)]
+HEAD = "prompt,chosen,rejected\n"
+FILES += [(f"{what} in {name}", written(name, content), [f"--train_file_path=@/{name}"], [f"@/{name}", words])
+          for name, what, content, words in [
+    ("r.jsonl", "a scalar", "1\n2\n", "line 1: expected an object with a prompt and responses, found int"),
+    ("r.jsonl", "null", '{"prompt": "a"}\nnull\n', "line 2: expected an object with a prompt and responses, found None"),
+    ("r.jsonl", "nothing", "{}\n", "has no column chosen or text"),
+    ("r.jsonl", "a comma too many", '{"prompt": "a",}\n', "line 1: can't be read as JSON"),
+    ("r.jsonl", "Python", "{'prompt': 'a'}\n", "line 1: can't be read as JSON"),
+    ("r.jsonl", "depth", '{"prompt": ' + DEEP + "}\n", "line 1: can't be read as JSON"),
+    ("r.jsonl", "UTF-16", json.dumps(GOOD).encode("utf-16"), "can't decode byte 0xff"),
+    ("r.jsonl", "an infinite number", '{"prompt": 1e999, "chosen": "b", "rejected": "c"}\n', "prompt that is of type f"),
+    ("r.jsonl", "a long number", '{"prompt": ' + "9" * 5000 + "}\n", "line 1: can't be read as JSON"),
+    ("r.jsonl", "a huge name", json.dumps({"x" * 1_000_000: 1}), "has no column chosen"),
+    ("r.jsonl", "a name that acts", json.dumps({"a\x1b[2J\0": 1}), "it has a\\x1b[2J\\x00"),
+    ("r.jsonl", "thousands of columns", json.dumps({str(i): 1 for i in range(3000)}), "has no column chosen"),
+    ("r.json", "columns", '{"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}', "row 0: chosen is of type list"),
+    ("r.json", "nothing", "{}", "has no column chosen"), ("r.json", "null", "null", "line 1: expected an object"),
+    ("r.json", "null in an array", "[null]", "item 0: expected an object"),
+    ("r.json", "an array in an array", "[[]]", "item 0: expected an object"),
+    ("r.json", "text", '"a"', "line 1: expected an object"), ("r.json", "depth", DEEP, "can't be read as a data set"),
+    ("r.csv", "a column twice", "prompt,chosen,chosen,rejected\na,b,c,d\n", "has two columns called 'chosen'"),
+    ("r.csv", "semicolons", "prompt;chosen;rejected\na;b;c\n", "it has prompt;chosen;rejected"),
+    ("r.csv", "a field too many", HEAD + "a,b,c\na,b,c,d\n", "line 3: can't be read: 4 fields, and the first line names 3"),
+    ("r.csv", "no header", "1+1=,2,3\n2+2=,4,5\n", "has no column chosen or text or completion or messages; it has 1+1=, 2, 3"),
+    ("r.csv", "a huge header", "x" * 1_000_000 + ",b\na,b\n", "has no column chosen"),
+    ("r.csv", "an open quote", HEAD + 'a,b,"c\n', "unexpected end of data"),
+    ("r.csv", "text after a quote", HEAD + 'a,b,"c"d\n', "expected after"),
+    ("r.csv", "UTF-16", (HEAD + "a,b,c\n").encode("utf-16"), "can't decode byte 0xff"),
+    ("r.parquet", "a zip", b"PK\3\4" + bytes(100), "can't be read"),
+]]
+
+
+def table(schema_metadata=None, **columns):
+    def change(folder):
+        columns_ = {"prompt": pa.array(["a"]), "chosen": pa.array(["b"]), "rejected": pa.array(["c"])} | columns
+        found = pa.table({name: values for name, values in columns_.items() if values is not None})
+        pq.write_table(found.replace_schema_metadata(schema_metadata), folder / "r.parquet")
+    return change
+
+
+def features(found):
+    return {"huggingface": found if isinstance(found, str) else json.dumps({"info": {"features": found}})}
+
+
+NONE = pa.array([], pa.string())
+FILES += [(f"{what} in r.parquet", change, ["--train_file_path=@/r.parquet"], ["@/r.parquet", words])
+          for what, change, words in [
+    ("bytes", table(chosen=pa.array([b"a"])), "row 0: chosen is of type bytes"),
+    ("a date", table(rejected=pa.array([1], pa.timestamp("s"))), "row 0: rejected is of type datetime"),
+    ("nulls", table(chosen=pa.nulls(1)), "row 0: chosen is missing"),
+    ("a map", table(chosen=pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))), "can't be read as a data set"),
+    ("a missing column", table(chosen=None), "has no column chosen or text or completion or messages; it has prompt, re"),
+    ("no rows", table(prompt=NONE, chosen=NONE, rejected=NONE), "has no rows"),
+    ("no columns", lambda folder: pq.write_table(pa.table({}), folder / "r.parquet"), "has no rows"),
+    ("broken features", table(features("{")), "can't be read as a data set"),
+    ("features that are a number", table(features("3")), "can't be read as a data set"),
+    ("features of no type", table(features({"prompt": {"_type": "Nope"}})), "Feature type 'Nope' not found"),
+]]
+
+
+def saved(how, name):
+    def change(folder):
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_list([GOOD]).save_to_disk(folder / "disk")
+        (how(f"disk/{name}") if callable(how) else broken(f"disk/{name}", how))(folder)
+    return change
+
+
+DISK = "@/disk: can't be read as a folder of datasets' save_to_disk: "
+FILES += [(f"disk/{name} {how}", saved(lambda file, change=change: broken(file, change), name),
+           ["--train_file_path=@/disk"], [DISK])
+          for name in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow")
+          for how, change in {**BYTES, "missing": "missing"}.items()]
+FILES += [(f"disk/{name} is {what}", saved(lambda file, text=text: written(file, text), name),
+           ["--train_file_path=@/disk"], [DISK])
+          for name in ("state.json", "dataset_info.json") for what, text in JSONS.items()]
+
+
+def pipe(folder):
+    import os
+
+    os.mkfifo(folder / "pipe.jsonl")  # who opens it waits for ever
+
+
+FILES += [
+    ("a pipe", pipe, ["--train_file_path=@/pipe.jsonl"], ["@/pipe.jsonl: is not a file"]),
+    ("a dangling link", lambda folder: (folder / "l.jsonl").symlink_to("x"), ["--train_file_path=@/l.jsonl"],
+     ["@/l.jsonl: is not a file"]),
+    ("a folder among files", lambda folder: (folder / "d.jsonl").mkdir(), ["--train_file_path=@/d.j*"],
+     ["@/d.jsonl: is not a file"]),
+    ("a device", nothing_changed, ["--train_file_path=/dev/null"], ["/dev/null: is not a file"]),
+    ("a name too long", nothing_changed, ["--train_file_path=@/" + "x" * 5000], ["File name too long"]),
+    ("a name of two lines", nothing_changed, ["--train_file_path=@/a\nb.jsonl"], ["/a b.jsonl: no such file"]),
+    ("a name that acts", nothing_changed, ["--train_file_path=@/a\x1b[2Jb.jsonl"], ["/a\\x1b[2Jb.jsonl: no such file"]),
+    ("a name that is no text", nothing_changed, ["--train_file_path=@/a\udcff.jsonl"], ["a\\udcff.jsonl: no such file"]),
+    ("the home of nobody", nothing_changed, ["--train_file_path=~nobody-at-all/r.jsonl"], ["~nobody-at-all/r.jsonl"]),
+    ("NUL in a name", written("s.json", '{"train_file_path": "a\\u0000b.jsonl"}'), ["@/s.json"],
+     ["a\\x00b.jsonl: no such file"]),
+]
+
+
+# Models
+
+
+CONFIG, TOKENIZER, WEIGHTS = ("--model_name @/model: config.json can't be opened",
+                              "--model_name @/model: the tokenizer can't be opened", "@/model/model.safetensors: can't be")
+MODELS = [(f"{name} {how}", broken(f"model/{name}", change), MODEL, [words])
+          for name, words in (("config.json", CONFIG), ("tokenizer.json", TOKENIZER),
+                              ("tokenizer_config.json", TOKENIZER), ("model.safetensors", WEIGHTS))
+          for how, change in BYTES.items()]
+MODELS += [(f"{name} is {what}", written(f"model/{name}", text), MODEL, [words])
+           for name, words in (("config.json", CONFIG), ("tokenizer.json", TOKENIZER),
+                               ("tokenizer_config.json", TOKENIZER), ("generation_config.json", "can't be loaded"))
+           for what, text in JSONS.items()]
+MODELS += [
+    ("config.json is a folder", broken("model/config.json", "a folder"), MODEL, ["has neither config.json nor adapter_con"]),
+    ("no tokenizer.json", broken("model/tokenizer.json", "missing"), MODEL, [TOKENIZER]),
+    ("no weights", broken("model/model.safetensors", "missing"), MODEL, ["@/model: the weights can't be loaded: Error no"]),
+    ("weights that are a folder", broken("model/model.safetensors", "a folder"), MODEL, ["model.safetensors"]),
+    ("a pickle of junk", lambda folder: (broken("model/model.safetensors", "missing")(folder),
+                                         written("model/pytorch_model.bin", b"junk")(folder)), MODEL,
+     ["@/model: the weights can't be loaded"]),
+    ("a name of no hub", nothing_changed, ["--model_name=a/b/c"], ["--model_name a/b/c: config.json can't be opened"]),
+    ("a model's name too long", nothing_changed, ["--model_name=" + "x" * 5000], ["--model_name x", "File name too long"]),
+]
+MODELS += [(f"config.json: {name} {str(value)[:30]}", edited("model/config.json", **{name: value}), MODEL, [words])
+           for name, value, words in [
+    ("vocab_size", "x", CONFIG + ": Validation error for field 'vocab_size'"), ("vocab_size", None, CONFIG),
+    ("vocab_size", -1, "the tokenizer has 261 entries, the model only -1"), ("vocab_size", 3.5, CONFIG),
+    ("vocab_size", ..., "lm_head.weight is [300, 8] in the weights, and [32000, 8] by the config"),
+    ("vocab_size", 10**30, "the weights can't be loaded"),
+    ("max_position_embeddings", "x", CONFIG), ("max_position_embeddings", None, CONFIG),
+    ("max_position_embeddings", 0, "max_position_embeddings 0; it must be above 0"),
+    ("max_position_embeddings", -5, "max_position_embeddings -5; it must be above 0"),
+    ("model_type", "nope", CONFIG), ("model_type", 3, CONFIG), ("model_type", ..., CONFIG),
+    ("model_type", "bert", "@/model: lacks 28 of the model's weights, such as bert.embeddings.LayerNorm.bias"),
+    ("model_type", "gpt2", "@/model: lacks"), ("model_type", "vit", "@/model: the weights can't be loaded: Unrecognized"),
+    ("hidden_size", "x", CONFIG), ("hidden_size", -8, "negative dimension"),
+    ("hidden_size", 7, "lm_head.weight is [300, 8] in the weights, and [300, 7] by the config"),
+    ("num_attention_heads", 0, CONFIG), ("num_attention_heads", 3, CONFIG), ("num_hidden_layers", "x", CONFIG),
+    ("num_hidden_layers", 2, "lacks 9 of the model's weights, such as model.layers.1.input_layernorm.weight"),
+    ("rope_parameters", 3, CONFIG), ("hidden_act", "nope", "@/model: the weights can't be loaded: KeyError 'nope'"),
+    ("quantization_config", {"quant_method": "gptq"}, "@/model: the weights can't be loaded"),
+    ("quantization_config", 3, CONFIG), ("dtype", "nope", CONFIG),
+]]
+MODELS += [(f"tokenizer_config.json: {name} {value}", edited("model/tokenizer_config.json", **{name: value}), MODEL,
+            [TOKENIZER])
+           for name, value in [("tokenizer_class", 3), ("eos_token", 3), ("eos_token", {}), ("added_tokens_decoder", 3),
+                               ("added_tokens_decoder", {"x": {}}), ("model_max_length", "x")]]
+EXCHANGE = "@/model: a question and its answer: "
+MODELS += [(f"template {text[:40]!r}", written("model/chat_template.jinja", text), MODEL,
+            [EXCHANGE + words, "mend chat_template.jinja"]) for text, words in [
+    ("{% for", "cannot be rendered"), ("{{ f(1) }}", "cannot be rendered by the chat template: 'f' is undefined"),
+    ("{{ raise_exception('no') }}", "cannot be rendered by the chat template: no"), ("{{ 1 / 0 }}", "cannot be rendered"),
+    ("{{ messages[9].content }}", "cannot be rendered"), ("{% include 'x' %}", "cannot be rendered"),
+    ("x", "loses what the assistant says"), ("{{ messages[0].content }}", "loses what the assistant says"),
+    ("\0" * 50, "loses what the assistant says"), ("{{ messages[0].content + 1 }}", "cannot be rendered"),
+]]
+MODELS += [("template of bytes", written("model/chat_template.jinja", b"\xff\xfe"), MODEL, [TOKENIZER])]
+
+
+def without(state):
+    del state["model.norm.weight"]
+
+
+def longer(state):
+    state["model.norm.weight"] = torch.zeros(9)
+
+
+def all_others(state):
+    state.clear()
+    state["a"] = torch.zeros(1)
+
+
+MODELS += [(f"weights {change.__name__}", changed_weights("model/model.safetensors", change), MODEL, [words])
+           for change, words in [
+    (without, "@/model: lacks 1 of the model's weights, such as model.norm.weight"),
+    (longer, "@/model: does not fit its config.json: model.norm.weight is [9] in the weights, and [8] by the config"),
+    (all_others, "@/model: lacks 12 of the model's weights, such as lm_head.weight"),
+]]
+
+
+# Adapters
+
+NO_BASE = "@/adapter/adapter_config.json: no base_model_name_or_path can be read from it"
+ADAPTERS = [(f"adapter_config.json {how}", broken("adapter/adapter_config.json", change), ADAPTER, [NO_BASE])
+            for how, change in BYTES.items()]
+ADAPTERS += [(f"adapter_config.json is {what}", written("adapter/adapter_config.json", text), ADAPTER, [NO_BASE])
+             for what, text in JSONS.items()]
+ADAPTERS += [(f"adapter_model.safetensors {how}", broken("adapter/adapter_model.safetensors", change), ADAPTER,
+              ["@/adapter/adapter_model.safetensors: can't be read", "copy it anew"]) for how, change in BYTES.items()]
+UNFIT = "@/adapter: does not fit its base: "
+ADAPTERS += [(f"adapter_config.json: {name} {str(value)[:30]}", edited("adapter/adapter_config.json", **{name: value}),
+              ADAPTER, [words]) for name, value, words in [
+    ("base_model_name_or_path", None, "base_model_name_or_path is None, not a model's name"),
+    ("base_model_name_or_path", 3, "is 3, not a model's name"), ("base_model_name_or_path", "", "is '', not a model's n"),
+    ("base_model_name_or_path", "/nowhere", "--model_name @/adapter: its base /nowhere: config.json can't be opened"),
+    ("base_model_name_or_path", "nowhere/at-all", "its base nowhere/at-all: config.json can't be opened"),
+    ("base_model_name_or_path", "a\0b", "its base a\\x00b: config.json can't be opened"),
+    ("base_model_name_or_path", "x" * 5000, "--model_name @/adapter: its base xxx"),
+    ("peft_type", "NOPE", "is a NOPE adapter; only LoRA"), ("peft_type", 3, "is a 3 adapter; only LoRA can be trained on"),
+    ("peft_type", ..., "is a None adapter"), ("peft_type", "IA3", "@/adapter: is a IA3 adapter; only LoRA can be tr"),
+    ("r", 0, UNFIT + "`r` should be a positive integer"), ("r", "x", UNFIT), ("r", None, UNFIT),
+    ("r", 4, UNFIT + "Error(s) in loading state_dict for PeftModelForCausalLM: size mismatch for base_model"),
+    ("target_modules", [], UNFIT), ("target_modules", 3, UNFIT), ("target_modules", "(", UNFIT),
+    ("target_modules", ["nope"], UNFIT + "Target modules {'nope'} not found in the base model"),
+    ("target_modules", ["q_proj"], "@/adapter: has weights that its base or its adapter_config.json has no place for"),
+    ("lora_alpha", "x", UNFIT), ("lora_alpha", None, UNFIT),
+    ("lora_dropout", "x", UNFIT), ("lora_dropout", 2, UNFIT), ("modules_to_save", 3, UNFIT),
+    ("use_dora", True, "lacks 7 of the weights that its adapter_config.json asks for, such as base_model"),
+    ("modules_to_save", ["lm_head"], "@/adapter"), ("task_type", "NOPE", UNFIT), ("rank_pattern", 3, UNFIT),
+    ("rank_pattern", {"q_proj": 4}, UNFIT), ("bias", "nope", UNFIT), ("init_lora_weights", "nope", UNFIT),
+]]
+
+
+def one_less(state):
+    del state[min(state)]
+
+
+def one_more(state):
+    state["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 8)
+
+
+def wider(state):
+    state[min(state)] = torch.zeros(9, 9)
+
+
+ADAPTERS += [(f"adapter's weights {change.__name__}", changed_weights("adapter/adapter_model.safetensors", change), ADAPTER,
+              [words]) for change, words in [
+    (one_less, "@/adapter: lacks 1 of the weights that its adapter_config.json asks for, such as base_model.model.model"),
+    (one_more, "has weights that its base or its adapter_config.json has no place for, such as base_model.model.model.la"),
+    (wider, UNFIT + "Error(s) in loading state_dict for PeftModelForCausalLM: size mismatch"),
+    (all_others, "@/adapter: lacks 14 of the weights"),
+]]
+ADAPTERS += [
+    ("no weights of an adapter", broken("adapter/adapter_model.safetensors", "missing"), ADAPTER,
+     ["--model_name @/adapter: has adapter_config.json, but no adapter_model.safetensors"]),
+    ("an adapter's pickle of junk", lambda folder: (broken("adapter/adapter_model.safetensors", "missing")(folder),
+                                                    written("adapter/adapter_model.bin", b"junk")(folder)), ADAPTER, [UNFIT]),
+    ("an adapter on itself", lambda folder: edited("adapter/adapter_config.json", base_model_name_or_path=str(
+        folder / "adapter"))(folder), ADAPTER, ["--model_name @/adapter: config.json can't be opened"]),
+    ("a base of another size", lambda folder: make_model(folder / "model", hidden_size=16), ADAPTER,
+     [UNFIT + "Error(s) in loading state_dict for PeftModelForCausalLM: size mismatch"]),
+    ("a base with fewer layers", lambda folder: make_model(folder / "model", num_hidden_layers=0), ADAPTER, [UNFIT]),
+    ("a rank that the adapter has not", nothing_changed, [*ADAPTER, "--lora_r=5"], ["--lora_r 5: the adapter @/adapter has 2"]),
+    ("an adapter in full", nothing_changed, [*ADAPTER, "--use_lora=false"], ["@/adapter is an adapter; merge it into"]),
+]
+
+
+# Settings and flags
+
+INTS = ("lora_r", "lora_alpha", "eval_size", "max_length", "max_prompt_length", "max_steps",
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "warmup_steps", "seed",
+        "local_rank", "logging_steps", "eval_steps", "save_steps", "save_total_limit")
+FLOATS = ("lora_dropout", "beta", "label_smoothing", "num_train_epochs", "learning_rate", "weight_decay", "adam_beta1",
+          "adam_beta2", "adam_epsilon", "max_grad_norm")
+NO_INTS, NO_FLOATS, NOT_FINITE = ("", "x", "1.5", "1e3", "nan", "0x10"), ("", "x", "1,5"), ("nan", "inf", "-inf", "1e400")
+FLAGS = [(f"--{name}={value!r}", nothing_changed, [f"--{name}={value}"], [f"error: --{name}: invalid int value: {value!r}"])
+         for name in INTS for value in NO_INTS]
+FLAGS += [(f"--{name}={value!r}", nothing_changed, [f"--{name}={value}"], [f"--{name}: invalid float value: {value!r}"])
+          for name in FLOATS for value in NO_FLOATS]
+FLAGS += [(f"--{name}={value}", nothing_changed, [f"--{name}={value}"], [f"--{name} {float(value)}: must be a finite number"])
+          for name in FLOATS for value in NOT_FINITE]
+FLAGS += [(f"{what} for {flag}", nothing_changed, [f"--{flag}={value}"], [f"--{flag}", words])
+          for flag, what, value, words in [
+    ("seed", "5000 digits", "9" * 5000, "invalid int value"), ("bf16", "a word", "perhaps", "Truthy value expected"),
+    ("output_dir", "a device", "/dev/null/x", "/dev/null is a file"), ("cache_dir", "a device", "/dev/null/x", "can't be wr"),
+    ("cache_dir", "a name too long", "@/" + "x" * 300, "File name too long"),
+    ("cache_dir", "a file", "@/rows.jsonl", "can't be written to"), ("deepspeed", "a long name", "x" * 5000, "too long"),
+    ("lora_target_modules", "no module", "nope", "the model has no module nope; its linear layers are"),
+]]
+FLAGS += [(f"settings: {text[:40]!r}", written(name, text), [f"@/{name}"], [f"@/{name}", words]) for name, text, words in [
+    ("s.yaml", "seed: &a [*a]", "not YAML or JSON"),
+    ("s.yaml", "a: &a [x, x]\nseed: [*a, *a]", "unknown setting a"),
+    ("s.yaml", "a\0b: 1", "not YAML or JSON"), ("s.yaml", "{a: 1}: 2", "not YAML or JSON"),
+    ("s.yaml", "seed: 1\n---\nseed: 2", "not YAML or JSON"), ("s.yaml", "? [1, 2]\n: 3", "not YAML or JSON"),
+    ("s.yml", "seed: {a: {b: 1}}", "seed must be a single value, found dict"), ("s.json", "[]", "found list"),
+    ("s.json", "null", "found NoneType"), ("s.json", '{"seed": [1]}', "seed must be a single value, found list"),
+    ("s.json", '{"": 1}', "unknown setting"),
+]]
+FLAGS += [(f"DeepSpeed: {text[:40]!r}", written("ds.json", text), ["--deepspeed=@/ds.json"], ["@/ds.json", words])
+          for text, words in [
+    (DEEP, "not JSON"), ("\0", "not JSON"), ("null", "expected an object, found NoneType"), ('"a"', "found str"),
+    ('{"zero_optimization": []}', 'must be like {"stage": 0}'), ('{"zero_optimization": 3}', 'must be like {"stage": 0}'),
+    ('{"zero_optimization": {"stage": 4}}', "a stage of 0 to 3"), ('{"zero_optimization": {"stage": "2"}}', "0 to 3"),
+    ('{"zero_optimization": {"stage": null}}', "0 to 3"), ('{"zero_optimization": {"stage": [1]}}', "0 to 3"),
+    ('{"tensor_parallel": {}}', "sets tensor_parallel, which train.py does not support"),
+]]
+
+CASES = [*VALUES, *FILES, *MODELS, *ADAPTERS, *FLAGS]
+
+
+def make_model(folder, **changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    size = {"vocab_size": 300, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8,
+            "num_attention_heads": 1, "max_position_embeddings": 100}
+    model = LlamaForCausalLM(LlamaConfig(**size | changes))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory):
+    """A folder with a model, an adapter on it, a cache and good rows."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("good")
+    model = make_model(folder / "model")
+    tiny_tokenizers.chatml().save_pretrained(folder / "model")
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(folder / "adapter")
+    (folder / "cache").mkdir()
+    jsonl(GOOD)(folder)
+    return folder
+
+
+@pytest.mark.parametrize("change, flags, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_malformed_input(good, tmp_path, change, flags, words, monkeypatch, capfd):
+    """R-J5: each is found before training begins, said in one line with its place, and leaves nothing behind."""
+    def went_on(*_):
+        raise AssertionError("the wrong input was not found")
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("nanodpo.distributed.start", lambda rank: torch.device("cpu"))
+    monkeypatch.setattr(train, "build_engine", went_on)
+    folder = copied(good, tmp_path / "folder")
+    edited("adapter/adapter_config.json", base_model_name_or_path=str(folder / "model"))(folder)
+    change(folder)
+    flags = [flag.replace("@", str(folder)) for flag in flags]
+    settings = [flag for flag in flags if not flag.startswith("-")]
+    default = [f"--{name}={folder / place}" for name, place in (
+        ("model_name", "model"), ("train_file_path", "rows.jsonl"), ("output_dir", "out"), ("cache_dir", "cache"))
+        if not (settings and name in (folder / "s.json").read_text() if (folder / "s.json").is_file() else False)]
+    flags = [*settings, *default, *(flag for flag in flags if flag not in settings)]
+    said = refused(train.main, flags, folder, monkeypatch, capfd, chatter=r"(data .*\n)?")
+    for part in words:
+        assert part.replace("@", str(folder)) in said
