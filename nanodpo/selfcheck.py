@@ -34,6 +34,9 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
     try:
         groups = _random_groups(model.config.get_text_config(), longest)
         truth = _full_logits(model, groups, device)
+        if not truth.isfinite().all():
+            raise UserError(f"{model.config.name_or_path}: its log-probs are not finite: weights of it, or of its "
+                            "adapter, are broken")
         errors = {}
         for layout, attention in candidates:
             _use(model, attention)

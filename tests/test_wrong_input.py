@@ -259,3 +259,18 @@ def test_inspect_prints_and_leaves_nothing(tmp_path, models):
     assert (code, err) == (0, "")
     assert "1+1=[2][<|im_end|>]" in out and "1+1=[5][<|im_end|>]" in out
     assert [file.name for file in tmp_path.iterdir()] == ["good.jsonl"]
+
+
+def test_there_are_hundreds_of_malformed_inputs():
+    """Each has its own name; the tables of train.py, score.py, plot.py and the experiment together."""
+    import test_wrong_input_plot
+    import test_wrong_input_score
+    import test_wrong_input_train
+
+    tables = [test_wrong_input_train.CASES, test_wrong_input_score.CASES, test_wrong_input_plot.CASES,
+              test_wrong_input_plot.DATA]
+    for table in tables:
+        names = [name for name, *_ in table]
+        assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
+        assert all(any(words) for *_, words in table)  # no case is content with the exit code
+    assert sum(map(len, tables)) >= 1000

@@ -31,12 +31,14 @@ RUNS += [(f"run.json: {name} is {value}", edited("run/run.json", **{name: value}
 ]]
 RUNS += [(f"run.json: {name} was {value}", setting(**{name: value}), RUN, [WRITES, f"{name} is {json.dumps(value)}"])
          for name, value in [
-    ("loss", 3), ("loss", None), ("boundary", "x"), ("boundary", 3), ("overlong", "x"), ("on_bad_row", 3), ("beta", "x"),
+    ("loss", 3), ("loss", None), ("boundary", "x"), ("boundary", 3), ("overlong", "x"), ("on_bad_row", 3),
+    ("beta", "x"),
     ("beta", None), ("beta", True), ("bf16", "yes"), ("bf16", 1), ("trust_remote_code", "false"), ("prompt_field", 3),
     ("chosen_field", ["a"]), ("train_file_path", 3), ("eval_file_path", {}), ("assistant_header", 3),
     ("max_prompt_length", "x"), ("max_prompt_length", 0), ("max_prompt_length", -1)]]
 RUNS += [
-    ("run.json is a folder", broken("run/run.json", "a folder"), RUN, ["@/run: is no run, so --dataset_path is needed"]),
+    ("run.json is a folder", broken("run/run.json", "a folder"), RUN,
+     ["@/run: is no run, so --dataset_path is needed"]),
     ("data that is gone", setting(train_file_path="gone.jsonl"), RUN, ["gone.jsonl: no such file"]),
     ("a column that is gone", setting(prompt_field="q"), RUN, ["@/rows.jsonl: has no column 'q' (--prompt_field)"]),
     ("other prompts", edited("run/run.json", prompt_leads=["x"]), RUN, ["run run was trained on 'x'; --other_prompts"]),
@@ -45,7 +47,8 @@ CHECKPOINTS = [(f"checkpoint-3's {name} {how}", broken(f"run/checkpoint-3/{name}
                for name, words in (
                    ("adapter_config.json", "@/run/checkpoint-3/adapter_config.json: no base_model_name_or_path can be"),
                    ("adapter_model.safetensors", "@/run/checkpoint-3/adapter_model.safetensors: can't be read"),
-                   ("tokenizer.json", "--model_name @/run/checkpoint-3: its base @/model: the tokenizer can't be opened"))
+                   ("tokenizer.json",
+                    "--model_name @/run/checkpoint-3: its base @/model: the tokenizer can't be opened"))
                for how, change in BYTES.items()]
 
 
@@ -72,19 +75,23 @@ def instead(what):
 
 CHECKPOINTS += [(f"checkpoint-3's weights {change.__name__}", changed_weights(
     "run/checkpoint-3/adapter_model.safetensors", change), LAST, [words]) for change, words in [
-        (nan, "@/run/checkpoint-3: no log-prob of train is finite: the weights are broken"),
+        (nan, "@/model: its log-probs are not finite: weights of it, or of its adapter, are broken"),
         (one_less, "@/run/checkpoint-3: lacks 1 of the weights"), (wider, "@/run/checkpoint-3: does not fit its base")]]
 CHECKPOINTS += [
     ("a checkpoint without weights", broken("run/checkpoint-3/adapter_model.safetensors", "missing"), RUN,
      ["@/run/checkpoint-3: has adapter_config.json, but no adapter_model.safetensors"]),
-    ("a checkpoint that is a file", instead(lambda place: place.write_text("x")), RUN, ["@/run/checkpoint-3: config.json"]),
-    ("an empty checkpoint", instead(lambda place: place.mkdir()), RUN, ["@/run/checkpoint-3: has neither config.json nor"]),
+    ("a checkpoint that is a file", instead(lambda place: place.write_text("x")), RUN,
+     ["@/run/checkpoint-3: config.json"]),
+    ("an empty checkpoint", instead(lambda place: place.mkdir()), RUN,
+     ["@/run/checkpoint-3: has neither config.json nor"]),
     ("the same step twice", lambda folder: copied(folder / "run/checkpoint-3", folder / "run/checkpoint-03"), RUN,
      ["two checkpoints are both called run, step 3"]),
     ("no checkpoint", lambda folder: [shutil.rmtree(place) for place in folder.glob("run/checkpoint-*")], RUN,
      ["@/run: the run has no checkpoint"]),
-    ("no base", lambda folder: shutil.rmtree(folder / "model"), RUN, ["@/run/checkpoint-0: its base @/model: config.json"]),
-    ("another rank", edited("run/checkpoint-3/adapter_config.json", r=4), LAST, ["does not fit its base", "size mismatch"]),
+    ("no base", lambda folder: shutil.rmtree(folder / "model"), RUN,
+     ["@/run/checkpoint-0: its base @/model: config.json"]),
+    ("another rank", edited("run/checkpoint-3/adapter_config.json", r=4), LAST,
+     ["does not fit its base", "size mismatch"]),
     ("broken weights of the base", broken("model/model.safetensors", BYTES["cut short"]), [*LAST, "--bf16"],
      ["@/model: the weights can't be loaded"]),
 ]
@@ -92,17 +99,21 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     *(([f"--{name}={value}"], f"argument --{name}: invalid int value: '{value}'")
       for name in ("max_tokens", "answers", "max_new_tokens", "seed", "gpu_id", "local_rank")
       for value in ("x", "1.5", "nan", "", "1e400")),
-    (["--max_tokens=-1"], "--max_tokens -1: must be at least 1"), (["--max_new_tokens=0"], "--max_new_tokens 0: must be"),
+    (["--max_tokens=-1"], "--max_tokens -1: must be at least 1"),
+    (["--max_new_tokens=0"], "--max_new_tokens 0: must be"),
     (["--gpu_id=99"], "--gpu_id 99: this machine has"), (["--gpu_id=-1"], "--gpu_id -1: this machine has"),
     (["--local_rank=2"], "--local_rank 2 without RANK"), (["--seed=" + "9" * 5000], "--seed: invalid int value"),
     (["--responses"], "--responses: expected at least one argument"), (["--responses", ""], "has no such column"),
-    (["--responses", "chosen", "chosen"], "--responses: chosen is named twice"), (["--bf16=yes"], "--bf16: ignored expl"),
-    (["--dataset_path"], "--dataset_path: expected at least one"), (["--dataset_path", ""], "expected FILE or NAME=FILE"),
+    (["--responses", "chosen", "chosen"], "--responses: chosen is named twice"),
+    (["--bf16=yes"], "--bf16: ignored expl"),
+    (["--dataset_path"], "--dataset_path: expected at least one"),
+    (["--dataset_path", ""], "expected FILE or NAME=FILE"),
     (["--dataset_path", "a="], "--dataset_path a=: expected FILE or NAME=FILE"),
     (["--dataset_path", "=x"], "--dataset_path =x: expected FILE or NAME=FILE"),
     (["--dataset_path", "a=@/rows.jsonl", "a=@/s.jsonl"], "two data sets are called a"),
     (["--dataset_path", "@/run"], "@/run: can't be read as a folder of datasets' save_to_disk"),
-    (["--model_path=@/run"], "two checkpoints are both called run, step 0"), (["--tokens=yes"], "--tokens: ignored expl"),
+    (["--model_path=@/run"], "two checkpoints are both called run, step 0"),
+    (["--tokens=yes"], "--tokens: ignored expl"),
     (["--model_path=@/none"], "--model_name @/none: config.json can't be opened"),
     (["--output_dir=@/rows.jsonl"], "--output_dir @/rows.jsonl: can't be written to"),
     (["--output_dir=/dev/null/x"], "--output_dir /dev/null/x: can't be written to"),
@@ -110,18 +121,21 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
 ]]
 FLAGS += [(f"target {target[:20]!r}", nothing_changed, [target, *DATA], [words]) for target, words in [
     ("x" * 5000, "File name too long"), ("@", "--model_name @: has neither config.json nor adapter_config.json"),
-    ("", "has neither config.json nor adapter_config.json"), ("@/rows.jsonl", "--model_name @/rows.jsonl: config.json ca"),
+    ("", "has neither config.json nor adapter_config.json"),
+    ("@/rows.jsonl", "--model_name @/rows.jsonl: config.json ca"),
     ("@/run/checkpoint-9", "--model_name @/run/checkpoint-9: config.json can't be opened"),
 ]]
 PROBES = [(f"data: {what}", jsonl(*rows), [*RUN, *flags], [words]) for what, rows, flags, words in [
     ("one row", ROWS[:1], ["--responses", "other"], "--responses other: no row of the data set has one"),
     ("one prompt", [ROWS[0], ROWS[0] | {"chosen": "x"}], ["--responses", "other"], "--responses other: no row"),
     ("no rejected", [{"prompt": "a", "chosen": "b"}], ["--responses", "rejected"], "--responses rejected: no row"),
-    ("a column of nulls", [ROWS[0] | {"x": None}], ["--responses", "x"], "--responses x: no row of the data set has one"),
+    ("a column of nulls", [ROWS[0] | {"x": None}], ["--responses", "x"],
+     "--responses x: no row of the data set has one"),
     ("a column of numbers", [ROWS[0] | {"x": 3}], ["--responses", "x"], "row 0: column x is of type int"),
     ("a column to another prompt", [ROWS[0] | {"x": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nb"}],
      ["--responses", "x"], "row 0: column x answers another prompt"),
-    ("a number", [ROWS[0] | {"chosen": 3}], [], "row 0: chosen is of type int"), ("no columns", [{"a": 1}], [], "no column"),
+    ("a number", [ROWS[0] | {"chosen": 3}], [], "row 0: chosen is of type int"),
+    ("no columns", [{"a": 1}], [], "no column"),
     ("too long", [ROWS[0] | {"chosen": "x" * 200}], [], "longest: row 0: 205 tokens, over --max_length 100"),
     ("nothing", [], [], "@/rows.jsonl: is an empty file"),
 ]]
@@ -135,9 +149,11 @@ def part(name: str, how):
     return change
 
 
-PARTS = [(f"a part's {name} {how}", part(name, change), [*RUN, "--tokens"], [f"/{name}: is damaged", "remove @/out/parts/"])
+PARTS = [(f"a part's {name} {how}", part(name, change), [*RUN, "--tokens"],
+          [f"/{name}: is damaged", "remove @/out/parts/"])
          for name in ("scores.parquet", "sections.parquet", "tokens.parquet") for how, change in BYTES.items()]
-PARTS += [("a part without its scores", part("scores.parquet", "missing"), [*RUN, "--tokens"], ["scores.parquet: is damag"])]
+PARTS += [("a part without its scores", part("scores.parquet", "missing"), [*RUN, "--tokens"],
+           ["scores.parquet: is damag"])]
 
 CASES = [*RUNS, *CHECKPOINTS, *FLAGS, *PROBES, *PARTS]
 

@@ -55,7 +55,8 @@ VALUES = [(f"{side} is {what}", jsonl(GOOD | {side: value}), ROWS, ["@/rows.json
           for side in ("chosen", "rejected") for what, value, words in RESPONSES]
 VALUES += [(f"prompt is {what}", jsonl(GOOD | {"prompt": value}), ROWS, ["@/rows.jsonl: 1 of 1 row", words])
            for what, value, words in PROMPTS]
-VALUES += [("types change", jsonl(GOOD, GOOD | {"chosen": [1]}), ROWS, ["1 of 2 rows", "row 1: chosen is of type list"]),
+VALUES += [("types change", jsonl(GOOD, GOOD | {"chosen": [1]}), ROWS,
+            ["1 of 2 rows", "row 1: chosen is of type list"]),
            ("a column is not in every row", jsonl(GOOD, {"prompt": "a"}), ROWS, ["row 1: chosen is missing"])]
 
 
@@ -90,13 +91,15 @@ HEAD = "prompt,chosen,rejected\n"
 FILES += [(f"{what} in {name}", written(name, content), [f"--train_file_path=@/{name}"], [f"@/{name}", words])
           for name, what, content, words in [
     ("r.jsonl", "a scalar", "1\n2\n", "line 1: expected an object with a prompt and responses, found int"),
-    ("r.jsonl", "null", '{"prompt": "a"}\nnull\n', "line 2: expected an object with a prompt and responses, found None"),
+    ("r.jsonl", "null", '{"prompt": "a"}\nnull\n',
+     "line 2: expected an object with a prompt and responses, found None"),
     ("r.jsonl", "nothing", "{}\n", "has no column chosen or text"),
     ("r.jsonl", "a comma too many", '{"prompt": "a",}\n', "line 1: can't be read as JSON"),
     ("r.jsonl", "Python", "{'prompt': 'a'}\n", "line 1: can't be read as JSON"),
     ("r.jsonl", "depth", '{"prompt": ' + DEEP + "}\n", "line 1: can't be read as JSON"),
     ("r.jsonl", "UTF-16", json.dumps(GOOD).encode("utf-16"), "can't decode byte 0xff"),
-    ("r.jsonl", "an infinite number", '{"prompt": 1e999, "chosen": "b", "rejected": "c"}\n', "prompt that is of type f"),
+    ("r.jsonl", "an infinite number", '{"prompt": 1e999, "chosen": "b", "rejected": "c"}\n',
+     "prompt that is of type f"),
     ("r.jsonl", "a long number", '{"prompt": ' + "9" * 5000 + "}\n", "line 1: can't be read as JSON"),
     ("r.jsonl", "a huge name", json.dumps({"x" * 1_000_000: 1}), "has no column chosen"),
     ("r.jsonl", "a name that acts", json.dumps({"a\x1b[2J\0": 1}), "it has a\\x1b[2J\\x00"),
@@ -108,8 +111,10 @@ FILES += [(f"{what} in {name}", written(name, content), [f"--train_file_path=@/{
     ("r.json", "text", '"a"', "line 1: expected an object"), ("r.json", "depth", DEEP, "can't be read as a data set"),
     ("r.csv", "a column twice", "prompt,chosen,chosen,rejected\na,b,c,d\n", "has two columns called 'chosen'"),
     ("r.csv", "semicolons", "prompt;chosen;rejected\na;b;c\n", "it has prompt;chosen;rejected"),
-    ("r.csv", "a field too many", HEAD + "a,b,c\na,b,c,d\n", "line 3: can't be read: 4 fields, and the first line names 3"),
-    ("r.csv", "no header", "1+1=,2,3\n2+2=,4,5\n", "has no column chosen or text or completion or messages; it has 1+1=, 2, 3"),
+    ("r.csv", "a field too many", HEAD + "a,b,c\na,b,c,d\n",
+     "line 3: can't be read: 4 fields, and the first line names 3"),
+    ("r.csv", "no header", "1+1=,2,3\n2+2=,4,5\n",
+     "has no column chosen or text or completion or messages; it has 1+1=, 2, 3"),
     ("r.csv", "a huge header", "x" * 1_000_000 + ",b\na,b\n", "has no column chosen"),
     ("r.csv", "an open quote", HEAD + 'a,b,"c\n', "unexpected end of data"),
     ("r.csv", "text after a quote", HEAD + 'a,b,"c"d\n', "expected after"),
@@ -137,7 +142,8 @@ FILES += [(f"{what} in r.parquet", change, ["--train_file_path=@/r.parquet"], ["
     ("a date", table(rejected=pa.array([1], pa.timestamp("s"))), "row 0: rejected is of type datetime"),
     ("nulls", table(chosen=pa.nulls(1)), "row 0: chosen is missing"),
     ("a map", table(chosen=pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))), "can't be read as a data set"),
-    ("a missing column", table(chosen=None), "has no column chosen or text or completion or messages; it has prompt, re"),
+    ("a missing column", table(chosen=None),
+     "has no column chosen or text or completion or messages; it has prompt, re"),
     ("no rows", table(prompt=NONE, chosen=NONE, rejected=NONE), "has no rows"),
     ("no columns", lambda folder: pq.write_table(pa.table({}), folder / "r.parquet"), "has no rows"),
     ("broken features", table(features("{")), "can't be read as a data set"),
@@ -182,9 +188,10 @@ FILES += [
     ("a name too long", nothing_changed, ["--train_file_path=@/" + "x" * 5000], ["File name too long"]),
     ("a name of two lines", nothing_changed, ["--train_file_path=@/a\nb.jsonl"], ["/a b.jsonl: no such file"]),
     ("a name that acts", nothing_changed, ["--train_file_path=@/a\x1b[2Jb.jsonl"], ["/a\\x1b[2Jb.jsonl: no such file"]),
-    ("a name that is no text", nothing_changed, ["--train_file_path=@/a\udcff.jsonl"], ["a\\udcff.jsonl: no such file"]),
+    ("a name that is no text", nothing_changed, ["--train_file_path=@/a\udcff.jsonl"],
+     ["a\\udcff.jsonl: no such file"]),
     ("the home of nobody", nothing_changed, ["--train_file_path=~nobody-at-all/r.jsonl"], ["~nobody-at-all/r.jsonl"]),
-    ("NUL in a name", written("s.json", '{"train_file_path": "a\\u0000b.jsonl"}'), ["@/s.json"],
+    ("NUL in a name, as a settings file can hold", nothing_changed, ["--train_file_path=@/a\0b.jsonl"],
      ["a\\x00b.jsonl: no such file"]),
 ]
 
@@ -192,8 +199,17 @@ FILES += [
 # Models
 
 
+def pickled(name, other):
+    """A change: weights in the old format, and broken."""
+    def change(folder):
+        broken(name, "missing")(folder)
+        written(other, b"junk")(folder)
+    return change
+
+
 CONFIG, TOKENIZER, WEIGHTS = ("--model_name @/model: config.json can't be opened",
-                              "--model_name @/model: the tokenizer can't be opened", "@/model/model.safetensors: can't be")
+                              "--model_name @/model: the tokenizer can't be opened",
+                              "@/model/model.safetensors: can't be")
 MODELS = [(f"{name} {how}", broken(f"model/{name}", change), MODEL, [words])
           for name, words in (("config.json", CONFIG), ("tokenizer.json", TOKENIZER),
                               ("tokenizer_config.json", TOKENIZER), ("model.safetensors", WEIGHTS))
@@ -203,15 +219,17 @@ MODELS += [(f"{name} is {what}", written(f"model/{name}", text), MODEL, [words])
                                ("tokenizer_config.json", TOKENIZER), ("generation_config.json", "can't be loaded"))
            for what, text in JSONS.items()]
 MODELS += [
-    ("config.json is a folder", broken("model/config.json", "a folder"), MODEL, ["has neither config.json nor adapter_con"]),
+    ("config.json is a folder", broken("model/config.json", "a folder"), MODEL,
+     ["has neither config.json nor adapter_con"]),
     ("no tokenizer.json", broken("model/tokenizer.json", "missing"), MODEL, [TOKENIZER]),
-    ("no weights", broken("model/model.safetensors", "missing"), MODEL, ["@/model: the weights can't be loaded: Error no"]),
+    ("no weights", broken("model/model.safetensors", "missing"), MODEL,
+     ["@/model: the weights can't be loaded: Error no"]),
     ("weights that are a folder", broken("model/model.safetensors", "a folder"), MODEL, ["model.safetensors"]),
-    ("a pickle of junk", lambda folder: (broken("model/model.safetensors", "missing")(folder),
-                                         written("model/pytorch_model.bin", b"junk")(folder)), MODEL,
+    ("a pickle of junk", pickled("model/model.safetensors", "model/pytorch_model.bin"), MODEL,
      ["@/model: the weights can't be loaded"]),
     ("a name of no hub", nothing_changed, ["--model_name=a/b/c"], ["--model_name a/b/c: config.json can't be opened"]),
-    ("a model's name too long", nothing_changed, ["--model_name=" + "x" * 5000], ["--model_name x", "File name too long"]),
+    ("a model's name too long", nothing_changed, ["--model_name=" + "x" * 5000],
+     ["--model_name x", "File name too long"]),
 ]
 MODELS += [(f"config.json: {name} {str(value)[:30]}", edited("model/config.json", **{name: value}), MODEL, [words])
            for name, value, words in [
@@ -224,7 +242,8 @@ MODELS += [(f"config.json: {name} {str(value)[:30]}", edited("model/config.json"
     ("max_position_embeddings", -5, "max_position_embeddings -5; it must be above 0"),
     ("model_type", "nope", CONFIG), ("model_type", 3, CONFIG), ("model_type", ..., CONFIG),
     ("model_type", "bert", "@/model: lacks 28 of the model's weights, such as bert.embeddings.LayerNorm.bias"),
-    ("model_type", "gpt2", "@/model: lacks"), ("model_type", "vit", "@/model: the weights can't be loaded: Unrecognized"),
+    ("model_type", "gpt2", "@/model: lacks"),
+    ("model_type", "vit", "@/model: the weights can't be loaded: Unrecognized"),
     ("hidden_size", "x", CONFIG), ("hidden_size", -8, "negative dimension"),
     ("hidden_size", 7, "lm_head.weight is [300, 8] in the weights, and [300, 7] by the config"),
     ("num_attention_heads", 0, CONFIG), ("num_attention_heads", 3, CONFIG), ("num_hidden_layers", "x", CONFIG),
@@ -241,7 +260,8 @@ EXCHANGE = "@/model: a question and its answer: "
 MODELS += [(f"template {text[:40]!r}", written("model/chat_template.jinja", text), MODEL,
             [EXCHANGE + words, "mend chat_template.jinja"]) for text, words in [
     ("{% for", "cannot be rendered"), ("{{ f(1) }}", "cannot be rendered by the chat template: 'f' is undefined"),
-    ("{{ raise_exception('no') }}", "cannot be rendered by the chat template: no"), ("{{ 1 / 0 }}", "cannot be rendered"),
+    ("{{ raise_exception('no') }}", "cannot be rendered by the chat template: no"),
+    ("{{ 1 / 0 }}", "cannot be rendered"),
     ("{{ messages[9].content }}", "cannot be rendered"), ("{% include 'x' %}", "cannot be rendered"),
     ("x", "loses what the assistant says"), ("{{ messages[0].content }}", "loses what the assistant says"),
     ("\0" * 50, "loses what the assistant says"), ("{{ messages[0].content + 1 }}", "cannot be rendered"),
@@ -283,12 +303,14 @@ UNFIT = "@/adapter: does not fit its base: "
 ADAPTERS += [(f"adapter_config.json: {name} {str(value)[:30]}", edited("adapter/adapter_config.json", **{name: value}),
               ADAPTER, [words]) for name, value, words in [
     ("base_model_name_or_path", None, "base_model_name_or_path is None, not a model's name"),
-    ("base_model_name_or_path", 3, "is 3, not a model's name"), ("base_model_name_or_path", "", "is '', not a model's n"),
+    ("base_model_name_or_path", 3, "is 3, not a model's name"),
+    ("base_model_name_or_path", "", "is '', not a model's n"),
     ("base_model_name_or_path", "/nowhere", "--model_name @/adapter: its base /nowhere: config.json can't be opened"),
     ("base_model_name_or_path", "nowhere/at-all", "its base nowhere/at-all: config.json can't be opened"),
     ("base_model_name_or_path", "a\0b", "its base a\\x00b: config.json can't be opened"),
     ("base_model_name_or_path", "x" * 5000, "--model_name @/adapter: its base xxx"),
-    ("peft_type", "NOPE", "is a NOPE adapter; only LoRA"), ("peft_type", 3, "is a 3 adapter; only LoRA can be trained on"),
+    ("peft_type", "NOPE", "is a NOPE adapter; only LoRA"),
+    ("peft_type", 3, "is a 3 adapter; only LoRA can be trained on"),
     ("peft_type", ..., "is a None adapter"), ("peft_type", "IA3", "@/adapter: is a IA3 adapter; only LoRA can be tr"),
     ("r", 0, UNFIT + "`r` should be a positive integer"), ("r", "x", UNFIT), ("r", None, UNFIT),
     ("r", 4, UNFIT + "Error(s) in loading state_dict for PeftModelForCausalLM: size mismatch for base_model"),
@@ -315,24 +337,28 @@ def wider(state):
     state[min(state)] = torch.zeros(9, 9)
 
 
-ADAPTERS += [(f"adapter's weights {change.__name__}", changed_weights("adapter/adapter_model.safetensors", change), ADAPTER,
+ADAPTERS += [(f"adapter's weights {change.__name__}", changed_weights("adapter/adapter_model.safetensors", change),
+              ADAPTER,
               [words]) for change, words in [
-    (one_less, "@/adapter: lacks 1 of the weights that its adapter_config.json asks for, such as base_model.model.model"),
-    (one_more, "has weights that its base or its adapter_config.json has no place for, such as base_model.model.model.la"),
+    (one_less,
+     "@/adapter: lacks 1 of the weights that its adapter_config.json asks for, such as base_model.model.model"),
+    (one_more,
+     "has weights that its base or its adapter_config.json has no place for, such as base_model.model.model.la"),
     (wider, UNFIT + "Error(s) in loading state_dict for PeftModelForCausalLM: size mismatch"),
     (all_others, "@/adapter: lacks 14 of the weights"),
 ]]
 ADAPTERS += [
     ("no weights of an adapter", broken("adapter/adapter_model.safetensors", "missing"), ADAPTER,
      ["--model_name @/adapter: has adapter_config.json, but no adapter_model.safetensors"]),
-    ("an adapter's pickle of junk", lambda folder: (broken("adapter/adapter_model.safetensors", "missing")(folder),
-                                                    written("adapter/adapter_model.bin", b"junk")(folder)), ADAPTER, [UNFIT]),
+    ("an adapter's pickle of junk", pickled("adapter/adapter_model.safetensors", "adapter/adapter_model.bin"), ADAPTER,
+     [UNFIT]),
     ("an adapter on itself", lambda folder: edited("adapter/adapter_config.json", base_model_name_or_path=str(
         folder / "adapter"))(folder), ADAPTER, ["--model_name @/adapter: config.json can't be opened"]),
     ("a base of another size", lambda folder: make_model(folder / "model", hidden_size=16), ADAPTER,
      [UNFIT + "Error(s) in loading state_dict for PeftModelForCausalLM: size mismatch"]),
     ("a base with fewer layers", lambda folder: make_model(folder / "model", num_hidden_layers=0), ADAPTER, [UNFIT]),
-    ("a rank that the adapter has not", nothing_changed, [*ADAPTER, "--lora_r=5"], ["--lora_r 5: the adapter @/adapter has 2"]),
+    ("a rank that the adapter has not", nothing_changed, [*ADAPTER, "--lora_r=5"],
+     ["--lora_r 5: the adapter @/adapter has 2"]),
     ("an adapter in full", nothing_changed, [*ADAPTER, "--use_lora=false"], ["@/adapter is an adapter; merge it into"]),
 ]
 
@@ -340,26 +366,32 @@ ADAPTERS += [
 # Settings and flags
 
 INTS = ("lora_r", "lora_alpha", "eval_size", "max_length", "max_prompt_length", "max_steps",
-        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "warmup_steps", "seed",
-        "local_rank", "logging_steps", "eval_steps", "save_steps", "save_total_limit")
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "warmup_steps",
+        "seed", "local_rank", "logging_steps", "eval_steps", "save_steps", "save_total_limit")
 FLOATS = ("lora_dropout", "beta", "label_smoothing", "num_train_epochs", "learning_rate", "weight_decay", "adam_beta1",
           "adam_beta2", "adam_epsilon", "max_grad_norm")
-NO_INTS, NO_FLOATS, NOT_FINITE = ("", "x", "1.5", "1e3", "nan", "0x10"), ("", "x", "1,5"), ("nan", "inf", "-inf", "1e400")
-FLAGS = [(f"--{name}={value!r}", nothing_changed, [f"--{name}={value}"], [f"error: --{name}: invalid int value: {value!r}"])
+NO_INTS, NO_FLOATS = ("", "x", "1.5", "1e3", "nan", "0x10"), ("", "x", "1,5")
+NOT_FINITE = ("nan", "inf", "-inf", "1e400")
+FLAGS = [(f"--{name}={value!r}", nothing_changed, [f"--{name}={value}"],
+          [f"error: --{name}: invalid int value: {value!r}"])
          for name in INTS for value in NO_INTS]
 FLAGS += [(f"--{name}={value!r}", nothing_changed, [f"--{name}={value}"], [f"--{name}: invalid float value: {value!r}"])
           for name in FLOATS for value in NO_FLOATS]
-FLAGS += [(f"--{name}={value}", nothing_changed, [f"--{name}={value}"], [f"--{name} {float(value)}: must be a finite number"])
+FLAGS += [(f"--{name}={value}", nothing_changed, [f"--{name}={value}"],
+           [f"--{name} {float(value)}: must be a finite number"])
           for name in FLOATS for value in NOT_FINITE]
 FLAGS += [(f"{what} for {flag}", nothing_changed, [f"--{flag}={value}"], [f"--{flag}", words])
           for flag, what, value, words in [
     ("seed", "5000 digits", "9" * 5000, "invalid int value"), ("bf16", "a word", "perhaps", "Truthy value expected"),
-    ("output_dir", "a device", "/dev/null/x", "/dev/null is a file"), ("cache_dir", "a device", "/dev/null/x", "can't be wr"),
+    ("output_dir", "a device", "/dev/null/x", "/dev/null is a file"),
+    ("cache_dir", "a device", "/dev/null/x", "can't be wr"),
     ("cache_dir", "a name too long", "@/" + "x" * 300, "File name too long"),
-    ("cache_dir", "a file", "@/rows.jsonl", "can't be written to"), ("deepspeed", "a long name", "x" * 5000, "too long"),
+    ("cache_dir", "a file", "@/rows.jsonl", "can't be written to"),
+    ("deepspeed", "a long name", "x" * 5000, "too long"),
     ("lora_target_modules", "no module", "nope", "the model has no module nope; its linear layers are"),
 ]]
-FLAGS += [(f"settings: {text[:40]!r}", written(name, text), [f"@/{name}"], [f"@/{name}", words]) for name, text, words in [
+FLAGS += [(f"settings: {text[:40]!r}", written(name, text), [f"@/{name}"], [f"@/{name}", words]) for name, text,
+          words in [
     ("s.yaml", "seed: &a [*a]", "not YAML or JSON"),
     ("s.yaml", "a: &a [x, x]\nseed: [*a, *a]", "unknown setting a"),
     ("s.yaml", "a\0b: 1", "not YAML or JSON"), ("s.yaml", "{a: 1}: 2", "not YAML or JSON"),
@@ -371,7 +403,8 @@ FLAGS += [(f"settings: {text[:40]!r}", written(name, text), [f"@/{name}"], [f"@/
 FLAGS += [(f"DeepSpeed: {text[:40]!r}", written("ds.json", text), ["--deepspeed=@/ds.json"], ["@/ds.json", words])
           for text, words in [
     (DEEP, "not JSON"), ("\0", "not JSON"), ("null", "expected an object, found NoneType"), ('"a"', "found str"),
-    ('{"zero_optimization": []}', 'must be like {"stage": 0}'), ('{"zero_optimization": 3}', 'must be like {"stage": 0}'),
+    ('{"zero_optimization": []}', 'must be like {"stage": 0}'),
+    ('{"zero_optimization": 3}', 'must be like {"stage": 0}'),
     ('{"zero_optimization": {"stage": 4}}', "a stage of 0 to 3"), ('{"zero_optimization": {"stage": "2"}}', "0 to 3"),
     ('{"zero_optimization": {"stage": null}}', "0 to 3"), ('{"zero_optimization": {"stage": [1]}}', "0 to 3"),
     ('{"tensor_parallel": {}}', "sets tensor_parallel, which train.py does not support"),
@@ -423,8 +456,7 @@ def test_malformed_input(good, tmp_path, change, flags, words, monkeypatch, capf
     flags = [flag.replace("@", str(folder)) for flag in flags]
     settings = [flag for flag in flags if not flag.startswith("-")]
     default = [f"--{name}={folder / place}" for name, place in (
-        ("model_name", "model"), ("train_file_path", "rows.jsonl"), ("output_dir", "out"), ("cache_dir", "cache"))
-        if not (settings and name in (folder / "s.json").read_text() if (folder / "s.json").is_file() else False)]
+        ("model_name", "model"), ("train_file_path", "rows.jsonl"), ("output_dir", "out"), ("cache_dir", "cache"))]
     flags = [*settings, *default, *(flag for flag in flags if flag not in settings)]
     said = refused(train.main, flags, folder, monkeypatch, capfd, chatter=r"(data .*\n)?")
     for part in words:
