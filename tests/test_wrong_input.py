@@ -244,7 +244,7 @@ def test_the_real_script_says_one_line(tmp_path, models):
     for flags, words in [
             ([model, data, "--bogus", "1"], "unknown argument --bogus"),
             ([model, "--train_file_path=someone/somedata:main:train"], "someone/somedata:main:train: can't be read"),
-            (["--model_name=someone/somemodel", data], "--model_name someone/somemodel: can't be opened")]:
+            (["--model_name=someone/somemodel", data], "--model_name someone/somemodel: config.json can't be opened")]:
         code, out, err = real(tmp_path, *flags)
         assert (code, out) == (2, ""), (flags, out, err)
         assert re.fullmatch(r"error: .+\n", err) and words in err
