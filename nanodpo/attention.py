@@ -20,19 +20,21 @@ LOOP, VARLEN = "nanodpo_loop", "nanodpo_varlen"
 
 def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
     """(1, H, T, E), (1, G, T, E) x 2 -> (1, T, H, E): each response as if its row were [prompt | response] alone."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    # On CPU the kernel shares key/value heads by itself; on CUDA the one that takes float32 needs them repeated.
+    if query.shape[1] != key.shape[1] and (query.device.type != "cpu" or kwargs.get("softcap")):
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
     pieces = []
     for p0, p1, r0, r1 in segments.spans:
         q, k, v = (torch.cat([x[:, :, p0:p1], x[:, :, r0:r1]], 2) if r0 > p1 else x[:, :, p0:r1]
                    for x in (query, key, value))
-        out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap"))
+        out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap")).transpose(1, 2)
         # Queries of a shared prompt are computed again for each response, which needs no mask, and dropped.
-        pieces.append(out[:, :, p1 - p0:] if r0 > p1 else out)
-    return torch.cat(pieces, 2).transpose(1, 2), None
+        pieces.append(out[:, p1 - p0:] if r0 > p1 else out)
+    return torch.cat(pieces, 1), None
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) -> Tensor:
+    """(1, H, L, E): causal attention within one sequence."""
     length = q.shape[2]
     band = None
     if softcap or (window and window < length):
@@ -40,7 +42,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) 
         distance = ahead[:, None] - ahead[None, :]  # query minus key position
         band = (distance >= 0) & (distance < (window or length))
     if not softcap:
-        return F.scaled_dot_product_attention(q, k, v, band, dropout, is_causal=band is None, scale=scaling)
+        return F.scaled_dot_product_attention(q, k, v, band, dropout, is_causal=band is None, scale=scaling,
+                                              enable_gqa=q.shape[1] != k.shape[1])
     scores = q @ k.transpose(2, 3) * (scaling or q.shape[3] ** -0.5)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~band, -torch.inf)
     return F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout) @ v
