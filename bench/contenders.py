@@ -33,6 +33,7 @@ class Work:
     batch: int = 1  # pairs in a step: one micro-batch
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    spread: float = 0.02  # of the adapter's weights
 
 
 def base_model(work: Work):
@@ -59,11 +60,11 @@ def lora_config(work: Work):
     return LoraConfig(r=work.rank, lora_alpha=2 * work.rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def draw_lora(model) -> None:
+def draw_lora(model, spread: float) -> None:
     """The same adapter for everybody, and not LoRA's zero: a loss of ln 2 would agree with anything."""
     for k, (_, p) in enumerate(sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)):
         draw = torch.Generator(p.device).manual_seed(k)
-        torch.nn.init.normal_(p, 0, 0.02, generator=draw)
+        torch.nn.init.normal_(p, 0, spread, generator=draw)
 
 
 class Contender:
@@ -72,7 +73,7 @@ class Contender:
     def __init__(self, work: Work):
         self.work, self.cache = work, {}
         self.model = self.build()
-        draw_lora(self.model)
+        draw_lora(self.model, work.spread)
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
@@ -201,7 +202,7 @@ class Trl(Contender):
                          per_device_train_batch_size=self.work.batch, beta=BETA, report_to="none", disable_tqdm=True,
                          gradient_checkpointing=self.work.checkpointing,
                          gradient_checkpointing_kwargs={"use_reentrant": False})
-        columns = {"prompt": ["-"] * len(self.rows), "chosen": ["-"] * len(self.rows), "rejected": ["-"] * len(self.rows)}
+        columns = {name: ["-"] * len(self.rows) for name in ("prompt", "chosen", "rejected")}
         data = datasets.Dataset.from_dict(columns | {n: [row[n] for row in self.rows] for n in names})
         words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"-": 0}, unk_token="-"))  # asked for, never used
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="-", eos_token="-")
@@ -241,9 +242,10 @@ def build(name: str, work: Work) -> Contender:
 
 def tiny_wide(hidden: int = 64, layers: int = 2, vocabulary: int = 151_936) -> dict:
     """Almost no model under a Qwen-sized vocabulary: the cost of the head, seen alone."""
-    return {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2**17,
-            "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 4 * hidden,
+            "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 2**17, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1,
+            "eos_token_id": 2}
 
 
 def random_pairs(count: int, prompt: int, chosen: int, rejected: int, vocabulary: int) -> list[Pair]:

@@ -1,11 +1,13 @@
 """What the measurements share: a process for each contender, turns in rotation, honest peaks, tables and JSON.
 
 Memory is the resident set of a fresh process: what the operating system had to find, whoever asked for it. Times are
-medians over rounds in which every contender has one turn, so that a machine that slows down slows all of them.
+medians over rounds in which every contender has one turn, so that a machine that slows down slows all of them. Beside
+them stands processor time, which other people's work on the machine touches least.
 """
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -69,7 +71,7 @@ class Worker:
         self.loaded = self._answer()
 
     def call(self, method: str, *args):
-        """(the method's value, its seconds). Raises RuntimeError with the worker's own message."""
+        """(the method's value, its seconds, its processor seconds). Raises RuntimeError with the worker's message."""
         self.pipe.send((method, args))
         return self._answer()
 
@@ -105,25 +107,36 @@ def _serve(pipe, build, threads: int, settings: dict) -> None:
         pipe.send(("ready", resident()))
         while (order := pipe.recv()) is not None:
             method, args = order
-            began = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             value = getattr(contender, method)(*args) if method else peak()
-            pipe.send(("value", (value, time.perf_counter() - began)))
+            pipe.send(("value", (value, time.perf_counter() - wall, time.process_time() - cpu)))
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as error:
         pipe.send(("error", f"{type(error).__name__}: {error}"))
 
 
 def rounds(workers: dict[str, Worker], turns: list[tuple], warm_up: int = 1) -> dict[str, dict]:
-    """Every worker in turn does turns[k] (method, *args); returns name -> seconds (without the warm-up) and values."""
-    found = {name: {"seconds": [], "values": []} for name in workers}
+    """Every worker in turn does turns[k] (method, *args): name -> seconds of both kinds after the warm-up, values."""
+    found = {name: {"seconds": [], "cpu_seconds": [], "values": []} for name in workers}
     for k, turn in enumerate(turns):
         # The order changes from round to round: nobody always follows the same neighbour.
         names = list(workers)[k % len(workers):] + list(workers)[: k % len(workers)]
         for name in names:
-            value, seconds = workers[name].call(*turn)
+            value, seconds, cpu = workers[name].call(*turn)
             found[name]["values"].append(value)
             if k >= warm_up:
                 found[name]["seconds"].append(seconds)
+                found[name]["cpu_seconds"].append(cpu)
     return found
+
+
+def ratio(found: dict, base: dict, what: str = "seconds") -> str:
+    """Of two contenders' medians."""
+    return f"{found[what]['median'] / base[what]['median']:.2f}"
+
+
+def can_run(name: str) -> bool:
+    """Whether a contender's package is there."""
+    return importlib.util.find_spec(name) is not None
 
 
 def spread(values: list[float]) -> dict[str, float]:

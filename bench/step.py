@@ -9,16 +9,15 @@ TRL takes part where it is installed: pip install -e .[bench]
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import contenders  # noqa: E402
-import measure  # noqa: E402
+import contenders
+import measure
 
-# Between contenders at the first step: the loss in nats (TRL adds sums of 10,000 nats up in float32, to 1e-3, times beta),
-# the gradient norm relative.
+# Between contenders at the first step: the loss in nats (TRL adds up sums of 10,000 nats in float32, so to 1e-3, times
+# beta), the gradient norm relative.
 LOSS_TOLERANCE, NORM_TOLERANCE = 5e-4, 1e-3
 SETTINGS = {"cached": {}, "online": {"cached": False}, "cached, checkpointing": {"checkpointing": True},
             "cached, 4 pairs": {"batch": 4}, "online, checkpointing": {"cached": False, "checkpointing": True},
@@ -33,7 +32,8 @@ def contest(names: list[str], work: contenders.Work, rounds: int, threads: int) 
     for name, worker in workers.items():
         loaded, peak = worker.memory()
         loss, norm = found[name]["values"][0]
-        results[name] = {"seconds": measure.spread(found[name]["seconds"]), "loaded_mib": round(loaded),
+        results[name] = {"seconds": measure.spread(found[name]["seconds"]),
+                         "cpu_seconds": measure.spread(found[name]["cpu_seconds"]), "loaded_mib": round(loaded),
                          "mib_above_loaded": round(peak - loaded), "first_loss": loss, "first_norm": norm,
                          "losses": [value[0] for value in found[name]["values"]]}
         worker.close()
@@ -45,7 +45,8 @@ def check_agreement(results: dict) -> None:
     first, *others = results.values()
     for name, other in list(results.items())[1:]:
         for what, tolerance in (("first_loss", LOSS_TOLERANCE), ("first_norm", NORM_TOLERANCE)):
-            if not abs(other[what] / first[what] - 1) <= tolerance:
+            scale = first[what] if what == "first_norm" else 1
+            if not abs(other[what] - first[what]) <= tolerance * scale:
                 raise SystemExit(f"void: {what} is {first[what]} for {next(iter(results))}, {other[what]} for {name}")
     if abs(first["first_loss"] - 0.6931) < 1e-3:
         raise SystemExit(f"void: a loss of {first['first_loss']:.4f}, ln 2, agrees with anything")
@@ -54,9 +55,10 @@ def check_agreement(results: dict) -> None:
 def report(setting: str, results: dict, against: str) -> list[list]:
     rows, base = [], results[against]
     for name, found in results.items():
-        seconds, memory = found["seconds"], found["mib_above_loaded"]
-        rows.append([setting, name, measure.show(seconds), f"{seconds['median'] / base['seconds']['median']:.2f}",
-                     memory, f"{memory / base['mib_above_loaded']:.2f}", f"{found['first_loss']:.6f}"])
+        memory = found["mib_above_loaded"]
+        rows.append([setting, name, measure.show(found["seconds"]), measure.ratio(found, base),
+                     measure.ratio(found, base, "cpu_seconds"), memory, f"{memory / base['mib_above_loaded']:.2f}",
+                     f"{found['first_loss']:.6f}"])
     return rows
 
 
@@ -77,7 +79,7 @@ def main() -> None:
     else:  # prompt, chosen, rejected: a pair is 1,024 tokens in all where max_length is 512
         n = args.max_length
         pairs = contenders.random_pairs(8, n // 8, n - n // 8, n - n // 8, 49_152 if args.model_name else 151_936)
-    names = ["nanodpo", "plain"] + ["trl"] * (importlib.util.find_spec("trl") is not None)
+    names = ["nanodpo", "plain"] + ["trl"] * (measure.can_run("trl"))
     results, rows = {}, []
     for setting in args.settings:
         work = contenders.Work(pairs, model, **SETTINGS[setting])
@@ -85,10 +87,10 @@ def main() -> None:
         work = dataclasses.replace(work, pairs=pairs[: work.batch * steps])
         results[setting] = contest(names, work, args.rounds, args.threads)
         rows += report(setting, results[setting], names[-1])
-        header = ["setting", "contender", "seconds a step", f"/ {names[-1]}", "MiB above the model", f"/ {names[-1]}",
-                  "first loss"]
+        header = ["setting", "contender", "seconds a step", f"/ {names[-1]}", "processor time", "MiB above the model",
+                  f"/ {names[-1]}", "first loss"]
         print(measure.table(header, rows[-len(names):]), flush=True)
-    print(f"\nlosses agree to {LOSS_TOLERANCE}, gradient norms to {NORM_TOLERANCE}, relative\n")
+    print(f"\nfirst losses agree to {LOSS_TOLERANCE} nats, gradient norms to {NORM_TOLERANCE} relative\n")
     print(measure.table(header, rows))
     kind = "tiny" if args.model_name is None else Path(args.model_name).name
     measure.write(f"step-{kind}", args.json, vars(args) | {"model": str(model), "pairs": len(pairs)}, results)

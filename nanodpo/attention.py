@@ -8,6 +8,7 @@ once a sequence and runs anywhere; "nanodpo_varlen" is a single variable-length 
 either, except a sequence's own where a model caps its scores or slides a window shorter than the sequence.
 """
 
+import functools
 import inspect
 
 import torch
@@ -63,12 +64,21 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 
 
 def varlen_call(q, k, v, cu_q, cu_k, max_q: int, max_k: int, scaling, window: int) -> Tensor:
-    """PyTorch's flash kernel; a function of its own so that a test can put a slow, plain one in its place."""
+    """PyTorch's flash kernel; a function of its own so that a test can put a slow, plain one in its place.
+
+    (T, H, E), (K, G, E) x 2, int32 (S+1,) x 2 -> (T, H, E). With a right window of 0 query i of a stretch sees keys up to
+    i + keys - queries, and with a left window of w none before the last w + 1 of those.
+    """
+    return _kernel()(q, k, v, cu_q, cu_k, max_q, max_k, scale=scaling, window_size=(window, 0))
+
+
+@functools.cache  # looked up once, not in every layer of every pass
+def _kernel():
     from torch.nn.attention.varlen import varlen_attn  # imported here because only CUDA has the kernel
 
     # Older releases share key/value heads without being told.
-    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scaling, window_size=(window, 0), **gqa)
+    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if told else varlen_attn
 
 
 # No mask function is registered under these names, so transformers builds no mask for them.
