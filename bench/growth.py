@@ -69,16 +69,20 @@ def draw(results: dict, file: Path) -> None:
 
     figure, axes = pyplot.subplots(2, len(results), figsize=(3 * len(results), 5), squeeze=False)
     for column, (factor, points) in enumerate(results.items()):
-        for line, (key, label) in enumerate((("seconds", "seconds a step"), ("mib", "MiB"))):
+        # Processor time where there is one process; several ranks wait for each other, so theirs is the wall's.
+        seconds = ("seconds", "seconds a step") if factor == "ranks" else ("cpu_seconds", "processor seconds a step")
+        for line, (key, label) in enumerate((seconds, ("mib", "MiB"))):
             axis = axes[line][column]
             for name, marker in (("nanodpo", "o-"), ("plain", "s--")):
                 own = [(x, one[name]) for x, one in points.items() if name in one]
-                values = [one["seconds"]["median"] if key == "seconds" else one["mib"] for _, one in own]
+                values = [one["mib"] if key == "mib" else one[key]["median"] for _, one in own]
                 if own:
                     axis.plot([x for x, _ in own], values, marker, label=name, markersize=4)
             axis.set_xlabel(LABELS[factor])
             axis.set_ylabel(label + (" of rank 0, all included" if factor == "ranks" and key == "mib" else ""))
             axis.set_ylim(bottom=0)
+            if factor == "ranks":
+                axis.set_xticks(list(points))
     axes[0][0].legend(frameon=False)
     figure.tight_layout()
     for kind in ("png", "svg"):

@@ -157,6 +157,9 @@ def write(name: str, file: str | None, arguments: dict, results) -> None:
     """Everything measured, as JSON, beside this file unless told otherwise."""
     path = Path(file) if file else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Of a path its name: where it lay here tells a reader nothing.
+    arguments = {key: Path(value).name if isinstance(value, str) and value.startswith("/") else value
+                 for key, value in arguments.items()}
     record = {"benchmark": name, "arguments": arguments, "machine": machine(), "results": results}
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nwritten: {path}")

@@ -66,8 +66,8 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 def varlen_call(q, k, v, cu_q, cu_k, max_q: int, max_k: int, scaling, window: int) -> Tensor:
     """PyTorch's flash kernel; a function of its own so that a test can put a slow, plain one in its place.
 
-    (T, H, E), (K, G, E) x 2, int32 (S+1,) x 2 -> (T, H, E). With a right window of 0 query i of a stretch sees keys up to
-    i + keys - queries, and with a left window of w none before the last w + 1 of those.
+    (T, H, E), (K, G, E) x 2, int32 (S+1,) x 2 -> (T, H, E). With a right window of 0 query i of a stretch sees keys up
+    to i + keys - queries, and with a left window of w none before the last w + 1 of those.
     """
     return _kernel()(q, k, v, cu_q, cu_k, max_q, max_k, scale=scaling, window_size=(window, 0))
 
