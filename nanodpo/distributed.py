@@ -9,12 +9,16 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from .errors import UserError
+from .errors import RankStopped, RunStopped, UserError, first_line
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
          "gradient_clipping", "fp16", "bf16")  # settings of the DeepSpeed JSON that are flags of train.py
 UNKNOWN = ("sequence_parallel_size", "tensor_parallel", "pipeline", "autotuning")  # ranks would not be data ranks
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
+        "NCCL communicator was aborted", "Socket Timeout", "Connection was likely closed", "Connection refused")
 PATIENCE = datetime.timedelta(hours=6)  # ranks with longer rows come later, and saving a large model takes its time
+
+_host = {"group": None}  # ranks of the CPU, where they tell each other things; None: those of the device serve
 
 
 def is_main() -> bool:
@@ -53,6 +57,8 @@ def start(local_rank: int) -> torch.device:
     if cuda:
         torch.cuda.set_device(local_rank)
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=PATIENCE)
+    if cuda and dist.get_world_size() > 1:
+        _host["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
@@ -110,8 +116,44 @@ def from_main(value):
     return box[0]
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether one rank at least says so, on all ranks. Never waits for a GPU."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    box = torch.tensor([flag], dtype=torch.int32)
+    dist.all_reduce(box, dist.ReduceOp.MAX, group=_host["group"])
+    return bool(box.item())
+
+
+def agree(error: Exception | None, fact=None) -> list:
+    """Every rank's `fact`, on all ranks; where one of them has an error it is raised on all, and nobody waits."""
+    everyone = [(error, fact)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (error, fact), group=_host["group"])
+    if first := next((error for error, _ in everyone if error), None):
+        raise first
+    return [fact for _, fact in everyone]
+
+
 @contextlib.contextmanager
-def wait_for_main():
-    """Keeps the other ranks until rank 0 has done the block."""
-    yield
-    dist.barrier()
+def main_first():
+    """Keeps the other ranks until rank 0 has done the block, and stops them with its error where it can't."""
+    error = None
+    try:
+        yield
+    except (UserError, RunStopped) as caught:
+        error = caught
+    agree(error)
+
+
+@contextlib.contextmanager
+def lost_peers_named():
+    """One line instead of a traceback where another rank ended in the midst of a collective."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, (UserError, RunStopped)) or not any(sign in str(error) for sign in LOST):
+            raise
+        raise RankStopped(f"rank {os.environ.get('RANK', 0)} stops because another rank did, see there "
+                          f"({first_line(error)[-120:]})") from error
