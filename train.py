@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -22,12 +21,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from nanodpo import checkpoint, distributed, identity, inspection, metrics, models, reference, resume, space, state
+from nanodpo import checkpoint, distributed, identity, inspection, metrics, models, reference, resume, screen, space
+from nanodpo import engine as engines
+from nanodpo import state as states
 from nanodpo.arguments import TrainArguments, parse
 from nanodpo.errors import Preempted, RunStopped, UserError, run_script
-from nanodpo.logprobs import SequenceLogProbs
 from nanodpo.manifest import read_manifest
 from nanodpo.packing import LAYOUTS
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
@@ -85,7 +84,7 @@ def main(argv: list[str]) -> None:
     if args.print_config:
         print(json.dumps(dataclasses.asdict(args), indent=2))
         return
-    settings = read_deepspeed(args)
+    settings = distributed.read_settings(args, HERE / "ds_config.json")
 
     # What is wrong with the input is found here, before a weight is loaded or a folder made.
     distributed.check_device(args)
@@ -95,7 +94,7 @@ def main(argv: list[str]) -> None:
         distributed.say(inspection.inspect(train, source.tokenizer, limit))
         return
     folder, old, wanted = identity.find(args, f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
-    facts = known_facts(args, settings, limit, train, held_out)
+    facts = identity.facts(args, settings, limit, [data for data in (train, held_out) if data], HERE)
     if old:
         identity.check_same(folder, old, facts, early=bool(source.adapter))
         if old.get("finished"):
@@ -106,12 +105,13 @@ def main(argv: list[str]) -> None:
     distributed.say("\n".join(data.report() for data in (train, held_out) if data))
 
     with distributed.lost_peers_named():
-        device = distributed.start(args.local_rank)
+        with stop.unheard():  # ranks that wait for others can't be told anything
+            device = distributed.start(args.local_rank)
         folder = Path(distributed.from_main(str(folder)))  # ranks may have read the clock in different seconds
         model = models.load_model(source, args)
         weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
         distributed.say(models.describe(model))
-        engine, layout, attention = build_engine(model, args, settings, device, longest(train, held_out))
+        engine, layout, attention = engines.build(model, args, settings, device, longest(train, held_out))
         torch.manual_seed(args.seed + dist.get_rank())  # of dropout, where it is allowed
         run = Run(args, stop, folder, facts, source, engine, device, dist.get_world_size(), dist.get_rank(), layout,
                   attention, train, held_out)
@@ -128,20 +128,6 @@ def main(argv: list[str]) -> None:
             same = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
             raise Preempted(f"{told} after step {run.step} of {run.steps}; to go on: {same}") from None
         finish(run)
-
-
-def read_deepspeed(args) -> dict:
-    """The DeepSpeed JSON with train.py's own numbers in it."""
-    path = Path(args.deepspeed or HERE / "ds_config.json")
-    try:
-        settings = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"--deepspeed {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--deepspeed {path}: not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"--deepspeed {path}: expected an object, found {type(settings).__name__}")
-    return distributed.engine_config(settings, str(path), args)
 
 
 def load_data(args, source):
@@ -166,46 +152,9 @@ def load_data(args, source):
     return train, held_out, limit
 
 
-def known_facts(args, settings: dict, limit: int, train, held_out) -> dict:
-    """What can be told of a run before its model is loaded, for run.json and to know it again."""
-    data_sets = [data for data in (train, held_out) if data]
-    return {
-        "command": " ".join(sys.argv), "arguments": dataclasses.asdict(args), "max_length": limit,
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)), "deepspeed": json.loads(json.dumps(settings)),
-        "versions": identity.versions(), "git_commit": identity.git_commit(HERE), "threads": torch.get_num_threads(),
-        "data": [reference.data_hash(data.examples) for data in data_sets],
-        "data_report": [data.report() for data in data_sets],
-    }
-
-
 def longest(*sets: DataSet | None) -> int:
     """Tokens of the longest [prompt | response]."""
     return max(example.length for data in sets if data for example in data.examples)
-
-
-def build_engine(model, args, settings: dict, device, longest: int):
-    """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention)."""
-    import deepspeed  # this and the next are slow to import, and --help and wrong input need neither
-
-    from nanodpo import selfcheck
-
-    if args.gradient_checkpointing:
-        # ZeRO-3 frees weights between forward and backward, which the newer, hook-based checkpointing takes for an
-        # error; the older one runs backward only where the inputs have a gradient.
-        reentrant = settings.get("zero_optimization", {}).get("stage") == 3
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate,
-                                  betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
-    module = SequenceLogProbs(model)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    layout, attention = selfcheck.choose_layout(module, device, dtype, args.use_flash_attention, longest)
-    distributed.say(f"rows: {layout}, attention {attention}")
-    return engine, layout, attention
 
 
 def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) -> dict:
@@ -246,9 +195,9 @@ def go_on(run: Run, found: dict) -> None:
         return
     replicated = run.engine.zero_optimization_stage() == 0
     tensors, random = resume.load(run.folder, run.step, run.rank, replicated)
-    state.restore(run.engine, tensors)
-    state.restore_random(random, run.device)
-    for name in state.COUNTERS:
+    states.restore(run.engine, tensors)
+    states.restore_random(random, run.device)
+    for name in states.COUNTERS:
         setattr(run.engine, name, found[name])
 
 
@@ -271,7 +220,7 @@ def dry_run(run: Run) -> None:
         run.engine.backward(losses.mean(), scale_wrt_gas=False)
         run.engine.step()
     peaks = distributed.agree(None, metrics.peak_gib(run.device))
-    distributed.say(space.estimate(run.engine, run.device, state.shards(run.engine), peaks,
+    distributed.say(space.estimate(run.engine, run.device, states.shards(run.engine), peaks,
                                    time.perf_counter() - began, disk_needed(run)))
 
 
@@ -323,7 +272,7 @@ def score(run: Run, data: DataSet, indices: list[int], sides: list[str], gradien
 
 def train_model(run: Run) -> None:
     """The loop. Every step begins where the one before it could have been killed."""
-    bar = progress(run)
+    bar = screen.progress(run.step, run.steps, run.rank)
     try:
         while True:
             between_steps(run)
@@ -342,7 +291,7 @@ def between_steps(run: Run) -> None:
     """Evaluates and saves what is due before step `run.step`. What is there already stays, so a run that goes on from
     this step calls it again."""
     args, last = run.args, run.step == run.steps
-    run.random = state.random_state(run.device)
+    run.random = states.random_state(run.device)
     if run.step in (0, run.steps) or (args.eval_steps and run.step % args.eval_steps == 0):
         evaluate(run)
     save = args.save_steps and run.step % args.save_steps == 0
@@ -378,7 +327,7 @@ def train_step(run: Run, bar) -> None:
             engine.backward(losses.sum() * weight * share, scale_wrt_gas=False)
 
     with shortage_named(run):
-        norm, applied = take_step(run)
+        norm, applied = engines.take_step(engine)
     if not applied:
         why = f"the gradient is not finite (norm {norm})" if not math.isfinite(norm) else "DeepSpeed skipped the update"
         skip_or_stop(run, wrong or f"{why}; {space.describe([run.train_set.examples[k] for k in pairs])}")
@@ -453,19 +402,6 @@ def name_rows(run: Run, meter) -> str:
     return f"{space.describe([run.train_set.examples[i] for i in sorted(wrong)])} in {', '.join(sorted(sides))}"
 
 
-def take_step(run: Run) -> tuple[float, bool]:
-    """(the gradient's global norm before clipping, over all ranks; whether the update was made)."""
-    engine = run.engine
-    if engine.zero_optimization_stage():
-        engine.step()  # leaves weights and moments as they are where the norm is not finite
-        return float(engine.get_global_grad_norm()), engine.was_step_applied()
-    # Without ZeRO DeepSpeed keeps no norm, and steps whatever it is.
-    grads = [p.grad.double().square().sum() for p in engine.module.parameters() if p.grad is not None]
-    norm = torch.stack(grads).sum().sqrt().item()
-    engine.step() if math.isfinite(norm) else engine.zero_grad()
-    return norm, math.isfinite(norm)
-
-
 def skip_or_stop(run: Run, why: str) -> None:
     """Counts an update that was not made. Raises RunStopped beyond --skip_nonfinite of them, on all ranks."""
     if run.skipped >= run.args.skip_nonfinite:
@@ -493,32 +429,17 @@ def evaluate(run: Run) -> None:
     if distributed.is_main():
         line = {"step": step, "epoch": step / run.steps_per_epoch} | {f"eval_{name}": v for name, v in means.items()}
         metrics.write_line(run.folder / "metrics.jsonl", line)
-    distributed.say(f"step {step:>5}  eval_loss {means['loss']:.4f}" + summary(means, "eval_"))
-
-
-def progress(run: Run):
-    return tqdm(total=run.steps, initial=run.step, unit="step", dynamic_ncols=True,
-                disable=run.rank != 0 or not sys.stderr.isatty())
+    distributed.say(f"step {step:>5}  eval_loss {means['loss']:.4f}" + screen.summary(means, "eval_"))
 
 
 def log_step(run: Run, bar, line: dict, tokens: int, seconds: float) -> None:
-    """One line in metrics.jsonl a step; on the screen the bar, and a line every logging_steps."""
+    """One line in metrics.jsonl a step; on the screen one every logging_steps."""
     line |= {"perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds,
              "mem/peak_gib": metrics.peak_gib(run.device)}
-    if run.rank != 0:
-        return
-    # JSON has no word for what is not finite: a step that was left out lacks those values.
-    metrics.write_line(run.folder / "metrics.jsonl", {k: v for k, v in line.items() if math.isfinite(v)})
-    bar.update()
-    speed = f"  {tokens / seconds:,.0f} tokens/s"
-    bar.set_postfix_str(f"loss {line['loss']:.4f}{summary(line)}{speed}", refresh=False)
-    if line["step"] % run.args.logging_steps == 0 or line["step"] == run.steps - 1:
-        bar.write(f"step {line['step']:>5}  loss {line['loss']:.4f}{summary(line)}{speed}")
-
-
-def summary(means: dict, prefix: str = "") -> str:
-    names = ("rewards/margins", "rewards/accuracies") if "rewards/margins" in means else ("logps_per_token/chosen",)
-    return "".join(f"  {prefix}{name} {means[name]:.4f}" for name in names)
+    if run.rank == 0:
+        # JSON has no word for what is not finite: a step that was left out lacks those values.
+        metrics.write_line(run.folder / "metrics.jsonl", {k: v for k, v in line.items() if math.isfinite(v)})
+        screen.show(bar, line, line["step"] % run.args.logging_steps == 0 or line["step"] == run.steps - 1)
 
 
 def save_checkpoint(run: Run) -> None:
@@ -541,8 +462,8 @@ def save_state(run: Run) -> None:
         return
     tensors = run.random
     if run.rank == 0 or run.engine.zero_optimization_stage():  # else rank 0 has the same
-        tensors = tensors | state.weights_and_moments(run.engine)
-    facts = {"tokens": run.tokens, "skipped": run.skipped} | {n: getattr(run.engine, n) for n in state.COUNTERS}
+        tensors = tensors | states.weights_and_moments(run.engine)
+    facts = {"tokens": run.tokens, "skipped": run.skipped} | {n: getattr(run.engine, n) for n in states.COUNTERS}
     resume.save(run.folder, run.step, tensors, facts | mark(run), run.rank)
 
 

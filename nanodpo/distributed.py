@@ -2,9 +2,11 @@
 
 import contextlib
 import datetime
+import json
 import os
 import socket
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -60,6 +62,20 @@ def start(local_rank: int) -> torch.device:
     if cuda and dist.get_world_size() > 1:
         _host["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def read_settings(args, default: Path) -> dict:
+    """The DeepSpeed JSON with train.py's own numbers in it. Raises UserError."""
+    path = Path(args.deepspeed or default)
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--deepspeed {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--deepspeed {path}: not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--deepspeed {path}: expected an object, found {type(settings).__name__}")
+    return engine_config(settings, str(path), args)
 
 
 def engine_config(settings: dict, path: str, args) -> dict:

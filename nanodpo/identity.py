@@ -1,5 +1,6 @@
 """Which run a folder holds, and whether it is this one."""
 
+import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -9,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from .checkpoint import claim
 from .errors import UserError
 from .manifest import clear_partials, flush, write_whole
+from .reference import data_hash
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
 # Flags that may differ between a run and its continuation. None of them can change a number that is written ...
@@ -23,6 +27,17 @@ ADAPTERS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}  # an
 # A machine may be updated between the two; that is said, since to the last bit it is another run then.
 SAID = ("versions", "git_commit", "device", "threads")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "layout", "attention")
+
+
+def facts(args, settings: dict, limit: int, data_sets: list, program: Path) -> dict:
+    """What can be told of a run before its model is loaded, for run.json and to know it again."""
+    return {
+        "command": " ".join(sys.argv), "arguments": dataclasses.asdict(args), "max_length": limit,
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)), "deepspeed": json.loads(json.dumps(settings)),
+        "versions": versions(), "git_commit": git_commit(program), "threads": torch.get_num_threads(),
+        "data": [data_hash(data.examples) for data in data_sets],
+        "data_report": [data.report() for data in data_sets],
+    }
 
 
 def find(args, name: str) -> tuple[Path, dict | None, int | None]:
@@ -69,10 +84,10 @@ def check_same(folder: Path, old: dict, new: dict, early: bool = False) -> None:
     """
     free = FREE | BY_CONTENT | (ADAPTERS if early else set())
     new = json.loads(json.dumps(new))  # as the old one went
-    facts = [(name, old.get(name), new[name]) for name in COMPARED if name in new and name != "arguments"]
+    found = [(name, old.get(name), new[name]) for name in COMPARED if name in new and name != "arguments"]
     before, now = old["arguments"], new["arguments"]
     flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
-    different = [(name, was, is_now) for name, was, is_now in flags + facts if was != is_now]
+    different = [(name, was, is_now) for name, was, is_now in flags + found if was != is_now]
     if different:
         different += [(f"--{name}", before.get(name), now[name]) for name in sorted(BY_CONTENT)
                       if before.get(name) != now[name]]
@@ -92,10 +107,10 @@ def _short(value) -> str:
     return text if len(text) <= 60 else f"{text[:30]}...{text[-20:]}"
 
 
-def fingerprint(facts: dict) -> str:
+def fingerprint(known: dict) -> str:
     """One short word for all that makes a run this very one."""
-    kept = {name: facts[name] for name in COMPARED}
-    kept["arguments"] = {name: value for name, value in facts["arguments"].items() if name not in FREE | BY_CONTENT}
+    kept = {name: known[name] for name in COMPARED}
+    kept["arguments"] = {name: value for name, value in known["arguments"].items() if name not in FREE | BY_CONTENT}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

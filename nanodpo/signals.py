@@ -5,6 +5,7 @@ of them twice, and not to all ranks at once. So a first signal is only noted, ra
 and one that comes more than GRACE seconds later ends the process at once.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -26,6 +27,14 @@ class Stop:
     def wait(self, waiting: bool = True) -> None:
         """From now on (or no longer) a signal waits for the next `check`."""
         self.waiting = waiting
+
+    @contextlib.contextmanager
+    def unheard(self):
+        """Within this a signal ends the process as it ends any other: code that waits in C would never hear of it."""
+        heard = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+        yield
+        for number, handler in heard.items():
+            signal.signal(number, handler)
 
     def check(self) -> None:
         """Raises Preempted on all ranks where one was told to stop. All ranks must call it."""
