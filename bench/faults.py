@@ -7,7 +7,8 @@ Each configuration (SFT and DPO, ZeRO 0, 2 and 3, one rank and two) is run once 
 and, at instants drawn from the seed, one rank or all of them get SIGKILL (sometimes SIGTERM): while the process starts,
 in the reference pass, in steps, in the midst of a save, at the end. The same command goes on until the run is done, and
 every checkpoint byte and every number of metrics.jsonl, times and memory aside, is compared with the undisturbed run.
-Ranks that a dead one leaves behind must end by themselves within 30 seconds.
+Ranks that a dead one leaves behind must end within 30 seconds; `told` are those that waited for its start, and ended
+when they got the SIGTERM that launchers send.
 
 The ranks are real processes that run train.py, on CPU. `fork`, the default, makes them from one that has imported the
 libraries already, which saves ten seconds a kill; `torchrun` and `python` start as a user would. Exit code 1 where
@@ -70,7 +71,8 @@ def start(config: dict, run: str, launcher: str) -> list[int]:
     log = config["folder"] / f"{run}.log"
     EXITS.clear()
     if launcher == "fork":
-        return [fork(command(config, run), log, rank, config["ranks"], port) for rank in range(config["ranks"])]
+        argv = [str(ROOT / "train.py"), *command(config, run)]
+        return [fork(argv, log, rank, config["ranks"], port) for rank in range(config["ranks"])]
     head = [sys.executable]
     if launcher == "torchrun":
         head += ["-m", "torch.distributed.run", "--nproc_per_node", str(config["ranks"]), "--master_port", port]
@@ -79,7 +81,8 @@ def start(config: dict, run: str, launcher: str) -> list[int]:
                                  start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).pid]
 
 
-def fork(flags: list[str], log: Path, rank: int, world: int, port: str) -> int:
+def fork(argv: list[str], log: Path, rank: int, world: int, port: str) -> int:
+    """A rank that runs the script argv[0], made from this process and what it has imported."""
     if pid := os.fork():
         return pid
     code = 1
@@ -90,7 +93,7 @@ def fork(flags: list[str], log: Path, rank: int, world: int, port: str) -> int:
         os.dup2(out, 2)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=port)
-        sys.argv = [str(ROOT / "train.py"), *flags]
+        sys.argv = argv
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
@@ -147,13 +150,17 @@ def disturb(config: dict, launcher: str, draw: random.Random, dice: dict) -> dic
         except ProcessLookupError:
             pass
     hit = time.monotonic()
-    wait_until(pids, lambda: None not in ended(pids), PATIENCE)
+    wait_until(pids, lambda: None not in ended(pids), 5)
+    told = [pid for pid, code in zip(pids, ended(pids)) if code is None and launcher == "fork"]
+    for pid in told:  # what a launcher does that has lost a rank
+        os.killpg(pid, signal.SIGTERM)
+    wait_until(pids, lambda: None not in ended(pids), PATIENCE - 5)
     seconds, hanging = time.monotonic() - hit, [pid for pid, code in zip(pids, ended(pids)) if code is None]
     for pid in hanging:
         os.killpg(pid, signal.SIGKILL)
     wait_until(pids, lambda: None not in ended(pids))
     return {"config": config["name"], "phase": observed, "signal": dice["signal"].name, "all": dice["all"],
-            "seconds_to_end": round(seconds, 2), "hung": bool(hanging), "exit_codes": ended(pids),
+            "seconds_to_end": round(seconds, 2), "told": bool(told), "hung": bool(hanging), "exit_codes": ended(pids),
             "step": count_lines(folder)}
 
 
