@@ -27,12 +27,13 @@ def hit(what: str, run, losses):
         raise LookupError("a fault for the test")
     elif what == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    elif what == "loss":
-        losses = losses * torch.inf
     elif what == "gradient":
         losses.register_hook(lambda gradient: gradient * torch.nan)
     elif what == "weight":
-        next(p for p in run.engine.module.parameters() if p.requires_grad).data.view(-1)[0] = torch.inf
+        for p in run.engine.module.parameters():
+            if p.requires_grad:
+                p.data.fill_(torch.inf)
+                getattr(p, "ds_tensor", p).data.fill_(torch.inf)
     return losses
 
 
@@ -41,14 +42,19 @@ def plant(fault: str) -> None:
     what, _, place = fault.partition("@")
     step, _, rank = place.partition(":")
     mine = os.environ.get("RANK", "0") == (rank or os.environ.get("RANK", "0"))
+    now, pairs = {"hit": False}, metrics.pair_values
     old, write, save = train.losses_of, metrics.write_line, resume.save_file
 
     def losses_of(run, data, ref, indices, weight, meter, gradient):
-        losses, now = old(run, data, ref, indices, weight, meter, gradient), mine and run.step == int(step)
-        if what == "weight" and now:
-            hit(what, run, losses)
-            return old(run, data, ref, indices, weight, meter, gradient)
-        return hit(what, run, losses) if now and gradient else losses
+        now["hit"] = mine and gradient and run.step == int(step)
+        if what == "weight" and now["hit"]:
+            hit(what, run, None)
+        losses = old(run, data, ref, indices, weight, meter, gradient)
+        return hit(what, run, losses) if now["hit"] and what != "weight" else losses
+
+    def pair_values(*args):
+        losses, values = pairs(*args)
+        return losses * torch.inf if what == "loss" and now["hit"] else losses, values
 
     def write_line(file, line):
         if line["step"] >= int(step):
@@ -71,9 +77,9 @@ def plant(fault: str) -> None:
     elif what == "disk":
         resume.save_file = save_file
     else:
-        train.losses_of = losses_of
+        train.losses_of, metrics.pair_values = losses_of, pair_values
 
 
 if __name__ == "__main__":
-    plant(sys.argv.pop(1))
+    plant(sys.argv.pop(1 + sys.argv[1].startswith("--local_rank")))  # the deepspeed launcher's comes first
     sys.exit(train.run_script(train.main))
