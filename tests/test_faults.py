@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
     ("weight", ["logps/chosen", "in chosen, loss, rejected"])])
 @pytest.mark.parametrize("stage, ranks", [(0, 1), (2, 2), (3, 2)])
 def test_what_is_not_finite_stops_all_ranks_before_the_update(fault, words, stage, ranks, tiny, tmp_path, forked):
-    """R-G7: wrong on one rank only; step, rows, lengths and side are named in one line, and the step leaves no other."""
+    """R-G7: wrong on one rank only; step, rows, lengths and side are named in one line; no line of metrics."""
     more = ("--deepspeed", zero(tiny, stage), "--resume_steps", "1")
     codes, said = forked(FAULTY, f"{fault}@3:{ranks - 1}", *flags(tiny, tmp_path / "run", *more), ranks=ranks)
     assert codes == [1] * ranks and "Traceback" not in said
