@@ -103,8 +103,8 @@ def engine_config(settings: dict, path: str, args) -> dict:
         raise UserError(f'{path}: zero_optimization must be like {{"stage": 0}}, with a stage of 0 to 3')
     offload = zero.get("offload_optimizer") or {}
     if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
-        raise UserError(f"{path}: offload_optimizer with device nvme, or a ratio, keeps AdamW's moments where a state to "
-                        "resume from can't have them; use device cpu without a ratio")
+        raise UserError(f"{path}: offload_optimizer with device nvme, or a ratio, keeps AdamW's moments where a state "
+                        "to resume from can't have them; use device cpu without a ratio")
     if args.bf16 and not zero.get("stage"):
         # DeepSpeed's stage 0 takes one empty Adam step before the first real one in bfloat16, which then is too short.
         say(f"{path}: ZeRO stage 2 instead of 0, which is not exact in bfloat16")

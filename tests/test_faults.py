@@ -17,11 +17,11 @@ from nanodpo.errors import RunStopped, UserError, run_script
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("fault, words", [
-    ("loss", ["loss not finite", "in loss"]), ("gradient", ["gradient is not finite"]),
-    ("weight", ["logps/chosen", "in chosen, loss, rejected"])])
-@pytest.mark.parametrize("stage, ranks", [(0, 1), (2, 2), (3, 2)])
-def test_what_is_not_finite_stops_all_ranks_before_the_update(fault, words, stage, ranks, tiny, tmp_path, forked):
+@pytest.mark.parametrize("fault, stage, ranks, words", [
+    ("loss", 0, 1, ["loss not finite", "in loss"]), ("loss", 2, 2, ["loss not finite", "in loss"]),
+    ("gradient", 0, 2, ["gradient is not finite"]), ("gradient", 2, 2, ["gradient is not finite"]),
+    ("gradient", 3, 2, ["gradient is not finite"]), ("weight", 3, 2, ["logps/chosen", "in chosen, loss, rejected"])])
+def test_what_is_not_finite_stops_all_ranks_before_the_update(fault, stage, ranks, words, tiny, tmp_path, forked):
     """R-G7: wrong on one rank only; step, rows, lengths and side are named in one line; no line of metrics."""
     more = ("--deepspeed", zero(tiny, stage), "--resume_steps", "1")
     codes, said = forked(FAULTY, f"{fault}@3:{ranks - 1}", *flags(tiny, tmp_path / "run", *more), ranks=ranks)
