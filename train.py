@@ -79,7 +79,11 @@ class Run:
 
 
 def main(argv: list[str]) -> None:
-    stop = Stop()
+    with Stop() as stop:
+        run_training(argv, stop)
+
+
+def run_training(argv: list[str], stop: Stop) -> None:
     args = parse(argv, HERE / "examples" / "dpo.yaml")
     if args.print_config:
         print(json.dumps(dataclasses.asdict(args), indent=2))

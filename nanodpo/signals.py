@@ -20,9 +20,15 @@ class Stop:
     """What this process was told. Until `wait` is called, a signal ends it at once: there is nothing to save yet."""
 
     def __init__(self):
-        self.name, self.since, self.waiting = None, 0.0, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._told)
+        self.name, self.since, self.waiting, self.before = None, 0.0, False, {}
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._told) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items() if self.name is None else ():  # told twice is still one end
+            signal.signal(number, handler)
 
     def wait(self, waiting: bool = True) -> None:
         """From now on (or no longer) a signal waits for the next `check`."""

@@ -54,7 +54,7 @@ def assert_same(one: Path, other: Path):
     ids=["zero0", "zero1-2-full", "zero3-2-full-bf16-sft"])
 def test_a_stopped_run_is_an_undisturbed_one(stage, ranks, more, tiny, tmp_path, forked):
     """R-H1, R-H6: killed with -9 in step 3, told to stop in step 4, then left alone; metrics and checkpoints to the
-    last bit, no step missing or double. The other cases are bench/faults.py's. States of both kinds are used: one from a save, one from the signal."""
+    last bit, no step missing or double. States of both kinds are used: one from a save, one from the signal."""
     more = (*more, "--deepspeed", zero(tiny, stage))
     whole, run = (flags(tiny, tmp_path / name, *more) for name in ("whole", "run"))
     assert forked(TRAIN, *whole, ranks=ranks)[0] == [0] * ranks
@@ -251,7 +251,8 @@ def test_told_to_stop_in_the_reference_pass_and_twice(tiny, tmp_path, forked):
 
 @pytest.mark.slow
 def test_random_kills(tmp_path):
-    """A short run of the harness: a dozen kills at random instants, one in each configuration, no difference."""
-    done = launch(ROOT / "bench" / "faults.py", "--kills", "12", "--output", tmp_path / "faults.json", check=False)
+    """A short run of the harness: some kills at random instants, in half of its configurations; no difference."""
+    done = launch(ROOT / "bench" / "faults.py", "--kills", "10", "--only", "dpo", "--output", tmp_path / "faults.json",
+                  check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert len(json.loads((tmp_path / "faults.json").read_text())["kills"]) >= 10
+    assert len(json.loads((tmp_path / "faults.json").read_text())["kills"]) == 10
