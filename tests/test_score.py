@@ -134,6 +134,7 @@ def test_two_ranks_write_the_same_tables(full):
         pandas.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-6)
     assert not (full / "one" / "failed.jsonl").exists()
     assert (full / "one" / "verdict.json").read_text().count('"names"') == 1
+    assert (full / "one" / "dynamics.png").stat().st_size > 10_000  # nobody had to ask for it
 
 
 def test_tokens_add_up(full):
