@@ -39,6 +39,11 @@ from nanodpo.source import open_source
 from nanodpo.template import Template, prompt_leads, read_template
 from nanodpo.tokens import load_dataset
 
+# How data is read: as the run did, unless these flags of train.py say otherwise.
+READING = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
+           "boundary": ["error", "concat"], "max_length": None, "max_prompt_length": None,
+           "overlong": ["error", "drop", "truncate"], "on_bad_row": ["error", "drop"]}
+
 
 @dataclasses.dataclass
 class Probe:
@@ -73,7 +78,8 @@ class Probe:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    checkpoints = open_targets(args.targets)
+    checkpoints = open_targets(args.targets, {name: getattr(args, name) for name in (*READING, "trust_remote_code")
+                                               if getattr(args, name)})
     probes = open_probes(checkpoints, args)
     folder = Path(args.output_dir or (args.targets[0] if (Path(args.targets[0]) / "run.json").is_file() else "scores"))
     scores.make_folder(folder / "parts")
@@ -133,6 +139,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="in a micro-batch")
     parser.add_argument("--seed", type=int, default=42, help="of drawn and shuffled responses")
     parser.add_argument("--bf16", action="store_true", help="also for models that no run says it of")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
+    for name, choices in READING.items():
+        parser.add_argument(f"--{name}", choices=choices, type=int if name.startswith("max_") else str,
+                            help="as in train.py; default: as the run read its data")
     parser.add_argument("--gpu_id", type=int, help="the CUDA device to use")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
 
@@ -142,7 +152,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.error = refuse
     args = parser.parse_args(argv)
     args.local_rank = local_rank(args.local_rank)
-    for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0)):
+    for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0), ("max_length", 1),
+                        ("max_prompt_length", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     args.targets += [args.model_path] if args.model_path else []
@@ -188,7 +199,7 @@ def open_probes(checkpoints: list[Checkpoint], args) -> list[Probe]:
 
 def open_probe(name: str, path: str, settings, source, args) -> Probe:
     """A data set as the settings of a run read it, with its responses."""
-    limit = settings.max_length or source.context or sys.maxsize
+    limit = min(settings.max_length or sys.maxsize, source.context or sys.maxsize)
     template = read_template(source.tokenizer, settings.assistant_header)
     kinds = args.responses or list(responses.KINDS)
     columns = tuple(kind for kind in kinds if kind not in responses.KINDS and kind != responses.GREEDY)

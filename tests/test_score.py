@@ -216,6 +216,20 @@ def test_rows_that_fail_are_listed_and_in_no_mean(run, tiny, tmp_path, monkeypat
     assert means.loc["shuffled", "n"] == 10 and means.loc["chosen", "n"] == 11 and means["mean"].notna().all()
 
 
+def test_a_bare_model_reads_data_as_told(tiny, tmp_path):
+    """--chosen_field and --max_length, as in training: the first tokens of a response have the same log-probs."""
+    flags = [tiny / "model", "--dataset_path", tiny / "train.jsonl", "--tokens", "--responses", "chosen"]
+    scored(tmp_path / "all", *flags, "--chosen_field", "rejected")
+    cut = scored(tmp_path / "cut", *flags, "--chosen_field", "rejected", "--max_length", "20", "--overlong", "truncate")
+    full, part = (pandas.read_parquet(tmp_path / name / "tokens.parquet") for name in ("all", "cut"))
+    both = part.merge(full, on=["row", "position"])
+    assert len(both) == len(part) < len(full) and (both.token_x == both.token_y).all()
+    assert both.logp_x.values == pytest.approx(both.logp_y.values, abs=1e-6)
+    assert cut.tokens.max() < 20 and "".join(full[full.row == 0].token) == "No idea!<|im_end|>"
+    with pytest.raises(UserError, match="too long; longest: .* --overlong truncate"):
+        scored(tmp_path / "no", *flags, "--max_length", "20")
+
+
 def test_prompts_that_open_otherwise_are_refused(run, tiny, tmp_path):
     """R-A9: data with a system prompt that training did not have; asked for, it is scored."""
     other = tmp_path / "dpo"
