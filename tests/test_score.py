@@ -218,9 +218,10 @@ def test_rows_that_fail_are_listed_and_in_no_mean(run, tiny, tmp_path, monkeypat
 
 def test_a_bare_model_reads_data_as_told(tiny, tmp_path):
     """--chosen_field and --max_length, as in training: the first tokens of a response have the same log-probs."""
-    flags = [tiny / "model", "--dataset_path", tiny / "train.jsonl", "--tokens", "--responses", "chosen"]
-    scored(tmp_path / "all", *flags, "--chosen_field", "rejected")
-    cut = scored(tmp_path / "cut", *flags, "--chosen_field", "rejected", "--max_length", "20", "--overlong", "truncate")
+    flags = [tiny / "model", "--dataset_path", tiny / "train.jsonl", "--tokens", "--responses", "chosen",
+             "--chosen_field", "rejected", "--rejected_field", "chosen"]
+    scored(tmp_path / "all", *flags)
+    cut = scored(tmp_path / "cut", *flags, "--max_length", "20", "--overlong", "truncate")
     full, part = (pandas.read_parquet(tmp_path / name / "tokens.parquet") for name in ("all", "cut"))
     both = part.merge(full, on=["row", "position"])
     assert len(both) == len(part) < len(full) and (both.token_x == both.token_y).all()
