@@ -65,6 +65,11 @@ def test_the_whole_of_it(commands, tmp_path, monkeypatch):
     assert forward[forward.index("--save_steps") + 1] == "63"  # 1,000 rows in steps of 16
     assert dpo[dpo.index("--model_name") + 1] == str(tmp_path / "mixed-1" / "checkpoint-120")
     assert gentle[gentle.index("--learning_rate") + 1] == "5e-05"
+    scored, answered = (flags for script, flags in commands[5:7])
+    assert "--answers" not in scored and [flag for flag in scored if flag.endswith("-1")][:4] == [
+        str(tmp_path / f"{name}-1") for name in ("forward", "reverse", "mixed", "dpo")]
+    assert answered[:4] == [str(tmp_path / f"{name}-1" / f"checkpoint-{step}")
+                            for name in ("dpo", "gentle") for step in (0, 120)]
     assert plot[plot.index("--dpo") + 1 : plot.index("--scores")] == ["dpo-1", "dpo-2"]
     found = {line["text"].partition(":")[0]: line for line in json.loads((tmp_path / "findings.json").read_text())}
     assert found["SFT on forward raises y+ on forward tests"]["holds"]
