@@ -129,8 +129,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def place() -> tuple[int, int]:
+    """(this rank, number of ranks); (0, 1) where no ranks were started."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def from_main(value):
     """Rank 0's value on all ranks."""
+    if not dist.is_initialized():
+        return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
