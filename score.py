@@ -102,18 +102,10 @@ def report(folder: Path, tables: dict) -> None:
     if failed := len(tables["failed"]):
         print(f"{failed} log-probs are not finite and in no mean; they are listed in {folder / 'failed.jsonl'}")
     print("\n".join(line["text"] for line in found))
-    draw(folder)
+    from nanodpo.drawing import draw_after  # slow to import
+
+    print(draw_after(folder))
     print(f"done: {folder / 'scores.parquet'}")
-
-
-def draw(folder: Path) -> None:
-    """The default figures; that they can't be drawn is no reason to fail now."""
-    from nanodpo.drawing import draw_run  # slow to import
-
-    try:
-        print("figures:", ", ".join(file.name for file in draw_run(folder) if file.suffix == ".png"))
-    except UserError as error:
-        print(f"no figure: {error}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

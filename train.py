@@ -32,7 +32,7 @@ from nanodpo.packing import LAYOUTS
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
 from nanodpo.signals import Stop
 from nanodpo.source import Source, open_source
-from nanodpo.template import read_template
+from nanodpo.template import prompt_leads, read_template
 from nanodpo.tokens import DataSet, load_dataset
 
 HERE = Path(__file__).resolve().parent
@@ -88,7 +88,7 @@ def run_training(argv: list[str], stop: Stop) -> None:
     if args.print_config:
         print(json.dumps(dataclasses.asdict(args), indent=2))
         return
-    settings = distributed.read_settings(args, HERE / "ds_config.json")
+    settings = engines.read_settings(args, HERE / "ds_config.json")
 
     # What is wrong with the input is found here, before a weight is loaded or a folder made.
     distributed.check_device(args)
@@ -168,7 +168,9 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
     """
     # An adapter that is trained on has written its settings into the arguments.
     run.facts |= {"arguments": dataclasses.asdict(run.args), "output_dir": str(run.folder), "steps": run.steps,
-                  "layout": run.layout, "attention": run.attention, "weights": weights, "device": run.device.type}
+                  "layout": run.layout, "attention": run.attention, "weights": weights, "device": run.device.type,
+                  "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header),
+                                               [example.prompt for example in run.train_set.examples])}
     found = {"step": 0}
     with distributed.main_first():
         if distributed.is_main():
@@ -489,6 +491,10 @@ def finish(run: Run) -> None:
         print(f"merged: {run.folder / 'merged'}")
     shutil.rmtree(run.folder / "resume", ignore_errors=True)  # large, and a finished run has nowhere to go on to
     identity.finish(run.folder)
+    if run.args.draw:
+        from nanodpo.drawing import draw_after  # slow to import
+
+        print(draw_after(run.folder))
     print(f"done: {run.folder}\nlast: {last}\nnext: python score.py {run.folder}")
 
 

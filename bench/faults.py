@@ -38,7 +38,7 @@ EXITS: dict[int, int] = {}  # of the processes that have ended
 PHASES = ("start", "reference", "step", "save", "end")
 FLAGS = ("--model_name", PILES / "sft", "--train_file_path", PILES / "train.parquet", "--eval_size", 4, "--max_steps",
          STEPS, "--save_steps", 2, "--resume_steps", 1, "--eval_steps", 4, "--learning_rate", "1e-3", "--lora_dropout",
-         "0.1", "--allow_dropout", "--warmup_steps", 3)
+         "0.1", "--allow_dropout", "--warmup_steps", 3, "--draw", "false")
 
 
 def configurations(folder: Path) -> list[dict]:

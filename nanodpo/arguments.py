@@ -85,6 +85,7 @@ class TrainArguments:
     save_steps: int = _flag(0, "Save a checkpoint every so many steps; 0: only step 0 and the last.")
     save_total_limit: int = _flag(None, "Keep so many checkpoints besides step 0, the newest. Default: all.")
     merge_weights: bool = _flag(False, "At the end also save the adapter merged into its base, in merged/.")
+    draw: bool = _flag(True, "Draw the run's figures at its end.")
     cache_dir: str = _flag("~/.cache/nanodpo", "Folder for reference log-probs.")
 
     # Looking without training
@@ -170,9 +171,8 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
             "`train.py --help` lists them all"
         raise UserError(f"unknown argument {unknown[0]}; {place}")
     args.local_rank = local_rank(args.local_rank)
-    for name in ("model_name", "train_file_path"):
-        if not getattr(args, name):
-            raise UserError(f"--{name} is missing")
+    if missing := [name for name in ("model_name", "train_file_path") if not getattr(args, name)]:
+        raise UserError(f"--{missing[0]} is missing")
     return args
 
 

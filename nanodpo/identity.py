@@ -19,7 +19,7 @@ from .reference import data_hash
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
 # Flags that may differ between a run and its continuation. None of them can change a number that is written ...
-FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit",
+FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
         "skip_nonfinite", "trust_remote_code", "inspect", "print_config", "dry_run"}
 # ... or what they name is compared itself: the weights, the token ids, the DeepSpeed settings.
 BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "deepspeed"}

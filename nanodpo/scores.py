@@ -128,8 +128,8 @@ def _aside(file: Path):
 
 def unwritten(place: Path, error: OSError) -> RunStopped:
     """A full disk, mostly."""
-    return RunStopped(f"{place}: can't be written ({first_line(error)}); the parts that are done are whole, and the same "
-                      "command goes on from there")
+    return RunStopped(f"{place}: can't be written ({first_line(error)}); the parts that are done are whole, the same "
+                      "command goes on from them")
 
 
 def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, betas: dict[str, float]) -> pandas.DataFrame:

@@ -107,7 +107,7 @@ def forked(tmp_path_factory):
 def train(tiny: Path, output: Path, *flags, model: str = "model", **how) -> list[dict]:
     """A run of train.py on the tiny model; returns the lines of its metrics.jsonl."""
     launch(ROOT / "train.py", "--model_name", tiny / model, "--train_file_path", tiny / "train.jsonl", "--output_dir",
-           output, "--cache_dir", output.parent / "cache", *flags, **how)
+           output, "--cache_dir", output.parent / "cache", "--draw", "false", *flags, **how)
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 

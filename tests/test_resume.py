@@ -21,7 +21,7 @@ TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
 # Saves every two steps, evaluates every three, and has dropout, so that random numbers count.
 LONG = ("--learning_rate", "1e-3", "--lora_r", "4", "--max_steps", "6", "--save_steps", "2", "--eval_steps", "3",
         "--eval_size", "3", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2",
-        "--lora_dropout", "0.1", "--allow_dropout")
+        "--lora_dropout", "0.1", "--allow_dropout", "--draw", "false")
 
 
 def flags(tiny: Path, run: Path, *more):
