@@ -1,111 +1,188 @@
-"""Draws runs: their training curves, and where they were scored, the log-probs of responses over steps.
+"""Draws runs: their training, and where they were scored, how the log-probs of responses moved.
 
-    python plot.py                             the newest run under runs/
-    python plot.py RUN [RUN ...]               these run folders, in one figure
-    python plot.py --scores scores.parquet     the log-probs of a file of score.py alone
+    python plot.py                                  the newest run under runs/: its training and dynamics
+    python plot.py RUN [RUN ...]                    these run folders, in one figure
+    python plot.py --scores scores.parquet          the dynamics in files of score.py alone
+    python plot.py SFT_RUN DPO_RUN --phases         dynamics of runs that followed one another, on one axis
+    python plot.py RUN --heatmap                    every example of a run at every checkpoint
+    python plot.py RUN --strip 7                    every token of the pair in row 7, from tokens.parquet
+    python plot.py --series published.csv           curves of a csv, alone or beside one's own
+    python plot.py --three_panel --forward RUN ... --reverse RUN ... --mixed RUN ... --dpo RUN ... --scores FILE ...
 
-Leaves training and dynamics, each as .png, .pdf and .svg, in the run's folder (runs/figures for several runs). Every
-number drawn is read from metrics.jsonl or scores.parquet; a rerun gives the same bytes.
+A RUN is a run's folder or, with --scores, a name in its column `run`. Leaves each figure as .png, .pdf and .svg, with a
+.tex that includes it, in the run's folder (runs/figures for several runs). Every number drawn is read from
+metrics.jsonl, scores.parquet, tokens.parquet or the csv; a rerun gives the same bytes.
 """
 
 import argparse
-import contextlib
-import io
-import os
+import math
 import sys
 from pathlib import Path
 
-import matplotlib
-import matplotlib.style
+import pandas
 
-from nanodpo import figures
-from nanodpo.errors import UserError, first_line, run_script
-from nanodpo.records import read_metrics, read_scores
+from nanodpo.drawing import draw_dynamics, house_style, save
+from nanodpo.errors import UserError, run_script
+from nanodpo.heatmap import heatmap_figure
+from nanodpo.intervals import levels, with_gaps
+from nanodpo.records import read_metrics, read_scores, read_series, read_tokens
 from nanodpo.runs import newest_run
+from nanodpo.selection import in_phases, select, series_in_phases
+from nanodpo.strip import strip_figure
+from nanodpo.three_panel import ROLES, three_panel_figure
+from nanodpo.training import training_figure
 
-FORMATS = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}  # metadata that must not be written
-HOUSE = {"font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7, "legend.fontsize": 7, "legend.title_fontsize": 7,
-         "xtick.labelsize": 6, "ytick.labelsize": 6, "lines.linewidth": 1, "lines.markersize": 3, "axes.linewidth": 0.6,
-         "xtick.major.width": 0.6, "ytick.major.width": 0.6, "axes.spines.top": False, "axes.spines.right": False,
-         "legend.frameon": False}
-# Whatever the style: the same ids on a rerun, the full width, text that a journal's software can edit.
-FIXED = {"svg.hashsalt": "nanodpo", "savefig.bbox": None, "pdf.fonttype": 42}
+TESTS = ["forward", "reverse", "mixed"]
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    folders = list(dict.fromkeys(Path(run).expanduser() for run in args.runs))
-    if not folders and not args.scores:
-        folders = [Path(newest_run(Path("runs")))]
-    runs = {name: read_metrics(folder) for name, folder in label(folders).items()}
-    beside = [folder / "scores.parquet" for folder in folders if (folder / "scores.parquet").exists()]
-    files = [Path(args.scores).expanduser()] if args.scores else beside
-    if args.focus and not files:
+    given = list(dict.fromkeys(args.runs + [run for role in ROLES for run in getattr(args, role)]))
+    if not (given or args.scores or args.series):
+        given = [newest_run(Path("runs"))]
+    folders = find_folders(args, given)
+    names = [folders[run].resolve().name if run in folders else run for run in given]
+    files = find_scores(args, list(folders.values()))
+    if args.focus and not files and not args.series:
         raise UserError("--focus: is for the figure of scores.parquet, and there is none; --scores FILE names one")
-    scores = read_scores(files) if files else None
-    default = "runs/figures" if len(folders) > 1 else folders[0] if folders else files[0].parent
-    with house_style(args.style):
-        drawn = {"training": figures.training_figure(runs, args.columns)} if runs else {}
-        if files:
-            drawn["dynamics"] = figures.dynamics_figure(scores, args.columns, args.focus)
-        save(drawn, Path(args.output_dir or default).expanduser())
+    places = list(dict.fromkeys(folders.values())) or [Path(file).parent for file in [*files, args.series][:1]]
+    default = places[0] if len(places) == 1 else "runs/figures"
+    with house_style(args.style, args.serif, args.usetex):
+        drawn = draw(args, list(folders.values()), files, names)
+        for file in save(drawn, Path(args.output_dir or default).expanduser(), args.columns):
+            print(file)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("plot.py", description="Figures of runs.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="Run folders. Default: the newest under runs/.")
-    parser.add_argument("--output_dir", help="Default: the folder of the run, or of FILE; of several runs/figures.")
-    parser.add_argument("--scores", metavar="FILE", help="Log-probs of score.py. Default: scores.parquet of each run.")
-    parser.add_argument("--columns", type=int, choices=[1, 2], default=2, help="Of a journal: 3.3 or 6.9 inches.")
-    parser.add_argument("--focus", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                        help="Log-probs per token that get a quarter of the height in the figure of scores.")
-    parser.add_argument("--style", help="A matplotlib style sheet: its name, or a file.")
+    parser = argparse.ArgumentParser("plot.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="Run folders, or names in the files of --scores. Default: the newest.")
+    add("--output_dir", help="Default: the folder of the run, or of the first file; of several runs/figures.")
+    add("--scores", nargs="+", metavar="FILE", help="Files of score.py. Default: scores.parquet of each run folder.")
+    add("--series", metavar="CSV", help="Means from elsewhere: columns series (its name, drawn like a run's), step, "
+                                        "mean and, as you have them, low, high, dataset, response, phase (sft, dpo).")
+    add("--test", nargs="+", metavar="DATASET", help="The data sets to draw. Default: all; in the three-panel figure "
+                                                     "forward reverse mixed, and three in this order.")
+    figures = parser.add_argument_group("figures", "Default: training, and dynamics where there are scores.")
+    one = figures.add_mutually_exclusive_group()
+    one.add_argument("--phases", action="store_true", help="Dynamics of the RUNs one after the other, in this order.")
+    one.add_argument("--heatmap", action="store_true", help="Examples x checkpoints: how far each moved.")
+    one.add_argument("--strip", type=int, metavar="ROW", help="The tokens of one pair, from tokens.parquet beside "
+                     "the scores: how far each moved, or with one checkpoint its log-prob.")
+    one.add_argument("--three_panel", action="store_true", help="The figure of arXiv 2509.13079; with the four below.")
+    for role in ROLES:
+        what = "DPO from the mixed runs" if role == "dpo" else f"SFT on {role} data"
+        figures.add_argument(f"--{role}", nargs="+", metavar="RUN", default=[],
+                             help=f"{what}; several runs are seeds, and the interval is over them.")
+    look = parser.add_argument_group("look")
+    look.add_argument("--columns", type=int, choices=[1, 2], default=2, help="Of a journal: 3.3 or 6.9 inches.")
+    look.add_argument("--focus", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                      help="A band, in nats per token, that gets a quarter of the height: of levels in dynamics, of "
+                           "gaps in the three-panel figure, where it is 0.05 0.10 if you don't say.")
+    look.add_argument("--floor", type=float, metavar="VALUE", help="Marks the best possible level.")
+    look.add_argument("--panel_ratios", type=float, nargs=3, metavar=("A", "B", "C"),
+                      help="Widths of the three panels (heights in one column). Default: 1 1 1.2.")
+    look.add_argument("--style", help="A matplotlib style sheet: its name, or a file.")
+    look.add_argument("--serif", action="store_true", help="The letters of a paper (STIX), without LaTeX.")
+    look.add_argument("--usetex", action="store_true", help="Letters set by LaTeX, which must be installed.")
     parser.error = _raise  # argparse would print the whole usage before the one line that matters
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Flags that contradict one another or would go unused; raises UserError."""
+    roles = [role for role in ROLES if getattr(args, role)]
+    if args.three_panel and len(roles) < len(ROLES):
+        missing = [f"--{role}" for role in ROLES if role not in roles]
+        raise UserError(f"--three_panel: needs runs for {', '.join(missing)}")
+    if not args.three_panel and (roles or args.panel_ratios):
+        raise UserError(f"--{roles[0] if roles else 'panel_ratios'}: is for --three_panel")
+    if args.three_panel and args.runs:
+        raise UserError(f"--three_panel: takes its runs by --{', --'.join(ROLES)}, not {args.runs[0]}")
+    if args.three_panel and args.test and len(set(args.test)) != 3:
+        raise UserError("--test: the three-panel figure needs three data sets, in the order forward, reverse, mixed")
+    named = [run for role in ROLES for run in getattr(args, role)]
+    if twice := [run for run in named if named.count(run) > 1]:
+        raise UserError(f"--three_panel: {twice[0]} is named twice")
+    if args.phases and len(args.runs) < 2:
+        raise UserError("--phases: needs two runs or more, in their order")
+    for flag in ("focus", "floor", "panel_ratios"):
+        if not all(map(math.isfinite, [getattr(args, flag) or 0] if flag == "floor" else getattr(args, flag) or [])):
+            raise UserError(f"--{flag}: must be finite")
+    if args.panel_ratios and min(args.panel_ratios) <= 0:
+        raise UserError("--panel_ratios: must be above 0")
+    if (args.heatmap or args.strip is not None) and (args.series or args.focus or args.floor is not None):
+        raise UserError("--series, --focus and --floor: are for the figures of curves")
 
 
 def _raise(message: str) -> None:
     raise UserError(message)
 
 
+def find_folders(args: argparse.Namespace, given: list[str]) -> dict[str, Path]:
+    """The given runs that are folders: without a table to look a name up in, all."""
+    paths = {run: Path(run).expanduser() for run in given}
+    return {run: path for run, path in paths.items()
+            if not (args.scores or args.series) or (path / "metrics.jsonl").exists()}
+
+
+def find_scores(args: argparse.Namespace, folders: list[Path]) -> list[Path]:
+    """The files of --scores, or those in the runs' folders, which a figure that can't do without must have."""
+    if args.scores:
+        return [Path(file).expanduser() for file in args.scores]
+    needed = args.phases or args.heatmap or args.strip is not None or (args.three_panel and not args.series)
+    return [file for folder in folders if (file := folder / "scores.parquet").exists() or needed]
+
+
+def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names: list[str]) -> dict:
+    """{a figure's name: (the figure, its caption)}."""
+    if args.strip is not None:
+        tokens = read_tokens([file.with_name("tokens.parquet") for file in files], args.strip)
+        (tokens,) = select([tokens], names if args.scores else [], args.test)
+        return {"strip": strip_figure(tokens, args.strip, args.columns)}
+    scores = read_scores(files) if files else None
+    series = read_series(Path(args.series).expanduser()) if args.series else None
+    if args.three_panel:
+        return {"three_panel": draw_three_panel(args, scores, series)}
+    drawn = {}
+    if folders and not (args.phases or args.heatmap):
+        runs = {name: read_metrics(folder) for name, folder in label(folders).items()}
+        drawn["training"] = training_figure(runs, args.columns)
+    if scores is not None:
+        (scores,) = select([scores], names if args.scores else [], args.test)
+    if args.heatmap:
+        return {"heatmap": heatmap_figure(scores, args.columns)}
+    how = {"columns": args.columns, "focus": args.focus, "floor": args.floor}
+    if args.phases:
+        scores, how["phases"] = in_phases(scores, names)
+        series = series_in_phases(series, how["phases"]) if series is not None else None
+    if scores is not None or series is not None:
+        drawn["dynamics"] = draw_dynamics(scores, series, **how)
+    return drawn
+
+
+def draw_three_panel(args: argparse.Namespace, scores, series):
+    roles = {role: [Path(run).name for run in getattr(args, role)] for role in ROLES}
+    tests = args.test or TESTS
+    named = sum(roles.values(), [])
+    if series is not None and (unused := sorted(set(series["run"]) - set(named))):
+        raise UserError(f"--series: {unused[0]} is named by none of --{', --'.join(ROLES)}")
+    tables = [*([levels(scores.assign(at=scores["step"]))] if scores is not None else []),
+              *([with_gaps(series)] if series is not None else [])]
+    tables = select(tables, named, tests)
+    more = {"focus": args.focus, "ratios": args.panel_ratios, "floor": args.floor}
+    return three_panel_figure(pandas.concat(tables, ignore_index=True), roles, tests, args.columns,
+                              **{name: value for name, value in more.items() if value is not None})
+
+
 def label(folders: list[Path]) -> dict[str, Path]:
     """Runs by their folders' names, or by their paths where two folders have one name."""
+    folders = list(dict.fromkeys(folders))
     names = [folder.resolve().name for folder in folders]
     return dict(zip(names if len(set(names)) == len(names) else map(str, folders), folders))
-
-
-@contextlib.contextmanager
-def house_style(sheet: str | None):
-    """The fonts and lines of the house, then a matplotlib style sheet (name or file), for what is drawn within."""
-    with matplotlib.rc_context(HOUSE):
-        try:
-            if sheet:
-                matplotlib.style.use(sheet)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--style {sheet}: neither a style of matplotlib nor a file with one") from error
-        matplotlib.rcParams.update(FIXED)
-        yield
-
-
-def save(drawn: dict, folder: Path) -> None:
-    """Writes each figure in each format: beside its place, and into it once all are whole."""
-    files = {}
-    for name, figure in drawn.items():
-        for kind, metadata in FORMATS.items():
-            figure.savefig(out := io.BytesIO(), format=kind, dpi=300, metadata=metadata)
-            files[folder / f"{name}.{kind}"] = out.getvalue()
-    aside = {file: file.with_name(f".{file.name}.partial") for file in files}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            aside[file].write_bytes(content)
-        for file in files:
-            os.replace(aside[file], file)
-            print(file)
-    except OSError as error:
-        for file in filter(Path.exists, aside.values()):
-            file.unlink()
-        raise UserError(f"--output_dir {folder}: can't be written ({first_line(error)})") from error
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@
     python score.py --model_path M --dataset_path D         any model or adapter
     torchrun --nproc_per_node=2 score.py RUN                the same work, shared by the ranks
 
-Leaves scores.parquet, a line for each checkpoint, data set, row and response, and summary.csv, their means. A scoring
-that was stopped goes on where it was: what is done is kept in <output_dir>/parts, a file a checkpoint and data set.
+Leaves scores.parquet, a line for each checkpoint, data set, row and response, summary.csv, their means, verdict.json,
+what became of each run, and the other tables that nanodpo/scores.py describes. A scoring that was stopped goes on where
+it was: what is done is kept in <output_dir>/parts, a folder a checkpoint and data set.
 """
 
 import argparse
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -19,20 +22,27 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from nanodpo import distributed, scores
-from nanodpo.errors import UserError, first_line, run_script
-from nanodpo.logprobs import SequenceLogProbs
+from nanodpo import answers, distributed, plausible, responses, scores, verdict
+from nanodpo.describe import describe
+from nanodpo.errors import UserError, run_script
+from nanodpo.logprobs import sum_by_sequence
+from nanodpo.measures import token_measures
+from nanodpo.opened import Opened, Opener
 from nanodpo.packing import LAYOUTS
+from nanodpo.pairs import gradient_products
 from nanodpo.reference import data_hash
-from nanodpo.responses import KINDS, batches, make_groups
 from nanodpo.runs import Checkpoint, newest_run, open_targets
 from nanodpo.settings import local_rank
 from nanodpo.source import open_source
-from nanodpo.template import read_template
+from nanodpo.template import Template, prompt_leads, read_template
 from nanodpo.tokens import load_dataset
+
+# How data is read: as the run did, unless these flags of train.py say otherwise.
+READING = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
+           "boundary": ["error", "concat"], "max_length": None, "max_prompt_length": None,
+           "overlong": ["error", "drop", "truncate"], "on_bad_row": ["error", "drop"]}
 
 
 @dataclasses.dataclass
@@ -41,44 +51,61 @@ class Probe:
 
     name: str
     examples: list
-    groups: list  # (prompt ids, {kind: response ids})
-    key: str  # a hash of everything that is scored
+    kinds: list[str]
+    groups: list[responses.Group]
+    template: Template
+    limit: int  # tokens of prompt and response
 
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Scored tokens of each group."""
+        return [sum(map(len, said.values())) for _, said in self.groups]
 
-@dataclasses.dataclass
-class Opened:
-    """A checkpoint in memory. An adapter of the same shape on the same base only exchanges weights."""
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end an answer."""
+        tokenizer = self.template.tokenizer
+        return sorted({*tokenizer(self.template.end, add_special_tokens=False).input_ids[-1:], tokenizer.eos_token_id}
+                      - {None})
 
-    checkpoint: Checkpoint
-    base: str
-    adapter: dict | None  # its adapter_config.json, less what says where it lies
-    module: SequenceLogProbs
-    layout: str
+    @property
+    def key(self) -> str:
+        """A hash of everything that is scored."""
+        digest = hashlib.sha256(data_hash(self.examples).encode())
+        digest.update(json.dumps([self.limit, self.kinds, self.groups]).encode())
+        return digest.hexdigest()
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    checkpoints = open_targets(args.targets)
-    probes = [open_probe(name, path, checkpoints, args) for name, path in args.dataset_path]
+    checkpoints = open_targets(args.targets, {name: getattr(args, name) for name in (*READING, "trust_remote_code")
+                                               if getattr(args, name)})
+    probes = open_probes(checkpoints, args)
     folder = Path(args.output_dir or (args.targets[0] if (Path(args.targets[0]) / "run.json").is_file() else "scores"))
     scores.make_folder(folder / "parts")
     device = open_device(args)
-
-    work = [(checkpoint, probe, folder / "parts" / part_name(checkpoint, probe, args))
-            for checkpoint in checkpoints for probe in probes]
-    missing = [item for item in work if not item[2].is_file()]
-    distributed.say(f"{len(work)} parts, {len(work) - len(missing)} of them done before")
-    opened = None
-    with tqdm(total=len(missing), unit="part", disable=not (distributed.is_main() and sys.stderr.isatty())) as bar:
-        for checkpoint, probe, file in missing:
-            opened = open_checkpoint(checkpoint, opened, probes, args, device)
-            bar.set_postfix_str(f"{checkpoint.run} step {checkpoint.step} {probe.name}")
-            lines = score_probe(opened, probe, args.max_tokens, device)
-            if distributed.is_main():
-                scores.write_part(file, checkpoint, probe.name, lines)
-            bar.update()
+    longest = max(example.length for probe in probes for example in probe.examples)
+    opener = Opener(device, args.bf16, args.gradients, longest)
+    for probe in probes:
+        if responses.GREEDY in probe.kinds:
+            add_greedy(opener, checkpoints[0], probe, folder / "parts", args)
+    parts = score_all(opener, checkpoints, probes, folder / "parts", args)
     if distributed.is_main():
-        print(scores.join_parts(folder, [file for _, _, file in work]))
+        report(folder, scores.join_parts(folder, parts, {c.run: c.settings.beta for c in checkpoints}))
+
+
+def report(folder: Path, tables: dict) -> None:
+    """The verdict, and what is on the screen at the end."""
+    found = verdict.judge(tables["scores"], tables["pairs"], tables["answers"])
+    scores.write_json(folder / "verdict.json", found)
+    print(scores.show(tables["summary"]))
+    if failed := len(tables["failed"]):
+        print(f"{failed} log-probs are not finite and in no mean; they are listed in {folder / 'failed.jsonl'}")
+    print("\n".join(line["text"] for line in found))
+    from nanodpo.drawing import draw_after  # slow to import
+
+    print(draw_after(folder))
+    print(f"done: {folder / 'scores.parquet'}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -88,11 +115,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("targets", nargs="*", help="run folders, checkpoints, adapters or models")
     parser.add_argument("--model_path", help="one more of these")
     parser.add_argument("--dataset_path", nargs="+", default=[], help="files, with a name: NAME=FILE")
-    parser.add_argument("--responses", nargs="+", choices=KINDS, help="default: all that the data set has")
+    parser.add_argument("--responses", nargs="+", metavar="KIND", help=f"of {', '.join(responses.KINDS)}, "
+                        f"{responses.GREEDY} (the first checkpoint's own answer) and further columns of the data, by "
+                        "name; default: the first four, as far as the data has them")
     parser.add_argument("--output_dir", help="default: the first run's folder, or scores/")
-    parser.add_argument("--max_tokens", type=int, default=16384, help="in a micro-batch")
+    parser.add_argument("--tokens", action="store_true", help="also keep every token's numbers: tokens.parquet")
+    parser.add_argument("--gradients", action="store_true",
+                        help="also the inner product and cosine of a pair's gradients by the LoRA weights")
+    parser.add_argument("--answers", type=int, default=0, metavar="ROWS",
+                        help="also let each checkpoint answer so many rows of each data set, greedily, and check them")
+    parser.add_argument("--max_new_tokens", type=int, help="of a greedy answer; default: as the data's longest chosen")
+    parser.add_argument("--other_prompts", action="store_true",
+                        help="score prompts that open (system prompt) as none did in training")
+    parser.add_argument("--max_tokens", type=int, default=16384 if torch.cuda.is_available() else 4096,
+                        help="in a micro-batch")
     parser.add_argument("--seed", type=int, default=42, help="of drawn and shuffled responses")
     parser.add_argument("--bf16", action="store_true", help="also for models that no run says it of")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
+    for name, choices in READING.items():
+        parser.add_argument(f"--{name}", choices=choices, type=int if name.startswith("max_") else str,
+                            help="as in train.py; default: as the run read its data")
     parser.add_argument("--gpu_id", type=int, help="the CUDA device to use")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
 
@@ -102,12 +144,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.error = refuse
     args = parser.parse_args(argv)
     args.local_rank = local_rank(args.local_rank)
-    if args.max_tokens < 1:
-        raise UserError(f"--max_tokens {args.max_tokens}: must be above 0")
+    for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0), ("max_length", 1),
+                        ("max_prompt_length", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
     args.targets += [args.model_path] if args.model_path else []
     args.targets = args.targets or [newest_run(Path("runs"))]
-    pairs = [item.partition("=") if "=" in item else (Path(item).stem, "", item) for item in args.dataset_path]
-    args.dataset_path = [(name, path) for name, _, path in pairs] or [own_data(args.targets[0])]
+    named = [item.partition("=") if "=" in item else (Path(item).stem, "", item) for item in args.dataset_path]
+    args.dataset_path = [(name, path) for name, _, path in named] or [own_data(args.targets[0])]
     names = [name for name, _ in args.dataset_path]
     if len(set(names)) < len(names):
         raise UserError(f"--dataset_path: two data sets are called {max(names, key=names.count)}; name them, NAME=FILE")
@@ -124,8 +168,8 @@ def own_data(target: str) -> tuple[str, str]:
     raise UserError(f"{target}: is no run, so --dataset_path is needed")
 
 
-def open_probe(name: str, path: str, checkpoints: list[Checkpoint], args) -> Probe:
-    """Reads a data set as the first checkpoint's run did. Raises UserError where another would read it otherwise.
+def open_probes(checkpoints: list[Checkpoint], args) -> list[Probe]:
+    """Reads the data sets as the first checkpoint's run did. Raises UserError where another would read them otherwise.
 
     Tokenizers may lie in many folders, but they must say the same: log-probs of other tokens don't compare.
     """
@@ -139,16 +183,34 @@ def open_probe(name: str, path: str, checkpoints: list[Checkpoint], args) -> Pro
         first, second = (checkpoint.path for checkpoint, _ in list(read.values())[:2])
         raise UserError(f"{first} and {second} have different tokenizers or chat templates; score them in two calls")
     ((checkpoint, source),) = read.values()
-    settings = checkpoint.settings
-    limit = settings.max_length or source.context or sys.maxsize
-    data = load_dataset(path, read_template(source.tokenizer, settings.assistant_header), settings, limit, pairs=False)
-    has = [kind for kind in KINDS if kind != "rejected" or data.examples[0].rejected is not None]
-    groups = make_groups(data.examples, args.responses or has, args.seed)
+    probes = [open_probe(name, path, checkpoint.settings, source, args) for name, path in args.dataset_path]
+    for checkpoint, probe in itertools.product(checkpoints, probes):
+        check_leads(checkpoint, probe, args)
+    return probes
+
+
+def open_probe(name: str, path: str, settings, source, args) -> Probe:
+    """A data set as the settings of a run read it, with its responses."""
+    limit = min(settings.max_length or sys.maxsize, source.context or sys.maxsize)
+    template = read_template(source.tokenizer, settings.assistant_header)
+    kinds = args.responses or list(responses.KINDS)
+    columns = tuple(kind for kind in kinds if kind not in responses.KINDS and kind != responses.GREEDY)
+    data = load_dataset(path, template, settings, limit, pairs=False, more=columns)
+    if not args.responses and data.examples[0].rejected is None:
+        kinds.remove("rejected")
     if distributed.is_main():
         print(data.report())
-    digest = hashlib.sha256(data_hash(data.examples).encode())
-    digest.update(json.dumps([[prompt, responses] for prompt, responses in groups]).encode())
-    return Probe(name, data.examples, groups, digest.hexdigest())
+    groups = responses.make_groups(data.examples, kinds, args.seed, limit)
+    return Probe(name, data.examples, kinds, groups, template, limit)
+
+
+def check_leads(checkpoint: Checkpoint, probe: Probe, args) -> None:
+    """Raises UserError for prompts that open otherwise than those of the checkpoint's run, unless asked for."""
+    known = checkpoint.settings.prompt_leads
+    found = prompt_leads(probe.template, [example.prompt for example in probe.examples])
+    if known and not args.other_prompts and (new := [lead for lead in found if lead not in known]):
+        raise UserError(f"data set {probe.name}: a prompt opens with {new[0]!r}, and run {checkpoint.run} was trained "
+                        f"on {known[0]!r}; --other_prompts scores it all the same")
 
 
 def open_device(args) -> torch.device:
@@ -158,64 +220,136 @@ def open_device(args) -> torch.device:
     return torch.device("cuda", args.gpu_id or 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def part_name(checkpoint: Checkpoint, probe: Probe, args) -> str:
-    """A hash of all that could change a part's numbers; weights by their files' names, sizes and times."""
-    found = sorted(Path(checkpoint.path).glob("*.safetensors"))
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found]
-    bf16 = checkpoint.settings.bf16 or args.bf16
-    key = repr((checkpoint.run, checkpoint.path, files, probe.name, probe.key, bf16))
-    return f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.parquet"
+def add_greedy(opener: Opener, first: Checkpoint, probe: Probe, folder: Path, args) -> None:
+    """Puts the first checkpoint's own answers among a data set's responses; they are kept, like the parts."""
+    key = f"{part_key(first, args)}/{probe.key}/{args.max_new_tokens}"
+    file = folder / f"greedy-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    said = distributed.from_main(json.loads(file.read_text()) if distributed.is_main() and file.is_file() else None)
+    if said is None:
+        distributed.say(f"{probe.name}: greedy answers of {first.path}")
+        said = answer_greedily(opener.open(first), probe, range(len(probe.groups)), args)
+        if distributed.is_main():
+            scores.write_json(file, said)
+    probe.groups = responses.add_greedy(probe.groups, probe.kinds, said)
 
 
-def open_checkpoint(checkpoint: Checkpoint, opened: Opened | None, probes, args, device) -> Opened:
-    """The checkpoint's weights in memory, from `opened` where the same base is there already."""
-    from transformers import AutoModelForCausalLM
+def answer_greedily(opened: Opened, probe: Probe, rows: range, args) -> list[list[int]]:
+    """Greedy answers to the prompts of these rows, shared by the ranks."""
+    rank, world = distributed.place()
+    most = args.max_new_tokens or max(len(example.chosen) for example in probe.examples)
+    prompts = [probe.examples[i].prompt for i in rows]
+    opened.model.set_attn_implementation(opened.own)  # the layout's has no notion of a cache
+    mine = answers.greedy(opened.model, prompts[rank::world], most, probe.limit, probe.ends, args.max_tokens)
+    opened.model.set_attn_implementation(opened.attention)
+    parts = distributed.agree(None, dict(zip(range(len(prompts))[rank::world], mine)))
+    return [said for _, said in sorted(item for part in parts for item in part.items())]
 
-    from nanodpo import selfcheck
 
-    if opened and opened.checkpoint is checkpoint:
-        return opened
-    settings, dtype = checkpoint.settings, torch.bfloat16 if checkpoint.settings.bf16 or args.bf16 else torch.float32
-    source = open_source(checkpoint.path, settings.trust_remote_code)
-    adapter = scores.adapter_shape(source.adapter)
-    wanted = source.base, adapter, settings.bf16
-    if opened and adapter and (opened.base, opened.adapter, opened.checkpoint.settings.bf16) == wanted:
-        scores.exchange_adapter(opened.module.model, source.adapter)
-        return dataclasses.replace(opened, checkpoint=checkpoint)
-    try:
-        remote = {"trust_remote_code": settings.trust_remote_code}
-        model = AutoModelForCausalLM.from_pretrained(source.base, dtype=dtype, **remote)
-        model = scores.add_adapter(model, source.adapter)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{checkpoint.path}: can't be opened: {first_line(error)}") from error
-    module = SequenceLogProbs(model).to(device).eval()
-    groups = [group for probe in probes for group in probe.groups]
-    longest = max(len(prompt) + len(ids) for prompt, responses in groups for ids in responses.values())
-    layout, attention = selfcheck.choose_layout(module, device, dtype, False, longest)
-    distributed.say(f"{source.base}: rows {layout}, attention {attention}")
-    return Opened(checkpoint, source.base, adapter, module, layout)
+def part_key(checkpoint: Checkpoint, args) -> str:
+    """All of a checkpoint that could change a number; weights by their files' names, sizes and times."""
+    source = open_source(checkpoint.path, checkpoint.settings.trust_remote_code)
+    folders = [Path(checkpoint.path), Path(source.base)]
+    found = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
+    return repr((checkpoint.run, checkpoint.path, files, checkpoint.settings.bf16 or args.bf16))
+
+
+def plan(checkpoints, probes, folder: Path, args) -> list[tuple[Checkpoint, Probe, Path, Path | None]]:
+    """(checkpoint, data set, folder of the part, that of the same at the run's step 0 or None), in order of work."""
+    work, starts = [], {}
+    asked = args.tokens, args.gradients, args.answers, args.max_new_tokens
+    for checkpoint in checkpoints:
+        own = part_key(checkpoint, args)
+        for probe in probes:
+            start = starts.get((checkpoint.run, probe.name))
+            key = repr((own, probe.name, probe.key, asked, start and start.name))
+            part = folder / hashlib.sha256(key.encode()).hexdigest()[:24]
+            if checkpoint.step == 0:
+                start = starts[checkpoint.run, probe.name] = part
+            work.append((checkpoint, probe, part, start))
+    return work
+
+
+def score_all(opener: Opener, checkpoints, probes, folder: Path, args) -> list[Path]:
+    """Scores what is not there yet. Returns the folders of all parts, in order."""
+    work = plan(checkpoints, probes, folder, args)
+    done = distributed.from_main([part.is_dir() for _, _, part, _ in work])
+    distributed.say(f"{len(work)} parts, {sum(done)} of them done before")
+    missing = [item for item, there in zip(work, done) if not there]
+    rows = sum(len(probe.groups) for _, probe, _, _ in missing)
+    with tqdm(total=rows, unit="row", disable=not (distributed.is_main() and sys.stderr.isatty())) as bar:
+        for checkpoint, probe, part, start in missing:
+            bar.set_postfix_str(f"{checkpoint.run} step {checkpoint.step} {probe.name}")
+            opened, is_start = opener.open(checkpoint), start == part
+            known = plausible.read(start, probe.lengths) if start and not is_start else None
+            found, sets = score_probe(opened, probe, known, bool(start), args, bar)
+            if args.answers:
+                found["answers"] = check_answers(opened, probe, args)
+            with distributed.main_first():  # the others read what it wrote
+                if distributed.is_main():
+                    keep = functools.partial(plausible.write, parts=sets) if is_start else lambda folder: None
+                    scores.write_part(part, checkpoint, probe.name, found, keep)
+    return [part for _, _, part, _ in work]
 
 
 @torch.no_grad()
-def score_probe(opened: Opened, probe: Probe, max_tokens: int, device) -> list[dict]:
-    """A line for each row and response, in the data set's order, on rank 0. Raises UserError for what is not finite."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    lines = []
-    for indices in batches(probe.groups, max_tokens)[rank::world]:
+def score_probe(opened: Opened, probe: Probe, known, compared: bool, args, bar) -> tuple[dict[str, list], list]:
+    """({table: lines}, plausible tokens of each group) of a data set, in its order, on all ranks.
+
+    `known` are the plausible tokens of the start, None where this is it; `compared`: is there a start at all.
+    """
+    (rank, world), device = distributed.place(), next(opened.module.parameters()).device
+    pieces, mine = functools.lru_cache(None)(lambda i: probe.template.tokenizer.decode([i])), {}
+    for indices in responses.batches(probe.groups, args.max_tokens)[rank::world]:
         groups = [probe.groups[i] for i in indices]
-        row = LAYOUTS[opened.layout]([(prompt, [*responses.values()]) for prompt, responses in groups])
-        logps = iter(opened.module(row.to(device)).tolist())
-        for i, (_, responses) in zip(indices, groups):
-            for kind, ids in responses.items():
-                lines.append({"row": probe.examples[i].row, "response": kind, "tokens": len(ids), "logps": next(logps)})
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, lines)
-        lines = [line for part in gathered for line in part]
-    if bad := [line for line in lines if not math.isfinite(line["logps"])]:
-        raise UserError(f"{opened.checkpoint.path}: row {bad[0]['row']} {bad[0]['response']} of {probe.name} has "
-                        f"log-prob {bad[0]['logps']}: the weights are broken")
-    return sorted(lines, key=lambda line: (line["row"], list(KINDS).index(line["response"])))
+        row = LAYOUTS[opened.layout]([(prompt, [*said.values()]) for prompt, said in groups]).to(device)
+        values, sets, states = token_measures(opened.module, row, known and plausible.join([known[i] for i in indices],
+                                                                                           device))
+        if not compared:
+            values["implausible_mass"].fill_(torch.nan)
+        results = by_response(row, values, states)
+        for i, (prompt, said), own in zip(indices, groups, plausible.split(sets, [probe.lengths[i] for i in indices])):
+            found = {kind: next(results) for kind in said}
+            lines = describe(probe.examples[i].row, said, found, lambda ids: [*map(pieces, ids)], args.tokens)
+            if args.gradients and lines["pairs"]:
+                lines["pairs"][0] |= pair_gradients(opened, prompt, said, device)
+            mine[i] = lines, own
+            bar.update(world)
+    parts = distributed.agree(None, mine)
+    every = sorted((item for part in parts for item in part.items()), key=lambda item: item[0])
+    tables = {name: [line for _, (lines, _) in every for line in lines[name]] for name in every[0][1][0]}
+    if all(math.isnan(line["logps"]) for line in tables["scores"]):
+        raise UserError(f"{opened.checkpoint.path}: no log-prob of {probe.name} is finite: the weights are broken")
+    return tables, [own for _, (_, own) in every]
+
+
+def by_response(row, values: dict[str, torch.Tensor], states: torch.Tensor):
+    """Cuts what was found along a row into its responses, in order: what `describe` takes of each."""
+    lengths = row.seq.bincount(minlength=row.n_sequences).tolist()
+    sums = sum_by_sequence(values["logps"], row.seq, row.n_sequences).tolist()
+    columns = {name: value.cpu().split(lengths) for name, value in values.items()}
+    for s, (logps, state) in enumerate(zip(sums, states.cpu())):
+        yield {"logps": logps, "states": state, "tokens": {name: parts[s].numpy() for name, parts in columns.items()}}
+
+
+@torch.enable_grad()
+def pair_gradients(opened: Opened, prompt: list[int], said: dict, device) -> dict[str, float]:
+    row = LAYOUTS[opened.layout]([(prompt, [said["chosen"], said["rejected"]])])
+    return gradient_products(opened.module(row.to(device)), opened.trained)
+
+
+def check_answers(opened: Opened, probe: Probe, args) -> list[dict]:
+    """A line for each of the first rows whose chosen answer ends in something that can be compared."""
+    rows = range(min(args.answers, len(probe.examples)))
+    decode, lines = probe.template.tokenizer.decode, []
+    for i, ids in zip(rows, answer_greedily(opened, probe, rows, args)):
+        text, expected = decode(ids), answers.final_answer(decode(probe.examples[i].chosen))
+        found = answers.final_answer(text)
+        if expected is not None:
+            lines.append({"row": probe.examples[i].row, "found": found, "expected": expected,
+                          "correct": found == expected, "ended": ids[-1] in probe.ends, "tokens": len(ids),
+                          "repetition": answers.repetition(ids), "text": text})
+    return lines
 
 
 if __name__ == "__main__":

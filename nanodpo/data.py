@@ -15,6 +15,7 @@ class Texts:
     chosen: str
     rejected: str | None
     notes: tuple[str, ...]  # what was normalised, for the report
+    more: dict[str, str] = dataclasses.field(default_factory=dict)  # responses of further columns
 
 
 def render_row(template: Template, number: int, prompt, chosen, rejected, has_rejected: bool) -> Texts:
@@ -32,6 +33,20 @@ def render_row(template: Template, number: int, prompt, chosen, rejected, has_re
     if chosen == rejected:
         raise UserError("chosen and rejected are equal")
     return Texts(number, chosen_prompt, chosen, rejected, tuple(notes))
+
+
+def render_more(template: Template, prompt: str, name: str, value) -> str | None:
+    """A further column's response to a rendered prompt, closed like the others; None where the row has none.
+
+    Raises UserError naming the column.
+    """
+    if value is None or isinstance(value, str) and not value.strip():
+        return None
+    own, response = _render_side(template, f"column {name}", prompt, value, [])
+    # Plain text answers the prompt that the row has; a transcript brings its own, which must be the same.
+    if own != prompt:
+        raise UserError(f"column {name} answers another prompt: {own[-40:]!r}")
+    return response
 
 
 def _render_side(template: Template, side: str, prompt, value, notes: list[str]) -> tuple[str, str]:

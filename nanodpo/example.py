@@ -12,6 +12,7 @@ class Example:
     chosen: list[int]
     rejected: list[int] | None
     cut: tuple[bool, bool] = (False, False)  # was chosen, rejected truncated
+    more: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # responses of further columns
 
     @property
     def length(self) -> int:
@@ -40,4 +41,4 @@ def truncate(example: Example, limit: int, max_prompt: int | None = None) -> Exa
     if chosen == rejected:
         return None
     cut = len(example.chosen) > room, len(example.rejected or ()) > room
-    return Example(example.row, example.prompt, chosen, rejected, cut)
+    return dataclasses.replace(example, chosen=chosen, rejected=rejected, cut=cut)

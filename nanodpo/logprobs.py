@@ -32,6 +32,10 @@ class LogProbHead(nn.Module):
         """
         return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.scale, self.cap, self.chunk)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(C, D) -> (C, V), float32 or better: of one chunk, for whoever wants more of it than a log-prob."""
+        return _logits(hidden, self.weight, self.bias, self.scale, self.cap)
+
 
 def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None):
     """(C, V), float32 or better: the first C lines of `buffer`, which every chunk writes again."""
@@ -139,14 +143,18 @@ class SequenceLogProbs(nn.Module):
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.head = LogProbHead(lm_head, scale, getattr(config, "final_logit_softcapping", None), chunk)
 
-    def token_logps(self, row) -> Tensor:
-        """Row -> (N,): the log-prob of every scored token, nats, in the order of row.targets."""
+    def states(self, row) -> Tensor:
+        """Row -> (N, D): the hidden state that predicts each scored token, as the output layer takes it."""
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         extra = {} if row.segments is None else {"position_ids": row.position_ids, "segments": row.segments}
         states = inner.base_model(input_ids=row.input_ids, use_cache=False, **extra).last_hidden_state  # (B, T, D)
         scored = states.flatten(0, 1).index_select(0, row.rows)
         # Mamba and its like keep hidden states in float32 and cast them before the output layer.
-        return self.head(scored.to(self.head.weight.dtype), row.targets)
+        return scored.to(self.head.weight.dtype)
+
+    def token_logps(self, row) -> Tensor:
+        """Row -> (N,): the log-prob of every scored token, nats, in the order of row.targets."""
+        return self.head(self.states(row), row.targets)
 
     def forward(self, row) -> Tensor:
         """Row -> (S,): the summed log-prob of each response, nats, float64."""

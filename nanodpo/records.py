@@ -9,14 +9,20 @@ import pyarrow
 import pyarrow.parquet
 
 from .errors import UserError, first_line
-from .figures import PANELS
 
-DRAWN = {prefix + name for names in PANELS.values() for name in names.values() for prefix in ("", "eval_")}
-KEYS, NUMBERS = ["run", "phase", "dataset", "row", "response", "step"], ["step", "mean_logps"]
+SIDES = ("chosen", "rejected")
+# The metrics that are drawn, of training and under evaluation.
+DRAWN = {prefix + name for prefix in ("", "eval_") for name in (
+    "loss", "rewards/margins", *(f"{kind}/{side}" for kind in ("rewards", "logps_per_token") for side in SIDES))}
+KEYS = ["run", "phase", "dataset", "row", "response", "step"]
+TOKENS = ["run", "dataset", "response", "step", "position", "token", "logp"]
+SERIES = {"series": str, "step": float, "mean": float, "low": float, "high": float, "dataset": str, "response": str,
+          "phase": str}  # of a csv of series: its columns, the first three always
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; raises UserError, naming the line, where one can't be drawn."""
+    """The lines of a run's metrics.jsonl, null (a skipped step) as NaN; raises UserError, naming the line, where one
+    can't be drawn."""
     file, lines = folder / "metrics.jsonl", []
     try:
         texts = file.read_text(encoding="utf-8").splitlines()
@@ -30,7 +36,9 @@ def read_metrics(folder: Path) -> list[dict]:
         if not isinstance(line, dict) or "step" not in line:
             raise UserError(f"{file}, line {number}: expected an object with a step, found {text[:60]!r}")
         for name in sorted(line.keys() & (DRAWN | {"step"})):
-            if type(line[name]) not in (int, float) or not math.isfinite(line[name]):
+            if line[name] is None and name != "step":
+                line[name] = math.nan
+            elif type(line[name]) not in (int, float) or not math.isfinite(line[name]):
                 raise UserError(f"{file}, line {number}: {name} is {json.dumps(line[name])}, not a finite number")
         lines.append(line)
     if not any(DRAWN & line.keys() for line in lines):
@@ -39,28 +47,92 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def read_scores(files: list[Path]) -> pandas.DataFrame:
-    """What is drawn of these files of score.py; raises UserError, naming file and row, where it can't be drawn."""
-    tables, names = [], [*KEYS, "mean_logps"]
+    """KEYS and mean_logps of these files of score.py. A score that is missing (a failed row) stays, as NaN.
+
+    Raises UserError, naming file and row, where a table can't be drawn.
+    """
+    tables = []
     for file in files:
-        try:
-            have = pyarrow.parquet.read_schema(file).names
-            if missing := [name for name in names if name not in have]:
-                raise UserError(f"{file}: no column {', '.join(missing)}; it has {', '.join(have)}")
-            table = pandas.read_parquet(file, columns=names)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{file}: can't be read as Parquet ({first_line(error)})") from error
-        if table.empty:
-            raise UserError(f"{file}: has no rows")
-        for name in NUMBERS:
-            if not pandas.api.types.is_numeric_dtype(table[name]):
-                raise UserError(f"{file}: column {name} must hold numbers, found {table[name].dtype}")
-        finite = (table[NUMBERS].abs() < math.inf).all(axis=1)  # False for NaN too
-        for bad, what in ((~finite | table.isna().any(axis=1), "has a value that is missing or not finite"),
-                          (table.duplicated(KEYS), "is there twice")):
-            if bad.any():
-                raise UserError(f"{file}, row {bad.argmax()}: {what}: {table[bad].iloc[0].to_dict()}")
+        table = _read_parquet(file, [*KEYS, "mean_logps"], ["step", "mean_logps"])
+        infinite = (table[["step", "mean_logps"]].abs() == math.inf).any(axis=1)
+        _refuse(file, table, table[KEYS].isna().any(axis=1) | infinite, "has a value that is missing or not finite")
+        _refuse(file, table, table.duplicated(KEYS), "is there twice")
+        if table["mean_logps"].isna().all():
+            raise UserError(f"{file}: every score in it is missing; all its rows failed")
         tables.append(table)
     runs = [run for table in tables for run in table["run"].unique()]
     if shared := sorted({run for run in runs if runs.count(run) > 1}):
         raise UserError(f"{', '.join(map(str, files))}: more than one has a run called {', '.join(shared)}")
     return pandas.concat(tables, ignore_index=True)
+
+
+def read_tokens(files: list[Path], row: int) -> pandas.DataFrame:
+    """TOKENS of both sides of one row, in order of position; raises UserError where one is missing or there twice."""
+    tables = []
+    for file in files:
+        table = _read_parquet(file, [*TOKENS, "row"], ["step", "position", "logp"], [("row", "==", row)])
+        table = table[table["response"].isin(SIDES)]
+        _refuse(file, table, table.isna().any(axis=1) | (table[["step", "logp"]].abs() == math.inf).any(axis=1),
+                "has a value that is missing or not finite")
+        keys = ["run", "dataset", "response", "step"]
+        table = table.sort_values([*keys, "position"], kind="stable")
+        wrong = table["position"] != table.groupby(keys).cumcount()
+        _refuse(file, table, wrong, "is out of place: positions must be 0, 1, 2 ... once each")
+        tables.append(table)
+    if all(table.empty for table in tables):
+        raise UserError(f"{', '.join(map(str, files))}: no tokens of chosen or rejected in row {row}")
+    return pandas.concat(tables, ignore_index=True)
+
+
+def read_series(file: Path) -> pandas.DataFrame:
+    """A csv with columns series, step, mean[, low, high][, dataset][, response][, phase] as a table of curves
+    (intervals.py), the series as run. Raises UserError, naming file and line."""
+    try:
+        table = pandas.read_csv(file, dtype=str, keep_default_na=False)
+    except (OSError, UnicodeDecodeError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
+        raise UserError(f"{file}: can't be read as csv ({first_line(error)})") from error
+    if missing := [name for name in ("series", "step", "mean") if name not in table]:
+        raise UserError(f"{file}: no column {', '.join(missing)}; it has {', '.join(table)}")
+    if unknown := [name for name in table if name not in SERIES]:
+        raise UserError(f"{file}: unknown column {', '.join(unknown)}; it may have {', '.join(SERIES)}")
+    if ("low" in table) != ("high" in table):
+        raise UserError(f"{file}: an interval needs both columns, low and high")
+    if table.empty:
+        raise UserError(f"{file}: has no lines")
+    for name in [name for name, kind in SERIES.items() if kind is float and name in table]:
+        numbers = pandas.to_numeric(table[name], errors="coerce").where(table[name].str.strip() != "", math.nan)
+        empty = (table[name].str.strip() == "") & (name in ("low", "high"))
+        for bad in table.index[~(numbers.abs() < math.inf) & ~empty][:1]:
+            raise UserError(f"{file}, line {bad + 2}: {name} is {table[name][bad]!r}, not a finite number")
+        table[name] = numbers
+    absent = {name: "" if kind is str else math.nan for name, kind in SERIES.items() if name not in table}
+    table = table.assign(**absent)
+    twice = table.duplicated(["series", "dataset", "response", "phase", "step"])
+    outside = (table["low"] > table["mean"]) | (table["mean"] > table["high"])
+    for bad, what in ((table["series"].str.strip() == "", "series has no name"), (twice, "is there twice"),
+                      (outside, "mean is not within low and high")):
+        if bad.any():
+            raise UserError(f"{file}, line {bad.idxmax() + 2}: {what}")
+    table = table.rename(columns={"series": "run"}).assign(at=table["step"], n=0, left_out=0)
+    return table.sort_values("step", kind="stable", ignore_index=True)
+
+
+def _read_parquet(file: Path, names: list[str], numbers: list[str], filters=None) -> pandas.DataFrame:
+    try:
+        have = pyarrow.parquet.read_schema(file).names
+        if missing := [name for name in names if name not in have]:
+            raise UserError(f"{file}: no column {', '.join(missing)}; it has {', '.join(have)}")
+        table = pandas.read_parquet(file, columns=names, filters=filters)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file}: can't be read as Parquet ({first_line(error)})") from error
+    if table.empty and filters is None:
+        raise UserError(f"{file}: has no rows")
+    for name in numbers:
+        if not pandas.api.types.is_numeric_dtype(table[name]):
+            raise UserError(f"{file}: column {name} must hold numbers, found {table[name].dtype}")
+    return table
+
+
+def _refuse(file: Path, table: pandas.DataFrame, bad: pandas.Series, what: str) -> None:
+    if bad.any():
+        raise UserError(f"{file}, row {bad.idxmax()}: {what}: {table.loc[bad.idxmax()].to_dict()}")

@@ -8,6 +8,8 @@ import random
 from .errors import UserError
 from .example import Example
 
+Group = tuple[list[int], dict[str, list[int]]]  # prompt ids, {kind: response ids}
+
 
 def chosen(examples: list[Example], i: int, seed: int) -> list[int] | None:
     return examples[i].chosen
@@ -35,25 +37,39 @@ def shuffled(examples: list[Example], i: int, seed: int) -> list[int] | None:
 
 
 KINDS = {"chosen": chosen, "rejected": rejected, "other": other, "shuffled": shuffled}
+GREEDY = "greedy"  # the starting model's own answer, which takes the model to know
 
 
-def make_groups(examples: list[Example], kinds: list[str], seed: int) -> list[tuple[list[int], dict[str, list[int]]]]:
-    """(prompt ids, {kind: response ids}) of each example. Raises UserError for a kind that no row has."""
+def make_groups(examples: list[Example], kinds: list[str], seed: int, limit: int) -> list[Group]:
+    """(prompt ids, {kind: response ids}) of each example, in the order of `kinds`; a name of no kind is a column's.
+
+    An answer to another question is cut where prompt and response would pass `limit` tokens. Raises UserError for a
+    kind that no row has.
+    """
     groups = []
     for i, example in enumerate(examples):
-        found = {kind: KINDS[kind](examples, i, seed) for kind in kinds}
-        groups.append((example.prompt, {kind: ids for kind, ids in found.items() if ids}))
+        found = {kind: KINDS[kind](examples, i, seed) if kind in KINDS else example.more.get(kind) for kind in kinds}
+        room = limit - len(example.prompt)
+        groups.append((example.prompt, {kind: ids[:room] for kind, ids in found.items() if ids}))
     for kind in kinds:
-        if not any(kind in responses for _, responses in groups):
+        if kind != GREEDY and not any(kind in responses for _, responses in groups):
             raise UserError(f"--responses {kind}: no row of the data set has one")
     return groups
 
 
-def batches(groups, budget: int) -> list[list[int]]:
-    """Indices of groups, longest first, cut into micro-batches of at most `budget` tokens and at least a group."""
+def add_greedy(groups: list[Group], kinds: list[str], answers: list[list[int]]) -> list[Group]:
+    """The groups with the greedy answers in their place among the kinds."""
+    both = [(prompt, responses | {GREEDY: ids}) for (prompt, responses), ids in zip(groups, answers)]
+    return [(prompt, {kind: said[kind] for kind in kinds if said.get(kind)}) for prompt, said in both]
+
+
+def batches(groups: list[Group], budget: int) -> list[list[int]]:
+    """Indices of groups, longest first, cut into micro-batches of at most `budget` tokens and at least a group.
+
+    A group without responses is in none."""
     sizes = [len(prompt) + sum(map(len, responses.values())) for prompt, responses in groups]
     cut, room = [], 0
-    for i in sorted(range(len(groups)), key=lambda i: (-sizes[i], i)):
+    for i in sorted((i for i, group in enumerate(groups) if group[1]), key=lambda i: (-sizes[i], i)):
         if sizes[i] > room:
             cut.append([])
             room = budget

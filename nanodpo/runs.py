@@ -11,8 +11,8 @@ from .errors import UserError
 # What a data set is read with where no run says otherwise.
 DEFAULTS = {"loss": "", "prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
             "boundary": "error", "max_length": None, "max_prompt_length": None, "overlong": "error",
-            "on_bad_row": "error", "bf16": False, "trust_remote_code": False, "train_file_path": None,
-            "eval_file_path": None}
+            "on_bad_row": "error", "beta": 0.1, "bf16": False, "trust_remote_code": False, "train_file_path": None,
+            "eval_file_path": None, "prompt_leads": None}
 
 
 @dataclasses.dataclass
@@ -26,9 +26,14 @@ class Checkpoint:
     settings: SimpleNamespace
 
 
-def open_targets(targets: list[str]) -> list[Checkpoint]:
-    """Run folders, checkpoints, adapters and models -> checkpoints in order. Raises UserError."""
+def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkpoint]:
+    """Run folders, checkpoints, adapters and models -> checkpoints in order, their settings with these changes.
+
+    Raises UserError.
+    """
     found = [checkpoint for target in targets for checkpoint in _open(target)]
+    for checkpoint in found:
+        checkpoint.settings = SimpleNamespace(**vars(checkpoint.settings) | (changes or {}))
     seen = [(c.run, c.step) for c in found]
     if twice := {key for key in seen if seen.count(key) > 1}:
         run, step = min(twice)
@@ -63,7 +68,7 @@ def _open(target: str) -> list[Checkpoint]:
 def _settings(run: Path) -> SimpleNamespace:
     try:
         record = json.loads((run / "run.json").read_text())
-        given = record["arguments"] | {"max_length": record["max_length"]}
+        given = record["arguments"] | {"max_length": record["max_length"], "prompt_leads": record.get("prompt_leads")}
         return SimpleNamespace(**DEFAULTS | {key: given[key] for key in DEFAULTS if key in given})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run / 'run.json'}: is not what train.py writes ({error!r})") from error

@@ -117,6 +117,17 @@ def split_transcript(template: Template, text: str, prompt: str | None = None) -
     return None
 
 
+def prompt_leads(template: Template, prompts: list[list[int]]) -> list[str | None]:
+    """What stands before the user's first turn (a system prompt, say), every form that occurs; None for plain text.
+
+    Log-probs under another lead than that of training answer another question.
+    """
+    user = template.openings[0] if template.openings else None
+    texts = template.tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False)
+    leads = {text.partition(user)[0] if user and user in text else None for text in texts}
+    return sorted(leads, key=lambda lead: (lead is None, lead))
+
+
 def question_in(template: Template, prompt: str) -> str:
     """The text of a rendered prompt up to the end of its last user turn, for comparing with a column."""
     before = prompt.removesuffix(template.header or "").rstrip()

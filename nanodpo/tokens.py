@@ -6,7 +6,7 @@ Lengths are in tokens, always.
 import collections
 import dataclasses
 
-from .data import Texts, render_row
+from .data import Texts, render_more, render_row
 from .errors import UserError
 from .example import Example, too_long, truncate
 from .rows import choose_fields, read_rows
@@ -30,22 +30,29 @@ class DataSet:
         return "\n".join(lines + [f"  ... and {len(self.dropped) - SHOWN} more"] * (len(self.dropped) > SHOWN))
 
 
-def load_dataset(path: str, template: Template, args, limit: int, pairs: bool) -> DataSet:
+def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, more: tuple[str, ...] = ()) -> DataSet:
     """Reads, renders, tokenises and checks a data set. `limit`: tokens a sequence; `pairs`: rejected is required.
 
-    Raises UserError for an unreadable file, and for bad or overlong rows unless args drops or cuts them.
+    `more` names further columns with responses, which are cut to fit. Raises UserError for an unreadable file, and for
+    bad or overlong rows unless args drops or cuts them.
     """
     rows = read_rows(path)
     fields = choose_fields(path, rows, args.prompt_field, args.chosen_field, args.rejected_field, pairs)
+    if missing := [name for name in more if name not in rows[0]]:
+        raise UserError(f"--responses {missing[0]}: {path} has no such column; it has {', '.join(rows[0])}")
     data = DataSet(path, [], [], collections.Counter())
     texts, overlong = [], []
     for number, row in enumerate(rows):
         try:
             values = [row[name] if name else None for name in fields]
-            texts.append(render_row(template, number, *values, has_rejected=fields[2] is not None))
+            text = render_row(template, number, *values, has_rejected=fields[2] is not None)
+            found = {name: render_more(template, text.prompt, name, row[name]) for name in more}
+            texts.append(dataclasses.replace(text, more={name: said for name, said in found.items() if said}))
         except UserError as error:
             _drop(data, number, str(error))
-    for text, example in zip(texts, _tokenize(texts, template.tokenizer, args.boundary)):
+    examples = _tokenize(texts, template.tokenizer, args.boundary)
+    _tokenize_more(texts, examples, template.tokenizer, args.boundary, limit)
+    for text, example in zip(texts, examples):
         if isinstance(example, str):
             _drop(data, text.row, example)
             continue
@@ -99,6 +106,20 @@ def _tokenize(texts: list[Texts], tokenizer, boundary: str) -> list[Example | st
             wholes = _encode(tokenizer, [t.prompt + r for t, r in zip(texts, responses)])
             sides.append([_after(prompt, whole, tokenizer) for prompt, whole in zip(prompts, wholes)])
     return [_example(*row) for row in zip(texts, prompts, *sides)]
+
+
+def _tokenize_more(texts: list[Texts], examples: list, tokenizer, boundary: str, limit: int) -> None:
+    """Gives each Example its further responses; puts a reason in its place where one merges with the prompt."""
+    for i, (text, example) in enumerate(zip(texts, examples)):
+        for name, response in text.more.items() if isinstance(example, Example) else ():
+            if boundary == "concat":
+                ids = _ids(tokenizer, [response])[0]
+            else:
+                ids = _after(example.prompt, _encode(tokenizer, [text.prompt + response])[0], tokenizer)
+            if isinstance(ids, str):
+                examples[i] = f"column {name}: {ids}"
+                break
+            example.more[name] = ids[: max(0, limit - len(example.prompt))]
 
 
 def _example(text: Texts, prompt: list[int], chosen, rejected) -> Example | str:

@@ -14,8 +14,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import plot
+from nanodpo.axes import set_focus
 from nanodpo.errors import UserError
-from nanodpo.figures import set_focus, training_figure
+from nanodpo.records import read_metrics
+from nanodpo.training import training_figure
 
 FORMATS = ("png", "pdf", "svg")
 OKABE_ITO = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
@@ -57,7 +59,9 @@ def draw(monkeypatch):
     """draw(*arguments) -> the figures by name, in place of files."""
     def figures(*arguments):
         found = {}
-        monkeypatch.setattr(plot, "save", lambda drawn, folder: found.update(drawn, folder=folder))
+        monkeypatch.setattr(plot, "save", lambda drawn, folder, columns: found.update(
+            {name: fig for name, (fig, _) in drawn.items()}, folder=folder,
+            captions={name: caption for name, (_, caption) in drawn.items()}) or [])
         plot.main([str(argument) for argument in arguments])
         return found
     return figures
@@ -80,9 +84,9 @@ def test_the_training_figure_draws_the_files_numbers(tmp_path, draw):
 
 
 def test_training_is_faint_only_beside_evaluation(tmp_path):
-    fig = training_figure({"a": plot.read_metrics(make_run(tmp_path / "a", evals=()))}, 2)
+    fig = training_figure({"a": read_metrics(make_run(tmp_path / "a", evals=()))}, 2)[0]
     assert {line.get_alpha() for ax in fig.axes for line in ax.get_lines()} == {None}
-    fig = training_figure({"b": plot.read_metrics(make_run(tmp_path / "b"))}, 2)
+    fig = training_figure({"b": read_metrics(make_run(tmp_path / "b"))}, 2)[0]
     for line in (line for ax in fig.axes for line in ax.get_lines()):
         held_out = "eval_" in line.get_label()
         assert (line.get_alpha() is None) == held_out == (line.get_marker() in {"o", "s", "^"})
@@ -90,12 +94,12 @@ def test_training_is_faint_only_beside_evaluation(tmp_path):
 
 def test_sft_has_no_panel_of_rewards(tmp_path):
     sides = ("logps_per_token/chosen",)
-    fig = training_figure({"sft": plot.read_metrics(make_run(tmp_path / "sft", sides=sides))}, 1)
+    fig = training_figure({"sft": read_metrics(make_run(tmp_path / "sft", sides=sides))}, 1)[0]
     assert [ax.get_ylabel() for ax in fig.axes] == ["loss", "log-prob (nats per token)"]
 
 
 def test_a_single_step_can_be_seen(tmp_path):
-    fig = training_figure({"a": plot.read_metrics(make_run(tmp_path / "a", steps=1, evals=()))}, 2)
+    fig = training_figure({"a": read_metrics(make_run(tmp_path / "a", steps=1, evals=()))}, 2)[0]
     assert {line.get_marker() for ax in fig.axes for line in ax.get_lines()} == {"."}
 
 
@@ -130,9 +134,8 @@ def test_without_arguments_the_newest_run_is_drawn(tmp_path, draw, monkeypatch):
 def test_means_and_intervals_are_those_computed_by_hand(tmp_path, draw):
     """sem of -1, -2, -3: standard deviation 1, over the root of 3. Of -4, -4, -7: mean -5, deviations 1, 1, -2."""
     fig = draw("--scores", make_scores(tmp_path / "s.parquet", SCORES))["dynamics"]
-    assert [ax.get_title() for ax in fig.axes] == ["forward", "reverse"]
-    assert points(fig, "dpo dpo rejected") == (0, [0, 40], [-5.0, -6.0])  # and not in the other panel
-    assert fig.axes[0].get_ylim() == fig.axes[1].get_ylim()  # to be compared
+    assert [ax.get_title() for ax in fig.axes] == ["forward", "forward", "reverse", "reverse"]  # level and change
+    assert fig.axes[0].get_ylim() == fig.axes[2].get_ylim() != fig.axes[1].get_ylim()  # levels, to be compared
     chosen, rejected = fig.axes[0].get_lines()
     assert list(chosen.get_xdata()) == list(rejected.get_xdata()) == [0, 40]
     assert list(chosen.get_ydata()) == [-2.0, -1.5] and list(rejected.get_ydata()) == [-5.0, -6.0]
@@ -143,10 +146,11 @@ def test_means_and_intervals_are_those_computed_by_hand(tmp_path, draw):
             ys = band[band[:, 0] == step][:, 1]
             assert ys.min() == pytest.approx(mean - reach, abs=1e-12)
             assert ys.max() == pytest.approx(mean + reach, abs=1e-12)
-    assert list(fig.axes[1].get_lines()[0].get_ydata()) == [-0.5, -0.25]
-    assert not any(len(path.vertices) for b in fig.axes[1].collections for path in b.get_paths())  # n = 1: no interval
+    assert list(fig.axes[2].get_lines()[0].get_ydata()) == [-0.5, -0.25]
+    assert not fig.axes[2].collections  # n = 1: no interval
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["chosen", "rejected", "95% interval, n = 1 to 3"]
-    assert fig.axes[0].get_ylabel() == "log-prob (nats per token)" and fig.axes[0].get_xlabel() == "DPO step"
+    assert fig.axes[0].get_ylabel() == "log-prob (nats per token)" and fig.axes[2].get_xlabel() == "DPO step"
+    assert fig.axes[1].get_ylabel() == "change since step 0"
 
 
 def test_scores_beside_runs_are_joined(tmp_path, draw):
@@ -155,7 +159,7 @@ def test_scores_beside_runs_are_joined(tmp_path, draw):
     fig = draw(tmp_path / "a", tmp_path / "b")["dynamics"]
     assert [line.get_label() for line in fig.axes[0].get_lines()] == [
         "a dpo chosen", "a dpo rejected", "b dpo chosen", "b dpo rejected"]
-    assert {line.get_linestyle() for line in fig.axes[1].get_lines()} == {"-", "--"}
+    assert {line.get_linestyle() for line in fig.axes[2].get_lines()} == {"-", "--"}
 
 
 def test_focus_gives_the_band_its_share():
@@ -189,7 +193,7 @@ def test_focus_on_all_there_is_stays_linear_and_a_wider_one_widens_the_axis():
 
 def test_focus_is_an_option(tmp_path, draw):
     file = make_scores(tmp_path / "s.parquet", SCORES)
-    for ax in draw("--scores", file, "--focus", "-3", "-1")["dynamics"].axes:
+    for ax in draw("--scores", file, "--focus", "-3", "-1")["dynamics"].axes[::2]:  # levels, not changes
         place = ax.transData + ax.transAxes.inverted()
         assert np.diff(place.transform([(0, -3), (0, -1)])[:, 1]) == pytest.approx(0.25, abs=1e-12)
 
@@ -212,7 +216,7 @@ def test_nothing_overlaps_or_leaves_the_figure(tmp_path, draw, columns, style):
     extra = ["--columns", columns, *(["--style", style] if style else [])]
     for chosen in (runs[:1], runs):
         for name, fig in draw(*chosen, *extra, "--focus", "-2", "-1.5").items():
-            if name == "folder":
+            if name in ("folder", "captions"):
                 continue
             found = boxes(fig)
             for i, box in enumerate(found):
@@ -227,7 +231,7 @@ def test_nothing_overlaps_or_leaves_the_figure(tmp_path, draw, columns, style):
 def test_files_are_as_wide_as_a_journals_columns(tmp_path, columns, inches):
     plot.main([str(make_run(tmp_path / "a")), "--columns", str(columns)])
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
-        "metrics.jsonl", "run.json", "training.pdf", "training.png", "training.svg"]
+        "metrics.jsonl", "run.json", "training.pdf", "training.png", "training.svg", "training.tex"]
     png, pdf, svg = ((tmp_path / "a" / f"training.{kind}").read_bytes() for kind in FORMATS)
     assert int.from_bytes(png[16:20], "big") == round(300 * inches)
     assert float(re.search(rb"/MediaBox \[ 0 0 (\S+)", pdf)[1]) == pytest.approx(72 * inches)
@@ -243,7 +247,7 @@ def test_another_process_writes_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
     done = launch(ROOT / "plot.py", run, "--output_dir", tmp_path / "two")
     files = sorted(file.name for file in (tmp_path / "one").iterdir())
-    assert files == sorted(f"{name}.{kind}" for name in ("training", "dynamics") for kind in FORMATS)
+    assert files == sorted(f"{name}.{kind}" for name in ("training", "dynamics") for kind in (*FORMATS, "tex"))
     assert sorted(line.rpartition("/")[2] for line in done.stdout.split()) == files
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name

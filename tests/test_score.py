@@ -98,31 +98,167 @@ def test_a_killed_scoring_goes_on(run, table, tmp_path):
     with said.open("w") as out:  # one row a micro-batch, so that there is time to be killed in
         process = subprocess.Popen([sys.executable, ROOT / "score.py", run, "--output_dir", tmp_path, "--max_tokens",
                                     "1"], stdout=out, stderr=out, env=environment())
-    while not list((tmp_path / "parts").glob("*.parquet")) and process.poll() is None:
+    while not list((tmp_path / "parts").glob("[!.]*/scores.parquet")) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "parts").glob("*.parquet")}
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "parts").glob("[!.]*/scores.parquet")}
     assert before, said.read_text()
     again = scored(tmp_path, run)
     assert again[KEYS].equals(table[KEYS]) and (again.logps / table.logps - 1).abs().max() < 1e-6
     assert all(file.stat().st_mtime_ns == then for file, then in before.items())
 
 
+@pytest.fixture(scope="module")
+def full(run, tiny, tmp_path_factory):
+    """Everything that can be asked for, of the data with one column more: `third` is chosen, in every other row."""
+    folder = tmp_path_factory.mktemp("full")
+    rows = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()]
+    rows = [row | {"third": row["chosen"] if i % 2 else None} for i, row in enumerate(rows)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--dataset_path", f"d={folder / 'data.jsonl'}", "--tokens", "--gradients", "--answers", "5",
+             "--max_new_tokens", "7", "--responses", "chosen", "rejected", "greedy", "third"]
+    scored(folder / "one", run, *flags)
+    launch(ROOT / "score.py", run, *flags, "--output_dir", folder / "two", ranks=2)
+    return folder
+
+
+def test_two_ranks_write_the_same_tables(full):
+    """R-D7: 11 rows on two ranks, every table of every measure."""
+    for name in ("scores", "pairs", "tokens", "answers"):
+        one, two = (pandas.read_parquet(full / side / f"{name}.parquet") for side in ("one", "two"))
+        # A sum of gradients that nearly cancel keeps fewer digits.
+        pandas.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-6)
+    for name in ("summary", "sections"):
+        one, two = (pandas.read_csv(full / side / f"{name}.csv") for side in ("one", "two"))
+        pandas.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-6)
+    assert not (full / "one" / "failed.jsonl").exists()
+    assert (full / "one" / "verdict.json").read_text().count('"names"') == 1
+    assert (full / "one" / "dynamics.png").stat().st_size > 10_000  # nobody had to ask for it
+
+
+def test_tokens_add_up(full):
+    """R-I1: the tokens of a response add up to its log-prob; means of the measures are those of its tokens."""
+    scores_, tokens = (pandas.read_parquet(full / "one" / f"{name}.parquet") for name in ("scores", "tokens"))
+    groups = tokens.groupby(["step", "row", "response"])
+    line = scores_.set_index(["step", "row", "response"]).loc[groups.size().index]
+    assert (groups.size() == line.tokens).all() and len(line) == 4 * (3 * 11 + 5)
+    assert groups.logp.sum().values == pytest.approx(line.logps.values, rel=1e-6)
+    for one, many in (("argmax_logp", "argmax_logps"), ("entropy", "entropy"),
+                      ("implausible_mass", "implausible_mass")):
+        assert groups[one].mean().values == pytest.approx(line[many].values, rel=1e-5)
+    assert (tokens[tokens["rank"] == 1].logp == tokens[tokens["rank"] == 1].argmax_logp).all()
+    assert ((tokens.logp < tokens.argmax_logp) == (tokens["rank"] > 1)).all()
+    first = tokens[(tokens.step == 0) & (tokens.row == 0) & (tokens.response == "chosen")]
+    assert "".join(first.token) == "It is 0, <|im_end|>" and first.position.tolist() == list(range(10))
+
+
+def test_columns_and_greedy_answers(run, full, tiny):
+    """A column is a response like any other; greedy is what plain transformers says at step 0."""
+    table = pandas.read_parquet(full / "one" / "scores.parquet").set_index(["step", "response", "row"]).logps
+    third = table.xs("third", level="response")
+    assert third.index.get_level_values("row").unique().tolist() == [1, 3, 5, 7, 9]
+    assert third.values == pytest.approx(table.xs("chosen", level="response").loc[third.index].values, rel=1e-6)
+    model = oracle.load(run / "checkpoint-0", tiny / "model").eval()
+    tokens = pandas.read_parquet(full / "one" / "tokens.parquet")
+    tokens = tokens[(tokens.step == 0) & (tokens.response == "greedy")]
+    for row, (prompt, _, _) in enumerate(oracle.read_pairs(tiny / "train.jsonl")):
+        said = []
+        while len(said) < 7 and oracle.EOS not in said:
+            with torch.no_grad():
+                said.append(model(input_ids=torch.tensor([prompt + said])).logits[0, -1].argmax().item())
+        mine = tokens[tokens.row == row]
+        assert len(mine) == len(said) and (mine["rank"] == 1).all()
+        with torch.no_grad():
+            assert mine.logp.sum() == pytest.approx(oracle.sequence_logp(model, prompt, said).item(), rel=1e-5)
+
+
+def test_pairs_by_an_independent_computation(run, full, tiny):
+    """CHES from plain hidden states and gradient products from plain backward passes; rewards by their definition."""
+    pairs = pandas.read_parquet(full / "one" / "pairs.parquet").set_index(["step", "row"])
+    logps = pandas.read_parquet(full / "one" / "scores.parquet").set_index(["step", "row", "response"]).logps
+    model = oracle.load(run / "checkpoint-3", tiny / "model").eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for row, (prompt, *sides) in enumerate(oracle.read_pairs(tiny / "train.jsonl")):
+        sums, grads, rewards = [], [], []
+        for side, ids in zip(("chosen", "rejected"), sides):
+            out = model(input_ids=torch.tensor([prompt + ids]), output_hidden_states=True)
+            sums.append(out.hidden_states[-1][0, len(prompt) - 1 : -1].double().sum(0))
+            logp = oracle.sequence_logp(model, prompt, ids)
+            grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(logp, trained)]).double())
+            rewards.append(0.1 * (logps[3, row, side] - logps[0, row, side]))
+        (n, m), line = map(len, sides), pairs.loc[3, row]
+        inner, own = (sums[0] @ sums[1]).item(), (sums[0] @ sums[0]).item()
+        assert line.ches == pytest.approx(inner - own, rel=1e-5)
+        assert line.ches_normalised == pytest.approx(inner / (n * m) - own / n**2, rel=1e-5)
+        assert line.grad_dot == pytest.approx((grads[0] @ grads[1]).item(), rel=1e-3, abs=1e-3)
+        cosine = torch.nn.functional.cosine_similarity(*grads, dim=0).item()
+        assert line.grad_cosine == pytest.approx(cosine, abs=1e-4)
+        assert [line["rewards/chosen"], line["rewards/rejected"]] == pytest.approx(rewards, abs=1e-9)
+        assert line.weight == pytest.approx(1 / (1 + 2.718281828459045 ** (rewards[0] - rewards[1])), rel=1e-9)
+        assert line.shared == next(i for i, (a, b) in enumerate(zip(*sides)) if a != b)
+
+
+def test_rows_that_fail_are_listed_and_in_no_mean(run, tiny, tmp_path, monkeypatch):
+    """R-I5: one log-prob is made infinite on its way out of the kernel; all others keep theirs."""
+    def broken(*args):
+        values, *rest = score_measures(*args)
+        values["logps"][-1] = -float("inf")
+        return values, *rest
+
+    score_measures = score.token_measures
+    monkeypatch.setattr(score, "token_measures", broken)
+    table = scored(tmp_path, run / "checkpoint-0", "--dataset_path", tiny / "train.jsonl")
+    listed = [json.loads(line) for line in (tmp_path / "failed.jsonl").read_text().splitlines()]
+    assert [(line["response"], line["logps"]) for line in listed] == [("shuffled", "-inf")]
+    assert table.logps.isna().sum() == 1
+    means = pandas.read_csv(tmp_path / "summary.csv").set_index("response")
+    assert means.loc["shuffled", "n"] == 10 and means.loc["chosen", "n"] == 11 and means["mean"].notna().all()
+
+
+def test_a_bare_model_reads_data_as_told(tiny, tmp_path):
+    """--chosen_field and --max_length, as in training: the first tokens of a response have the same log-probs."""
+    flags = [tiny / "model", "--dataset_path", tiny / "train.jsonl", "--tokens", "--responses", "chosen",
+             "--chosen_field", "rejected", "--rejected_field", "chosen"]
+    scored(tmp_path / "all", *flags)
+    cut = scored(tmp_path / "cut", *flags, "--max_length", "20", "--overlong", "truncate")
+    full, part = (pandas.read_parquet(tmp_path / name / "tokens.parquet") for name in ("all", "cut"))
+    both = part.merge(full, on=["row", "position"])
+    assert len(both) == len(part) < len(full) and (both.token_x == both.token_y).all()
+    assert both.logp_x.values == pytest.approx(both.logp_y.values, abs=1e-6)
+    assert cut.tokens.max() < 20 and "".join(full[full.row == 0].token) == "No idea!<|im_end|>"
+    with pytest.raises(UserError, match="too long; longest: .* --overlong truncate"):
+        scored(tmp_path / "no", *flags, "--max_length", "20")
+
+
+def test_prompts_that_open_otherwise_are_refused(run, tiny, tmp_path):
+    """R-A9: data with a system prompt that training did not have; asked for, it is scored."""
+    other = tmp_path / "dpo"
+    shutil.copytree(run, other)
+    record = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(record | {"prompt_leads": [""]}))
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": talk, "chosen": "Hello", "rejected": "No"}) + "\n")
+    flags = [other / "checkpoint-3", "--dataset_path", tmp_path / "data.jsonl", "--responses", "chosen"]
+    with pytest.raises(UserError, match="prompt opens with .*Be kind.* dpo was trained on ''; --other_prompts"):
+        scored(tmp_path / "out", *flags)
+    assert len(scored(tmp_path / "out", *flags, "--other_prompts")) == 1
+
+
 def test_other_and_shuffled():
     """Shuffled keeps the tokens and the last one's place; other is the answer to another question."""
     examples = [Example(i, [i % 3], [10 * i, 10 * i + 1, 10 * i + 2, 99], None) for i in range(9)]
-    groups = responses.make_groups(examples, ["other", "shuffled"], seed=0)
+    groups = responses.make_groups(examples, ["other", "shuffled"], 0, 99)
     for example, (prompt, found) in zip(examples, groups):
         assert prompt == example.prompt and sorted(found["shuffled"]) == sorted(example.chosen)
         assert found["shuffled"][-1] == 99
         (source,) = [e for e in examples if e.chosen == found["other"]]
         assert source.prompt != example.prompt
     assert any(found["shuffled"] != e.chosen for e, (_, found) in zip(examples, groups))
-    assert responses.make_groups(examples, ["shuffled"], 1) != responses.make_groups(examples, ["shuffled"], 0)
+    assert responses.make_groups(examples, ["shuffled"], 1, 99) != responses.make_groups(examples, ["shuffled"], 0, 99)
     alone = [Example(0, [1], [2], None), Example(1, [1], [3], None)]
     with pytest.raises(UserError, match="--responses other: no row"):
-        responses.make_groups(alone, ["other"], 0)
+        responses.make_groups(alone, ["other"], 0, 99)
 
 
 def test_batches_hold_every_group_once_within_the_budget():
@@ -161,11 +297,12 @@ def test_wrong_input_is_one_line(run, tiny, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     for flags, words in [
             ([], "runs/ holds no run"), (["nowhere", *data], "nowhere"), ([model], "--dataset_path is needed"),
-            ([run, "--responses", "best"], "invalid choice"), ([run, "--what"], "unrecognized arguments"),
+            ([run, "--responses", "best"], "no such column; it has prompt, chosen"), ([run, "--what"], "unrecognized"),
             ([str(broken), *data], "run.json: is not what train.py writes"), ([run, run], "both called dpo, step 0"),
             ([model, str(foreign), *data], "different tokenizers or chat templates"),
             ([run, "--dataset_path", "gone.parquet"], "gone.parquet: no such file"),
             ([run, *data, file], "two data sets are called train"), ([run, "--max_tokens", "0"], "--max_tokens 0"),
+            ([run, "--answers", "-1"], "--answers -1"), ([model, *data, "--gradients"], "has none"),
             ([run, "--output_dir", file], "can't be written to")]:
         output = [] if "--output_dir" in flags else ["--output_dir", "out"]
         monkeypatch.setattr(sys, "argv", ["score.py", *flags, *output])

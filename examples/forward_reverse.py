@@ -1,0 +1,271 @@
+"""The experiment of arXiv 2509.13079: SFT on forward, on reverse and on mixed data, then DPO from the mixed model.
+
+    python examples/forward_reverse.py --output_dir out --seeds 3                 the tiny world, minutes on two cores
+    python examples/forward_reverse.py --output_dir out MODEL [MODEL ...] DATA    real base models, one after the other
+
+DATA is a table in the paper's columns (question, text, worse-text, relevant-question, sample_type), split into training
+and test by problem. Every step is one of this project's commands and is printed before it runs; what a run said is in
+<its folder>.log. A call that was stopped goes on when it is made again. A model that fails is reported, and the next
+one starts.
+
+Leaves the runs forward-<seed>, reverse-<seed>, mixed-<seed>, dpo-<seed> and gentle-<seed> (DPO at a quarter of the
+learning rate), scores-<seed>/, findings.json (which of the paper's findings hold, over seeds) and the figures.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+from nanodpo.errors import RunStopped, UserError, first_line, run_script  # noqa: E402
+
+TESTED = 200  # rows of the tiny world: 100 problems, each in both directions
+COLUMNS = ("question", "text", "worse-text", "relevant-question", "sample_type")
+SETS = ("forward", "reverse", "mixed")
+T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 - .025, by n - 1
+
+
+class Failed(RuntimeError):
+    """A command that ended with an error. The message says which, and where its output is."""
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    root, failed, table = Path(args.output_dir), {}, read_data(args.data)
+    for model in args.models or [None]:
+        folder = root / Path(model).name if model else root
+        try:
+            experiment(args, model, folder, table)
+        except Failed as error:
+            failed[model or "the tiny world"] = str(error)
+            print(f"FAILED {model or ''}: {error}", flush=True)
+    if failed:
+        raise RunStopped("; ".join(f"{model} failed: {reason}" for model, reason in failed.items()))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL ... DATA", help="base models, and last the data")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of everything, for intervals")
+    parser.add_argument("--sft", default=None, help="settings of SFT, a YAML file; default: those beside this script")
+    parser.add_argument("--dpo", default=None, help="settings of DPO")
+    parser.add_argument("--ranks", type=int, default=1, help="processes a run, by torchrun")
+    parser.add_argument("--parallel", type=int, help="seeds at a time; default: one a core, but one for a real model")
+
+    def refuse(message):
+        raise UserError(message)
+
+    parser.error = refuse
+    args = parser.parse_args(argv)
+    if len(args.models) == 1:
+        raise UserError(f"{args.models[0]}: name models and, last, the data: MODEL [MODEL ...] DATA")
+    if len({Path(model).name for model in args.models[:-1]}) < len(args.models[:-1]):
+        raise UserError("two models have folders of one name, and would share their output")
+    for name in ("seeds", "ranks", "parallel"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be above 0")
+    args.models, args.data = (args.models[:-1], args.models[-1]) if args.models else ([], None)
+    kind = "real" if args.models else "tiny"
+    args.sft, args.dpo = args.sft or HERE / f"{kind}_sft.yaml", args.dpo or HERE / f"{kind}_dpo.yaml"
+    args.parallel = args.parallel or (1 if args.models else min(args.seeds, os.cpu_count() or 1))
+    return args
+
+
+def experiment(args, model: str | None, folder: Path, table) -> None:
+    """All seeds of one model, then what they show together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_data(table, folder / "data")
+    seeds = range(1, args.seeds + 1)
+    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
+        for done in [pool.submit(one_seed, args, model, folder, seed) for seed in seeds]:
+            done.result()
+    # DPO's own scoring comes second: of the mixed tests it has what the first has, and more.
+    ends = [ends_of(pandas.read_parquet(folder / f"{name}-{seed}" / "scores.parquet"))
+            for name in ("scores", "answers") for seed in seeds]
+    right = [answered(pandas.read_parquet(folder / f"answers-{seed}" / "answers.parquet")) for seed in seeds]
+    found = findings([tuple(a | b for a, b in zip(*both)) for both in zip(ends, ends[args.seeds :])], right)
+    (folder / "findings.json").write_text(json.dumps(found, indent=1) + "\n")
+    print("\n".join(f"{'holds' if line['holds'] else 'does not':>8}  {line['text']}" for line in found))
+    draw(args, folder)
+
+
+def read_data(path: str | None) -> pandas.DataFrame | None:
+    """The table of real data; None for the tiny world's. Raises UserError for what is no such table."""
+    if path is None:
+        return None
+    try:
+        table = pandas.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read as Parquet ({first_line(error)})") from error
+    if missing := [name for name in COLUMNS if name not in table]:
+        raise UserError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(table)}")
+    if not {"original", "flipped"} <= set(table["sample_type"]) or len(table) < 20:
+        raise UserError(f"{path}: expected ten problems or more, each a row of original and one of flipped; "
+                        f"found {table['sample_type'].value_counts().to_dict()}")
+    return table
+
+
+def write_data(table: pandas.DataFrame | None, folder: Path) -> None:
+    """{train,test}-{forward,reverse,mixed}.parquet; of real data each tenth problem is a test."""
+    folder.mkdir(exist_ok=True)
+    if table is None:
+        parts = {part: pandas.read_parquet(HERE / "piles" / f"{part}.parquet") for part in ("train", "test")}
+        parts["test"] = parts["test"][:TESTED]
+    else:
+        # A problem's two directions name each other, and must not be parted.
+        problem = [min(pair) for pair in zip(table["question"], table["relevant-question"])]
+        order = {name: i for i, name in enumerate(dict.fromkeys(problem))}
+        held = pandas.Series([order[name] % 10 == 9 for name in problem], index=table.index)
+        parts = {"train": table[~held], "test": table[held]}
+    for part, table in parts.items():
+        forward = table["sample_type"] == "original"
+        for name, rows in (("forward", table[forward]), ("reverse", table[~forward]), ("mixed", table)):
+            rows.to_parquet(folder / f"{part}-{name}.parquet", index=False)
+
+
+def one_seed(args, model: str | None, folder: Path, seed: int) -> None:
+    """Three SFT runs, DPO twice, one scoring of everything."""
+    def train(name: str, settings, data: str, *flags) -> Path:
+        run(args, folder / f"{name}-{seed}", "train.py", settings, "--output_dir", folder / f"{name}-{seed}", "--seed",
+            seed, "--train_file_path", folder / "data" / f"train-{data}.parquet", *flags)
+        return folder / f"{name}-{seed}"
+
+    epoch = {name: steps_of_epoch(args, folder, name) for name in SETS}
+    start = ["--model_name", model] if model else []
+    sft = {name: train(name, args.sft, name, "--save_steps", epoch[name], *start) for name in SETS}
+    from_mixed = ["--model_name", last_checkpoint(sft["mixed"])]
+    rate = float(read_setting(args.dpo, "learning_rate"))
+    tuned = [train("dpo", args.dpo, "mixed", *from_mixed),
+             train("gentle", args.dpo, "mixed", *from_mixed, "--learning_rate", rate / 4)]
+    tests = [f"{name}={folder / 'data' / f'test-{name}.parquet'}" for name in SETS]
+    run(args, folder / f"scores-{seed}", "score.py", *sft.values(), tuned[0], "--output_dir", folder / f"scores-{seed}",
+        "--dataset_path", *tests, "--responses", "chosen", "rejected")
+    ends = [path / name for path in tuned for name in ("checkpoint-0", last_checkpoint(path).name)]
+    run(args, folder / f"answers-{seed}", "score.py", *ends, "--output_dir", folder / f"answers-{seed}",
+        "--dataset_path", tests[2], "--responses", "chosen", "rejected", "other", "shuffled", "--answers", 100)
+
+
+def run(args, log: Path, script: str, *flags) -> None:
+    """One command; raises Failed with the last line it said."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
+    command = [sys.executable, *(several if args.ranks > 1 else []), str(ROOT / script), *map(str, flags)]
+    print(" ".join(["python", *command[1:]]), flush=True)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (args.parallel * args.ranks)))}
+    with open(f"{log}.log", "a") as out:
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | threads, cwd=ROOT)
+    if done.returncode:
+        said = [line for line in Path(f"{log}.log").read_text().splitlines() if line.strip()]
+        raise Failed(f"{script} ended with {done.returncode}, {log}.log: {said[-1] if said else ''}")
+
+
+def read_setting(file: Path, name: str, default: str | None = None) -> str:
+    """A setting of a flat YAML file, as it is written."""
+    lines = (line.partition(":") for line in Path(file).read_text().splitlines() if not line.startswith("#"))
+    found = {key.strip(): value.partition("#")[0].strip() for key, colon, value in lines if colon}
+    if name not in found and default is None:
+        raise Failed(f"{file}: has no {name}")
+    return found.get(name, default)
+
+
+def steps_of_epoch(args, folder: Path, name: str) -> int:
+    sizes = [int(read_setting(args.sft, key, "1"))
+             for key in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+    rows = len(pandas.read_parquet(folder / "data" / f"train-{name}.parquet", columns=["text"]))
+    return math.ceil(rows / math.prod([*sizes, args.ranks]))
+
+
+def last_checkpoint(folder: Path) -> Path:
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
+def findings(ends: list[tuple[dict, dict]], right: list[dict[str, float]]) -> list[dict]:
+    """What the paper found, and what became of it here: a number a seed, their mean and 95% t-interval, does it hold.
+
+    `ends` and `right` have an entry a seed, of `ends_of` and `answered`. Log-probs are means over rows of the log-prob
+    per token, nats; a change is from the first to the last checkpoint.
+    """
+    def change(name, data, response, column="mean_logps"):
+        return [seed[1][name, data, response][column] - seed[0][name, data, response][column] for seed in ends]
+
+    def gap(name, data, at=1):
+        sides = [[seed[at][name, data, side].mean_logps for seed in ends] for side in ("chosen", "rejected")]
+        return less(*sides)
+
+    def less(a, b):
+        return [x - y for x, y in zip(a, b)]
+
+    claims = []
+    for name, other in (("forward", "reverse"), ("reverse", "forward")):
+        claims += [(f"SFT on {name} raises y+ on {name} tests", change(name, name, "chosen"), 1),
+                   (f"SFT on {name} lowers y- on {name} tests", change(name, name, "rejected"), -1),
+                   (f"SFT on {name} lowers y+ on {other} tests", change(name, other, "chosen"), -1),
+                   (f"SFT on {name} raises y- on {other} tests", change(name, other, "rejected"), 1)]
+    matched = [(a + b) / 2 for a, b in zip(gap("forward", "forward"), gap("reverse", "reverse"))]
+    claims += [("SFT on both raises y+ on mixed tests", change("mixed", "mixed", "chosen"), 1),
+               ("SFT on both raises y- on mixed tests", change("mixed", "mixed", "rejected"), 1),
+               ("the mixed gap is smaller than the matched ones", less(gap("mixed", "mixed"), matched), -1),
+               ("DPO widens the gap", less(gap("dpo", "mixed"), gap("dpo", "mixed", 0)), 1),
+               ("DPO lowers y+", change("dpo", "mixed", "chosen"), -1),
+               ("DPO lowers y-", change("dpo", "mixed", "rejected"), -1),
+               ("DPO lowers answers to other questions", change("dpo", "mixed", "other"), -1),
+               ("DPO raises shuffled answers", change("dpo", "mixed", "shuffled"), 1),
+               ("DPO moves mass to tokens the start found implausible (along y+)",
+                change("dpo", "mixed", "chosen", "implausible_mass"), 1),
+               ("DPO piles mass on the argmax token (its log-prob along y+)",
+                change("dpo", "mixed", "chosen", "argmax_logps"), 1),
+               ("DPO lowers the share of right answers", [seed["dpo"] for seed in right], -1),
+               ("DPO at a quarter of the learning rate lowers y- as well", change("gentle", "mixed", "rejected"), -1),
+               ("... and moves y+ less than DPO does", less(map(abs, change("gentle", "mixed", "chosen")),
+                                                            map(abs, change("dpo", "mixed", "chosen"))), -1),
+               ("... and keeps more right answers than DPO does", [seed["gentle"] - seed["dpo"] for seed in right], 1)]
+    return [judged(*claim) for claim in claims]
+
+
+def ends_of(table: pandas.DataFrame) -> tuple[dict, dict]:
+    """Means over rows at a run's first and at its last checkpoint, by (run without its seed, data set, response)."""
+    columns = ["mean_logps", "implausible_mass", "argmax_logps"]
+    means = table.groupby(["run", "dataset", "response", "step"])[columns].mean()
+    runs = [part for _, part in means.groupby(level=[0, 1, 2])]
+    return tuple({(part.index[at][0].rpartition("-")[0], *part.index[at][1:3]): part.iloc[at] for part in runs}
+                 for at in (0, -1))
+
+
+def answered(table: pandas.DataFrame) -> dict[str, float]:
+    """Change of the share of right greedy answers, first to last checkpoint, by run without its seed."""
+    right = table.groupby(["run", "step"])["correct"].mean()
+    return {run.rpartition("-")[0]: part.iloc[-1] - part.iloc[0] for run, part in right.groupby(level=0)}
+
+
+def judged(text: str, values: list[float], sign: int) -> dict:
+    """Holds where the interval over seeds lies on the right side of 0; of a single seed, where the number does."""
+    series = pandas.Series([float(value) for value in values])
+    reach = T95[len(series) - 1] * series.sem() if len(series) > 1 else 0.0
+    mean, low, high = series.mean(), series.mean() - reach, series.mean() + reach
+    interval = f" [{low:+.4f}, {high:+.4f}]" if len(series) > 1 else ""
+    return {"text": f"{text}: {mean:+.4f}{interval}", "holds": bool(low > 0 if sign > 0 else high < 0), "mean": mean,
+            "low": low, "high": high, "seeds": series.tolist()}
+
+
+def draw(args, folder: Path) -> None:
+    """The paper's three panels."""
+    seeds = range(1, args.seeds + 1)
+    roles = {role: [f"{role}-{seed}" for seed in seeds] for role in ("forward", "reverse", "mixed", "dpo")}
+    flags = [part for role, names in roles.items() for part in (f"--{role}", *names)]
+    files = [folder / f"scores-{seed}" / "scores.parquet" for seed in seeds]
+    run(args, folder / "figures", "plot.py", "--three_panel", *flags, "--scores", *files, "--output_dir",
+        folder / "figures")
+    print(f"done: {folder / 'findings.json'}, {folder / 'figures'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,55 @@
+"""One row of a data set: from the measures of its responses' tokens to the lines of the tables."""
+
+import math
+
+import numpy as np
+import pandas
+
+from .pairs import ches
+from .sections import answer_start, sections, shared_prefix
+
+MEASURED = ("logps", "argmax_logps", "entropy", "argmax_mass", "implausible_mass", "accuracy")
+NAMES = ("mean_logps", *MEASURED[1:])
+
+
+def describe(row: int, responses: dict[str, list[int]], found: dict[str, dict], pieces, tokens: bool) -> dict:
+    """{table: lines} of one row; of "tokens" a table a response.
+
+    `found[kind]` has "logps" (the sum, nats), "states" (D,) and "tokens", {measure: (n,)}. `pieces` turns
+    token ids into their texts. A response whose sum is not finite keeps its place without numbers.
+    """
+    out = {"scores": [], "sections": [], "tokens": [], "failed": [], "pairs": []}
+    pair = "chosen" in responses and "rejected" in responses
+    shared = shared_prefix(responses["chosen"], responses["rejected"]) if pair else None
+    for kind, ids in responses.items():
+        key, measures, logps = {"row": row, "response": kind}, found[kind]["tokens"], found[kind]["logps"]
+        if not math.isfinite(logps):
+            out["failed"].append(key | {"logps": str(logps)})
+            out["scores"].append(key | {"tokens": len(ids), "logps": math.nan, "mean_logps": math.nan})
+            continue
+        more = {"argmax_mass": np.exp(measures["argmax_logps"]), "accuracy": measures["rank"] == 1}
+        table = np.stack([(measures | more)[name] for name in MEASURED]).astype(np.float64)
+        out["scores"].append(key | {"tokens": len(ids), "logps": logps} | _means(table, range(len(ids)), NAMES))
+        texts = pieces(ids)
+        parts = sections(len(ids), shared if kind in ("chosen", "rejected") else None, answer_start(texts))
+        out["sections"] += [key | {"section": name, "tokens": len(part)} | _means(table, part, NAMES)
+                            for name, part in parts.items()]
+        if tokens:
+            out["tokens"].append(_token_table(key, texts, measures))
+    if pair and not out["failed"]:
+        raw, normalised = ches(found["chosen"]["states"], found["rejected"]["states"], len(responses["chosen"]),
+                               len(responses["rejected"]))
+        out["pairs"].append({"row": row, "shared": shared, "ches": raw, "ches_normalised": normalised})
+    return out
+
+
+def _means(table: np.ndarray, part: range, names: tuple[str, ...]) -> dict[str, float]:
+    """Means of the measures over these positions."""
+    return dict(zip(names, table[:, part.start : part.stop].mean(1).tolist()))
+
+
+def _token_table(key: dict, texts: list[str], measures: dict[str, np.ndarray]) -> pandas.DataFrame:
+    names = {"logp": "logps", "entropy": "entropy", "argmax_logp": "argmax_logps", "rank": "rank",
+             "implausible_mass": "implausible_mass"}
+    columns = {name: measures[source] for name, source in names.items()}
+    return pandas.DataFrame(key | {"position": range(len(texts)), "token": texts} | columns)

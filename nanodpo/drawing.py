@@ -1,0 +1,135 @@
+"""From files to figures on disk: the look of the house, the figures of a run that nobody has to ask for, their files.
+
+matplotlib is imported with this module: who draws only at the end imports it only then.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+from pathlib import Path
+
+import matplotlib
+import matplotlib.style
+import pandas
+from matplotlib.backends.backend_pdf import PdfFile
+
+from .axes import escape_tex
+from .dynamics import dynamics_figure
+from .errors import UserError, first_line
+from .intervals import KEYS, changes, levels, moved
+from .records import read_metrics, read_scores
+from .selection import everywhere
+from .training import training_figure
+
+FORMATS = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}  # metadata that must not be written
+HOUSE = {"font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7, "legend.fontsize": 7, "legend.title_fontsize": 7,
+         "xtick.labelsize": 6, "ytick.labelsize": 6, "lines.linewidth": 1, "lines.markersize": 3, "axes.linewidth": 0.6,
+         "xtick.major.width": 0.6, "ytick.major.width": 0.6, "axes.spines.top": False, "axes.spines.right": False,
+         "legend.frameon": False}
+# The letters of a paper; not matplotlib's cmr10, which shows other characters for _ < > { } and |.
+SERIF = {"font.family": ["STIXGeneral", "DejaVu Sans"], "mathtext.fontset": "stix"}
+USETEX = {"text.usetex": True, "font.family": "serif"}
+# Whatever the style: the same ids on a rerun, the full width, text that a journal's software can edit.
+FIXED = {"svg.hashsalt": "nanodpo", "savefig.bbox": None, "pdf.fonttype": 42}
+SNIPPET = r"""%% In the preamble: \usepackage{graphicx}
+\begin{figure%(star)s}[t]
+  \centering
+  \includegraphics[width=%(width)s]{%(name)s.pdf}
+  \caption{%(caption)s}
+  \label{fig:%(name)s}
+\end{figure%(star)s}
+"""
+
+
+def draw_run(folder: Path) -> list[Path]:
+    """Draws the default figures of a folder into it: training of its metrics.jsonl, dynamics of its scores.parquet,
+    where it has them. Returns the files; raises UserError where there is nothing that can be drawn."""
+    scored, drawn = folder / "scores.parquet", {}
+    with house_style():
+        if (folder / "metrics.jsonl").exists() or not scored.exists():
+            drawn["training"] = training_figure({folder.resolve().name: read_metrics(folder)}, 2)
+        if scored.exists():
+            drawn["dynamics"] = draw_dynamics(read_scores([scored]))
+        return save(drawn, folder, 2)
+
+
+def draw_after(folder: Path) -> str:
+    """The default figures of a run or scoring that just ended, for its last lines: their names, or why there are none,
+    which is no reason to fail now."""
+    try:
+        return "figures: " + ", ".join(file.name for file in draw_run(folder) if file.suffix == ".png")
+    except UserError as error:
+        return f"no figure: {error}"
+
+
+def draw_dynamics(scores: pandas.DataFrame | None, series: pandas.DataFrame | None = None, columns: int = 2, **how):
+    """dynamics_figure of a table of scores, of a csv's table of series, or of the second beside the first."""
+    tables = []
+    if scores is not None:
+        scores = scores if "at" in scores else scores.assign(at=scores["step"])
+        since = ["dataset", "response"] if how.get("phases") else KEYS
+        tables.append((levels(scores), changes(scores, since)))
+    if series is not None:
+        series = everywhere(series, scores["dataset"].unique() if tables else [])
+        tables.append((series, moved(series)))
+    level, change = (pandas.concat(pair, ignore_index=True) for pair in zip(*tables))
+    return dynamics_figure(level, change, columns, **how)
+
+
+def subset_prefix(letters) -> str:
+    """Six letters that name a part of a font in a PDF: a function of what is in it."""
+    digest = hashlib.sha256(repr(sorted(map(str, letters))).encode()).digest()
+    return "".join(chr(ord("A") + byte % 26) for byte in digest[:6]) + "+"
+
+
+@contextlib.contextmanager
+def house_style(sheet: str | None = None, serif: bool = False, usetex: bool = False):
+    """The fonts and lines of the house, then a matplotlib style sheet (name or file), for what is drawn within."""
+    if usetex and (missing := [name for name in ("latex", "dvipng") if not shutil.which(name)]):
+        raise UserError(f"--usetex: needs {' and '.join(missing)}, not found here; --serif looks like LaTeX without it")
+    with matplotlib.rc_context(HOUSE | (SERIF if serif else {})):
+        try:
+            if sheet:
+                matplotlib.style.use(sheet)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--style {sheet}: neither a style of matplotlib nor a file with one") from error
+        matplotlib.rcParams.update(FIXED | (USETEX if usetex else {}))
+        if hasattr(PdfFile, "_get_subset_prefix"):  # private, and under LaTeX another one in every process
+            PdfFile._get_subset_prefix = staticmethod(subset_prefix)
+        yield
+
+
+def save(drawn: dict, folder: Path, columns: int) -> list[Path]:
+    """Writes figures, {name: (figure, caption)}, in each format and with a .tex that includes them: beside their
+    places, and into them once all are whole."""
+    files = {}
+    for name, (figure, caption) in drawn.items():
+        for kind, metadata in FORMATS.items():
+            files[folder / f"{name}.{kind}"] = _render(figure, kind, metadata)
+        wide = {"star": "*", "width": r"\textwidth"} if columns == 2 else {"star": "", "width": r"\columnwidth"}
+        snippet = SNIPPET % (wide | {"name": name, "caption": escape_tex(caption)})
+        files[folder / f"{name}.tex"] = snippet.encode()
+    aside = {file: file.with_name(f".{file.name}.partial") for file in files}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            aside[file].write_bytes(content)
+        for file in files:
+            os.replace(aside[file], file)
+    except OSError as error:
+        for file in filter(Path.exists, aside.values()):
+            file.unlink()
+        raise UserError(f"--output_dir {folder}: can't be written ({first_line(error)})") from error
+    return list(files)
+
+
+def _render(figure, kind: str, metadata: dict | None) -> bytes:
+    try:
+        figure.savefig(out := io.BytesIO(), format=kind, dpi=300, metadata=metadata)
+    except RuntimeError as error:  # what matplotlib raises where latex fails
+        if not matplotlib.rcParams["text.usetex"]:
+            raise
+        raise UserError(f"--usetex: latex can't set this figure: {first_line(error)}") from error
+    return out.getvalue()

@@ -1,0 +1,85 @@
+"""Scores of rows -> curves: means and 95% intervals, over rows or over seeds.
+
+A table of curves has a line per run, phase, dataset, response and step: at (the place on the x axis), mean, low, high
+(NaN where there is no interval), n (rows), left_out (rows whose score is missing), all in nats per token.
+"""
+
+import math
+
+import pandas
+
+KEYS = ["dataset", "run", "phase", "response"]
+
+
+def levels(scores: pandas.DataFrame) -> pandas.DataFrame:
+    """Curves of mean_logps; of the gap, chosen - rejected of a row, too. The interval is mean +- 1.96 sem over rows,
+    sem = standard deviation (n - 1) / sqrt(n); none where n is 1. Scores that are missing (NaN) are left out."""
+    rows = ["dataset", "run", "phase", "step", "at", "row"]
+    sides = [scores[scores["response"] == side].set_index(rows)["mean_logps"] for side in ("chosen", "rejected")]
+    gap = (sides[0] - sides[1]).dropna().reset_index().assign(response="gap")  # of rows that have both
+    return _over_rows(pandas.concat([scores, gap], ignore_index=True) if len(gap) else scores)
+
+
+def changes(scores: pandas.DataFrame, since: list[str] = KEYS) -> pandas.DataFrame:
+    """Curves of how far mean_logps moved, row by row, since the first place of the rows that agree in `since`.
+
+    The interval is that of the rows' own changes: narrower than a level's, since what tells rows apart is gone.
+    """
+    since = [*since, "row"]
+    first = scores["at"] == scores.groupby(since)["at"].transform("min")
+    start = scores[first].set_index(since)["mean_logps"].rename("start")
+    moved = scores.join(start, on=since)
+    return _over_rows(moved.assign(mean_logps=moved["mean_logps"] - moved["start"]))
+
+
+def over_seeds(curves: pandas.DataFrame) -> pandas.DataFrame:
+    """Curves of one role's runs -> their mean, its 95% t-interval over runs; one run keeps its interval over rows."""
+    runs = curves["run"].nunique()
+    if runs == 1:
+        return curves
+    groups = curves.groupby("at")
+    table = groups.agg(mean=("mean", "mean"), sem=("mean", "sem"), left_out=("left_out", "sum")).reset_index()
+    reach = t_quantile(runs - 1) * table["sem"]
+    return table.assign(low=table["mean"] - reach, high=table["mean"] + reach)
+
+
+def t_quantile(freedom: int, level: float = 0.95) -> float:
+    """Student's t that lies within +- this value with probability `level` (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+    low, high = 0.0, math.pi / 2
+    while (angle := (low + high) / 2) not in (low, high):  # until no float lies between
+        low, high = (angle, high) if _within(angle, freedom) < level else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _within(angle: float, freedom: int) -> float:
+    """P(|T| < sqrt(freedom) tan(angle)): a finite sum of powers of the cosine."""
+    odd, total = freedom % 2, 0.0
+    term = math.cos(angle) if odd else 1.0
+    for power in range(odd, freedom - 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+def _over_rows(scores: pandas.DataFrame) -> pandas.DataFrame:
+    groups = scores.groupby([*KEYS, "step", "at"], sort=False)["mean_logps"]
+    table = groups.agg(mean="mean", sem="sem", n="count", rows="size").reset_index()
+    reach = 1.96 * table["sem"]
+    table = table.assign(low=table["mean"] - reach, high=table["mean"] + reach, left_out=table["rows"] - table["n"])
+    return table.drop(columns=["sem", "rows"])
+
+
+def moved(curves: pandas.DataFrame) -> pandas.DataFrame:
+    """Curves of means alone -> their change since their first place; no interval, for that needs the rows."""
+    first = curves.sort_values("at", kind="stable").groupby(KEYS)["mean"].transform("first")
+    return curves.assign(mean=curves["mean"] - first, low=math.nan, high=math.nan)
+
+
+def with_gaps(curves: pandas.DataFrame) -> pandas.DataFrame:
+    """Curves of means alone, with the gap, chosen - rejected, where they don't have it; no interval."""
+    keys = [name for name in curves if name not in ("response", "mean", "low", "high")]
+    sides = curves.pivot(index=keys, columns="response", values="mean")
+    if not {"chosen", "rejected"} <= set(sides) or "gap" in sides:
+        return curves
+    gap = (sides["chosen"] - sides["rejected"]).dropna().reset_index(name="mean").assign(response="gap")
+    return pandas.concat([curves, gap], ignore_index=True)

@@ -1,0 +1,74 @@
+"""Checkpoints in memory, one at a time: a base is loaded once, and the adapters on it take turns."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from . import selfcheck
+from .adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter
+from .distributed import say
+from .errors import UserError, first_line
+from .logprobs import SequenceLogProbs
+from .source import open_source
+
+
+@dataclasses.dataclass
+class Opened:
+    """A checkpoint, ready to be scored."""
+
+    checkpoint: object  # a runs.Checkpoint
+    base: str
+    shape: dict | None  # of its adapter
+    bf16: bool
+    module: SequenceLogProbs
+    layout: str
+    attention: str  # of the layout
+    own: str  # the model's own attention, which can generate
+    trained: list[nn.Parameter]  # LoRA weights, where gradients are wanted
+
+    @property
+    def model(self) -> nn.Module:
+        """The transformers model, with the adapter inside."""
+        model = self.module.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class Opener:
+    """Opens checkpoints one after the other and keeps the last: its base serves the next adapter."""
+
+    def __init__(self, device: torch.device, bf16: bool, gradients: bool, longest: int):
+        """`bf16`: also where no run says so; `longest`: tokens of the longest sequence to be scored."""
+        self.device, self.bf16, self.gradients, self.longest = device, bf16, gradients, longest
+        self.last: Opened | None = None
+
+    def open(self, checkpoint) -> Opened:
+        """Raises UserError for what can't be opened, naming it."""
+        if self.last and self.last.checkpoint is checkpoint:
+            return self.last
+        source = open_source(checkpoint.path, checkpoint.settings.trust_remote_code)
+        wanted = source.base, adapter_shape(source.adapter), checkpoint.settings.bf16 or self.bf16
+        if self.last and source.adapter and (self.last.base, self.last.shape, self.last.bf16) == wanted:
+            exchange_adapter(self.last.module.model, source.adapter)
+            self.last = dataclasses.replace(self.last, checkpoint=checkpoint)
+        else:
+            self.last = None  # the former goes before the next comes
+            self.last = self._load(checkpoint, source, *wanted)
+        return self.last
+
+    def _load(self, checkpoint, source, base: str, shape: dict | None, bf16: bool) -> Opened:
+        from transformers import AutoModelForCausalLM  # slow to import
+
+        dtype, remote = torch.bfloat16 if bf16 else torch.float32, checkpoint.settings.trust_remote_code
+        try:
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=remote)
+            own = model.config._attn_implementation
+            model = add_adapter(model, source.adapter)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{checkpoint.path}: can't be opened: {first_line(error)}") from error
+        model.requires_grad_(False)
+        trained = adapter_weights(model, checkpoint.path) if self.gradients else []
+        module = SequenceLogProbs(model).to(self.device).eval()
+        layout, attention = selfcheck.choose_layout(module, self.device, dtype, False, self.longest)
+        say(f"{base}: rows {layout}, attention {attention}")
+        return Opened(checkpoint, base, shape, bf16, module, layout, attention, own, trained)

@@ -1,0 +1,28 @@
+"""What is said of a pair: how alike the model finds its two responses, and what training on it would do."""
+
+import torch
+from torch import Tensor
+
+
+def ches(chosen: Tensor, rejected: Tensor, n_chosen: int, n_rejected: int) -> tuple[float, float]:
+    """(D,) sums of the states that predict each response's tokens -> CHES and its length-normalised form.
+
+    CHES = <sum h+, sum h-> - |sum h+|^2; normalised: <., .> / (n+ n-) - |.|^2 / n+^2, with the true lengths in tokens.
+    The larger, the more a step on the pair lowers the chosen response too (arXiv 2410.08847, Definition 2 and its
+    length-normalised form).
+    """
+    inner, own = (chosen @ rejected).item(), (chosen @ chosen).item()
+    return inner - own, inner / (n_chosen * n_rejected) - own / n_chosen**2
+
+
+def gradient_products(logps: Tensor, parameters: list[Tensor]) -> dict[str, float]:
+    """(2,) log-probs of chosen and rejected -> inner product, cosine and norms of their gradients by `parameters`.
+
+    Chosen rises and rejected falls in a step only where the inner product is small beside both squared norms
+    (arXiv 2410.13828). The cosine is NaN where a gradient is zero.
+    """
+    grads = [torch.autograd.grad(logp, parameters, retain_graph=i == 0) for i, logp in enumerate(logps)]
+    dot = sum((a.double() * b.double()).sum() for a, b in zip(*grads)).item()
+    norms = [sum(g.double().square().sum() for g in side).sqrt().item() for side in grads]
+    return {"grad_dot": dot, "grad_cosine": dot / (norms[0] * norms[1]) if all(norms) else float("nan"),
+            "grad_norm_chosen": norms[0], "grad_norm_rejected": norms[1]}

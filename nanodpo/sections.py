@@ -1,0 +1,44 @@
+"""Parts of a response: tenths of its length, what a pair shares, thinking and answer. Positions are in tokens."""
+
+ANSWERS = ("<|im_start|>answer", "</think>")  # what ends the thinking in a transcript
+
+
+def sections(length: int, shared: int | None, answer: int | None) -> dict[str, range]:
+    """Name -> positions, without the empty ones.
+
+    `shared`: the pair's first differing token, None for a response that is no side of a pair; `answer`: the first token
+    of the answer, None where the response has no such mark.
+
+    >>> sections(4, 1, None)
+    {'tenth 3': range(0, 1), 'tenth 5': range(1, 2), 'tenth 8': range(2, 3), 'tenth 10': range(3, 4), \
+'prefix': range(0, 1), 'suffix': range(1, 4)}
+    """
+    parts = {f"tenth {i + 1}": range(i * length // 10, (i + 1) * length // 10) for i in range(10)}
+    if shared is not None:
+        parts |= {"prefix": range(shared), "suffix": range(shared, length)}
+    if answer is not None:
+        parts |= {"think": range(answer), "answer": range(answer, length)}
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+def shared_prefix(chosen: list[int], rejected: list[int]) -> int:
+    """How many tokens two responses have in common from the start."""
+    return next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+
+
+def answer_start(pieces: list[str]) -> int | None:
+    """Tokens as text -> the first one after the last mark of an answer.
+
+    >>> answer_start(["two", "<|im_start|>", "answer", " 2"]), answer_start(["two"])
+    (3, None)
+    """
+    text = "".join(pieces)
+    at = max(text.rfind(mark) + len(mark) if mark in text else -1 for mark in ANSWERS)
+    if at < 0:
+        return None
+    done = 0
+    for i, piece in enumerate(pieces):
+        if done >= at:
+            return i
+        done += len(piece)
+    return None

@@ -1,0 +1,51 @@
+"""Which lines of the tables are drawn, and where they lie on the x axis."""
+
+import pandas
+
+from .axes import listed, place
+from .errors import UserError
+
+
+def select(tables: list[pandas.DataFrame], runs: list[str], sets: list[str] | None) -> list[pandas.DataFrame]:
+    """Of the tables the lines of these runs and data sets; all where none is named. Raises UserError for a name that
+    no table has. A line without a data set, of a csv, belongs to every one."""
+    have = [run for table in tables for run in table["run"].unique()]
+    if twice := {run for run in have if have.count(run) > 1}:
+        raise UserError(f"the scores and the csv both have a run called {listed(sorted(twice))}")
+    there = sorted({name for table in tables for name in table["dataset"].unique()} - {""})
+    for what, names, found in (("run", runs, have), ("data set", sets or [], there)):
+        if missing := [name for name in names if name not in found]:
+            raise UserError(f"no {what} called {listed(missing)} in what was read; there is {listed(found) or 'none'}")
+    kept = [table[(table["run"].isin(runs) | (not runs)) & (table["dataset"].isin([*(sets or there), ""]))]
+            for table in tables]
+    if all(table.empty for table in kept):
+        raise UserError(f"nothing to draw of run {listed(runs or have)} on data set {listed(sets or there)}")
+    return kept
+
+
+def in_phases(scores: pandas.DataFrame, runs: list[str]) -> tuple[pandas.DataFrame, dict[str, tuple]]:
+    """Scores of runs that followed one another, `at` their places on one axis; {run: (name, first step, last step)}."""
+    spans = scores.groupby("run")["step"].agg(["min", "max"])
+    names = scores.groupby("run")["phase"].first()
+    phases = {run: (names[run].upper() or run, *spans.loc[run]) for run in runs}
+    number = scores["run"].map(runs.index)
+    first, last = (scores["run"].map(spans[end]) for end in ("min", "max"))
+    steps = (scores["step"] - first) / (last - first).clip(lower=1)
+    return scores.assign(at=number + steps), phases
+
+
+def series_in_phases(series: pandas.DataFrame, phases: dict[str, tuple]) -> pandas.DataFrame:
+    """A csv's curves, `at` their places on the axis of phases; a line whose column phase is empty is of the first."""
+    number = {name.lower(): i for i, (name, *_) in reversed(list(enumerate(phases.values())))} | {"": 0}
+    if unknown := set(series["phase"].str.lower()) - set(number):
+        raise UserError(f"--series: no phase called {listed(sorted(unknown))}; there is {listed(list(number)[:-1])}")
+    spans = [span for _, *span in phases.values()]
+    at = [place(step, i := number[phase.lower()], *spans[i]) for step, phase in zip(series["step"], series["phase"])]
+    return series.assign(at=at, phase="")
+
+
+def everywhere(series: pandas.DataFrame, sets) -> pandas.DataFrame:
+    """A csv's curves that name no data set, on each of `sets`."""
+    nowhere = series["dataset"] == ""
+    copies = [series[nowhere].assign(dataset=name) for name in sets]
+    return pandas.concat([series[~nowhere], *copies], ignore_index=True) if len(copies) else series

@@ -1,0 +1,533 @@
+"""The figures of plot.py beside training and dynamics: their numbers, their axes, their files, and what they refuse."""
+
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pandas
+import pytest
+from conftest import ROOT, launch
+from matplotlib.colors import to_hex
+from test_plot import SCORES, boxes, draw, make_run, make_scores, points  # noqa: F401  (draw is a fixture)
+
+import plot
+from nanodpo import drawing, records, training
+from nanodpo.axes import crowd, escape_tex
+from nanodpo.errors import UserError
+from nanodpo.intervals import t_quantile
+
+ROLES = {"forward": "f", "reverse": "r", "mixed": "m", "dpo": "d"}
+TESTS = ("forward", "reverse", "mixed")
+STEPS = {"f": (0, 50, 100), "r": (0, 50, 100), "m": (0, 100, 200), "d": (0, 20, 40)}
+
+
+def value(role, test, response, step, row, seed):
+    """A number of its own for each score, and for each gap."""
+    i, j = "frmd".index(role), TESTS.index(test)
+    gap = 0.03 + step / (512 + 64 * i) + j / 256 + seed * seed / 512
+    return -1.0 - i / 4 - j / 16 - gap * (response == "rejected") - row * step / 4096 - seed * (1 + step) / 1024
+
+
+def make_lab(file, seeds=3, rows=4, but=lambda table: table):
+    """Scores of the paper's experiment: runs f0, f1 ..., r0 ..., m0 ..., d0 ..."""
+    lines = [{"run": f"{role}{seed}", "phase": "dpo" if role == "d" else "sft", "step": step, "dataset": test,
+              "row": row, "response": side, "mean_logps": value(role, test, side, step, row, seed)}
+             for role in "frmd" for seed in range(seeds) for step in STEPS[role] for test in TESTS
+             for row in range(rows) for side in ("chosen", "rejected")]
+    but(pandas.DataFrame(lines)).to_parquet(file)
+    return file
+
+
+def lab_flags(file, seeds=3):
+    runs = [[f"--{role}", *(f"{name}{seed}" for seed in range(seeds))] for role, name in ROLES.items()]
+    return ["--three_panel", *sum(runs, []), "--scores", file]
+
+
+def by_hand(role, test, response, step, seeds=3, rows=4):
+    """Means of each seed, by plain loops; the gap is chosen - rejected."""
+    if response == "gap":
+        sides = [by_hand(role, test, side, step, seeds, rows) for side in ("chosen", "rejected")]
+        return [a - b for a, b in zip(*sides)]
+    return [sum(value(role, test, response, step, row, seed) for row in range(rows)) / rows for seed in range(seeds)]
+
+
+def bands(ax):
+    """{colour: [(x, low, high), ...]} of what is shaded, one list a band."""
+    found = []
+    for band in ax.collections:
+        if len(band.get_paths()):
+            vertices = band.get_paths()[0].vertices
+            xs = sorted(set(vertices[:, 0]))
+            found.append([(x, *(f(vertices[vertices[:, 0] == x][:, 1]) for f in (min, max))) for x in xs])
+    return found
+
+
+def test_t_quantiles_are_the_closed_forms():
+    """One degree of freedom is Cauchy, tan(pi p - pi/2); two: t = c sqrt(2 / (1 - c^2)), c = 2p - 1; then a table's."""
+    assert t_quantile(1) == pytest.approx(math.tan(math.pi * 0.475), rel=1e-12)
+    assert t_quantile(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-12)
+    for freedom, t in ((3, 3.182446), (4, 2.776445), (9, 2.262157), (30, 2.042272), (1000, 1.962339)):
+        assert t_quantile(freedom) == pytest.approx(t, abs=5e-7)
+
+
+def test_the_three_panels_draw_the_means_over_seeds_and_their_t_intervals(tmp_path, draw):  # noqa: F811
+    fig = draw(*lab_flags(make_lab(tmp_path / "s.parquet")))["three_panel"]
+    names = {"f": "F", "r": "R", "m": "M", "d": "DPO"}
+    wanted = [(0, role, test, side) for role, test in (("f", "forward"), ("r", "reverse"))
+              for side in ("chosen", "rejected")]
+    wanted += [(1, role, "mixed", side) for role in "md" for side in ("chosen", "rejected")]
+    wanted += [(2, role, test, "gap") for role in "frmd" for test in TESTS]
+    for panel, role, test, side in wanted:
+        (line,) = [line for line in fig.axes[panel].get_lines() if line.get_label() == f"{names[role]} {test} {side}"]
+        means = [np.mean(by_hand(role, test, side, step)) for step in STEPS[role]]
+        assert line.get_ydata() == pytest.approx(means, abs=1e-12)
+        scale = 1 if panel == 0 else 40 if role == "d" else 200  # (b) and (c): a phase is one unit wide
+        assert list(line.get_xdata()) == [(role == "d" and panel > 0) + step / scale for step in STEPS[role]]
+    drawn = [len([line for line in ax.get_lines() if not line.get_label().startswith("_")]) for ax in fig.axes]
+    assert drawn == [4, 4, 12]
+    seeds = by_hand("f", "forward", "chosen", 50)
+    reach = t_quantile(2) * np.std(seeds, ddof=1) / math.sqrt(3)
+    assert bands(fig.axes[0])[0][1] == pytest.approx((50, np.mean(seeds) - reach, np.mean(seeds) + reach), abs=1e-12)
+    assert "95% interval over 3 seeds" in [text.get_text() for text in fig.legends[0].get_texts()]
+
+
+def test_one_run_of_each_has_intervals_over_rows(tmp_path, draw):  # noqa: F811
+    fig = draw(*lab_flags(make_lab(tmp_path / "s.parquet", seeds=1), seeds=1))["three_panel"]
+    gaps = [value("f", "forward", "chosen", 100, row, 0) - value("f", "forward", "rejected", 100, row, 0)
+            for row in range(4)]
+    values = [value("f", "forward", "chosen", 100, row, 0) for row in range(4)]
+    reach = 1.96 * np.std(values, ddof=1) / 2
+    mean = np.mean(values)
+    assert bands(fig.axes[0])[0][-1] == pytest.approx((100, mean - reach, mean + reach), abs=1e-12)
+    assert points(fig, "F forward gap")[2][-1] == pytest.approx(np.mean(gaps), abs=1e-12)
+    assert "95% interval over 4 rows" in [text.get_text() for text in fig.legends[0].get_texts()]
+
+
+def test_phases_are_named_and_ticks_are_in_their_own_steps(tmp_path, draw):  # noqa: F811
+    fig = draw(*lab_flags(make_lab(tmp_path / "s.parquet")))["three_panel"]
+    for ax in fig.axes[1:]:
+        assert [text.get_text() for text in ax.texts] == ["SFT", "DPO"]
+        assert [line.get_xdata()[0] for line in ax.get_lines() if list(line.get_ydata()) == [0, 1]] == [1]
+        for tick, label in zip(ax.get_xticks(), [label.get_text() for label in ax.get_xticklabels()]):
+            at = 1 if label == "200 | 0" else float(label) / 200 if tick < 1 else 1 + float(label) / 40
+            assert tick == pytest.approx(at, abs=1e-12)
+
+
+@pytest.mark.parametrize("focus, ratios", [(None, None), ((0.04, 0.2), ("1", "2", "3"))])
+def test_the_gaps_axis_and_the_widths(tmp_path, draw, focus, ratios):  # noqa: F811
+    more = ["--focus", *map(str, focus)] if focus else []
+    more += ["--panel_ratios", *ratios] if ratios else []
+    fig = draw(*lab_flags(make_lab(tmp_path / "s.parquet")), *more)["three_panel"]
+    fig.draw_without_rendering()
+    ax = fig.axes[2]
+    high = (ax.transData + ax.transAxes.inverted()).transform([(0, y) for y in focus or (0.05, 0.1)])[:, 1]
+    assert high[1] - high[0] == pytest.approx(0.25, abs=1e-12)
+    assert tuple(ax.get_gridspec().get_width_ratios()) == ((1, 2, 3) if ratios else (1, 1, 1.2))
+
+
+def test_positions_in_the_saved_svg_are_those_of_the_focus_axis(tmp_path):
+    """Ticks and the points of a curve, read off the file: in the band a quarter of the height, outside one scale."""
+    plot.main([str(flag) for flag in lab_flags(make_lab(tmp_path / "s.parquet"))])
+    panel = (tmp_path / "three_panel.svg").read_text().split('<g id="axes_3">')[1]
+    corners = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", panel.split("</g>")[0])]
+    height = max(corners) - min(corners)
+    axis = re.search(r'<g id="ytick_.*?(?=<g id="(?!ytick_|line2d_|text_))', panel, re.DOTALL)[0]
+    found = re.findall(r' y="([\d.]+)"(?:(?!<!--).)*<!-- (\S+) -->', axis, re.DOTALL)
+    ticks = {float(label.replace("\N{MINUS SIGN}", "-")): float(y) for y, label in found}
+    assert ticks[0.05] - ticks[0.1] == pytest.approx(height / 4, rel=1e-5)
+    above = sorted(tick for tick in ticks if tick >= 0.1)
+    slope = (ticks[0.1] - ticks[above[-1]]) / (above[-1] - 0.1)  # points of the page a nat
+
+    def where(gap):
+        if gap > 0.1:
+            return ticks[0.1] - (gap - 0.1) * slope
+        return ticks[0.05] - (gap - 0.05) * (height / 4 / 0.05 if gap > 0.05 else slope)
+
+    assert [ticks[tick] for tick in ticks] == pytest.approx([where(tick) for tick in ticks], abs=1e-3)
+    curves = re.findall(r'<path d="(M [^"]*)"[^>]*stroke: #d55e00', panel)
+    curves = curves[:3]  # DPO on the three test sets; then comes the legend
+    for test, curve in zip(TESTS, curves, strict=True):
+        ys = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", curve)]
+        gaps = [np.mean(by_hand("d", test, "gap", step)) for step in STEPS["d"]]
+        assert ys == pytest.approx([where(gap) for gap in gaps], abs=1e-3)
+
+
+@pytest.mark.parametrize("values, band", [
+    ([-0.16, -0.26, -0.9, -13.3], (-1.0, 0.0)), ([-0.16, -0.26, -0.9], None), ([-0.5], None), ([], None),
+    ([-9.0, -9.5, -9.8, 9.9, math.nan], (-9.8, -9.0)), ([-0.5, -0.5, -9.0], None)])
+def test_what_lies_together_is_found_where_the_rest_is_far_away(values, band):
+    found = crowd(values)
+    assert (found is None) == (band is None)
+    assert band is None or (found[0] <= band[0] and band[1] <= found[1] and found[1] - found[0] < 2)
+
+
+def test_responses_that_lie_together_get_three_quarters_of_the_level(tmp_path, draw):  # noqa: F811
+    values = {("test", response, step): [start + step / 100, start - 0.1] for step in (0, 10)
+              for response, start in (("chosen", -0.2), ("rejected", -0.9), ("shuffled", -13.0))}
+    level, change = draw("--scores", make_scores(tmp_path / "s.parquet", values))["dynamics"].axes
+    high = (level.transData + level.transAxes.inverted()).transform([(0, -1), (0, 0)])[:, 1]
+    low, top = sorted(line.get_ydata()[0] for line in level.get_lines() if line.get_linestyle() == ":"
+                      or line.get_linewidth() == 0.6)[:2]
+    assert low <= -1.0 and top >= -0.2 and high[1] - high[0] > 0.6
+    assert change.get_yscale() == "linear"
+
+
+def test_changes_are_of_the_rows_and_their_interval_too(tmp_path, draw):  # noqa: F811
+    """Rows at -1, -2, -6 that move by +0.1, +0.2, +0.3: mean 0.2, sem 0.1 / sqrt(3), however far apart the rows."""
+    values = {("test", "chosen", 5): [-1.0, -2.0, -6.0], ("test", "chosen", 9): [-0.9, -1.8, -5.7]}
+    fig = draw("--scores", make_scores(tmp_path / "s.parquet", values))["dynamics"]
+    change = fig.axes[1]
+    assert change.get_lines()[0].get_ydata() == pytest.approx([0, 0.2], abs=1e-12)
+    reach = 1.96 * 0.1 / math.sqrt(3)
+    assert bands(change)[0][1] == pytest.approx((9, 0.2 - reach, 0.2 + reach), abs=1e-12)
+    assert change.get_ylabel() == "change since step 5"
+
+
+def test_scores_that_are_missing_are_left_out_and_counted(tmp_path, draw):  # noqa: F811
+    """The row that failed at step 40 has no change there; the others keep theirs."""
+    values = SCORES | {("forward", "chosen", 40): [math.nan, -1.5, -2.0]}
+    found = draw("--scores", make_scores(tmp_path / "s.parquet", values))
+    level, change = found["dynamics"].axes[:2]
+    assert list(level.get_lines()[0].get_ydata()) == [-2.0, -1.75]
+    assert change.get_lines()[0].get_ydata() == pytest.approx([0.0, (0.5 + 1.0) / 2])
+    said = "95% interval, n = 1 to 3, 1 scores missing"
+    assert said in [text.get_text() for text in found["dynamics"].legends[0].get_texts()]
+    assert said in found["captions"]["dynamics"]
+
+
+def test_skipped_steps_are_gaps(tmp_path, draw):  # noqa: F811
+    run = make_run(tmp_path / "a", evals=())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[2] |= {"loss": None, "rewards/chosen": None, "skipped_steps": 1}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fig = draw(run)["training"]
+    assert [math.isnan(y) for y in points(fig, "a loss")[2]] == [False, False, True, False, False]
+    assert not any(math.isnan(y) for y in points(fig, "a rewards/rejected")[2])
+
+
+def test_what_is_checked_is_what_is_drawn():
+    names = {name for panel in training.PANELS.values() for name in panel.values()}
+    assert records.DRAWN == names | {f"eval_{name}" for name in names}
+
+
+def make_two_phases(folder):
+    for run, phase, steps in (("sft", "sft", (0, 50, 100)), ("dpo", "dpo", (0, 10))):
+        values = {("test", side, step): [start + step / 1000 * (1 + row) - (run == "dpo") for row in range(3)]
+                  for step in steps for side, start in (("chosen", -1.0), ("rejected", -2.0))}
+        make_scores(make_run(folder / run) / "scores.parquet", values, run=run, phase=phase)
+    return folder / "sft", folder / "dpo"
+
+
+def test_phases_follow_one_another_on_one_axis(tmp_path, draw):  # noqa: F811
+    """Changes are since the first step of the first run: DPO starts 1 nat below SFT's start here."""
+    found = draw(*make_two_phases(tmp_path), "--phases")
+    assert set(found) == {"dynamics", "folder", "captions"}
+    level, change = found["dynamics"].axes
+    sft, _, dpo, _ = (line for line in level.get_lines() if not line.get_label().startswith("_"))
+    assert list(sft.get_xdata()) == [0, 0.5, 1] and list(dpo.get_xdata()) == [1, 2]
+    assert sft.get_ydata() == pytest.approx([-1, -0.9, -0.8]) and dpo.get_ydata() == pytest.approx([-2, -1.98])
+    assert change.get_lines()[2].get_ydata() == pytest.approx([-1, -0.98])
+    assert [text.get_text() for text in level.texts] == ["SFT", "DPO"]
+    assert "100 | 0" in [label.get_text() for label in level.get_xticklabels()]
+
+
+def test_a_series_is_drawn_beside_scores_and_alone(tmp_path, draw):  # noqa: F811
+    csv = tmp_path / "paper.csv"
+    csv.write_text("series,step,mean,low,high,response\npaper,40,-0.75,,,chosen\npaper,0,-0.5,-0.625,-0.375,chosen\n")
+    scores = make_scores(tmp_path / "s.parquet", SCORES)
+    fig = draw("--scores", scores, "--series", csv)["dynamics"]
+    for level, change in zip(fig.axes[::2], fig.axes[1::2]):  # it names no data set: on each
+        (line,) = [line for line in level.get_lines() if line.get_label() == "paper chosen"]
+        assert list(line.get_xdata()) == [0, 40] and list(line.get_ydata()) == [-0.5, -0.75]
+        (line,) = [line for line in change.get_lines() if line.get_label() == "paper chosen"]
+        assert list(line.get_ydata()) == [0, -0.25]
+    assert {"dpo", "paper"} <= {text.get_text() for text in fig.legends[0].get_texts()}
+    found = draw("--series", csv)
+    assert list(found["dynamics"].axes[0].get_lines()[0].get_ydata()) == [-0.5, -0.75]
+    assert bands(found["dynamics"].axes[0])[0][0] == (0, -0.625, -0.375)
+    assert found["folder"] == tmp_path
+
+
+def test_series_alone_make_the_three_panels(tmp_path, draw):  # noqa: F811
+    """Published means in a csv: the gap is that of the means where the csv has none."""
+    lines = [f"{role},{step},{value(role, test, side, step, 0, 0)!r},{test},{side}" for role in "frmd"
+             for step in STEPS[role] for test in TESTS for side in ("chosen", "rejected")]
+    (tmp_path / "p.csv").write_text("series,step,mean,dataset,response\n" + "\n".join(lines))
+    flags = sum([[f"--{role}", name] for role, name in ROLES.items()], [])
+    fig = draw("--three_panel", *flags, "--series", tmp_path / "p.csv")["three_panel"]
+    (line,) = [line for line in fig.axes[2].get_lines() if line.get_label() == "DPO reverse gap"]
+    assert line.get_ydata() == pytest.approx([by_hand("d", "reverse", "gap", step, 1, 1)[0] for step in STEPS["d"]])
+
+
+def test_the_heatmap_is_the_changes_sorted_by_the_last_of_chosen(tmp_path, draw):  # noqa: F811
+    values = {("test", "chosen", 0): [-1.0, -2.0, -3.0], ("test", "chosen", 8): [-1.5, -1.75, -3.0],
+              ("test", "chosen", 9): [-1.25, -1.0, -3.5], ("test", "rejected", 0): [-1.0, -1.0, -1.0],
+              ("test", "rejected", 8): [-2.0, -3.0, -4.0], ("test", "rejected", 9): [-2.5, math.nan, -0.5]}
+    found = draw("--scores", make_scores(tmp_path / "s.parquet", values), "--heatmap")
+    chosen, rejected, bar = found["heatmap"].axes
+    images = [ax.get_images()[0] for ax in (chosen, rejected)]
+    assert images[0].get_array().tolist() == [[0.25, 1.0], [-0.5, -0.25], [0.0, -0.5]]  # rows 1, 0, 2
+    there = images[1].get_array()
+    assert there[0, 0] == -2.0 and np.ma.is_masked(there[0, 1]) and there[1:].tolist() == [[-1.0, -1.5], [-3.0, 0.5]]
+    for image in images:
+        low, high = image.get_clim()
+        assert -low == high > 0  # centred at no change
+        assert to_hex(image.cmap(image.norm(0.0))) == to_hex(image.cmap(0.5))
+    assert chosen.get_title() == "chosen: 1 of 3 rise" and rejected.get_title() == "rejected: 1 of 2 rise"
+    assert [label.get_text() for label in chosen.get_xticklabels()] == ["8", "9"]
+    assert "step 0" in bar.get_ylabel() and "nats" in bar.get_ylabel()
+
+
+def test_a_heatmap_of_data_without_rejected_has_one_side(tmp_path, draw):  # noqa: F811
+    values = {("test", "chosen", 0): [-1.0, -2.0], ("test", "chosen", 8): [-1.5, -1.75]}
+    fig = draw("--scores", make_scores(tmp_path / "s.parquet", values), "--heatmap")["heatmap"]
+    assert [len(ax.get_images()) for ax in fig.axes[:2]] == [1, 0]
+
+
+def test_a_series_that_no_role_names_is_not_passed_over(tmp_path):
+    (tmp_path / "p.csv").write_text("series,step,mean\npaper,0,-1\n")
+    flags = [*lab_flags(make_lab(tmp_path / "s.parquet")), "--series", tmp_path / "p.csv"]
+    with pytest.raises(UserError, match="--series: paper is named by none of --forward, --reverse, --mixed, --dpo"):
+        plot.main([str(flag) for flag in flags])
+
+
+def make_tokens(folder, chosen, rejected, steps=(0, 40), row=7, **changed):
+    """tokens.parquet: position p of step s has log-prob -1 - p / 8 of chosen and one nat lower of rejected, + s / 80
+    at even positions and - s / 80 at odd ones."""
+    lines = [{"run": "dpo", "step": step, "dataset": "test", "row": row, "response": side, "position": p, "token": word,
+              "logp": -1.0 - p / 8 - (side == "rejected") + step / 80 * (-1) ** p, "entropy": 1.0, "argmax_logp": -0.1,
+              "rank": 1} | changed
+             for step in steps for side, words in (("chosen", chosen), ("rejected", rejected))
+             for p, word in enumerate(words)]
+    pandas.DataFrame(lines).to_parquet(folder / "tokens.parquet")
+    return make_scores(folder / "scores.parquet", SCORES)
+
+
+WORDS = ["So", " Ivy", " has", "\n", " $5_0", " & 3%", "{x}"]
+
+
+def cells(ax):
+    """(text, colour of its cell) of each token."""
+    texts = [text for text in ax.texts if text.get_fontproperties().get_family() == ["monospace"]]
+    assert len(texts) == len(ax.patches)
+    return [(text.get_text(), patch.get_facecolor()) for text, patch in zip(texts, ax.patches)]
+
+
+@pytest.mark.parametrize("steps", [(0, 40), (40,)])
+def test_the_strip_colours_each_token_by_its_number(tmp_path, draw, steps):  # noqa: F811
+    scores = make_tokens(tmp_path, WORDS, WORDS[:2] + [" had"], steps)
+    fig = draw("--scores", scores, "--strip", 7)["strip"]
+    ax, bar = fig.axes
+    shown = cells(ax)
+    seen = [word.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}") for word in WORDS]
+    assert [word for word, *_ in shown] == [*seen, "So", " Ivy", " had"]
+    if len(steps) == 2:  # by turns half a nat up and down
+        assert [fill[2] > fill[0] for _, fill in shown] == [True, False] * 3 + [True] + [True, False, True]
+        assert bar.get_xlim() == (-0.5, 0.5) and "change of log-prob from step 0 to 40 (nats)" == bar.get_xlabel()
+    else:  # less likely is darker
+        light = [sum(fill[:3]) for _, fill in shown]
+        assert light[1] > light[7 + 1] and bar.get_xlim()[1] == 0 and bar.get_xlabel() == "log-prob at step 40 (nats)"
+    heads = [text.get_text() for text in ax.texts if text.get_text().startswith(("chosen", "rejected"))]
+    assert heads == ["chosen, 7 tokens; the first 2 shared (line above)",
+                     "rejected, 3 tokens; the first 2 shared (line above)"]
+    assert len(ax.collections[0].get_segments()) == 2  # of chosen, the two shared tokens
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_long_response_is_wrapped_and_cut_and_says_so(tmp_path, draw, columns):  # noqa: F811
+    fig = draw("--scores", make_tokens(tmp_path, [" word"] * 900, [" other", "."]), "--strip", 7, "--columns", columns)
+    ax = fig["strip"].axes[0]
+    a_line = int(ax.get_xlim()[1]) // 5
+    shown = sum(word == " word" for word, *_ in cells(ax))
+    assert shown == 14 * a_line
+    heads = [text.get_text() for text in ax.texts if "tokens" in text.get_text()]
+    assert heads[0] == f"chosen, 900 tokens, the last {900 - shown} left out; no token shared"
+    fig["strip"].set_dpi(300)  # of the file: coarser, letters are as wide as whole pixels allow
+    fig["strip"].draw_without_rendering()
+    for text, patch in zip([t for t in ax.texts if t.get_fontproperties().get_family() == ["monospace"]], ax.patches):
+        letters, cell = text.get_window_extent(), patch.get_window_extent()
+        assert letters.x0 >= cell.x0 - 1 and letters.x1 <= cell.x1 + 1.5  # text stays in its cell
+        assert letters.y0 >= cell.y0 - 1 and letters.y1 <= cell.y1 + 1
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("look", [[], ["--serif"], ["--style", "ggplot"]], ids=str)
+def test_no_panel_legend_or_label_overlaps_another(tmp_path, draw, columns, look):  # noqa: F811
+    lab = make_lab(tmp_path / "lab.parquet")
+    flags = ["--columns", columns, *look]
+    figures = [draw(*lab_flags(lab), "--floor", "-0.9", *flags)["three_panel"],
+               draw("m0", "d0", "--phases", "--scores", lab, *flags)["dynamics"],
+               draw("f1", "--heatmap", "--scores", lab, *flags)["heatmap"]]
+    for fig in figures:
+        found = boxes(fig)
+        for i, box in enumerate(found):
+            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= fig.bbox.x1 + 1 and box.y1 <= fig.bbox.y1 + 1
+            for other in found[i + 1 :]:
+                assert (box.x1 <= other.x0 + 1 or other.x1 <= box.x0 + 1 or box.y1 <= other.y0 + 1
+                        or other.y1 <= box.y0 + 1)
+        for labels in [axis.get_ticklabels() for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]:
+            extents = [label.get_window_extent() for label in labels if label.get_text() and label.get_visible()]
+            for one, other in zip(extents, extents[1:]):
+                assert not one.overlaps(other)
+
+
+def test_grey_tells_curves_of_one_panel_apart(tmp_path, draw):  # noqa: F811
+    """Curves of one panel differ in dash or marker, or by a tenth in lightness, or lie in another phase."""
+    fig = draw(*lab_flags(make_lab(tmp_path / "s.parquet")))["three_panel"]
+    for ax in fig.axes:
+        seen = []
+        for line in ax.get_lines():
+            if not line.get_label().startswith("_"):
+                red, green, blue = (int(to_hex(line.get_color())[i : i + 2], 16) / 255 for i in (1, 3, 5))
+                seen.append((line.get_linestyle(), line.get_marker(), line.get_label().startswith("DPO"),
+                             0.299 * red + 0.587 * green + 0.114 * blue))
+        for i, one in enumerate(seen):
+            assert all(one[:3] != other[:3] or abs(one[3] - other[3]) > 0.1 for other in seen[i + 1 :])
+
+
+def test_every_figure_is_the_same_bytes_again(tmp_path):
+    lab = make_lab(tmp_path / "lab.parquet")
+    make_tokens(tmp_path, WORDS, WORDS[:2])
+    for flags in (lab_flags(lab), ["f0", "--heatmap", "--scores", lab], ["--strip", "7", "--scores",
+                                                                        tmp_path / "scores.parquet", "--serif"]):
+        for name in ("one", "two"):
+            plot.main([*map(str, flags), "--output_dir", str(tmp_path / name)])
+    names = [file.name for file in sorted((tmp_path / "one").iterdir())]
+    assert names == sorted(f"{name}.{kind}" for name in ("three_panel", "heatmap", "strip")
+                           for kind in ("png", "pdf", "svg", "tex"))
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("columns, lines", [
+    (1, [r"\begin{figure}[t]", r"  \includegraphics[width=\columnwidth]{dynamics.pdf}", r"\end{figure}"]),
+    (2, [r"\begin{figure*}[t]", r"  \includegraphics[width=\textwidth]{dynamics.pdf}", r"\end{figure*}"])])
+def test_the_tex_includes_the_figure_and_says_what_is_drawn(tmp_path, columns, lines):
+    scores = make_scores(tmp_path / "s.parquet", SCORES, run="a_50%&$x^2~{#}\\")
+    plot.main(["--scores", str(scores), "--columns", str(columns), "--floor", "-0.157"])
+    text = (tmp_path / "dynamics.tex").read_text()
+    assert set(lines) <= set(text.splitlines()) and r"\label{fig:dynamics}" in text
+    caption = re.search(r"\\caption{(.*)}\n", text)[1]
+    assert r"a\_50\%\&\$x\textasciicircum{}2\textasciitilde{}\{\#\}\textbackslash{}" in caption
+    for what in ("per token (nats)", r"95\% interval, n = 1 to 3", "1.96 standard errors", "-0.157", "since step 0"):
+        assert what in caption
+    assert text.count("{") == text.count("}")
+
+
+def test_escaped_text_has_no_command_left():
+    assert escape_tex("#$%&_{}") == r"\#\$\%\&\_\{\}"
+    assert escape_tex("~^\\<>|") == (r"\textasciitilde{}\textasciicircum{}\textbackslash{}\textless{}"
+                                     r"\textgreater{}\textbar{}")
+
+
+def test_parts_of_fonts_are_named_by_what_is_in_them():
+    """matplotlib's own names come from an object's address where LaTeX sets the text."""
+    prefixes = [drawing.subset_prefix(letters) for letters in ({"a": "x", "b": "y"}.values(), ["y", "x"], ["x", "z"])]
+    assert prefixes[0] == prefixes[1] != prefixes[2] and all(re.fullmatch(r"[A-Z]{6}\+", name) for name in prefixes)
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("latex", "dvipng"))), reason="needs LaTeX")
+def test_latex_sets_any_name_and_the_same_bytes_again(tmp_path):
+    scores = make_scores(tmp_path / "s.parquet", SCORES, run="a_50%&$x^2~{#}")
+    for name in ("one", "two"):
+        launch(ROOT / "plot.py", "--scores", scores, "--usetex", "--output_dir", tmp_path / name)
+    for kind in ("png", "pdf", "svg", "tex"):
+        one, two = ((tmp_path / name / f"dynamics.{kind}").read_bytes() for name in ("one", "two"))
+        assert one == two, kind
+
+
+def test_usetex_needs_latex(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="--usetex: needs latex and dvipng, not found here; --serif"):
+        plot.main([str(make_run(tmp_path / "a")), "--usetex"])
+    assert len(list((tmp_path / "a").iterdir())) == 2
+
+
+def test_draw_run_draws_what_a_folder_has(tmp_path):
+    run = make_run(tmp_path / "a")
+    kinds = ("pdf", "png", "svg", "tex")
+    assert sorted(file.name for file in drawing.draw_run(run)) == [f"training.{kind}" for kind in kinds]
+    make_scores(run / "scores.parquet", SCORES, run="a")
+    files = drawing.draw_run(run)
+    names = [f"{name}.{kind}" for name in ("dynamics", "training") for kind in kinds]
+    assert sorted(file.name for file in files) == names
+    before = {file: file.read_bytes() for file in files}
+    plot.main([str(run)])
+    assert before == {file: file.read_bytes() for file in files}  # what plot.py makes of the run
+    (tmp_path / "scored").mkdir()
+    make_scores(tmp_path / "scored" / "scores.parquet", SCORES)
+    assert [file.suffix for file in drawing.draw_run(tmp_path / "scored")] == [".png", ".pdf", ".svg", ".tex"]
+    with pytest.raises(UserError, match="metrics.jsonl: No such file"):
+        drawing.draw_run(tmp_path)
+
+
+def csv(text):
+    return lambda folder: (folder / "s.csv").write_text(text)
+
+
+HEAD = "series,step,mean,low,high\n"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("step,mean\n0,1\n", "no column series; it has step, mean"), (HEAD, "has no lines"), ("", "can't be read as csv"),
+    (HEAD + "a,0,x,,\n", "line 2: mean is 'x', not a finite"), (HEAD + "a,0,1,,\na,,1,,\n", "line 3: step is ''"),
+    (HEAD + "a,0,inf,,\n", "line 2: mean is 'inf', not"), (HEAD + "a,0,1,2,3\n", "line 2: mean is not within low and"),
+    (HEAD + "a,0,1,,\na,0,2,,\n", "line 3: is there twice"), (HEAD + ",0,1,,\n", "line 2: series has no name"),
+    ("series,step,mean,low\na,0,1,0\n", "needs both columns, low and high"),
+    ("series,step,mean,colour\na,0,1,red\n", "unknown column colour"),
+])
+def test_a_wrong_csv_is_named_and_leaves_nothing(tmp_path, text, message):
+    csv(text)(tmp_path)
+    with pytest.raises(UserError, match=message):
+        plot.main(["--series", str(tmp_path / "s.csv")])
+    assert [file.name for file in tmp_path.iterdir()] == ["s.csv"]
+
+
+def lab(**how):
+    return lambda folder: make_lab(folder / "scores.parquet", seeds=1, **how)
+
+
+ALL = ["--three_panel", "--forward", "f0", "--reverse", "r0", "--mixed", "m0", "--dpo", "d0"]
+
+
+@pytest.mark.parametrize("make, flags, message", [
+    (lab(), ["--three_panel", "--forward", "f0"], "--three_panel: needs runs for --reverse, --mixed, --dpo"),
+    (lab(), ["--forward", "f0"], "--forward: is for --three_panel"),
+    (lab(), ["--panel_ratios", "1", "1", "1"], "--panel_ratios: is for --three_panel"),
+    (lab(), [*ALL, "--panel_ratios", "1", "0", "1"], "--panel_ratios: must be above 0"),
+    (lab(), [*ALL, "--focus", "0.1", "0.1"], "LOW must be below HIGH"),
+    (lab(), [*ALL, "--floor", "nan"], "--floor: must be finite"),
+    (lab(), ["x", *ALL], "takes its runs by --forward"),
+    (lab(), [*ALL[:-1], "d9"], "no run called d9 in what was read; there is f0, r0, m0 and d0"),
+    (lab(), [*ALL, "--test", "forward", "reverse", "both"], "no data set called both in what was read"),
+    (lab(), [*ALL, "--test", "forward", "reverse"], "--test: the three-panel figure needs three data sets"),
+    (lab(but=lambda t: t[(t["run"] != "m0") | (t["dataset"] != "mixed")]), ALL,
+     "--mixed m0: has no scores of chosen on data set mixed; it has chosen, rejected and gap on forward and reverse"),
+    (lab(), [*ALL[:3], "r0", *ALL[3:]], "--three_panel: r0 is named twice"),
+    (lab(), ["m0", "--phases"], "--phases: needs two runs or more"),
+    (lab(), ["m0", "x", "--phases"], "no run called x"),
+    (lab(), ["--phases", "--heatmap"], "not allowed with argument"),
+    (lab(), ["--heatmap"], "the scores are of the runs f0, r0, m0, d0; a heatmap has one"),
+    (lab(but=lambda t: t[t["step"] == 0]), ["f0", "--heatmap"], "a heatmap needs the scores .* two steps or more"),
+    (lab(but=lambda t: t.assign(mean_logps=math.nan)), ["f0"], "every score in it is missing"),
+    (lab(), ["--strip", "7"], "tokens.parquet: can't be read as Parquet"),
+    (lab(), ["--strip", "x"], "--strip: invalid int value"),
+    (lambda folder: make_tokens(folder, WORDS, WORDS), ["--strip", "8"], "no tokens of chosen or rejected in row 8"),
+    (lambda folder: make_tokens(folder, WORDS, WORDS, position=3), ["--strip", "7"], "row .*: is out of place"),
+    (lambda folder: make_tokens(folder, WORDS, WORDS, logp=-math.inf), ["--strip", "7"], "missing or not finite"),
+    (lambda folder: make_tokens(folder, WORDS, WORDS), ["--strip", "7", "--floor", "1"], "are for the figures of cur"),
+])
+def test_wrong_input_is_named_and_leaves_nothing(tmp_path, make, flags, message):
+    make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        plot.main([*flags, "--scores", str(tmp_path / "scores.parquet")])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_seeds_at_other_steps_are_not_averaged(tmp_path):
+    file = make_lab(tmp_path / "s.parquet", but=lambda t: t[(t["run"] != "f1") | (t["step"] != 50)])
+    with pytest.raises(UserError, match=r"forward f1: is scored at steps \[0, 100\] on forward, f0 at \[0, 50, 100\]"):
+        plot.main([str(flag) for flag in lab_flags(file)])

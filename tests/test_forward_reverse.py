@@ -1,0 +1,130 @@
+"""The experiment's script: the split, the commands, the statistics, and what happens when a model fails."""
+
+import importlib.util
+import json
+import sys
+
+import pandas
+import pytest
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("forward_reverse", ROOT / "examples" / "forward_reverse.py")
+experiment = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(experiment)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Every command that would have run; each leaves what the next one asks for. A model called "broken" fails."""
+    made = []
+
+    def run(args, log, script, *flags):
+        flags = list(map(str, flags))
+        made.append((script, flags))
+        if "models/broken" in flags:
+            raise experiment.Failed(f"{script} ended with 2, x.log: error: can't be opened")
+        folder = experiment.Path(flags[flags.index("--output_dir") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        if script == "train.py":
+            for step in (0, 9, 120):
+                (folder / f"checkpoint-{step}").mkdir()
+        if script == "score.py":
+            runs = [experiment.Path(flag) for flag in flags[: flags.index("--output_dir")]]
+            runs = sorted({r if r.name.rpartition("-")[0] != "checkpoint" else r.parent for r in runs})
+            scored(runs).to_parquet(folder / "scores.parquet")
+            answered(runs).to_parquet(folder / "answers.parquet")
+
+    monkeypatch.setattr(experiment, "run", run)
+    return made
+
+
+def scored(runs):
+    """Two rows a data set: from step 0 to 9, y+ +.1 and y- -.3 whatever the run."""
+    return pandas.DataFrame([
+        {"run": run.name, "dataset": data, "row": row, "response": response, "step": step, "argmax_logps": -0.1,
+         "mean_logps": (-1 if response == "chosen" else -2) + move * (step > 0) + row, "implausible_mass": 0.01 * step}
+        for run in runs for data in experiment.SETS for row in (0, 1) for step in (0, 9)
+        for response, move in (("chosen", 0.1), ("rejected", -0.3), ("other", 0.0), ("shuffled", 0.0))])
+
+
+def answered(runs):
+    return pandas.DataFrame([{"run": run.name, "step": step, "correct": not (step and run.name.startswith("dpo"))}
+                             for run in runs for step in (0, 9)])
+
+
+def call(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["forward_reverse.py", *map(str, flags)])
+    return experiment.run_script(experiment.main)
+
+
+def test_the_whole_of_it(commands, tmp_path, monkeypatch):
+    assert call(monkeypatch, "--output_dir", tmp_path, "--seeds", "2", "--parallel", "1") == 0
+    scripts = [script for script, _ in commands]
+    assert scripts == ["train.py"] * 5 + ["score.py"] * 2 + ["train.py"] * 5 + ["score.py"] * 2 + ["plot.py"]
+    (forward, dpo, gentle), plot = [commands[i][1] for i in (0, 3, 4)], commands[-1][1]
+    assert forward[forward.index("--save_steps") + 1] == "63"  # 1,000 rows in steps of 16
+    assert dpo[dpo.index("--model_name") + 1] == str(tmp_path / "mixed-1" / "checkpoint-120")
+    assert gentle[gentle.index("--learning_rate") + 1] == "5e-05"
+    scored, answered = (flags for script, flags in commands[5:7])
+    assert "--answers" not in scored and [flag for flag in scored if flag.endswith("-1")][:4] == [
+        str(tmp_path / f"{name}-1") for name in ("forward", "reverse", "mixed", "dpo")]
+    assert answered[:4] == [str(tmp_path / f"{name}-1" / f"checkpoint-{step}")
+                            for name in ("dpo", "gentle") for step in (0, 120)]
+    assert plot[plot.index("--dpo") + 1 : plot.index("--scores")] == ["dpo-1", "dpo-2"]
+    found = {line["text"].partition(":")[0]: line for line in json.loads((tmp_path / "findings.json").read_text())}
+    assert found["SFT on forward raises y+ on forward tests"]["holds"]
+    assert found["SFT on forward raises y+ on forward tests"]["mean"] == pytest.approx(0.1)
+    assert not found["SFT on forward lowers y+ on reverse tests"]["holds"]
+    assert found["DPO widens the gap"]["seeds"] == pytest.approx([0.4, 0.4])
+    assert found["DPO lowers the share of right answers"]["mean"] == -1
+    assert found["... and keeps more right answers than DPO does"]["holds"]
+
+
+def test_the_split_parts_no_problem(commands, tmp_path):
+    """Both directions of a problem lie on one side; forward and reverse are the mixed set's two kinds of rows."""
+    rows = [{"question": f"q{i}{side}", "relevant-question": f"q{i}{1 - side}", "text": "t", "worse-text": "w",
+             "sample_type": ("original", "flipped")[side]} for side in (0, 1) for i in range(30)]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "data.parquet")
+    experiment.write_data(experiment.read_data(str(tmp_path / "data.parquet")), tmp_path / "out")
+    parts = {file.stem: pandas.read_parquet(file) for file in (tmp_path / "out").glob("*.parquet")}
+    problems = {name: {question[:-1] for question in part["question"]} for name, part in parts.items()}
+    assert len(parts) == 6 and not problems["train-mixed"] & problems["test-mixed"]
+    assert (len(parts["train-mixed"]), len(parts["test-mixed"])) == (54, 6)
+    for part in ("train", "test"):
+        assert problems[f"{part}-forward"] == problems[f"{part}-reverse"] == problems[f"{part}-mixed"]
+        assert set(parts[f"{part}-forward"]["sample_type"]) == {"original"}
+
+
+def test_a_model_that_fails_is_reported_and_the_next_one_runs(commands, tmp_path, monkeypatch, capsys):
+    data = ROOT / "examples" / "piles" / "test.parquet"
+    assert call(monkeypatch, "--output_dir", tmp_path, "models/broken", "models/fine", data) == 1
+    said = capsys.readouterr()
+    assert "error: models/broken failed: train.py ended with 2, x.log: error: can't be opened" in said.err
+    assert (tmp_path / "fine" / "findings.json").is_file() and not (tmp_path / "broken" / "findings.json").exists()
+    assert [flags[0] for script, flags in commands][:2] == [str(ROOT / "examples" / "real_sft.yaml")] * 2
+
+
+def test_a_command_that_fails_says_why(tmp_path):
+    args = experiment.argparse.Namespace(ranks=1, parallel=1)
+    with pytest.raises(experiment.Failed, match=r"plot.py ended with 2, .*x.log: error: unrecognized .*--what"):
+        experiment.run(args, tmp_path / "x", "plot.py", "--what")
+
+
+def test_intervals_over_seeds():
+    """1, 2, 3: mean 2, standard error 1/sqrt(3), t = 4.303 with two degrees of freedom: 2 +- 2.484."""
+    found = experiment.judged("x", [1.0, 2.0, 3.0], 1)
+    assert (found["low"], found["high"]) == (pytest.approx(2 - 4.303 / 3**0.5), pytest.approx(2 + 4.303 / 3**0.5))
+    assert not found["holds"] and experiment.judged("x", [1.9, 2.0, 2.1], 1)["holds"]
+    assert experiment.judged("x", [-1.0], -1)["holds"] and not experiment.judged("x", [-1.0], 1)["holds"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["model"], "MODEL [MODEL ...] DATA"), (["--seeds", "0"], "--seeds 0"), (["--what"], "unrecognized"),
+    (["a", "gone.parquet"], "gone.parquet: can't be read"), (["a", "x/a", "gone.parquet"], "share their output"),
+    (["a", str(ROOT / "README.md")], "can't be read as Parquet"),
+    (["a", str(ROOT / "examples" / "piles" / "corpus.parquet")], "has no column question")])
+def test_wrong_calls_are_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, "--output_dir", tmp_path / "out", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert not (tmp_path / "out").exists()

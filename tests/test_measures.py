@@ -1,0 +1,126 @@
+"""The measures along a response against float64 brute force and distributions that are known beforehand."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_model
+
+from nanodpo import plausible
+from nanodpo.attention import LOOP
+from nanodpo.logprobs import SequenceLogProbs
+from nanodpo.measures import IMPLAUSIBLE, token_measures
+from nanodpo.packing import pack, pad
+from nanodpo.pairs import ches, gradient_products
+
+GROUPS = [([7, 8, 9], [[1, 2, 3, 4], [5]]), ([11], [[6, 7], [8, 9, 10], [1]])]
+
+
+class Distribution:
+    """A "model" whose logits are given: (N, V), one place each."""
+
+    def __init__(self, logits, chunk=100):
+        self._logits, self.head = logits, SimpleNamespace(chunk=chunk, logits=torch.clone)
+
+    def states(self, row):
+        return self._logits
+
+
+def places(*targets):
+    """Every place a sequence of its own."""
+    return SimpleNamespace(targets=torch.tensor(targets), seq=torch.arange(len(targets)), n_sequences=len(targets))
+
+
+def test_known_distributions():
+    """R-I3: the uniform distribution over 8, and a certain token: every measure is what it must be, and finite."""
+    certain = torch.full((8,), -1e4, dtype=torch.float64)
+    certain[3] = 1e4
+    never = torch.zeros(8, dtype=torch.float64)
+    never[5] = -math.inf
+    found, _, _ = token_measures(Distribution(torch.stack([torch.zeros(8, dtype=torch.float64), certain, certain,
+                                                           never])), places(2, 3, 0, 1), None)
+    assert found["logps"].tolist() == pytest.approx([-math.log(8), 0, -2e4, -math.log(7)], abs=1e-12)
+    assert found["argmax_logps"].tolist() == pytest.approx([-math.log(8), 0, 0, -math.log(7)], abs=1e-12)
+    assert found["entropy"].tolist() == pytest.approx([math.log(8), 0, 0, math.log(7)], abs=1e-12)
+    assert found["rank"].tolist() == [1, 1, 2, 1]
+    assert found["implausible_mass"].tolist() == [0, 0, 0, 0]
+    assert all(value.isfinite().all() for value in found.values())
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_implausible_mass_by_brute_force(chunk):
+    """Mass on what the start gave less than 1e-3, in float64, for any chunk: the start's own, and a later model's."""
+    torch.manual_seed(0)
+    start, later = (8 * torch.randn(7, 50, dtype=torch.float64) for _ in range(2))
+    row = places(*range(7))
+    own, sets, _ = token_measures(Distribution(start, chunk), row, None)
+    found, same, _ = token_measures(Distribution(later, chunk), row, sets)
+    p, q = start.softmax(1), later.softmax(1)
+    truth = [sum(q[i, v].item() for v in range(50) if p[i, v] < IMPLAUSIBLE) for i in range(7)]
+    assert found["implausible_mass"].tolist() == pytest.approx(truth, rel=1e-12) and min(truth) < 0.5 < max(truth)
+    truth = [sum(x for x in p[i].tolist() if x < IMPLAUSIBLE) for i in range(7)]
+    assert own["implausible_mass"].tolist() == pytest.approx(truth, rel=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(sets, same))
+    assert found["rank"].tolist() == [1 + sum(x > later[i, i] for x in later[i]).item() for i in range(7)]
+    assert found["entropy"].tolist() == pytest.approx((-(q * q.log()).sum(1)).tolist(), rel=1e-12)
+
+
+def test_a_small_mass_keeps_its_digits():
+    """Float32, mass 1e-9 on the implausible: 1 - the rest would be 0 or 6e-8."""
+    logits = torch.zeros(1, 3)
+    logits[0, 0], logits[0, 2] = 30.0, 30 + math.log(1e-9)
+    sets = torch.tensor([2]), torch.tensor([0, 1])
+    found, _, _ = token_measures(Distribution(logits), places(0), sets)
+    assert found["implausible_mass"].item() == pytest.approx(1e-9, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", [pack, pad])
+def test_a_models_measures_whatever_the_layout(layout):
+    """R-F2, R-C2: logps are the kernel's bit for bit; the rest is that of plain float64 forward passes."""
+    module = SequenceLogProbs(make_model(dtype=torch.float64).eval(), chunk=4)
+    flat, truth, sums = [(p, r) for p, rs in GROUPS for r in rs], {"entropy": [], "rank": [], "argmax_logps": []}, []
+    with torch.no_grad():
+        for prompt, response in flat:
+            out = module.model(torch.tensor([prompt + response]), output_hidden_states=True)
+            places = slice(len(prompt) - 1, len(prompt) - 1 + len(response))
+            logps = out.logits[0, places].log_softmax(1)
+            mine = logps.gather(1, torch.tensor(response)[:, None])
+            truth["entropy"] += (-(logps.exp() * logps).sum(1)).tolist()
+            truth["rank"] += (1 + (logps > mine).sum(1)).tolist()
+            truth["argmax_logps"] += logps.amax(1).tolist()
+            sums.append(out.hidden_states[-1][0, places].sum(0))
+        if layout is pack:
+            module.model.set_attn_implementation(LOOP)
+        row = layout(GROUPS)
+        found, _, states = token_measures(module, row, None)
+        assert torch.equal(found["logps"], module.token_logps(row))
+    for name, values in truth.items():
+        assert found[name].tolist() == pytest.approx(values, rel=1e-9), name
+    torch.testing.assert_close(states, torch.stack(sums), rtol=1e-9, atol=1e-9)
+
+
+def test_plausible_sets_survive_the_disk(tmp_path):
+    sets = torch.tensor([2, 0, 1, 3]), torch.tensor([5, 9, 7, 1, 2, 3])
+    parts = plausible.split(sets, [1, 3])
+    assert [(c.tolist(), ids.tolist()) for c, ids in parts] == [([2], [5, 9]), ([0, 1, 3], [7, 1, 2, 3])]
+    plausible.write(tmp_path, parts)
+    again = plausible.join(plausible.read(tmp_path, [1, 3])[::-1], torch.device("cpu"))
+    assert [side.tolist() for side in again] == [[0, 1, 3, 2], [7, 1, 2, 3, 5, 9]]
+
+
+def test_ches_by_hand():
+    """arXiv 2410.08847: h+ = (1, 2), h- = (3, -1), lengths 2 and 4: 1 - 5 = -4, and 1/8 - 5/4."""
+    found = ches(torch.tensor([1.0, 2.0]).double(), torch.tensor([3.0, -1.0]).double(), 2, 4)
+    assert found == (-4.0, 0.125 - 1.25)
+
+
+def test_gradient_products_by_hand():
+    """Two linear log-probs a.w and b.w have the gradients a and b."""
+    w = [torch.tensor([1.0, 1.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)]
+    logps = torch.stack([3 * w[0][0] + 4 * w[1][0], w[0][0] - 2 * w[0][1] + 2 * w[1][0]])
+    found = gradient_products(logps, w)
+    assert found == {"grad_dot": 11.0, "grad_norm_chosen": 5.0, "grad_norm_rejected": 3.0,
+                     "grad_cosine": pytest.approx(11 / 15)}
+    still = gradient_products(torch.stack([0 * w[0].sum() + 0 * w[1].sum(), w[0].sum() + w[1].sum()]), w)
+    assert still["grad_dot"] == 0 and math.isnan(still["grad_cosine"])
