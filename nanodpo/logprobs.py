@@ -34,7 +34,9 @@ class LogProbHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(C, D) -> (C, V), float32 or better: of one chunk, for whoever wants more of it than a log-prob."""
-        return _logits(hidden, self.weight, self.bias, self.scale, self.cap)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
+        return _logits(buffer, hidden, self.weight, self.bias, self.scale, self.cap)
 
 
 def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None):
