@@ -8,7 +8,7 @@ and test by problem. Every step is one of this project's commands and is printed
 <its folder>.log. A call that was stopped goes on when it is made again. A model that fails is reported, and the next
 one starts.
 
-Leaves the runs forward-<seed>, reverse-<seed>, mixed-<seed>, dpo-<seed> and gentle-<seed> (DPO at a quarter of the
+Leaves the runs forward-<seed>, reverse-<seed>, mixed-<seed>, dpo-<seed> and gentle-<seed> (DPO at an eighth of the
 learning rate), scores-<seed>/, findings.json (which of the paper's findings hold, over seeds) and the figures.
 """
 
@@ -146,7 +146,7 @@ def one_seed(args, model: str | None, folder: Path, seed: int) -> None:
     from_mixed = ["--model_name", last_checkpoint(sft["mixed"])]
     rate = float(read_setting(args.dpo, "learning_rate"))
     tuned = [train("dpo", args.dpo, "mixed", *from_mixed),
-             train("gentle", args.dpo, "mixed", *from_mixed, "--learning_rate", rate / 4)]
+             train("gentle", args.dpo, "mixed", *from_mixed, "--learning_rate", rate / 8)]
     tests = [f"{name}={folder / 'data' / f'test-{name}.parquet'}" for name in SETS]
     run(args, folder / f"scores-{seed}", "score.py", *sft.values(), tuned[0], "--output_dir", folder / f"scores-{seed}",
         "--dataset_path", *tests, "--responses", "chosen", "rejected")
@@ -224,7 +224,7 @@ def findings(ends: list[tuple[dict, dict]], right: list[dict[str, float]]) -> li
                ("DPO piles mass on the argmax token (its log-prob along y+)",
                 change("dpo", "mixed", "chosen", "argmax_logps"), 1),
                ("DPO lowers the share of right answers", [seed["dpo"] for seed in right], -1),
-               ("DPO at a quarter of the learning rate lowers y- as well", change("gentle", "mixed", "rejected"), -1),
+               ("DPO at an eighth of the learning rate lowers y- as well", change("gentle", "mixed", "rejected"), -1),
                ("... and moves y+ less than DPO does", less(map(abs, change("gentle", "mixed", "chosen")),
                                                             map(abs, change("dpo", "mixed", "chosen"))), -1),
                ("... and keeps more right answers than DPO does", [seed["gentle"] - seed["dpo"] for seed in right], 1)]

@@ -50,8 +50,8 @@ def write_part(folder: Path, checkpoint, dataset: str, found: dict[str, list[dic
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
-        for name, lines in found.items():
-            table = pandas.concat(lines) if name == "tokens" and lines else pandas.DataFrame(lines)
+        for name, lines in ((name, lines) for name, lines in found.items() if lines):
+            table = pandas.concat(lines) if name == "tokens" else pandas.DataFrame(lines)
             for key in ("run", "phase", "step"):
                 table[key] = getattr(checkpoint, key)
             table["checkpoint"], table["dataset"] = checkpoint.path, dataset
@@ -71,7 +71,8 @@ def join_parts(folder: Path, parts: list[Path], betas: dict[str, float]) -> dict
     tables["scores"] = tables["scores"][COLUMNS]
     tables["pairs"] = add_rewards(tables["pairs"], tables["scores"], betas)
     tables["summary"] = summary(tables["scores"])
-    tables["sections"] = _means(tables["sections"], [*KEYS, "response", "section"]).drop(columns="median")
+    if len(tables["sections"]):
+        tables["sections"] = _means(tables["sections"], [*KEYS, "response", "section"]).drop(columns="median")
     for name in ("scores", "pairs", "answers"):
         _write(folder / f"{name}.parquet", tables[name], lambda file, table: table.to_parquet(file, index=False))
     for name in ("summary", "sections"):

@@ -213,6 +213,7 @@ def test_rows_that_fail_are_listed_and_in_no_mean(run, tiny, tmp_path, monkeypat
     assert [(line["response"], line["logps"]) for line in listed] == [("shuffled", "-inf")]
     assert table.logps.isna().sum() == 1
     means = pandas.read_csv(tmp_path / "summary.csv").set_index("response")
+    assert not (tmp_path / "tokens.parquet").exists()  # nobody asked for it
     assert means.loc["shuffled", "n"] == 10 and means.loc["chosen", "n"] == 11 and means["mean"].notna().all()
 
 
