@@ -122,8 +122,10 @@ def test_intervals_over_seeds():
     (["model"], "MODEL [MODEL ...] DATA"), (["--seeds", "0"], "--seeds 0"), (["--what"], "unrecognized"),
     (["a", "gone.parquet"], "gone.parquet: can't be read"), (["a", "x/a", "gone.parquet"], "share their output"),
     (["a", str(ROOT / "README.md")], "can't be read as Parquet"),
-    (["a", str(ROOT / "examples" / "piles" / "corpus.parquet")], "has no column question")])
+    (["a", "other.parquet"], "has no column question, worse-text")])
 def test_wrong_calls_are_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pandas.DataFrame({"text": ["a"]}).to_parquet("other.parquet")
     assert call(monkeypatch, "--output_dir", tmp_path / "out", *flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
