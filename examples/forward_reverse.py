@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sft", default=None, help="settings of SFT, a YAML file; default: those beside this script")
     parser.add_argument("--dpo", default=None, help="settings of DPO")
     parser.add_argument("--ranks", type=int, default=1, help="processes a run, by torchrun")
-    parser.add_argument("--parallel", type=int, help="seeds at a time; default: one a core, but one for a real model")
+    parser.add_argument("--parallel", type=int, help="commands at a time; default: one a core; one for a real model")
 
     def refuse(message):
         raise UserError(message)
@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.models, args.data = (args.models[:-1], args.models[-1]) if args.models else ([], None)
     kind = "real" if args.models else "tiny"
     args.sft, args.dpo = args.sft or HERE / f"{kind}_sft.yaml", args.dpo or HERE / f"{kind}_dpo.yaml"
-    args.parallel = args.parallel or (1 if args.models else min(args.seeds, os.cpu_count() or 1))
+    args.parallel = args.parallel or (1 if args.models else os.cpu_count() or 1)
     return args
 
 
@@ -87,8 +87,14 @@ def experiment(args, model: str | None, folder: Path, table) -> None:
     write_data(table, folder / "data")
     seeds = range(1, args.seeds + 1)
     with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
-        for done in [pool.submit(one_seed, args, model, folder, seed) for seed in seeds]:
-            done.result()
+        for stage in (sft, dpo, scoring):
+            jobs = [pool.submit(run, args, *job) for seed in seeds for job in stage(args, model, folder, seed)]
+            try:
+                for job in jobs:
+                    job.result()
+            except Failed:
+                pool.shutdown(cancel_futures=True)
+                raise
     # DPO's own scoring comes second: of the mixed tests it has what the first has, and more.
     ends = [ends_of(pandas.read_parquet(folder / f"{name}-{seed}" / "scores.parquet"))
             for name in ("scores", "answers") for seed in seeds]
@@ -133,26 +139,39 @@ def write_data(table: pandas.DataFrame | None, folder: Path) -> None:
             rows.to_parquet(folder / f"{part}-{name}.parquet", index=False)
 
 
-def one_seed(args, model: str | None, folder: Path, seed: int) -> None:
-    """Three SFT runs, DPO twice, one scoring of everything."""
-    def train(name: str, settings, data: str, *flags) -> Path:
-        run(args, folder / f"{name}-{seed}", "train.py", settings, "--output_dir", folder / f"{name}-{seed}", "--seed",
-            seed, "--train_file_path", folder / "data" / f"train-{data}.parquet", *flags)
-        return folder / f"{name}-{seed}"
+def training(folder: Path, name: str, settings, data: str, seed: int, *flags) -> tuple:
+    """A job: (what to call its log, script, flags)."""
+    place = folder / f"{name}-{seed}"
+    return (place, "train.py", settings, "--output_dir", place, "--seed", seed, "--train_file_path",
+            folder / "data" / f"train-{data}.parquet", *flags)
 
-    epoch = {name: steps_of_epoch(args, folder, name) for name in SETS}
+
+def sft(args, model: str | None, folder: Path, seed: int) -> list[tuple]:
+    """One run each on forward, reverse and mixed data, the longest first."""
     start = ["--model_name", model] if model else []
-    sft = {name: train(name, args.sft, name, "--save_steps", epoch[name], *start) for name in SETS}
-    from_mixed = ["--model_name", last_checkpoint(sft["mixed"])]
+    return [training(folder, name, args.sft, name, seed, "--save_steps", steps_of_epoch(args, folder, name), *start)
+            for name in SETS[::-1]]
+
+
+def dpo(args, model: str | None, folder: Path, seed: int) -> list[tuple]:
+    """From the mixed model, at the full and at an eighth of the learning rate."""
+    start = ["--model_name", last_checkpoint(folder / f"mixed-{seed}")]
     rate = float(read_setting(args.dpo, "learning_rate"))
-    tuned = [train("dpo", args.dpo, "mixed", *from_mixed),
-             train("gentle", args.dpo, "mixed", *from_mixed, "--learning_rate", rate / 8)]
+    return [training(folder, "dpo", args.dpo, "mixed", seed, *start),
+            training(folder, "gentle", args.dpo, "mixed", seed, *start, "--learning_rate", rate / 8)]
+
+
+def scoring(args, model: str | None, folder: Path, seed: int) -> list[tuple]:
+    """Every checkpoint on all three test sets; more of DPO's first and last ones, on the mixed set."""
     tests = [f"{name}={folder / 'data' / f'test-{name}.parquet'}" for name in SETS]
-    run(args, folder / f"scores-{seed}", "score.py", *sft.values(), tuned[0], "--output_dir", folder / f"scores-{seed}",
-        "--dataset_path", *tests, "--responses", "chosen", "rejected")
-    ends = [path / name for path in tuned for name in ("checkpoint-0", last_checkpoint(path).name)]
-    run(args, folder / f"answers-{seed}", "score.py", *ends, "--output_dir", folder / f"answers-{seed}",
-        "--dataset_path", tests[2], "--responses", "chosen", "rejected", "other", "shuffled", "--answers", 100)
+    runs = [folder / f"{name}-{seed}" for name in (*SETS, "dpo")]
+    ends = [folder / f"{name}-{seed}" / checkpoint for name in ("dpo", "gentle")
+            for checkpoint in ("checkpoint-0", last_checkpoint(folder / f"{name}-{seed}").name)]
+    every, more = (folder / f"{name}-{seed}" for name in ("scores", "answers"))
+    sides = ["--responses", "chosen", "rejected"]
+    return [(every, "score.py", *runs, "--output_dir", every, "--dataset_path", *tests, *sides),
+            (more, "score.py", *ends, "--output_dir", more, "--dataset_path", tests[2], *sides, "other", "shuffled",
+             "--answers", 100)]
 
 
 def run(args, log: Path, script: str, *flags) -> None:

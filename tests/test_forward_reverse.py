@@ -60,12 +60,12 @@ def call(monkeypatch, *flags):
 def test_the_whole_of_it(commands, tmp_path, monkeypatch):
     assert call(monkeypatch, "--output_dir", tmp_path, "--seeds", "2", "--parallel", "1") == 0
     scripts = [script for script, _ in commands]
-    assert scripts == ["train.py"] * 5 + ["score.py"] * 2 + ["train.py"] * 5 + ["score.py"] * 2 + ["plot.py"]
-    (forward, dpo, gentle), plot = [commands[i][1] for i in (0, 3, 4)], commands[-1][1]
+    assert scripts == ["train.py"] * 10 + ["score.py"] * 4 + ["plot.py"]
+    (forward, dpo, gentle), plot = [commands[i][1] for i in (2, 6, 7)], commands[-1][1]
     assert forward[forward.index("--save_steps") + 1] == "63"  # 1,000 rows in steps of 16
     assert dpo[dpo.index("--model_name") + 1] == str(tmp_path / "mixed-1" / "checkpoint-120")
     assert gentle[gentle.index("--learning_rate") + 1] == "2.5e-05"
-    scored, answered = (flags for script, flags in commands[5:7])
+    scored, answered = (flags for script, flags in commands[10:12])
     assert "--answers" not in scored and [flag for flag in scored if flag.endswith("-1")][:4] == [
         str(tmp_path / f"{name}-1") for name in ("forward", "reverse", "mixed", "dpo")]
     assert answered[:4] == [str(tmp_path / f"{name}-1" / f"checkpoint-{step}")
