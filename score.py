@@ -28,6 +28,7 @@ from nanodpo import answers, distributed, plausible, responses, scores, verdict
 from nanodpo.describe import describe
 from nanodpo.errors import UserError, run_script
 from nanodpo.logprobs import sum_by_sequence
+from nanodpo.means import show
 from nanodpo.measures import token_measures
 from nanodpo.opened import Opened, Opener
 from nanodpo.packing import LAYOUTS
@@ -38,6 +39,11 @@ from nanodpo.settings import local_rank
 from nanodpo.source import open_source
 from nanodpo.template import Template, prompt_leads, read_template
 from nanodpo.tokens import load_dataset
+
+# How data is read: as the run did, unless these flags of train.py say otherwise.
+READING = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
+           "boundary": ["error", "concat"], "max_length": None, "max_prompt_length": None,
+           "overlong": ["error", "drop", "truncate"], "on_bad_row": ["error", "drop"]}
 
 
 @dataclasses.dataclass
@@ -73,7 +79,8 @@ class Probe:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    checkpoints = open_targets(args.targets)
+    checkpoints = open_targets(args.targets, {name: getattr(args, name) for name in (*READING, "trust_remote_code")
+                                               if getattr(args, name)})
     probes = open_probes(checkpoints, args)
     folder = Path(args.output_dir or (args.targets[0] if (Path(args.targets[0]) / "run.json").is_file() else "scores"))
     scores.check_folder(folder / "parts")
@@ -92,15 +99,17 @@ def report(folder: Path, tables: dict) -> None:
     """The verdict, and what is on the screen at the end."""
     found = verdict.judge(tables["scores"], tables["pairs"], tables["answers"])
     scores.write_json(folder / "verdict.json", found)
-    print(scores.show(tables["summary"]))
+    print(show(tables["summary"]))
     if failed := len(tables["failed"]):
         print(f"{failed} log-probs are not finite and in no mean; they are listed in {folder / 'failed.jsonl'}")
     print("\n".join(line["text"] for line in found))
+    from nanodpo.drawing import draw_after  # slow to import
+
+    print(draw_after(folder))
     print(f"done: {folder / 'scores.parquet'}")
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Command line -> settings; fills in the newest run and its own data set. Raises UserError."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("targets", nargs="*", help="run folders, checkpoints, adapters or models")
@@ -122,6 +131,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="in a micro-batch")
     parser.add_argument("--seed", type=int, default=42, help="of drawn and shuffled responses")
     parser.add_argument("--bf16", action="store_true", help="also for models that no run says it of")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
+    for name, choices in READING.items():
+        parser.add_argument(f"--{name}", choices=choices, type=int if name.startswith("max_") else str,
+                            help="as in train.py; default: as the run read its data")
     parser.add_argument("--gpu_id", type=int, help="the CUDA device to use")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
 
@@ -129,9 +142,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(message)
 
     parser.error = refuse
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Command line -> settings; fills in the newest run and its own data set. Raises UserError."""
+    args = make_parser().parse_args(argv)
     args.local_rank = local_rank(args.local_rank)
-    for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0)):
+    for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0), ("max_length", 1),
+                        ("max_prompt_length", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     if args.gpu_id is not None and not 0 <= args.gpu_id < torch.cuda.device_count():
@@ -183,7 +202,7 @@ def open_probes(checkpoints: list[Checkpoint], args) -> list[Probe]:
 
 def open_probe(name: str, path: str, settings, source, args) -> Probe:
     """A data set as the settings of a run read it, with its responses."""
-    limit = settings.max_length or source.context or sys.maxsize
+    limit = min(settings.max_length or sys.maxsize, source.context or sys.maxsize)
     template = read_template(source.tokenizer, settings.assistant_header)
     kinds = args.responses or list(responses.KINDS)
     columns = tuple(kind for kind in kinds if kind not in responses.KINDS and kind != responses.GREEDY)
@@ -233,8 +252,8 @@ def answer_greedily(opened: Opened, probe: Probe, rows: range, args) -> list[lis
     opened.model.set_attn_implementation(opened.own)  # the layout's has no notion of a cache
     mine = answers.greedy(opened.model, prompts[rank::world], most, probe.limit, probe.ends, args.max_tokens)
     opened.model.set_attn_implementation(opened.attention)
-    every = distributed.from_all(dict(zip(range(len(prompts))[rank::world], mine)))
-    return [said for _, said in sorted(item for part in every for item in part.items())]
+    parts = distributed.agree(None, dict(zip(range(len(prompts))[rank::world], mine)))
+    return [said for _, said in sorted(item for part in parts for item in part.items())]
 
 
 def part_key(checkpoint: Checkpoint, args) -> str:
@@ -277,10 +296,10 @@ def score_all(opener: Opener, checkpoints, probes, folder: Path, args) -> list[P
             found, sets = score_probe(opened, probe, known, bool(start), args, bar)
             if args.answers:
                 found["answers"] = check_answers(opened, probe, args)
-            if distributed.is_main():
-                keep = functools.partial(plausible.write, parts=sets) if is_start else lambda folder: None
-                scores.write_part(part, checkpoint, probe.name, found, keep)
-            distributed.meet()  # the others read what the first rank wrote
+            with distributed.main_first():  # the others read what it wrote
+                if distributed.is_main():
+                    keep = functools.partial(plausible.write, parts=sets) if is_start else lambda folder: None
+                    scores.write_part(part, checkpoint, probe.name, found, keep)
     return [part for _, _, part, _ in work]
 
 
@@ -307,7 +326,8 @@ def score_probe(opened: Opened, probe: Probe, known, compared: bool, args, bar) 
                 lines["pairs"][0] |= pair_gradients(opened, prompt, said, device)
             mine[i] = lines, own
             bar.update(world)
-    every = sorted((item for part in distributed.from_all(mine) for item in part.items()), key=lambda item: item[0])
+    parts = distributed.agree(None, mine)
+    every = sorted((item for part in parts for item in part.items()), key=lambda item: item[0])
     tables = {name: [line for _, (lines, _) in every for line in lines[name]] for name in every[0][1][0]}
     if all(math.isnan(line["logps"]) for line in tables["scores"]):
         raise UserError(f"{opened.checkpoint.path}: no log-prob of {probe.name} is finite: the weights are broken")

@@ -4,35 +4,38 @@
     python train.py --model_name M --train_file_path D     plain python and torchrun work too
     python train.py --help                                 every setting
 
+A run that was stopped goes on with the same command: --output_dir holds all that it needs. Told to stop (SIGTERM,
+SIGINT) it saves what is done and exits with 75; 0 is a finished run, 2 a mistake in the input, 1 anything else.
+
 Step k is the k-th update, from 0: its line in metrics.jsonl holds the numbers under the weights of checkpoint-k.
 """
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import math
-import subprocess
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from nanodpo import checkpoint, distributed, inspection, metrics, models, reference
+from nanodpo import checkpoint, distributed, identity, inspection, metrics, models, reference, resume, screen, space
+from nanodpo import engine as engines
+from nanodpo import state as states
 from nanodpo.arguments import TrainArguments, parse
-from nanodpo.errors import RunStopped, UserError, run_script
-from nanodpo.logprobs import SequenceLogProbs
+from nanodpo.errors import Preempted, RunStopped, UserError, run_script
+from nanodpo.manifest import read_manifest
 from nanodpo.packing import LAYOUTS
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
+from nanodpo.signals import Stop
 from nanodpo.source import Source, open_source
-from nanodpo.template import read_template
+from nanodpo.template import prompt_leads, read_template
 from nanodpo.tokens import DataSet, load_dataset
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
 
 
 @dataclasses.dataclass
@@ -40,7 +43,9 @@ class Run:
     """What the parts of a run share. `ref` and `held_ref` are (n, 2) reference log-probs, None for SFT."""
 
     args: TrainArguments
+    stop: Stop
     folder: Path
+    facts: dict  # what makes it this very run; run.json
     source: Source
     engine: object  # DeepSpeed's
     device: torch.device
@@ -52,6 +57,12 @@ class Run:
     held_out: DataSet | None
     ref: torch.Tensor | None = None
     held_ref: torch.Tensor | None = None
+    step: int = 0  # updates made, skipped ones included
+    tokens: int = 0  # trained on so far
+    skipped: int = 0
+    evaluated: set[int] = dataclasses.field(default_factory=set)  # steps whose evaluation is in metrics.jsonl
+    random: dict | None = None  # random numbers as they were before this step
+    lock: object = None  # an open file
 
     @property
     def pairs_per_step(self) -> int:
@@ -68,11 +79,16 @@ class Run:
 
 
 def main(argv: list[str]) -> None:
+    with Stop() as stop:
+        run_training(argv, stop)
+
+
+def run_training(argv: list[str], stop: Stop) -> None:
     args = parse(argv, HERE / "examples" / "dpo.yaml")
     if args.print_config:
         print(json.dumps(dataclasses.asdict(args), indent=2))
         return
-    settings = read_deepspeed(args)
+    settings = engines.read_settings(args, HERE / "ds_config.json")
 
     # What is wrong with the input is found here, before a weight is loaded or a folder made.
     distributed.check_device(args)
@@ -81,39 +97,41 @@ def main(argv: list[str]) -> None:
     if args.inspect:
         distributed.say(inspection.inspect(train, source.tokenizer, limit))
         return
-    folder = args.output_dir or f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
-    checkpoint.claim(Path(folder))
+    folder, old, wanted = identity.find(args, f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+    facts = identity.facts(args, settings, limit, [data for data in (train, held_out) if data], HERE)
+    if old:
+        identity.check_same(folder, old, facts, early=bool(source.adapter))
+        if old.get("finished"):
+            distributed.say(f"{folder}: this run is finished, all {old['steps']} steps; there is nothing to do")
+            return
     if args.loss != "sft":
         reference.check_writable(args.cache_dir)
     distributed.say("\n".join(data.report() for data in (train, held_out) if data))
 
-    device = distributed.start(args.local_rank)
-    folder = Path(distributed.from_main(folder))  # ranks may have read the clock in different seconds
-    model = models.load_model(source, args)
-    weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
-    distributed.say(models.describe(model))
-    engine, layout, attention = build_engine(model, args, settings, device, longest(train, held_out))
-    torch.manual_seed(args.seed + dist.get_rank())  # of dropout, where it is allowed
-    run = Run(args, folder, source, engine, device, dist.get_world_size(), dist.get_rank(), layout, attention, train,
-              held_out)
-    open_folder(run, weights, limit)
-    add_references(run, weights)
-    train_model(run)
-    finish(run)
-
-
-def read_deepspeed(args) -> dict:
-    """The DeepSpeed JSON with train.py's own numbers in it."""
-    path = Path(args.deepspeed or HERE / "ds_config.json")
-    try:
-        settings = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"--deepspeed {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--deepspeed {path}: not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"--deepspeed {path}: expected an object, found {type(settings).__name__}")
-    return distributed.engine_config(settings, str(path), args)
+    with distributed.lost_peers_named():
+        with stop.unheard():  # ranks that wait for others can't be told anything
+            device = distributed.start(args.local_rank)
+        folder = Path(distributed.from_main(str(folder)))  # ranks may have read the clock in different seconds
+        model = models.load_model(source, args)
+        weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
+        distributed.say(models.describe(model))
+        engine, layout, attention = engines.build(model, args, settings, device, longest(train, held_out))
+        torch.manual_seed(args.seed + dist.get_rank())  # of dropout, where it is allowed
+        run = Run(args, stop, folder, facts, source, engine, device, dist.get_world_size(), dist.get_rank(), layout,
+                  attention, train, held_out)
+        if args.dry_run:
+            dry_run(run)
+            return
+        found = open_folder(run, weights, old, wanted)
+        try:
+            stop.wait()
+            add_references(run, weights)
+            go_on(run, found)
+            train_model(run)
+        except Preempted as told:
+            same = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
+            raise Preempted(f"{told} after step {run.step} of {run.steps}; to go on: {same}") from None
+        finish(run)
 
 
 def load_data(args, source):
@@ -143,67 +161,73 @@ def longest(*sets: DataSet | None) -> int:
     return max(example.length for data in sets if data for example in data.examples)
 
 
-def build_engine(model, args, settings: dict, device, longest: int):
-    """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention)."""
-    import deepspeed  # this and the next are slow to import, and --help and wrong input need neither
+def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) -> dict:
+    """Makes the run's folder, or goes back in it to where the run can go on; returns the facts of that state.
 
-    from nanodpo import selfcheck
-
-    if args.gradient_checkpointing:
-        # ZeRO-3 frees weights between forward and backward, which the newer, hook-based checkpointing takes for an
-        # error; the older one runs backward only where the inputs have a gradient.
-        reentrant = settings.get("zero_optimization", {}).get("stage") == 3
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate,
-                                  betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
-    module = SequenceLogProbs(model)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    layout, attention = selfcheck.choose_layout(module, device, dtype, args.use_flash_attention, longest)
-    distributed.say(f"rows: {layout}, attention {attention}")
-    return engine, layout, attention
-
-
-def open_folder(run: Run, weights: str, limit: int) -> None:
-    """Makes the run's folder: run.json, dropped_rows.jsonl and checkpoint-0, the starting point."""
-    if distributed.is_main():
-        run.folder.mkdir(parents=True, exist_ok=True)
-        data_sets = [data for data in (run.train_set, run.held_out) if data]
-        record = {
-            "command": " ".join(sys.argv), "arguments": dataclasses.asdict(run.args),
-            "output_dir": str(run.folder), "world_size": run.world, "steps": run.steps, "layout": run.layout,
-            "attention": run.attention, "max_length": limit, "weights": weights, "versions": versions(),
-            "git_commit": git_commit(), "device": str(run.device),
-            "data": [reference.data_hash(data.examples) for data in data_sets],
-            "data_report": [data.report() for data in data_sets],
-        }
-        try:
-            with (run.folder / "run.json").open("x") as file:  # of two runs that start at once, one finds it there
-                file.write(json.dumps(record, indent=2) + "\n")
-        except FileExistsError as error:
-            raise UserError(f"--output_dir {run.folder}: is in use by another run") from error
-        dropped = [row for data in data_sets for row in data.dropped]
-        if dropped:
-            (run.folder / "dropped_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dropped))
-    distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs")
-    save_checkpoint(run, 0)
+    A new folder has run.json, dropped_rows.jsonl and checkpoint-0, the starting point.
+    """
+    # An adapter that is trained on has written its settings into the arguments.
+    run.facts |= {"arguments": dataclasses.asdict(run.args), "output_dir": str(run.folder), "steps": run.steps,
+                  "layout": run.layout, "attention": run.attention, "weights": weights, "device": run.device.type,
+                  "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header),
+                                               [example.prompt for example in run.train_set.examples])}
+    found = {"step": 0}
+    with distributed.main_first():
+        if distributed.is_main():
+            if old:
+                identity.check_same(run.folder, old, run.facts)
+            space.check_disk(run.folder, disk_needed(run))
+            if not old:
+                identity.create(run.folder, run.facts, [row for data in (run.train_set, run.held_out) if data
+                                                        for row in data.dropped])
+            run.lock = identity.lock(run.folder)
+            if old:
+                if changed := identity.changed_machine(old, run.facts):
+                    print(f"resume: the last bits may differ, since another machine goes on ({changed})")
+                found, run.evaluated = resume.begin(run.folder, run.steps, run.world, wanted)
+    found = distributed.from_main(found)
+    run.evaluated = distributed.from_main(run.evaluated)
+    going = f", going on at step {found['step']}" if old else ""
+    distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs{going}")
+    if found["step"] == 0:
+        save_checkpoint(run)
+    return found
 
 
-def versions() -> dict[str, str]:
-    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES}
+def go_on(run: Run, found: dict) -> None:
+    """Puts the state into the engine, which until now held the starting point, the reference of some runs."""
+    run.step, run.tokens, run.skipped = found["step"], found.get("tokens", 0), found.get("skipped", 0)
+    if run.step == 0 or found.get("complete"):
+        return
+    replicated = run.engine.zero_optimization_stage() == 0
+    tensors, random = resume.load(run.folder, run.step, run.rank, replicated)
+    states.restore(run.engine, tensors)
+    states.restore_random(random, run.device)
+    for name in states.COUNTERS:
+        setattr(run.engine, name, found[name])
 
 
-def git_commit() -> str | None:
-    """Of this program, where it is a clone and git is there."""
-    try:
-        done = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
+def disk_needed(run: Run) -> dict[str, int]:
+    return space.disk_needed(run.engine.module.model, run.args, run.source.tokenizer, run.steps)
+
+
+def dry_run(run: Run) -> None:
+    """The longest micro-batch forward, backward and an update, with nothing written; says what the run will take."""
+    examples = run.train_set.examples
+    order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
+    rows = order[: run.args.per_device_train_batch_size]
+    distributed.say(f"dry run on {space.describe([examples[i] for i in rows])}")
+    began, ref = time.perf_counter(), torch.zeros(len(examples), 2, dtype=torch.float64)
+    run.engine.train()
+    with space.shortage_named(run.rank, "the dry run", lambda: space.describe([examples[i] for i in rows])):
+        ref = None if run.args.loss == "sft" else ref
+        losses = losses_of(run, run.train_set, ref, rows, 1.0, metrics.Meter(run.device), gradient=True)
+        run.engine.set_gradient_accumulation_boundary(True)
+        run.engine.backward(losses.mean(), scale_wrt_gas=False)
+        run.engine.step()
+    peaks = distributed.agree(None, metrics.peak_gib(run.device))
+    distributed.say(space.estimate(run.engine, run.device, states.shards(run.engine), peaks,
+                                   time.perf_counter() - began, disk_needed(run)))
 
 
 def add_references(run: Run, weights: str) -> None:
@@ -226,13 +250,15 @@ def references_of(run: Run, data: DataSet, steps: list[list[int]], batch: int, w
     fingerprint = {"model_name": args.model_name, "data_path": data.path, "weights": weights, "bf16": args.bf16,
                    "data": reference.data_hash(data.examples), "layout": run.layout, "attention": run.attention,
                    # Stage 3 multiplies matrices by code of its own, which rounds otherwise.
-                   "zero": run.engine.zero_optimization_stage(), "device": run.device.type, "versions": versions()}
+                   "zero": run.engine.zero_optimization_stage(), "device": run.device.type,
+                   "versions": identity.versions()}
     if args.bf16:  # its rounding depends on what else is in the micro-batch
         fingerprint |= {"batches": [args.seed, batch, len(steps[0])]}
     with models.reference_policy(run.engine.module.model, fresh_lora=args.use_lora and not run.source.adapter):
         return reference.reference_logps(
             data.examples, steps, lambda pairs: deal(pairs, batch, run.rank, run.world),
-            lambda indices: score(run, data, indices, ["chosen", "rejected"]), fingerprint, args.cache_dir, run.device)
+            lambda indices: score(run, data, indices, ["chosen", "rejected"]), fingerprint, args.cache_dir, run.device,
+            run.stop.check)
 
 
 def eval_steps(run: Run) -> list[list[int]]:
@@ -251,41 +277,77 @@ def score(run: Run, data: DataSet, indices: list[int], sides: list[str], gradien
 
 
 def train_model(run: Run) -> None:
-    """The loop. Every pair of a step weighs the same, however the step is cut into micro-batches and ranks."""
-    args, engine, tokens, bar = run.args, run.engine, 0, progress(run)
-    evaluate(run, 0)
-    for step in range(run.steps):
-        began = time.perf_counter()
-        pairs = pairs_of_step(len(run.train_set.examples), run.pairs_per_step, args.seed, step)
-        rate = learning_rate(step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+    """The loop. Every step begins where the one before it could have been killed."""
+    bar = screen.progress(run.step, run.steps, run.rank)
+    try:
+        while True:
+            between_steps(run)
+            if run.step == run.steps:
+                break
+            train_step(run, bar)
+            run.step += 1
+    except Preempted:
+        save_state(run)  # the gradients of the step that was begun go; what was drawn for it comes again
+        raise
+    finally:
+        bar.close()
 
-        engine.train()
-        meter = metrics.Meter(run.device)
-        batches = deal(pairs, args.per_device_train_batch_size, run.rank, run.world)
-        # The step's loss is the sum over all its pairs / divisor. DeepSpeed averages over ranks, hence world.
-        share = run.world / divisor(run, run.train_set, pairs)
-        for i, (indices, weight) in enumerate(batches):
-            engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+
+def between_steps(run: Run) -> None:
+    """Evaluates and saves what is due before step `run.step`. What is there already stays, so a run that goes on from
+    this step calls it again."""
+    args, last = run.args, run.step == run.steps
+    run.random = states.random_state(run.device)
+    if run.step in (0, run.steps) or (args.eval_steps and run.step % args.eval_steps == 0):
+        evaluate(run)
+    save = args.save_steps and run.step % args.save_steps == 0
+    if not last and (save or (args.resume_steps and run.step % args.resume_steps == 0)):
+        save_state(run)  # first: a checkpoint can be made again from it, but not the other way round
+    if run.step and (last or save):
+        save_checkpoint(run)
+
+
+def train_step(run: Run, bar) -> None:
+    """One update. Every pair of a step weighs the same, however the step is cut into micro-batches and ranks."""
+    args, engine, step, began = run.args, run.engine, run.step, time.perf_counter()
+    pairs = pairs_of_step(len(run.train_set.examples), run.pairs_per_step, args.seed, step)
+    rate = learning_rate(step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+    engine.train()
+    meter = metrics.Meter(run.device)
+    batches = deal(pairs, args.per_device_train_batch_size, run.rank, run.world)
+    # The step's loss is the sum over all its pairs / divisor. DeepSpeed averages over ranks, hence world.
+    share = run.world / divisor(run, run.train_set, pairs)
+    for i, (indices, weight) in enumerate(batches):
+        run.stop.check()
+        last = i == len(batches) - 1
+        with shortage_named(run, run.train_set, indices):
             losses = losses_of(run, run.train_set, run.ref, indices, weight, meter, gradient=True)
+            if last:
+                means = step_means(run, run.train_set, pairs, meter)
+                if wrong := check_numbers(run, pairs, means, meter):
+                    share = math.nan  # makes this gradient one that DeepSpeed discards as a whole
+            engine.set_gradient_accumulation_boundary(last)
             engine.backward(losses.sum() * weight * share, scale_wrt_gas=False)
 
-        means = step_means(run, run.train_set, pairs, meter)
-        check_numbers(run, step, pairs, means)
-        norm = take_step(run, step)
-        new = sum(count_tokens(run, run.train_set.examples[i]) for i in pairs)
-        tokens += new
-        line = {"step": step, "epoch": step / run.steps_per_epoch, **means, "grad_norm": norm, "learning_rate": rate,
-                "num_tokens": tokens}
-        log_step(run, bar, line, new, time.perf_counter() - began)
+    with shortage_named(run):
+        norm, applied = engines.take_step(engine)
+    if not applied:
+        why = f"the gradient is not finite (norm {norm})" if not math.isfinite(norm) else "DeepSpeed skipped the update"
+        skip_or_stop(run, wrong or f"{why}; {space.describe([run.train_set.examples[k] for k in pairs])}")
+    new = sum(count_tokens(run, run.train_set.examples[k]) for k in pairs)
+    run.tokens += new
+    line = {"step": step, "epoch": step / run.steps_per_epoch, **means, "grad_norm": norm, "learning_rate": rate,
+            "num_tokens": run.tokens, "skipped_steps": run.skipped}
+    log_step(run, bar, line, new, time.perf_counter() - began)
 
-        done = step + 1
-        if done == run.steps or (args.eval_steps and done % args.eval_steps == 0):
-            evaluate(run, done)
-        if done == run.steps or (args.save_steps and done % args.save_steps == 0):
-            save_checkpoint(run, done)
-    bar.close()
+
+def shortage_named(run: Run, data: DataSet | None = None, indices=()):
+    where = f"step {run.step}"
+    rows = (lambda: space.describe([data.examples[i] for i in indices])) if data else None
+    return space.shortage_named(run.rank, where, rows)
 
 
 def losses_of(run: Run, data, ref, indices: list[int], weight: float, meter, gradient: bool):
@@ -299,6 +361,7 @@ def losses_of(run: Run, data, ref, indices: list[int], weight: float, meter, gra
     ref = None if ref is None else ref[indices].to(run.device, non_blocking=True)
     losses, values = metrics.pair_values(logps, tokens, ref, run.args)
     meter.add({"loss": losses.detach(), **values}, weight)
+    meter.watch(indices, torch.cat([logps.detach(), losses.detach()[:, None]], 1))
     return losses
 
 
@@ -318,44 +381,53 @@ def count_tokens(run: Run, example) -> int:
     return len(example.prompt) + sum(map(len, sides))
 
 
-def check_numbers(run: Run, step: int, pairs: list[int], means: dict) -> None:
-    """Stops all ranks together, before the update, where the step's numbers can't be right."""
+def check_numbers(run: Run, pairs: list[int], means: dict, meter) -> str | None:
+    """What is not finite in this step, in words, on all ranks and before the update; None where all is well.
+
+    Raises RunStopped where that can't be passed over, and at step 0 where the policy isn't its reference.
+    """
     gap = means.pop("ref_gap", 0.0)
     if bad := [name for name, value in means.items() if not math.isfinite(value)]:
-        rows = ", ".join(f"{e.row} ({len(e.prompt)}+{len(e.chosen)}/{len(e.rejected or ())} tokens)"
-                         for e in (run.train_set.examples[i] for i in pairs[:16]))
-        raise RunStopped(f"step {step}: {', '.join(bad)} not finite; no update was made; rows {rows}")
+        wrong = f"{', '.join(bad)} not finite; {name_rows(run, meter)}"
+        if run.skipped >= run.args.skip_nonfinite:
+            raise RunStopped(f"step {run.step}: {wrong}; no update was made")
+        return wrong
     # Policy and reference are one model now, and their micro-batches are the same.
-    if step == 0 and gap > (1e-3 if run.args.bf16 else 1e-4) and not run.args.allow_dropout:
+    if run.step == 0 and gap > (1e-3 if run.args.bf16 else 1e-4) and not run.args.allow_dropout:
         raise RunStopped(
             f"step 0: policy and reference should be equal, but their log-probs differ by {gap:.2g} nats a token (loss "
             f"{means['loss']:.4f}). Likely causes: dropout, a reference cache of other weights (empty "
             f"{run.args.cache_dir}), an adapter that was already trained, another attention")
+    return None
 
 
-def take_step(run: Run, step: int) -> float:
-    """The update; returns the gradient's global norm before clipping, over all ranks."""
-    norm = None
-    if run.engine.zero_optimization_stage() == 0:  # here DeepSpeed keeps no norm, and steps whatever it is
-        grads = [p.grad.double().square().sum() for p in run.engine.module.parameters() if p.grad is not None]
-        norm = torch.stack(grads).sum().sqrt().item()
-    if norm is None or math.isfinite(norm):
-        run.engine.step()
-    norm = float(run.engine.get_global_grad_norm() if norm is None else norm)
-    if not math.isfinite(norm):
-        raise RunStopped(f"step {step}: the gradient is not finite; no update was made")
-    return norm
+def name_rows(run: Run, meter) -> str:
+    """The rows of all ranks that went wrong, with their lengths and the side."""
+    wrong = {i: side for found in distributed.agree(None, meter.wrong()) for i, side in found.items()}
+    sides = {("chosen", "rejected", "loss")[k] for row in wrong.values() for k in row}
+    return f"{space.describe([run.train_set.examples[i] for i in sorted(wrong)])} in {', '.join(sorted(sides))}"
 
 
-def evaluate(run: Run, step: int) -> None:
-    """Means over the held-out set under the weights of checkpoint-`step`, into metrics.jsonl as eval_*."""
-    if run.held_out is None:
+def skip_or_stop(run: Run, why: str) -> None:
+    """Counts an update that was not made. Raises RunStopped beyond --skip_nonfinite of them, on all ranks."""
+    if run.skipped >= run.args.skip_nonfinite:
+        raise RunStopped(f"step {run.step}: {why}; no update was made")
+    run.skipped += 1
+    distributed.say(f"step {run.step:>5}  left out, {run.skipped} of {run.args.skip_nonfinite} allowed: {why}")
+
+
+def evaluate(run: Run) -> None:
+    """Means over the held-out set under the weights of checkpoint-`run.step`, into metrics.jsonl as eval_*."""
+    step = run.step
+    if run.held_out is None or step in run.evaluated:
         return
     run.engine.eval()
     meter = metrics.Meter(run.device)
     for pairs in eval_steps(run):
+        run.stop.check()
         for indices, weight in deal(pairs, run.args.per_device_eval_batch_size, run.rank, run.world):
-            losses_of(run, run.held_out, run.held_ref, indices, weight, meter, gradient=False)
+            with shortage_named(run, run.held_out, indices):
+                losses_of(run, run.held_out, run.held_ref, indices, weight, meter, gradient=False)
     means = step_means(run, run.held_out, list(range(len(run.held_out.examples))), meter)
     means.pop("ref_gap", None)
     if bad := [name for name, value in means.items() if not math.isfinite(value)]:
@@ -363,44 +435,52 @@ def evaluate(run: Run, step: int) -> None:
     if distributed.is_main():
         line = {"step": step, "epoch": step / run.steps_per_epoch} | {f"eval_{name}": v for name, v in means.items()}
         metrics.write_line(run.folder / "metrics.jsonl", line)
-    distributed.say(f"step {step:>5}  eval_loss {means['loss']:.4f}" + summary(means, "eval_"))
-
-
-def progress(run: Run):
-    return tqdm(total=run.steps, unit="step", disable=run.rank != 0 or not sys.stderr.isatty(), dynamic_ncols=True)
+    distributed.say(f"step {step:>5}  eval_loss {means['loss']:.4f}" + screen.summary(means, "eval_"))
 
 
 def log_step(run: Run, bar, line: dict, tokens: int, seconds: float) -> None:
-    """One line in metrics.jsonl a step; on the screen the bar, and a line every logging_steps."""
+    """One line in metrics.jsonl a step; on the screen one every logging_steps."""
     line |= {"perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds,
              "mem/peak_gib": metrics.peak_gib(run.device)}
-    if run.rank != 0:
-        return
-    metrics.write_line(run.folder / "metrics.jsonl", line)
-    bar.update()
-    speed = f"  {tokens / seconds:,.0f} tokens/s"
-    bar.set_postfix_str(f"loss {line['loss']:.4f}{summary(line)}{speed}", refresh=False)
-    if line["step"] % run.args.logging_steps == 0 or line["step"] == run.steps - 1:
-        bar.write(f"step {line['step']:>5}  loss {line['loss']:.4f}{summary(line)}{speed}")
+    if run.rank == 0:
+        # JSON has no word for what is not finite: a step that was left out lacks those values.
+        metrics.write_line(run.folder / "metrics.jsonl", {k: v for k, v in line.items() if math.isfinite(v)})
+        screen.show(bar, line, line["step"] % run.args.logging_steps == 0 or line["step"] == run.steps - 1)
 
 
-def summary(means: dict, prefix: str = "") -> str:
-    names = ("rewards/margins", "rewards/accuracies") if "rewards/margins" in means else ("logps_per_token/chosen",)
-    return "".join(f"  {prefix}{name} {means[name]:.4f}" for name in names)
-
-
-def save_checkpoint(run: Run, step: int) -> None:
+def save_checkpoint(run: Run) -> None:
     """checkpoint-<step>: adapter or model, and tokenizer. All ranks gather, the first writes."""
-    model = run.engine.module.model
-    state = checkpoint.gather(model, only_trained=run.args.use_lora)
-    with distributed.wait_for_main():
+    folder, model = run.folder / f"checkpoint-{run.step}", run.engine.module.model
+    if distributed.from_main(isinstance(read_manifest(folder), dict)):
+        return
+    tensors = checkpoint.gather(model, only_trained=run.args.use_lora)
+    with distributed.main_first():
         if distributed.is_main():
-            checkpoint.save(model, run.source.tokenizer, state, run.folder / f"checkpoint-{step}")
+            if run.step > run.skipped and run.args.learning_rate > 0:
+                checkpoint.check_trained(tensors)
+            checkpoint.save(model, run.source.tokenizer, tensors, folder, {"step": run.step, **mark(run)})
             checkpoint.rotate(run.folder, run.args.save_total_limit)
+
+
+def save_state(run: Run) -> None:
+    """What it takes to go on from `run.step`, on every rank; nothing before the first step."""
+    if run.step == 0 or distributed.from_main(resume.folder_of(run.folder, run.step).is_dir()):
+        return
+    tensors = run.random
+    if run.rank == 0 or run.engine.zero_optimization_stage():  # else rank 0 has the same
+        tensors = tensors | states.weights_and_moments(run.engine)
+    facts = {"tokens": run.tokens, "skipped": run.skipped} | {n: getattr(run.engine, n) for n in states.COUNTERS}
+    resume.save(run.folder, run.step, tensors, facts | mark(run), run.rank)
+
+
+def mark(run: Run) -> dict:
+    """Tells whose a checkpoint is."""
+    return {"world_size": run.world, "run": identity.fingerprint(run.facts)}
 
 
 def finish(run: Run) -> None:
     """Leaves the other ranks, merges where asked, and says where everything is."""
+    run.stop.wait(False)
     dist.destroy_process_group()  # merging a large model outlasts a collective's patience
     if run.rank != 0:
         return
@@ -409,6 +489,12 @@ def finish(run: Run) -> None:
         dtype = torch.bfloat16 if run.args.bf16 else torch.float32
         checkpoint.merge(last, run.folder / "merged", dtype, run.args.trust_remote_code)
         print(f"merged: {run.folder / 'merged'}")
+    shutil.rmtree(run.folder / "resume", ignore_errors=True)  # large, and a finished run has nowhere to go on to
+    identity.finish(run.folder)
+    if run.args.draw:
+        from nanodpo.drawing import draw_after  # slow to import
+
+        print(draw_after(run.folder))
     print(f"done: {run.folder}\nlast: {last}\nnext: python score.py {run.folder}")
 
 

@@ -2,19 +2,21 @@
 
     python bench/check_logprobs.py --model_name M --train_file_path pairs.parquet --max_length 1024
 
-One side is nanodpo's: its reader, its packed rows, its kernel. The other is pandas, one sequence a forward pass, full
+One side is score.py: its reader, its packed rows, its kernel. The other is pandas, one sequence a forward pass, full
 logits, log_softmax and a sum, in this file. Takes the paper's Parquet with whole ChatML transcripts. Exit code 1 where
 a summed log-prob differs by more than 1e-5 relative.
 """
 
 import argparse
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pandas
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
 HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
 
 
@@ -38,23 +40,16 @@ def plain(model, tokenizer, file: str, max_length: int, rows: int) -> list[list[
     return out
 
 
-def ours(model, tokenizer, file: str, max_length: int, rows: int) -> list[list[float]]:
-    """The same through the kernel, chosen and rejected packed into one row a pair."""
-    from types import SimpleNamespace
-
-    from nanodpo.attention import LOOP
-    from nanodpo.logprobs import SequenceLogProbs
-    from nanodpo.packing import pack
-    from nanodpo.template import read_template
-    from nanodpo.tokens import load_dataset
-
-    settings = SimpleNamespace(prompt_field=None, chosen_field=None, rejected_field=None, boundary="error",
-                               on_bad_row="error", overlong="truncate", max_prompt_length=None)
-    data = load_dataset(file, read_template(tokenizer), settings, max_length, pairs=True)
-    model.set_attn_implementation(LOOP)
-    module = SequenceLogProbs(model)
-    with torch.no_grad():
-        return [module(pack([(e.prompt, [e.chosen, e.rejected])])).tolist() for e in data.examples[:rows]]
+def ours(args) -> list[list[float]]:
+    """The same by score.py, as a user calls it."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.parquet"
+        pandas.read_parquet(args.train_file_path)[: args.rows].to_parquet(rows)
+        subprocess.run([sys.executable, ROOT / "score.py", "--model_path", args.model_name, "--dataset_path", rows,
+                        "--responses", "chosen", "rejected", "--max_length", str(args.max_length), "--overlong",
+                        "truncate", "--output_dir", folder], check=True, stdout=subprocess.DEVNULL)
+        table = pandas.read_parquet(Path(folder) / "scores.parquet")
+    return table.pivot(index="row", columns="response", values="logps")[["chosen", "rejected"]].values.tolist()
 
 
 def main() -> int:
@@ -69,7 +64,7 @@ def main() -> int:
     model = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model_name)
     expected = torch.tensor(plain(model, tokenizer, args.train_file_path, args.max_length, args.rows))
-    found = torch.tensor(ours(model, tokenizer, args.train_file_path, args.max_length, args.rows))
+    found = torch.tensor(ours(args))
     error = ((found - expected) / expected).abs().max().item()
     print(f"{expected.numel()} responses, largest relative difference {error:.1e} (1e-5 allowed)")
     return int(error > 1e-5)

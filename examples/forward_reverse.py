@@ -8,7 +8,7 @@ and test by problem. Every step is one of this project's commands and is printed
 <its folder>.log. A call that was stopped goes on when it is made again. A model that fails is reported, and the next
 one starts.
 
-Leaves the runs forward-<seed>, reverse-<seed>, mixed-<seed>, dpo-<seed> and gentle-<seed> (DPO at a quarter of the
+Leaves the runs forward-<seed>, reverse-<seed>, mixed-<seed>, dpo-<seed> and gentle-<seed> (DPO at an eighth of the
 learning rate), scores-<seed>/, findings.json (which of the paper's findings hold, over seeds) and the figures.
 """
 
@@ -28,6 +28,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from nanodpo.errors import RunStopped, UserError, first_line, run_script  # noqa: E402
 
+TESTED = 200  # rows of the tiny world: 100 problems, each in both directions
 COLUMNS = ("question", "text", "worse-text", "relevant-question", "sample_type")
 SETS = ("forward", "reverse", "mixed")
 T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 - .025, by n - 1
@@ -59,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sft", default=None, help="settings of SFT, a YAML file; default: those beside this script")
     parser.add_argument("--dpo", default=None, help="settings of DPO")
     parser.add_argument("--ranks", type=int, default=1, help="processes a run, by torchrun")
-    parser.add_argument("--parallel", type=int, help="seeds at a time; default: one a core, but one for a real model")
+    parser.add_argument("--parallel", type=int, help="commands at a time; default: one a core; one for a real model")
 
     def refuse(message):
         raise UserError(message)
@@ -76,7 +77,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.models, args.data = (args.models[:-1], args.models[-1]) if args.models else ([], None)
     kind = "real" if args.models else "tiny"
     args.sft, args.dpo = args.sft or HERE / f"{kind}_sft.yaml", args.dpo or HERE / f"{kind}_dpo.yaml"
-    args.parallel = args.parallel or (1 if args.models else min(args.seeds, os.cpu_count() or 1))
+    args.parallel = args.parallel or (1 if args.models else os.cpu_count() or 1)
     return args
 
 
@@ -86,10 +87,19 @@ def experiment(args, model: str | None, folder: Path, table) -> None:
     write_data(table, folder / "data")
     seeds = range(1, args.seeds + 1)
     with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
-        for done in [pool.submit(one_seed, args, model, folder, seed) for seed in seeds]:
-            done.result()
-    found = findings([pandas.read_parquet(folder / f"scores-{seed}" / "scores.parquet") for seed in seeds],
-                     [pandas.read_parquet(folder / f"answers-{seed}" / "answers.parquet") for seed in seeds])
+        for stage in (sft, dpo, scoring):
+            jobs = [pool.submit(run, args, *job) for seed in seeds for job in stage(args, model, folder, seed)]
+            try:
+                for job in jobs:
+                    job.result()
+            except Failed:
+                pool.shutdown(cancel_futures=True)
+                raise
+    # DPO's own scoring comes second: of the mixed tests it has what the first has, and more.
+    ends = [ends_of(pandas.read_parquet(folder / f"{name}-{seed}" / "scores.parquet"))
+            for name in ("scores", "answers") for seed in seeds]
+    right = [answered(pandas.read_parquet(folder / f"answers-{seed}" / "answers.parquet")) for seed in seeds]
+    found = findings([tuple(a | b for a, b in zip(*both)) for both in zip(ends, ends[args.seeds :])], right)
     (folder / "findings.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(f"{'holds' if line['holds'] else 'does not':>8}  {line['text']}" for line in found))
     draw(args, folder)
@@ -121,6 +131,7 @@ def write_data(table: pandas.DataFrame | None, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     if table is None:
         parts = {part: pandas.read_parquet(HERE / "piles" / f"{part}.parquet") for part in ("train", "test")}
+        parts["test"] = parts["test"][:TESTED]
     else:
         # A problem's two directions name each other, and must not be parted.
         problem = [min(pair) for pair in zip(table["question"], table["relevant-question"])]
@@ -133,26 +144,39 @@ def write_data(table: pandas.DataFrame | None, folder: Path) -> None:
             rows.to_parquet(folder / f"{part}-{name}.parquet", index=False)
 
 
-def one_seed(args, model: str | None, folder: Path, seed: int) -> None:
-    """Three SFT runs, DPO twice, one scoring of everything."""
-    def train(name: str, settings, data: str, *flags) -> Path:
-        run(args, folder / f"{name}-{seed}", "train.py", settings, "--output_dir", folder / f"{name}-{seed}", "--seed",
-            seed, "--train_file_path", folder / "data" / f"train-{data}.parquet", *flags)
-        return folder / f"{name}-{seed}"
+def training(folder: Path, name: str, settings, data: str, seed: int, *flags) -> tuple:
+    """A job: (what to call its log, script, flags)."""
+    place = folder / f"{name}-{seed}"
+    return (place, "train.py", settings, "--output_dir", place, "--seed", seed, "--train_file_path",
+            folder / "data" / f"train-{data}.parquet", *flags)
 
-    epoch = {name: steps_of_epoch(args, folder, name) for name in SETS}
+
+def sft(args, model: str | None, folder: Path, seed: int) -> list[tuple]:
+    """One run each on forward, reverse and mixed data, the longest first."""
     start = ["--model_name", model] if model else []
-    sft = {name: train(name, args.sft, name, "--save_steps", epoch[name], *start) for name in SETS}
-    from_mixed = ["--model_name", last_checkpoint(sft["mixed"])]
+    return [training(folder, name, args.sft, name, seed, "--save_steps", steps_of_epoch(args, folder, name), *start)
+            for name in SETS[::-1]]
+
+
+def dpo(args, model: str | None, folder: Path, seed: int) -> list[tuple]:
+    """From the mixed model, at the full and at an eighth of the learning rate."""
+    start = ["--model_name", last_checkpoint(folder / f"mixed-{seed}")]
     rate = float(read_setting(args.dpo, "learning_rate"))
-    runs = [*sft.values(), train("dpo", args.dpo, "mixed", *from_mixed),
-            train("gentle", args.dpo, "mixed", *from_mixed, "--learning_rate", rate / 4)]
+    return [training(folder, "dpo", args.dpo, "mixed", seed, *start),
+            training(folder, "gentle", args.dpo, "mixed", seed, *start, "--learning_rate", rate / 8)]
+
+
+def scoring(args, model: str | None, folder: Path, seed: int) -> list[tuple]:
+    """Every checkpoint on all three test sets; more of DPO's first and last ones, on the mixed set."""
     tests = [f"{name}={folder / 'data' / f'test-{name}.parquet'}" for name in SETS]
-    run(args, folder / f"scores-{seed}", "score.py", *runs, "--output_dir", folder / f"scores-{seed}", "--dataset_path",
-        *tests, "--responses", "chosen", "rejected", "other", "shuffled")
-    ends = [run_folder / name for run_folder in runs[3:] for name in ("checkpoint-0", last_checkpoint(run_folder).name)]
-    run(args, folder / f"answers-{seed}", "score.py", *ends, "--output_dir", folder / f"answers-{seed}",
-        "--dataset_path", tests[2], "--responses", "chosen", "rejected", "--answers", 100)
+    runs = [folder / f"{name}-{seed}" for name in (*SETS, "dpo")]
+    ends = [folder / f"{name}-{seed}" / checkpoint for name in ("dpo", "gentle")
+            for checkpoint in ("checkpoint-0", last_checkpoint(folder / f"{name}-{seed}").name)]
+    every, more = (folder / f"{name}-{seed}" for name in ("scores", "answers"))
+    sides = ["--responses", "chosen", "rejected"]
+    return [(every, "score.py", *runs, "--output_dir", every, "--dataset_path", *tests, *sides),
+            (more, "score.py", *ends, "--output_dir", more, "--dataset_path", tests[2], *sides, "other", "shuffled",
+             "--answers", 100)]
 
 
 def run(args, log: Path, script: str, *flags) -> None:
@@ -188,14 +212,12 @@ def last_checkpoint(folder: Path) -> Path:
     return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
 
 
-def findings(scores: list[pandas.DataFrame], answers: list[pandas.DataFrame]) -> list[dict]:
+def findings(ends: list[tuple[dict, dict]], right: list[dict[str, float]]) -> list[dict]:
     """What the paper found, and what became of it here: a number a seed, their mean and 95% t-interval, does it hold.
 
-    Log-probs are means over rows of the log-prob per token, nats; a change is from the first to the last checkpoint.
+    `ends` and `right` have an entry a seed, of `ends_of` and `answered`. Log-probs are means over rows of the log-prob
+    per token, nats; a change is from the first to the last checkpoint.
     """
-    ends = [ends_of(table) for table in scores]
-    right = [answered(table) for table in answers]
-
     def change(name, data, response, column="mean_logps"):
         return [seed[1][name, data, response][column] - seed[0][name, data, response][column] for seed in ends]
 
@@ -226,7 +248,7 @@ def findings(scores: list[pandas.DataFrame], answers: list[pandas.DataFrame]) ->
                ("DPO piles mass on the argmax token (its log-prob along y+)",
                 change("dpo", "mixed", "chosen", "argmax_logps"), 1),
                ("DPO lowers the share of right answers", [seed["dpo"] for seed in right], -1),
-               ("DPO at a quarter of the learning rate lowers y- as well", change("gentle", "mixed", "rejected"), -1),
+               ("DPO at an eighth of the learning rate lowers y- as well", change("gentle", "mixed", "rejected"), -1),
                ("... and moves y+ less than DPO does", less(map(abs, change("gentle", "mixed", "chosen")),
                                                             map(abs, change("dpo", "mixed", "chosen"))), -1),
                ("... and keeps more right answers than DPO does", [seed["gentle"] - seed["dpo"] for seed in right], 1)]

@@ -4,11 +4,10 @@
     train.py run.yaml --learning_rate 1e-5    a YAML or JSON file, then flags that override it
 """
 
-import dataclasses
 import math
-import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from os.path import expanduser
 from pathlib import Path
 
 from .errors import UserError
@@ -72,28 +71,33 @@ class TrainArguments:
     adam_beta2: float = _flag(0.999, "AdamW's.")
     adam_epsilon: float = _flag(1e-8, "AdamW's.")
     max_grad_norm: float = _flag(1.0, "Gradients of a larger global norm are scaled down to it; 0: never.")
+    skip_nonfinite: int = _flag(0, "Leave out so many steps whose loss or gradient is not finite before stopping.")
     seed: int = _flag(42, "Of the data order, LoRA's weights, random_init and dropout.")
     deepspeed: str = _flag(None, "JSON file for DeepSpeed: ZeRO and the like. Default: ds_config.json beside train.py.")
     local_rank: int = _flag(-1, "Set by the deepspeed launcher.")
 
     # Output
-    output_dir: str = _flag(None, "Folder of the run; must be new or empty. Default: runs/<loss>-<date-time>.")
+    output_dir: str = _flag(None, "Folder of the run: new, empty or this very run's. Default: runs/<loss>-<date-time>.")
+    resume: str = _flag("auto", "auto: go on if output_dir holds this very run; never; or the folder to go on from.")
+    resume_steps: int = _flag(0, "Keep a state to resume from every so many steps, besides those of save_steps.")
     logging_steps: int = _flag(1, "Print the means every so many steps; metrics.jsonl has every step.")
     eval_steps: int = _flag(0, "Evaluate every so many steps, and at the end; 0: only before and after.")
     save_steps: int = _flag(0, "Save a checkpoint every so many steps; 0: only step 0 and the last.")
     save_total_limit: int = _flag(None, "Keep so many checkpoints besides step 0, the newest. Default: all.")
     merge_weights: bool = _flag(False, "At the end also save the adapter merged into its base, in merged/.")
+    draw: bool = _flag(True, "Draw the run's figures at its end.")
     cache_dir: str = _flag("~/.cache/nanodpo", "Folder for reference log-probs.")
 
     # Looking without training
     inspect: bool = _flag(False, "Print one tokenised pair, the boundary and the lengths, and stop.")
+    dry_run: bool = _flag(False, "Run the longest micro-batch forward and backward, print memory and disk, and stop.")
     print_config: bool = _flag(False, "Print the resolved settings as JSON and stop.")
 
     def __post_init__(self):
         self.use_lora = self.use_lora and self.lora_r > 0
         for name in PATHS:  # no shell opens ~ in --name=~/x or in a settings file
             if (value := getattr(self, name)) and value.startswith("~"):
-                setattr(self, name, os.path.expanduser(value))
+                setattr(self, name, expanduser(value))
         if self.assistant_header:  # a shell passes on what an error message shows: a backslash and an n
             self.assistant_header = self.assistant_header.replace("\\n", "\n")
         if self.per_device_eval_batch_size is None:
@@ -101,12 +105,12 @@ class TrainArguments:
         _check(self)
 
 
-PATHS = ("model_name", "train_file_path", "eval_file_path", "deepspeed", "output_dir", "cache_dir")
+PATHS = ("model_name", "train_file_path", "eval_file_path", "deepspeed", "output_dir", "cache_dir", "resume")
 POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "beta",
             "num_train_epochs", "logging_steps", "lora_alpha", "adam_epsilon", "max_length", "max_prompt_length",
             "save_total_limit")
 NOT_NEGATIVE = ("lora_r", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "save_steps",
-                "eval_size", "seed")
+                "eval_size", "seed", "resume_steps", "skip_nonfinite")
 
 
 def _check(args: TrainArguments) -> None:
@@ -153,7 +157,7 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
     parser.error = _raise  # argparse would print the whole usage before the one line that matters
     launcher = [flag for flag in argv if flag.startswith(("--local_rank=", "--local-rank="))]
     argv = [flag for flag in argv if flag not in launcher]  # the deepspeed launcher puts it before a settings file
-    names, own = [f.name for f in dataclasses.fields(TrainArguments)], {flag.partition("=")[0] for flag in argv}
+    names, own = [f.name for f in fields(TrainArguments)], {flag.partition("=")[0] for flag in argv}
     if argv and argv[0].endswith((".yaml", ".yml", ".json")) and not argv[0].startswith("-"):
         argv = read_settings(argv[0], names) + argv[1:]
     elif not own & {"--model_name", "--model-name", "--train_file_path", "--train-file-path"}:
@@ -167,9 +171,8 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
             "`train.py --help` lists them all"
         raise UserError(f"unknown argument {unknown[0]}; {place}")
     args.local_rank = local_rank(args.local_rank)
-    for name in ("model_name", "train_file_path"):
-        if not getattr(args, name):
-            raise UserError(f"--{name} is missing")
+    if missing := [name for name in ("model_name", "train_file_path") if not getattr(args, name)]:
+        raise UserError(f"--{missing[0]} is missing")
     return args
 
 

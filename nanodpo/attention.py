@@ -8,6 +8,7 @@ once a sequence and runs anywhere; "nanodpo_varlen" is a single variable-length 
 either, except a sequence's own where a model caps its scores or slides a window shorter than the sequence.
 """
 
+import functools
 import inspect
 
 import torch
@@ -20,19 +21,21 @@ LOOP, VARLEN = "nanodpo_loop", "nanodpo_varlen"
 
 def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
     """(1, H, T, E), (1, G, T, E) x 2 -> (1, T, H, E): each response as if its row were [prompt | response] alone."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    # On CPU the kernel shares key/value heads by itself; on CUDA the one that takes float32 needs them repeated.
+    if query.shape[1] != key.shape[1] and (query.device.type != "cpu" or kwargs.get("softcap")):
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
     pieces = []
     for p0, p1, r0, r1 in segments.spans:
         q, k, v = (torch.cat([x[:, :, p0:p1], x[:, :, r0:r1]], 2) if r0 > p1 else x[:, :, p0:r1]
                    for x in (query, key, value))
-        out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap"))
+        out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap")).transpose(1, 2)
         # Queries of a shared prompt are computed again for each response, which needs no mask, and dropped.
-        pieces.append(out[:, :, p1 - p0:] if r0 > p1 else out)
-    return torch.cat(pieces, 2).transpose(1, 2), None
+        pieces.append(out[:, p1 - p0:] if r0 > p1 else out)
+    return torch.cat(pieces, 1), None
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) -> Tensor:
+    """(1, H, L, E): causal attention within one sequence."""
     length = q.shape[2]
     band = None
     if softcap or (window and window < length):
@@ -40,7 +43,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) 
         distance = ahead[:, None] - ahead[None, :]  # query minus key position
         band = (distance >= 0) & (distance < (window or length))
     if not softcap:
-        return F.scaled_dot_product_attention(q, k, v, band, dropout, is_causal=band is None, scale=scaling)
+        return F.scaled_dot_product_attention(q, k, v, band, dropout, is_causal=band is None, scale=scaling,
+                                              enable_gqa=q.shape[1] != k.shape[1])
     scores = q @ k.transpose(2, 3) * (scaling or q.shape[3] ** -0.5)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~band, -torch.inf)
     return F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout) @ v
@@ -60,12 +64,21 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 
 
 def varlen_call(q, k, v, cu_q, cu_k, max_q: int, max_k: int, scaling, window: int) -> Tensor:
-    """PyTorch's flash kernel; a function of its own so that a test can put a slow, plain one in its place."""
+    """PyTorch's flash kernel; a function of its own so that a test can put a slow, plain one in its place.
+
+    (T, H, E), (K, G, E) x 2, int32 (S+1,) x 2 -> (T, H, E). With a right window of 0 query i of a stretch sees keys up
+    to i + keys - queries, and with a left window of w none before the last w + 1 of those.
+    """
+    return _kernel()(q, k, v, cu_q, cu_k, max_q, max_k, scale=scaling, window_size=(window, 0))
+
+
+@functools.cache  # looked up once, not in every layer of every pass
+def _kernel():
     from torch.nn.attention.varlen import varlen_attn  # imported here because only CUDA has the kernel
 
     # Older releases share key/value heads without being told.
-    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scaling, window_size=(window, 0), **gqa)
+    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if told else varlen_attn
 
 
 # No mask function is registered under these names, so transformers builds no mask for them.

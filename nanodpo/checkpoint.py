@@ -1,9 +1,9 @@
 """Checkpoints for analysis and for going on from: what plain PEFT and transformers open, nothing of ours around it.
 
 A checkpoint is written beside its place, read back and compared with the weights in memory, then renamed into place.
+Its manifest.json tells the step, and the size and hash of every file.
 """
 
-import os
 import re
 import shutil
 import tempfile
@@ -15,6 +15,7 @@ from torch import nn
 
 from .distributed import is_main
 from .errors import RunStopped, UserError, first_line
+from .manifest import aside, publish
 
 
 def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
@@ -32,31 +33,31 @@ def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
     return state
 
 
-def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Path) -> None:
+def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Path, facts: dict) -> None:
     """Writes model (or adapter) and tokenizer to `folder`, on one rank; raises RunStopped where the disk won't take it.
 
     Nothing half-written is left, whatever happens. `state` is what `gather` gave: the weights of the adapter, or of
-    the whole model.
+    the whole model. `facts` go into the manifest.
     """
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    place = aside(folder)
+    shutil.rmtree(place, ignore_errors=True)
     try:
-        _write(model, state, aside)
-        tokenizer.save_pretrained(aside)
-        verify(aside, state)
-        for file in filter(Path.is_file, aside.rglob("*")):
-            file.chmod(0o666 & ~_umask())  # safetensors writes for the owner's eyes only
-            _flush(file)
-        os.rename(aside, folder)
-        _flush(folder.parent)
+        _write(model, state, place)
+        tokenizer.save_pretrained(place)
+        verify(place, state)
+        publish(folder, facts)
     except (OSError, SafetensorError) as error:
-        raise RunStopped(f"{folder}: can't be written ({first_line(error)}); earlier checkpoints are whole") from error
+        raise RunStopped(f"{folder}: can't be written ({first_line(error)}); what was written before is whole, and the "
+                         "same command goes on from there") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _write(model: nn.Module, state, folder: Path) -> None:
     if hasattr(model, "peft_config"):
+        own = model.peft_config["default"]
+        if isinstance(own.target_modules, set):
+            own.target_modules = sorted(own.target_modules)  # the order of a set is another one in each process
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
@@ -86,16 +87,11 @@ def verify(folder: Path, state: dict[str, torch.Tensor]) -> None:
         raise RunStopped(f"{folder}: {next(iter(expected))} was not written")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def check_trained(state: dict[str, torch.Tensor]) -> None:
+    """Raises RunStopped for an adapter that is nothing: after an update no LoRA has all of its B at zero."""
+    second = [tensor for name, tensor in state.items() if ".lora_B." in name]
+    if second and not any(tensor.any() for tensor in second):
+        raise RunStopped("every lora_B is zero after training: no update reached the adapter")
 
 
 def rotate(run: Path, keep: int | None) -> None:
@@ -114,17 +110,18 @@ def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bo
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype, trust_remote_code=trust_remote_code)
     model = model.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
-    save(model, tokenizer, dict(model.named_parameters()), folder)
+    save(model, tokenizer, dict(model.named_parameters()), folder, {"merged": adapter.name})
 
 
 def claim(folder: Path) -> None:
     """Raises UserError unless `folder` can become a run's: new or empty, in a place that can be written."""
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--output_dir {folder}: is in use; name a new folder")
-    parent = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    if not parent.is_dir():
-        raise UserError(f"--output_dir {folder}: {parent} is a file")
     try:
+        # A process killed in its first moment leaves no more than a file that was not yet renamed.
+        if folder.is_dir() and any(not file.name.endswith(".partial") for file in folder.iterdir()):
+            raise UserError(f"--output_dir {folder}: is in use; name a new folder")
+        parent = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+        if not parent.is_dir():
+            raise UserError(f"--output_dir {folder}: {parent} is a file")
         tempfile.TemporaryFile(dir=parent).close()  # permission bits don't tell of read-only and odd file systems
     except OSError as error:
-        raise UserError(f"--output_dir {folder}: {parent} can't be written to ({error.strerror})") from error
+        raise UserError(f"--output_dir {folder}: can't be written to ({error.strerror})") from error

@@ -1,4 +1,4 @@
-"""The two ends of a run that are not bugs, and how a script shows them: one line, an exit code, no traceback."""
+"""The ends of a run that are not bugs, and how a script shows them: one line, an exit code, no traceback."""
 
 import os
 import sys
@@ -10,6 +10,20 @@ class UserError(ValueError):
 
 class RunStopped(RuntimeError):
     """A run that must not go on: its numbers went wrong. Exit code 1."""
+
+
+class RankStopped(RunStopped):
+    """What only one rank knows of, and so has to print itself."""
+
+
+class Preempted(BaseException):
+    """A run that was told to stop and can go on. Exit code 75, EX_TEMPFAIL: a job script may start it again.
+
+    Not an Exception, as KeyboardInterrupt is none: libraries swallow those.
+    """
+
+
+TEMPFAIL = 75
 
 
 def first_line(error: Exception) -> str:
@@ -34,9 +48,14 @@ def run_script(main) -> int:
         main(sys.argv[1:])
         return 0
     except (UserError, RunStopped) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: files may be missing on one only
+        # Once a machine: files may be missing on one only.
+        if isinstance(error, RankStopped) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
+    except Preempted as told:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(told, file=sys.stderr, flush=True)
+        return TEMPFAIL
     except BrokenPipeError:  # `train.py --inspect | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         return 1

@@ -34,26 +34,35 @@ class LogProbHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(C, D) -> (C, V), float32 or better: of one chunk, for whoever wants more of it than a log-prob."""
-        return _logits(hidden, self.weight, self.bias, self.scale, self.cap)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
+        return _logits(buffer, hidden, self.weight, self.bias, self.scale, self.cap)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
-    """(C, V), float32 or better."""
-    z = nn.functional.linear(hidden, weight, bias)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None):
+    """(C, V), float32 or better: the first C lines of `buffer`, which every chunk writes again."""
+    z = buffer[: len(hidden)]
+    if hidden.dtype != z.dtype:
+        z.copy_(nn.functional.linear(hidden, weight, bias))
+    elif bias is None:
+        torch.mm(hidden, weight.T, out=z)
+    else:
+        torch.addmm(bias, hidden, weight.T, out=z)
     if scale != 1.0:
-        z = z * scale
-    return z if cap is None else cap * torch.tanh(z / cap)
+        z.mul_(scale)
+    return z if cap is None else z.div_(cap).tanh_().mul_(cap)
 
 
-def _logit_grad(z: Tensor, lse: Tensor, targets: Tensor, scale: float, cap: float | None) -> Tensor:
-    """d log softmax(z)[target] / d(W h + b) = (onehot - softmax(z)) * dz/d(W h + b): (C, V). Overwrites z."""
-    slope = None if cap is None else 1 - (z / cap) ** 2
-    grad = z.sub_(lse[:, None]).exp_().neg_()
-    grad[torch.arange(len(targets), device=z.device), targets] += 1
-    if slope is not None:
-        grad *= slope
-    return grad if scale == 1.0 else grad.mul_(scale)
+def _slope(z: Tensor, scale: float, cap: float | None) -> Tensor | float:
+    """dz / d(W h + b), from z itself: (C, V), or the same everywhere."""
+    return scale if cap is None else (z / cap).square_().neg_().add_(1).mul_(scale)
+
+
+def _logit_grad(exps: Tensor, total: Tensor, targets: Tensor, slope: Tensor | float) -> Tensor:
+    """d log softmax(z)[target] / d(W h + b) = (onehot - exps / total) * slope: (C, V). Overwrites exps."""
+    grad = exps.mul_(-1 / total[:, None])
+    grad[torch.arange(len(targets), device=grad.device), targets] += 1
+    return grad if isinstance(slope, float) and slope == 1.0 else grad.mul_(slope)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -71,13 +80,20 @@ class _TokenLogProbs(torch.autograd.Function):
         lse = torch.empty_like(logps)
         ctx.trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
         kept = torch.empty_like(hidden) if hidden.requires_grad and not ctx.trainable else None
+        # One buffer for all chunks, and all of a chunk's arithmetic inside it: fresh memory costs more than the sums.
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
         for i in range(0, len(hidden), chunk):
             here = slice(i, i + chunk)
-            z = _logits(hidden[here], weight, bias, scale, cap)
-            lse[here] = z.logsumexp(1)
-            logps[here] = z.gather(1, targets[here, None]).squeeze(1) - lse[here]
+            z = _logits(buffer, hidden[here], weight, bias, scale, cap)
+            slope = None if kept is None else _slope(z, scale, cap)
+            top = z.amax(1)
+            picked = z.gather(1, targets[here, None]).squeeze(1)
+            exps = z.sub_(top[:, None]).exp_()
+            total = exps.sum(1)
+            lse[here] = top + total.log()
+            logps[here] = picked - lse[here]
             if kept is not None:
-                kept[here] = _logit_grad(z, lse[here], targets[here], scale, cap).to(weight.dtype) @ weight
+                kept[here] = _logit_grad(exps, total, targets[here], slope).to(weight.dtype) @ weight
         ctx.settings = scale, cap, chunk
         ctx.save_for_backward(*((hidden, weight, bias, targets, lse) if ctx.trainable else (kept,)))
         return logps
@@ -93,10 +109,13 @@ class _TokenLogProbs(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=lse.dtype)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=lse.dtype)
         for i in range(0, len(hidden), chunk):
             here = slice(i, i + chunk)
-            z = _logits(hidden[here], weight, bias, scale, cap)
-            dz = _logit_grad(z, lse[here], targets[here], scale, cap).mul_(grad[here, None])
+            z = _logits(buffer, hidden[here], weight, bias, scale, cap)
+            slope = _slope(z, scale, cap)
+            exps = z.sub_(lse[here, None]).exp_()
+            dz = _logit_grad(exps, torch.ones_like(lse[here]), targets[here], slope).mul_(grad[here, None])
             d_hidden[here] = dz.to(weight.dtype) @ weight
             d_weight += dz.to(hidden.dtype).T @ hidden[here]
             if d_bias is not None:

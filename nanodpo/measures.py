@@ -43,12 +43,14 @@ def token_measures(module, row, plausible: Sets | None) -> tuple[dict[str, Tenso
 
 def _measure(z: Tensor, targets: Tensor, plausible: Sets | None) -> tuple[dict[str, Tensor], Sets]:
     """(C, V) logits, which it overwrites, and (C,) targets -> measures, and the plausible tokens."""
-    lse, at = z.logsumexp(1, keepdim=True), z.gather(1, targets[:, None])
-    found = {"logps": at - lse, "argmax_logps": z.amax(1, keepdim=True) - lse,
-             "rank": 1 + (z > at).sum(1, keepdim=True, dtype=torch.int32)}
-    logps = z.sub_(lse).clamp_(min=FLOOR)
-    p = logps.exp()
-    found["entropy"] = -(p * logps).sum(1, keepdim=True)
+    at, top = z.gather(1, targets[:, None]), z.amax(1, keepdim=True)
+    rank = 1 + (z > at).sum(1, keepdim=True, dtype=torch.int32)
+    p = z.sub_(top).exp()
+    total = p.sum(1, keepdim=True)
+    lse = top + total.log()  # in the kernel's own steps, for its own bits
+    found = {"logps": at - lse, "argmax_logps": top - lse, "rank": rank}
+    p.div_(total)
+    found["entropy"] = -z.sub_(total.log()).clamp_(min=FLOOR).mul_(p).sum(1, keepdim=True)
     if plausible is None:
         kept = p >= IMPLAUSIBLE
         plausible = kept.sum(1), kept.nonzero()[:, 1]

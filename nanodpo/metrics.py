@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .distributed import sum_over_ranks
+from .errors import RankStopped
 from .losses import LOSSES, MEAN_LOGPS
 
 
@@ -50,13 +51,22 @@ class Meter:
     """Adds up (P,) values of micro-batches; `means` joins the ranks, once a step."""
 
     def __init__(self, device: torch.device):
-        self.device, self.sums, self.pairs = device, {}, 0.0
+        self.device, self.sums, self.pairs, self.seen = device, {}, 0.0, []
 
     def add(self, values: dict[str, Tensor], weight: float) -> None:
         """`weight` is 1, or 0 for a micro-batch that only keeps ranks in step."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + weight * value.sum()
         self.pairs += weight * len(value)
+
+    def watch(self, indices: list[int], values: Tensor) -> None:
+        """Remembers (P, R) values of the pairs `indices`, to tell later which of them went wrong; waits for no GPU."""
+        self.seen.append((indices, values.isfinite()))
+
+    def wrong(self) -> dict[int, list[int]]:
+        """The pairs of this rank with values that are not finite: index -> columns."""
+        return {i: [side for side, fine in enumerate(row) if not fine] for indices, finite in self.seen
+                for i, row in zip(indices, finite.tolist()) if not all(row)}
 
     def means(self) -> dict[str, float]:
         """Every name's mean over the pairs of all ranks. The same on every rank."""
@@ -75,6 +85,10 @@ def peak_gib(device: torch.device) -> float:
 
 
 def write_line(file: Path, line: dict) -> None:
-    """Appends one JSON line and hands it to the operating system at once."""
-    with file.open("a") as out:
-        out.write(json.dumps(line) + "\n")
+    """Appends one JSON line and hands it to the operating system at once. Raises RankStopped where it can't."""
+    try:
+        with file.open("a") as out:
+            out.write(json.dumps(line, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RankStopped(f"{file}: can't be written ({error.strerror}); what was written before is whole, and the "
+                          "same command goes on from there") from error

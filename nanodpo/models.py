@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 
 import torch
 from torch import nn
@@ -115,7 +116,8 @@ def fingerprint(model: nn.Module, fresh_lora: bool) -> str:
     A fresh LoRA is not part of the reference, so runs that differ in its rank or seed have the same one.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    digest = hashlib.sha256(inner.config.to_json_string(use_diff=False).encode())
+    config = {key: value for key, value in inner.config.to_dict().items() if key != "_name_or_path"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     if not fresh_lora and hasattr(model, "peft_config"):
         own = model.peft_config["default"]
         digest.update(repr((own.r, own.lora_alpha, own.use_rslora, own.rank_pattern, own.alpha_pattern)).encode())

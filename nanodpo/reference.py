@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .distributed import from_main, is_main, say, sum_over_ranks
-from .errors import RunStopped, UserError
+from .distributed import from_main, is_main, main_first, say, sum_over_ranks
+from .errors import Preempted, RunStopped, UserError, first_line
 
 SAVE_EVERY = 100
 
@@ -33,30 +33,40 @@ def data_hash(examples) -> str:
     return digest.hexdigest()
 
 
-def reference_logps(examples, steps, deal, score, fingerprint: dict, cache_dir: str, device) -> Tensor:
+def reference_logps(examples, steps, deal, score, fingerprint: dict, cache_dir: str, device, check) -> Tensor:
     """(n, 2) float64 on CPU: the reference's summed log-probs of chosen and rejected; NaN for pairs not visited.
 
     `steps` are lists of indices, the same on every rank; `deal` gives this rank's micro-batches of one, (indices,
     weight) each, as many on every rank; `score` maps indices to (P, 2). What is known is kept every SAVE_EVERY steps,
-    so a pass that was stopped goes on. Raises RunStopped for a log-prob that is not finite.
+    so a pass that was killed goes on; where `check` raises Preempted, told to stop, nothing is lost. Raises RunStopped
+    for a log-prob that is not finite.
     """
     file = cache_file(cache_dir, fingerprint)
     known = from_main(_load(file, fingerprint, len(examples)) if is_main() else None)
     missing = [pairs for pairs in steps if known[pairs].isnan().any()]
     with _progress(len(missing)) as bar:
         for i in range(0, len(missing), SAVE_EVERY):
-            _fill(known, missing[i : i + SAVE_EVERY], deal, score, device, bar)
-            if is_main():
-                _save(file, known, fingerprint)
+            stopped = _fill(known, missing[i : i + SAVE_EVERY], deal, score, device, bar, check)
+            with main_first():
+                if is_main():
+                    _save(file, known, fingerprint)
+            if stopped:
+                raise stopped
     total, new = (len({i for pairs in lists for i in pairs}) for lists in (steps, missing))
     say(f"reference: {new} pairs computed, {total - new} from the cache, {file}")
     return known
 
 
-def _fill(known: Tensor, steps, deal, score, device, bar) -> None:
-    """Computes the pairs of these steps on all ranks and writes them into `known`."""
+def _fill(known: Tensor, steps, deal, score, device, bar, check) -> Preempted | None:
+    """Computes the pairs of these steps on all ranks and writes them into `known`; what `check` raised, if it did."""
     sums, counts = torch.zeros_like(known), torch.zeros(len(known), 1, dtype=torch.float64)
+    stopped = None
     for pairs in steps:
+        try:
+            check()
+        except Preempted as told:
+            stopped = told
+            break
         for indices, weight in deal(pairs):
             sums[indices] += weight * score(indices).cpu()
             counts[indices] += weight
@@ -66,6 +76,7 @@ def _fill(known: Tensor, steps, deal, score, device, bar) -> None:
     computed = (counts > 0).flatten()
     if bad := (~known[computed].isfinite().all(1)).sum().item():
         raise RunStopped(f"{bad} reference log-probs are not finite: the starting model is broken")
+    return stopped
 
 
 def cache_file(cache_dir: str, fingerprint: dict) -> Path:
@@ -110,8 +121,12 @@ def _changed(folder: Path, fingerprint: dict) -> list[str]:
 
 def _save(file: Path, logps: Tensor, fingerprint: dict) -> None:
     aside = file.with_suffix(f".{os.getpid()}")
-    save_file({"logps": logps}, aside, {"fingerprint": json.dumps(fingerprint)})
-    os.replace(aside, file)  # a reader sees the old file or the new one, never half of one
+    try:
+        save_file({"logps": logps}, aside, {"fingerprint": json.dumps(fingerprint)})
+        os.replace(aside, file)  # a reader sees the old file or the new one, never half of one
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise RunStopped(f"{file}: can't be written ({first_line(error)})") from error
 
 
 def _progress(steps: int):

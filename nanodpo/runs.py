@@ -28,9 +28,14 @@ class Checkpoint:
     settings: SimpleNamespace
 
 
-def open_targets(targets: list[str]) -> list[Checkpoint]:
-    """Run folders, checkpoints, adapters and models -> checkpoints in order. Raises UserError."""
+def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkpoint]:
+    """Run folders, checkpoints, adapters and models -> checkpoints in order, their settings with these changes.
+
+    Raises UserError.
+    """
     found = [checkpoint for target in targets for checkpoint in _open(target)]
+    for checkpoint in found:
+        checkpoint.settings = SimpleNamespace(**vars(checkpoint.settings) | (changes or {}))
     seen = [(c.run, c.step) for c in found]
     if twice := {key for key in seen if seen.count(key) > 1}:
         run, step = min(twice)

@@ -23,15 +23,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pandas
 import pyarrow
 import pyarrow.parquet
 
-from .errors import UserError, first_line
+from .errors import RunStopped, UserError, first_line
+from .means import KEYS, MEASURES, add_rewards, means, summary
 
-KEYS = ["run", "phase", "checkpoint", "step", "dataset"]
-MEASURES = ["argmax_logps", "entropy", "argmax_mass", "implausible_mass", "accuracy"]
 COLUMNS = [*KEYS, "row", "response", "tokens", "logps", "mean_logps", *MEASURES]
 TABLES = ("scores", "pairs", "sections", "tokens", "answers", "failed")
 
@@ -51,8 +49,8 @@ def write_part(folder: Path, checkpoint, dataset: str, found: dict[str, list[dic
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        for name, lines in found.items():
-            table = pandas.concat(lines) if name == "tokens" and lines else pandas.DataFrame(lines)
+        for name, lines in ((name, lines) for name, lines in found.items() if lines):
+            table = pandas.concat(lines) if name == "tokens" else pandas.DataFrame(lines)
             for key in ("run", "phase", "step"):
                 table[key] = getattr(checkpoint, key)
             table["checkpoint"], table["dataset"] = checkpoint.path, dataset
@@ -60,6 +58,8 @@ def write_part(folder: Path, checkpoint, dataset: str, found: dict[str, list[dic
             table[[*KEYS, *rest]].to_parquet(aside / f"{name}.parquet", index=False)
         write_more(aside)
         os.rename(aside, folder)
+    except OSError as error:
+        raise unwritten(folder, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -69,7 +69,8 @@ def join_parts(folder: Path, parts: list[Path], betas: dict[str, float]) -> dict
     tables = {name: _concat([part / f"{name}.parquet" for part in parts]) for name in TABLES if name != "tokens"}
     tables["pairs"] = add_rewards(tables["pairs"], tables["scores"], betas)
     tables["summary"] = summary(tables["scores"])
-    tables["sections"] = _means(tables["sections"], [*KEYS, "response", "section"]).drop(columns="median")
+    if len(tables["sections"]):
+        tables["sections"] = means(tables["sections"], [*KEYS, "response", "section"]).drop(columns="median")
     for name in ("scores", "pairs", "answers"):
         _write(folder / f"{name}.parquet", tables[name], lambda file, table: table.to_parquet(file, index=False))
     for name in ("summary", "sections"):
@@ -139,42 +140,13 @@ def _aside(file: Path):
     try:
         yield aside
         os.replace(aside, file)
+    except OSError as error:
+        raise unwritten(file, error) from error
     finally:
         aside.unlink(missing_ok=True)
 
 
-def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, betas: dict[str, float]) -> pandas.DataFrame:
-    """The pairs with the rewards that training has, against each run's own step 0."""
-    if pairs.empty:
-        return pairs
-    at = ["run", "dataset", "row"]
-    for side in ("chosen", "rejected"):
-        here = scores[scores["response"] == side]
-        start = here[here["step"] == 0].set_index(at)["logps"].rename("start")
-        joined = here.join(start, on=at).set_index([*at, "step"])
-        reward = (joined["logps"] - joined["start"]) * joined.index.get_level_values("run").map(betas)
-        pairs = pairs.join(reward.rename(f"rewards/{side}"), on=[*at, "step"])
-    pairs["margin"] = pairs["rewards/chosen"] - pairs["rewards/rejected"]
-    pairs["weight"] = np.exp(-np.logaddexp(0, pairs["margin"]))
-    return pairs
-
-
-def summary(table: pandas.DataFrame) -> pandas.DataFrame:
-    """n, mean, median and standard error of mean_logps over rows, means of the measures; likewise of the gap."""
-    sides = table.pivot(index=[*KEYS, "row"], columns="response", values="mean_logps")
-    if {"chosen", "rejected"} <= set(sides):
-        gap = (sides["chosen"] - sides["rejected"]).dropna().reset_index(name="mean_logps").assign(response="gap")
-        table = pandas.concat([table, gap], ignore_index=True)
-    return _means(table, [*KEYS, "response"]).sort_values(["run", "dataset", "step"], kind="stable", ignore_index=True)
-
-
-def _means(table: pandas.DataFrame, keys: list[str]) -> pandas.DataFrame:
-    groups = table.groupby(keys, sort=False)
-    found = groups["mean_logps"].agg(n="count", mean="mean", median="median", sem="sem")
-    return found.join(groups[[name for name in MEASURES if name in table]].mean()).reset_index()
-
-
-def show(means: pandas.DataFrame) -> str:
-    """A table for the screen."""
-    shown = means.pivot_table(index=["run", "step", "dataset"], columns="response", values="mean", sort=False)
-    return f"{shown.to_string(float_format='%.4f')}\n(mean log-prob, nats a token)"
+def unwritten(place: Path, error: OSError) -> RunStopped:
+    """A full disk, mostly."""
+    return RunStopped(f"{place}: can't be written ({first_line(error)}); the parts that are done are whole, the same "
+                      "command goes on from them")

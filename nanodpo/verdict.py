@@ -10,7 +10,7 @@ import math
 import pandas
 
 NOTABLE = 0.01  # nats a token: one percent of a token's probability
-SPREAD = 1.5  # times the implausible mass of the start
+SPREAD = 3  # times the implausible mass of the start; what SFT moves to a new style is mostly below twice
 SATURATED = 0.1  # of the loss's gradient; it starts with half
 SURE = 0.9  # reward accuracy of a run that believes in itself
 LOOPS = 0.1  # rise of the repetition rate
@@ -21,6 +21,7 @@ RULES = {
                  "and, where scored, other responses fall",
     "spreading": "the probability of tokens that the start gave less than 0.001, along chosen and rejected, rises to "
                  f"{SPREAD} times or more",
+    "narrowing": f"the gap of chosen to rejected falls, by {NOTABLE} nats a token or more",
     "saturation": f"sigma(-margin), the weight that the loss still gives a pair, is below {SATURATED} (it starts at "
                   "0.5)",
     "over-confidence": f"greedy answers are right less often, while the reward accuracy is {SURE} or more",
@@ -111,6 +112,8 @@ def _fires(name: str, numbers: dict) -> bool:
     if name == "spreading":
         return (_low(numbers, "change of implausible mass") > 0
                 and _mean(numbers, "implausible mass, times the start's") >= SPREAD)
+    if name == "narrowing":
+        return _high(numbers, "change of gap") < 0 and _mean(numbers, "change of gap") <= -NOTABLE
     if name == "saturation":
         return _high(numbers, "weight") < SATURATED
     if name == "over-confidence":
@@ -119,7 +122,7 @@ def _fires(name: str, numbers: dict) -> bool:
 
 
 SHOWN = {"displacement": ["change of chosen"], "squeezing": ["change of argmax", "change of chosen"],
-         "spreading": ["implausible mass, times the start's"], "saturation": ["weight"],
+         "spreading": ["implausible mass, times the start's"], "narrowing": ["change of gap"], "saturation": ["weight"],
          "over-confidence": ["change of answer accuracy", "reward accuracy"], "collapse": ["change of repetition"],
          "healthy": ["change of chosen", "change of gap"], "no change": ["change of chosen", "change of gap"]}
 

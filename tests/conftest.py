@@ -1,5 +1,6 @@
 """What several test files share: a tiny model and tokenizer made on the spot, and launches of the real scripts."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -84,10 +85,29 @@ def launch(*arguments, ranks: int = 1, launcher: str = "python", check: bool = T
 launch.count = 0
 
 
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    """launch, ten times as fast: ranks are forks of one process that has imported the libraries. A function of
+    (arguments, ranks) that returns exit codes by rank and what all ranks printed."""
+    server = subprocess.Popen([sys.executable, ROOT / "tests" / "forking.py"], env=environment(), text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    folder, numbers = tmp_path_factory.mktemp("logs"), itertools.count()
+
+    def run(*arguments, ranks: int = 1):
+        log = folder / f"{next(numbers)}.log"
+        server.stdin.write(json.dumps([[str(x) for x in arguments], ranks, str(log)]) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline()), log.read_text()
+
+    yield run
+    server.stdin.close()
+    server.wait(30)
+
+
 def train(tiny: Path, output: Path, *flags, model: str = "model", **how) -> list[dict]:
     """A run of train.py on the tiny model; returns the lines of its metrics.jsonl."""
     launch(ROOT / "train.py", "--model_name", tiny / model, "--train_file_path", tiny / "train.jsonl", "--output_dir",
-           output, "--cache_dir", output.parent / "cache", *flags, **how)
+           output, "--cache_dir", output.parent / "cache", "--draw", "false", *flags, **how)
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -60,11 +60,16 @@ def call(monkeypatch, *flags):
 def test_the_whole_of_it(commands, tmp_path, monkeypatch):
     assert call(monkeypatch, "--output_dir", tmp_path, "--seeds", "2", "--parallel", "1") == 0
     scripts = [script for script, _ in commands]
-    assert scripts == ["train.py"] * 5 + ["score.py"] * 2 + ["train.py"] * 5 + ["score.py"] * 2 + ["plot.py"]
-    (forward, dpo, gentle), plot = [commands[i][1] for i in (0, 3, 4)], commands[-1][1]
+    assert scripts == ["train.py"] * 10 + ["score.py"] * 4 + ["plot.py"]
+    (forward, dpo, gentle), plot = [commands[i][1] for i in (2, 6, 7)], commands[-1][1]
     assert forward[forward.index("--save_steps") + 1] == "63"  # 1,000 rows in steps of 16
     assert dpo[dpo.index("--model_name") + 1] == str(tmp_path / "mixed-1" / "checkpoint-120")
-    assert gentle[gentle.index("--learning_rate") + 1] == "5e-05"
+    assert gentle[gentle.index("--learning_rate") + 1] == "2.5e-05"
+    scored, answered = (flags for script, flags in commands[10:12])
+    assert "--answers" not in scored and [flag for flag in scored if flag.endswith("-1")][:4] == [
+        str(tmp_path / f"{name}-1") for name in ("forward", "reverse", "mixed", "dpo")]
+    assert answered[:4] == [str(tmp_path / f"{name}-1" / f"checkpoint-{step}")
+                            for name in ("dpo", "gentle") for step in (0, 120)]
     assert plot[plot.index("--dpo") + 1 : plot.index("--scores")] == ["dpo-1", "dpo-2"]
     found = {line["text"].partition(":")[0]: line for line in json.loads((tmp_path / "findings.json").read_text())}
     assert found["SFT on forward raises y+ on forward tests"]["holds"]
@@ -117,8 +122,10 @@ def test_intervals_over_seeds():
     (["model"], "MODEL [MODEL ...] DATA"), (["--seeds", "0"], "--seeds 0"), (["--what"], "unrecognized"),
     (["a", "gone.parquet"], "gone.parquet: can't be read"), (["a", "x/a", "gone.parquet"], "share their output"),
     (["a", str(ROOT / "README.md")], "can't be read as Parquet"),
-    (["a", str(ROOT / "examples" / "piles" / "corpus.parquet")], "has no column question")])
+    (["a", "other.parquet"], "has no column question, worse-text")])
 def test_wrong_calls_are_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pandas.DataFrame({"text": ["a"]}).to_parquet("other.parquet")
     assert call(monkeypatch, "--output_dir", tmp_path / "out", *flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error

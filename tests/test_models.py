@@ -93,7 +93,7 @@ def test_a_checkpoint_is_verified_before_it_counts(tmp_path):
     """R-G2: what was written is compared with memory; a difference, a NaN or a hole leaves no folder behind."""
     model, tokenizer = make_model(), make_tokenizer()
     state = checkpoint.gather(model, only_trained=False)
-    checkpoint.save(model, tokenizer, state, tmp_path / "checkpoint-1")
+    checkpoint.save(model, tokenizer, state, tmp_path / "checkpoint-1", {"step": 1})
     assert oct((tmp_path / "checkpoint-1" / "model.safetensors").stat().st_mode & 0o777) != "0o600"
     broken = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -104,7 +104,7 @@ def test_a_checkpoint_is_verified_before_it_counts(tmp_path):
             checkpoint.verify(tmp_path / "checkpoint-1", state)
     state[name].fill_(torch.nan)
     with pytest.raises(RunStopped, match="not finite"):
-        checkpoint.save(model, tokenizer, state, tmp_path / "checkpoint-2")
+        checkpoint.save(model, tokenizer, state, tmp_path / "checkpoint-2", {"step": 2})
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
@@ -114,7 +114,7 @@ def test_sampling_settings_do_not_lose_a_model(tmp_path):
     model.generation_config.temperature = 0.5  # without do_sample
     with pytest.raises(ValueError):
         model.save_pretrained(tmp_path / "plain")
-    checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1")
+    checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1", {"step": 1})
     assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
 
 

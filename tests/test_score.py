@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, environment, launch, make_model, make_tokenizer, train
 
 import score
-from nanodpo import responses, scores
+from nanodpo import means, responses, scores
 from nanodpo.errors import UserError, run_script
 from nanodpo.example import Example
 from nanodpo.schedule import pairs_of_step
@@ -134,6 +134,7 @@ def test_two_ranks_write_the_same_tables(full):
         pandas.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-6)
     assert not (full / "one" / "failed.jsonl").exists()
     assert (full / "one" / "verdict.json").read_text().count('"names"') == 1
+    assert (full / "one" / "dynamics.png").stat().st_size > 10_000  # nobody had to ask for it
 
 
 def test_tokens_add_up(full):
@@ -212,7 +213,23 @@ def test_rows_that_fail_are_listed_and_in_no_mean(run, tiny, tmp_path, monkeypat
     assert [(line["response"], line["logps"]) for line in listed] == [("shuffled", "-inf")]
     assert table.logps.isna().sum() == 1
     means = pandas.read_csv(tmp_path / "summary.csv").set_index("response")
+    assert not (tmp_path / "tokens.parquet").exists()  # nobody asked for it
     assert means.loc["shuffled", "n"] == 10 and means.loc["chosen", "n"] == 11 and means["mean"].notna().all()
+
+
+def test_a_bare_model_reads_data_as_told(tiny, tmp_path):
+    """--chosen_field and --max_length, as in training: the first tokens of a response have the same log-probs."""
+    flags = [tiny / "model", "--dataset_path", tiny / "train.jsonl", "--tokens", "--responses", "chosen",
+             "--chosen_field", "rejected", "--rejected_field", "chosen"]
+    scored(tmp_path / "all", *flags)
+    cut = scored(tmp_path / "cut", *flags, "--max_length", "20", "--overlong", "truncate")
+    full, part = (pandas.read_parquet(tmp_path / name / "tokens.parquet") for name in ("all", "cut"))
+    both = part.merge(full, on=["row", "position"])
+    assert len(both) == len(part) < len(full) and (both.token_x == both.token_y).all()
+    assert both.logp_x.values == pytest.approx(both.logp_y.values, abs=1e-6)
+    assert cut.tokens.max() < 20 and "".join(full[full.row == 0].token) == "No idea!<|im_end|>"
+    with pytest.raises(UserError, match="too long; longest: .* --overlong truncate"):
+        scored(tmp_path / "no", *flags, "--max_length", "20")
 
 
 def test_prompts_that_open_otherwise_are_refused(run, tiny, tmp_path):
@@ -259,7 +276,7 @@ def test_summary_by_hand():
     line = {"run": "r", "phase": "dpo", "checkpoint": "c", "step": 0, "dataset": "d"}
     table = pandas.DataFrame([line | {"row": row, "response": response, "mean_logps": value} for row, response, value in
                               [(0, "chosen", 1.0), (1, "chosen", 3.0), (0, "rejected", 0.5), (1, "rejected", 0.5)]])
-    found = scores.summary(table).set_index("response")
+    found = means.summary(table).set_index("response")
     assert found.loc["chosen", ["n", "mean", "median", "sem"]].tolist() == [2, 2.0, 2.0, pytest.approx(1.0)]
     assert found.loc["gap", ["n", "mean", "median", "sem"]].tolist() == [2, 1.5, 1.5, pytest.approx(1.0)]
     assert found.loc["rejected", "sem"] == 0.0

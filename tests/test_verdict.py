@@ -13,7 +13,8 @@ HEALTHY = {"chosen": 0.05, "rejected": -0.05, "other": 0.0, "argmax": 0.0, "mass
            "repetition": 0.0}
 CASES = {"healthy": {}, "displacement": {"chosen": -0.05, "rejected": -0.2},
          "squeezing": {"chosen": -0.005, "rejected": -0.2, "other": -0.1, "argmax": 0.05},
-         "spreading": {"mass": 3.0}, "saturation": {"weight": 0.05}, "over-confidence": {"correct": 0.5},
+         "spreading": {"mass": 4.0}, "narrowing": {"chosen": 0.02, "rejected": 0.06},
+         "saturation": {"weight": 0.05}, "over-confidence": {"correct": 0.5},
          "collapse": {"repetition": 0.4}, "no change": {"chosen": 0.0, "rejected": 0.0}}
 
 

@@ -1,0 +1,267 @@
+"""The contenders: one model, one LoRA, one AdamW, one loss; three ways to a training step.
+
+nanodpo is the project's own path: pack, SequenceLogProbs, losses.dpo. `plain` is DPO as a textbook has it: padded rows,
+full logits, log_softmax. `trl` is TRL's DPOTrainer at its best on this machine: its fused chunked head, references
+computed beforehand where the others have theirs cached; its padding-free mode is switched off in 1.16.
+
+Shapes: P pairs, S = 2P sequences, T the longest. All numbers float32 unless the model says otherwise.
+"""
+
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+Pair = tuple[list[int], list[int], list[int]]  # ids of prompt, chosen, rejected
+BETA, RATE = 0.1, 1e-5
+
+
+@dataclasses.dataclass
+class Work:
+    """What every contender is given alike."""
+
+    pairs: list[Pair]
+    model: str | dict  # a folder, or a Qwen2 config
+    cached: bool = True  # reference log-probs known beforehand
+    checkpointing: bool = False
+    rank: int = 16
+    batch: int = 1  # pairs in a step: one micro-batch
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    spread: float = 0.02  # of the adapter's weights
+
+
+def base_model(work: Work):
+    """The model without LoRA, the same weights wherever it is built."""
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(0)
+    if isinstance(work.model, str):
+        return AutoModelForCausalLM.from_pretrained(work.model, dtype=work.dtype).to(work.device)
+    with torch.device(work.device):  # a 7B shape is drawn where it will live
+        was = torch.get_default_dtype()
+        torch.set_default_dtype(work.dtype)
+        try:
+            return Qwen2ForCausalLM(Qwen2Config(**work.model))
+        finally:
+            torch.set_default_dtype(was)
+
+
+def lora_config(work: Work):
+    from peft import LoraConfig
+
+    return LoraConfig(r=work.rank, lora_alpha=2 * work.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def draw_lora(model, spread: float) -> None:
+    """The same adapter for everybody, and not LoRA's zero: a loss of ln 2 would agree with anything."""
+    for k, (_, p) in enumerate(sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)):
+        draw = torch.Generator(p.device).manual_seed(k)
+        torch.nn.init.normal_(p, 0, spread, generator=draw)
+
+
+class Contender:
+    """Subclasses give `logps(pairs)`: (P, 2), summed log-probs, and `losses(pairs, ref)`: (P,)."""
+
+    def __init__(self, work: Work):
+        self.work, self.cache = work, {}
+        self.model = self.build()
+        draw_lora(self.model, work.spread)
+        self.model.train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
+
+    def build(self):
+        from peft import get_peft_model
+
+        model = get_peft_model(base_model(self.work), lora_config(self.work), autocast_adapter_dtype=False)
+        if self.work.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        return model
+
+    def references(self, pairs: list[Pair]):
+        """(P, 2): the adapter off."""
+        self.model.eval()
+        with torch.no_grad(), self.model.disable_adapter():
+            logps = self.logps(pairs)
+        self.model.train()
+        return logps
+
+    def prepare(self) -> None:
+        """The reference pass, where it is paid before training."""
+        if self.work.cached:
+            for k in range(self.steps):
+                self.cache[k] = self.references(self.batch(k))
+
+    @property
+    def steps(self) -> int:
+        return len(self.work.pairs) // self.work.batch
+
+    def batch(self, k: int) -> list[Pair]:
+        k = k % self.steps
+        return self.work.pairs[k * self.work.batch : (k + 1) * self.work.batch]
+
+    def step(self, k: int) -> tuple[float, float]:
+        """One update on the k-th pairs; returns (loss, gradient norm)."""
+        ref = self.cache[k % self.steps] if self.work.cached else self.references(self.batch(k))
+        loss = self.losses(self.batch(k), ref).mean()
+        loss.backward()
+        return self.update(loss)
+
+    def update(self, loss) -> tuple[float, float]:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item(), norm.item()
+
+
+class Nanodpo(Contender):
+    """The project's own path. `layout`: shared (as in training), alone (packed, each prompt repeated), padded."""
+
+    layout = "shared"
+
+    def build(self):
+        from nanodpo.attention import LOOP, VARLEN
+        from nanodpo.logprobs import SequenceLogProbs
+
+        model = super().build()
+        if self.layout != "padded":
+            on_gpu = self.work.device == "cuda" and self.work.dtype == torch.bfloat16
+            model.get_base_model().set_attn_implementation(VARLEN if on_gpu else LOOP)
+        self.module = SequenceLogProbs(model)
+        return model
+
+    def logps(self, pairs: list[Pair]):
+        from nanodpo.packing import pack, pad
+
+        groups = [(prompt, [chosen, rejected]) for prompt, chosen, rejected in pairs]
+        if self.layout == "alone":
+            groups = [(prompt, [response]) for prompt, responses in groups for response in responses]
+        row = (pad if self.layout == "padded" else pack)(groups)
+        row = (row.pin() if self.work.device == "cuda" else row).to(torch.device(self.work.device))
+        return self.module(row).view(-1, 2)
+
+    def losses(self, pairs, ref):
+        from nanodpo.losses import dpo
+
+        return dpo(*self.logps(pairs).unbind(1), *ref.unbind(1), BETA)
+
+
+class Alone(Nanodpo):
+    layout = "alone"
+
+
+class Padded(Nanodpo):
+    layout = "padded"
+
+
+class Plain(Contender):
+    """DPO as a textbook has it."""
+
+    def logps(self, pairs: list[Pair]):
+        lines = [(p, y) for p, chosen, rejected in pairs for y in (chosen, rejected)]
+        width = max(len(p) + len(y) for p, y in lines)
+        ids, mask = torch.zeros(2, len(lines), width, dtype=torch.long)
+        scored = torch.zeros(len(lines), width, dtype=torch.bool)
+        for i, (p, y) in enumerate(lines):
+            ids[i, : len(p) + len(y)] = torch.tensor(p + y)
+            mask[i, : len(p) + len(y)] = 1
+            scored[i, len(p) : len(p) + len(y)] = True
+        ids, mask, scored = (x.to(self.work.device) for x in (ids, mask, scored))
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        logps = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        return (logps * scored[:, 1:]).sum(1).view(-1, 2)
+
+    def losses(self, pairs, ref):
+        chosen, rejected = self.logps(pairs).unbind(1)
+        return -F.logsigmoid(BETA * ((chosen - ref[:, 0]) - (rejected - ref[:, 1])))
+
+
+class Trl(Contender):
+    """TRL's own trainer, fed with the same ids; its training_step is timed whole, metrics included."""
+
+    def build(self):
+        import datasets
+        import tokenizers
+        from transformers import PreTrainedTokenizerFast
+        from trl import DPOConfig, DPOTrainer
+
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        self.rows = [dict(zip(names, pair)) for pair in self.work.pairs]
+        own, DPOTrainer._prepare_dataset = DPOTrainer._prepare_dataset, lambda self, dataset, *a: dataset
+        bf16 = self.work.dtype == torch.bfloat16
+        args = DPOConfig(tempfile.mkdtemp(), use_cpu=self.work.device == "cpu", bf16=bf16, max_length=None,
+                         per_device_train_batch_size=self.work.batch, beta=BETA, report_to="none", disable_tqdm=True,
+                         gradient_checkpointing=self.work.checkpointing,
+                         gradient_checkpointing_kwargs={"use_reentrant": False})
+        columns = {name: ["-"] * len(self.rows) for name in ("prompt", "chosen", "rejected")}
+        data = datasets.Dataset.from_dict(columns | {n: [row[n] for row in self.rows] for n in names})
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"-": 0}, unk_token="-"))  # asked for, never used
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="-", eos_token="-")
+        try:
+            self.trainer = DPOTrainer(base_model(self.work), args=args, train_dataset=data, peft_config=lora_config(
+                self.work), processing_class=tokenizer)
+        finally:
+            DPOTrainer._prepare_dataset = own
+        self.trainer.current_gradient_accumulation_steps = 1  # its loop would set it
+        return self.trainer.model
+
+    def inputs(self, k):
+        start = (k % self.steps) * self.work.batch
+        batch = self.trainer.data_collator(self.rows[start : start + self.work.batch])
+        return {name: value.to(self.work.device) for name, value in batch.items()}
+
+    def prepare(self) -> None:
+        self.trainer.precompute_ref_logps = self.work.cached
+        if self.work.cached:
+            for k in range(self.steps):
+                chosen, rejected = self.trainer.compute_ref_log_probs(self.trainer.model, self.inputs(k))
+                self.cache[k] = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    def step(self, k):
+        inputs = self.inputs(k) | (self.cache[k % self.steps] if self.work.cached else {})
+        return self.update(self.trainer.training_step(self.model, inputs))
+
+
+CONTENDERS = {"nanodpo": Nanodpo, "plain": Plain, "trl": Trl, "shared": Nanodpo, "alone": Alone, "padded": Padded}
+
+
+def build(name: str, work: Work) -> Contender:
+    contender = CONTENDERS[name](work)
+    contender.prepare()
+    return contender
+
+
+def tiny_wide(hidden: int = 64, layers: int = 2, vocabulary: int = 151_936) -> dict:
+    """Almost no model under a Qwen-sized vocabulary: the cost of the head, seen alone."""
+    return {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 4 * hidden,
+            "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 2**17, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1,
+            "eos_token_id": 2}
+
+
+def random_pairs(count: int, prompt: int, chosen: int, rejected: int, vocabulary: int) -> list[Pair]:
+    draw = torch.Generator().manual_seed(0)
+    return [tuple(torch.randint(vocabulary, (n,), generator=draw).tolist() for n in (prompt, chosen, rejected))
+            for _ in range(count)]
+
+
+def real_pairs(model: str, file: str, max_length: int) -> list[Pair]:
+    """A file's pairs as train.py reads them, responses cut to fit."""
+    from nanodpo.arguments import TrainArguments
+    from nanodpo.source import open_source
+    from nanodpo.template import read_template
+    from nanodpo.tokens import load_dataset
+
+    args = TrainArguments(model_name=model, train_file_path=file, overlong="truncate", on_bad_row="drop")
+    template = read_template(open_source(model, False).tokenizer, None)
+    data = load_dataset(file, template, args, max_length, pairs=True)
+    return [(e.prompt, e.chosen, e.rejected) for e in data.examples]

@@ -1,0 +1,183 @@
+"""Qwen2.5-7B's shape on one GPU: tokens/s, peak memory, share of the matmul ceiling, and the longest pair that fits.
+
+    python bench/gpu.py                 nanodpo, and TRL where it is installed; needs CUDA and no network
+    python bench/gpu.py --toy           the same code at toy size on CPU, to see that it runs; its numbers mean nothing
+
+Weights are random and bf16, LoRA r=256 on all seven projections, references cached, AdamW. The lengths are those of
+reasoning traces: median 2.4k tokens a sequence, 95th percentile 8k, longest 14k, then a pair of 20k; prompts are 5%.
+Every contender runs with and without checkpointing, each in a process of its own, in turn, `--rounds` times; one that
+runs out of memory is listed as such. Tokens/s count each pair's own tokens, prompt + chosen + prompt + rejected.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import contenders
+import measure
+
+QWEN_7B = {"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
+           "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 2**17, "rope_theta": 1e6,
+           "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TOY = contenders.tiny_wide(vocabulary=1000)
+MEDIAN, PERCENTILE_95, LONGEST = 2400, 8000, 14_000
+
+
+def length_mix(count: int, scale: float, longest: int = LONGEST) -> list[int]:
+    """`count` sequence lengths, evenly spaced quantiles of a log-normal through median and 95th percentile."""
+    normal, spread = statistics.NormalDist(), math.log(PERCENTILE_95 / MEDIAN) / 1.645
+    lengths = [MEDIAN * math.exp(spread * normal.inv_cdf((i + 0.5) / count)) for i in range(count)]
+    return [max(8, round(scale * length)) for length in [*lengths[:-1], longest]]
+
+
+def mixed_pairs(count: int, vocabulary: int, scale: float) -> list[contenders.Pair]:
+    """Chosen and rejected are drawn apart from the same mix; the last pair has 20k tokens a side."""
+    draw = torch.Generator().manual_seed(0)
+    sides = [[length_mix(count, scale)[i] for i in torch.randperm(count, generator=draw)] for _ in range(2)]
+    lengths = [*zip(*sides), (round(20_000 * scale),) * 2]
+    ids = torch.randint(vocabulary, (max(map(sum, lengths)),), generator=draw).tolist()
+    pairs = []
+    for a, b in lengths:
+        prompt = max(1, round(0.05 * min(a, b)))
+        pairs.append((ids[:prompt], ids[prompt:a], ids[a : a + b - prompt]))
+    return pairs
+
+
+class OnDevice:
+    """A contender whose steps end when the device has done them, and tell its peak memory."""
+
+    def __init__(self, name: str, work: contenders.Work):
+        self.cuda = work.device == "cuda"
+        self.contender = contenders.build(name, work)
+
+    def step(self, k: int) -> tuple[float, float, float]:
+        """(seconds, loss, peak GiB of this step)."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        loss, _ = self.contender.step(k)  # reads the loss, and so waits for the device
+        return time.perf_counter() - began, loss, torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
+
+
+def run(name: str, work: contenders.Work) -> list | str:
+    """Every pair once after a warm-up on the first; or why not."""
+    try:
+        worker = measure.Worker(OnDevice, name=name, work=work)
+        worker.call("step", 0)
+        values = [worker.call("step", k)[0] for k in range(len(work.pairs))]
+        worker.close()
+    except RuntimeError as error:
+        if "OutOfMemory" not in str(error):
+            raise
+        return "out of memory"
+    return values
+
+
+class Ceiling:
+    """A large square matmul in bf16, in a process of its own, which leaves nothing on the device."""
+
+    def __init__(self, device: str, size: int):
+        self.a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+
+    def flops(self) -> float:
+        """FLOP/s, the best of ten."""
+        best = math.inf
+        for _ in range(10):
+            began = time.perf_counter()
+            (self.a @ self.a).sum().item()  # waits for the device
+            best = min(best, time.perf_counter() - began)
+        return 2 * len(self.a) ** 3 / best
+
+
+def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, checkpointing: bool) -> float:
+    """Of the matmuls that a contender does for a pair: recomputation and padding counted, elementwise work not.
+
+    A frozen weight costs 2 FLOPs a token forward and 2 backward, a trained one 2 and 4; recomputation is a forward
+    more. Attention is 4 T^2/2 D forward, 2.5 times that backward. TRL's head computes the logits again in backward.
+    """
+    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    sides = [(hidden, hidden)] * 2 + [(hidden, kv)] * 2 + [(hidden, inner)] * 3
+    base, lora = sum(a * b for a, b in sides), sum(rank * (a + b) for a, b in sides)
+    prompt, *responses = (len(ids) for ids in pair)
+    lengths = [prompt + response for response in responses]
+    if name == "trl":
+        lengths = [max(lengths)] * 2
+    tokens = sum(lengths) - (prompt if name == "nanodpo" else 0)
+    attention = sum(4 * n * n / 2 * hidden for n in lengths)
+    forward = layers * (tokens * 2 * (base + lora) + attention)
+    backward = layers * (tokens * (2 * base + 4 * lora) + 2.5 * attention)
+    head = 2 * hidden * shape["vocab_size"] * sum(responses) * (3 if name == "trl" else 2)
+    return forward * (1 + checkpointing) + backward + head
+
+
+def longest_pair(work: contenders.Work, scale: float) -> int:
+    """Tokens a side of the longest pair that nanodpo trains on with checkpointing, from 16k in steps of a half more."""
+    fits, length = 0, round(16_384 * scale)
+    while length <= 2**17 * scale:
+        pairs = contenders.random_pairs(1, length // 20, length - length // 20, length - length // 20, 1000)
+        work.pairs, work.checkpointing = pairs, True
+        if isinstance(run("nanodpo", work), str):
+            break
+        fits, length = length, length * 3 // 2
+    return fits
+
+
+def summarise(name: str, checkpointing: bool, runs: list, work: contenders.Work, top: float) -> dict:
+    """Of all rounds of one contender."""
+    if any(isinstance(one, str) for one in runs):
+        return {"name": name, "checkpointing": checkpointing, "result": next(r for r in runs if isinstance(r, str))}
+    own = [2 * len(p) + len(c) + len(r) for p, c, r in work.pairs]
+    done = sum(flops(name, pair, work.model, work.rank, checkpointing) for pair in work.pairs)
+    seconds = [sum(value[0] for value in one) for one in runs]
+    return {"name": name, "checkpointing": checkpointing, "result": "ran", "seconds": measure.spread(seconds),
+            "tokens_per_second": sum(own) / statistics.median(seconds), "losses": [value[1] for value in runs[0]],
+            "share_of_ceiling": done / statistics.median(seconds) / top,
+            "peak_gib": max(value[2] for one in runs for value in one)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help="toy size on CPU: a check of this program, no measurement")
+    parser.add_argument("--pairs", type=int, default=16, help="of the mix, one a step; one of 20k tokens follows")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="nanodpo, trl; default: both where installed")
+    parser.add_argument("--json", help="default: bench/results/gpu.json")
+    args = parser.parse_args()
+    if not args.toy and not torch.cuda.is_available():
+        sys.exit("bench/gpu.py: no CUDA device here; --toy runs the same code on CPU at toy size, without measuring")
+    device, scale = ("cpu", 0.01) if args.toy else ("cuda", 1.0)
+    shape = TOY if args.toy else QWEN_7B
+    work = contenders.Work(mixed_pairs(args.pairs, shape["vocab_size"], scale), shape, rank=8 if args.toy else 256,
+                           device=device, dtype=torch.float32 if args.toy else torch.bfloat16, spread=0.002)
+    worker = measure.Worker(Ceiling, device=device, size=256 if args.toy else 8192)
+    top, *_ = worker.call("flops")
+    worker.close()
+    names = args.only or ["nanodpo"] + ["trl"] * measure.can_run("trl")
+    modes = [(name, checkpointing) for name in names for checkpointing in (False, True)]
+    runs = {mode: [] for mode in modes}
+    for _ in range(args.rounds):
+        for name, work.checkpointing in modes:
+            runs[name, work.checkpointing].append(run(name, work))
+    results = [summarise(*mode, found, work, top) for mode, found in runs.items()]
+    rows = [[one["name"], "yes" if one["checkpointing"] else "no", *(
+        [f"{one['tokens_per_second']:,.0f}", f"{one['peak_gib']:.1f}", f"{one['share_of_ceiling']:.2f}",
+         f"{one['losses'][0]:.4f}"] if one["result"] == "ran" else [one["result"], "-", "-", "-"])] for one in results]
+    if args.toy:
+        print("TOY SIZE ON CPU: a check of the program; none of these numbers says anything about speed or memory\n")
+    print(measure.table(["contender", "checkpointing", "tokens/s", "peak GiB", "share of ceiling", "first loss"], rows))
+    longest = longest_pair(work, scale)
+    print(f"\nceiling: {top / 1e12:.3g} TFLOP/s in bf16; longest pair: 2 x {longest:,} tokens")
+    measure.write("gpu-toy" if args.toy else "gpu", args.json, vars(args),
+                  {"toy": args.toy, "ceiling": top, "longest_pair": longest, "contenders": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The DeepSpeed engine around the log-prob module: its settings, its making, its update."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from . import selfcheck
+from .distributed import say
+from .errors import UserError
+from .logprobs import SequenceLogProbs
+
+OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+         "gradient_clipping", "fp16", "bf16")  # settings of the DeepSpeed JSON that are flags of train.py
+UNKNOWN = ("sequence_parallel_size", "tensor_parallel", "pipeline", "autotuning")  # ranks would not be data ranks
+
+
+def read_settings(args, default: Path) -> dict:
+    """The DeepSpeed JSON with train.py's own numbers in it. Raises UserError."""
+    path = Path(args.deepspeed or default)
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--deepspeed {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--deepspeed {path}: not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--deepspeed {path}: expected an object, found {type(settings).__name__}")
+    return engine_config(settings, str(path), args)
+
+
+def engine_config(settings: dict, path: str, args) -> dict:
+    """The DeepSpeed JSON with train.py's own settings written in. Raises UserError where the JSON sets one of those.
+
+    "auto", as other trainers' files have it, means that train.py decides.
+    """
+    settings = _without_auto(settings)
+    # A precision that is off, or says the same as the flag, contradicts nobody.
+    agreed = {"fp16": [{"enabled": False}], "bf16": [{"enabled": args.bf16}]}
+    if taken := [key for key in OWNED if key in settings and settings[key] not in agreed.get(key, [])]:
+        raise UserError(f"{path}: sets {', '.join(taken)}, which train.py owns: remove it there and use the flags "
+                            "(--learning_rate, --lr_scheduler_type, --per_device_train_batch_size, "
+                            "--gradient_accumulation_steps, --max_grad_norm, --bf16)")
+    settings["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
+    settings["gradient_accumulation_steps"] = 1  # accumulation is train.py's loop, with windows of any size
+    settings["gradient_clipping"] = args.max_grad_norm
+    settings["bf16"] = {"enabled": args.bf16, "check_grad_overflow": True}
+    if args.bf16:  # micro-batches would be summed in bfloat16
+        settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if taken := [key for key in UNKNOWN if key in settings]:
+        raise UserError(f"{path}: sets {', '.join(taken)}, which train.py does not support; remove it")
+    zero = settings.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f'{path}: zero_optimization must be like {{"stage": 0}}, with a stage of 0 to 3')
+    offload = zero.get("offload_optimizer") or {}
+    if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
+        raise UserError(f"{path}: offload_optimizer with device nvme, or a ratio, keeps AdamW's moments where a state "
+                        "to resume from can't have them; use device cpu without a ratio")
+    if args.bf16 and not zero.get("stage"):
+        # DeepSpeed's stage 0 takes one empty Adam step before the first real one in bfloat16, which then is too short.
+        say(f"{path}: ZeRO stage 2 instead of 0, which is not exact in bfloat16")
+        zero["stage"] = 2
+    settings.setdefault("steps_per_print", 10**9)
+    # DeepSpeed calls an optimizer it did not make itself "untested"; AdamW of PyTorch is the plainest there is.
+    settings.setdefault("zero_allow_untested_optimizer", True)
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading works with it too, and compiles nothing
+    return settings
+
+
+def _without_auto(value):
+    if isinstance(value, dict):
+        return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
+    return value
+
+
+def build(model, args, settings: dict, device, longest: int):
+    """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention)."""
+    import deepspeed  # slow to import, and --help and wrong input don't need it
+
+    if args.gradient_checkpointing:
+        # ZeRO-3 frees weights between forward and backward, which the newer, hook-based checkpointing takes for an
+        # error; the older one runs backward only where the inputs have a gradient.
+        reentrant = settings.get("zero_optimization", {}).get("stage") == 3
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate,
+                                  betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
+    module = SequenceLogProbs(model)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    layout, attention = selfcheck.choose_layout(module, device, dtype, args.use_flash_attention, longest)
+    say(f"rows: {layout}, attention {attention}")
+    return engine, layout, attention
+
+
+def take_step(engine) -> tuple[float, bool]:
+    """(the gradient's global norm before clipping, over all ranks; whether the update was made)."""
+    if engine.zero_optimization_stage():
+        engine.step()  # leaves weights and moments as they are where the norm is not finite
+        return float(engine.get_global_grad_norm()), engine.was_step_applied()
+    # Without ZeRO DeepSpeed keeps no norm, and steps whatever it is.
+    grads = [p.grad.double().square().sum() for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.stack(grads).sum().sqrt().item()
+    engine.step() if math.isfinite(norm) else engine.zero_grad()
+    return norm, math.isfinite(norm)

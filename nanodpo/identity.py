@@ -1,0 +1,169 @@
+"""Which run a folder holds, and whether it is this one."""
+
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from .checkpoint import claim
+from .errors import UserError
+from .manifest import clear_partials, flush, write_whole
+from .reference import data_hash
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
+# Flags that may differ between a run and its continuation. None of them can change a number that is written ...
+FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
+        "skip_nonfinite", "trust_remote_code", "inspect", "print_config", "dry_run"}
+# ... or what they name is compared itself: the weights, the token ids, the DeepSpeed settings.
+BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "deepspeed"}
+ADAPTERS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}  # an adapter that is trained on decides
+# A machine may be updated between the two; that is said, since to the last bit it is another run then.
+SAID = ("versions", "git_commit", "device", "threads")
+COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "layout", "attention")
+
+
+def facts(args, settings: dict, limit: int, data_sets: list, program: Path) -> dict:
+    """What can be told of a run before its model is loaded, for run.json and to know it again."""
+    return {
+        "command": " ".join(sys.argv), "arguments": dataclasses.asdict(args), "max_length": limit,
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)), "deepspeed": json.loads(json.dumps(settings)),
+        "versions": versions(), "git_commit": git_commit(program), "threads": torch.get_num_threads(),
+        "data": [data_hash(data.examples) for data in data_sets],
+        "data_report": [data.report() for data in data_sets],
+    }
+
+
+def find(args, name: str) -> tuple[Path, dict | None, int | None]:
+    """(folder of the run, what its run.json says or None for a new run, the step asked for or None). Raises UserError.
+
+    `name` is the folder of a run that has no --output_dir. --resume may name a run's folder or one of its states.
+    """
+    if args.resume in ("auto", "never"):
+        folder = Path(args.output_dir or name)
+        if args.resume == "auto" and (folder / "run.json").is_file():
+            return folder, _read(folder), None
+        claim(folder)
+        return folder, None, None
+    path, step = Path(args.resume), None
+    if path.resolve().parent.name == "resume" and path.name.startswith("step-"):
+        folder, step = path.resolve().parent.parent, path.name.removeprefix("step-")
+        if not step.isdecimal() or not path.is_dir():
+            raise UserError(f"--resume {path}: no such state; the run's are in {path.parent}")
+    else:
+        folder = path
+        if not (folder / "resume").is_dir():
+            raise UserError(f"--resume {path}: holds no state to go on from (the folder resume/ is missing)")
+    if not (folder / "run.json").is_file():
+        raise UserError(f"--resume {path}: is no run (run.json is missing)")
+    if args.output_dir and Path(args.output_dir).resolve() != folder.resolve():
+        raise UserError(f"--resume {path} and --output_dir {args.output_dir} are two runs; leave --output_dir out")
+    return folder, _read(folder), step and int(step)
+
+
+def _read(folder: Path) -> dict:
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        if isinstance(record["arguments"], dict) and isinstance(record["world_size"], int):
+            return record
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{folder / 'run.json'}: is not what train.py writes; name another --output_dir")
+
+
+def check_same(folder: Path, old: dict, new: dict, early: bool = False) -> None:
+    """Raises UserError listing every difference between the run of this folder and this one.
+
+    `new` may be a part of what there is to know; `early`, an adapter that is trained on has not told its settings yet.
+    """
+    free = FREE | BY_CONTENT | (ADAPTERS if early else set())
+    new = json.loads(json.dumps(new))  # as the old one went
+    found = [(name, old.get(name), new[name]) for name in COMPARED if name in new and name != "arguments"]
+    before, now = old["arguments"], new["arguments"]
+    flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
+    different = [(name, was, is_now) for name, was, is_now in flags + found if was != is_now]
+    if different:
+        different += [(f"--{name}", before.get(name), now[name]) for name in sorted(BY_CONTENT)
+                      if before.get(name) != now[name]]
+        changes = ", ".join(f"{name}: {_short(was)} -> {_short(is_now)}" for name, was, is_now in different)
+        raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); give it the same ones to "
+                        "go on with it, or name a new folder")
+
+
+def changed_machine(old: dict, new: dict) -> str:
+    """What may keep the last bits from being the same, in words; empty where all is as it was."""
+    changes = [f"{name}: {_short(old.get(name))} -> {_short(new[name])}" for name in SAID if old.get(name) != new[name]]
+    return ", ".join(changes)
+
+
+def _short(value) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:30]}...{text[-20:]}"
+
+
+def fingerprint(known: dict) -> str:
+    """One short word for all that makes a run this very one."""
+    kept = {name: known[name] for name in COMPARED}
+    kept["arguments"] = {name: value for name, value in known["arguments"].items() if name not in FREE | BY_CONTENT}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def create(folder: Path, record: dict, dropped: list[dict]) -> None:
+    """Makes the folder with its run.json and the rows that were dropped.
+
+    Of two runs that start at once, one finds it there. Raises UserError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f".run.json.{os.getpid()}.partial"
+    place.write_text(json.dumps(record, indent=2) + "\n")
+    if dropped and not (folder / "run.json").exists():
+        write_whole(folder / "dropped_rows.jsonl", "".join(json.dumps(row) + "\n" for row in dropped))
+    flush(place)
+    try:
+        os.link(place, folder / "run.json")  # all of it at once, and only if it is not there
+    except (FileExistsError, FileNotFoundError) as error:  # the other one has cleared ours away
+        raise UserError(f"--output_dir {folder}: is in use by another run") from error
+    except OSError:  # a file system without hard links
+        os.replace(place, folder / "run.json")
+    finally:
+        place.unlink(missing_ok=True)
+    flush(folder)
+
+
+def lock(folder: Path):
+    """Keeps a second process out of the run for as long as this one lives; the file must be kept open."""
+    file = (folder / "run.json").open("r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--output_dir {folder}: is in use by another run") from error
+    except OSError:  # a file system without locks
+        pass
+    clear_partials(folder)
+    clear_partials(folder / "resume")
+    return file
+
+
+def finish(folder: Path) -> None:
+    """Writes down that nothing is left to do."""
+    write_whole(folder / "run.json", json.dumps(_read(folder) | {"finished": True}, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def git_commit(program: Path) -> str | None:
+    """Of the program in this folder, where it is a clone and git is there."""
+    try:
+        done = subprocess.run(["git", "-C", str(program), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+

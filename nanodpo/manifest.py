@@ -1,0 +1,87 @@
+"""Folders that can be trusted: written aside, flushed, with a manifest of their files, then renamed into place.
+
+A folder with the right name is whole, and its manifest tells what happened to it since.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def aside(folder: Path) -> Path:
+    """Where `folder` is made before it is one."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def file_facts(file: Path) -> dict:
+    """Size in bytes and sha256 of a file."""
+    with file.open("rb") as opened:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def publish(folder: Path, facts: dict, known: dict[str, dict] | None = None) -> None:
+    """Gives aside(folder) its manifest and its name. `known` holds facts of files that need no second reading."""
+    place, known = aside(folder), known or {}
+    files = sorted(file for file in place.rglob("*") if file.is_file())
+    for file in files:
+        file.chmod(0o666 & ~_umask())  # safetensors writes for the owner's eyes only
+        flush(file)
+    names = [str(file.relative_to(place)) for file in files]
+    facts = facts | {"files": {name: known.get(name) or file_facts(place / name) for name in names}}
+    write_whole(place / MANIFEST, json.dumps(facts, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same name
+    os.rename(place, folder)
+    flush(folder.parent)
+
+
+def read_manifest(folder: Path) -> dict | str:
+    """The facts of a folder, or in words what is wrong with it: every file is read again."""
+    try:
+        facts = json.loads((folder / MANIFEST).read_text())
+        for name, expected in facts["files"].items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes of {expected['bytes']}"
+            if file_facts(file) != expected:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is damaged"
+    return facts
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replaces a file by `text`: a reader, or a run after a crash, finds the old one or the new one."""
+    place = file.with_name(f".{file.name}.partial")
+    place.write_text(text)
+    flush(place)
+    os.replace(place, file)
+    flush(file.parent)
+
+
+def flush(path: Path) -> None:
+    """Hands a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def clear_partials(folder: Path) -> None:
+    """Removes what a process that is gone left half-written."""
+    for place in folder.glob(".*.partial"):
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

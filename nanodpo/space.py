@@ -1,0 +1,89 @@
+"""Memory and disk: what a run takes, and what to say where there is not enough."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import torch
+
+from .errors import RankStopped, UserError
+
+LESS = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), --gradient_checkpointing, "
+        "--bf16, a --max_length with --overlong, or a higher ZeRO stage or offloading in --deepspeed")
+
+
+@contextlib.contextmanager
+def shortage_named(rank: int, where: str, rows=None):
+    """Says which rows were too much for this rank's memory, and what to change; `rows` gives their description."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not out_of_memory(error):
+            raise
+        on = f" on {rows()}" if rows else ""
+        raise RankStopped(f"rank {rank} ran out of memory in {where}{on}; no update was made with it. It needs {LESS}"
+                          ) from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """CPU allocators raise a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def describe(examples) -> str:
+    """"rows 3 (12+40/38 tokens), ...": prompt, chosen and rejected of each, the first few."""
+    some = [f"{e.row} ({len(e.prompt)}+{len(e.chosen)}/{len(e.rejected or ())} tokens)" for e in examples[:16]]
+    return f"rows {', '.join(some)}" + (f" and {len(examples) - 16} more" if len(examples) > 16 else "")
+
+
+def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
+    """Bytes by what they are for: checkpoints (all that will stay), states to resume from, the merged model."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    saved = trained if args.use_lora else list(model.parameters())
+    weights, whole = (sum(_numel(p) * p.element_size() for p in kept) for kept in (saved, model.parameters()))
+    extra = len(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else 0
+    times = len(saves(args.save_steps, steps))
+    kept = min(times, args.save_total_limit + 1) if args.save_total_limit else times  # one more while it is written
+    needs = {"checkpoints": (kept + 1) * (weights + extra)}  # and checkpoint-0
+    # The float32 weights and AdamW's two moments; two states stay and a third is being written.
+    states = 3 * 12 * sum(map(_numel, trained))
+    needs["states to resume from"] = states if args.save_steps or args.resume_steps else states // 3
+    return needs | ({"the merged model": whole + extra} if args.merge_weights else {})
+
+
+def saves(every: int, steps: int) -> list[int]:
+    """The steps after which a checkpoint is saved: every so many, and the last."""
+    return sorted({*(range(every, steps, every) if every else ()), steps})
+
+
+def check_disk(folder: Path, needs: dict[str, int]) -> None:
+    """Raises UserError where the disk of `folder`, which may not exist yet, can't hold the rest of the run."""
+    place = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # of the run that is going on
+    free, need = shutil.disk_usage(place).free, sum(needs.values()) - there
+    if need > free:
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())
+        raise UserError(f"--output_dir {folder}: the run needs {gib(need)} ({parts}), and {gib(free)} are free there; "
+                        "save less often (--save_steps), keep fewer (--save_total_limit), or name another folder")
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: dict[str, int]) -> str:
+    """What a dry run measured, `peaks` in GiB by rank, and what the run will take."""
+    model = sum(p.numel() * p.element_size() for p in engine.module.parameters())
+    state = sum(p.numel() for p in shards)
+    lines = [f"peak memory by rank: {', '.join(f'{peak:.2f}' for peak in peaks)} GiB, of which weights {gib(model)}, "
+             f"float32 weights and AdamW's moments {gib(12 * state)}, gradients at least {gib(4 * state)}; the rest "
+             "are activations"]
+    if device.type == "cuda":
+        lines.append(f"the GPU has {gib(torch.cuda.get_device_properties(device).total_memory)}")
+    lines.append(f"the longest micro-batch took {seconds:.2f} s, forward, backward and update")
+    lines.append("disk: " + ", ".join(f"{name} {gib(size)}" for name, size in needs.items()))
+    return "\n".join(lines)
+
+
+def _numel(parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # whole, where ZeRO-3 has taken it apart

@@ -1,0 +1,64 @@
+"""What an engine needs to go on: float32 weights, AdamW's moments and the random numbers of this rank, as tensors.
+
+At each ZeRO stage DeepSpeed keeps the weights that the optimizer steps in another place. Frozen weights and copies in
+low precision are not part of the state: the first come from the model again, the second from the float32 weights.
+"""
+
+import torch
+from torch import Tensor
+
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # DeepSpeed's monitors write them
+
+
+def shards(engine) -> list[Tensor]:
+    """This rank's part of the trained weights, float32, in the optimizer's order."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        return [p for group in optimizer.param_groups for p in group["params"]]
+    return optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+
+
+def weights_and_moments(engine) -> dict[str, Tensor]:
+    """weight.0, exp_avg.0, exp_avg_sq.0, step.0, weight.1 ... on CPU. There are no moments before the first update."""
+    tensors = {}
+    for i, shard in enumerate(shards(engine)):
+        tensors[f"weight.{i}"] = _own(shard.detach())
+        tensors |= {f"{name}.{i}": _own(value) for name, value in engine.basic_optimizer.state.get(shard, {}).items()}
+    return tensors
+
+
+@torch.no_grad()
+def restore(engine, tensors: dict[str, Tensor]) -> None:
+    """Puts what `weights_and_moments` gave into the engine. Under ZeRO all ranks must call it."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()  # takes gathered weights apart again
+    for i, shard in enumerate(shards(engine)):
+        shard.data.copy_(tensors[f"weight.{i}"])
+        moments = {name.rpartition(".")[0]: value for name, value in tensors.items() if name.endswith(f".{i}")}
+        del moments["weight"]
+        engine.basic_optimizer.state[shard] = {name: value.to(shard.device) for name, value in moments.items()}
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    if stage == 3:
+        for i in range(len(shards(engine))):
+            optimizer._reassign_or_swap_out_partitioned_parameters(i)  # float32 weights into those of the model
+        optimizer.checkpoint_event_epilogue()  # gathers the small ones that stay whole
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of dropout, the only thing in training that draws random numbers."""
+    state = {"random.cpu": torch.get_rng_state()}
+    return state | ({"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(tensors["random.cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """On CPU, in memory of its own: ZeRO-3's shards are parts of one buffer, and a file holds no memory twice."""
+    tensor = tensor.cpu()
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor

@@ -1,0 +1,85 @@
+"""train.py with a fault in it: faulty.py FAULT ARGUMENTS ...; launched by test_resume.py and test_faults.py.
+
+FAULT is what@step[:rank], and what is kill, term, raise, memory, loss, gradient, weight, disk or metrics; slow@0.5
+makes every forward pass take half a second.
+"""
+
+import errno
+import os
+import signal
+import sys
+import time
+
+import torch
+
+import train
+from nanodpo import metrics, resume
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def hit(what: str, run, losses):
+    if what in ("kill", "term"):
+        os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGTERM)
+    elif what == "raise":
+        raise LookupError("a fault for the test")
+    elif what == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    elif what == "gradient":
+        losses.register_hook(lambda gradient: gradient * torch.nan)
+    elif what == "weight":
+        for p in run.engine.module.parameters():
+            if p.requires_grad:
+                p.data.fill_(torch.inf)
+                getattr(p, "ds_tensor", p).data.fill_(torch.inf)
+    return losses
+
+
+def plant(fault: str) -> None:
+    """Puts the fault into its place."""
+    what, _, place = fault.partition("@")
+    step, _, rank = place.partition(":")
+    mine = os.environ.get("RANK", "0") == (rank or os.environ.get("RANK", "0"))
+    now, pairs = {"hit": False}, metrics.pair_values
+    old, write, save = train.losses_of, metrics.write_line, resume.save_file
+
+    def losses_of(run, data, ref, indices, weight, meter, gradient):
+        now["hit"] = mine and gradient and run.step == int(step)
+        if what == "weight" and now["hit"]:
+            hit(what, run, None)
+        losses = old(run, data, ref, indices, weight, meter, gradient)
+        return hit(what, run, losses) if now["hit"] and what != "weight" else losses
+
+    def pair_values(*args):
+        losses, values = pairs(*args)
+        return losses * torch.inf if what == "loss" and now["hit"] else losses, values
+
+    def write_line(file, line):
+        if line["step"] >= int(step):
+            with file.open("a") as out:
+                out.write('{"step": ')  # half of it still fitted
+            file = type("Full", (), {"open": full, "__str__": lambda self: "metrics.jsonl"})()
+        write(file, line)
+
+    def save_file(tensors, file, *rest):
+        if mine and f"step-{step}." in str(file):
+            save({"part": torch.zeros(9)}, file)
+            full()
+        save(tensors, file, *rest)
+
+    if what == "slow":
+        score = train.score
+        train.score = lambda *args, **kwargs: (time.sleep(float(step)), score(*args, **kwargs))[1]
+    elif what == "metrics":
+        metrics.write_line = write_line
+    elif what == "disk":
+        resume.save_file = save_file
+    else:
+        train.losses_of, metrics.pair_values = losses_of, pair_values
+
+
+if __name__ == "__main__":
+    plant(sys.argv.pop(1 + sys.argv[1].startswith("--local_rank")))  # the deepspeed launcher's comes first
+    sys.exit(train.run_script(train.main))

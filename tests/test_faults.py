@@ -1,0 +1,173 @@
+"""Numbers, ranks, memory and disks that go wrong: all ranks end soon, one line says why, nothing written is lost."""
+
+import json
+import os
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import launch, make_model, make_tokenizer, zero
+from test_resume import FAULTY, TRAIN, assert_same, flags, lines
+
+from nanodpo import checkpoint, resume, space, state
+from nanodpo.errors import RunStopped, UserError, run_script
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("fault, stage, ranks, words", [
+    ("loss", 0, 1, ["loss not finite", "in loss"]), ("loss", 2, 2, ["loss not finite", "in loss"]),
+    ("gradient", 0, 2, ["gradient is not finite"]), ("gradient", 2, 2, ["gradient is not finite"]),
+    ("gradient", 3, 2, ["gradient is not finite"]), ("weight", 3, 2, ["logps/chosen", "in chosen, loss, rejected"])])
+def test_what_is_not_finite_stops_all_ranks_before_the_update(fault, stage, ranks, words, tiny, tmp_path, forked):
+    """R-G7: wrong on one rank only; step, rows, lengths and side are named in one line; no line of metrics."""
+    more = ("--deepspeed", zero(tiny, stage), "--resume_steps", "1")
+    codes, said = forked(FAULTY, f"{fault}@3:{ranks - 1}", *flags(tiny, tmp_path / "run", *more), ranks=ranks)
+    assert codes == [1] * ranks and "Traceback" not in said
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: step 3: ") and "no update was made" in error and all(w in error for w in words)
+    assert "rows " in error and "tokens)" in error
+    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("stage, fault", [(0, "loss"), (2, "loss"), (3, "gradient")])
+def test_a_step_that_is_not_finite_can_be_left_out(stage, fault, tiny, tmp_path, forked):
+    """R-G7: counted in the metrics, which stay JSON; weights and moments do not move in it, so the next step's loss is
+    the one of a run whose learning rate was 0 there: a fresh LoRA that skipped step 0 is still its reference."""
+    run = tmp_path / "run"
+    more = ("--deepspeed", zero(tiny, stage), "--skip_nonfinite", "1", "--lora_dropout", "0", "--max_steps", "3")
+    codes, said = forked(FAULTY, f"{fault}@0", *flags(tiny, run, *more))
+    assert codes == [0], said
+    assert "step     0  left out, 1 of 1 allowed" in said
+    steps = [json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in steps if "learning_rate" in line]
+    assert [line["skipped_steps"] for line in steps] == [1, 1, 1]
+    assert steps[1]["loss"] == pytest.approx(0.6931471805599453, abs=1e-12), "no update was made"
+    assert "grad_norm" not in steps[0] and steps[2]["loss"] < steps[1]["loss"]
+
+
+@pytest.mark.parametrize("fault, code, words", [
+    ("raise", 1, "LookupError: a fault for the test"),
+    ("memory", 1, "rank 1 ran out of memory in step 2 on rows"), ("kill", 137, "")])
+def test_a_rank_that_fails_ends_the_others(fault, code, words, tiny, tmp_path, forked):
+    """R-F5, R-H8: with its own error first; the other one says in a line that it lost it."""
+    began = time.monotonic()
+    codes, said = forked(FAULTY, f"{fault}@2:1", *flags(tiny, tmp_path / "run"), ranks=2)
+    assert codes == [1, code] and time.monotonic() - began < 60
+    last = said.splitlines()[-1]
+    assert "error: rank 0 stops because another rank did" in last
+    assert said.find(words) < said.find(last) and words in said
+    if fault == "memory":
+        assert "--gradient_checkpointing" in said and "tokens)" in said and "Traceback" not in said
+
+
+def test_a_launcher_ends_soon_and_shows_why(tiny, tmp_path):
+    """R-H8: under the deepspeed launcher, from the fault to the end in less than 30 s, with the cause at the end."""
+    run = tmp_path / "run"
+    process = launch(FAULTY, "memory@2:1", *flags(tiny, run), ranks=2, launcher="deepspeed", check=False)
+    seconds = time.time() - (run / "metrics.jsonl").stat().st_mtime
+    assert process.returncode == 1 and seconds < 30
+    assert "rank 1 ran out of memory" in "".join(process.stderr.splitlines(keepends=True)[-12:])
+
+
+@pytest.mark.parametrize("fault", ["disk@4", "metrics@3"])
+def test_a_disk_that_fills_loses_nothing(fault, tiny, tmp_path, forked):
+    """R-H4: in the midst of a state or of a line; one line, exit code 1, and the same command goes on to the bytes of
+    an undisturbed run."""
+    assert forked(TRAIN, *flags(tiny, tmp_path / "whole"))[0] == [0]
+    codes, said = forked(FAULTY, fault, *flags(tiny, tmp_path / "run"))
+    assert codes == [1] and "Traceback" not in said
+    assert "No space left on device" in said.splitlines()[-1] and "the same command goes on" in said
+    assert resume.find(tmp_path / "run", 1)["step"] == 2 and not list((tmp_path / "run").rglob("*.partial"))
+    assert forked(TRAIN, *flags(tiny, tmp_path / "run"))[0] == [0]
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_small_file_system(small_disk):
+    """R-H4: a checkpoint and a state that do not fit leave the ones before whole, and nothing of themselves."""
+    model, tokenizer = make_model(), make_tokenizer()  # 31,000 weights, 125 KB
+    tensors = checkpoint.gather(model, only_trained=False)
+    checkpoint.save(model, tokenizer, tensors, small_disk / "checkpoint-1", {"step": 1})
+    before = {f: f.read_bytes() for f in small_disk.rglob("*") if f.is_file()}
+    with pytest.raises(RunStopped, match="checkpoint-2: can't be written.*No space left on device"):
+        checkpoint.save(model, tokenizer, tensors, small_disk / "checkpoint-2", {"step": 2})
+    with pytest.raises(RunStopped, match="step-2: can't be written.*No space left"):
+        resume.save(small_disk, 2, {"weight.0": torch.ones(60000)}, {}, 0)
+    assert {f: f.read_bytes() for f in small_disk.rglob("*") if f.is_file()} == before
+    with pytest.raises(UserError, match="the run needs 1.0 GiB .checkpoints 1.0 GiB.*are free there"):
+        space.check_disk(small_disk / "run", {"checkpoints": 2**30})
+
+
+def test_the_disk_a_run_needs():
+    """Checkpoints of the adapter, the two states that stay and the one being written, counted by hand."""
+    model = torch.nn.Linear(10, 10, bias=False)  # 100 weights, 400 bytes
+    args = SimpleNamespace(use_lora=True, save_steps=3, save_total_limit=None, resume_steps=0, merge_weights=False)
+    assert space.saves(3, 10) == [3, 6, 9, 10]
+    assert space.disk_needed(model, args, None, 10) == {"checkpoints": 5 * 400, "states to resume from": 3 * 1200}
+    args.save_total_limit, args.merge_weights = 1, True
+    assert space.disk_needed(model, args, None, 10) == {
+        "checkpoints": 3 * 400, "states to resume from": 3 * 1200, "the merged model": 400}
+
+
+def test_a_dry_run_writes_nothing(tiny, tmp_path, forked):
+    """R-F4: the longest pair first; memory, time and disk."""
+    codes, said = forked(TRAIN, *flags(tiny, tmp_path / "run", "--dry_run"), ranks=2)
+    assert codes == [0, 0], said
+    assert "dry run on rows" in said and "peak memory by rank: " in said and "disk: checkpoints " in said
+    assert not (tmp_path / "run").exists()
+    codes, said = forked(FAULTY, "memory@0", *flags(tiny, tmp_path / "run", "--dry_run"))
+    assert codes == [1] and "ran out of memory in the dry run on rows" in said and "--max_length" in said
+
+
+def test_state_is_what_the_optimizer_has(tiny):
+    """The shards of plain AdamW, through a file's tensors and back, bit for bit; random numbers too."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
+    optimizer = torch.optim.AdamW(weights, lr=0.1, fused=True)
+
+    def step():
+        sum((w * torch.randn(w.shape)).sum() for w in weights).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    engine = SimpleNamespace(optimizer=optimizer, basic_optimizer=optimizer, zero_optimization_stage=lambda: 0)
+    step()
+    kept = state.weights_and_moments(engine) | state.random_state(torch.device("cpu"))
+    kept = {name: tensor.clone() for name, tensor in kept.items()}
+    assert {"weight.0", "exp_avg.1", "exp_avg_sq.0", "step.1", "random.cpu"} <= kept.keys()
+    step()
+    after = [w.detach().clone() for w in weights]
+    state.restore_random(kept, torch.device("cpu"))
+    state.restore(engine, {name: tensor for name, tensor in kept.items() if not name.startswith("random.")})
+    assert torch.equal(weights[0], kept["weight.0"])
+    step()
+    assert all(torch.equal(a, b) for a, b in zip(after, weights))
+
+
+def test_exit_codes(capsys):
+    """0, 1, 2, and 75 for a run that can go on."""
+    from nanodpo.errors import TEMPFAIL, Preempted
+
+    def ends(error):
+        def main(argv):
+            raise error
+        return run_script(main)
+
+    assert [ends(RunStopped("a")), ends(UserError("b")), ends(Preempted("c"))] == [1, 2, 75]
+    assert TEMPFAIL == os.EX_TEMPFAIL
+    assert capsys.readouterr().err == "error: a\nerror: b\nc\n"

@@ -1,0 +1,258 @@
+"""Runs that were stopped, however, go on to the bytes of a run that never was; what can't is refused in one line."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, environment, launch, zero
+from safetensors.torch import load_file, save_file
+
+from nanodpo import resume
+from nanodpo.errors import UserError
+from nanodpo.manifest import aside, publish, read_manifest
+
+TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
+# Saves every two steps, evaluates every three, and has dropout, so that random numbers count.
+LONG = ("--learning_rate", "1e-3", "--lora_r", "4", "--max_steps", "6", "--save_steps", "2", "--eval_steps", "3",
+        "--eval_size", "3", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2",
+        "--lora_dropout", "0.1", "--allow_dropout", "--draw", "false")
+
+
+def flags(tiny: Path, run: Path, *more):
+    return ["--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--output_dir", run,
+            "--cache_dir", run.parent / f"{run.name}-cache", *LONG, *more]
+
+
+def lines(run: Path) -> list[dict]:
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("perf/", "mem/"))}
+            for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """Every file of every checkpoint, byte for byte."""
+    return {str(f.relative_to(run)): f.read_bytes() for f in run.glob("checkpoint-*/**/*") if f.is_file()}
+
+
+def assert_same(one: Path, other: Path):
+    assert lines(one) == lines(other)
+    a, b = content(one), content(other)
+    assert a.keys() == b.keys() and len(a) > 10
+    assert [name for name in a if a[name] != b[name]] == []
+    assert not list(other.rglob("*.partial")) and not (other / "resume").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, ranks, more", [
+    (0, 1, ()), (1, 2, ("--use_lora", "false", "--lora_dropout", "0")),
+    (3, 2, ("--use_lora", "false", "--lora_dropout", "0", "--bf16", "--loss", "sft"))],
+    ids=["zero0", "zero1-2-full", "zero3-2-full-bf16-sft"])
+def test_a_stopped_run_is_an_undisturbed_one(stage, ranks, more, tiny, tmp_path, forked):
+    """R-H1, R-H6: killed with -9 in step 3, told to stop in step 4, then left alone; metrics and checkpoints to the
+    last bit, no step missing or double. States of both kinds are used: one from a save, one from the signal."""
+    more = (*more, "--deepspeed", zero(tiny, stage))
+    whole, run = (flags(tiny, tmp_path / name, *more) for name in ("whole", "run"))
+    assert forked(TRAIN, *whole, ranks=ranks)[0] == [0] * ranks
+    codes, _ = forked(FAULTY, f"kill@3:{ranks - 1}", *run, ranks=ranks)
+    assert codes == [1] * (ranks - 1) + [137]
+    codes, said = forked(FAULTY, f"term@4:{ranks - 1}", *run, ranks=ranks)
+    assert codes == [75] * ranks
+    assert "going on at step 2" in said and "stopped by " in said and "after step 4 of 6; to go on: the same" in said
+    codes, said = forked(TRAIN, *run, ranks=ranks)
+    assert codes == [0] * ranks and "going on at step 4" in said
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_launcher_changes_nothing(tiny, tmp_path, forked):
+    """The same with torchrun: it reports a killed rank, and the same command goes on."""
+    assert forked(TRAIN, *flags(tiny, tmp_path / "whole"), ranks=2)[0] == [0, 0]
+    began = time.monotonic()
+    killed = launch(FAULTY, "kill@3:1", *flags(tiny, tmp_path / "run"), ranks=2, check=False)
+    assert killed.returncode == 1 and "rank 0 stops because another rank did" in killed.stderr
+    assert time.monotonic() - began < 60
+    launch(TRAIN, *flags(tiny, tmp_path / "run"), ranks=2)
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+# In one process: which state counts
+
+
+def state(run: Path, step: int, ranks: int = 2, value: float = 1.0):
+    """A state as resume.save leaves it."""
+    folder = resume.folder_of(run, step)
+    aside(folder).mkdir(parents=True)
+    for rank in range(ranks):
+        save_file({"weight.0": torch.full((4,), value)}, aside(folder) / f"rank{rank}.safetensors")
+    publish(folder, {"step": step, "tokens": 7})
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A run that was stopped after step 5, with states at 2 and 4."""
+    text = "".join(json.dumps({"step": k, "loss": 0.5}) + "\n" for k in range(6))
+    text += json.dumps({"step": 4, "eval_loss": 0.5}) + "\n" + json.dumps({"step": 5, "eval_loss": 0.5}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 6, "lo')
+    for step in (0, 2, 4, 5):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    state(tmp_path, 2)
+    state(tmp_path, 4)
+    return tmp_path
+
+
+def test_a_run_goes_back_to_its_newest_state(stopped):
+    """R-H6: metrics lose what comes after it, a half-written line too, and so do the checkpoints."""
+    facts, evaluated = resume.begin(stopped, 8, 2, None)
+    assert (facts["step"], facts["tokens"], evaluated) == (4, 7, {4})
+    left = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in left] == [0, 1, 2, 3, 4] and "eval_loss" in left[-1]
+    assert sorted(f.name for f in stopped.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-2", "checkpoint-4"]
+    assert resume.begin(stopped, 8, 2, 2)[0]["step"] == 2  # a state asked for by name
+    assert resume.steps_in(stopped) == [2]
+
+
+def flip(file: Path):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+BREAKS = {"cut": lambda f: f.write_bytes(f.read_bytes()[:-3]), "emptied": lambda f: f.write_bytes(b""), "flipped": flip,
+          "removed": Path.unlink, "a folder": lambda f: (f.unlink(), f.mkdir())}
+
+
+@pytest.mark.parametrize("name", ["rank0.safetensors", "rank1.safetensors", "manifest.json"])
+@pytest.mark.parametrize("how", BREAKS)
+def test_a_broken_state_is_passed_over(name, how, stopped, capsys):
+    """R-H2: every file in turn; the run goes on from the state before and says so; with both broken it refuses."""
+    BREAKS[how](resume.folder_of(stopped, 4) / name)
+    assert resume.find(stopped, 2)["step"] == 2
+    said = capsys.readouterr().out
+    assert "passing over" in said and "step-4" in said
+    with pytest.raises(UserError, match="no state to go on from"):
+        resume.find(stopped, 2, 4)  # asked for by name, there is no other
+    BREAKS[how](resume.folder_of(stopped, 2) / name)
+    with pytest.raises(UserError, match="step-4.*step-2"):
+        resume.begin(stopped, 8, 2, None)
+    assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 9, "nothing was touched"
+
+
+def test_a_flipped_bit_anywhere_is_found(stopped):
+    """Every byte of a state's files counts: sizes and hashes are of the whole file."""
+    folder = resume.folder_of(stopped, 4)
+    whole = (folder / "rank0.safetensors").read_bytes()
+    for position in range(len(whole)):
+        (folder / "rank0.safetensors").write_bytes(
+            whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert read_manifest(folder) == "rank0.safetensors is not what was written"
+    (folder / "rank0.safetensors").write_bytes(whole)
+    assert isinstance(read_manifest(folder), dict)
+
+
+def test_states_that_do_not_fit(stopped, capsys):
+    """Fewer ranks' files than ranks, or metrics that end before the state."""
+    shutil.rmtree(resume.folder_of(stopped, 4))
+    state(stopped, 4, ranks=1)
+    assert resume.find(stopped, 2)["step"] == 2 and "no rank1.safetensors" in capsys.readouterr().out
+    text = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "metrics.jsonl").write_text("".join(text[:1] + text[2:]))
+    with pytest.raises(UserError, match="metrics.jsonl lacks step 1"):
+        resume.find(stopped, 2)
+
+
+def test_a_run_without_a_state_starts_again_only_if_nothing_is_lost(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 0, "eval_loss": 1.0}\n')
+    (tmp_path / "checkpoint-0").mkdir()
+    assert resume.begin(tmp_path, 8, 1, None) == ({"step": 0}, {0})
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(UserError, match="checkpoint-4 is there"):
+        resume.begin(tmp_path, 8, 1, None)
+
+
+def test_two_states_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        resume.save(tmp_path, step, {"weight.0": torch.ones(3)}, {}, 0)
+    assert resume.steps_in(tmp_path) == [10, 3]
+    assert torch.equal(load_file(resume.folder_of(tmp_path, 10) / "rank0.safetensors")["weight.0"], torch.ones(3))
+
+
+# What is not this run
+
+
+@pytest.mark.slow
+def test_another_run_is_refused_and_a_finished_one_is_left_alone(tiny, tmp_path, forked):
+    """R-H3: a list of what differs, exit code 2, not a byte changed; a path that isn't there is no fresh start."""
+    run = tmp_path / "run"
+
+    def files():
+        return {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+
+    forked(FAULTY, "kill@3", *flags(tiny, run))
+    before = files()
+    (tmp_path / "other.jsonl").write_text((tiny / "train.jsonl").read_text().replace("What is 3", "What was 3"))
+    for ranks, more, words in (
+            (1, ["--learning_rate", "2e-3", "--beta", "0.2"], ["rate: 0.001 -> 0.002", "--beta: 0.1 -> 0.2"]),
+            (1, ["--resume", "never"], ["is in use; name a new folder"]),
+            (1, ["--resume", tmp_path / "nothing"], ["holds no state to go on from"]),
+            (1, ["--resume", run / "resume" / "step-7"], ["no such state"]),
+            (1, ["--train_file_path", tmp_path / "other.jsonl"], ["data: ", "other.jsonl"]),
+            (2, [], ["world_size: 1 -> 2"]), (1, ["--model_name", tiny / "untied"], ["weights: ", "untied"])):
+        codes, said = forked(TRAIN, *flags(tiny, run, *more), ranks=ranks)
+        assert codes == [2] * ranks and all(word in said for word in words), (more, said)
+        assert "Traceback" not in said
+    assert files() == before
+    # Where it is read from, and what is printed, changes nothing.
+    shutil.copytree(tiny / "model", tmp_path / "copy")
+    moved = ["--model_name", tmp_path / "copy", "--logging_steps", "3", "--resume", run]
+    codes, said = forked(TRAIN, *flags(tiny, run, *moved))
+    assert codes == [0] and "going on at step 2" in said
+    before = files()
+    codes, said = forked(TRAIN, *flags(tiny, run))
+    assert codes == [0] and "this run is finished, all 6 steps" in said and files() == before
+
+
+@pytest.mark.slow
+def test_told_to_stop_in_the_reference_pass_and_twice(tiny, tmp_path, forked):
+    """SIGTERM before the first step keeps the references that are done; a second one later ends the process at once;
+    and a folder that a live run holds is refused to another one."""
+    run = tmp_path / "run"
+
+    def begin(seconds):
+        """Every forward pass takes so long."""
+        return subprocess.Popen([sys.executable, FAULTY, f"slow@{seconds}", *map(str, flags(tiny, run))], text=True,
+                                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def read_until(process, words):
+        while words not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
+
+    first = begin(0.5)
+    read_until(first, "run: ")
+    time.sleep(2)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 75
+    assert "stopped by SIGTERM after step 0 of 6; to go on: the same command" in first.stderr.read()
+    (cache,) = (tmp_path / "run-cache").glob("*.safetensors")
+    assert 0 < load_file(cache)["logps"].isfinite().all(1).sum() < 8
+    second = begin(60)
+    read_until(second, "going on at step 0")
+    codes, said = forked(TRAIN, *flags(tiny, run))
+    assert codes == [2] and "is in use by another run" in said
+    second.send_signal(signal.SIGTERM)
+    time.sleep(5.5)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(5) == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_random_kills(tmp_path):
+    """A short run of the harness: some kills at random instants, in half of its configurations; no difference."""
+    done = launch(ROOT / "bench" / "faults.py", "--kills", "10", "--only", "dpo", "--output", tmp_path / "faults.json",
+                  check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert len(json.loads((tmp_path / "faults.json").read_text())["kills"]) == 10
