@@ -131,13 +131,12 @@ def _sentence(line: dict) -> str:
     """The verdict in words, each name with its numbers."""
     parts = []
     for name in line["names"]:
-        shown = [f"{what} {_number(line['numbers'][what])}" for what in SHOWN[name] if what in line["numbers"]]
+        shown = [f"{what} {_number(line['numbers'][what], what)}" for what in SHOWN[name] if what in line["numbers"]]
         parts.append(f"{name} ({', '.join(shown)})" if shown else name)
     return f"{line['run']} on {line['dataset']}, step {line['first']} to {line['last']}: {'; '.join(parts)}"
 
 
-def _number(stats: dict) -> str:
-    text = f"{stats['mean']:+.3g}"
-    if math.isfinite(stats.get("low", math.nan)):
-        text += f" [{stats['low']:+.3g}, {stats['high']:+.3g}]"
-    return text
+def _number(stats: dict, what: str) -> str:
+    sign = "+" if what.startswith("change") else ""
+    mean, low, high = (format(stats.get(name, math.nan), f"{sign}.3g") for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]" if math.isfinite(stats.get("low", math.nan)) else mean
