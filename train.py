@@ -27,7 +27,7 @@ from nanodpo import engine as engines
 from nanodpo import state as states
 from nanodpo.arguments import TrainArguments, parse
 from nanodpo.errors import Preempted, RunStopped, UserError, run_script
-from nanodpo.manifest import read_manifest
+from nanodpo.manifest import flush, read_manifest
 from nanodpo.packing import LAYOUTS
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
 from nanodpo.signals import Stop
@@ -130,6 +130,7 @@ def run_training(argv: list[str], stop: Stop) -> None:
             train_model(run)
         except Preempted as told:
             same = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
+            same += "" if args.resume == "auto" else " and without --resume"
             raise Preempted(f"{told} after step {run.step} of {run.steps}; to go on: {same}") from None
         finish(run)
 
@@ -185,6 +186,9 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
                 if changed := identity.changed_machine(old, run.facts):
                     print(f"resume: the last bits may differ, since another machine goes on ({changed})")
                 found, run.evaluated = resume.begin(run.folder, run.steps, run.world, wanted)
+    seen = (run.folder / "run.json").is_file()
+    distributed.agree(None if seen else UserError(f"--output_dir {run.folder}: rank {run.rank} does not see what rank "
+                                                  "0 wrote there; it must be a folder that all machines share"))
     found = distributed.from_main(found)
     run.evaluated = distributed.from_main(run.evaluated)
     going = f", going on at step {found['step']}" if old else ""
@@ -458,6 +462,7 @@ def save_checkpoint(run: Run) -> None:
         if distributed.is_main():
             if run.step > run.skipped and run.args.learning_rate > 0:
                 checkpoint.check_trained(tensors)
+            flush(run.folder / "metrics.jsonl") if run.step else None  # a last checkpoint says that all steps are there
             checkpoint.save(model, run.source.tokenizer, tensors, folder, {"step": run.step, **mark(run)})
             checkpoint.rotate(run.folder, run.args.save_total_limit)
 

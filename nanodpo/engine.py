@@ -57,9 +57,10 @@ def engine_config(settings: dict, path: str, args) -> dict:
     if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
         raise UserError(f"{path}: offload_optimizer with device nvme, or a ratio, keeps AdamW's moments where a state "
                         "to resume from can't have them; use device cpu without a ratio")
-    if args.bf16 and not zero.get("stage"):
-        # DeepSpeed's stage 0 takes one empty Adam step before the first real one in bfloat16, which then is too short.
-        say(f"{path}: ZeRO stage 2 instead of 0, which is not exact in bfloat16")
+    if args.bf16 and zero.get("stage", 0) < 2:
+        # In bfloat16 DeepSpeed's stage 0 takes one empty Adam step before the first real one, which then is too short,
+        # and its stage 1 has an optimizer of its own, whose state can't be saved here.
+        say(f"{path}: ZeRO stage 2 instead of {zero.get('stage', 0)}, which is not exact in bfloat16")
         zero["stage"] = 2
     settings.setdefault("steps_per_print", 10**9)
     # DeepSpeed calls an optimizer it did not make itself "untested"; AdamW of PyTorch is the plainest there is.

@@ -116,7 +116,8 @@ def fingerprint(model: nn.Module, fresh_lora: bool) -> str:
     A fresh LoRA is not part of the reference, so runs that differ in its rank or seed have the same one.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = {key: value for key, value in inner.config.to_dict().items() if key != "_name_or_path"}
+    config = {key: value for key, value in inner.config.to_dict().items()
+              if key not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     if not fresh_lora and hasattr(model, "peft_config"):
         own = model.peft_config["default"]

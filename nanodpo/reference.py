@@ -108,11 +108,11 @@ def _load(file: Path, fingerprint: dict, n: int) -> Tensor:
 
 def _changed(folder: Path, fingerprint: dict) -> list[str]:
     """How the newest cache of the same model and data file differs."""
-    for file in sorted(folder.glob("reference-*.safetensors"), key=lambda f: -f.stat().st_mtime):
+    for file in sorted(folder.glob("reference-*.safetensors"), key=os.path.getmtime, reverse=True):
         try:
             with safe_open(file, "pt") as cache:
                 other = json.loads(cache.metadata()["fingerprint"])
-        except SafetensorError:
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):  # damaged, or somebody else's
             continue
         if all(other.get(key) == fingerprint[key] for key in ("model_name", "data_path")):
             return [key for key in fingerprint if other.get(key) != fingerprint[key]]

@@ -31,7 +31,9 @@ def begin(run: Path, steps: int, world: int, wanted: int | None) -> tuple[dict, 
     The facts have the step, 0 where the run was stopped before its first state; of a run that only wants its end, all
     `steps`, and no state is needed. Raises UserError where the run can't go on.
     """
-    if wanted is None and isinstance(read_manifest(run / f"checkpoint-{steps}"), dict):
+    written = {line["step"] for _, line in _lines(run / "metrics.jsonl") if not _is_eval(line)}
+    if (wanted is None and written >= set(range(steps))
+            and isinstance(read_manifest(run / f"checkpoint-{steps}"), dict)):
         facts = {"step": steps, "complete": True}  # the last thing that training writes
     else:
         facts = find(run, world, wanted) or {"step": 0}

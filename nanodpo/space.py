@@ -46,8 +46,7 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     kept = min(times, args.save_total_limit + 1) if args.save_total_limit else times  # one more while it is written
     needs = {"checkpoints": (kept + 1) * (weights + extra)}  # and checkpoint-0
     # The float32 weights and AdamW's two moments; two states stay and a third is being written.
-    states = 3 * 12 * sum(map(_numel, trained))
-    needs["states to resume from"] = states if args.save_steps or args.resume_steps else states // 3
+    needs["states to resume from"] = 3 * 12 * sum(map(_numel, trained))
     return needs | ({"the merged model": whole + extra} if args.merge_weights else {})
 
 
