@@ -73,7 +73,7 @@ class Probe:
     def key(self) -> str:
         """A hash of everything that is scored."""
         digest = hashlib.sha256(data_hash(self.examples).encode())
-        digest.update(json.dumps([self.limit, self.kinds, self.groups]).encode())
+        digest.update(json.dumps([self.limit, self.kinds, self.groups, [e.row for e in self.examples]]).encode())
         return digest.hexdigest()
 
 
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
             add_greedy(opener, checkpoints[0], probe, folder / "parts", args)
     parts = score_all(opener, checkpoints, probes, folder / "parts", args)
     if distributed.is_main():
-        report(folder, scores.join_parts(folder, parts, {c.run: c.settings.beta for c in checkpoints}))
+        report(folder, scores.join_parts(folder, parts, {c.run: c.settings.beta for c in checkpoints if c.phase}))
 
 
 def report(folder: Path, tables: dict) -> None:
@@ -207,8 +207,9 @@ def open_probe(name: str, path: str, settings, source, args) -> Probe:
     kinds = args.responses or list(responses.KINDS)
     columns = tuple(kind for kind in kinds if kind not in responses.KINDS and kind != responses.GREEDY)
     data = load_dataset(path, template, settings, limit, pairs=False, more=columns)
-    if not args.responses and data.examples[0].rejected is None:
-        kinds.remove("rejected")
+    if not args.responses:
+        rows = range(len(data.examples))
+        kinds = [kind for kind in kinds if any(responses.KINDS[kind](data.examples, i, args.seed) for i in rows)]
     if distributed.is_main():
         print(data.report())
     groups = responses.make_groups(data.examples, kinds, args.seed, limit)
@@ -260,9 +261,10 @@ def part_key(checkpoint: Checkpoint, args) -> str:
     """All of a checkpoint that could change a number; weights by their files' names, sizes and times."""
     source = open_source(checkpoint.path, checkpoint.settings.trust_remote_code)
     folders = [Path(checkpoint.path), Path(source.base)]
-    found = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
+    kinds = ("*.safetensors", "*.bin", "*.json")
+    found = sorted(file for folder in folders for kind in kinds for file in folder.glob(kind))
     files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
-    return repr((checkpoint.run, checkpoint.path, files, checkpoint.settings.bf16 or args.bf16))
+    return repr((checkpoint.run, checkpoint.path, source.base, files, checkpoint.settings.bf16 or args.bf16))
 
 
 def plan(checkpoints, probes, folder: Path, args) -> list[tuple[Checkpoint, Probe, Path, Path | None]]:

@@ -77,6 +77,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"--{name} {value}: must be above 0")
     args.models, args.data = (args.models[:-1], args.models[-1]) if args.models else ([], None)
     kind = "real" if args.models else "tiny"
+    if args.seeds > len(T95):
+        raise UserError(f"--seeds {args.seeds}: at most {len(T95)}")
+    args.output_dir = str(Path(args.output_dir).resolve())  # commands run in this repository's folder
+    args.models = [str(Path(name).resolve()) if Path(name).exists() else name for name in args.models]
+    args.sft, args.dpo = (value and str(Path(value).resolve()) for value in (args.sft, args.dpo))
     args.sft, args.dpo = args.sft or HERE / f"{kind}_sft.yaml", args.dpo or HERE / f"{kind}_dpo.yaml"
     args.parallel = args.parallel or (1 if args.models else os.cpu_count() or 1)
     return args
@@ -99,7 +104,9 @@ def experiment(args, model: str | None, folder: Path, table) -> None:
     # DPO's own scoring comes second: of the mixed tests it has what the first has, and more.
     ends = [ends_of(pandas.read_parquet(folder / f"{name}-{seed}" / "scores.parquet"))
             for name in ("scores", "answers") for seed in seeds]
-    right = [answered(pandas.read_parquet(folder / f"answers-{seed}" / "answers.parquet")) for seed in seeds]
+    files = [folder / f"answers-{seed}" / "answers.parquet" for seed in seeds]
+    # Where no answer ends in something that can be compared there is no such file.
+    right = [answered(pandas.read_parquet(file)) for file in files] if all(file.is_file() for file in files) else []
     found = findings([tuple(a | b for a, b in zip(*both)) for both in zip(ends, ends[args.seeds :])], right)
     (folder / "findings.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(f"{'holds' if line['holds'] else 'does not':>8}  {line['text']}" for line in found))
@@ -253,7 +260,7 @@ def findings(ends: list[tuple[dict, dict]], right: list[dict[str, float]]) -> li
                ("... and moves y+ less than DPO does", less(map(abs, change("gentle", "mixed", "chosen")),
                                                             map(abs, change("dpo", "mixed", "chosen"))), -1),
                ("... and keeps more right answers than DPO does", [seed["gentle"] - seed["dpo"] for seed in right], 1)]
-    return [judged(*claim) for claim in claims]
+    return [judged(*claim) for claim in claims if claim[1]]
 
 
 def ends_of(table: pandas.DataFrame) -> tuple[dict, dict]:

@@ -6,7 +6,7 @@ import torch
 
 from .sections import ANSWERS
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 @torch.no_grad()
@@ -24,14 +24,16 @@ def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[in
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     while order:
         longest = len(prompts[order[0]])
+        room = min(most, limit - longest)
+        # One room for all of a batch: an answer does not depend on who else is asked.
         size = max(1, budget // (longest + most))
-        batch, order = order[:size], order[size:]
+        batch = [i for i in order[:size] if min(most, limit - len(prompts[i])) == room]
+        order = order[len(batch):]
+        if room < 1:
+            continue
         ids = torch.tensor([[ends[0]] * (longest - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
         lengths = torch.tensor([len(prompts[i]) for i in batch], device=model.device)
         mask = torch.arange(longest, device=model.device) >= (longest - lengths)[:, None]
-        room = min(most, limit - longest)
-        if room < 1:
-            continue
         out = model.generate(input_ids=ids, attention_mask=mask.long(), max_new_tokens=room)
         for i, line in zip(batch, out[:, longest:].tolist()):
             end = next((at + 1 for at, token in enumerate(line) if token in ends), len(line))
@@ -46,12 +48,14 @@ def final_answer(text: str) -> str | None:
     '1205'
     >>> final_answer(r"so \boxed{ x+1 } it is"), final_answer("GOATHERDS")
     ('x+1', None)
+    >>> final_answer("10-5 = 5.00"), final_answer("1, 2,3"), final_answer("it is -0.50")
+    ('5', '3', '-0.5')
     """
     said = text[max((text.rfind(mark) + len(mark) for mark in ANSWERS if mark in text), default=0):]
     if boxed := re.findall(r"\\boxed\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}", said):
         return "".join(boxed[-1].split())
-    numbers = NUMBER.findall(said)
-    return numbers[-1].replace(",", "") if numbers else None
+    numbers = [number.replace(",", "") for number in NUMBER.findall(said)]
+    return next((n.rstrip("0").rstrip(".") if "." in n else n for n in reversed(numbers)), None)
 
 
 def repetition(ids: list[int], n: int = 4) -> float:

@@ -36,7 +36,7 @@ def describe(row: int, responses: dict[str, list[int]], found: dict[str, dict], 
                             for name, part in parts.items()]
         if tokens:
             out["tokens"].append(_token_table(key, texts, measures))
-    if pair and not out["failed"]:
+    if pair and all(math.isfinite(found[side]["logps"]) for side in ("chosen", "rejected")):
         raw, normalised = ches(found["chosen"]["states"], found["rejected"]["states"], len(responses["chosen"]),
                                len(responses["rejected"]))
         out["pairs"].append({"row": row, "shared": shared, "ches": raw, "ches_normalised": normalised})

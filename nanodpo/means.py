@@ -19,7 +19,8 @@ def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, betas: dict[s
         reward = (joined["logps"] - joined["start"]) * joined.index.get_level_values("run").map(betas)
         pairs = pairs.join(reward.rename(f"rewards/{side}"), on=[*at, "step"])
     pairs["margin"] = pairs["rewards/chosen"] - pairs["rewards/rejected"]
-    pairs["weight"] = np.exp(-np.logaddexp(0, pairs["margin"]))
+    with np.errstate(invalid="ignore"):  # a missing margin has a missing weight
+        pairs["weight"] = np.exp(-np.logaddexp(0, pairs["margin"]))
     return pairs
 
 

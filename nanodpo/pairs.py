@@ -21,7 +21,8 @@ def gradient_products(logps: Tensor, parameters: list[Tensor]) -> dict[str, floa
     Chosen rises and rejected falls in a step only where the inner product is small beside both squared norms
     (arXiv 2410.13828). The cosine is NaN where a gradient is zero.
     """
-    grads = [torch.autograd.grad(logp, parameters, retain_graph=i == 0) for i, logp in enumerate(logps)]
+    grads = [torch.autograd.grad(logp, parameters, retain_graph=i == 0, materialize_grads=True)
+             for i, logp in enumerate(logps)]
     dot = sum((a.double() * b.double()).sum() for a, b in zip(*grads)).item()
     norms = [sum(g.double().square().sum() for g in side).sqrt().item() for side in grads]
     return {"grad_dot": dot, "grad_cosine": dot / (norms[0] * norms[1]) if all(norms) else float("nan"),

@@ -18,7 +18,7 @@ def split(sets: Sets, lengths: list[int]) -> list[Sets]:
     """The sets of a row -> those of each of its groups, of so many scored tokens, on CPU."""
     counts = sets[0].cpu().to(torch.int32).split(lengths)
     ids = sets[1].cpu().to(torch.int32).split([int(part.sum()) for part in counts])
-    return list(zip(counts, ids))
+    return [(c.clone(), i.clone()) for c, i in zip(counts, ids)]  # a view would take the whole along to other ranks
 
 
 def join(parts: list[Sets], device: torch.device) -> Sets:

@@ -36,6 +36,8 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     found = [checkpoint for target in targets for checkpoint in _open(target)]
     for checkpoint in found:
         checkpoint.settings = SimpleNamespace(**vars(checkpoint.settings) | (changes or {}))
+    runs = list(dict.fromkeys(c.run for c in found))
+    found.sort(key=lambda c: (runs.index(c.run), c.step))  # a run's start comes first: the rest is compared with it
     seen = [(c.run, c.step) for c in found]
     if twice := {key for key in seen if seen.count(key) > 1}:
         run, step = min(twice)
@@ -61,7 +63,7 @@ def _open(target: str) -> list[Checkpoint]:
         name, step = path.name or target, STEP.fullmatch(path.name)
         if step and (path.parent / "run.json").is_file():
             settings = _settings(path.parent)
-            return [Checkpoint(path.parent.name, settings.loss, int(step[1]), target, settings)]
+            return [Checkpoint(path.parent.resolve().name, settings.loss, int(step[1]), target, settings)]
         return [Checkpoint(name, "", 0, target, SimpleNamespace(**DEFAULTS))]
     settings = _settings(path)
     steps = sorted((int(m[1]), str(f)) for f in path.iterdir() if (m := STEP.fullmatch(f.name)))

@@ -22,8 +22,8 @@ RULES = {
     "spreading": "the probability of tokens that the start gave less than 0.001, along chosen and rejected, rises to "
                  f"{SPREAD} times or more",
     "narrowing": f"the gap of chosen to rejected falls, by {NOTABLE} nats a token or more",
-    "saturation": f"sigma(-margin), the weight that the loss still gives a pair, is below {SATURATED} (it starts at "
-                  "0.5)",
+    "saturation": f"sigma(-margin), the weight that the dpo loss still gives a pair, is below {SATURATED} (it starts "
+                  "at 0.5)",
     "over-confidence": f"greedy answers are right less often, while the reward accuracy is {SURE} or more",
     "collapse": f"the repetition rate of greedy answers rises by {LOOPS} or more",
     "healthy": "none of these, and the chosen responses' log-prob or the gap to the rejected rises",
@@ -39,7 +39,7 @@ def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.Dat
             continue
         here = [part[(part["run"] == run) & (part["dataset"] == dataset)] if len(part) else part
                 for part in (pairs, answers)]
-        numbers = _numbers(table, *here, first, last, preference=phase not in ("", "sft"))
+        numbers = _numbers(table, *here, first, last, phase)
         names = [name for name in RULES if name != "healthy" and _fires(name, numbers)]
         rose = any(_low(numbers, name) > 0 for name in ("change of chosen", "change of gap"))
         names = names or ["healthy"] * rose or ["no change"]
@@ -49,7 +49,7 @@ def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.Dat
     return found
 
 
-def _numbers(table, pairs, answers, first, last, preference: bool) -> dict[str, dict]:
+def _numbers(table, pairs, answers, first, last, phase: str) -> dict[str, dict]:
     """{what: {"mean", "low", "high", "n"}} of everything that a rule asks for and that was scored."""
     sides = {kind: part for kind, part in table.groupby("response")}
     numbers = {}
@@ -66,9 +66,10 @@ def _numbers(table, pairs, answers, first, last, preference: bool) -> dict[str, 
         means = mass.groupby("step")["implausible_mass"].mean()
         if means[first] > 0:
             numbers["implausible mass, times the start's"] = {"mean": means[last] / means[first], "n": len(both)}
-    if preference and len(pairs):
+    if phase not in ("", "sft") and len(pairs):
         end = pairs[pairs["step"] == last]
-        numbers["weight"] = _stats(end["weight"])
+        if phase == "dpo":  # other losses weigh a pair otherwise
+            numbers["weight"] = _stats(end["weight"])
         numbers["reward accuracy"] = _stats((end["margin"] > 0).astype(float)[end["margin"].notna()])
     if len(answers):
         for name, column in (("change of answer accuracy", "correct"), ("change of repetition", "repetition")):
@@ -83,8 +84,9 @@ def _change(table, column: str, first, last) -> dict:
 
 def _stats(values: pandas.Series) -> dict:
     values = values.dropna()
-    reach = 1.96 * values.sem() if len(values) > 1 else math.inf
-    mean = values.mean()
+    mean, reach = values.mean(), 1.96 * values.sem()
+    if len(values) < 2:  # a single row has no interval
+        return {"mean": mean, "n": len(values)}
     return {"mean": mean, "low": mean - reach, "high": mean + reach, "n": len(values)}
 
 

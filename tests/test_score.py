@@ -232,6 +232,19 @@ def test_a_bare_model_reads_data_as_told(tiny, tmp_path):
         scored(tmp_path / "no", *flags, "--max_length", "20")
 
 
+def test_by_default_what_the_data_has_and_starts_first(run, tiny, tmp_path):
+    """One row has no other question, and nobody asked for one; a run's step 0 comes first, in whatever order named."""
+    (tmp_path / "one.jsonl").write_text((tiny / "train.jsonl").read_text().splitlines()[0])
+    ends = run / "checkpoint-3", run / "checkpoint-0"
+    table = scored(tmp_path / "out", *ends, "--dataset_path", tmp_path / "one.jsonl")
+    assert table.response.tolist() == ["chosen", "rejected", "shuffled"] * 2
+    assert table.step.tolist() == [0] * 3 + [3] * 3
+    assert table.implausible_mass.notna().all()
+    bare = tmp_path / "bare"
+    scored(bare, tiny / "model", "--dataset_path", tiny / "train.jsonl", "--responses", "chosen", "rejected")
+    assert pandas.read_parquet(bare / "pairs.parquet").margin.isna().all()  # no run, so no start to compare with
+
+
 def test_prompts_that_open_otherwise_are_refused(run, tiny, tmp_path):
     """R-A9: data with a system prompt that training did not have; asked for, it is scored."""
     other = tmp_path / "dpo"
