@@ -48,11 +48,12 @@ def one_voice():
     """What transformers logs within comes at the end, and not at all where an error ends it: that says it all."""
     logger = logging.getLogger("transformers")
     handlers, held = logger.handlers, MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
+    passed_on, logger.propagate = logger.propagate, False  # transformers passes it on where the environment says CI
     logger.handlers = [held]
     try:
         yield
     finally:
-        logger.handlers = handlers
+        logger.handlers, logger.propagate = handlers, passed_on
     for record in held.buffer:
         logger.handle(record)
 

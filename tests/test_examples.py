@@ -39,4 +39,5 @@ def test_the_readme_names_every_module_and_no_other():
     named = set(re.findall(r"\b(\w+\.py)\b", tree.partition("## Limits")[0]))
     there = {file.name for file in (ROOT / "nanodpo").glob("*.py")} - {"__init__.py", "errors.py"}
     assert there <= named
-    assert named - there <= {"train.py", "score.py", "plot.py", "piles.py", "check_logprobs.py"}
+    assert named - there <= {"train.py", "score.py", "plot.py", "piles.py", "check_logprobs.py",
+                             "forward_reverse.py"}
