@@ -91,6 +91,7 @@ def main(argv: list[str]) -> None:
         if responses.GREEDY in probe.kinds:
             add_greedy(opener, checkpoints[0], probe, folder / "parts", args)
     parts = score_all(opener, checkpoints, probes, folder / "parts", args)
+    distributed.leave()
     if distributed.is_main():
         report(folder, scores.join_parts(folder, parts, {c.run: c.settings.beta for c in checkpoints if c.phase}))
 

@@ -80,6 +80,12 @@ def from_main(value):
     return box[0]
 
 
+def leave() -> None:
+    """Ends what `start` began. A rank that just exits may be aborted by threads that still wait for the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def any_rank(flag: bool) -> bool:
     """Whether one rank at least says so, on all ranks. Never waits for a GPU."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
