@@ -21,16 +21,16 @@ from pathlib import Path
 
 import pandas
 
-from nanodpo.drawing import draw_dynamics, house_style, save
 from nanodpo.errors import UserError, run_script
-from nanodpo.heatmap import heatmap_figure
-from nanodpo.intervals import levels, with_gaps
-from nanodpo.records import read_metrics, read_scores, read_series, read_tokens
-from nanodpo.runs import newest_run
-from nanodpo.selection import in_phases, select, series_in_phases
-from nanodpo.strip import strip_figure
-from nanodpo.three_panel import ROLES, three_panel_figure
-from nanodpo.training import training_figure
+from nanodpo.figures.drawing import draw_dynamics, house_style, save
+from nanodpo.figures.heatmap import heatmap_figure
+from nanodpo.figures.intervals import levels, with_gaps
+from nanodpo.figures.records import read_metrics, read_scores, read_series, read_tokens
+from nanodpo.figures.selection import in_phases, select, series_in_phases
+from nanodpo.figures.strip import strip_figure
+from nanodpo.figures.three_panel import ROLES, three_panel_figure
+from nanodpo.figures.training import training_figure
+from nanodpo.scoring.runs import newest_run
 
 TESTS = ["forward", "reverse", "mixed"]
 

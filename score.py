@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=2 score.py RUN                the same work, shared by the ranks
 
 Leaves scores.parquet, a line for each checkpoint, data set, row and response, summary.csv, their means, verdict.json,
-what became of each run, and the other tables that nanodpo/scores.py describes. A scoring that was stopped goes on where
-it was: what is done is kept in <output_dir>/parts, a folder a checkpoint and data set.
+what became of each run, and the other tables that nanodpo/scoring/scores.py describes. A scoring that was stopped goes
+on where it was: what is done is kept in <output_dir>/parts, a folder a checkpoint and data set.
 """
 
 import argparse
@@ -24,19 +24,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanodpo import answers, distributed, plausible, responses, scores, verdict
-from nanodpo.describe import describe
+from nanodpo import distributed
 from nanodpo.errors import UserError, run_script
 from nanodpo.logprobs import sum_by_sequence
-from nanodpo.means import show
-from nanodpo.measures import token_measures
-from nanodpo.opened import Opened, Opener
 from nanodpo.packing import LAYOUTS
-from nanodpo.pairs import gradient_products
 from nanodpo.reference import data_hash
-from nanodpo.runs import Checkpoint, newest_run, open_targets
+from nanodpo.scoring import answers, plausible, responses, scores, verdict
+from nanodpo.scoring.describe import describe
+from nanodpo.scoring.means import show
+from nanodpo.scoring.measures import token_measures
+from nanodpo.scoring.opened import Opened, Opener
+from nanodpo.scoring.pairs import gradient_products
+from nanodpo.scoring.runs import Checkpoint, newest_run, open_targets
 from nanodpo.settings import local_rank
-from nanodpo.source import open_source
+from nanodpo.source import base_of, open_source
 from nanodpo.template import Template, prompt_leads, read_template
 from nanodpo.tokens import load_dataset
 
@@ -104,7 +105,7 @@ def report(folder: Path, tables: dict) -> None:
     if failed := len(tables["failed"]):
         print(f"{failed} log-probs are not finite and in no mean; they are listed in {folder / 'failed.jsonl'}")
     print("\n".join(line["text"] for line in found))
-    from nanodpo.drawing import draw_after  # slow to import
+    from nanodpo.figures.drawing import draw_after  # slow to import
 
     print(draw_after(folder))
     print(f"done: {folder / 'scores.parquet'}")
@@ -260,12 +261,12 @@ def answer_greedily(opened: Opened, probe: Probe, rows: range, args) -> list[lis
 
 def part_key(checkpoint: Checkpoint, args) -> str:
     """All of a checkpoint that could change a number; weights by their files' names, sizes and times."""
-    source = open_source(checkpoint.path, checkpoint.settings.trust_remote_code)
-    folders = [Path(checkpoint.path), Path(source.base)]
+    base, _ = base_of(checkpoint.path)
+    folders = [Path(checkpoint.path), Path(base)]
     kinds = ("*.safetensors", "*.bin", "*.json")
     found = sorted(file for folder in folders for kind in kinds for file in folder.glob(kind))
     files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
-    return repr((checkpoint.run, checkpoint.path, source.base, files, checkpoint.settings.bf16 or args.bf16))
+    return repr((checkpoint.run, checkpoint.path, base, files, checkpoint.settings.bf16 or args.bf16))
 
 
 def plan(checkpoints, probes, folder: Path, args) -> list[tuple[Checkpoint, Probe, Path, Path | None]]:

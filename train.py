@@ -497,7 +497,7 @@ def finish(run: Run) -> None:
     shutil.rmtree(run.folder / "resume", ignore_errors=True)  # large, and a finished run has nowhere to go on to
     identity.finish(run.folder)
     if run.args.draw:
-        from nanodpo.drawing import draw_after  # slow to import
+        from nanodpo.figures.drawing import draw_after  # slow to import
 
         print(draw_after(run.folder))
     print(f"done: {run.folder}\nlast: {last}\nnext: python score.py {run.folder}")

@@ -76,8 +76,8 @@ def responses(args, folder: Path) -> list:
 
     from transformers import AutoTokenizer
 
-    from nanodpo.responses import make_groups
-    from nanodpo.runs import DEFAULTS
+    from nanodpo.scoring.responses import make_groups
+    from nanodpo.scoring.runs import DEFAULTS
     from nanodpo.template import read_template
     from nanodpo.tokens import load_dataset
 

@@ -66,7 +66,7 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
     disable_progress_bar()  # a bar for every file read or written, on every rank
     # Names that transformers 6 will drop; PEFT and the range of releases supported here still need them.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
-    base, adapter = _base_of(name)
+    base, adapter = base_of(name)
     has_tokenizer = adapter and (Path(adapter) / "tokenizer_config.json").is_file()
     where, what = name if base == name else f"{name}: its base {base}", "config.json"
     with one_voice():
@@ -101,7 +101,7 @@ def _check_files(folder: Path) -> None:
             raise UserError(f"{file}: can't be read: {first_line(error)}; copy it anew") from error
 
 
-def _base_of(name: str) -> tuple[str, str | None]:
+def base_of(name: str) -> tuple[str, str | None]:
     """(model, adapter or None) of what may be either. Raises UserError for a folder that is neither."""
     file = Path(name) / "adapter_config.json"
     try:

@@ -13,10 +13,10 @@ from matplotlib.colors import to_hex
 from test_plot import SCORES, boxes, draw, make_run, make_scores, points  # noqa: F401  (draw is a fixture)
 
 import plot
-from nanodpo import drawing, records, training
-from nanodpo.axes import crowd, escape_tex
 from nanodpo.errors import UserError
-from nanodpo.intervals import t_quantile
+from nanodpo.figures import drawing, records, training
+from nanodpo.figures.axes import crowd, escape_tex
+from nanodpo.figures.intervals import t_quantile
 
 ROLES = {"forward": "f", "reverse": "r", "mixed": "m", "dpo": "d"}
 TESTS = ("forward", "reverse", "mixed")

@@ -7,21 +7,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = {file.stem: file for file in (ROOT / "nanodpo").glob("*.py") if file.stem != "__init__"}
+HOUSE = ROOT / "nanodpo"
+MODULES = {".".join(file.relative_to(HOUSE).with_suffix("").parts): file for file in HOUSE.rglob("*.py")
+           if file.stem != "__init__"}
 SCRIPTS = [*(ROOT / f"{name}.py" for name in ("train", "score", "plot")),
            *sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "bench").glob("*.py"))]
 CORE = ("losses", "packing", "logprobs", "attention")
 
 
 def imports(file: Path) -> set[str]:
-    """Top-level names of what a file imports anywhere; ours as "nanodpo.<module>"."""
+    """Top-level names of what a file imports anywhere; ours as "nanodpo.<module>" or "nanodpo.<folder>.<module>"."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.level or node.module.partition(".")[0] == "nanodpo"):
-            path = (node.module or "").removeprefix("nanodpo").strip(".")
-            found |= {f"nanodpo.{path}"} if path else {f"nanodpo.{alias.name}" for alias in node.names}
+            above = file.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            path = ".".join([*above, *filter(None, [node.module])])
+            whole = path.removeprefix("nanodpo.") in MODULES
+            found |= {path} if whole else {f"{path}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module.partition(".")[0])
     return found - sys.stdlib_module_names
@@ -45,6 +49,14 @@ def test_imports_are_shallow():
     for name, file in MODULES.items():
         assert depth(name) <= 2, name
         assert not imports(file) & {"train", "score", "plot", "examples", "bench", "tests"}, name
+
+
+def test_what_trains_knows_nothing_of_what_comes_after():
+    """nanodpo/ itself needs neither scoring nor figures, and scoring no figures; figures read tables alone."""
+    for name, file in MODULES.items():
+        folder = name.rpartition(".")[0]
+        strange = {"": ("scoring", "figures"), "scoring": ("figures",), "figures": ("scoring",)}[folder]
+        assert not [i for i in imports(file) if i.startswith(tuple(f"nanodpo.{other}." for other in strange))], name
 
 
 @pytest.mark.parametrize("file", [*MODULES.values(), *SCRIPTS], ids=lambda file: file.stem)

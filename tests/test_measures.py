@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import make_model
 
-from nanodpo import plausible
 from nanodpo.attention import LOOP
 from nanodpo.logprobs import SequenceLogProbs
-from nanodpo.measures import IMPLAUSIBLE, token_measures
 from nanodpo.packing import pack, pad
-from nanodpo.pairs import ches, gradient_products
+from nanodpo.scoring import plausible
+from nanodpo.scoring.measures import IMPLAUSIBLE, token_measures
+from nanodpo.scoring.pairs import ches, gradient_products
 
 GROUPS = [([7, 8, 9], [[1, 2, 3, 4], [5]]), ([11], [[6, 7], [8, 9, 10], [1]])]
 

@@ -14,10 +14,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import plot
-from nanodpo.axes import set_focus
 from nanodpo.errors import UserError
-from nanodpo.records import read_metrics
-from nanodpo.training import training_figure
+from nanodpo.figures.axes import set_focus
+from nanodpo.figures.records import read_metrics
+from nanodpo.figures.training import training_figure
 
 FORMATS = ("png", "pdf", "svg")
 OKABE_ITO = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}

@@ -15,10 +15,10 @@ import torch
 from conftest import ROOT, environment, launch, make_model, make_tokenizer, train
 
 import score
-from nanodpo import means, responses, scores
 from nanodpo.errors import UserError, run_script
 from nanodpo.example import Example
 from nanodpo.schedule import pairs_of_step
+from nanodpo.scoring import means, responses, scores
 
 KEYS = ["run", "step", "dataset", "row", "response"]
 

@@ -5,7 +5,7 @@ import json
 import pandas
 import pytest
 
-from nanodpo.verdict import RULES, judge
+from nanodpo.scoring.verdict import RULES, judge
 
 KEY = {"run": "r", "phase": "dpo", "dataset": "d"}
 # What a healthy run does from step 0 to step 9, a token: chosen up, rejected down, the rest as it was.

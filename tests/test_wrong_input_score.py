@@ -9,7 +9,7 @@ from malformed import BYTES, broken, changed_weights, copied, edited, nothing_ch
 from test_wrong_input_train import JSONS, good, jsonl  # noqa: F401 (a fixture)
 
 import score
-from nanodpo.runs import DEFAULTS
+from nanodpo.scoring.runs import DEFAULTS
 
 ROWS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": "no"} for i in range(3)]
 RUN, LAST, DATA = ["@/run"], ["@/run/checkpoint-3"], ["--dataset_path=@/rows.jsonl"]

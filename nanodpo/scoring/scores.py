@@ -27,7 +27,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
-from .errors import RunStopped, UserError, first_line
+from ..errors import RunStopped, UserError, first_line
 from .means import KEYS, MEASURES, add_rewards, means, summary
 
 COLUMNS = [*KEYS, "row", "response", "tokens", "logps", "mean_logps", *MEASURES]

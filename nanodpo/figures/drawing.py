@@ -15,9 +15,9 @@ import matplotlib.style
 import pandas
 from matplotlib.backends.backend_pdf import PdfFile
 
+from ..errors import UserError, first_line
 from .axes import escape_tex
 from .dynamics import dynamics_figure
-from .errors import UserError, first_line
 from .intervals import KEYS, changes, levels, moved
 from .records import read_metrics, read_scores
 from .selection import everywhere

@@ -5,8 +5,8 @@ A function that draws takes numbers and gives a Figure and its caption, plain te
 
 from matplotlib.lines import Line2D
 
+from ..errors import UserError
 from .axes import COLOURS, DASHES, GREY, LOGPS, MARKERS, add_legend, grid, listed, wrap
-from .errors import UserError
 
 FAINT = {"alpha": 0.4, "linewidth": 0.6, "linestyle": "-", "marker": ""}
 LOOKS = {"loss": {"color": "black", "linestyle": "-", "marker": "o"}} | {

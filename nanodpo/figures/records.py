@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas
 
-from .errors import UserError
+from ..errors import UserError
 from .tables import LARGEST, NAMES, odd, read_csv, read_parquet, refuse
 
 SIDES = ("chosen", "rejected")

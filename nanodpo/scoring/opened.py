@@ -5,11 +5,11 @@ import dataclasses
 import torch
 from torch import nn
 
-from . import selfcheck
-from .adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
-from .distributed import say
-from .logprobs import SequenceLogProbs
-from .source import open_source
+from .. import selfcheck
+from ..adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
+from ..distributed import say
+from ..logprobs import SequenceLogProbs
+from ..source import base_of
 
 
 @dataclasses.dataclass
@@ -45,21 +45,21 @@ class Opener:
         """Raises UserError for what can't be opened, naming it."""
         if self.last and self.last.checkpoint is checkpoint:
             return self.last
-        source = open_source(checkpoint.path, checkpoint.settings.trust_remote_code)
-        wanted = source.base, adapter_shape(source.adapter), checkpoint.settings.bf16 or self.bf16
-        if self.last and source.adapter and (self.last.base, self.last.shape, self.last.bf16) == wanted:
-            exchange_adapter(self.last.module.model, source.adapter)
+        base, adapter = base_of(checkpoint.path)
+        wanted = base, adapter_shape(adapter), checkpoint.settings.bf16 or self.bf16
+        if self.last and adapter and (self.last.base, self.last.shape, self.last.bf16) == wanted:
+            exchange_adapter(self.last.module.model, adapter)
             self.last = dataclasses.replace(self.last, checkpoint=checkpoint)
         else:
             self.last = None  # the former goes before the next comes
-            self.last = self._load(checkpoint, source, *wanted)
+            self.last = self._load(checkpoint, adapter, *wanted)
         return self.last
 
-    def _load(self, checkpoint, source, base: str, shape: dict | None, bf16: bool) -> Opened:
+    def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool) -> Opened:
         dtype = torch.bfloat16 if bf16 else torch.float32
         model = open_base(base, dtype, checkpoint.settings.trust_remote_code)
         own = model.config._attn_implementation
-        model = add_adapter(model, source.adapter)
+        model = add_adapter(model, adapter)
         model.requires_grad_(False)
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         module = SequenceLogProbs(model).to(self.device).eval()

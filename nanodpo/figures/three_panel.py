@@ -10,6 +10,7 @@ import pandas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ..errors import UserError
 from .axes import (
     ABOVE_GRID,
     CHANGE,
@@ -27,7 +28,6 @@ from .axes import (
     set_phases,
     wrap,
 )
-from .errors import UserError
 from .intervals import over_seeds
 
 # Of different lightness where they meet in a panel, for print in grey.

@@ -6,6 +6,7 @@ import pandas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ..errors import UserError
 from .axes import (
     ABOVE_GRID,
     CHANGE,
@@ -26,7 +27,6 @@ from .axes import (
     set_phases,
     wrap,
 )
-from .errors import UserError
 
 
 def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns: int, focus=None, floor=None,

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 
+from ..errors import UserError
 from .axes import WIDTHS, wrap
-from .errors import UserError
 
 SIDES = ("chosen", "rejected")
 SIZE, PITCH, MARGIN = 5.5, 0.13, 0.06  # points; inches from line to line, and around

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 
-from .errors import UserError
+from ..errors import UserError
 
 WIDTHS = {1: 3.3, 2: 6.9}  # inches: one and two columns of a journal
 # Okabe and Ito's colours, which the colour-blind tell apart; not their yellow, too light for a line on white.

@@ -2,8 +2,8 @@
 
 import pandas
 
+from ..errors import UserError
 from .axes import listed, place
-from .errors import UserError
 
 
 def select(tables: list[pandas.DataFrame], runs: list[str], sets: list[str] | None) -> list[pandas.DataFrame]:

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import UserError, first_line
+from ..errors import UserError, first_line
 
 Sets = tuple[Tensor, Tensor]  # (N,) how many tokens a place has, and their ids, one place after the other
 NAME = "plausible.safetensors"

@@ -9,7 +9,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
-from .errors import UserError, first_line
+from ..errors import UserError, first_line
 
 NUMBERS = ("step", "row", "position", "mean_logps", "logp")  # the other columns hold text
 LARGEST = 1e12  # of a step or a log-prob: beyond it, sums and axes overflow

@@ -5,8 +5,8 @@ import pandas
 from matplotlib import rcParams
 from matplotlib.ticker import MaxNLocator
 
+from ..errors import UserError
 from .axes import grid, plain, wrap
-from .errors import UserError
 
 SIDES = ("chosen", "rejected")
 COLOURS = "RdBu"  # red fell, blue rose, white is no change; the colour-blind tell these two apart
