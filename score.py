@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from nanodpo import distributed
-from nanodpo.errors import UserError, run_script
+from nanodpo.errors import UserError, leave, run_script
 from nanodpo.logprobs import sum_by_sequence
 from nanodpo.packing import LAYOUTS
 from nanodpo.reference import data_hash
@@ -368,4 +368,4 @@ def check_answers(opened: Opened, probe: Probe, args) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -26,7 +26,7 @@ from nanodpo import checkpoint, distributed, identity, inspection, metrics, mode
 from nanodpo import engine as engines
 from nanodpo import state as states
 from nanodpo.arguments import TrainArguments, parse
-from nanodpo.errors import Preempted, RunStopped, UserError, run_script
+from nanodpo.errors import Preempted, RunStopped, UserError, leave, run_script
 from nanodpo.manifest import flush, read_manifest
 from nanodpo.packing import LAYOUTS
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
@@ -504,4 +504,4 @@ def finish(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    leave(run_script(main))

@@ -46,6 +46,7 @@ def run_script(main) -> int:
     """Calls main(argv) and turns its end into an exit code. Anything unforeseen keeps its traceback."""
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
         return 0
     except (UserError, RunStopped) as error:
         # Once a machine: files may be missing on one only.
@@ -62,3 +63,13 @@ def run_script(main) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         return 130
+
+
+def leave(code: int) -> None:
+    """Exits, and where ranks were started without the interpreter's own end: there a thread that a library has left
+    running now and then aborts a process whose work is done, and the launcher calls the whole run failed."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

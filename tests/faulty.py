@@ -82,4 +82,4 @@ def plant(fault: str) -> None:
 
 if __name__ == "__main__":
     plant(sys.argv.pop(1 + sys.argv[1].startswith("--local_rank")))  # the deepspeed launcher's comes first
-    sys.exit(train.run_script(train.main))
+    train.leave(train.run_script(train.main))

@@ -1,7 +1,6 @@
 """Trains, then computes the reference again with the trained engine; launched by test_train.py on two ranks."""
 
 import json
-import sys
 
 import train
 from nanodpo.distributed import sum_over_ranks
@@ -33,4 +32,4 @@ def compare(run):
 
 if __name__ == "__main__":  # pytest looks for doctests here too
     train.finish = compare
-    train.main(sys.argv[1:])
+    train.leave(train.run_script(train.main))

@@ -29,11 +29,12 @@ def describe(row: int, responses: dict[str, list[int]], found: dict[str, dict], 
             continue
         more = {"argmax_mass": np.exp(measures["argmax_logps"]), "accuracy": measures["rank"] == 1}
         table = np.stack([(measures | more)[name] for name in MEASURED]).astype(np.float64)
-        out["scores"].append(key | {"tokens": len(ids), "logps": logps} | _means(table, range(len(ids)), NAMES))
         texts = pieces(ids)
         parts = sections(len(ids), shared if kind in ("chosen", "rejected") else None, answer_start(texts))
-        out["sections"] += [key | {"section": name, "tokens": len(part)} | _means(table, part, NAMES)
-                            for name, part in parts.items()]
+        whole, *means = _means(table, [range(len(ids)), *parts.values()])
+        out["scores"].append(key | {"tokens": len(ids), "logps": logps} | whole)
+        out["sections"] += [key | {"section": name, "tokens": len(part)} | mean
+                            for (name, part), mean in zip(parts.items(), means)]
         if tokens:
             out["tokens"].append(_token_table(key, texts, measures))
     if pair and all(math.isfinite(found[side]["logps"]) for side in ("chosen", "rejected")):
@@ -43,9 +44,11 @@ def describe(row: int, responses: dict[str, list[int]], found: dict[str, dict], 
     return out
 
 
-def _means(table: np.ndarray, part: range, names: tuple[str, ...]) -> dict[str, float]:
-    """Means of the measures over these positions."""
-    return dict(zip(names, table[:, part.start : part.stop].mean(1).tolist()))
+def _means(table: np.ndarray, parts: list[range]) -> list[dict[str, float]]:
+    """(measures, n) -> for each part, the means of the measures over its positions."""
+    borders = [border for part in parts for border in (part.start, part.stop)]
+    sums = np.add.reduceat(np.pad(table, ((0, 0), (0, 1))), borders, axis=1)[:, ::2]  # the rest lies between parts
+    return [dict(zip(NAMES, mean)) for mean in (sums / [len(part) for part in parts]).T.tolist()]
 
 
 def _token_table(key: dict, texts: list[str], measures: dict[str, np.ndarray]) -> pandas.DataFrame:
