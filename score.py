@@ -129,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int, help="of a greedy answer; default: as the data's longest chosen")
     parser.add_argument("--other_prompts", action="store_true",
                         help="score prompts that open (system prompt) as none did in training")
-    parser.add_argument("--max_tokens", type=int, default=16384 if torch.cuda.is_available() else 4096,
+    parser.add_argument("--max_tokens", type=int, default=16384 if torch.cuda.is_available() else 2048,
                         help="in a micro-batch")
     parser.add_argument("--seed", type=int, default=42, help="of drawn and shuffled responses")
     parser.add_argument("--bf16", action="store_true", help="also for models that no run says it of")

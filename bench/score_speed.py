@@ -1,6 +1,6 @@
 """How fast is score.py beside one plain forward pass a response? The same checkpoints, rows and responses for both.
 
-    python bench/score_speed.py --model_name M --train_file_path pairs.parquet [--checkpoints 10] [--rows 20]
+    python bench/score_speed.py --model_name M --train_file_path pairs.parquet [--checkpoints 10] [--rows 40]
 
 Makes LoRA checkpoints with random weights on M and scores five responses of each row under each of them: once with the
 plain code that one writes first (open the base, put the adapter on, a forward pass a response, full logits,
@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--checkpoints", type=int, default=10)
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens; longer sequences are cut")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -40,7 +41,7 @@ def main() -> int:
         plain, ours = [], []
         for i in range(args.rounds):  # interleaved, so that a busy minute hits both
             plain.append(plainly(args, adapters, groups))
-            ours.append(by_score(adapters, folder / f"out-{i}", folder))
+            ours.append(by_score(args, adapters, folder / f"out-{i}", folder))
         error = compare(plain[0][1], folder / "out-0" / "scores.parquet")
         times = [sorted(run[0] for run in runs)[args.rounds // 2] for runs in (plain, ours)]
     record = {"checkpoints": args.checkpoints, "rows": args.rows, "responses": len(KINDS), "plain_seconds": times[0],
@@ -82,10 +83,10 @@ def responses(args, folder: Path) -> list:
     from nanodpo.tokens import load_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_name)
-    limit = 2**20
-    data = load_dataset(str(folder / "rows.parquet"), read_template(tokenizer), SimpleNamespace(**DEFAULTS), limit,
-                        pairs=False, more=("relevant-question",))
-    groups = make_groups(data.examples, KINDS, 42, limit)
+    settings = SimpleNamespace(**DEFAULTS | {"overlong": "truncate"})
+    data = load_dataset(str(folder / "rows.parquet"), read_template(tokenizer), settings, args.max_length, pairs=False,
+                        more=("relevant-question",))
+    groups = make_groups(data.examples, KINDS, 42, args.max_length)
     return [(e.row, kind, prompt, ids)
             for e, (prompt, said) in zip(data.examples, groups) for kind, ids in said.items()]
 
@@ -107,13 +108,14 @@ def plainly(args, adapters: list[Path], groups: list) -> tuple[float, dict]:
     return time.perf_counter() - began, found
 
 
-def by_score(adapters: list[Path], out: Path, folder: Path) -> tuple[float, None]:
+def by_score(args, adapters: list[Path], out: Path, folder: Path) -> tuple[float, None]:
     """Seconds of score.py's own work in a process of its own, from its last import to its last file."""
     code = ("import sys, time, transformers, peft, datasets, score, nanodpo.selfcheck, nanodpo.figures.drawing; "
             "began = time.perf_counter(); "
             "score.main(sys.argv[1:]); print('seconds', time.perf_counter() - began)")
     done = subprocess.run([sys.executable, "-c", code, *map(str, adapters), "--dataset_path",
-                           f"d={folder / 'rows.parquet'}", "--responses", *KINDS, "--output_dir", str(out)],
+                           f"d={folder / 'rows.parquet'}", "--responses", *KINDS, "--output_dir", str(out),
+                           "--max_length", str(args.max_length), "--overlong", "truncate"],
                           capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise SystemExit(done.stderr)

@@ -116,3 +116,16 @@ def zero(folder: Path, stage: int) -> Path:
     file = folder / f"zero{stage}.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     return file
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB; small_disk / "filler" takes what a test wants to be gone."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)

@@ -109,6 +109,26 @@ def test_a_killed_scoring_goes_on(run, table, tmp_path):
     assert all(file.stat().st_mtime_ns == then for file, then in before.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("free", [4, 600, 900, 1100])
+def test_a_disk_that_fills(free, run, table, small_disk, monkeypatch, capsys):
+    """R-H4: one line and exit code 1, parts whole, nothing else left; with room again the same command ends it."""
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes((4096 - free) * 1024))
+    monkeypatch.setattr(sys, "argv", ["score.py", str(run), "--output_dir", str(small_disk / "out")])
+    capsys.readouterr()
+    assert run_script(score.main) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "No space left on device" in error and "the same command goes on" in error
+    left = {file.name for file in small_disk.rglob("*") if file.is_file()} - {"filler"}
+    assert not [name for name in left if name.startswith(".") or "partial" in name], left
+    kept = {file: file.read_bytes() for file in (small_disk / "out" / "parts").rglob("*") if file.is_file()}
+    filler.unlink()
+    assert run_script(score.main) == 0
+    assert pandas.read_parquet(small_disk / "out" / "scores.parquet").equals(table)
+    assert all(file.read_bytes() == then for file, then in kept.items())
+
+
 @pytest.fixture(scope="module")
 def full(run, tiny, tmp_path_factory):
     """Everything that can be asked for, of the data with one column more: `third` is chosen, in every other row."""

@@ -26,6 +26,7 @@ from pathlib import Path
 import pandas
 import pyarrow
 import pyarrow.parquet
+from safetensors import SafetensorError
 
 from ..errors import RunStopped, UserError, first_line
 from .means import KEYS, MEASURES, add_rewards, means, summary
@@ -58,7 +59,7 @@ def write_part(folder: Path, checkpoint, dataset: str, found: dict[str, list[dic
             table[[*KEYS, *rest]].to_parquet(aside / f"{name}.parquet", index=False)
         write_more(aside)
         os.rename(aside, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise unwritten(folder, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -146,7 +147,7 @@ def _aside(file: Path):
         aside.unlink(missing_ok=True)
 
 
-def unwritten(place: Path, error: OSError) -> RunStopped:
+def unwritten(place: Path, error: Exception) -> RunStopped:
     """A full disk, mostly."""
     return RunStopped(f"{place}: can't be written ({first_line(error)}); the parts that are done are whole, the same "
                       "command goes on from them")
