@@ -47,6 +47,20 @@ def assert_same(one: Path, other: Path):
     assert not list(other.rglob("*.partial")) and not (other / "resume").exists()
 
 
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory, forked):
+    """whole(ranks): a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def run(ranks: int = 1) -> Path:
+        place = folder / f"ranks{ranks}"
+        if not place.exists():
+            assert forked(TRAIN, *flags(tiny, place), ranks=ranks)[0] == [0] * ranks
+        return place
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, ranks, more", [
     (0, 1, ()), (1, 2, ("--use_lora", "false", "--lora_dropout", "0")),
@@ -69,15 +83,34 @@ def test_a_stopped_run_is_an_undisturbed_one(stage, ranks, more, tiny, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_launcher_changes_nothing(tiny, tmp_path, forked):
+@pytest.mark.parametrize("fault, step, ranks", [
+    ("term-reference@4", 0, 1), ("term-evaluation@3", 3, 1), ("term-evaluation@6", 6, 1), ("term-checkpoint@4", 4, 1),
+    ("term-state@4", 4, 1), ("term-state@4:1", 4, 2)])
+def test_told_to_stop_whatever_it_is_doing(fault, step, ranks, whole, tiny, tmp_path, forked):
+    """R-H1: SIGTERM in the reference pass, an evaluation, the last one, a checkpoint, a state, and above in a step:
+    what is done is kept, exit code 75, and the run that goes on is the undisturbed one to the last bit."""
+    run = tmp_path / "run"
+    codes, said = forked(FAULTY, fault, *flags(tiny, run), ranks=ranks)
+    assert codes == [75] * ranks and "Traceback" not in said
+    name = "SIGTERM" if ranks == 1 else "a signal to another rank"
+    assert f"stopped by {name} after step {step} of 6; to go on: the same command" in said
+    if step == 0:
+        (cache,) = (tmp_path / "run-cache").glob("*.safetensors")
+        assert load_file(cache)["logps"].isfinite().all(1).sum() == 4, "pairs of the two steps that were begun"
+    codes, said = forked(TRAIN, *flags(tiny, run), ranks=ranks)
+    assert codes == [0] * ranks and f"going on at step {step}" in said
+    assert_same(whole(ranks), run)
+
+
+@pytest.mark.slow
+def test_a_launcher_changes_nothing(whole, tiny, tmp_path):
     """The same with torchrun: it reports a killed rank, and the same command goes on."""
-    assert forked(TRAIN, *flags(tiny, tmp_path / "whole"), ranks=2)[0] == [0, 0]
     began = time.monotonic()
     killed = launch(FAULTY, "kill@3:1", *flags(tiny, tmp_path / "run"), ranks=2, check=False)
     assert killed.returncode == 1 and "rank 0 stops because another rank did" in killed.stderr
     assert time.monotonic() - began < 60
     launch(TRAIN, *flags(tiny, tmp_path / "run"), ranks=2)
-    assert_same(tmp_path / "whole", tmp_path / "run")
+    assert_same(whole(2), tmp_path / "run")
 
 
 # In one process: which state counts
