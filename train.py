@@ -128,11 +128,11 @@ def run_training(argv: list[str], stop: Stop) -> None:
             add_references(run, weights)
             go_on(run, found)
             train_model(run)
-        except Preempted as told:
+            finish(run)
+        except Preempted:
             same = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
             same += "" if args.resume == "auto" else " and without --resume"
-            raise Preempted(f"{told} after step {run.step} of {run.steps}; to go on: {same}") from None
-        finish(run)
+            raise Preempted(f"{stop.reason} after step {run.step} of {run.steps}; to go on: {same}") from None
 
 
 def load_data(args, source):
@@ -485,6 +485,8 @@ def mark(run: Run) -> dict:
 
 def finish(run: Run) -> None:
     """Leaves the other ranks, merges where asked, and says where everything is."""
+    if run.args.merge_weights:
+        run.stop.check()  # takes long, and can be done later; all else is as quickly done as stopped
     run.stop.wait(False)
     dist.destroy_process_group()  # merging a large model outlasts a collective's patience
     if run.rank != 0:

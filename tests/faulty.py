@@ -1,8 +1,8 @@
 """train.py with a fault in it: faulty.py FAULT ARGUMENTS ...; launched by test_resume.py and test_faults.py.
 
 FAULT is what@step[:rank], and what is kill, term, raise, memory, loss, gradient, weight, disk or metrics; or a SIGTERM
-in the midst of something else, term-reference, term-evaluation, term-checkpoint or term-state; slow@0.5 makes every
-forward pass take half a second.
+in the midst of something else, term-reference, term-evaluation, term-checkpoint, term-state or term-merge; slow@0.5
+makes every forward pass take half a second.
 """
 
 import errno
@@ -40,12 +40,13 @@ def hit(what: str, run, losses):
 
 
 def told_in(what: str, step: int, mine: bool) -> None:
-    """SIGTERM after so many micro-batches of the reference pass, in the evaluation before step `step`, or when its
-    checkpoint or state is half made."""
+    """SIGTERM after so many micro-batches of the reference pass, in the evaluation before step `step`, when its
+    checkpoint or state is half made, or when it is merged."""
     place, name, here = {
         "reference": (train, "score", lambda calls, run, *_: calls == step),
         "evaluation": (train, "losses_of", lambda calls, run, *_: run.step == step and not run.engine.module.training),
         "checkpoint": (checkpoint, "verify", lambda calls, folder, _: f"checkpoint-{step}." in str(folder)),
+        "merge": (checkpoint, "save", lambda calls, *args: args[3].name == "merged"),
         "state": (resume, "save_file", lambda calls, _, file: f"step-{step}." in str(file))}[what]
     whole, calls = getattr(place, name), itertools.count(1)
 

@@ -103,6 +103,24 @@ def test_told_to_stop_whatever_it_is_doing(fault, step, ranks, whole, tiny, tmp_
 
 
 @pytest.mark.slow
+def test_told_to_stop_when_every_step_is_done(whole, tiny, tmp_path, forked):
+    """In the last checkpoint nothing is left but to save it: the run finishes, and what it answers the signal promised
+    no more. Merging is left, and may take long: told before it or in it, the run stops, and goes on with it."""
+    run = tmp_path / "run"
+    codes, said = forked(FAULTY, "term-checkpoint@6", *flags(tiny, run))
+    assert codes == [0] and "SIGTERM: ends as soon as what is done is saved" in said and "done: " in said
+    assert "stopped by" not in said
+    assert_same(whole(), run)
+    for fault in ("term-checkpoint@6", "term-merge@6"):
+        codes, said = forked(FAULTY, fault, *flags(tiny, tmp_path / "other", "--merge_weights"))
+        assert codes == [75] and "stopped by SIGTERM after step 6 of 6; to go on: the same command" in said
+        assert "merged: " not in said and not (tmp_path / "other" / "merged").exists()
+    codes, said = forked(TRAIN, *flags(tiny, tmp_path / "other", "--merge_weights"))
+    assert codes == [0] and "merged: " in said
+    assert (tmp_path / "other" / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_a_launcher_changes_nothing(whole, tiny, tmp_path):
     """The same with torchrun: it reports a killed rank, and the same command goes on."""
     began = time.monotonic()
