@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, environment, launch, zero
 from safetensors.torch import load_file, save_file
 
-from nanodpo import resume
+from nanodpo import identity, resume
 from nanodpo.errors import UserError
 from nanodpo.manifest import aside, publish, read_manifest
 
@@ -232,6 +233,29 @@ def test_two_states_are_kept(tmp_path):
     assert torch.equal(load_file(resume.folder_of(tmp_path, 10) / "rank0.safetensors")["weight.0"], torch.ones(3))
 
 
+def test_what_resume_may_name(tmp_path):
+    """R-H3: a run that has states, or needs none; one that was stopped before its first state is no state."""
+    def find():
+        return identity.find(SimpleNamespace(resume=str(tmp_path / "run"), output_dir=None), "new")
+
+    with pytest.raises(UserError, match="run: is no run .run.json is missing"):
+        find()
+    (tmp_path / "run").mkdir()
+    record = {"arguments": {}, "world_size": 1, "steps": 6}
+    for names, more in (([], {}), (["resume"], None), (["checkpoint-2"], {}), (["checkpoint-6"], None),
+                        ([], {"finished": True})):
+        for name in names:
+            (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / "run.json").write_text(json.dumps(record | (more or {})))
+        if more == {}:
+            with pytest.raises(UserError, match="holds no state to go on from"):
+                find()
+        else:
+            assert find() == (tmp_path / "run", record | (more or {}), None)
+        for name in names:
+            (tmp_path / "run" / name).rmdir()
+
+
 # What is not this run
 
 
@@ -249,7 +273,7 @@ def test_another_run_is_refused_and_a_finished_one_is_left_alone(tiny, tmp_path,
     for ranks, more, words in (
             (1, ["--learning_rate", "2e-3", "--beta", "0.2"], ["rate: 0.001 -> 0.002", "--beta: 0.1 -> 0.2"]),
             (1, ["--resume", "never"], ["is in use; name a new folder"]),
-            (1, ["--resume", tmp_path / "nothing"], ["holds no state to go on from"]),
+            (1, ["--resume", tmp_path / "nothing"], ["is no run"]),
             (1, ["--resume", run / "resume" / "step-7"], ["no such state"]),
             (1, ["--train_file_path", tmp_path / "other.jsonl"], ["data: ", "other.jsonl"]),
             (2, [], ["world_size: 1 -> 2"]), (1, ["--model_name", tiny / "untied"], ["weights: ", "untied"])):
@@ -263,8 +287,11 @@ def test_another_run_is_refused_and_a_finished_one_is_left_alone(tiny, tmp_path,
     codes, said = forked(TRAIN, *flags(tiny, run, *moved))
     assert codes == [0] and "going on at step 2" in said
     before = files()
-    codes, said = forked(TRAIN, *flags(tiny, run))
-    assert codes == [0] and "this run is finished, all 6 steps" in said and files() == before
+    for more in ([], ["--resume", run]):  # named or not
+        codes, said = forked(TRAIN, *flags(tiny, run, *more))
+        assert codes == [0] and "this run is finished, all 6 steps" in said and files() == before
+    codes, said = forked(TRAIN, *flags(tiny, run, "--resume", run / "resume" / "step-4"))
+    assert codes == [2] and "no such state" in said  # what is named must be there
 
 
 @pytest.mark.slow
