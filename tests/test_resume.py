@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from nanodpo import identity, resume
 from nanodpo.errors import UserError
-from nanodpo.manifest import aside, publish, read_manifest
+from nanodpo.manifest import aside, check_whole, publish, read_manifest
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
 # Saves every two steps, evaluates every three, and has dropout, so that random numbers count.
@@ -119,6 +119,43 @@ def test_told_to_stop_when_every_step_is_done(whole, tiny, tmp_path, forked):
     codes, said = forked(TRAIN, *flags(tiny, tmp_path / "other", "--merge_weights"))
     assert codes == [0] and "merged: " in said
     assert (tmp_path / "other" / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_made_again_or_named(whole, tiny, tmp_path, forked):
+    """R-H2: the starting point, and the checkpoint of the step that the run goes on from, are written again to the last
+    bit; one in between can't be, and is named."""
+    run = tmp_path / "run"
+    assert forked(FAULTY, "term@4", *flags(tiny, run))[0] == [75]
+    flip(run / "checkpoint-0" / "adapter_model.safetensors")
+    flip(run / "checkpoint-2" / "adapter_model.safetensors")
+    (run / "checkpoint-4" / "tokenizer.json").unlink()
+    codes, said = forked(TRAIN, *flags(tiny, run))
+    assert codes == [0] and "going on at step 4" in said
+    (named,) = [line for line in said.splitlines() if line.startswith("resume: ")]
+    assert f"{run / 'checkpoint-2'}: adapter_model.safetensors is not what was written" in named
+    different = [name for name, data in content(whole()).items() if content(run)[name] != data]
+    assert different == ["checkpoint-2/adapter_model.safetensors"] and lines(run) == lines(whole())
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("how", ["cut", "emptied", "flipped", "removed", "a folder"])
+def test_a_checkpoint_is_what_its_manifest_says(name, how, tmp_path):
+    """R-H2: every file in turn; a folder without a manifest, or with another program's, is taken as it is."""
+    place = tmp_path / "checkpoint-2"
+    aside(place).mkdir()
+    for file, size in (("weights.safetensors", 100), ("tokenizer.json", 50)):
+        (aside(place) / file).write_bytes(bytes(range(size)))
+    publish(place, {"step": 2})
+    check_whole(place)
+    BREAKS[how](place / name)
+    with pytest.raises(UserError, match=f"checkpoint-2: {name} .*; copy the folder anew, or remove its manifest.json"):
+        check_whole(place)
+    for text in ('{"files": ["a"]}', "[]", ""):
+        (place / "manifest.json").write_text(text)
+        check_whole(place)
+    (place / "manifest.json").unlink()
+    check_whole(place)
 
 
 @pytest.mark.slow
