@@ -41,8 +41,8 @@ def begin(run: Path, steps: int, world: int, wanted: int | None) -> tuple[dict, 
     # The first checkpoint and the one of this step will be made again where they are damaged.
     for place in [run / f"checkpoint-{k}" for k in steps_in(run, "checkpoint-*") if 0 < k < facts["step"]]:
         if isinstance(wrong := read_manifest(place), str):
-            say(f"resume: {place}: {wrong}; it is before step {facts['step']}, so only a run into a new --output_dir makes "
-                "it again")
+            say(f"resume: {place}: {wrong}; only a run into a new --output_dir would make it "
+                "again")
     return facts, evaluated
 
 
