@@ -27,11 +27,11 @@ from nanodpo import engine as engines
 from nanodpo import state as states
 from nanodpo.arguments import TrainArguments, parse
 from nanodpo.errors import Preempted, RunStopped, UserError, leave, run_script
-from nanodpo.manifest import flush, read_manifest
+from nanodpo.manifest import check_whole, flush, read_manifest
 from nanodpo.packing import LAYOUTS
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
 from nanodpo.signals import Stop
-from nanodpo.source import Source, open_source
+from nanodpo.source import Source, base_of, open_source
 from nanodpo.template import prompt_leads, read_template
 from nanodpo.tokens import DataSet, load_dataset
 
@@ -92,7 +92,7 @@ def run_training(argv: list[str], stop: Stop) -> None:
 
     # What is wrong with the input is found here, before a weight is loaded or a folder made.
     distributed.check_device(args)
-    source = open_source(args.model_name, args.trust_remote_code)
+    source = open_start(args)
     train, held_out, limit = load_data(args, source)
     if args.inspect:
         distributed.say(inspection.inspect(train, source.tokenizer, limit))
@@ -128,11 +128,18 @@ def run_training(argv: list[str], stop: Stop) -> None:
             add_references(run, weights)
             go_on(run, found)
             train_model(run)
-        except Preempted as told:
+            finish(run)
+        except Preempted:
             same = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
             same += "" if args.resume == "auto" else " and without --resume"
-            raise Preempted(f"{told} after step {run.step} of {run.steps}; to go on: {same}") from None
-        finish(run)
+            raise Preempted(f"{stop.reason} after step {run.step} of {run.steps}; to go on: {same}") from None
+
+
+def open_start(args) -> Source:
+    """The model or adapter to start from; a checkpoint of another run must be what that run wrote."""
+    for place in filter(None, base_of(args.model_name)):
+        check_whole(Path(place))
+    return open_source(args.model_name, args.trust_remote_code)
 
 
 def load_data(args, source):
@@ -193,8 +200,7 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
     run.evaluated = distributed.from_main(run.evaluated)
     going = f", going on at step {found['step']}" if old else ""
     distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs{going}")
-    if found["step"] == 0:
-        save_checkpoint(run)
+    save_checkpoint(run)  # the engine holds the starting point until it goes on: a damaged one is made again
     return found
 
 
@@ -485,6 +491,8 @@ def mark(run: Run) -> dict:
 
 def finish(run: Run) -> None:
     """Leaves the other ranks, merges where asked, and says where everything is."""
+    if run.args.merge_weights:
+        run.stop.check()  # takes long, and can be done later; all else is as quickly done as stopped
     run.stop.wait(False)
     dist.destroy_process_group()  # merging a large model outlasts a collective's patience
     if run.rank != 0:

@@ -58,13 +58,15 @@ def find(args, name: str) -> tuple[Path, dict | None, int | None]:
             raise UserError(f"--resume {path}: no such state; the run's are in {path.parent}")
     else:
         folder = path
-        if not (folder / "resume").is_dir():
-            raise UserError(f"--resume {path}: holds no state to go on from (the folder resume/ is missing)")
     if not (folder / "run.json").is_file():
         raise UserError(f"--resume {path}: is no run (run.json is missing)")
+    record = _read(folder)
+    trained = record.get("finished") or (folder / f"checkpoint-{record.get('steps')}").is_dir()  # needs no state
+    if not trained and not (folder / "resume").is_dir():
+        raise UserError(f"--resume {path}: holds no state to go on from (the folder resume/ is missing)")
     if args.output_dir and Path(args.output_dir).resolve() != folder.resolve():
         raise UserError(f"--resume {path} and --output_dir {args.output_dir} are two runs; leave --output_dir out")
-    return folder, _read(folder), step and int(step)
+    return folder, record, step and int(step)
 
 
 def _read(folder: Path) -> dict:

@@ -9,6 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
+from .errors import UserError
+
 MANIFEST = "manifest.json"
 
 
@@ -55,6 +57,17 @@ def read_manifest(folder: Path) -> dict | str:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
     return facts
+
+
+def check_whole(folder: Path) -> None:
+    """Raises UserError where a folder has a manifest of ours and is not what it says; one without is taken as it is."""
+    try:
+        if b'"sha256"' not in (folder / MANIFEST).read_bytes():  # somebody else's
+            return
+    except (OSError, ValueError):  # none, or a hub id, or no path at all
+        return
+    if isinstance(wrong := read_manifest(folder), str):
+        raise UserError(f"{folder}: {wrong}; copy the folder anew, or remove its {MANIFEST} if the change is meant")
 
 
 def write_whole(file: Path, text: str) -> None:

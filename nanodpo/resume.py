@@ -37,7 +37,13 @@ def begin(run: Path, steps: int, world: int, wanted: int | None) -> tuple[dict, 
         facts = {"step": steps, "complete": True}  # the last thing that training writes
     else:
         facts = find(run, world, wanted) or {"step": 0}
-    return facts, go_back(run, facts["step"])
+    evaluated = go_back(run, facts["step"])
+    # The first checkpoint and the one of this step will be made again where they are damaged.
+    for place in [run / f"checkpoint-{k}" for k in steps_in(run, "checkpoint-*") if 0 < k < facts["step"]]:
+        if isinstance(wrong := read_manifest(place), str):
+            say(f"resume: {place}: {wrong}; only a run into a new --output_dir would make it "
+                "again")
+    return facts, evaluated
 
 
 def folder_of(run: Path, step: int) -> Path:

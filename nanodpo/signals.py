@@ -42,16 +42,21 @@ class Stop:
         for number, handler in heard.items():
             signal.signal(number, handler)
 
+    @property
+    def reason(self) -> str:
+        return f"stopped by {self.name or 'a signal to another rank'}"
+
     def check(self) -> None:
         """Raises Preempted on all ranks where one was told to stop. All ranks must call it."""
         if any_rank(self.name is not None):
-            raise Preempted(f"stopped by {self.name or 'a signal to another rank'}")
+            raise Preempted(self.reason)
 
     def _told(self, number: int, frame) -> None:
         if self.name is None:
             self.name, self.since = signal.Signals(number).name, time.monotonic()
             if not self.waiting:
-                raise Preempted(f"stopped by {self.name}; the same command starts again")
-            os.write(2, f"{self.name}: stopping after this micro-batch\n".encode())  # a print may be under way
+                raise Preempted(f"{self.reason}; the same command starts again")
+            # A print may be under way. In the last save of a run nothing remains to be stopped.
+            os.write(2, f"{self.name}: ends as soon as what is done is saved\n".encode())
         elif time.monotonic() - self.since > GRACE:
             os._exit(128 + number)

@@ -1,10 +1,12 @@
 """train.py with a fault in it: faulty.py FAULT ARGUMENTS ...; launched by test_resume.py and test_faults.py.
 
-FAULT is what@step[:rank], and what is kill, term, raise, memory, loss, gradient, weight, disk or metrics; slow@0.5
+FAULT is what@step[:rank], and what is kill, term, raise, memory, loss, gradient, weight, disk or metrics; or a SIGTERM
+in the midst of something else, term-reference, term-evaluation, term-checkpoint, term-state or term-merge; slow@0.5
 makes every forward pass take half a second.
 """
 
 import errno
+import itertools
 import os
 import signal
 import sys
@@ -13,7 +15,7 @@ import time
 import torch
 
 import train
-from nanodpo import metrics, resume
+from nanodpo import checkpoint, metrics, resume
 
 
 def full(*args, **kwargs):
@@ -35,6 +37,25 @@ def hit(what: str, run, losses):
                 p.data.fill_(torch.inf)
                 getattr(p, "ds_tensor", p).data.fill_(torch.inf)
     return losses
+
+
+def told_in(what: str, step: int, mine: bool) -> None:
+    """SIGTERM after so many micro-batches of the reference pass, in the evaluation before step `step`, when its
+    checkpoint or state is half made, or when it is merged."""
+    place, name, here = {
+        "reference": (train, "score", lambda calls, run, *_: calls == step),
+        "evaluation": (train, "losses_of", lambda calls, run, *_: run.step == step and not run.engine.module.training),
+        "checkpoint": (checkpoint, "verify", lambda calls, folder, _: f"checkpoint-{step}." in str(folder)),
+        "merge": (checkpoint, "save", lambda calls, *args: args[3].name == "merged"),
+        "state": (resume, "save_file", lambda calls, _, file: f"step-{step}." in str(file))}[what]
+    whole, calls = getattr(place, name), itertools.count(1)
+
+    def act(*args, **kwargs):
+        if here(next(calls), *args) and mine:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*args, **kwargs)
+
+    setattr(place, name, act)
 
 
 def plant(fault: str) -> None:
@@ -69,7 +90,9 @@ def plant(fault: str) -> None:
             full()
         save(tensors, file, *rest)
 
-    if what == "slow":
+    if what.startswith("term-"):
+        told_in(what.removeprefix("term-"), int(step), mine)
+    elif what == "slow":
         score = train.score
         train.score = lambda *args, **kwargs: (time.sleep(float(step)), score(*args, **kwargs))[1]
     elif what == "metrics":

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 from nanodpo.errors import run_script
+from nanodpo.manifest import MANIFEST, file_facts
 
 LIBRARIES = ("", "transformers", "datasets", "huggingface_hub")  # loggers that hand their records to nobody else
 QUIET = (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning)  # Python shows no user these
@@ -40,6 +41,12 @@ def nuls(content: bytes) -> bytes:
     return bytes(len(content))
 
 
+def flipped(content: bytes) -> bytes:
+    """One bit, amid the rest."""
+    at = len(content) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
 BYTES = {"cut short": cut, "first bytes flipped": beheaded, "emptied": nothing, "binary": junk, "NULs": nuls}
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -62,6 +69,16 @@ def written(name: str, content: str | bytes):
     def change(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return change
+
+
+def listed(name: str, how):
+    """A change: the file's folder has a manifest, as train.py writes it, and then the file goes through `how`."""
+    def change(folder: Path) -> None:
+        place = (folder / name).parent
+        facts = {file.name: file_facts(file) for file in place.iterdir()}
+        (place / MANIFEST).write_text(json.dumps({"step": 3, "files": facts}))
+        broken(name, how)(folder)
     return change
 
 

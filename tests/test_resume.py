@@ -7,15 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, environment, launch, zero
 from safetensors.torch import load_file, save_file
 
-from nanodpo import resume
+from nanodpo import identity, resume
 from nanodpo.errors import UserError
-from nanodpo.manifest import aside, publish, read_manifest
+from nanodpo.manifest import aside, check_whole, publish, read_manifest
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
 # Saves every two steps, evaluates every three, and has dropout, so that random numbers count.
@@ -47,6 +48,20 @@ def assert_same(one: Path, other: Path):
     assert not list(other.rglob("*.partial")) and not (other / "resume").exists()
 
 
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory, forked):
+    """whole(ranks): a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def run(ranks: int = 1) -> Path:
+        place = folder / f"ranks{ranks}"
+        if not place.exists():
+            assert forked(TRAIN, *flags(tiny, place), ranks=ranks)[0] == [0] * ranks
+        return place
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, ranks, more", [
     (0, 1, ()), (1, 2, ("--use_lora", "false", "--lora_dropout", "0")),
@@ -69,15 +84,89 @@ def test_a_stopped_run_is_an_undisturbed_one(stage, ranks, more, tiny, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_launcher_changes_nothing(tiny, tmp_path, forked):
+@pytest.mark.parametrize("fault, step, ranks", [
+    ("term-reference@4", 0, 1), ("term-evaluation@3", 3, 1), ("term-evaluation@6", 6, 1), ("term-checkpoint@4", 4, 1),
+    ("term-state@4", 4, 1), ("term-state@4:1", 4, 2)])
+def test_told_to_stop_whatever_it_is_doing(fault, step, ranks, whole, tiny, tmp_path, forked):
+    """R-H1: SIGTERM in the reference pass, an evaluation, the last one, a checkpoint, a state, and above in a step:
+    what is done is kept, exit code 75, and the run that goes on is the undisturbed one to the last bit."""
+    run = tmp_path / "run"
+    codes, said = forked(FAULTY, fault, *flags(tiny, run), ranks=ranks)
+    assert codes == [75] * ranks and "Traceback" not in said
+    name = "SIGTERM" if ranks == 1 else "a signal to another rank"
+    assert f"stopped by {name} after step {step} of 6; to go on: the same command" in said
+    if step == 0:
+        (cache,) = (tmp_path / "run-cache").glob("*.safetensors")
+        assert load_file(cache)["logps"].isfinite().all(1).sum() == 4, "pairs of the two steps that were begun"
+    codes, said = forked(TRAIN, *flags(tiny, run), ranks=ranks)
+    assert codes == [0] * ranks and f"going on at step {step}" in said
+    assert_same(whole(ranks), run)
+
+
+@pytest.mark.slow
+def test_told_to_stop_when_every_step_is_done(whole, tiny, tmp_path, forked):
+    """In the last checkpoint nothing is left but to save it: the run finishes, and what it answers the signal promised
+    no more. Merging is left, and may take long: told before it or in it, the run stops, and goes on with it."""
+    run = tmp_path / "run"
+    codes, said = forked(FAULTY, "term-checkpoint@6", *flags(tiny, run))
+    assert codes == [0] and "SIGTERM: ends as soon as what is done is saved" in said and "done: " in said
+    assert "stopped by" not in said
+    assert_same(whole(), run)
+    for fault in ("term-checkpoint@6", "term-merge@6"):
+        codes, said = forked(FAULTY, fault, *flags(tiny, tmp_path / "other", "--merge_weights"))
+        assert codes == [75] and "stopped by SIGTERM after step 6 of 6; to go on: the same command" in said
+        assert "merged: " not in said and not (tmp_path / "other" / "merged").exists()
+    codes, said = forked(TRAIN, *flags(tiny, tmp_path / "other", "--merge_weights"))
+    assert codes == [0] and "merged: " in said
+    assert (tmp_path / "other" / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_made_again_or_named(whole, tiny, tmp_path, forked):
+    """R-H2: the starting point, and the checkpoint of the step that the run goes on from, are written again to the last
+    bit; one in between can't be, and is named."""
+    run = tmp_path / "run"
+    assert forked(FAULTY, "term@4", *flags(tiny, run))[0] == [75]
+    flip(run / "checkpoint-0" / "adapter_model.safetensors")
+    flip(run / "checkpoint-2" / "adapter_model.safetensors")
+    (run / "checkpoint-4" / "tokenizer.json").unlink()
+    codes, said = forked(TRAIN, *flags(tiny, run))
+    assert codes == [0] and "going on at step 4" in said
+    (named,) = [line for line in said.splitlines() if line.startswith("resume: ")]
+    assert f"{run / 'checkpoint-2'}: adapter_model.safetensors is not what was written" in named
+    different = [name for name, data in content(whole()).items() if content(run)[name] != data]
+    assert different == ["checkpoint-2/adapter_model.safetensors"] and lines(run) == lines(whole())
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("how", ["cut", "emptied", "flipped", "removed", "a folder"])
+def test_a_checkpoint_is_what_its_manifest_says(name, how, tmp_path):
+    """R-H2: every file in turn; a folder without a manifest, or with another program's, is taken as it is."""
+    place = tmp_path / "checkpoint-2"
+    aside(place).mkdir()
+    for file, size in (("weights.safetensors", 100), ("tokenizer.json", 50)):
+        (aside(place) / file).write_bytes(bytes(range(size)))
+    publish(place, {"step": 2})
+    check_whole(place)
+    BREAKS[how](place / name)
+    with pytest.raises(UserError, match=f"checkpoint-2: {name} .*; copy the folder anew, or remove its manifest.json"):
+        check_whole(place)
+    for text in ('{"files": ["a"]}', "[]", ""):
+        (place / "manifest.json").write_text(text)
+        check_whole(place)
+    (place / "manifest.json").unlink()
+    check_whole(place)
+
+
+@pytest.mark.slow
+def test_a_launcher_changes_nothing(whole, tiny, tmp_path):
     """The same with torchrun: it reports a killed rank, and the same command goes on."""
-    assert forked(TRAIN, *flags(tiny, tmp_path / "whole"), ranks=2)[0] == [0, 0]
     began = time.monotonic()
     killed = launch(FAULTY, "kill@3:1", *flags(tiny, tmp_path / "run"), ranks=2, check=False)
     assert killed.returncode == 1 and "rank 0 stops because another rank did" in killed.stderr
     assert time.monotonic() - began < 60
     launch(TRAIN, *flags(tiny, tmp_path / "run"), ranks=2)
-    assert_same(tmp_path / "whole", tmp_path / "run")
+    assert_same(whole(2), tmp_path / "run")
 
 
 # In one process: which state counts
@@ -181,6 +270,29 @@ def test_two_states_are_kept(tmp_path):
     assert torch.equal(load_file(resume.folder_of(tmp_path, 10) / "rank0.safetensors")["weight.0"], torch.ones(3))
 
 
+def test_what_resume_may_name(tmp_path):
+    """R-H3: a run that has states, or needs none; one that was stopped before its first state is no state."""
+    def find():
+        return identity.find(SimpleNamespace(resume=str(tmp_path / "run"), output_dir=None), "new")
+
+    with pytest.raises(UserError, match="run: is no run .run.json is missing"):
+        find()
+    (tmp_path / "run").mkdir()
+    record = {"arguments": {}, "world_size": 1, "steps": 6}
+    for names, more in (([], {}), (["resume"], None), (["checkpoint-2"], {}), (["checkpoint-6"], None),
+                        ([], {"finished": True})):
+        for name in names:
+            (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / "run.json").write_text(json.dumps(record | (more or {})))
+        if more == {}:
+            with pytest.raises(UserError, match="holds no state to go on from"):
+                find()
+        else:
+            assert find() == (tmp_path / "run", record | (more or {}), None)
+        for name in names:
+            (tmp_path / "run" / name).rmdir()
+
+
 # What is not this run
 
 
@@ -198,7 +310,7 @@ def test_another_run_is_refused_and_a_finished_one_is_left_alone(tiny, tmp_path,
     for ranks, more, words in (
             (1, ["--learning_rate", "2e-3", "--beta", "0.2"], ["rate: 0.001 -> 0.002", "--beta: 0.1 -> 0.2"]),
             (1, ["--resume", "never"], ["is in use; name a new folder"]),
-            (1, ["--resume", tmp_path / "nothing"], ["holds no state to go on from"]),
+            (1, ["--resume", tmp_path / "nothing"], ["is no run"]),
             (1, ["--resume", run / "resume" / "step-7"], ["no such state"]),
             (1, ["--train_file_path", tmp_path / "other.jsonl"], ["data: ", "other.jsonl"]),
             (2, [], ["world_size: 1 -> 2"]), (1, ["--model_name", tiny / "untied"], ["weights: ", "untied"])):
@@ -212,8 +324,11 @@ def test_another_run_is_refused_and_a_finished_one_is_left_alone(tiny, tmp_path,
     codes, said = forked(TRAIN, *flags(tiny, run, *moved))
     assert codes == [0] and "going on at step 2" in said
     before = files()
-    codes, said = forked(TRAIN, *flags(tiny, run))
-    assert codes == [0] and "this run is finished, all 6 steps" in said and files() == before
+    for more in ([], ["--resume", run]):  # named or not
+        codes, said = forked(TRAIN, *flags(tiny, run, *more))
+        assert codes == [0] and "this run is finished, all 6 steps" in said and files() == before
+    codes, said = forked(TRAIN, *flags(tiny, run, "--resume", run / "resume" / "step-4"))
+    assert codes == [2] and "no such state" in said  # what is named must be there
 
 
 @pytest.mark.slow

@@ -5,7 +5,20 @@ import shutil
 
 import pytest
 import torch
-from malformed import BYTES, broken, changed_weights, copied, edited, nothing_changed, refused, written
+from malformed import (
+    BYTES,
+    broken,
+    changed_weights,
+    copied,
+    cut,
+    edited,
+    flipped,
+    listed,
+    nothing,
+    nothing_changed,
+    refused,
+    written,
+)
 from test_wrong_input_train import JSONS, good, jsonl  # noqa: F401 (a fixture)
 
 import score
@@ -73,6 +86,11 @@ def instead(what):
     return change
 
 
+CHECKPOINTS += [("a manifest, and the base's weights flipped", listed("model/model.safetensors", flipped), RUN,
+                 ["@/model: model.safetensors is not what was written"]),
+                ("a manifest cut short", lambda folder: [listed("run/checkpoint-3/tokenizer.json", lambda x: x)(folder),
+                                                         broken("run/checkpoint-3/manifest.json", cut)(folder)], RUN,
+                 ["@/run/checkpoint-3: manifest.json is damaged"])]
 CHECKPOINTS += [(f"checkpoint-3's weights {change.__name__}", changed_weights(
     "run/checkpoint-3/adapter_model.safetensors", change), LAST, [words]) for change, words in [
         (nan, "@/model: its log-probs are not finite: weights of it, or of its adapter, are broken"),
@@ -95,6 +113,11 @@ CHECKPOINTS += [
     ("broken weights of the base", broken("model/model.safetensors", BYTES["cut short"]), [*LAST, "--bf16"],
      ["@/model: the weights can't be loaded"]),
 ]
+HURT = {"cut": cut, "emptied": nothing, "flipped": flipped, "gone": "missing"}
+CHECKPOINTS += [(f"a manifest, and {name} {how}", listed(f"run/checkpoint-3/{name}", change), RUN,
+                 [f"@/run/checkpoint-3: {name} ", "copy the folder anew"])
+                for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+                             "tokenizer_config.json", "chat_template.jinja") for how, change in HURT.items()]
 FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for flags, words in [
     *(([f"--{name}={value}"], f"argument --{name}: invalid int value: '{value}'")
       for name in ("max_tokens", "answers", "max_new_tokens", "seed", "gpu_id", "local_rank")

@@ -7,7 +7,19 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_tokenizers
 import torch
-from malformed import BYTES, DEEP, broken, changed_weights, copied, edited, nothing_changed, refused, written
+from malformed import (
+    BYTES,
+    DEEP,
+    broken,
+    changed_weights,
+    copied,
+    edited,
+    flipped,
+    listed,
+    nothing_changed,
+    refused,
+    written,
+)
 
 import train
 
@@ -299,6 +311,10 @@ ADAPTERS += [(f"adapter_config.json is {what}", written("adapter/adapter_config.
              for what, text in JSONS.items()]
 ADAPTERS += [(f"adapter_model.safetensors {how}", broken("adapter/adapter_model.safetensors", change), ADAPTER,
               ["@/adapter/adapter_model.safetensors: can't be read", "copy it anew"]) for how, change in BYTES.items()]
+ADAPTERS += [(f"a manifest, and {name} flipped", listed(name, flipped), ADAPTER,
+              [f"@/{name.replace('/', ': ')} is not what was written; copy the folder anew"])
+             for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "model/config.json",
+                          "model/model.safetensors", "model/tokenizer.json")]
 UNFIT = "@/adapter: does not fit its base: "
 ADAPTERS += [(f"adapter_config.json: {name} {str(value)[:30]}", edited("adapter/adapter_config.json", **{name: value}),
               ADAPTER, [words]) for name, value, words in [

@@ -1,6 +1,7 @@
 """Checkpoints in memory, one at a time: a base is loaded once, and the adapters on it take turns."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from .. import selfcheck
 from ..adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
 from ..distributed import say
 from ..logprobs import SequenceLogProbs
+from ..manifest import check_whole
 from ..source import base_of
 
 
@@ -57,6 +59,8 @@ class Opener:
 
     def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool) -> Opened:
         dtype = torch.bfloat16 if bf16 else torch.float32
+        if adapter:  # else it is the checkpoint itself, which is known to be whole
+            check_whole(Path(base))
         model = open_base(base, dtype, checkpoint.settings.trust_remote_code)
         own = model.config._attn_implementation
         model = add_adapter(model, adapter)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..errors import UserError
+from ..manifest import check_whole
 
 # What a data set is read with where no run says otherwise.
 DEFAULTS = {"loss": "", "prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
@@ -31,7 +32,7 @@ class Checkpoint:
 def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkpoint]:
     """Run folders, checkpoints, adapters and models -> checkpoints in order, their settings with these changes.
 
-    Raises UserError.
+    Raises UserError, also for a checkpoint that is not what was written.
     """
     found = [checkpoint for target in targets for checkpoint in _open(target)]
     for checkpoint in found:
@@ -42,6 +43,8 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     if twice := {key for key in seen if seen.count(key) > 1}:
         run, step = min(twice)
         raise UserError(f"two checkpoints are both called {run}, step {step}; score them in two calls")
+    for checkpoint in found:
+        check_whole(Path(checkpoint.path))
     return found
 
 
