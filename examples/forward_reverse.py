@@ -110,6 +110,8 @@ def experiment(args, model: str | None, folder: Path, table) -> None:
     found = findings([tuple(a | b for a, b in zip(*both)) for both in zip(ends, ends[args.seeds :])], right)
     (folder / "findings.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(f"{'holds' if line['holds'] else 'does not':>8}  {line['text']}" for line in found))
+    if args.seeds == 1:
+        print("of one seed these are signs of single numbers; --seeds 3 gives intervals")
     draw(args, folder)
 
 
