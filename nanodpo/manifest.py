@@ -30,8 +30,7 @@ def publish(folder: Path, facts: dict, known: dict[str, dict] | None = None) -> 
     place, known = aside(folder), known or {}
     files = sorted(file for file in place.rglob("*") if file.is_file())
     for file in files:
-        file.chmod(0o666 & ~_umask())  # safetensors writes for the owner's eyes only
-        flush(file)
+        settle(file)
     names = [str(file.relative_to(place)) for file in files]
     facts = facts | {"files": {name: known.get(name) or file_facts(place / name) for name in names}}
     write_whole(place / MANIFEST, json.dumps(facts, indent=1) + "\n")
@@ -77,6 +76,12 @@ def write_whole(file: Path, text: str) -> None:
     flush(place)
     os.replace(place, file)
     flush(file.parent)
+
+
+def settle(file: Path) -> None:
+    """Gives a new file the permissions that files have here, and hands it to the disk."""
+    file.chmod(0o666 & ~_umask())  # safetensors writes for the owner's eyes only
+    flush(file)
 
 
 def flush(path: Path) -> None:
