@@ -27,7 +27,7 @@ from nanodpo import engine as engines
 from nanodpo import state as states
 from nanodpo.arguments import TrainArguments, parse
 from nanodpo.errors import Preempted, RunStopped, UserError, run_script
-from nanodpo.manifest import check_whole, flush, read_manifest
+from nanodpo.manifest import check_whole, flush, read_manifest, writing
 from nanodpo.packing import LAYOUTS
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
 from nanodpo.signals import Stop
@@ -468,7 +468,9 @@ def save_checkpoint(run: Run) -> None:
         if distributed.is_main():
             if run.step > run.skipped and run.args.learning_rate > 0:
                 checkpoint.check_trained(tensors)
-            flush(run.folder / "metrics.jsonl") if run.step else None  # a last checkpoint says that all steps are there
+            if run.step:  # a last checkpoint says that all steps are there
+                with writing(run.folder / "metrics.jsonl"):
+                    flush(run.folder / "metrics.jsonl")
             checkpoint.save(model, run.source.tokenizer, tensors, folder, {"step": run.step, **mark(run)})
             checkpoint.rotate(run.folder, run.args.save_total_limit)
 
