@@ -110,7 +110,7 @@ def run_training(argv: list[str], stop: Stop) -> None:
 
     with distributed.lost_peers_named():
         with stop.unheard():  # ranks that wait for others can't be told anything
-            device = distributed.start(args.local_rank)
+            device = engines.start(args, settings)
         folder = Path(distributed.from_main(str(folder)))  # ranks may have read the clock in different seconds
         model = models.load_model(source, args)
         weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
