@@ -2,7 +2,8 @@
 
 FAULT is what@step[:rank], and what is kill, term, raise, memory, loss, gradient or weight; disk, metrics or checkpoint,
 where the disk fills in a state, a line or a checkpoint's file; term-reference, term-evaluation, term-checkpoint,
-term-state or term-merge, SIGTERM in the midst of these; slow@0.5 makes every forward pass take half a second.
+term-state or term-merge, SIGTERM in the midst of these; twice, in a step and again in the state that it asks for;
+slow@0.5 makes every forward pass take half a second.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import time
 import torch
 
 import train
-from nanodpo import checkpoint, metrics, resume
+from nanodpo import checkpoint, metrics, resume, signals
 
 
 def full(*args, **kwargs):
@@ -101,7 +102,7 @@ def plant(fault: str) -> None:
     def save_file(tensors, file, *rest):
         if mine and f"step-{step}." in str(file):
             save({"part": torch.zeros(9)}, file)
-            full()
+            full() if what == "disk" else hit("term", None, None)
         save(tensors, file, *rest)
 
     def write_checkpoint(model, state, folder):
@@ -119,6 +120,9 @@ def plant(fault: str) -> None:
         checkpoint._write = write_checkpoint
     elif what == "disk":
         resume.save_file = save_file
+    elif what == "twice":
+        signals.GRACE = 0  # what comes later than the first was meant
+        what, train.losses_of, resume.save_file = "term", losses_of, save_file
     else:
         train.losses_of, metrics.pair_values = losses_of, pair_values
 
