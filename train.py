@@ -180,16 +180,18 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
                   "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header),
                                                [example.prompt for example in run.train_set.examples])}
     found = {"step": 0}
+    dropped = [row for data in (run.train_set, run.held_out) if data for row in data.dropped]
     with distributed.main_first():
         if distributed.is_main():
             if old:
                 identity.check_same(run.folder, old, run.facts)
-            space.check_disk(run.folder, disk_needed(run))
-            if not old:
-                identity.create(run.folder, run.facts, [row for data in (run.train_set, run.held_out) if data
-                                                        for row in data.dropped])
+            else:
+                space.check_disk(run.folder, disk_needed(run))
+                identity.create(run.folder, run.facts)
             run.lock = identity.lock(run.folder)
+            identity.list_dropped(run.folder, dropped)
             if old:
+                space.check_disk(run.folder, disk_needed(run))  # now that nobody else writes, and no partials are left
                 if changed := identity.changed_machine(old, run.facts):
                     print(f"resume: the last bits may differ, since another machine goes on ({changed})")
                 found, run.evaluated = resume.begin(run.folder, run.steps, run.world, wanted)

@@ -3,7 +3,7 @@
 FAULT is what@step[:rank], and what is kill, term, raise, memory, loss, gradient or weight; disk, metrics or checkpoint,
 where the disk fills in a state, a line or a checkpoint's file; term-reference, term-evaluation, term-checkpoint,
 term-state or term-merge, SIGTERM in the midst of these; twice, in a step and again in the state that it asks for;
-slow@0.5 makes every forward pass take half a second.
+link@0 and link@1, killed before and after run.json gets its name; slow@0.5 makes every forward pass take half a second.
 """
 
 import contextlib
@@ -116,6 +116,8 @@ def plant(fault: str) -> None:
         train.score = lambda *args, **kwargs: (time.sleep(float(step)), score(*args, **kwargs))[1]
     elif what == "metrics":
         metrics.write_line = write_line
+    elif what == "link":
+        link, os.link = os.link, lambda *names: (int(step) and link(*names), hit("kill", None, None))
     elif what == "checkpoint":
         checkpoint._write = write_checkpoint
     elif what == "disk":

@@ -122,9 +122,9 @@ def test_a_full_disk_at_the_start_and_at_the_end(tmp_path):
     """R-H4: run.json is whole or not there, and metrics.jsonl is cut back as a whole or not at all."""
     run = tmp_path / "run"
     with pytest.raises(RunStopped, match="run: can't be written"), small_files(100):
-        identity.create(run, {"arguments": {}, "world_size": 1, "long": "x" * 200}, [])
+        identity.create(run, {"arguments": {}, "world_size": 1, "long": "x" * 200})
     assert list(run.iterdir()) == []
-    identity.create(run, {"arguments": {}, "world_size": 1}, [])
+    identity.create(run, {"arguments": {}, "world_size": 1})
     metrics = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in range(20))
     (run / "metrics.jsonl").write_text(metrics)
     before = (run / "run.json").read_bytes()

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, environment, launch, zero
 from safetensors.torch import load_file, save_file
 
+import train
 from nanodpo import identity, resume, signals
 from nanodpo.errors import Preempted, UserError
 from nanodpo.manifest import aside, check_whole, publish, read_manifest
@@ -160,6 +161,21 @@ def test_a_checkpoint_is_what_its_manifest_says(name, how, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("named", [0, 1])
+def test_killed_in_its_first_moment(named, tiny, tmp_path, forked):
+    """Before run.json has its name, or right after: the same command starts, or goes on, and nothing is missing."""
+    run, data = tmp_path / "run", tmp_path / "train.jsonl"
+    data.write_text((tiny / "train.jsonl").read_text() + '{"prompt": "a", "chosen": "", "rejected": "b"}\n')
+    more = ("--train_file_path", data, "--on_bad_row", "drop", "--max_steps", "1")
+    assert forked(FAULTY, f"link@{named}", *flags(tiny, run, *more))[0] == [137]
+    assert (run / "run.json").is_file() == bool(named) and list(run.glob(".run.json.*.partial"))
+    codes, said = forked(TRAIN, *flags(tiny, run, *more))
+    assert codes == [0] and ("going on at step 0" in said) == bool(named)
+    assert json.loads((run / "dropped_rows.jsonl").read_text())["row"] == 11
+    assert not list(run.glob(".*"))
+
+
+@pytest.mark.slow
 def test_a_launcher_changes_nothing(whole, tiny, tmp_path):
     """The same with torchrun: it reports a killed rank, and the same command goes on."""
     began = time.monotonic()
@@ -292,6 +308,24 @@ def test_what_resume_may_name(tmp_path):
             assert find() == (tmp_path / "run", record | (more or {}), None)
         for name in names:
             (tmp_path / "run" / name).rmdir()
+
+
+def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch):
+    """Whose folder it is comes before what fits in it: of two that go on at once only one looks at the disk."""
+    def held(folder):
+        raise UserError("is in use by another run")
+
+    monkeypatch.setattr(train.identity, "lock", held)
+    monkeypatch.setattr(train.identity, "check_same", lambda *_: None)
+    monkeypatch.setattr(train.space, "check_disk", lambda *_: pytest.fail("looked at the disk"))
+    monkeypatch.setattr(train, "prompt_leads", lambda *_: [])
+    monkeypatch.setattr(train, "read_template", lambda *_: None)
+    data = SimpleNamespace(examples=[], dropped=[])
+    args = train.TrainArguments("model", train_file_path="data", max_steps=1)
+    source = SimpleNamespace(tokenizer=None)
+    run = train.Run(args, None, tmp_path, {}, source, None, torch.device("cpu"), 1, 0, "packed", "sdpa", data, None)
+    with pytest.raises(UserError, match="is in use by another run"):
+        train.open_folder(run, "weights", {"arguments": {}}, None)
 
 
 # What is not this run
