@@ -27,7 +27,7 @@ from nanodpo import engine as engines
 from nanodpo import state as states
 from nanodpo.arguments import TrainArguments, parse
 from nanodpo.errors import Preempted, RunStopped, UserError, leave, run_script
-from nanodpo.manifest import check_whole, flush, read_manifest
+from nanodpo.manifest import check_whole, flush, read_manifest, writing
 from nanodpo.packing import LAYOUTS
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
 from nanodpo.signals import Stop
@@ -110,7 +110,7 @@ def run_training(argv: list[str], stop: Stop) -> None:
 
     with distributed.lost_peers_named():
         with stop.unheard():  # ranks that wait for others can't be told anything
-            device = distributed.start(args.local_rank)
+            device = engines.start(args, settings)
         folder = Path(distributed.from_main(str(folder)))  # ranks may have read the clock in different seconds
         model = models.load_model(source, args)
         weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
@@ -180,16 +180,18 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
                   "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header),
                                                [example.prompt for example in run.train_set.examples])}
     found = {"step": 0}
+    dropped = [row for data in (run.train_set, run.held_out) if data for row in data.dropped]
     with distributed.main_first():
         if distributed.is_main():
             if old:
                 identity.check_same(run.folder, old, run.facts)
-            space.check_disk(run.folder, disk_needed(run))
-            if not old:
-                identity.create(run.folder, run.facts, [row for data in (run.train_set, run.held_out) if data
-                                                        for row in data.dropped])
+            else:
+                space.check_disk(run.folder, disk_needed(run))
+                identity.create(run.folder, run.facts)
             run.lock = identity.lock(run.folder)
+            identity.list_dropped(run.folder, dropped)
             if old:
+                space.check_disk(run.folder, disk_needed(run))  # now that nobody else writes, and no partials are left
                 if changed := identity.changed_machine(old, run.facts):
                     print(f"resume: the last bits may differ, since another machine goes on ({changed})")
                 found, run.evaluated = resume.begin(run.folder, run.steps, run.world, wanted)
@@ -468,7 +470,9 @@ def save_checkpoint(run: Run) -> None:
         if distributed.is_main():
             if run.step > run.skipped and run.args.learning_rate > 0:
                 checkpoint.check_trained(tensors)
-            flush(run.folder / "metrics.jsonl") if run.step else None  # a last checkpoint says that all steps are there
+            if run.step:  # a last checkpoint says that all steps are there
+                with writing(run.folder / "metrics.jsonl"):
+                    flush(run.folder / "metrics.jsonl")
             checkpoint.save(model, run.source.tokenizer, tensors, folder, {"step": run.step, **mark(run)})
             checkpoint.rotate(run.folder, run.args.save_total_limit)
 

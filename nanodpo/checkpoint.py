@@ -10,12 +10,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from .distributed import is_main
-from .errors import RunStopped, UserError, first_line
-from .manifest import aside, publish
+from .errors import RunStopped, UserError
+from .manifest import aside, publish, writing
 
 
 def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
@@ -42,13 +42,11 @@ def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Pa
     place = aside(folder)
     shutil.rmtree(place, ignore_errors=True)
     try:
-        _write(model, state, place)
-        tokenizer.save_pretrained(place)
-        verify(place, state)
-        publish(folder, facts)
-    except (OSError, SafetensorError) as error:
-        raise RunStopped(f"{folder}: can't be written ({first_line(error)}); what was written before is whole, and the "
-                         "same command goes on from there") from error
+        with writing(folder):
+            _write(model, state, place)
+            tokenizer.save_pretrained(place)
+            verify(place, state)
+            publish(folder, facts)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

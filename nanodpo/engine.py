@@ -6,13 +6,19 @@ from pathlib import Path
 
 import torch
 
-from . import selfcheck
-from .distributed import say
-from .errors import UserError
+from . import distributed, selfcheck
+from .errors import UserError, first_line
 from .logprobs import SequenceLogProbs
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
          "gradient_clipping", "fp16", "bf16")  # settings of the DeepSpeed JSON that are flags of train.py
+# What DeepSpeed takes for granted of its settings, and looks at only when they are used.
+OBJECTS = ("activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "compile", "csv_monitor",
+           "data_efficiency", "data_types", "flops_profiler", "fp16", "tensorboard", "timers", "wandb",
+           "zero_optimization")
+SWITCHES = ("disable_allgather", "dump_state", "memory_breakdown", "prescale_gradients", "wall_clock_breakdown",
+            "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+NUMBERS = ("steps_per_print", "gradient_predivide_factor")
 UNKNOWN = ("sequence_parallel_size", "tensor_parallel", "pipeline", "autotuning")  # ranks would not be data ranks
 
 
@@ -36,6 +42,7 @@ def engine_config(settings: dict, path: str, args) -> dict:
     "auto", as other trainers' files have it, means that train.py decides.
     """
     settings = _without_auto(settings)
+    _check_kinds(settings, path)
     # A precision that is off, or says the same as the flag, contradicts nobody.
     agreed = {"fp16": [{"enabled": False}], "bf16": [{"enabled": args.bf16}]}
     if taken := [key for key in OWNED if key in settings and settings[key] not in agreed.get(key, [])]:
@@ -51,7 +58,7 @@ def engine_config(settings: dict, path: str, args) -> dict:
     if taken := [key for key in UNKNOWN if key in settings]:
         raise UserError(f"{path}: sets {', '.join(taken)}, which train.py does not support; remove it")
     zero = settings.setdefault("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+    if type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f'{path}: zero_optimization must be like {{"stage": 0}}, with a stage of 0 to 3')
     offload = zero.get("offload_optimizer") or {}
     if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
@@ -60,13 +67,43 @@ def engine_config(settings: dict, path: str, args) -> dict:
     if args.bf16 and zero.get("stage", 0) < 2:
         # In bfloat16 DeepSpeed's stage 0 takes one empty Adam step before the first real one, which then is too short,
         # and its stage 1 has an optimizer of its own, whose state can't be saved here.
-        say(f"{path}: ZeRO stage 2 instead of {zero.get('stage', 0)}, which is not exact in bfloat16")
+        distributed.say(f"{path}: ZeRO stage 2 instead of {zero.get('stage', 0)}, which is not exact in bfloat16")
         zero["stage"] = 2
     settings.setdefault("steps_per_print", 10**9)
     # DeepSpeed calls an optimizer it did not make itself "untested"; AdamW of PyTorch is the plainest there is.
     settings.setdefault("zero_allow_untested_optimizer", True)
     settings.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading works with it too, and compiles nothing
     return settings
+
+
+def _check_kinds(settings: dict, path: str) -> None:
+    for name, value in settings.items():
+        kind = next((kind for kind, names in (("an object", OBJECTS), ("true or false", SWITCHES),
+                                              ("a number above 0", NUMBERS)) if name in names), None)
+        fits = {"an object": isinstance(value, dict), "true or false": isinstance(value, bool),
+                "a number above 0": type(value) in (int, float) and value > 0}
+        if kind and not fits[kind]:
+            like = ', like {"stage": 0}, with a stage of 0 to 3' if name == "zero_optimization" else ""
+            raise UserError(f"{path}: {name} is {json.dumps(value)[:100]}; it must be {kind}{like}")
+
+
+def start(args, settings: dict) -> torch.device:
+    """Joins the ranks. Raises UserError for settings that DeepSpeed, imported now, will not take."""
+    device = distributed.start(args.local_rank)
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
+
+    try:
+        DeepSpeedConfig(json.loads(json.dumps(settings)))
+        for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
+            if (dtype := settings.get("data_types", {}).get(name)) is not None:
+                DtypeEnum(dtype)
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
+        said = first_line(error)
+        if hasattr(error, "errors"):  # pydantic's
+            first = error.errors()[0]
+            said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"{args.deepspeed or 'ds_config.json'}: DeepSpeed does not take it: {said}") from error
+    return device
 
 
 def _without_auto(value):
@@ -94,7 +131,7 @@ def build(model, args, settings: dict, device, longest: int):
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     layout, attention = selfcheck.choose_layout(module, device, dtype, args.use_flash_attention, longest)
-    say(f"rows: {layout}, attention {attention}")
+    distributed.say(f"rows: {layout}, attention {attention}")
     return engine, layout, attention
 
 

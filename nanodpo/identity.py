@@ -14,7 +14,7 @@ import torch
 
 from .checkpoint import claim
 from .errors import UserError
-from .manifest import clear_partials, flush, write_whole
+from .manifest import clear_partials, flush, write_whole, writing
 from .reference import data_hash
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
@@ -116,18 +116,19 @@ def fingerprint(known: dict) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def create(folder: Path, record: dict, dropped: list[dict]) -> None:
-    """Makes the folder with its run.json and the rows that were dropped.
+def create(folder: Path, record: dict) -> None:
+    """Makes the folder with its run.json.
 
-    Of two runs that start at once, one finds it there. Raises UserError.
+    Of two runs that start at once, one finds it there. Raises UserError, and RunStopped where the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     place = folder / f".run.json.{os.getpid()}.partial"
-    place.write_text(json.dumps(record, indent=2) + "\n")
-    if dropped and not (folder / "run.json").exists():
-        write_whole(folder / "dropped_rows.jsonl", "".join(json.dumps(row) + "\n" for row in dropped))
-    flush(place)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
+        with writing(folder), place.open("w") as out:
+            out.write(json.dumps(record, indent=2) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
         os.link(place, folder / "run.json")  # all of it at once, and only if it is not there
     except (FileExistsError, FileNotFoundError) as error:  # the other one has cleared ours away
         raise UserError(f"--output_dir {folder}: is in use by another run") from error
@@ -136,6 +137,14 @@ def create(folder: Path, record: dict, dropped: list[dict]) -> None:
     finally:
         place.unlink(missing_ok=True)
     flush(folder)
+
+
+def list_dropped(folder: Path, rows: list[dict]) -> None:
+    """Writes down the rows that were dropped, unless that was done: a run may have been killed before it could."""
+    file = folder / "dropped_rows.jsonl"
+    if rows and not file.exists():
+        with writing(file):
+            write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def lock(folder: Path):
@@ -154,7 +163,8 @@ def lock(folder: Path):
 
 def finish(folder: Path) -> None:
     """Writes down that nothing is left to do."""
-    write_whole(folder / "run.json", json.dumps(_read(folder) | {"finished": True}, indent=2) + "\n")
+    with writing(folder / "run.json"):
+        write_whole(folder / "run.json", json.dumps(_read(folder) | {"finished": True}, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -168,4 +178,3 @@ def git_commit(program: Path) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
-

@@ -1,6 +1,7 @@
 """Folders that can be trusted: written aside, flushed, with a manifest of their files, then renamed into place.
 
-A folder with the right name is whole, and its manifest tells what happened to it since.
+A folder with the right name is whole, and its manifest tells what happened to it since. A disk that won't take them
+ends the run in one line.
 """
 
 import hashlib
@@ -9,9 +10,26 @@ import os
 import shutil
 from pathlib import Path
 
-from .errors import UserError
+from safetensors import SafetensorError
+
+from .errors import RunStopped, UserError, first_line
 
 MANIFEST = "manifest.json"
+
+
+class writing:
+    """Within this, what keeps `place` from being written is raised as RunStopped."""
+
+    def __init__(self, place: Path):
+        self.place = place
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is Exception or isinstance(error, (OSError, SafetensorError)):  # tokenizers raises nothing better
+            raise RunStopped(f"{self.place}: can't be written ({first_line(error)}); what was written before is whole, "
+                             "and the same command goes on from there") from error
 
 
 def aside(folder: Path) -> Path:
@@ -30,8 +48,7 @@ def publish(folder: Path, facts: dict, known: dict[str, dict] | None = None) -> 
     place, known = aside(folder), known or {}
     files = sorted(file for file in place.rglob("*") if file.is_file())
     for file in files:
-        file.chmod(0o666 & ~_umask())  # safetensors writes for the owner's eyes only
-        flush(file)
+        settle(file)
     names = [str(file.relative_to(place)) for file in files]
     facts = facts | {"files": {name: known.get(name) or file_facts(place / name) for name in names}}
     write_whole(place / MANIFEST, json.dumps(facts, indent=1) + "\n")
@@ -73,10 +90,19 @@ def check_whole(folder: Path) -> None:
 def write_whole(file: Path, text: str) -> None:
     """Replaces a file by `text`: a reader, or a run after a crash, finds the old one or the new one."""
     place = file.with_name(f".{file.name}.partial")
-    place.write_text(text)
-    flush(place)
-    os.replace(place, file)
+    try:
+        place.write_text(text)
+        flush(place)
+        os.replace(place, file)
+    finally:
+        place.unlink(missing_ok=True)
     flush(file.parent)
+
+
+def settle(file: Path) -> None:
+    """Gives a new file the permissions that files have here, and hands it to the disk."""
+    file.chmod(0o666 & ~_umask())  # safetensors writes for the owner's eyes only
+    flush(file)
 
 
 def flush(path: Path) -> None:

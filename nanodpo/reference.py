@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .distributed import from_main, is_main, main_first, say, sum_over_ranks
 from .errors import Preempted, RunStopped, UserError, first_line
+from .manifest import flush, settle
 
 SAVE_EVERY = 100
 
@@ -38,11 +39,14 @@ def reference_logps(examples, steps, deal, score, fingerprint: dict, cache_dir: 
 
     `steps` are lists of indices, the same on every rank; `deal` gives this rank's micro-batches of one, (indices,
     weight) each, as many on every rank; `score` maps indices to (P, 2). What is known is kept every SAVE_EVERY steps,
-    so a pass that was killed goes on; where `check` raises Preempted, told to stop, nothing is lost. Raises RunStopped
-    for a log-prob that is not finite.
+    so a pass that was killed goes on; where `check` raises Preempted, told to stop, nothing is lost. Raises UserError
+    for a cache that can't be read, and RunStopped for a log-prob that is not finite.
     """
-    file = cache_file(cache_dir, fingerprint)
-    known = from_main(_load(file, fingerprint, len(examples)) if is_main() else None)
+    file, known = cache_file(cache_dir, fingerprint), None
+    with main_first():
+        if is_main():
+            known = _load(file, fingerprint, len(examples))
+    known = from_main(known)
     missing = [pairs for pairs in steps if known[pairs].isnan().any()]
     with _progress(len(missing)) as bar:
         for i in range(0, len(missing), SAVE_EVERY):
@@ -97,18 +101,25 @@ def _load(file: Path, fingerprint: dict, n: int) -> Tensor:
     """What the cache knows, (n, 2); NaN elsewhere. Says why it starts anew where a cache of this data is there."""
     try:
         with safe_open(file, "pt") as cache:
-            return cache.get_tensor("logps")
+            logps, written = cache.get_tensor("logps"), (cache.metadata() or {}).get("sha256")
+        if logps.shape == (n, 2) and written == _digest(logps):
+            return logps
+        say(f"reference: {file} is damaged (not what was written), computing it again")
     except FileNotFoundError:
         if changed := _changed(file.parent, fingerprint):
             say(f"reference: the cached one is stale ({', '.join(changed)} changed), computing it again")
     except SafetensorError as error:
-        say(f"reference: {file} is damaged ({error}), computing it again")
+        say(f"reference: {file} is damaged ({first_line(error)}), computing it again")
+    except OSError as error:
+        raise UserError(f"--cache_dir: {file}: can't be read ({first_line(error)}); remove it, or name another folder"
+                        ) from error
     return torch.full((n, 2), torch.nan, dtype=torch.float64)
 
 
 def _changed(folder: Path, fingerprint: dict) -> list[str]:
     """How the newest cache of the same model and data file differs."""
-    for file in sorted(folder.glob("reference-*.safetensors"), key=os.path.getmtime, reverse=True):
+    files = [file for file in folder.glob("reference-*.safetensors") if file.is_file()]
+    for file in sorted(files, key=os.path.getmtime, reverse=True):
         try:
             with safe_open(file, "pt") as cache:
                 other = json.loads(cache.metadata()["fingerprint"])
@@ -119,11 +130,17 @@ def _changed(folder: Path, fingerprint: dict) -> list[str]:
     return []
 
 
+def _digest(logps: Tensor) -> str:
+    return hashlib.sha256(logps.numpy().tobytes()).hexdigest()
+
+
 def _save(file: Path, logps: Tensor, fingerprint: dict) -> None:
     aside = file.with_suffix(f".{os.getpid()}")
     try:
-        save_file({"logps": logps}, aside, {"fingerprint": json.dumps(fingerprint)})
-        os.replace(aside, file)  # a reader sees the old file or the new one, never half of one
+        save_file({"logps": logps}, aside, {"fingerprint": json.dumps(fingerprint), "sha256": _digest(logps)})
+        settle(aside)
+        os.replace(aside, file)  # a reader, or a run after a crash, sees the old file or the new one
+        flush(file.parent)
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
         raise RunStopped(f"{file}: can't be written ({first_line(error)})") from error

@@ -14,13 +14,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .distributed import agree, is_main, main_first, say
-from .errors import RankStopped, RunStopped, UserError, first_line
-from .manifest import aside, file_facts, flush, publish, read_manifest, write_whole
+from .errors import RankStopped, RunStopped, UserError
+from .manifest import aside, file_facts, flush, publish, read_manifest, write_whole, writing
 
 KEEP = 2
 
@@ -67,21 +66,24 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
     with main_first():
         if is_main():
             shutil.rmtree(place, ignore_errors=True)
-            _or_stop(place, lambda: place.mkdir(parents=True))
+            with writing(place):
+                place.mkdir(parents=True)
     try:
-        known = _or_stop(folder, lambda: _write(file, tensors))
+        with writing(folder):
+            known = _write(file, tensors)
     except RunStopped as caught:
         error = caught
     try:
         known = agree(error, known)
         with main_first():
             if is_main():
-                flush(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else None
                 names = {f"rank{i}.safetensors": facts for i, facts in enumerate(known)}
                 if unseen := [name for name in names if not (place / name).is_file()]:
                     raise UserError(f"{run}: {unseen[0]} was written, but can't be seen by rank 0; --output_dir must "
                                     "be a folder that all machines share")
-                _or_stop(folder, lambda: publish(folder, {"step": step, **facts}, names))
+                with writing(folder):
+                    flush(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else None
+                    publish(folder, {"step": step, **facts}, names)
                 for old in [s for s in steps_in(run) if s < step][KEEP - 1 :]:
                     shutil.rmtree(folder_of(run, old))
     finally:
@@ -96,14 +98,6 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> dict:
         if not torch.equal(found, tensors[name]) or not found.isfinite().all():
             raise RankStopped(f"{file}: {name} is not finite, or not as it is in memory")
     return file_facts(file)
-
-
-def _or_stop(folder: Path, act):
-    try:
-        return act()
-    except (OSError, SafetensorError) as error:
-        raise RunStopped(f"{folder}: can't be written ({first_line(error)}); what was written before is whole, and the "
-                         "same command goes on from there") from error
 
 
 def find(run: Path, world: int, wanted: int | None = None) -> dict | None:
@@ -149,7 +143,8 @@ def go_back(run: Path, step: int) -> set[int]:
         if line["step"] < step or (_is_eval(line) and line["step"] == step):
             kept.append((text, line))
     if metrics.exists() and metrics.read_text(errors="replace") != "".join(text for text, _ in kept):
-        write_whole(metrics, "".join(text for text, _ in kept))
+        with writing(metrics):
+            write_whole(metrics, "".join(text for text, _ in kept))
     for pattern in ("resume/step-*", "checkpoint-*"):
         for later in [s for s in steps_in(run, pattern) if s > step]:
             shutil.rmtree(run / pattern.replace("*", str(later)))

@@ -1,13 +1,16 @@
 """train.py with a fault in it: faulty.py FAULT ARGUMENTS ...; launched by test_resume.py and test_faults.py.
 
-FAULT is what@step[:rank], and what is kill, term, raise, memory, loss, gradient, weight, disk or metrics; or a SIGTERM
-in the midst of something else, term-reference, term-evaluation, term-checkpoint, term-state or term-merge; slow@0.5
-makes every forward pass take half a second.
+FAULT is what@step[:rank], and what is kill, term, raise, memory, loss, gradient or weight; disk, metrics or checkpoint,
+where the disk fills in a state, a line or a checkpoint's file; term-reference, term-evaluation, term-checkpoint,
+term-state or term-merge, SIGTERM in the midst of these; twice, in a step and again in the state that it asks for;
+link@0 and link@1, killed before and after run.json gets its name; slow@0.5 makes every forward pass take half a second.
 """
 
+import contextlib
 import errno
 import itertools
 import os
+import resource
 import signal
 import sys
 import time
@@ -15,11 +18,22 @@ import time
 import torch
 
 import train
-from nanodpo import checkpoint, metrics, resume
+from nanodpo import checkpoint, metrics, resume, signals
 
 
 def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def small_files(size: int):
+    """No file can grow beyond so many bytes: writing fails in its midst, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def hit(what: str, run, losses):
@@ -65,6 +79,7 @@ def plant(fault: str) -> None:
     mine = os.environ.get("RANK", "0") == (rank or os.environ.get("RANK", "0"))
     now, pairs = {"hit": False}, metrics.pair_values
     old, write, save = train.losses_of, metrics.write_line, resume.save_file
+    write_files = checkpoint._write
 
     def losses_of(run, data, ref, indices, weight, meter, gradient):
         now["hit"] = mine and gradient and run.step == int(step)
@@ -87,8 +102,12 @@ def plant(fault: str) -> None:
     def save_file(tensors, file, *rest):
         if mine and f"step-{step}." in str(file):
             save({"part": torch.zeros(9)}, file)
-            full()
+            full() if what == "disk" else hit("term", None, None)
         save(tensors, file, *rest)
+
+    def write_checkpoint(model, state, folder):
+        with small_files(3000 if f"checkpoint-{step}." in str(folder) else resource.RLIM_INFINITY):
+            write_files(model, state, folder)
 
     if what.startswith("term-"):
         told_in(what.removeprefix("term-"), int(step), mine)
@@ -97,8 +116,15 @@ def plant(fault: str) -> None:
         train.score = lambda *args, **kwargs: (time.sleep(float(step)), score(*args, **kwargs))[1]
     elif what == "metrics":
         metrics.write_line = write_line
+    elif what == "link":
+        link, os.link = os.link, lambda *names: (int(step) and link(*names), hit("kill", None, None))
+    elif what == "checkpoint":
+        checkpoint._write = write_checkpoint
     elif what == "disk":
         resume.save_file = save_file
+    elif what == "twice":
+        signals.GRACE = 0  # what comes later than the first was meant
+        what, train.losses_of, resume.save_file = "term", losses_of, save_file
     else:
         train.losses_of, metrics.pair_values = losses_of, pair_values
 

@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import launch, make_model, make_tokenizer, zero
-from test_resume import FAULTY, TRAIN, assert_same, flags, lines
+from faulty import small_files
+from test_resume import FAULTY, TRAIN, assert_same, flags, lines, whole  # noqa: F401 (a fixture)
+from transformers.utils.logging import disable_progress_bar
 
-from nanodpo import checkpoint, resume, space, state
+from nanodpo import checkpoint, identity, resume, space, state
 from nanodpo.errors import RunStopped, UserError, run_script
+from nanodpo.manifest import read_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -71,17 +75,65 @@ def test_a_launcher_ends_soon_and_shows_why(tiny, tmp_path):
     assert "rank 1 ran out of memory" in "".join(process.stderr.splitlines(keepends=True)[-12:])
 
 
-@pytest.mark.parametrize("fault", ["disk@4", "metrics@3"])
-def test_a_disk_that_fills_loses_nothing(fault, tiny, tmp_path, forked):
-    """R-H4: in the midst of a state or of a line; one line, exit code 1, and the same command goes on to the bytes of
-    an undisturbed run."""
-    assert forked(TRAIN, *flags(tiny, tmp_path / "whole"))[0] == [0]
+@pytest.mark.parametrize("fault, error, step", [
+    ("disk@4", "No space left on device", 2), ("metrics@3", "No space left on device", 2),
+    ("checkpoint@4", "File too large", 4)])
+def test_a_disk_that_fills_loses_nothing(fault, error, step, whole, tiny, tmp_path, forked):  # noqa: F811
+    """R-H4: in the midst of a state, a line or a checkpoint; one line, exit code 1, and the same command goes on to the
+    bytes of an undisturbed run."""
     codes, said = forked(FAULTY, fault, *flags(tiny, tmp_path / "run"))
     assert codes == [1] and "Traceback" not in said
-    assert "No space left on device" in said.splitlines()[-1] and "the same command goes on" in said
-    assert resume.find(tmp_path / "run", 1)["step"] == 2 and not list((tmp_path / "run").rglob("*.partial"))
+    assert error in said.splitlines()[-1] and "the same command goes on" in said
+    assert resume.find(tmp_path / "run", 1)["step"] == step and not list((tmp_path / "run").rglob("*.partial"))
+    assert isinstance(read_manifest(tmp_path / "run" / "checkpoint-2"), dict)
     assert forked(TRAIN, *flags(tiny, tmp_path / "run"))[0] == [0]
-    assert_same(tmp_path / "whole", tmp_path / "run")
+    assert_same(whole(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["weights first", "tokenizer alone"])
+def test_wherever_a_file_is_cut_the_disk_is_named(weights, tmp_path, monkeypatch):
+    """R-H4: every file of a checkpoint and of a state, at its start, in its midst and one byte before its end: one
+    line, what was there before is whole, and nothing half-written is left."""
+    model, tokenizer = make_model(), make_tokenizer()
+    disable_progress_bar()
+    tensors = checkpoint.gather(model, only_trained=False)
+    if not weights:  # they are larger, and would be what fails
+        tensors = {}
+        monkeypatch.setattr(checkpoint, "_write", lambda model, state, folder: folder.mkdir())
+
+    def save(step):
+        checkpoint.save(model, tokenizer, tensors, tmp_path / f"checkpoint-{step}", {"step": step})
+        resume.save(tmp_path, step, {"weight.0": torch.ones(60000)}, {}, 0)
+
+    save(1)
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    sizes = sorted({len(data) for data in before.values()})
+    for size in sorted({0, *(size // 2 for size in sizes), *(size - 1 for size in sizes)}):
+        with pytest.raises(RunStopped, match="-2: can't be written .*File too large"), small_files(size):
+            save(2)
+        shutil.rmtree(tmp_path / "checkpoint-2", ignore_errors=True)  # where only the state was too large
+        assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before, size
+    save(2)
+    assert resume.steps_in(tmp_path) == [2, 1]
+
+
+def test_a_full_disk_at_the_start_and_at_the_end(tmp_path):
+    """R-H4: run.json is whole or not there, and metrics.jsonl is cut back as a whole or not at all."""
+    run = tmp_path / "run"
+    with pytest.raises(RunStopped, match="run: can't be written"), small_files(100):
+        identity.create(run, {"arguments": {}, "world_size": 1, "long": "x" * 200})
+    assert list(run.iterdir()) == []
+    identity.create(run, {"arguments": {}, "world_size": 1})
+    metrics = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in range(20))
+    (run / "metrics.jsonl").write_text(metrics)
+    before = (run / "run.json").read_bytes()
+    with small_files(10):
+        with pytest.raises(RunStopped, match="metrics.jsonl: can't be written"):
+            resume.go_back(run, 19)
+        with pytest.raises(RunStopped, match="run.json: can't be written"):
+            identity.finish(run)
+    assert (run / "metrics.jsonl").read_text() == metrics and (run / "run.json").read_bytes() == before
+    assert sorted(file.name for file in run.iterdir()) == ["metrics.jsonl", "run.json"]
 
 
 def test_a_small_file_system(small_disk):

@@ -1,6 +1,7 @@
 """Runs that were stopped, however, go on to the bytes of a run that never was; what can't is refused in one line."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,9 @@ import torch
 from conftest import ROOT, environment, launch, zero
 from safetensors.torch import load_file, save_file
 
-from nanodpo import identity, resume
-from nanodpo.errors import UserError
+import train
+from nanodpo import identity, resume, signals
+from nanodpo.errors import Preempted, UserError
 from nanodpo.manifest import aside, check_whole, publish, read_manifest
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
@@ -159,6 +161,21 @@ def test_a_checkpoint_is_what_its_manifest_says(name, how, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("named", [0, 1])
+def test_killed_in_its_first_moment(named, tiny, tmp_path, forked):
+    """Before run.json has its name, or right after: the same command starts, or goes on, and nothing is missing."""
+    run, data = tmp_path / "run", tmp_path / "train.jsonl"
+    data.write_text((tiny / "train.jsonl").read_text() + '{"prompt": "a", "chosen": "", "rejected": "b"}\n')
+    more = ("--train_file_path", data, "--on_bad_row", "drop", "--max_steps", "1")
+    assert forked(FAULTY, f"link@{named}", *flags(tiny, run, *more))[0] == [137]
+    assert (run / "run.json").is_file() == bool(named) and list(run.glob(".run.json.*.partial"))
+    codes, said = forked(TRAIN, *flags(tiny, run, *more))
+    assert codes == [0] and ("going on at step 0" in said) == bool(named)
+    assert json.loads((run / "dropped_rows.jsonl").read_text())["row"] == 11
+    assert not list(run.glob(".*"))
+
+
+@pytest.mark.slow
 def test_a_launcher_changes_nothing(whole, tiny, tmp_path):
     """The same with torchrun: it reports a killed rank, and the same command goes on."""
     began = time.monotonic()
@@ -293,6 +310,24 @@ def test_what_resume_may_name(tmp_path):
             (tmp_path / "run" / name).rmdir()
 
 
+def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch):
+    """Whose folder it is comes before what fits in it: of two that go on at once only one looks at the disk."""
+    def held(folder):
+        raise UserError("is in use by another run")
+
+    monkeypatch.setattr(train.identity, "lock", held)
+    monkeypatch.setattr(train.identity, "check_same", lambda *_: None)
+    monkeypatch.setattr(train.space, "check_disk", lambda *_: pytest.fail("looked at the disk"))
+    monkeypatch.setattr(train, "prompt_leads", lambda *_: [])
+    monkeypatch.setattr(train, "read_template", lambda *_: None)
+    data = SimpleNamespace(examples=[], dropped=[])
+    args = train.TrainArguments("model", train_file_path="data", max_steps=1)
+    source = SimpleNamespace(tokenizer=None)
+    run = train.Run(args, None, tmp_path, {}, source, None, torch.device("cpu"), 1, 0, "packed", "sdpa", data, None)
+    with pytest.raises(UserError, match="is in use by another run"):
+        train.open_folder(run, "weights", {"arguments": {}}, None)
+
+
 # What is not this run
 
 
@@ -332,36 +367,49 @@ def test_another_run_is_refused_and_a_finished_one_is_left_alone(tiny, tmp_path,
 
 
 @pytest.mark.slow
-def test_told_to_stop_in_the_reference_pass_and_twice(tiny, tmp_path, forked):
-    """SIGTERM before the first step keeps the references that are done; a second one later ends the process at once;
-    and a folder that a live run holds is refused to another one."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_told_twice_ends_at_once(ranks, whole, tiny, tmp_path, forked):
+    """A second signal in the midst of the state that the first one asked for: the state before it is whole, what is
+    half-written never counts, and the same command goes on from there."""
     run = tmp_path / "run"
+    codes, said = forked(FAULTY, f"twice@3:{ranks - 1}", *flags(tiny, run), ranks=ranks)
+    assert codes == [1] * (ranks - 1) + [128 + signal.SIGTERM] and "to go on" not in said
+    assert resume.find(run, ranks)["step"] == 2 and resume.steps_in(run) == [2]
+    codes, said = forked(TRAIN, *flags(tiny, run), ranks=ranks)
+    assert codes == [0] * ranks and "going on at step 2" in said
+    assert_same(whole(ranks), run)
 
-    def begin(seconds):
-        """Every forward pass takes so long."""
-        return subprocess.Popen([sys.executable, FAULTY, f"slow@{seconds}", *map(str, flags(tiny, run))], text=True,
-                                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    def read_until(process, words):
-        while words not in (line := process.stdout.readline()):
-            assert line, process.stderr.read()
-
-    first = begin(0.5)
-    read_until(first, "run: ")
-    time.sleep(2)
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 75
-    assert "stopped by SIGTERM after step 0 of 6; to go on: the same command" in first.stderr.read()
-    (cache,) = (tmp_path / "run-cache").glob("*.safetensors")
-    assert 0 < load_file(cache)["logps"].isfinite().all(1).sum() < 8
-    second = begin(60)
-    read_until(second, "going on at step 0")
+@pytest.mark.slow
+def test_a_folder_that_a_live_run_holds_is_refused(tiny, tmp_path, forked):
+    run = tmp_path / "run"
+    live = subprocess.Popen([sys.executable, FAULTY, "slow@60", *map(str, flags(tiny, run))], text=True,
+                            env=environment(), stdout=subprocess.PIPE)
+    while "run: " not in (line := live.stdout.readline()):
+        assert line
     codes, said = forked(TRAIN, *flags(tiny, run))
     assert codes == [2] and "is in use by another run" in said
-    second.send_signal(signal.SIGTERM)
-    time.sleep(5.5)
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(5) == 128 + signal.SIGTERM
+    live.kill()
+    live.wait()
+
+
+def test_a_signal_repeated_at_once_is_one(monkeypatch, capfd):
+    """A launcher hands on what it got itself as well: SIGINT and SIGTERM within seconds are one. Later ones are not."""
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    with signals.Stop() as stop:
+        stop.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason == "stopped by SIGINT" and ends == []
+        stop.since -= signals.GRACE
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ends == [128 + signal.SIGTERM]
+        with pytest.raises(Preempted, match="stopped by SIGINT"):
+            stop.check()
+    stop.name = None  # so that the handlers of before come back
+    stop.__exit__()
+    assert capfd.readouterr().err == "SIGINT: ends as soon as what is done is saved\n"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Whole runs of train.py against an independent trainer: what a run computes, and what it leaves."""
 
+import hashlib
 import json
 import math
 
@@ -183,7 +184,7 @@ def test_a_run_that_does_not_start_at_its_reference_stops(tiny, tmp_path):
         metadata = file.metadata()
     logps = load_file(cache)["logps"]
     logps[WINDOWS[0]] = logps[WINDOWS[0]].roll(1, 0)
-    save_file({"logps": logps}, cache, metadata)
+    save_file({"logps": logps}, cache, metadata | {"sha256": hashlib.sha256(logps.numpy().tobytes()).hexdigest()})
     done = launch(*run, "--output_dir", tmp_path / "bad", check=False)
     assert done.returncode == 1
     assert "error: step 0: policy and reference should be equal" in done.stderr and "Traceback" not in done.stderr

@@ -416,13 +416,37 @@ FLAGS += [(f"settings: {text[:40]!r}", written(name, text), [f"@/{name}"], [f"@/
     ("s.json", "null", "found NoneType"), ("s.json", '{"seed": [1]}', "seed must be a single value, found list"),
     ("s.json", '{"": 1}', "unknown setting"),
 ]]
-FLAGS += [(f"DeepSpeed: {text[:40]!r}", written("ds.json", text), ["--deepspeed=@/ds.json"], ["@/ds.json", words])
+FLAGS += [(f"DeepSpeed: {text[:80]!r}", written("ds.json", text), ["--deepspeed=@/ds.json"], ["@/ds.json", words])
           for text, words in [
     (DEEP, "not JSON"), ("\0", "not JSON"), ("null", "expected an object, found NoneType"), ('"a"', "found str"),
-    ('{"zero_optimization": []}', 'must be like {"stage": 0}'),
-    ('{"zero_optimization": 3}', 'must be like {"stage": 0}'),
+    ('{"zero_optimization": []}', 'is []; it must be an object, like {"stage": 0}'),
+    ('{"zero_optimization": 3}', 'is 3; it must be an object, like {"stage": 0}'),
+    ('{"zero_optimization": {"stage": true}}', "a stage of 0 to 3"),
+    ('{"zero_optimization": {"stage": 1.0}}', "a stage of 0 to 3"),
     ('{"zero_optimization": {"stage": 4}}', "a stage of 0 to 3"), ('{"zero_optimization": {"stage": "2"}}', "0 to 3"),
     ('{"zero_optimization": {"stage": null}}', "0 to 3"), ('{"zero_optimization": {"stage": [1]}}', "0 to 3"),
+    *((json.dumps({"zero_optimization": {"stage": 1} | zero}), words) for zero, words in [
+        ({"offload_optimizer": []}, "offload_optimizer: Input should be"),
+        ({"offload_optimizer": "cpu"}, "offload_optimizer: Input should be"),
+        ({"offload_optimizer": {"device": "moon"}}, "offload_optimizer.device: Input should be"),
+        ({"offload_param": True}, "offload_param: Input should be"),
+        ({"reduce_bucket_size": "x"}, "reduce_bucket_size: Input should be a valid"),
+        ({"reduce_bucket_size": -1}, "reduce_bucket_size: Input should be greater"),
+        ({"reduce_bucket_size": None}, "reduce_bucket_size: Input should be"),
+        ({"overlap_comm": "x"}, "overlap_comm: Input should be"), ({"nope": 1}, "nope: Extra inputs are not permitted"),
+    ]),
+    *((json.dumps({name: value}), f"{name} is {json.dumps(value)}; it must be {kind}") for names, kind, values in [
+        (("data_types", "activation_checkpointing", "checkpoint", "aio", "flops_profiler", "fp16", "bf16"), "an object",
+         ([], "fp32", 3, None)),
+        (("wall_clock_breakdown", "prescale_gradients"), "true or false", ("true", [], None)),
+        (("steps_per_print", "gradient_predivide_factor"), "a number above 0", ("10", True, [], -1, 0)),
+    ] for name in names for value in values),
+    ('{"data_types": {"grad_accum_dtype": "x"}}', "'x' is not a valid"),
+    ('{"data_types": {"grad_accum_dtype": []}}', "[] is not a valid"),
+    ('{"communication_data_type": "x"}', "Invalid communication_data_type"),
+    ('{"checkpoint": {"tag_validation": "x"}}', "invalid tag_validation value of X"),
+    ('{"amp": {}}', "AMP integration has been removed"),
+    ('{"compile": {"a": []}}', "a: Extra inputs"), ('{"sparse_gradients": true}', "Sparse compression"),
     ('{"tensor_parallel": {}}', "sets tensor_parallel, which train.py does not support"),
 ]]
 

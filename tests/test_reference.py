@@ -1,0 +1,136 @@
+"""The cache of reference log-probs: what is damaged is computed again, what can't be read or written is named."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_resume import BREAKS
+
+from nanodpo import reference
+from nanodpo.errors import Preempted, RunStopped, UserError
+
+STEPS = [[0, 1], [2, 3], [4, 5]]
+TRUTH = torch.arange(12, dtype=torch.float64).view(6, 2) / -7
+
+
+class Pass:
+    """A reference pass over six pairs, two a step; `scored` is what it had to compute."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.scored = folder, []
+
+    def __call__(self, told_after: int = 99, **fingerprint) -> torch.Tensor:
+        self.scored = []
+
+        def score(indices):
+            self.scored += indices
+            return TRUTH[indices]
+
+        def check():
+            if len(self.scored) >= told_after:
+                raise Preempted("stopped")
+
+        known = {"model_name": "m", "data_path": "d", "weights": "w"} | fingerprint
+        return reference.reference_logps(range(6), STEPS, lambda pairs: [([i], 1.0) for i in pairs], score, known,
+                                         str(self.folder), torch.device("cpu"), check)
+
+    @property
+    def file(self) -> Path:
+        (file,) = self.folder.glob("*.safetensors")
+        return file
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Pass(tmp_path)
+
+
+def test_it_is_computed_once_and_goes_on(run, capsys):
+    """R-H1: told to stop after a step, then left alone, then asked again: every pair is scored once."""
+    with pytest.raises(Preempted):
+        run(told_after=2)
+    assert run.scored == [0, 1] and load_file(run.file)["logps"].isfinite().all(1).tolist() == [True] * 2 + [False] * 4
+    assert torch.equal(run(), TRUTH) and run.scored == [2, 3, 4, 5]
+    assert torch.equal(run(), TRUTH) and run.scored == []
+    assert "0 pairs computed, 6 from the cache" in capsys.readouterr().out
+    assert run.file.stat().st_mode & 0o777 == 0o666 & ~umask(), "others may read it, as any file made here"
+    assert [file.name for file in run.folder.iterdir()] == [run.file.name]
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("how", [how for how in BREAKS if how not in ("removed", "a folder")])
+def test_a_damaged_cache_is_computed_again(how, run, capsys):
+    """Every byte counts, those of the numbers too, in which a flipped bit would be another number."""
+    run()
+    BREAKS[how](run.file)
+    assert torch.equal(run(), TRUTH) and run.scored == list(range(6))
+    assert f"{run.file} is damaged (" in capsys.readouterr().out
+    assert torch.equal(run(), TRUTH) and run.scored == []
+
+
+def test_a_flipped_bit_anywhere_is_harmless(run):
+    """The cache then says nothing, or the truth: where its header's text for people changed."""
+    run()
+    whole = run.file.read_bytes()
+    for position in range(len(whole)):
+        run.file.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert torch.equal(run(), TRUTH), position
+
+
+def test_another_data_set_in_its_place(run, capsys):
+    run()
+    save_file({"logps": torch.zeros(5, 2, dtype=torch.float64)}, run.file, {"fingerprint": json.dumps({})})
+    assert torch.equal(run(), TRUTH) and "is damaged (not what was written)" in capsys.readouterr().out
+    run(weights="v")
+    assert "is stale (weights changed)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_cache_that_cannot_be_read_is_named(error, run, monkeypatch):
+    def refuse(*_):
+        raise error
+
+    run()
+    file = run.file
+    monkeypatch.setattr(reference, "safe_open", refuse)
+    with pytest.raises(UserError) as said:
+        run()
+    assert str(file) in str(said.value) and error.strerror in str(said.value) and run.scored == []
+    monkeypatch.undo()
+    BREAKS["a folder"](file)
+    with pytest.raises(UserError, match="can't be read"):
+        run()
+
+
+def test_a_link_to_nowhere_is_no_cache(run):
+    (run.folder / "reference-0.safetensors").symlink_to(run.folder / "gone")
+    assert torch.equal(run(), TRUTH)
+
+
+@pytest.mark.parametrize("name", ["save_file", "settle", "flush"])
+def test_a_disk_that_fills_keeps_what_was_known(name, run, monkeypatch):
+    """R-H4: one line, the file of before, and nothing half-written beside it."""
+    with pytest.raises(Preempted):
+        run(told_after=2)
+    before = run.file.read_bytes()
+
+    def full(*args):
+        if name == "save_file":
+            args[1].write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reference, name, full)
+    with pytest.raises(RunStopped, match="can't be written .*No space left on device"):
+        run()
+    assert [file.name for file in run.folder.iterdir()] == [run.file.name]
+    assert name == "flush" or run.file.read_bytes() == before
+    monkeypatch.undo()
+    assert torch.equal(run(), TRUTH) and 0 not in run.scored
