@@ -176,7 +176,8 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
     """
     # An adapter that is trained on has written its settings into the arguments.
     run.facts |= {"arguments": dataclasses.asdict(run.args), "output_dir": str(run.folder), "steps": run.steps,
-                  "layout": run.layout, "attention": run.attention, "weights": weights, "device": run.device.type,
+                  "layout": run.layout, "attention": run.attention, "weights": weights,
+                  "device": distributed.device_name(run.device),
                   "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header),
                                                [example.prompt for example in run.train_set.examples])}
     found = {"step": 0}
@@ -262,7 +263,7 @@ def references_of(run: Run, data: DataSet, steps: list[list[int]], batch: int, w
     fingerprint = {"model_name": args.model_name, "data_path": data.path, "weights": weights, "bf16": args.bf16,
                    "data": reference.data_hash(data.examples), "layout": run.layout, "attention": run.attention,
                    # Stage 3 multiplies matrices by code of its own, which rounds otherwise.
-                   "zero": run.engine.zero_optimization_stage(), "device": run.device.type,
+                   "zero": run.engine.zero_optimization_stage(), "device": distributed.device_name(run.device),
                    "versions": identity.versions()}
     if args.bf16:  # its rounding depends on what else is in the micro-batch
         fingerprint |= {"batches": [args.seed, batch, len(steps[0])]}

@@ -46,7 +46,8 @@ def resident() -> float:
 
 
 def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
+    """Linux: the high-water mark starts again from here. Raises OSError where a sandbox has no such file."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak() -> float:
@@ -62,10 +63,11 @@ def _status(field: str) -> float:
 class Worker:
     """A fresh process that builds a contender with `build(**settings)` and calls its methods when told."""
 
-    def __init__(self, build, threads: int = 0, **settings):
+    def __init__(self, build, threads: int = 0, resident_memory: bool = True, **settings):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, build, threads, settings), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, build, threads, resident_memory, settings),
+                                       daemon=True)
         self.process.start()
         theirs.close()
         self.loaded = self._answer()
@@ -93,7 +95,7 @@ class Worker:
         return value
 
 
-def _serve(pipe, build, threads: int, settings: dict) -> None:
+def _serve(pipe, build, threads: int, resident_memory: bool, settings: dict) -> None:
     import warnings
 
     import torch
@@ -103,7 +105,8 @@ def _serve(pipe, build, threads: int, settings: dict) -> None:
         torch.set_num_threads(threads)
     try:
         contender = build(**settings)
-        reset_peak()
+        if resident_memory:
+            reset_peak()
         pipe.send(("ready", resident()))
         while (order := pipe.recv()) is not None:
             method, args = order

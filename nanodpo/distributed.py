@@ -49,7 +49,7 @@ def start(local_rank: int) -> torch.device:
     # DeepSpeed calls collectives by names that newer releases of PyTorch want changed: nothing a user can do.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # On CPU DeepSpeed would compile a shared-memory op, and die where there is no compiler; gloo serves as well here.
-    if "deepspeed_shm_comm" in getattr(deepspeed.ops, "__compatible_ops__", {}):
+    if not cuda and "deepspeed_shm_comm" in getattr(deepspeed.ops, "__compatible_ops__", {}):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -57,6 +57,11 @@ def start(local_rank: int) -> torch.device:
     if cuda and dist.get_world_size() > 1:
         _host["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """What rounds as this device does: the GPU by its product name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -69,6 +69,9 @@ def engine_config(settings: dict, path: str, args) -> dict:
         # and its stage 1 has an optimizer of its own, whose state can't be saved here.
         distributed.say(f"{path}: ZeRO stage 2 instead of {zero.get('stage', 0)}, which is not exact in bfloat16")
         zero["stage"] = 2
+    # Its default, 5e8 numbers, is a buffer of 2 GB, however small the adapter.
+    zero.setdefault("reduce_bucket_size", 2 * 10**7)
+    settings.setdefault("timers", {}).setdefault("throughput", {"enabled": False})  # waits for the GPU in every forward
     settings.setdefault("steps_per_print", 10**9)
     # DeepSpeed calls an optimizer it did not make itself "untested"; AdamW of PyTorch is the plainest there is.
     settings.setdefault("zero_allow_untested_optimizer", True)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits
+# Of float32 logits. Beyond 64 MiB a CPU gains nothing; a GPU reads the whole weight again for each chunk, and by its
+# memory's speed against its arithmetic a few hundred tokens must share that.
+CHUNK_BYTES = (256 if torch.cuda.is_available() else 64) * 2**20
 
 
 class LogProbHead(nn.Module):
@@ -42,7 +44,11 @@ class LogProbHead(nn.Module):
 def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None):
     """(C, V), float32 or better: the first C lines of `buffer`, which every chunk writes again."""
     z = buffer[: len(hidden)]
-    if hidden.dtype != z.dtype:
+    if hidden.dtype != z.dtype and hidden.is_cuda:  # float32 out of the product itself, which CPU has not
+        torch.mm(hidden, weight.T, out_dtype=z.dtype, out=z)
+        if bias is not None:
+            z.add_(bias)
+    elif hidden.dtype != z.dtype:
         z.copy_(nn.functional.linear(hidden, weight, bias))
     elif bias is None:
         torch.mm(hidden, weight.T, out=z)

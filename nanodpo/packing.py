@@ -124,7 +124,7 @@ def pad(groups: list[Group]) -> Row:
         rows += range(first, first + len(response))
         targets += response
         seq += [i] * len(response)
-    positions = torch.arange(width).expand(len(lines), width)
+    positions = torch.arange(width).repeat(len(lines), 1)  # not expand: what shares memory can't be pinned
     return Row(input_ids, positions, torch.tensor(rows), torch.tensor(targets), torch.tensor(seq), len(lines), None)
 
 

@@ -54,7 +54,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 def restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(tensors["random.cpu"])
-    if device.type == "cuda":
+    if device.type == "cuda" and "random.cuda" in tensors:  # not where the run began on CPU
         torch.cuda.set_rng_state(tensors["random.cuda"], device)
 
 

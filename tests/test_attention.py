@@ -283,6 +283,24 @@ def test_a_window_hidden_in_the_mask_is_caught():
     assert choose_layout(module, CPU, torch.float32, False, longest=200) == ("plain", "sdpa")
 
 
+def test_a_kernel_without_a_backward_is_passed_over(monkeypatch, capsys):
+    """It says so, and the loop takes its place."""
+    class Refuses(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, out):
+            return out.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise NotImplementedError("no backward for this head size")
+
+    monkeypatch.setattr(attention, "varlen_call", lambda *args: Refuses.apply(slow_varlen(*args)))
+    monkeypatch.setattr(selfcheck, "_candidates", lambda *args: [("packed", VARLEN), ("packed", LOOP)])
+    module = SequenceLogProbs(tiny("llama", torch.float32))
+    assert choose_layout(module, CPU, torch.float32, False) == ("packed", LOOP)
+    assert "no backward for this head size" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_kernels_gradients_are_compared_too(wrong, monkeypatch):
     """A kernel with the right output and gradients off by a tenth is found out."""

@@ -24,7 +24,7 @@ PAIRS = [([5, 6, 7], [8, 9, 1, 2, 4], [3, 3]), ([9], [1, 2], [2, 1, 9, 9])]
 class Here:
     """measure.Worker without the process."""
 
-    def __init__(self, build, threads=0, **settings):
+    def __init__(self, build, threads=0, resident_memory=True, **settings):
         self.contender = build(**settings)
 
     def call(self, method, *args):
@@ -105,8 +105,8 @@ def test_gpu_benchmark_says_where_it_is(monkeypatch):
 def test_gpu_benchmark_runs_at_toy_size_and_says_so(monkeypatch, tmp_path, capsys):
     """The whole path on CPU, with a pair that does not fit: listed as such, the rest measured, labelled a toy."""
     class Small(Here):
-        def __init__(self, build, threads=0, **settings):
-            super().__init__(build, threads, **settings)
+        def __init__(self, build, **settings):
+            super().__init__(build, **settings)
             self.pairs = settings["work"].pairs if "work" in settings else []
 
         def call(self, method, *args):

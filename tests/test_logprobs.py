@@ -158,8 +158,8 @@ def test_logits_never_exceed_a_chunk(chunk, trainable, scale, cap):
 
 
 def test_the_default_chunk_is_64_mib():
-    """67,108,864 bytes of float32 logits: 110 tokens at 152,064 words, and never none."""
-    assert LogProbHead(nn.Linear(1, 152_064, device="meta")).chunk == 110
+    """67,108,864 bytes of float32 logits, four times that where there is a GPU: 110 or 441 tokens at 152,064 words."""
+    assert LogProbHead(nn.Linear(1, 152_064, device="meta")).chunk == (441 if torch.cuda.is_available() else 110)
     assert LogProbHead(nn.Linear(1, 2**25, device="meta")).chunk == 1
 
 
@@ -197,6 +197,18 @@ def test_bfloat16_is_no_worse_than_full_logits(trainable):
     for exact, usual, mine in zip(grads(truth), grads(plain), grads(ours)):
         assert mine.dtype == torch.bfloat16
         assert (errors(mine, exact) <= errors(usual, exact) * 1.5).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA multiplies bfloat16 into float32")
+def test_on_a_gpu_logits_are_never_bfloat16():
+    """R-C4: from bfloat16 states and weights the log-probs are those of float64 to 1e-4 nats, with and without bias."""
+    for bias in (False, True):
+        layer = linear(bias, torch.bfloat16, trainable=False, std=3.0, vocabulary=1000, width=64).cuda()
+        hidden, targets = (x.cuda() for x in inputs(3000, torch.bfloat16, vocabulary=1000, width=64))
+        logits = F.linear(hidden.double(), layer.weight.double(), layer.bias.double() if bias else None)
+        truth = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+        assert (LogProbHead(layer)(hidden, targets).double() - truth).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

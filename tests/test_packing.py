@@ -120,6 +120,13 @@ def test_nothing_is_scored_without_a_prompt_or_a_token(layout, group):
         layout([([1, 2], [[3]]), group])
 
 
+def test_rows_can_be_pinned():
+    """Pinned memory takes no tensor whose elements share a place."""
+    for layout in (pack, pad):
+        row = layout([([7, 8], [[1, 2], [3]])])
+        assert all(tensor.is_contiguous() for tensor in vars(row).values() if isinstance(tensor, torch.Tensor))
+
+
 def test_moving_a_row_moves_every_tensor_and_changes_none():
     """`to` reaches the tensors inside `segments`; the meta device shows which ones it took."""
     row = pack(GROUPS)
