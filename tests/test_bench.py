@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, launch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -149,3 +149,16 @@ class Hungry:
 
     def burst(self):
         raise ValueError("full")
+
+
+@pytest.mark.slow
+def test_what_safety_costs_at_toy_size(tmp_path):
+    """The states and checkpoints that a run of seven steps writes, and shares that are shares."""
+    launch(ROOT / "bench" / "safety.py", "--json", tmp_path / "safety.json", "--max_steps", "7", "--save_steps", "4",
+           "--eval_size", "0")
+    found = json.loads((tmp_path / "safety.json").read_text())
+    assert found["state"]["times"] == 3 and found["checkpoint"]["times"] == 3  # before 2, 4, 6; of 0, 4, 7
+    # Float32 weights, two moments and a count each, random numbers and headers; a checkpoint has a tokenizer, too.
+    weights = found["state"]["bytes"] // 12
+    assert 4 * weights < found["checkpoint"]["bytes"] + 10_000 and found["state"]["bytes"] > 12 * 50_000
+    assert 0 < found["share"] < 0.1 and 0.5 < found["after_a_save"] < 2
