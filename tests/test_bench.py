@@ -159,7 +159,8 @@ def test_what_safety_costs_at_toy_size(tmp_path):
     launch(ROOT / "bench" / "safety.py", "--json", tmp_path / "safety.json", "--max_steps", "7", "--save_steps", "4",
            "--model_name", piles / "sft", "--train_file_path", piles / "test.parquet", "--lora_r", "4")
     found, config = (json.loads(file.read_text()) for file in (tmp_path / "safety.json", piles / "sft" / "config.json"))
-    width, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    head = width // config["num_attention_heads"]
     q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     ends = [(width, q), (width, kv), (width, kv), (q, width), (width, inner), (width, inner), (inner, width)]
     weights = config["num_hidden_layers"] * sum(4 * (a + b) for a, b in ends)
