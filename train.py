@@ -334,10 +334,11 @@ def train_step(run: Run, bar) -> None:
     # The step's loss is the sum over all its pairs / divisor. DeepSpeed averages over ranks, hence world.
     share = run.world / divisor(run, run.train_set, pairs)
     for i, (indices, weight) in enumerate(batches):
-        run.stop.check()
+        run.stop.ask()
         last = i == len(batches) - 1
         with shortage_named(run, run.train_set, indices):
             losses = losses_of(run, run.train_set, run.ref, indices, weight, meter, gradient=True)
+            run.stop.hear()  # the answer came in the meantime
             if last:
                 means = step_means(run, run.train_set, pairs, meter)
                 if wrong := check_numbers(run, pairs, means, meter):

@@ -91,13 +91,19 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether one rank at least says so, on all ranks. Never waits for a GPU."""
+def ask(flag: bool):
+    """Begins to ask whether one rank at least says so; the function returned waits for the answer, the same on all
+    ranks. Never waits for a GPU."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
+        return lambda: flag
     box = torch.tensor([flag], dtype=torch.int32)
-    dist.all_reduce(box, dist.ReduceOp.MAX, group=_host["group"])
-    return bool(box.item())
+    work = dist.all_reduce(box, dist.ReduceOp.MAX, group=_host["group"], async_op=True)
+
+    def answer() -> bool:
+        work.wait()
+        return bool(box.item())
+
+    return answer
 
 
 def agree(error: Exception | None, fact=None) -> list:

@@ -1,7 +1,7 @@
 """Being told to stop: SIGTERM and SIGINT end a run where it can go on, with the exit code 75.
 
 Slurm sends SIGTERM before it kills (`--signal=TERM@120`), a terminal SIGINT, and launchers hand on what they get, some
-of them twice, and not to all ranks at once. So a first signal is only noted, ranks compare notes between micro-batches,
+of them twice, and not to all ranks at once. So a first signal is only noted, ranks compare notes in every micro-batch,
 and one that comes more than GRACE seconds later ends the process at once.
 """
 
@@ -10,7 +10,7 @@ import os
 import signal
 import time
 
-from .distributed import any_rank
+from .distributed import ask
 from .errors import Preempted
 
 GRACE = 5.0  # seconds; Ctrl-C under the deepspeed launcher arrives as SIGINT and, 0.1 s later, as SIGTERM
@@ -20,7 +20,7 @@ class Stop:
     """What this process was told. Until `wait` is called, a signal ends it at once: there is nothing to save yet."""
 
     def __init__(self):
-        self.name, self.since, self.waiting, self.before = None, 0.0, False, {}
+        self.name, self.since, self.waiting, self.before, self.answer = None, 0.0, False, {}, None
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._told) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -48,7 +48,16 @@ class Stop:
 
     def check(self) -> None:
         """Raises Preempted on all ranks where one was told to stop. All ranks must call it."""
-        if any_rank(self.name is not None):
+        self.ask()
+        self.hear()
+
+    def ask(self) -> None:
+        """Begins a check that `hear` ends: ranks that are not at the same place need not wait for each other yet."""
+        self.answer = ask(self.name is not None)
+
+    def hear(self) -> None:
+        """Raises Preempted where the answer is yes."""
+        if self.answer():
             raise Preempted(self.reason)
 
     def _told(self, number: int, frame) -> None:

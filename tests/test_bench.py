@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, launch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -149,3 +149,22 @@ class Hungry:
 
     def burst(self):
         raise ValueError("full")
+
+
+@pytest.mark.slow
+def test_what_safety_costs_at_toy_size(tmp_path):
+    """A state is three times the adapter's float32 weights, counted by hand, and a little; seven steps write three
+    states and three checkpoints; shares are shares."""
+    piles = ROOT / "examples" / "piles"
+    launch(ROOT / "bench" / "safety.py", "--json", tmp_path / "safety.json", "--max_steps", "7", "--save_steps", "4",
+           "--model_name", piles / "sft", "--train_file_path", piles / "test.parquet", "--lora_r", "4")
+    found, config = (json.loads(file.read_text()) for file in (tmp_path / "safety.json", piles / "sft" / "config.json"))
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    head = width // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    ends = [(width, q), (width, kv), (width, kv), (q, width), (width, inner), (width, inner), (inner, width)]
+    weights = config["num_hidden_layers"] * sum(4 * (a + b) for a, b in ends)
+    assert found["state"]["times"] == 3 and found["checkpoint"]["times"] == 3  # before 2, 4, 6; of 0, 4, 7
+    assert 12 * weights < found["state"]["bytes"] < 12 * weights + 50_000
+    assert found["checkpoint"]["bytes"] > 4 * weights
+    assert 0 < found["share"] < 0.2 and 0.3 < found["after_a_save"] < 3
