@@ -27,12 +27,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from nanodpo.errors import RunStopped, UserError, first_line, run_script  # noqa: E402
+from nanodpo.student import t_quantile  # noqa: E402
 
 TESTED = 200  # rows of the tiny world: 100 problems, each in both directions
 FLOOR = -0.157  # the best that a model of the tiny world can reach, since its wording is random; piles.py knows it
 COLUMNS = ("question", "text", "worse-text", "relevant-question", "sample_type")
 SETS = ("forward", "reverse", "mixed")
-T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 - .025, by n - 1
 
 
 class Failed(RuntimeError):
@@ -77,8 +77,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"--{name} {value}: must be above 0")
     args.models, args.data = (args.models[:-1], args.models[-1]) if args.models else ([], None)
     kind = "real" if args.models else "tiny"
-    if args.seeds > len(T95):
-        raise UserError(f"--seeds {args.seeds}: at most {len(T95)}")
     args.output_dir = str(Path(args.output_dir).resolve())  # commands run in this repository's folder
     args.models = [str(Path(name).resolve()) if Path(name).exists() else name for name in args.models]
     args.sft, args.dpo = (value and str(Path(value).resolve()) for value in (args.sft, args.dpo))
@@ -283,7 +281,7 @@ def answered(table: pandas.DataFrame) -> dict[str, float]:
 def judged(text: str, values: list[float], sign: int) -> dict:
     """Holds where the interval over seeds lies on the right side of 0; of a single seed, where the number does."""
     series = pandas.Series([float(value) for value in values])
-    reach = T95[len(series) - 1] * series.sem() if len(series) > 1 else 0.0
+    reach = t_quantile(len(series) - 1) * series.sem() if len(series) > 1 else 0.0
     mean, low, high = series.mean(), series.mean() - reach, series.mean() + reach
     interval = f" [{low:+.4f}, {high:+.4f}]" if len(series) > 1 else ""
     return {"text": f"{text}: {mean:+.4f}{interval}", "holds": bool(low > 0 if sign > 0 else high < 0), "mean": mean,

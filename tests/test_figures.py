@@ -98,7 +98,7 @@ def test_one_run_of_each_has_intervals_over_rows(tmp_path, draw):  # noqa: F811
     gaps = [value("f", "forward", "chosen", 100, row, 0) - value("f", "forward", "rejected", 100, row, 0)
             for row in range(4)]
     values = [value("f", "forward", "chosen", 100, row, 0) for row in range(4)]
-    reach = 1.96 * np.std(values, ddof=1) / 2
+    reach = 3.182446305284263 * np.std(values, ddof=1) / 2  # Student's t of four rows
     mean = np.mean(values)
     assert bands(fig.axes[0])[0][-1] == pytest.approx((100, mean - reach, mean + reach), abs=1e-12)
     assert points(fig, "F forward gap")[2][-1] == pytest.approx(np.mean(gaps), abs=1e-12)
@@ -180,7 +180,7 @@ def test_changes_are_of_the_rows_and_their_interval_too(tmp_path, draw):  # noqa
     fig = draw("--scores", make_scores(tmp_path / "s.parquet", values))["dynamics"]
     change = fig.axes[1]
     assert change.get_lines()[0].get_ydata() == pytest.approx([0, 0.2], abs=1e-12)
-    reach = 1.96 * 0.1 / math.sqrt(3)
+    reach = 0.95 * math.sqrt(2 / (1 - 0.95**2)) * 0.1 / math.sqrt(3)  # Student's t of three rows
     assert bands(change)[0][1] == pytest.approx((9, 0.2 - reach, 0.2 + reach), abs=1e-12)
     assert change.get_ylabel() == "change since step 5"
 
@@ -411,7 +411,7 @@ def test_the_tex_includes_the_figure_and_says_what_is_drawn(tmp_path, columns, l
     assert set(lines) <= set(text.splitlines()) and r"\label{fig:dynamics}" in text
     caption = re.search(r"\\caption{(.*)}\n", text)[1]
     assert r"a\_50\%\&\$x\textasciicircum{}2\textasciitilde{}\{\#\}\textbackslash{}" in caption
-    for what in ("per token (nats)", r"95\% interval, n = 1 to 3", "1.96 standard errors", "-0.157", "since step 0"):
+    for what in ("per token (nats)", r"95\% interval, n = 1 to 3", "t standard errors", "-0.157", "since step 0"):
         assert what in caption
     assert text.count("{") == text.count("}")
 

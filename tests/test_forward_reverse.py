@@ -111,9 +111,9 @@ def test_a_command_that_fails_says_why(tmp_path):
 
 
 def test_intervals_over_seeds():
-    """1, 2, 3: mean 2, standard error 1/sqrt(3), t = 4.303 with two degrees of freedom: 2 +- 2.484."""
+    """1, 2, 3: mean 2, standard error 1/sqrt(3), t = 4.302653 with two degrees of freedom: 2 +- 2.484."""
     found = experiment.judged("x", [1.0, 2.0, 3.0], 1)
-    assert (found["low"], found["high"]) == (pytest.approx(2 - 4.303 / 3**0.5), pytest.approx(2 + 4.303 / 3**0.5))
+    assert (found["low"], found["high"]) == (pytest.approx(2 - 4.302653 / 3**0.5), pytest.approx(2 + 4.302653 / 3**0.5))
     assert not found["holds"] and experiment.judged("x", [1.9, 2.0, 2.1], 1)["holds"]
     assert experiment.judged("x", [-1.0], -1)["holds"] and not experiment.judged("x", [-1.0], 1)["holds"]
 

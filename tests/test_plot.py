@@ -142,7 +142,7 @@ def test_means_and_intervals_are_those_computed_by_hand(tmp_path, draw):
     bands = [b.get_paths()[0].vertices for b in fig.axes[0].collections if isinstance(b, PolyCollection)]
     for band, at_0, at_40 in zip(bands, ((-2, 1), (-5, math.sqrt(3))), ((-1.5, 0.5), (-6, 1))):
         for step, (mean, deviation) in ((0, at_0), (40, at_40)):
-            reach = 1.96 * deviation / math.sqrt(3)
+            reach = 0.95 * math.sqrt(2 / (1 - 0.95**2)) * deviation / math.sqrt(3)
             ys = band[band[:, 0] == step][:, 1]
             assert ys.min() == pytest.approx(mean - reach, abs=1e-12)
             assert ys.max() == pytest.approx(mean + reach, abs=1e-12)

@@ -5,6 +5,7 @@ import json
 import pandas
 import pytest
 
+from nanodpo.scoring import verdict
 from nanodpo.scoring.verdict import RULES, judge
 
 KEY = {"run": "r", "phase": "dpo", "dataset": "d"}
@@ -49,15 +50,15 @@ def test_each_rule_fires_on_its_case_alone(case):
 
 
 def test_numbers_by_hand():
-    """Changes 1, 2, 3 over three rows: mean 2, sem 1/sqrt(3), interval 2 +- 1.96/sqrt(3)."""
+    """Changes 2, 3, 4 over three rows: mean 3, sem 1/sqrt(3), interval 3 +- t(2) / sqrt(3), t(2) in closed form."""
     scores = pandas.DataFrame([KEY | {"step": step, "row": row, "response": "chosen", "mean_logps": change * step,
                                       "argmax_logps": 0.0, "implausible_mass": 0.0}
-                               for row, change in enumerate((1.0, 2.0, 3.0)) for step in (0, 1)])
+                               for row, change in enumerate((2.0, 3.0, 4.0)) for step in (0, 1)])
     (found,) = judge(scores, pandas.DataFrame(), pandas.DataFrame())
-    reach = 1.96 / 3**0.5
-    assert found["numbers"]["change of chosen"] == {"mean": 2.0, "low": pytest.approx(2 - reach),
-                                                    "high": pytest.approx(2 + reach), "n": 3}
-    assert found["names"] == ["healthy"] and "change of chosen +2 [" in found["text"]
+    reach = 0.95 * (2 / (1 - 0.95**2)) ** 0.5 / 3**0.5
+    assert found["numbers"]["change of chosen"] == {"mean": 3.0, "low": pytest.approx(3 - reach),
+                                                    "high": pytest.approx(3 + reach), "n": 3}
+    assert found["names"] == ["healthy"] and "change of chosen +3 [" in found["text"]
 
 
 def test_small_changes_and_missing_numbers_name_nothing():
@@ -82,3 +83,11 @@ def test_sft_is_not_judged_by_preferences():
     scores, pairs, answers = (table.assign(phase="sft") for table in tables(weight=0.01))
     (found,) = judge(scores, pairs, answers)
     assert found["names"] == ["healthy"] and "weight" not in found["numbers"]
+
+
+def test_an_accuracy_has_wilsons_interval():
+    """8 of 10: (.8 + z^2/20 +- z sqrt(.016 + z^2/400)) / (1 + z^2/10), 0.4902 to 0.9433; 10 of 10: 0.7225 to 1."""
+    for right, low, high in ((8, 0.4902, 0.9433), (10, 0.7225, 1.0)):
+        found = verdict._share(pandas.Series([True] * right + [False] * (10 - right)))
+        assert (found["mean"], found["n"]) == (right / 10, 10)
+        assert (found["low"], found["high"]) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))

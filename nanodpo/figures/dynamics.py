@@ -133,6 +133,6 @@ def _caption(levels: pandas.DataFrame, since: str | None, phases, floor, band) -
     text = f"Mean log-prob per token (nats) of responses over steps of {runs}, on {listed(levels['dataset'].unique())}"
     text += f": its level (left) and its change since {since}, row by row (right)." if since else "."
     if shaded := interval(levels):
-        text += f" Shaded: {shaded} (mean ± 1.96 standard errors over rows)."
+        text += f" Shaded: {shaded} (mean ± Student's t standard errors over rows)."
     text += f" Dashed: the best possible value, {floor:g}." if floor is not None else ""
     return text + (" The scale changes at the dotted lines." if band else "")

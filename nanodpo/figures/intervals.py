@@ -8,12 +8,15 @@ import math
 
 import pandas
 
+from ..student import t_quantile
+
 KEYS = ["dataset", "run", "phase", "response"]
 
 
 def levels(scores: pandas.DataFrame) -> pandas.DataFrame:
-    """Curves of mean_logps; of the gap, chosen - rejected of a row, too. The interval is mean +- 1.96 sem over rows,
-    sem = standard deviation (n - 1) / sqrt(n); none where n is 1. Scores that are missing (NaN) are left out."""
+    """Curves of mean_logps; of the gap, chosen - rejected of a row, too. The interval is mean +- t sem over rows, t
+    Student's at 95%, sem = standard deviation (n - 1) / sqrt(n); none where n is 1. Scores that are missing (NaN) are
+    left out."""
     rows = ["dataset", "run", "phase", "step", "at", "row"]
     sides = [scores[scores["response"] == side].set_index(rows)["mean_logps"] for side in ("chosen", "rejected")]
     gap = (sides[0] - sides[1]).dropna().reset_index().assign(response="gap")  # of rows that have both
@@ -43,28 +46,10 @@ def over_seeds(curves: pandas.DataFrame) -> pandas.DataFrame:
     return table.assign(low=table["mean"] - reach, high=table["mean"] + reach)
 
 
-def t_quantile(freedom: int, level: float = 0.95) -> float:
-    """Student's t that lies within +- this value with probability `level` (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
-    low, high = 0.0, math.pi / 2
-    while (angle := (low + high) / 2) not in (low, high):  # until no float lies between
-        low, high = (angle, high) if _within(angle, freedom) < level else (low, angle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _within(angle: float, freedom: int) -> float:
-    """P(|T| < sqrt(freedom) tan(angle)): a finite sum of powers of the cosine."""
-    odd, total = freedom % 2, 0.0
-    term = math.cos(angle) if odd else 1.0
-    for power in range(odd, freedom - 1, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
-    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-
-
 def _over_rows(scores: pandas.DataFrame) -> pandas.DataFrame:
     groups = scores.groupby([*KEYS, "step", "at"], sort=False)["mean_logps"]
     table = groups.agg(mean="mean", sem="sem", n="count", rows="size").reset_index()
-    reach = 1.96 * table["sem"]
+    reach = table["n"].sub(1).map(t_quantile) * table["sem"]
     table = table.assign(low=table["mean"] - reach, high=table["mean"] + reach, left_out=table["rows"] - table["n"])
     return table.drop(columns=["sem", "rows"])
 

@@ -140,5 +140,5 @@ def _caption(tests: list[str], focus, shaded: str, floor) -> str:
             f"(a) SFT on forward data, tested on {forward}, and on reverse data, on {reverse}. (b) SFT on mixed data, "
             f"then DPO from it, on {mixed}. (c) The gap y+ - y- of all four on {listed(tests)}; {focus[0]:g} to "
             f"{focus[1]:g} take a quarter of the height; the scale changes at the dotted lines, and nowhere else.")
-    text += f" Shaded: {shaded} (seeds: Student's t; rows: mean ± 1.96 standard errors)." if shaded else ""
+    text += f" Shaded: {shaded} (mean ± Student's t standard errors)." if shaded else ""
     return text + (f" Dashed line: the best possible value, {floor:g}." if floor is not None else "")

@@ -1,6 +1,7 @@
 """What became of a run, in names and numbers: simple rules over the first and the last checkpoint that were scored.
 
-A number is a mean over rows with its 95% interval, mean +- 1.96 standard errors; a change is taken row by row. A rise
+A number is a mean over rows with its 95% interval, mean +- Student's t standard errors, Wilson's for an accuracy (JASA
+22, 1927); a change is taken row by row. A rise
 is a change whose interval lies above 0, a fall one whose interval lies below. NOTABLE keeps the names for what matters:
 with many rows the interval of any change leaves 0 out.
 """
@@ -8,6 +9,8 @@ with many rows the interval of any change leaves 0 out.
 import math
 
 import pandas
+
+from ..student import t_quantile
 
 NOTABLE = 0.01  # nats a token: one percent of a token's probability
 SPREAD = 3  # times the implausible mass of the start; what SFT moves to a new style is mostly below twice
@@ -65,16 +68,18 @@ def _numbers(table, pairs, answers, first, last, phase: str) -> dict[str, dict]:
         numbers["change of implausible mass"] = _change(mass, "implausible_mass", first, last)
         means = mass.groupby("step")["implausible_mass"].mean()
         if means[first] > 0:
-            numbers["implausible mass, times the start's"] = {"mean": means[last] / means[first], "n": len(both)}
+            times = {"mean": means[last] / means[first], "n": mass["row"].nunique()}
+            numbers["implausible mass, times the start's"] = times
     if phase not in ("", "sft") and len(pairs):
         end = pairs[pairs["step"] == last]
         if phase == "dpo":  # other losses weigh a pair otherwise
             numbers["weight"] = _stats(end["weight"])
-        numbers["reward accuracy"] = _stats((end["margin"] > 0).astype(float)[end["margin"].notna()])
+        numbers["reward accuracy"] = _share(end["margin"].dropna() > 0)
     if len(answers):
         for name, column in (("change of answer accuracy", "correct"), ("change of repetition", "repetition")):
             numbers[name] = _change(answers.assign(value=answers[column].astype(float)), "value", first, last)
-    return {name: {key: float(value) for key, value in stats.items()} for name, stats in numbers.items() if stats["n"]}
+    return {name: {key: int(value) if key == "n" else float(value) for key, value in stats.items()}
+            for name, stats in numbers.items() if stats["n"]}
 
 
 def _change(table, column: str, first, last) -> dict:
@@ -84,10 +89,21 @@ def _change(table, column: str, first, last) -> dict:
 
 def _stats(values: pandas.Series) -> dict:
     values = values.dropna()
-    mean, reach = values.mean(), 1.96 * values.sem()
+    mean, reach = values.mean(), t_quantile(len(values) - 1) * values.sem()
     if len(values) < 2:  # a single row has no interval
         return {"mean": mean, "n": len(values)}
     return {"mean": mean, "low": mean - reach, "high": mean + reach, "n": len(values)}
+
+
+def _share(hits: pandas.Series) -> dict:
+    """A share of rows with Wilson's interval, which stays between 0 and 1 and has a width at either end."""
+    n = len(hits)
+    if not n:
+        return {"mean": math.nan, "n": 0}
+    share, z = hits.mean(), 1.959964
+    centre, reach = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    low, high = ((centre + side * reach) / (1 + z * z / n) for side in (-1, 1))
+    return {"mean": share, "low": low, "high": high, "n": n}
 
 
 def _low(numbers: dict, name: str) -> float:
