@@ -94,17 +94,24 @@ def main(argv: list[str]) -> None:
     parts = score_all(opener, checkpoints, probes, folder / "parts", args)
     distributed.leave()
     if distributed.is_main():
-        report(folder, scores.join_parts(folder, parts, {c.run: c.settings.beta for c in checkpoints if c.phase}))
+        before = scores.contents(folder)
+        tables = scores.join_parts(folder, parts, {c.run: c.settings.beta for c in checkpoints if c.phase})
+        report(folder, tables, [item for item in before if item not in scores.contents(folder)])
 
 
-def report(folder: Path, tables: dict) -> None:
-    """The verdict, and what is on the screen at the end."""
+def report(folder: Path, tables: dict, gone: list[str]) -> None:
+    """The verdict, and what is on the screen at the end; `gone` is what an earlier scoring had in this folder."""
     found = verdict.judge(tables["scores"], tables["pairs"], tables["answers"])
     scores.write_json(folder / "verdict.json", found)
     print(show(tables["summary"]))
     if failed := len(tables["failed"]):
         print(f"{failed} log-probs are not finite and in no mean; they are listed in {folder / 'failed.jsonl'}")
-    print("\n".join(line["text"] for line in found))
+    for line in found:
+        print(line["text"])
+    if gone:
+        names = ", ".join(gone[:6]) + " ..." * (len(gone) > 6)
+        print(f"no longer in {folder}: {names}; the command that scored it brings it back from parts/, and another "
+              "--output_dir keeps both")
     from nanodpo.figures.drawing import draw_after  # slow to import
 
     print(draw_after(folder))
@@ -164,6 +171,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.targets += [args.model_path] if args.model_path else []
     args.targets = args.targets or [newest_run(Path("runs"))]
     named = [item.partition("=") if "=" in item else (Path(item).stem, "", item) for item in args.dataset_path]
+    args.own = not named
     args.dataset_path = [(name, path) for name, _, path in named] or [own_data(args.targets[0])]
     if nameless := [f"{name}={path}" for name, path in args.dataset_path if not (name and path)]:
         raise UserError(f"--dataset_path {nameless[0]}: expected FILE or NAME=FILE")
@@ -174,12 +182,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def own_data(target: str) -> tuple[str, str]:
-    """The held-out data of a run, else what it trained on. Raises UserError for a bare model."""
+    """(name, file) of a run's held-out data, else of what it trained on. Raises UserError for a bare model."""
     settings = open_targets([target])[0].settings
     if settings.eval_file_path:
         return "test", settings.eval_file_path
     if settings.train_file_path:
-        return "train", settings.train_file_path
+        return "test" if settings.held_out_rows else "train", settings.train_file_path
     raise UserError(f"{target}: is no run, so --dataset_path is needed")
 
 
@@ -214,6 +222,9 @@ def open_probe(name: str, path: str, settings, source, args) -> Probe:
     if not args.responses:
         rows = range(len(data.examples))
         kinds = [kind for kind in kinds if any(responses.KINDS[kind](data.examples, i, args.seed) for i in rows)]
+    if args.own and settings.held_out_rows:
+        held = set(settings.held_out_rows)
+        data.examples = [example for example in data.examples if example.row in held]
     if distributed.is_main():
         print(data.report())
     groups = responses.make_groups(data.examples, kinds, args.seed, limit)
@@ -366,6 +377,8 @@ def check_answers(opened: Opened, probe: Probe, args) -> list[dict]:
             lines.append({"row": probe.examples[i].row, "found": found, "expected": expected,
                           "correct": found == expected, "ended": ids[-1] in probe.ends, "tokens": len(ids),
                           "repetition": answers.repetition(ids), "text": text})
+    if not lines:
+        distributed.say(f"{probe.name}: none of the first {len(rows)} chosen answers ends in one that can be checked")
     return lines
 
 

@@ -178,6 +178,7 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
     run.facts |= {"arguments": dataclasses.asdict(run.args), "output_dir": str(run.folder), "steps": run.steps,
                   "layout": run.layout, "attention": run.attention, "weights": weights,
                   "device": distributed.device_name(run.device),
+                  "held_out_rows": [e.row for e in run.held_out.examples] if run.args.eval_size else None,
                   "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header),
                                                [example.prompt for example in run.train_set.examples])}
     found = {"step": 0}
@@ -465,7 +466,7 @@ def log_step(run: Run, bar, line: dict, tokens: int, seconds: float) -> None:
 def save_checkpoint(run: Run) -> None:
     """checkpoint-<step>: adapter or model, and tokenizer. All ranks gather, the first writes."""
     folder, model = run.folder / f"checkpoint-{run.step}", run.engine.module.model
-    if distributed.from_main(isinstance(read_manifest(folder), dict)):
+    if distributed.from_main(distributed.is_main() and isinstance(read_manifest(folder), dict)):
         return
     tensors = checkpoint.gather(model, only_trained=run.args.use_lora)
     with distributed.main_first():

@@ -265,6 +265,26 @@ def test_by_default_what_the_data_has_and_starts_first(run, tiny, tmp_path):
     assert pandas.read_parquet(bare / "pairs.parquet").margin.isna().all()  # no run, so no start to compare with
 
 
+def test_rows_that_a_run_held_out_are_its_test_set(tiny, tmp_path):
+    """--eval_size 3: by default these three rows alone, with the numbers that the run's own evaluation logged."""
+    train(tiny, tmp_path / "run", "--eval_size", "3", "--max_steps", "1", "--eval_steps", "1")
+    held = json.loads((tmp_path / "run" / "run.json").read_text())["held_out_rows"]
+    table = scored(tmp_path / "out", tmp_path / "run")
+    assert len(held) == 3 and set(table["row"]) == set(held) and set(table["dataset"]) == {"test"}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line["eval_logps/chosen"] for line in lines if "eval_logps/chosen" in line]
+    found = table[table["response"] == "chosen"].groupby("step")["logps"].mean()
+    assert logged == pytest.approx(found.tolist(), rel=1e-6) and len(logged) == 2
+
+
+def test_what_a_scoring_takes_the_place_of_is_said(run, tiny, tmp_path, capsys):
+    scored(tmp_path, run / "checkpoint-0", "--tokens", "--responses", "chosen")
+    scored(tmp_path, run / "checkpoint-0", "--dataset_path", f"b={tiny / 'train.jsonl'}", "--responses", "chosen")
+    assert (f"no longer in {tmp_path}: data set test, tokens.parquet; the command that scored it brings it back"
+            in capsys.readouterr().out)
+    assert not (tmp_path / "tokens.parquet").exists()
+
+
 def test_prompts_that_open_otherwise_are_refused(run, tiny, tmp_path):
     """R-A9: data with a system prompt that training did not have; asked for, it is scored."""
     other = tmp_path / "dpo"

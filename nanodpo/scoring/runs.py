@@ -14,7 +14,7 @@ from ..manifest import check_whole
 DEFAULTS = {"loss": "", "prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
             "boundary": "error", "max_length": None, "max_prompt_length": None, "overlong": "error",
             "on_bad_row": "error", "beta": 0.1, "bf16": False, "trust_remote_code": False, "train_file_path": None,
-            "eval_file_path": None, "prompt_leads": None}
+            "eval_file_path": None, "prompt_leads": None, "held_out_rows": None}
 STEP = re.compile(r"checkpoint-(\d{1,15})")
 
 
@@ -79,7 +79,8 @@ def _open(target: str) -> list[Checkpoint]:
 def _settings(run: Path) -> SimpleNamespace:
     try:
         record = json.loads((run / "run.json").read_text())
-        given = record["arguments"] | {"max_length": record["max_length"], "prompt_leads": record.get("prompt_leads")}
+        given = record["arguments"] | {"max_length": record["max_length"], "prompt_leads": record.get("prompt_leads"),
+                                       "held_out_rows": record.get("held_out_rows")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{run / 'run.json'}: is not what train.py writes ({type(error).__name__}: {error})") from error
     given = {key: given[key] for key in DEFAULTS if key in given}
@@ -96,6 +97,8 @@ def _right(key: str, value) -> bool:
         return type(value) is int and value > 0 or (value is None and key == "max_prompt_length")
     if key == "prompt_leads":
         return value is None or isinstance(value, list) and all(lead is None or isinstance(lead, str) for lead in value)
+    if key == "held_out_rows":
+        return value is None or isinstance(value, list) and all(type(row) is int for row in value)
     if key == "beta":
         return type(value) in (int, float) and math.isfinite(value)
     choices = {"boundary": ("error", "concat"), "overlong": ("error", "drop", "truncate"),

@@ -82,6 +82,18 @@ def join_parts(folder: Path, parts: list[Path], betas: dict[str, float]) -> dict
     return tables
 
 
+def contents(folder: Path) -> list[str]:
+    """What the tables of a folder hold, in words; nothing where there are none that can be read."""
+    found = [f"{name}.parquet" for name in ("tokens", "answers") if (folder / f"{name}.parquet").exists()]
+    try:
+        table = pandas.read_parquet(folder / "scores.parquet", columns=["run", "step", "dataset", "response"])
+    except (OSError, ValueError, pyarrow.ArrowException):
+        return found
+    runs = [f"{run} step {step}" for run, step in table[["run", "step"]].drop_duplicates().itertuples(index=False)]
+    return [*runs, *(f"data set {name}" for name in table["dataset"].unique()),
+            *(f"response {name}" for name in table["response"].unique()), *found]
+
+
 def write_json(file: Path, value) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with _aside(file) as aside:
