@@ -19,6 +19,7 @@ from nanodpo.errors import UserError, run_script
 from nanodpo.example import Example
 from nanodpo.schedule import pairs_of_step
 from nanodpo.scoring import means, responses, scores
+from nanodpo.scoring.runs import open_targets
 
 KEYS = ["run", "step", "dataset", "row", "response"]
 
@@ -283,6 +284,14 @@ def test_what_a_scoring_takes_the_place_of_is_said(run, tiny, tmp_path, capsys):
     assert (f"no longer in {tmp_path}: data set test, tokens.parquet; the command that scored it brings it back"
             in capsys.readouterr().out)
     assert not (tmp_path / "tokens.parquet").exists()
+
+
+def test_runs_of_one_name_are_told_apart(run, tmp_path):
+    """One folder a seed, the same name of the run in each."""
+    for seed in ("seed-1", "seed-2"):
+        shutil.copytree(run, tmp_path / seed / "dpo")
+    found = open_targets([str(tmp_path / seed / "dpo") for seed in ("seed-1", "seed-2")])
+    assert [(c.run, c.step) for c in found] == [(f"{seed}/dpo", k) for seed in ("seed-1", "seed-2") for k in range(4)]
 
 
 def test_prompts_that_open_otherwise_are_refused(run, tiny, tmp_path):

@@ -37,6 +37,7 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     found = [checkpoint for target in targets for checkpoint in _open(target)]
     for checkpoint in found:
         checkpoint.settings = SimpleNamespace(**vars(checkpoint.settings) | (changes or {}))
+    _tell_apart(found)
     runs = list(dict.fromkeys(c.run for c in found))
     found.sort(key=lambda c: (runs.index(c.run), c.step))  # a run's start comes first: the rest is compared with it
     seen = [(c.run, c.step) for c in found]
@@ -46,6 +47,19 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     for checkpoint in found:
         check_whole(Path(checkpoint.path))
     return found
+
+
+def _tell_apart(found: list[Checkpoint]) -> None:
+    """Runs of one name in two folders, seed-1/dpo and seed-2/dpo, take the folder's name into theirs."""
+    homes = {}
+    for checkpoint in found:
+        place = Path(checkpoint.path).resolve()
+        place = place.parent if checkpoint.phase else place
+        homes.setdefault(checkpoint.run, {}).setdefault(place, []).append(checkpoint)
+    for places in (places for places in homes.values() if len(places) > 1):
+        for place, checkpoints in places.items():
+            for checkpoint in checkpoints:
+                checkpoint.run = f"{place.parent.name}/{place.name}"
 
 
 def newest_run(folder: Path) -> str:
