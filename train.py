@@ -102,7 +102,9 @@ def run_training(argv: list[str], stop: Stop) -> None:
     if old:
         identity.check_same(folder, old, facts, early=bool(source.adapter))
         if old.get("finished"):
-            distributed.say(f"{folder}: this run is finished, all {old['steps']} steps; there is nothing to do")
+            distributed.say(f"{folder}: this run is finished, all {old['steps']} steps")
+            if args.merge_weights and distributed.is_main() and not (folder / "merged").is_dir():
+                merge(args, folder, old["steps"])
             return
     if args.loss != "sft":
         reference.check_writable(args.cache_dir)
@@ -504,18 +506,22 @@ def finish(run: Run) -> None:
     dist.destroy_process_group()  # merging a large model outlasts a collective's patience
     if run.rank != 0:
         return
-    last = run.folder / f"checkpoint-{run.steps}"
     if run.args.merge_weights:
-        dtype = torch.bfloat16 if run.args.bf16 else torch.float32
-        checkpoint.merge(last, run.folder / "merged", dtype, run.args.trust_remote_code)
-        print(f"merged: {run.folder / 'merged'}")
+        merge(run.args, run.folder, run.steps)
     shutil.rmtree(run.folder / "resume", ignore_errors=True)  # large, and a finished run has nowhere to go on to
     identity.finish(run.folder)
     if run.args.draw:
         from nanodpo.figures.drawing import draw_after  # slow to import
 
         print(draw_after(run.folder))
-    print(f"done: {run.folder}\nlast: {last}\nnext: python score.py {run.folder}")
+    print(f"done: {run.folder}\nlast: {run.folder / f'checkpoint-{run.steps}'}\nnext: python score.py {run.folder}")
+
+
+def merge(args: TrainArguments, folder: Path, steps: int) -> None:
+    """Leaves the last checkpoint's adapter merged into its base, a model like any other, in merged/."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    checkpoint.merge(folder / f"checkpoint-{steps}", folder / "merged", dtype, args.trust_remote_code)
+    print(f"merged: {folder / 'merged'}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from .reference import data_hash
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
 # Flags that may differ between a run and its continuation. None of them can change a number that is written ...
 FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
-        "skip_nonfinite", "trust_remote_code", "inspect", "print_config", "dry_run"}
+        "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "print_config", "dry_run"}
 # ... or what they name is compared itself: the weights, the token ids, the DeepSpeed settings.
 BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "deepspeed"}
 ADAPTERS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}  # an adapter that is trained on decides

@@ -120,7 +120,11 @@ def test_told_to_stop_when_every_step_is_done(whole, tiny, tmp_path, forked):
         assert "merged: " not in said and not (tmp_path / "other" / "merged").exists()
     codes, said = forked(TRAIN, *flags(tiny, tmp_path / "other", "--merge_weights"))
     assert codes == [0] and "merged: " in said
-    assert (tmp_path / "other" / "merged" / "model.safetensors").is_file()
+    merged = (tmp_path / "other" / "merged" / "model.safetensors").read_bytes()
+    for _ in range(2):  # a finished run is merged when asked later, once
+        codes, said = forked(TRAIN, *flags(tiny, run, "--merge_weights"))
+        assert codes == [0] and "this run is finished" in said
+        assert (run / "merged" / "model.safetensors").read_bytes() == merged
 
 
 @pytest.mark.slow
