@@ -59,6 +59,9 @@ def _render_side(template: Template, side: str, prompt, value, notes: list[str])
             notes.append("prompt column differs from the transcript's prompt (the transcript is used)")
         end = _end_of(template, *parts)
         response, dropped, added = close_turn(parts[1], end, template.tokenizer.eos_token)
+        if not isinstance(value, str):  # what the template wrote after the message is no news
+            _, doubled, open_ended = close_turn(value[-1].get("content") or "", end, template.tokenizer.eos_token)
+            dropped = doubled or not open_ended
         body = response.removesuffix(end)
         if not body.strip():
             raise UserError("is empty")

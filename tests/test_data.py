@@ -174,6 +174,19 @@ def test_every_format_gives_the_same_texts(chatml, prompt, chosen, rejected):
     assert not any("differs" in note for note in text.notes)
 
 
+@pytest.mark.parametrize("said, noted", [
+    ("four", False), ("four \n", False),  # the newline after the turn is the template's, white space before it is kept
+    ("four<|im_end|>", True), ("four<|im_end|>\n", True),  # the template closes it once more
+])
+def test_of_messages_only_what_the_user_wrote_is_noted(chatml, said, noted):
+    """R-A7: a note about every row of conversational data would say nothing about any."""
+    talk = [USER, {"role": "assistant", "content": said}]
+    for values in ((None, talk, [USER, NO]), ([USER], talk[1:], [NO])):
+        text = render_row(chatml, 0, *values, True)
+        assert text.chosen == said.replace("<|im_end|>\n", "").replace("<|im_end|>", "") + "<|im_end|>"
+        assert text.notes == ("chosen: dropped white space or a second end after the turn",) * noted
+
+
 def test_sft_rows_have_no_rejected(chatml):
     for prompt, chosen in ((None, [USER, YES]), ([USER], [YES]), (None, ASKED + "four<|im_end|>\n"), (ASKED, "four")):
         assert render(chatml, prompt, chosen) == (ASKED, "four<|im_end|>", None)
