@@ -1,7 +1,4 @@
-"""Texts -> token ids, with the boundary, the limits and every dropped row accounted for.
-
-Lengths are in tokens, always.
-"""
+"""Texts -> token ids, with the boundary, the limits and every dropped row accounted for."""
 
 import collections
 import dataclasses
@@ -22,9 +19,11 @@ class DataSet:
     dropped: list[dict]  # {"file", "row", "reason"}
     notes: collections.Counter  # what was normalised or found, and in how many rows
     lengths: list[int] = dataclasses.field(default_factory=list)  # of every tokenised row, before any cut or drop
+    held_out: int = 0  # examples that went to a data set of their own
 
     def report(self) -> str:
-        lines = [f"data {self.path}: {_rows(len(self.examples))}, {len(self.dropped)} dropped"]
+        lines = [f"data {self.path}: {_rows(len(self.examples) + self.held_out)}, {len(self.dropped)} dropped"
+                 + f", {self.held_out} held out" * bool(self.held_out)]
         lines += [f"  {_rows(count)}: {note}" for note, count in sorted(self.notes.items())]
         lines += [f"  dropped row {row['row']}: {row['reason']}" for row in self.dropped[:SHOWN]]
         return "\n".join(lines + [f"  ... and {len(self.dropped) - SHOWN} more"] * (len(self.dropped) > SHOWN))

@@ -2,10 +2,13 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny_tokenizers as tiny
 
+import train
+from nanodpo.arguments import TrainArguments
 from nanodpo.errors import UserError
 from nanodpo.example import Example, truncate
 from nanodpo.inspection import histogram, inspect
@@ -198,6 +201,18 @@ def test_notes_count_rows_once(tmp_path):
     assert data.notes == {"prompt column differs from the transcript's prompt (the transcript is used)": 1,
                           "chosen: dropped white space or a second end after the turn": 4, "repeats an earlier row": 2}
     assert "  1 row: prompt column differs" in data.report() and "  2 rows: repeats" in data.report()
+
+
+def test_the_report_counts_held_out_rows_where_its_notes_do(tmp_path):
+    """R-A7: the notes are about all rows of the file, so its line is too."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row(f"{i}?", "4<|endoftext|>\n", "5<|endoftext|>")) + "\n" for i in range(12)))
+    args = TrainArguments(train_file_path=str(path), eval_size=2)
+    data, held_out, _ = train.load_data(args, SimpleNamespace(tokenizer=tiny.plain(), context=100))
+    assert (len(data.examples), len(held_out.examples)) == (10, 2)
+    assert data.report() == (f"data {path}: 12 rows, 0 dropped, 2 held out\n"
+                             "  12 rows: chosen: dropped white space or a second end after the turn")
+    assert held_out.report() == f"data 2 rows of {path}: 2 rows, 0 dropped"
 
 
 def test_sft_data_needs_no_rejected(tmp_path):
