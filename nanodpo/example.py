@@ -29,16 +29,15 @@ def too_long(example: Example, max_prompt: int | None, limit: int) -> str | None
     return None
 
 
-def truncate(example: Example, limit: int, max_prompt: int | None = None) -> Example | None:
-    """Each response cut at its end to fit `limit` with the whole prompt, never closed again.
-
-    None where no token of a response would be left, where the cut makes both responses equal, or for a long prompt.
-    """
+def truncate(example: Example, limit: int, max_prompt: int | None = None) -> Example | str:
+    """Each response cut at its end to fit `limit` with the whole prompt, never closed again; or why that can't be."""
     room = limit - len(example.prompt)
-    if room < 1 or (max_prompt and len(example.prompt) > max_prompt):
-        return None
+    if max_prompt and len(example.prompt) > max_prompt:
+        return "prompts are not cut"
+    if room < 1:
+        return f"the prompt alone, {len(example.prompt)} tokens, leaves no room for a response"
     chosen, rejected = example.chosen[:room], example.rejected and example.rejected[:room]
     if chosen == rejected:
-        return None
+        return "cut, both responses would be equal"
     cut = len(example.chosen) > room, len(example.rejected or ()) > room
     return dataclasses.replace(example, chosen=chosen, rejected=rejected, cut=cut)

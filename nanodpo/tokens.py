@@ -167,10 +167,8 @@ def _handle_overlong(data: DataSet, overlong: list[tuple[Example, str]], limit: 
                         "use --overlong drop or --overlong truncate")
     for example, reason in overlong:
         cut = None if args.overlong == "drop" else truncate(example, limit, args.max_prompt_length)
-        if cut is None:
-            # A cut of the responses can fail too: a prompt that leaves no room, responses that differ too late.
-            reason += "; cut, no two responses would be left" * (args.overlong == "truncate")
-            _drop(data, example.row, reason)
+        if not isinstance(cut, Example):
+            _drop(data, example.row, f"{reason}; {cut}" if cut else reason)
             continue
         data.examples.append(cut)
         sides = "both responses" if all(cut.cut) else f"only {'chosen' if cut.cut[0] else 'rejected'}"

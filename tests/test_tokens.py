@@ -137,16 +137,26 @@ def test_truncation_cuts_each_side_by_its_own_length_and_closes_nothing(tmp_path
         Example(0, [*b"2?"], [*b"fou"], [*b"x", 258], (True, False)),
         Example(1, [*b"2?"], [*b"y", 258], [*b"fiv"], (False, True)),
         Example(3, [*b"2?"], [*b"a", 258], [*b"b", 258], (False, False))]
-    assert data.dropped[0]["row"] == 2 and "no two responses would be left" in data.dropped[0]["reason"]
+    assert [(d["row"], d["reason"]) for d in data.dropped] == [
+        (2, "9 tokens, over --max_length 5; cut, both responses would be equal")]
     assert data.notes["only chosen cut to fit 5 tokens"] == data.notes["only rejected cut to fit 5 tokens"] == 1
 
 
+def test_a_prompt_that_fills_the_limit_is_the_reason_why_its_row_is_dropped(tmp_path):
+    """R-B4, R-A7: no cut of the responses could help."""
+    rows = [row("1234567", "4", "five"), row("2?", "4", "five")]
+    data = load(tmp_path, tiny.plain(), rows, limit=6, overlong="truncate")
+    assert [e.row for e in data.examples] == [1]
+    assert data.dropped[0]["reason"] == (
+        "11 tokens, over --max_length 6; the prompt alone, 6 tokens, leaves no room for a response")  # 23 is one token
+
+
 def test_a_prompt_is_never_cut(tmp_path):
-    for overlong in ("drop", "truncate"):
+    for overlong, more in (("drop", ""), ("truncate", "; prompts are not cut")):
         data = load(tmp_path, tiny.plain(), [row("long?", "a", "b"), row("2?", "a", "b")], overlong=overlong,
                     max_prompt_length=3)
         assert [e.row for e in data.examples] == [1]
-        assert data.dropped[0]["reason"].startswith("prompt of 5 tokens, over --max_prompt_length 3")
+        assert data.dropped[0]["reason"] == "prompt of 5 tokens, over --max_prompt_length 3" + more
     assert "prompt of 5 tokens" in error_of(tmp_path, tiny.plain(), [row("long?", "a", "b")], max_prompt_length=4)
 
 
@@ -155,13 +165,13 @@ def test_no_grid_point_gives_an_empty_side():
     for prompt, chosen, rejected, limit in itertools.product(range(1, 6), range(1, 6), range(1, 6), range(1, 12)):
         example = Example(0, [1] * prompt, [2] * chosen, [3] * rejected)
         cut = truncate(example, limit)
-        assert (cut is None) == (limit <= prompt)
-        if cut:
+        assert isinstance(cut, Example) == (limit > prompt)
+        if isinstance(cut, Example):
             assert cut.prompt == example.prompt and cut.length <= limit
             assert (len(cut.chosen), len(cut.rejected)) == (min(chosen, limit - prompt), min(rejected, limit - prompt))
             assert cut.cut == (prompt + chosen > limit, prompt + rejected > limit)
             assert len(cut.chosen) >= 1 and len(cut.rejected) >= 1
-    assert truncate(Example(0, [1], [2], None), 1) is None
+    assert "no room" in truncate(Example(0, [1], [2], None), 1)
     assert truncate(Example(0, [1], [2, 3, 4], None), 3) == Example(0, [1], [2, 3], None, (True, False))
 
 
