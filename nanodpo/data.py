@@ -3,7 +3,15 @@
 import dataclasses
 
 from .errors import UserError
-from .template import Template, close_turn, question_in, render_messages, render_prompt, split_transcript
+from .template import (
+    Template,
+    close_turn,
+    lacks_template,
+    question_in,
+    render_messages,
+    render_prompt,
+    split_transcript,
+)
 
 
 @dataclasses.dataclass
@@ -55,6 +63,7 @@ def _render_side(template: Template, side: str, prompt, value, notes: list[str])
         parts = _split(template, prompt, value)
         if parts is None:
             parts = _plain_prompt(template, prompt), value
+            notes += ["plain text, without the chat template"] * lacks_template(template, parts[0])
         elif isinstance(prompt, str) and not question_in(template, parts[0]).endswith(question_in(template, prompt)):
             notes.append("prompt column differs from the transcript's prompt (the transcript is used)")
         end = _end_of(template, *parts)

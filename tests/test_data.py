@@ -187,6 +187,21 @@ def test_of_messages_only_what_the_user_wrote_is_noted(chatml, said, noted):
         assert text.notes == ("chosen: dropped white space or a second end after the turn",) * noted
 
 
+@pytest.mark.parametrize("prompt, chosen, plain", [
+    ("How many?", "four", True), ("How many? <|im_end|>", "four", True), ("assistant", "four", True),
+    ([USER], "four", False), ([USER], [YES], False), (None, [USER, YES], False), ("How many?", [USER, YES], False),
+    (ASKED, "four", False), (ASKED + "<think>\n", "four", False), (ASKED.rstrip(), "four", False),
+    ("How many?", ASKED + "four", False), ("<|im_start|>user\nHow many?<|im_end|>\n", "four", False),
+    ("[INST] How many? [/INST]", "four", False),  # another model's template is no plain text
+])
+def test_plain_text_for_a_chat_model_is_noted(chatml, prompt, chosen, plain):
+    text = render_row(chatml, 0, prompt, chosen, None, False)
+    assert ("plain text, without the chat template" in text.notes) == plain
+    if isinstance(prompt, str) and isinstance(chosen, str) and ASKED not in chosen:  # a model without a template
+        assert not any("plain" in note for note in render_row(read_template(tiny.plain()), 0, prompt, chosen, None,
+                                                              False).notes)
+
+
 def test_sft_rows_have_no_rejected(chatml):
     for prompt, chosen in ((None, [USER, YES]), ([USER], [YES]), (None, ASKED + "four<|im_end|>\n"), (ASKED, "four")):
         assert render(chatml, prompt, chosen) == (ASKED, "four<|im_end|>", None)

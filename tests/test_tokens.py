@@ -213,6 +213,12 @@ def test_notes_count_rows_once(tmp_path):
     assert "  1 row: prompt column differs" in data.report() and "  2 rows: repeats" in data.report()
 
 
+def test_plain_rows_of_a_chat_model_are_counted_once(tmp_path):
+    """Both sides share the prompt; a rendered row is none of them."""
+    report = load(tmp_path, tiny.chatml(), [row("2?", "4", "5"), row("3?", "4", "5"), row(ASKED, "4", "5")]).report()
+    assert "  2 rows: plain text, without the chat template" in report.splitlines()
+
+
 def test_the_report_counts_held_out_rows_where_its_notes_do(tmp_path):
     """R-A7: the notes are about all rows of the file, so its line is too."""
     path = tmp_path / "rows.jsonl"
