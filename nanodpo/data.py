@@ -26,8 +26,9 @@ class Texts:
     more: dict[str, str] = dataclasses.field(default_factory=dict)  # responses of further columns
 
 
-def render_row(template: Template, number: int, prompt, chosen, rejected, has_rejected: bool) -> Texts:
-    """One row's values -> Texts. Raises UserError naming the side that is wrong."""
+def render_row(template: Template, number: int, prompt, chosen, rejected, has_rejected: bool,
+               may_be_equal: bool = False) -> Texts:
+    """One row's values -> Texts. Raises UserError naming the side that is wrong, or for equal sides."""
     notes = []
     chosen_prompt, chosen = _render_side(template, "chosen", prompt, chosen, notes)
     if not has_rejected:
@@ -38,7 +39,7 @@ def render_row(template: Template, number: int, prompt, chosen, rejected, has_re
                   min(len(chosen_prompt), len(rejected_prompt)))
         raise UserError(f"prompts of chosen and rejected differ: {chosen_prompt[at:at + 30]!r} against "
                         f"{rejected_prompt[at:at + 30]!r}")
-    if chosen == rejected:
+    if chosen == rejected and not may_be_equal:
         raise UserError("chosen and rejected are equal")
     return Texts(number, chosen_prompt, chosen, rejected, tuple(notes))
 

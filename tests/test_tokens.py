@@ -237,6 +237,17 @@ def test_sft_data_needs_no_rejected(tmp_path):
     assert "no column rejected" in error_of(tmp_path, tiny.plain(), [{"prompt": "2?", "completion": "4"}])
 
 
+def test_sft_takes_pairs_that_do_not_differ(tmp_path):
+    """It trains on chosen alone. By hand: equal in the file, and equal once cut to three tokens."""
+    rows = [row("2?", "4", "4"), row("2?", "threes", "threat")]
+    sft = {"loss": "sft", "overlong": "truncate", "pairs": False}
+    data = load(tmp_path, tiny.plain(), rows, limit=5, **sft)
+    assert data.dropped == [] and data.examples == [
+        Example(0, [*b"2?"], [*b"4", 258], [*b"4", 258]), Example(1, [*b"2?"], [*b"thr"], [*b"thr"], (True, True))]
+    for loss in ("dpo", ""):  # a run to be scored has its loss in its settings, a bare model none
+        assert "equal" in error_of(tmp_path, tiny.plain(), rows, limit=5, **sft | {"loss": loss})
+
+
 # --inspect
 
 
