@@ -3,7 +3,15 @@
 import dataclasses
 
 from .errors import UserError
-from .template import Template, close_turn, question_in, render_messages, render_prompt, split_transcript
+from .template import (
+    Template,
+    close_turn,
+    lacks_template,
+    question_in,
+    render_messages,
+    render_prompt,
+    split_transcript,
+)
 
 
 @dataclasses.dataclass
@@ -18,8 +26,9 @@ class Texts:
     more: dict[str, str] = dataclasses.field(default_factory=dict)  # responses of further columns
 
 
-def render_row(template: Template, number: int, prompt, chosen, rejected, has_rejected: bool) -> Texts:
-    """One row's values -> Texts. Raises UserError naming the side that is wrong."""
+def render_row(template: Template, number: int, prompt, chosen, rejected, has_rejected: bool,
+               may_be_equal: bool = False) -> Texts:
+    """One row's values -> Texts. Raises UserError naming the side that is wrong, or for equal sides."""
     notes = []
     chosen_prompt, chosen = _render_side(template, "chosen", prompt, chosen, notes)
     if not has_rejected:
@@ -30,7 +39,7 @@ def render_row(template: Template, number: int, prompt, chosen, rejected, has_re
                   min(len(chosen_prompt), len(rejected_prompt)))
         raise UserError(f"prompts of chosen and rejected differ: {chosen_prompt[at:at + 30]!r} against "
                         f"{rejected_prompt[at:at + 30]!r}")
-    if chosen == rejected:
+    if chosen == rejected and not may_be_equal:
         raise UserError("chosen and rejected are equal")
     return Texts(number, chosen_prompt, chosen, rejected, tuple(notes))
 
@@ -55,10 +64,14 @@ def _render_side(template: Template, side: str, prompt, value, notes: list[str])
         parts = _split(template, prompt, value)
         if parts is None:
             parts = _plain_prompt(template, prompt), value
+            notes += ["plain text, without the chat template"] * lacks_template(template, parts[0])
         elif isinstance(prompt, str) and not question_in(template, parts[0]).endswith(question_in(template, prompt)):
             notes.append("prompt column differs from the transcript's prompt (the transcript is used)")
         end = _end_of(template, *parts)
         response, dropped, added = close_turn(parts[1], end, template.tokenizer.eos_token)
+        if not isinstance(value, str):  # what the template wrote after the message is no news
+            _, doubled, open_ended = close_turn(value[-1].get("content") or "", end, template.tokenizer.eos_token)
+            dropped = doubled or not open_ended
         body = response.removesuffix(end)
         if not body.strip():
             raise UserError("is empty")

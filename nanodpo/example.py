@@ -29,16 +29,18 @@ def too_long(example: Example, max_prompt: int | None, limit: int) -> str | None
     return None
 
 
-def truncate(example: Example, limit: int, max_prompt: int | None = None) -> Example | None:
-    """Each response cut at its end to fit `limit` with the whole prompt, never closed again.
+def truncate(example: Example, limit: int, max_prompt: int | None = None, may_be_equal: bool = False):
+    """Each response cut at its end to fit `limit` with the whole prompt, never closed again; or why that can't be.
 
-    None where no token of a response would be left, where the cut makes both responses equal, or for a long prompt.
+    Returns an Example or the reason, a str. `may_be_equal`: SFT has no use for a difference.
     """
     room = limit - len(example.prompt)
-    if room < 1 or (max_prompt and len(example.prompt) > max_prompt):
-        return None
+    if max_prompt and len(example.prompt) > max_prompt:
+        return "prompts are not cut"
+    if room < 1:
+        return f"the prompt alone, {len(example.prompt)} tokens, leaves no room for a response"
     chosen, rejected = example.chosen[:room], example.rejected and example.rejected[:room]
-    if chosen == rejected:
-        return None
+    if chosen == rejected and not may_be_equal:
+        return "cut, both responses would be equal"
     cut = len(example.chosen) > room, len(example.rejected or ()) > room
     return dataclasses.replace(example, chosen=chosen, rejected=rejected, cut=cut)

@@ -3,12 +3,29 @@
 Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of a step is their mean over its pairs:
 
     loss                     of dpo, ipo ...: the pair's; of sft: -log pi a token, over all tokens of the step
-    rewards/chosen           beta * (logps - ref_logps) of the chosen response; rewards/rejected likewise
+    rewards/chosen           beta * (logps - ref_logps) of the chosen response, nats; rewards/rejected likewise
     rewards/margins          rewards/chosen - rewards/rejected
-    rewards/accuracies       share of pairs with a margin above 0; a tie counts as 0 here, and in rewards/ties as 1
-    logps/chosen             log pi(y|x) summed over the tokens of the response, nats
-    logps_per_token/chosen   the same divided by the response's number of tokens
-    ref_logps/chosen         the reference's sum
+    rewards/accuracies       share of pairs with a margin above 0; a tie counts as 0
+    rewards/ties             share of pairs with a margin of exactly 0; at step 0 usually all
+    logps/chosen             log pi(y|x) summed over the tokens of the response, nats; logps/rejected likewise
+    logps_per_token/chosen   each pair's logps/chosen by its number of tokens, the end of turn included; .../rejected
+    ref_logps/chosen         the reference's sum, as logps/chosen; ref_logps/rejected likewise
+
+SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected.
+A line of metrics.jsonl has besides
+
+    step                     the update's number, from 0; its numbers are those under the weights of checkpoint-<step>
+    epoch                    passes over the training data at the beginning of the step
+    grad_norm                of the whole step's gradient, over all ranks and before clipping
+    learning_rate            of this step's update
+    num_tokens               prompts and responses trained on, this step's included, all ranks; a shared prompt once
+    skipped_steps            updates that were left out up to and including this one, see --skip_nonfinite
+    perf/step_seconds        from the step's first forward pass to its update, on rank 0; no evaluation, no saving
+    perf/tokens_per_second   this step's part of num_tokens by step_seconds
+    mem/peak_gib             rank 0's most so far: what torch had allocated on the GPU, or the process's memory on CPU
+
+Lines of an evaluation have step, epoch and the means above as eval_<name>, over the whole held-out set under
+checkpoint-<step>'s weights. Values that are not finite, those of a step that was left out, are absent.
 """
 
 import json

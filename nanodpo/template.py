@@ -127,6 +127,13 @@ def split_transcript(template: Template, text: str, prompt: str | None = None) -
     return None
 
 
+def lacks_template(template: Template, prompt: str) -> bool:
+    """Has the model a chat template, and is this prompt's text without any?"""
+    marks = [template.header, *template.openings]
+    return bool(template.tokenizer.chat_template) and not (
+        any(mark and mark in prompt for mark in marks) or prompt.lstrip().startswith(FOREIGN_OPENINGS))
+
+
 def prompt_leads(template: Template, prompts: list[list[int]]) -> list[str | None]:
     """What stands before the user's first turn (a system prompt, say), every form that occurs; None for plain text.
 

@@ -1,7 +1,4 @@
-"""Texts -> token ids, with the boundary, the limits and every dropped row accounted for.
-
-Lengths are in tokens, always.
-"""
+"""Texts -> token ids, with the boundary, the limits and every dropped row accounted for."""
 
 import collections
 import dataclasses
@@ -22,9 +19,11 @@ class DataSet:
     dropped: list[dict]  # {"file", "row", "reason"}
     notes: collections.Counter  # what was normalised or found, and in how many rows
     lengths: list[int] = dataclasses.field(default_factory=list)  # of every tokenised row, before any cut or drop
+    held_out: int = 0  # examples that went to a data set of their own
 
     def report(self) -> str:
-        lines = [f"data {self.path}: {_rows(len(self.examples))}, {len(self.dropped)} dropped"]
+        lines = [f"data {self.path}: {_rows(len(self.examples) + self.held_out)}, {len(self.dropped)} dropped"
+                 + f", {self.held_out} held out" * bool(self.held_out)]
         lines += [f"  {_rows(count)}: {note}" for note, count in sorted(self.notes.items())]
         lines += [f"  dropped row {row['row']}: {row['reason']}" for row in self.dropped[:SHOWN]]
         return "\n".join(lines + [f"  ... and {len(self.dropped) - SHOWN} more"] * (len(self.dropped) > SHOWN))
@@ -40,17 +39,17 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
     fields = choose_fields(path, rows, args.prompt_field, args.chosen_field, args.rejected_field, pairs)
     if missing := [name for name in more if name not in rows[0]]:
         raise UserError(f"--responses {missing[0]}: {path} has no such column; it has {', '.join(rows[0])}")
-    data = DataSet(path, [], [], collections.Counter())
+    data, alone = DataSet(path, [], [], collections.Counter()), args.loss == "sft"  # trained on chosen alone
     texts, overlong = [], []
     for number, row in enumerate(rows):
         try:
             values = [row[name] if name else None for name in fields]
-            text = render_row(template, number, *values, has_rejected=fields[2] is not None)
+            text = render_row(template, number, *values, fields[2] is not None, may_be_equal=alone)
             found = {name: render_more(template, text.prompt, name, row[name]) for name in more}
             texts.append(dataclasses.replace(text, more={name: said for name, said in found.items() if said}))
         except UserError as error:
             _drop(data, number, str(error))
-    examples = _tokenize(texts, template.tokenizer, args.boundary)
+    examples = _tokenize(texts, template.tokenizer, args.boundary, may_be_equal=alone)
     _tokenize_more(texts, examples, template.tokenizer, args.boundary, limit)
     for text, example in zip(texts, examples):
         if isinstance(example, str):
@@ -90,7 +89,7 @@ def _worst(dropped: list[dict]) -> str:
     return "; ".join(f"row {row}: {reason}" for reason, row in list(first.items())[:SHOWN])
 
 
-def _tokenize(texts: list[Texts], tokenizer, boundary: str) -> list[Example | str]:
+def _tokenize(texts: list[Texts], tokenizer, boundary: str, may_be_equal: bool) -> list[Example | str]:
     """An Example for each text, or the reason why there is none."""
     if not texts:
         return []
@@ -105,7 +104,7 @@ def _tokenize(texts: list[Texts], tokenizer, boundary: str) -> list[Example | st
         else:
             wholes = _encode(tokenizer, [t.prompt + r for t, r in zip(texts, responses)])
             sides.append([_after(prompt, whole, tokenizer) for prompt, whole in zip(prompts, wholes)])
-    return [_example(*row) for row in zip(texts, prompts, *sides)]
+    return [_example(*row, may_be_equal) for row in zip(texts, prompts, *sides)]
 
 
 def _tokenize_more(texts: list[Texts], examples: list, tokenizer, boundary: str, limit: int) -> None:
@@ -122,7 +121,7 @@ def _tokenize_more(texts: list[Texts], examples: list, tokenizer, boundary: str,
             example.more[name] = ids[: max(0, limit - len(example.prompt))]
 
 
-def _example(text: Texts, prompt: list[int], chosen, rejected) -> Example | str:
+def _example(text: Texts, prompt: list[int], chosen, rejected, may_be_equal: bool) -> Example | str:
     for name, ids in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(ids, str):
             return f"{name}: {ids}"
@@ -130,7 +129,7 @@ def _example(text: Texts, prompt: list[int], chosen, rejected) -> Example | str:
             return f"{name} has no tokens"
     if not prompt:
         return "prompt has no tokens"
-    if chosen == rejected:
+    if chosen == rejected and not may_be_equal:
         return "chosen and rejected are equal in tokens"
     return Example(text.row, prompt, chosen, rejected)
 
@@ -167,11 +166,11 @@ def _handle_overlong(data: DataSet, overlong: list[tuple[Example, str]], limit: 
                         f"longest: {'; '.join(f'row {e.row}: {reason}' for e, reason in worst)}. Raise the limit, or "
                         "use --overlong drop or --overlong truncate")
     for example, reason in overlong:
-        cut = None if args.overlong == "drop" else truncate(example, limit, args.max_prompt_length)
-        if cut is None:
-            # A cut of the responses can fail too: a prompt that leaves no room, responses that differ too late.
-            reason += "; cut, no two responses would be left" * (args.overlong == "truncate")
-            _drop(data, example.row, reason)
+        cut = None
+        if args.overlong == "truncate":
+            cut = truncate(example, limit, args.max_prompt_length, may_be_equal=args.loss == "sft")
+        if not isinstance(cut, Example):
+            _drop(data, example.row, f"{reason}; {cut}" if cut else reason)
             continue
         data.examples.append(cut)
         sides = "both responses" if all(cut.cut) else f"only {'chosen' if cut.cut[0] else 'rejected'}"

@@ -174,6 +174,34 @@ def test_every_format_gives_the_same_texts(chatml, prompt, chosen, rejected):
     assert not any("differs" in note for note in text.notes)
 
 
+@pytest.mark.parametrize("said, noted", [
+    ("four", False), ("four \n", False),  # the newline after the turn is the template's, white space before it is kept
+    ("four<|im_end|>", True), ("four<|im_end|>\n", True),  # the template closes it once more
+])
+def test_of_messages_only_what_the_user_wrote_is_noted(chatml, said, noted):
+    """R-A7: a note about every row of conversational data would say nothing about any."""
+    talk = [USER, {"role": "assistant", "content": said}]
+    for values in ((None, talk, [USER, NO]), ([USER], talk[1:], [NO])):
+        text = render_row(chatml, 0, *values, True)
+        assert text.chosen == said.replace("<|im_end|>\n", "").replace("<|im_end|>", "") + "<|im_end|>"
+        assert text.notes == ("chosen: dropped white space or a second end after the turn",) * noted
+
+
+@pytest.mark.parametrize("prompt, chosen, plain", [
+    ("How many?", "four", True), ("How many? <|im_end|>", "four", True), ("assistant", "four", True),
+    ([USER], "four", False), ([USER], [YES], False), (None, [USER, YES], False), ("How many?", [USER, YES], False),
+    (ASKED, "four", False), (ASKED + "<think>\n", "four", False), (ASKED.rstrip(), "four", False),
+    ("How many?", ASKED + "four", False), ("<|im_start|>user\nHow many?<|im_end|>\n", "four", False),
+    ("[INST] How many? [/INST]", "four", False),  # another model's template is no plain text
+])
+def test_plain_text_for_a_chat_model_is_noted(chatml, prompt, chosen, plain):
+    text = render_row(chatml, 0, prompt, chosen, None, False)
+    assert ("plain text, without the chat template" in text.notes) == plain
+    if isinstance(prompt, str) and isinstance(chosen, str) and ASKED not in chosen:  # a model without a template
+        assert not any("plain" in note for note in render_row(read_template(tiny.plain()), 0, prompt, chosen, None,
+                                                              False).notes)
+
+
 def test_sft_rows_have_no_rejected(chatml):
     for prompt, chosen in ((None, [USER, YES]), ([USER], [YES]), (None, ASKED + "four<|im_end|>\n"), (ASKED, "four")):
         assert render(chatml, prompt, chosen) == (ASKED, "four<|im_end|>", None)

@@ -1,14 +1,18 @@
 """What a step reports, by hand."""
 
+import ast
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nanodpo import metrics
 from nanodpo.metrics import Meter, pair_values, write_line
 
+ROOT = Path(__file__).resolve().parent.parent
 LOGPS = torch.tensor([[-10.0, -20.0], [-8.0, -6.0], [-5.0, -5.0]], dtype=torch.float64, requires_grad=True)
 REF = torch.tensor([[-12.0, -19.0], [-8.0, -6.0], [-4.0, -6.0]], dtype=torch.float64)
 TOKENS = torch.tensor([[5.0, 10.0], [4.0, 2.0], [1.0, 5.0]], dtype=torch.float64)
@@ -54,6 +58,19 @@ def test_means_weigh_every_pair_once():
     for values, weight in (([1.0, 2.0, 3.0], 1.0), ([6.0], 1.0), ([100.0, 100.0], 0.0)):
         meter.add({"x": torch.tensor(values)}, weight)
     assert meter.means() == {"x": 3.0}
+
+
+def test_the_docstring_says_what_every_name_is():
+    """The names that train.py writes, read off its code, and those of the pairs; README sends its readers there."""
+    steps = [node for node in ast.parse((ROOT / "train.py").read_text()).body
+             if isinstance(node, ast.FunctionDef) and node.name in ("train_step", "log_step", "evaluate")]
+    written = {key.value for step in steps for node in ast.walk(step) if isinstance(node, ast.Dict)
+               for key in node.keys if isinstance(key, ast.Constant)}
+    assert {"grad_norm", "num_tokens", "perf/step_seconds", "mem/peak_gib"} <= written
+    values = pair_values(LOGPS, TOKENS, REF, args("dpo"))[1].keys() - {"ref_gap"}
+    explained = {line.split()[0] for line in metrics.__doc__.splitlines() if line.startswith("    ")}
+    chosen = {name.replace("rejected", "chosen") for name in values}
+    assert written | chosen | {"loss"} == explained
 
 
 def test_a_line_is_whole_json(tmp_path):

@@ -2,10 +2,13 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny_tokenizers as tiny
 
+import train
+from nanodpo.arguments import TrainArguments
 from nanodpo.errors import UserError
 from nanodpo.example import Example, truncate
 from nanodpo.inspection import histogram, inspect
@@ -134,16 +137,26 @@ def test_truncation_cuts_each_side_by_its_own_length_and_closes_nothing(tmp_path
         Example(0, [*b"2?"], [*b"fou"], [*b"x", 258], (True, False)),
         Example(1, [*b"2?"], [*b"y", 258], [*b"fiv"], (False, True)),
         Example(3, [*b"2?"], [*b"a", 258], [*b"b", 258], (False, False))]
-    assert data.dropped[0]["row"] == 2 and "no two responses would be left" in data.dropped[0]["reason"]
+    assert [(d["row"], d["reason"]) for d in data.dropped] == [
+        (2, "9 tokens, over --max_length 5; cut, both responses would be equal")]
     assert data.notes["only chosen cut to fit 5 tokens"] == data.notes["only rejected cut to fit 5 tokens"] == 1
 
 
+def test_a_prompt_that_fills_the_limit_is_the_reason_why_its_row_is_dropped(tmp_path):
+    """R-B4, R-A7: no cut of the responses could help."""
+    rows = [row("1234567", "4", "five"), row("2?", "4", "five")]
+    data = load(tmp_path, tiny.plain(), rows, limit=6, overlong="truncate")
+    assert [e.row for e in data.examples] == [1]
+    assert data.dropped[0]["reason"] == (
+        "11 tokens, over --max_length 6; the prompt alone, 6 tokens, leaves no room for a response")  # 23 is one token
+
+
 def test_a_prompt_is_never_cut(tmp_path):
-    for overlong in ("drop", "truncate"):
+    for overlong, more in (("drop", ""), ("truncate", "; prompts are not cut")):
         data = load(tmp_path, tiny.plain(), [row("long?", "a", "b"), row("2?", "a", "b")], overlong=overlong,
                     max_prompt_length=3)
         assert [e.row for e in data.examples] == [1]
-        assert data.dropped[0]["reason"].startswith("prompt of 5 tokens, over --max_prompt_length 3")
+        assert data.dropped[0]["reason"] == "prompt of 5 tokens, over --max_prompt_length 3" + more
     assert "prompt of 5 tokens" in error_of(tmp_path, tiny.plain(), [row("long?", "a", "b")], max_prompt_length=4)
 
 
@@ -152,13 +165,13 @@ def test_no_grid_point_gives_an_empty_side():
     for prompt, chosen, rejected, limit in itertools.product(range(1, 6), range(1, 6), range(1, 6), range(1, 12)):
         example = Example(0, [1] * prompt, [2] * chosen, [3] * rejected)
         cut = truncate(example, limit)
-        assert (cut is None) == (limit <= prompt)
-        if cut:
+        assert isinstance(cut, Example) == (limit > prompt)
+        if isinstance(cut, Example):
             assert cut.prompt == example.prompt and cut.length <= limit
             assert (len(cut.chosen), len(cut.rejected)) == (min(chosen, limit - prompt), min(rejected, limit - prompt))
             assert cut.cut == (prompt + chosen > limit, prompt + rejected > limit)
             assert len(cut.chosen) >= 1 and len(cut.rejected) >= 1
-    assert truncate(Example(0, [1], [2], None), 1) is None
+    assert "no room" in truncate(Example(0, [1], [2], None), 1)
     assert truncate(Example(0, [1], [2, 3, 4], None), 3) == Example(0, [1], [2, 3], None, (True, False))
 
 
@@ -200,10 +213,39 @@ def test_notes_count_rows_once(tmp_path):
     assert "  1 row: prompt column differs" in data.report() and "  2 rows: repeats" in data.report()
 
 
+def test_plain_rows_of_a_chat_model_are_counted_once(tmp_path):
+    """Both sides share the prompt; a rendered row is none of them."""
+    report = load(tmp_path, tiny.chatml(), [row("2?", "4", "5"), row("3?", "4", "5"), row(ASKED, "4", "5")]).report()
+    assert "  2 rows: plain text, without the chat template" in report.splitlines()
+
+
+def test_the_report_counts_held_out_rows_where_its_notes_do(tmp_path):
+    """R-A7: the notes are about all rows of the file, so its line is too."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row(f"{i}?", "4<|endoftext|>\n", "5<|endoftext|>")) + "\n" for i in range(12)))
+    args = TrainArguments(train_file_path=str(path), eval_size=2)
+    data, held_out, _ = train.load_data(args, SimpleNamespace(tokenizer=tiny.plain(), context=100))
+    assert (len(data.examples), len(held_out.examples)) == (10, 2)
+    assert data.report() == (f"data {path}: 12 rows, 0 dropped, 2 held out\n"
+                             "  12 rows: chosen: dropped white space or a second end after the turn")
+    assert held_out.report() == f"data 2 rows of {path}: 2 rows, 0 dropped"
+
+
 def test_sft_data_needs_no_rejected(tmp_path):
     example, = load(tmp_path, tiny.plain(), [{"prompt": "2?", "completion": "4"}], pairs=False).examples
     assert example == Example(0, [*b"2?"], [*b"4", 258], None)
     assert "no column rejected" in error_of(tmp_path, tiny.plain(), [{"prompt": "2?", "completion": "4"}])
+
+
+def test_sft_takes_pairs_that_do_not_differ(tmp_path):
+    """It trains on chosen alone. By hand: equal in the file, and equal once cut to three tokens."""
+    rows = [row("2?", "4", "4"), row("2?", "threes", "threat")]
+    sft = {"loss": "sft", "overlong": "truncate", "pairs": False}
+    data = load(tmp_path, tiny.plain(), rows, limit=5, **sft)
+    assert data.dropped == [] and data.examples == [
+        Example(0, [*b"2?"], [*b"4", 258], [*b"4", 258]), Example(1, [*b"2?"], [*b"thr"], [*b"thr"], (True, True))]
+    for loss in ("dpo", ""):  # a run to be scored has its loss in its settings, a bare model none
+        assert "equal" in error_of(tmp_path, tiny.plain(), rows, limit=5, **sft | {"loss": loss})
 
 
 # --inspect

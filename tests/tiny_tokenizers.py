@@ -69,6 +69,7 @@ def plain() -> PreTrainedTokenizerFast:
 class DataArguments:
     """The part of TrainArguments that reading data needs, with its defaults."""
 
+    loss: str = "dpo"
     prompt_field: str = None
     chosen_field: str = None
     rejected_field: str = None
