@@ -102,10 +102,7 @@ def run_training(argv: list[str], stop: Stop) -> None:
     if old:
         identity.check_same(folder, old, facts, early=bool(source.adapter))
         if old.get("finished"):
-            distributed.say(f"{folder}: this run is finished, all {old['steps']} steps")
-            if args.merge_weights and distributed.is_main() and not (folder / "merged").is_dir():
-                merge(args, folder, old["steps"])
-            return
+            return end_again(args, folder, old["steps"])
     if args.loss != "sft":
         reference.check_writable(args.cache_dir)
     distributed.say("\n".join(data.report() for data in (train, held_out) if data))
@@ -515,6 +512,13 @@ def finish(run: Run) -> None:
 
         print(draw_after(run.folder))
     print(f"done: {run.folder}\nlast: {run.folder / f'checkpoint-{run.steps}'}\nnext: python score.py {run.folder}")
+
+
+def end_again(args: TrainArguments, folder: Path, steps: int) -> None:
+    """What is left to do for a run that is finished."""
+    distributed.say(f"{folder}: this run is finished, all {steps} steps")
+    if args.merge_weights and distributed.is_main() and not (folder / "merged").is_dir():
+        merge(args, folder, steps)
 
 
 def merge(args: TrainArguments, folder: Path, steps: int) -> None:
