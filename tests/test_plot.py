@@ -92,6 +92,16 @@ def test_training_is_faint_only_beside_evaluation(tmp_path):
         assert (line.get_alpha() is None) == held_out == (line.get_marker() in {"o", "s", "^"})
 
 
+def test_beside_evaluation_training_is_faint_in_every_run_and_keeps_its_sides_dash(tmp_path, draw):
+    """A run without evaluation is faint too, as the legend says; sides of one run share a colour, so dashes differ."""
+    fig = draw(make_run(tmp_path / "a"), make_run(tmp_path / "b", evals=()))["training"]
+    for run in "ab":
+        drawn = {line.get_label(): line for ax in fig.axes for line in ax.get_lines()}
+        sides = [drawn[f"{run} {name}"] for name in SIDES[:3]]
+        assert {(line.get_alpha(), line.get_linewidth()) for line in sides} == {(0.4, 0.6)}
+        assert len({str(line._dash_pattern) for line in sides}) == 3
+
+
 def test_sft_has_no_panel_of_rewards(tmp_path):
     sides = ("logps_per_token/chosen",)
     fig = training_figure({"sft": read_metrics(make_run(tmp_path / "sft", sides=sides))}, 1)[0]

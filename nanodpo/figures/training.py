@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from ..errors import UserError
 from .axes import COLOURS, DASHES, GREY, LOGPS, MARKERS, add_legend, grid, listed, wrap
 
-FAINT = {"alpha": 0.4, "linewidth": 0.6, "linestyle": "-", "marker": ""}
+FAINT = {"alpha": 0.4, "linewidth": 0.6, "marker": ""}
 LOOKS = {"loss": {"color": "black", "linestyle": "-", "marker": "o"}} | {
     side: {"color": COLOURS[i], "linestyle": DASHES[i], "marker": MARKERS[i]}
     for i, side in enumerate(("chosen", "rejected", "margin"))}
@@ -22,7 +22,7 @@ PANELS = {"loss": {"loss": "loss"},
 def training_figure(runs: dict[str, list[dict]], columns: int):
     """Loss, rewards and log-probs of runs, {name: lines of metrics.jsonl}.
 
-    The colour is the side, or with several runs the run. Training is faint where there is evaluation.
+    The colour is the side, or with several runs the run. Where one of them has evaluation, training is faint in all.
     """
     if len(runs) > len(COLOURS):
         raise UserError(f"{len(runs)} runs: at most {len(COLOURS)} can be told apart in one figure")
@@ -37,7 +37,7 @@ def training_figure(runs: dict[str, list[dict]], columns: int):
         ax.set_ylabel(label)
         for run, lines in runs.items():
             for side, name in names.items():
-                _curves(ax, run, lines, name, LOOKS[side] | colours.get(run, {}))
+                _curves(ax, run, lines, name, LOOKS[side] | colours.get(run, {}), FAINT if held_out else {})
     handles = [Line2D([], [], **colour, label=wrap(run)) for run, colour in colours.items()]
     for side in dict.fromkeys(side for names in panels.values() for side in names if side != "loss"):
         look = LOOKS[side] | ({"color": GREY} if colours else {}) | ({} if held_out else {"marker": ""})
@@ -52,11 +52,12 @@ def training_figure(runs: dict[str, list[dict]], columns: int):
                  + (", and at the markers over held-out pairs." if held_out else "."))
 
 
-def _curves(ax, run: str, lines: list[dict], name: str, look: dict) -> None:
-    """A metric of a run over steps: in training, and under evaluation. A step that was skipped is a gap."""
+def _curves(ax, run: str, lines: list[dict], name: str, look: dict, training: dict) -> None:
+    """A metric of a run over steps, in training (`training` alters the look) and under evaluation. A step that was
+    skipped is a gap."""
     held_out, trained = ([(line["step"], line[key]) for line in lines if key in line] for key in (f"eval_{name}", name))
     if trained:
         dot = {"marker": "." if len(trained) == 1 else ""}  # a single point has no line
-        ax.plot(*zip(*trained), **look | (FAINT if held_out else {}) | dot, label=f"{run} {name}")
+        ax.plot(*zip(*trained), **look | training | dot, label=f"{run} {name}")
     if held_out:
         ax.plot(*zip(*held_out), **look, label=f"{run} eval_{name}")
