@@ -182,7 +182,7 @@ def test_changes_are_of_the_rows_and_their_interval_too(tmp_path, draw):  # noqa
     assert change.get_lines()[0].get_ydata() == pytest.approx([0, 0.2], abs=1e-12)
     reach = 0.95 * math.sqrt(2 / (1 - 0.95**2)) * 0.1 / math.sqrt(3)  # Student's t of three rows
     assert bands(change)[0][1] == pytest.approx((9, 0.2 - reach, 0.2 + reach), abs=1e-12)
-    assert change.get_ylabel() == "change since step 5"
+    assert change.get_ylabel() == "change since step 5\n(nats per token)"
 
 
 def test_scores_that_are_missing_are_left_out_and_counted(tmp_path, draw):  # noqa: F811
@@ -512,7 +512,7 @@ ALL = ["--three_panel", "--forward", "f0", "--reverse", "r0", "--mixed", "m0", "
     (lab(), ["--heatmap"], "the scores are of the runs f0, r0, m0, d0; a heatmap has one"),
     (lab(but=lambda t: t[t["step"] == 0]), ["f0", "--heatmap"], "a heatmap needs the scores .* two steps or more"),
     (lab(but=lambda t: t.assign(mean_logps=math.nan)), ["f0"], "every score in it is missing"),
-    (lab(), ["--strip", "7"], "tokens.parquet: can't be read as Parquet"),
+    (lab(), ["--strip", "7"], "tokens.parquet: is not there; score.py makes it"),
     (lab(), ["--strip", "x"], "--strip: invalid int value"),
     (lambda folder: make_tokens(folder, WORDS, WORDS), ["--strip", "8"], "no tokens of chosen or rejected in row 8"),
     (lambda folder: make_tokens(folder, WORDS, WORDS, position=3), ["--strip", "7"], "row .*: is out of place"),

@@ -160,7 +160,7 @@ def test_means_and_intervals_are_those_computed_by_hand(tmp_path, draw):
     assert not fig.axes[2].collections  # n = 1: no interval
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["chosen", "rejected", "95% interval, n = 1 to 3"]
     assert fig.axes[0].get_ylabel() == "log-prob (nats per token)" and fig.axes[2].get_xlabel() == "DPO step"
-    assert fig.axes[1].get_ylabel() == "change since step 0"
+    assert fig.axes[1].get_ylabel() == "change since step 0\n(nats per token)"
 
 
 def test_scores_beside_runs_are_joined(tmp_path, draw):
@@ -359,3 +359,9 @@ def test_who_has_a_figure_open_keeps_it_whole(tmp_path):
     with (run / "training.pdf").open("rb") as reader:
         plot.main([str(run), "--columns", "1"])
         assert reader.read() == before != (run / "training.pdf").read_bytes()
+
+
+def test_a_strip_without_tokens_says_how_to_get_them(tmp_path):
+    make_scores(make_run(tmp_path / "a") / "scores.parquet", SCORES)
+    with pytest.raises(UserError, match="tokens.parquet: is not there; score.py makes it where it is told --tokens"):
+        plot.main([str(tmp_path / "a"), "--strip", "0"])

@@ -49,7 +49,7 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
     for (name, kind), ax in panels.items():
         ax.set_title(wrap(name, 36 if across == 1 else 24), pad=12 if phases else None)
         if kind == "change" or ax.get_subplotspec().is_first_col():
-            ax.set_ylabel(f"change since {since}" if kind == "change" else LOGPS)
+            ax.set_ylabel(f"change since {since}\n(nats per token)" if kind == "change" else LOGPS)
         _draw(ax, changes if kind == "change" else levels, name, dashes, looks)
         if phases:
             set_phases(ax, list(phases.values()))

@@ -78,6 +78,8 @@ def read_tokens(files: list[Path], row: int) -> pandas.DataFrame:
         raise UserError(f"--strip {row}: must be the number of a row, from 0")
     tables = []
     for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: is not there; score.py makes it where it is told --tokens")
         table = read_parquet(file, [*TOKENS, "row"], [("row", "==", row)])
         table = table[table["response"].isin(SIDES)]
         refuse(file, table, table.isna().any(axis=1) | (table[["step", "logp"]].abs() == math.inf).any(axis=1),
