@@ -92,7 +92,7 @@ TABLES += [
      ["--scores=@/run/scores.parquet"], ["scores of 9 runs: at most 6 can be told apart"]),
     ("scores: a column twice", one_column_twice, RUN, ["@/run/scores.parquet"]),
     ("a run without tokens", broken("run/tokens.parquet", "missing"), STRIP,
-     ["tokens.parquet: can't be read as Parquet"]),
+     ["tokens.parquet: is not there; score.py makes it"]),
     ("a run without scores in a heatmap", broken("run/scores.parquet", "missing"), [*RUN, "--heatmap"],
      ["@/run/scores.parquet: can't be read as Parquet"]),
 ]
