@@ -11,6 +11,7 @@ import dataclasses
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ class Work:
     pairs: list[Pair]
     model: str | dict  # a folder, or a Qwen2 config
     cached: bool = True  # reference log-probs known beforehand
-    checkpointing: bool = False
+    checkpointing: str = ""  # or "selective", "full"; TRL has no selective and keeps everything then
     rank: int = 16
     batch: int = 1  # pairs in a step: one micro-batch
     device: str = "cpu"
@@ -81,10 +82,12 @@ class Contender:
     def build(self):
         from peft import get_peft_model
 
+        from nanodpo.recompute import recompute
+
         model = get_peft_model(base_model(self.work), lora_config(self.work), autocast_adapter_dtype=False)
-        if self.work.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
+        mode = self.work.checkpointing
+        recompute(model, SimpleNamespace(gradient_checkpointing=mode == "full", selective_checkpointing=mode ==
+                                         "selective", use_lora=True, lora_r=self.work.rank), 0)
         return model
 
     def references(self, pairs: list[Pair]):
@@ -200,7 +203,7 @@ class Trl(Contender):
         bf16 = self.work.dtype == torch.bfloat16
         args = DPOConfig(tempfile.mkdtemp(), use_cpu=self.work.device == "cpu", bf16=bf16, max_length=None,
                          per_device_train_batch_size=self.work.batch, beta=BETA, report_to="none", disable_tqdm=True,
-                         gradient_checkpointing=self.work.checkpointing,
+                         gradient_checkpointing=self.work.checkpointing == "full",
                          gradient_checkpointing_kwargs={"use_reentrant": False})
         columns = {name: ["-"] * len(self.rows) for name in ("prompt", "chosen", "rejected")}
         data = datasets.Dataset.from_dict(columns | {n: [row[n] for row in self.rows] for n in names})

@@ -5,8 +5,9 @@
 
 Weights are random and bf16, LoRA r=256 on all seven projections, references cached, AdamW. The lengths are those of
 reasoning traces: median 2.4k tokens a sequence, 95th percentile 8k, longest 14k, then a pair of 20k; prompts are 5%.
-Every contender runs with and without checkpointing, each in a process of its own, in turn, `--rounds` times; one that
-runs out of memory is listed as such. Tokens/s count each pair's own tokens, prompt + chosen + prompt + rejected.
+Every contender runs with and without checkpointing, nanodpo also with the selective kind, each in a process of its own,
+in turn, `--rounds` times; one that runs out of memory is listed as such. Tokens/s count the own tokens of a pair: prompt
++ chosen, prompt + rejected.
 """
 
 import argparse
@@ -105,11 +106,12 @@ class Ceiling:
         return 2 * len(self.a) ** 3 / best
 
 
-def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, checkpointing: bool) -> float:
+def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, checkpointing: str) -> float:
     """Of the matmuls that a contender does for a pair: recomputation and padding counted, elementwise work not.
 
-    A frozen weight costs 2 FLOPs a token forward and 2 backward, a trained one 2 and 4; recomputation is a forward
-    more. Attention is 4 T^2/2 D forward, 2.5 times that backward. TRL's head computes the logits again in backward.
+    A frozen weight costs 2 FLOPs a token forward and 2 backward, a trained one 2 and 4; full recomputation is a
+    forward more, the selective kind LoRA's second products but the last. Attention is 4 T^2/2 D forward, 2.5 times that
+    backward. TRL's head computes the logits again in backward.
     """
     hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
@@ -124,7 +126,8 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, checkpointin
     forward = layers * (tokens * 2 * (base + lora) + attention)
     backward = layers * (tokens * (2 * base + 4 * lora) + 2.5 * attention)
     head = 2 * hidden * shape["vocab_size"] * sum(responses) * (3 if name == "trl" else 2)
-    return forward * (1 + checkpointing) + backward + head
+    again = {"": 0, "selective": layers * tokens * 2 * rank * 2 * (hidden + kv + inner), "full": forward}
+    return forward + again[checkpointing] + backward + head
 
 
 def longest_pair(work: contenders.Work, scale: float) -> int:
@@ -132,14 +135,14 @@ def longest_pair(work: contenders.Work, scale: float) -> int:
     fits, length = 0, round(16_384 * scale)
     while length <= 2**17 * scale:
         pairs = contenders.random_pairs(1, length // 20, length - length // 20, length - length // 20, 1000)
-        work.pairs, work.checkpointing = pairs, True
+        work.pairs, work.checkpointing = pairs, "full"
         if isinstance(run("nanodpo", work), str):
             break
         fits, length = length, length * 3 // 2
     return fits
 
 
-def summarise(name: str, checkpointing: bool, runs: list, work: contenders.Work, top: float) -> dict:
+def summarise(name: str, checkpointing: str, runs: list, work: contenders.Work, top: float) -> dict:
     """Of all rounds of one contender."""
     if any(isinstance(one, str) for one in runs):
         return {"name": name, "checkpointing": checkpointing, "result": next(r for r in runs if isinstance(r, str))}
@@ -170,7 +173,8 @@ def main() -> None:
     top, *_ = worker.call("flops")
     worker.close()
     names = args.only or ["nanodpo"] + ["trl"] * measure.can_run("trl")
-    modes = [(name, checkpointing) for name in names for checkpointing in (False, True)]
+    modes = [(name, checkpointing) for name in names for checkpointing in ("", "selective", "full")
+             if (name, checkpointing) != ("trl", "selective")]
     runs = {mode: [] for mode in modes}
     for _ in range(args.rounds):
         for mode in [mode for mode in modes if not any(isinstance(one, str) for one in runs[mode])]:
@@ -179,7 +183,7 @@ def main() -> None:
             one = summarise(*mode, runs[mode], work, top)
             print({key: one[key] for key in one.keys() - {"losses"}}, flush=True)  # a bench cut off has said something
     results = [summarise(*mode, found, work, top) for mode, found in runs.items()]
-    rows = [[one["name"], "yes" if one["checkpointing"] else "no", *(
+    rows = [[one["name"], one["checkpointing"] or "no", *(
         [f"{one['tokens_per_second']:,.0f}", f"{one['peak_gib']:.1f}", f"{one['share_of_ceiling']:.2f}",
          f"{one['losses'][0]:.4f}"] if one["result"] == "ran" else [one["result"], "-", "-", "-"])] for one in results]
     if args.toy:

@@ -19,9 +19,10 @@ import measure
 # Between contenders at the first step: the loss in nats (TRL adds up sums of 10,000 nats in float32, so to 1e-3, times
 # beta), the gradient norm relative.
 LOSS_TOLERANCE, NORM_TOLERANCE = 5e-4, 1e-3
-SETTINGS = {"cached": {}, "online": {"cached": False}, "cached, checkpointing": {"checkpointing": True},
-            "cached, 4 pairs": {"batch": 4}, "online, checkpointing": {"cached": False, "checkpointing": True},
-            "cached, checkpointing, 4 pairs": {"checkpointing": True, "batch": 4}}
+SETTINGS = {"cached": {}, "cached, selective": {"checkpointing": "selective"}, "online": {"cached": False},
+            "cached, checkpointing": {"checkpointing": "full"}, "cached, 4 pairs": {"batch": 4},
+            "online, checkpointing": {"cached": False, "checkpointing": "full"},
+            "cached, checkpointing, 4 pairs": {"checkpointing": "full", "batch": 4}}
 
 
 def contest(names: list[str], work: contenders.Work, rounds: int, threads: int) -> dict:
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--train_file_path", help="real pairs; default: random ones")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--hidden", type=int, default=64, help="of the tiny model")
-    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS)[:4])
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS)[:5])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--json", help="default: bench/results/step-<model>.json")

@@ -29,6 +29,7 @@ class TrainArguments:
     bf16: bool = _flag(False, "Weights and activations in bfloat16, float32 master weights; otherwise float32.")
     use_flash_attention: bool = _flag(False, "Demand the variable-length flash kernel (CUDA); stop where it fails.")
     gradient_checkpointing: bool = _flag(False, "Recompute activations in backward instead of keeping them.")
+    selective_checkpointing: bool = _flag(False, "Recompute only what is cheap: all but matrix products and attention.")
     use_lora: bool = _flag(True, "Train a LoRA adapter; false is full fine-tuning, as is --lora_r 0.")
     lora_r: int = _flag(16, "LoRA rank.")
     lora_alpha: int = _flag(32, "LoRA scale times rank.")
@@ -118,12 +119,10 @@ def _check(args: TrainArguments) -> None:
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name} {value}: must be a finite number")
-    for name in POSITIVE:
-        if (value := getattr(args, name)) is not None and not value > 0:
+        if name in POSITIVE and value is not None and not value > 0:
             raise UserError(f"--{name} {value}: must be above 0")
-    for name in NOT_NEGATIVE:
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+        if name in NOT_NEGATIVE and not value >= 0:
+            raise UserError(f"--{name} {value}: must not be negative")
     if args.seed >= 2**63:
         raise UserError(f"--seed {args.seed}: must be below 2^63")
     if args.max_steps == 0 or args.max_steps < -1:
@@ -131,16 +130,16 @@ def _check(args: TrainArguments) -> None:
     if not 0 <= args.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing {args.label_smoothing}: must be at least 0 and below 0.5")
     if args.label_smoothing and args.loss not in ("dpo", "robust"):
-        raise UserError(f"--label_smoothing {args.label_smoothing} has no meaning for --loss {args.loss}; "
-                        "use --loss dpo or robust")
+        raise UserError(f"--label_smoothing has no meaning for --loss {args.loss}; leave it out, or use dpo or robust")
     for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 0 and below 1")
     if args.lora_dropout and args.use_lora and not args.allow_dropout:
         raise UserError(f"--lora_dropout {args.lora_dropout} makes policy and reference differ at step 0; "
                         "add --allow_dropout to train with it all the same, or leave it out")
-    if args.eval_file_path and args.eval_size:
-        raise UserError("--eval_file_path and --eval_size: give one of them")
+    for one, other in (("eval_file_path", "eval_size"), ("gradient_checkpointing", "selective_checkpointing")):
+        if getattr(args, one) and getattr(args, other):
+            raise UserError(f"--{one} and --{other}: give one of them")
     if args.eval_steps and not (args.eval_file_path or args.eval_size):
         raise UserError(f"--eval_steps {args.eval_steps}: nothing to evaluate; add --eval_file_path or --eval_size")
     if args.random_init and args.use_lora:

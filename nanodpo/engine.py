@@ -9,6 +9,7 @@ import torch
 from . import distributed, selfcheck
 from .errors import UserError, first_line
 from .logprobs import SequenceLogProbs
+from .recompute import recompute
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
          "gradient_clipping", "fp16", "bf16")  # settings of the DeepSpeed JSON that are flags of train.py
@@ -60,6 +61,9 @@ def engine_config(settings: dict, path: str, args) -> dict:
     zero = settings.setdefault("zero_optimization", {})
     if type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f'{path}: zero_optimization must be like {{"stage": 0}}, with a stage of 0 to 3')
+    if args.selective_checkpointing and zero.get("stage") == 3:
+        raise UserError(f"{path}: stage 3 gathers weights within the layers, which --selective_checkpointing can't "
+                        "tell from what it is to compute again; use --gradient_checkpointing, or stage 2")
     offload = zero.get("offload_optimizer") or {}
     if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
         raise UserError(f"{path}: offload_optimizer with device nvme, or a ratio, keeps AdamW's moments where a state "
@@ -119,12 +123,7 @@ def build(model, args, settings: dict, device, longest: int):
     """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention)."""
     import deepspeed  # slow to import, and --help and wrong input don't need it
 
-    if args.gradient_checkpointing:
-        # ZeRO-3 frees weights between forward and backward, which the newer, hook-based checkpointing takes for an
-        # error; the older one runs backward only where the inputs have a gradient.
-        reentrant = settings.get("zero_optimization", {}).get("stage") == 3
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
+    recompute(model, args, settings["zero_optimization"].get("stage", 0))
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]

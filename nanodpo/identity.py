@@ -20,7 +20,8 @@ from .reference import data_hash
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
 # Flags that may differ between a run and its continuation. None of them can change a number that is written ...
 FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
-        "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "print_config", "dry_run"}
+        "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "print_config", "dry_run",
+        "gradient_checkpointing", "selective_checkpointing"}
 # ... or what they name is compared itself: the weights, the token ids, the DeepSpeed settings.
 BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "deepspeed"}
 ADAPTERS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}  # an adapter that is trained on decides
@@ -117,10 +118,9 @@ def fingerprint(known: dict) -> str:
 
 
 def create(folder: Path, record: dict) -> None:
-    """Makes the folder with its run.json.
+    """Makes the folder with its run.json; of two runs that start at once, one finds it there.
 
-    Of two runs that start at once, one finds it there. Raises UserError, and RunStopped where the disk is full.
-    """
+    Raises UserError, and RunStopped where the disk is full."""
     place = folder / f".run.json.{os.getpid()}.partial"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,9 @@ import torch
 
 from .errors import RankStopped, UserError
 
-LESS = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), --gradient_checkpointing, "
-        "--bf16, a --max_length with --overlong, or a higher ZeRO stage or offloading in --deepspeed")
+LESS = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), --selective_checkpointing "
+        "or --gradient_checkpointing, --bf16, a --max_length with --overlong, or a higher ZeRO stage or offloading in "
+        "--deepspeed")
 
 
 @contextlib.contextmanager

@@ -204,6 +204,7 @@ def test_unreadable_settings_files(tmp_path):
     (["--adam_beta1", "1"], "--adam_beta1 1.0: must be at least 0 and below 1"), (["--lora_alpha", "0"], "above 0"),
     (["--lora_dropout", "0.05"], "--allow_dropout"), (["--lora_dropout", "1", "--allow_dropout"], "below 1"),
     (["--eval_file_path", "E", "--eval_size", "3"], "one of them"), (["--eval_steps", "3"], "nothing to evaluate"),
+    (["--gradient_checkpointing", "--selective_checkpointing"], "one of them"),
     (["--random_init"], "--use_lora false"), (["--merge_weights", "--use_lora", "false"], "nothing to merge"),
     (["--merge_weights", "--lora_r", "0"], "nothing to merge"), (["--local_rank", "3"], "without RANK"),
 ])

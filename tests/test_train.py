@@ -28,6 +28,8 @@ RUNS = {
     "ranks-zero1": ((*LORA, *RANKS2), 1, 2, "torchrun"),
     "ranks-zero2": ((*LORA, *RANKS2), 2, 2, "deepspeed"),
     "ranks-zero3": ((*LORA, *RANKS2, "--gradient_checkpointing"), 3, 2, "deepspeed"),
+    "selective": ((*LORA, *MICRO4, "--selective_checkpointing"), 0, 1, "python"),
+    "selective-full": ((*FULL, *RANKS2, "--selective_checkpointing"), 2, 2, "torchrun"),
     "full-tied": ((*FULL, *MICRO4), 2, 1, "python"),
     "full-tied-checkpointing": ((*FULL, *MICRO4, "--gradient_checkpointing"), 0, 1, "python"),
     "full-tied-zero3": ((*FULL, *RANKS2, "--gradient_checkpointing"), 3, 2, "torchrun"),

@@ -416,6 +416,8 @@ FLAGS += [(f"settings: {text[:40]!r}", written(name, text), [f"@/{name}"], [f"@/
     ("s.json", "null", "found NoneType"), ("s.json", '{"seed": [1]}', "seed must be a single value, found list"),
     ("s.json", '{"": 1}', "unknown setting"),
 ]]
+FLAGS += [("selective checkpointing with stage 3", written("ds.json", '{"zero_optimization": {"stage": 3}}'),
+           ["--deepspeed=@/ds.json", "--selective_checkpointing"], ["@/ds.json: stage 3 gathers weights within"])]
 FLAGS += [(f"DeepSpeed: {text[:80]!r}", written("ds.json", text), ["--deepspeed=@/ds.json"], ["@/ds.json", words])
           for text, words in [
     (DEEP, "not JSON"), ("\0", "not JSON"), ("null", "expected an object, found NoneType"), ('"a"', "found str"),
@@ -429,6 +431,8 @@ FLAGS += [(f"DeepSpeed: {text[:80]!r}", written("ds.json", text), ["--deepspeed=
         ({"offload_optimizer": []}, "offload_optimizer: Input should be"),
         ({"offload_optimizer": "cpu"}, "offload_optimizer: Input should be"),
         ({"offload_optimizer": {"device": "moon"}}, "offload_optimizer.device: Input should be"),
+        ({"offload_optimizer": {"device": "nvme"}}, "use device cpu without a ratio"),
+        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "use device cpu without a ratio"),
         ({"offload_param": True}, "offload_param: Input should be"),
         ({"reduce_bucket_size": "x"}, "reduce_bucket_size: Input should be a valid"),
         ({"reduce_bucket_size": -1}, "reduce_bucket_size: Input should be greater"),
