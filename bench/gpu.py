@@ -6,7 +6,7 @@
 Weights are random and bf16, LoRA r=256 on all seven projections, references cached, AdamW. The lengths are those of
 reasoning traces: median 2.4k tokens a sequence, 95th percentile 8k, longest 14k, then a pair of 20k; prompts are 5%.
 Every contender runs with and without checkpointing, nanodpo also with the selective kind, each in a process of its own,
-in turn, `--rounds` times; one that runs out of memory is listed as such. Tokens/s count the own tokens of a pair: prompt
+in turn, `--rounds` times; one that runs out of memory is listed as such. Tokens/s count a pair's own tokens: prompt
 + chosen, prompt + rejected.
 """
 
