@@ -214,7 +214,9 @@ class Trl(Contender):
                 self.work), processing_class=tokenizer)
         finally:
             DPOTrainer._prepare_dataset = own
-        self.trainer.current_gradient_accumulation_steps = 1  # its loop would set it
+        self.trainer.current_gradient_accumulation_steps = 1  # its train() would set both
+        if args.gradient_checkpointing:
+            self.trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         return self.trainer.model
 
     def inputs(self, k):

@@ -94,6 +94,22 @@ def test_counted_flops_are_those_that_run(name, checkpointing):
     assert 0.85 * expected < counted <= expected
 
 
+@pytest.mark.parametrize("name", ["nanodpo", "plain", "trl"])
+def test_who_is_said_to_recompute_does(name):
+    """Full checkpointing does a step's forward products again, two layers of them; a peer without it would look fast."""
+    if not measure.can_run(name if name == "trl" else "torch"):
+        pytest.skip("TRL is not installed: pip install -e .[bench]")
+    flops = []
+    for checkpointing in ("", "full"):
+        contender = contenders.build(name, contenders.Work(PAIRS[:1], SHAPE, rank=4, checkpointing=checkpointing))
+        with FlopCounterMode(display=False) as counter:
+            contender.step(0)
+        flops.append(counter.get_total_flops())
+    tokens = sum(map(len, PAIRS[0])) + (0 if name == "nanodpo" else len(PAIRS[0][0]))
+    weights = sum(p.numel() for key, p in contender.model.named_parameters() if "layers" in key and p.ndim == 2)
+    assert flops[1] - flops[0] > 0.8 * 2 * tokens * weights
+
+
 def test_gpu_benchmark_says_where_it_is(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
