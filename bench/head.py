@@ -66,18 +66,13 @@ def contest(names: list[str], args, tokens: int, vocabulary: int) -> dict:
     can = [name for name in names if gib_needed(name, tokens, vocabulary) <= args.limit]
     workers = {name: measure.Worker(Head, args.threads, name=name, tokens=tokens, vocabulary=vocabulary,
                                     width=args.hidden, dtype=torch.float32) for name in can}
-    found = measure.rounds(workers, [("step",)] * (args.rounds + 1))
-    results = {name: None for name in names}
-    for name, worker in workers.items():
-        loaded, peak = worker.memory()
-        worker.close()
-        results[name] = {"seconds": measure.spread(found[name]["seconds"]),
-                         "cpu_seconds": measure.spread(found[name]["cpu_seconds"]), "mib": round(peak - loaded),
-                         "values": found[name]["values"][0]}
-        for value, other in zip(results[name]["values"], results[can[0]]["values"]):
+    results = measure.contest(workers, [("step",)] * (args.rounds + 1))
+    for name, found in results.items():
+        found["values"] = found["values"][0]
+        for value, other in zip(found["values"], results[can[0]]["values"]):
             if abs(value / other - 1) > TOLERANCE:
                 raise SystemExit(f"void: {name} gives {value}, {can[0]} {other}")
-    return results
+    return {name: results.get(name) for name in names}
 
 
 def main() -> None:
@@ -97,8 +92,8 @@ def main() -> None:
         for tokens in args.tokens:
             found = results[f"{vocabulary} {tokens}"] = contest(names, args, tokens, vocabulary)
             for name, one in found.items():
-                line = [measure.show(one["seconds"]), measure.ratio(one, found["nanodpo"], "cpu_seconds"), one["mib"]] \
-                    if one else [f"over {args.limit:g} GiB", "-", "-"]
+                line = [measure.show(one["seconds"]), measure.ratio(one, found["nanodpo"], "cpu_seconds"),
+                        one["mib_above_loaded"]] if one else [f"over {args.limit:g} GiB", "-", "-"]
                 rows.append([f"{vocabulary:,}", f"{tokens:,}", name, *line])
                 print(rows[-1], flush=True)
     print(measure.table(["words", "tokens", "head", "seconds", "processor time / nanodpo's",

@@ -132,6 +132,18 @@ def rounds(workers: dict[str, Worker], turns: list[tuple], warm_up: int = 1) -> 
     return found
 
 
+def contest(workers: dict[str, Worker], turns: list[tuple]) -> dict[str, dict]:
+    """`rounds`, what memory they took, and the workers' end: name -> spreads of seconds, MiB when built and above it,
+    values."""
+    found = rounds(workers, turns)
+    for name, worker in workers.items():
+        loaded, most = worker.memory()
+        worker.close()
+        found[name] |= {kind: spread(found[name][kind]) for kind in ("seconds", "cpu_seconds")}
+        found[name] |= {"loaded_mib": round(loaded), "mib_above_loaded": round(most - loaded)}
+    return found
+
+
 def ratio(found: dict, base: dict, what: str = "seconds") -> str:
     """Of two contenders' medians."""
     return f"{found[what]['median'] / base[what]['median']:.2f}"

@@ -31,13 +31,9 @@ def contest(args, share: float) -> dict:
     pairs = ragged_pairs(args.pairs * (args.rounds + 1), args.length, share, args.vocabulary)
     work = contenders.Work(pairs, model, batch=args.pairs)
     workers = {name: measure.Worker(contenders.build, args.threads, name=name, work=work) for name in LAYOUTS}
-    found = measure.rounds(workers, [("step", k) for k in range(args.rounds + 1)])
-    results = {}
-    for name, worker in workers.items():
-        loaded, peak = worker.memory()
-        worker.close()
-        results[name] = {kind: measure.spread(found[name][kind]) for kind in ("seconds", "cpu_seconds")}
-        results[name] |= {"mib_above_loaded": round(peak - loaded), "first_loss": found[name]["values"][0][0]}
+    results = measure.contest(workers, [("step", k) for k in range(args.rounds + 1)])
+    for found in results.values():
+        found["first_loss"] = found.pop("values")[0][0]
     losses = [one["first_loss"] for one in results.values()]
     if max(losses) - min(losses) > 1e-5:
         raise SystemExit(f"void: the layouts' losses are {losses}")

@@ -28,16 +28,11 @@ SETTINGS = {"cached": {}, "cached, selective": {"checkpointing": "selective"}, "
 def contest(names: list[str], work: contenders.Work, rounds: int, threads: int) -> dict:
     """One setting: name -> seconds a step, MiB above the loaded model, first loss and gradient norm."""
     workers = {name: measure.Worker(contenders.build, threads, name=name, work=work) for name in names}
-    found = measure.rounds(workers, [("step", k) for k in range(rounds + 1)])
-    results = {}
-    for name, worker in workers.items():
-        loaded, peak = worker.memory()
-        loss, norm = found[name]["values"][0]
-        results[name] = {"seconds": measure.spread(found[name]["seconds"]),
-                         "cpu_seconds": measure.spread(found[name]["cpu_seconds"]), "loaded_mib": round(loaded),
-                         "mib_above_loaded": round(peak - loaded), "first_loss": loss, "first_norm": norm,
-                         "losses": [value[0] for value in found[name]["values"]]}
-        worker.close()
+    results = measure.contest(workers, [("step", k) for k in range(rounds + 1)])
+    for found in results.values():
+        values = found.pop("values")
+        found["first_loss"], found["first_norm"] = values[0]
+        found["losses"] = [loss for loss, _ in values]
     check_agreement(results)
     return results
 
@@ -74,7 +69,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--json", help="default: bench/results/step-<model>.json")
     args = parser.parse_args()
-    model = args.model_name or contenders.tiny_wide(args.hidden)
+    model, spread = args.model_name or contenders.tiny_wide(args.hidden), 0.02 if args.model_name else 0.05
     if args.train_file_path:
         pairs = contenders.real_pairs(args.model_name, args.train_file_path, args.max_length)
     else:  # prompt, chosen, rejected: a pair is 1,024 tokens in all where max_length is 512
@@ -83,7 +78,7 @@ def main() -> None:
     names = ["nanodpo", "plain"] + ["trl"] * (measure.can_run("trl"))
     results, rows = {}, []
     for setting in args.settings:
-        work = contenders.Work(pairs, model, **SETTINGS[setting])
+        work = contenders.Work(pairs, model, spread=spread, **SETTINGS[setting])
         steps = min(len(pairs) // work.batch, args.rounds + 1)
         work = dataclasses.replace(work, pairs=pairs[: work.batch * steps])
         results[setting] = contest(names, work, args.rounds, args.threads)

@@ -96,7 +96,7 @@ def test_counted_flops_are_those_that_run(name, checkpointing):
 
 @pytest.mark.parametrize("name", ["nanodpo", "plain", "trl"])
 def test_who_is_said_to_recompute_does(name):
-    """Full checkpointing does a step's forward products again, two layers of them; a peer without it would look fast."""
+    """Full checkpointing does a step's forward products again; a peer that is spared them would look fast."""
     if not measure.can_run(name if name == "trl" else "torch"):
         pytest.skip("TRL is not installed: pip install -e .[bench]")
     flops = []
