@@ -39,7 +39,10 @@ def deal(pairs: list[int], batch: int, rank: int, world: int) -> list[tuple[list
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, shape: str) -> float:
-    """The rate of step `step` of 0 .. steps-1: linear from peak/warmup to peak, then down to 0 (or constant)."""
+    """The rate of step `step` of 0 .. steps-1: linear from peak/warmup to peak, then down to 0 (or constant).
+
+    transformers starts warm-up at 0, so that the first step changes nothing; here each step of it has one part more.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
