@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
 
 def report(folder: Path, tables: dict, gone: list[str]) -> None:
     """The verdict, and what is on the screen at the end; `gone` is what an earlier scoring had in this folder."""
-    found = verdict.judge(tables["scores"], tables["pairs"], tables["answers"])
+    found = verdict.judge(tables["scores"], tables["pairs"], tables["answers"], tables["tenths"])
     scores.write_json(folder / "verdict.json", found)
     print(show(tables["summary"]))
     if failed := len(tables["failed"]):
@@ -371,8 +371,8 @@ def check_answers(opened: Opened, probe: Probe, args) -> list[dict]:
     rows = range(min(args.answers, len(probe.examples)))
     decode, lines = probe.template.tokenizer.decode, []
     for i, ids in zip(rows, answer_greedily(opened, probe, rows, args)):
-        text, expected = decode(ids), answers.final_answer(decode(probe.examples[i].chosen))
-        found = answers.final_answer(text)
+        text, chosen = decode(ids), decode(probe.examples[i].chosen)
+        expected, found = answers.final_answer(chosen), answers.final_answer(text, marked=answers.thinks(chosen))
         if expected is not None:
             lines.append({"row": probe.examples[i].row, "found": found, "expected": expected,
                           "correct": found == expected, "ended": ids[-1] in probe.ends, "tokens": len(ids),

@@ -99,13 +99,7 @@ def experiment(args, model: str | None, folder: Path, table) -> None:
             except Failed:
                 pool.shutdown(cancel_futures=True)
                 raise
-    # DPO's own scoring comes second: of the mixed tests it has what the first has, and more.
-    ends = [ends_of(pandas.read_parquet(folder / f"{name}-{seed}" / "scores.parquet"))
-            for name in ("scores", "answers") for seed in seeds]
-    files = [folder / f"answers-{seed}" / "answers.parquet" for seed in seeds]
-    # Where no answer ends in something that can be compared there is no such file.
-    right = [answered(pandas.read_parquet(file)) for file in files] if all(file.is_file() for file in files) else []
-    found = findings([tuple(a | b for a, b in zip(*both)) for both in zip(ends, ends[args.seeds :])], right)
+    found = findings(*evidence(folder, seeds))
     (folder / "findings.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(f"{'holds' if line['holds'] else 'does not':>8}  {line['text']}" for line in found))
     if args.seeds == 1:
@@ -220,11 +214,23 @@ def last_checkpoint(folder: Path) -> Path:
     return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
 
 
-def findings(ends: list[tuple[dict, dict]], right: list[dict[str, float]]) -> list[dict]:
+def evidence(folder: Path, seeds) -> tuple[list, list, list]:
+    """What `findings` takes: an entry a seed each, of `ends_of`, `worst_places` and `answered`."""
+    # DPO's own scoring comes second: of the mixed tests it has what the first has, and more.
+    ends = [tuple(a | b for a, b in zip(*(ends_of(pandas.read_parquet(folder / f"{name}-{seed}" / "scores.parquet"))
+                                          for name in ("scores", "answers")))) for seed in seeds]
+    places = [worst_places(json.loads((folder / f"scores-{seed}" / "verdict.json").read_text())) for seed in seeds]
+    direction = pandas.read_parquet(folder / "data" / "test-mixed.parquet")["sample_type"]
+    files = [folder / f"answers-{seed}" / "answers.parquet" for seed in seeds]
+    # Where no answer ends in something that can be compared there is no such file.
+    answers = [answered(pandas.read_parquet(file), direction) for file in files if file.is_file()]
+    return ends, places, answers if len(answers) == len(files) else []
+
+
+def findings(ends: list[tuple[dict, dict]], places: list[dict], answers: list[dict]) -> list[dict]:
     """What the paper found, and what became of it here: a number a seed, their mean and 95% t-interval, does it hold.
 
-    `ends` and `right` have an entry a seed, of `ends_of` and `answered`. Log-probs are means over rows of the log-prob
-    per token, nats; a change is from the first to the last checkpoint.
+    Log-probs are means over rows of the log-prob per token, nats; a change is from the first to the last checkpoint.
     """
     def change(name, data, response, column="mean_logps"):
         return [seed[1][name, data, response][column] - seed[0][name, data, response][column] for seed in ends]
@@ -253,29 +259,46 @@ def findings(ends: list[tuple[dict, dict]], right: list[dict[str, float]]) -> li
                ("DPO raises shuffled answers", change("dpo", "mixed", "shuffled"), 1),
                ("DPO moves mass to tokens the start found implausible (along y+)",
                 change("dpo", "mixed", "chosen", "implausible_mass"), 1),
-               ("DPO piles mass on the argmax token (its log-prob along y+)",
-                change("dpo", "mixed", "chosen", "argmax_logps"), 1),
-               ("DPO lowers the share of right answers", [seed["dpo"] for seed in right], -1),
                ("DPO at an eighth of the learning rate lowers y- as well", change("gentle", "mixed", "rejected"), -1),
                ("... and moves y+ less than DPO does", less(map(abs, change("gentle", "mixed", "chosen")),
-                                                            map(abs, change("dpo", "mixed", "chosen"))), -1),
-               ("... and keeps more right answers than DPO does", [seed["gentle"] - seed["dpo"] for seed in right], 1)]
+                                                            map(abs, change("dpo", "mixed", "chosen"))), -1)]
+    for name in ("forward", "reverse"):
+        claims += [(f"DPO lowers y+ on {name} tests", change("dpo", name, "chosen"), -1),
+                   (f"DPO lowers y- on {name} tests", change("dpo", name, "rejected"), -1),
+                   (f"... {name} y+ in the tenth that loses most, {' or '.join(sorted({p[name][0] for p in places}))}",
+                    [p[name][1] for p in places], -1),
+                   (f"... where the argmax token rises ({name})", [p[name][2] for p in places], 1),
+                   (f"DPO lowers the share of right {name} answers", [a["dpo", name][0] for a in answers], -1),
+                   (f"DPO raises the share of {name} answers that break off", [a["dpo", name][1] for a in answers], 1),
+                   (f"an eighth of the learning rate keeps more {name} answers right",
+                    [a["gentle", name][0] - a["dpo", name][0] for a in answers], 1)]
     return [judged(*claim) for claim in claims if claim[1]]
 
 
 def ends_of(table: pandas.DataFrame) -> tuple[dict, dict]:
     """Means over rows at a run's first and at its last checkpoint, by (run without its seed, data set, response)."""
-    columns = ["mean_logps", "implausible_mass", "argmax_logps"]
+    columns = ["mean_logps", "implausible_mass"]
     means = table.groupby(["run", "dataset", "response", "step"])[columns].mean()
     runs = [part for _, part in means.groupby(level=[0, 1, 2])]
     return tuple({(part.index[at][0].rpartition("-")[0], *part.index[at][1:3]): part.iloc[at] for part in runs}
                  for at in (0, -1))
 
 
-def answered(table: pandas.DataFrame) -> dict[str, float]:
-    """Change of the share of right greedy answers, first to last checkpoint, by run without its seed."""
-    right = table.groupby(["run", "step"])["correct"].mean()
-    return {run.rpartition("-")[0]: part.iloc[-1] - part.iloc[0] for run, part in right.groupby(level=0)}
+def worst_places(verdicts: list[dict]) -> dict[str, tuple[str, float, float]]:
+    """Of DPO, by data set: the tenth of y+ that loses most, and the changes there of y+ and of the argmax token."""
+    return {line["dataset"]: (line["there"], line["numbers"]["change of chosen there"]["mean"],
+                              line["numbers"]["change of argmax there"]["mean"])
+            for line in verdicts if line["run"].startswith("dpo-")}
+
+
+def answered(table: pandas.DataFrame, direction: pandas.Series) -> dict[tuple[str, str], tuple[float, float]]:
+    """(run without its seed, forward or reverse): how the share of right greedy answers changed, first to last
+    checkpoint, and that of greedy answers that give no answer."""
+    table = table.assign(kind=table["row"].map(direction), silent=table["found"].isna())
+    shares = table.groupby(["run", "kind", "step"])[["correct", "silent"]].mean()
+    names = {"original": "forward", "flipped": "reverse"}
+    return {(run.rpartition("-")[0], names[kind]): tuple(part.iloc[-1] - part.iloc[0])
+            for (run, kind), part in shares.groupby(level=[0, 1])}
 
 
 def judged(text: str, values: list[float], sign: int) -> dict:

@@ -33,6 +33,10 @@ def commands(monkeypatch):
             runs = sorted({r if r.name.rpartition("-")[0] != "checkpoint" else r.parent for r in runs})
             scored(runs).to_parquet(folder / "scores.parquet")
             answered(runs).to_parquet(folder / "answers.parquet")
+            numbers = {f"change of {what} there": {"mean": mean} for what, mean in (("chosen", -0.5), ("argmax", 0.1))}
+            (folder / "verdict.json").write_text(json.dumps([
+                {"run": run.name, "dataset": data, "there": "tenth 3", "numbers": numbers}
+                for run in runs for data in experiment.SETS]))
 
     monkeypatch.setattr(experiment, "run", run)
     return made
@@ -41,15 +45,18 @@ def commands(monkeypatch):
 def scored(runs):
     """Two rows a data set: from step 0 to 9, y+ +.1 and y- -.3 whatever the run."""
     return pandas.DataFrame([
-        {"run": run.name, "dataset": data, "row": row, "response": response, "step": step, "argmax_logps": -0.1,
+        {"run": run.name, "dataset": data, "row": row, "response": response, "step": step,
          "mean_logps": (-1 if response == "chosen" else -2) + move * (step > 0) + row, "implausible_mass": 0.01 * step}
         for run in runs for data in experiment.SETS for row in (0, 1) for step in (0, 9)
         for response, move in (("chosen", 0.1), ("rejected", -0.3), ("other", 0.0), ("shuffled", 0.0))])
 
 
 def answered(runs):
-    return pandas.DataFrame([{"run": run.name, "step": step, "correct": not (step and run.name.startswith("dpo"))}
-                             for run in runs for step in (0, 9)])
+    """Of a forward and a reverse row DPO forgets the reverse one, and says no answer."""
+    lines = [(run.name, step, row, bool(step and row and run.name.startswith("dpo")))
+             for run in runs for step in (0, 9) for row in (0, 1)]
+    return pandas.DataFrame([{"run": run, "step": step, "row": row, "correct": not bad, "found": None if bad else "7"}
+                             for run, step, row, bad in lines])
 
 
 def call(monkeypatch, *flags):
@@ -76,8 +83,12 @@ def test_the_whole_of_it(commands, tmp_path, monkeypatch):
     assert found["SFT on forward raises y+ on forward tests"]["mean"] == pytest.approx(0.1)
     assert not found["SFT on forward lowers y+ on reverse tests"]["holds"]
     assert found["DPO widens the gap"]["seeds"] == pytest.approx([0.4, 0.4])
-    assert found["DPO lowers the share of right answers"]["mean"] == -1
-    assert found["... and keeps more right answers than DPO does"]["holds"]
+    for name, changed in (("forward", 0), ("reverse", 1)):
+        assert found[f"DPO lowers the share of right {name} answers"]["mean"] == -changed
+        assert found[f"DPO raises the share of {name} answers that break off"]["mean"] == changed
+        assert found[f"an eighth of the learning rate keeps more {name} answers right"]["mean"] == changed
+        assert found[f"... {name} y+ in the tenth that loses most, tenth 3"]["mean"] == -0.5
+        assert found[f"... where the argmax token rises ({name})"]["mean"] == pytest.approx(0.1)
 
 
 def test_the_split_parts_no_problem(commands, tmp_path):

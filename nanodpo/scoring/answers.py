@@ -41,16 +41,27 @@ def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[in
     return answers
 
 
-def final_answer(text: str) -> str | None:
+def thinks(text: str) -> bool:
+    """Does a response mark where its thinking ends?"""
+    return any(mark in text for mark in ANSWERS)
+
+
+def final_answer(text: str, marked: bool = False) -> str | None:
     r"""What a response answers: its last \boxed{...}, else the last number after its thinking, else None.
+
+    `marked`: thinking that never ends is no answer.
 
     >>> final_answer("2 and 3 <|im_start|>answer The answer is 1,205.")
     '1205'
     >>> final_answer(r"so \boxed{ x+1 } it is"), final_answer("GOATHERDS")
     ('x+1', None)
+    >>> final_answer("first + 2 and last * 2."), final_answer("first + 2 and last * 2.", marked=True)
+    ('2', None)
     >>> final_answer("10-5 = 5.00"), final_answer("1, 2,3"), final_answer("it is -0.50")
     ('5', '3', '-0.5')
     """
+    if marked and not thinks(text):
+        return None
     said = text[max((text.rfind(mark) + len(mark) for mark in ANSWERS if mark in text), default=0):]
     if boxed := re.findall(r"\\boxed\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}", said):
         return "".join(boxed[-1].split())

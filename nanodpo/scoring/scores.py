@@ -66,11 +66,15 @@ def write_part(folder: Path, checkpoint, dataset: str, found: dict[str, list[dic
 
 
 def join_parts(folder: Path, parts: list[Path], betas: dict[str, float]) -> dict[str, pandas.DataFrame]:
-    """Writes the output files from all parts. Returns the tables, less tokens, which may be larger than memory."""
+    """Writes the output files from all parts. Returns the tables, less tokens, which may be larger than memory, and
+    the sections' lines of chosen's tenths, row by row."""
     tables = {name: _concat([part / f"{name}.parquet" for part in parts]) for name in TABLES if name != "tokens"}
     tables["pairs"] = add_rewards(tables["pairs"], tables["scores"], betas)
     tables["summary"] = summary(tables["scores"])
+    tables["tenths"] = pandas.DataFrame()
     if len(tables["sections"]):
+        tables["tenths"] = tables["sections"][(tables["sections"]["response"] == "chosen")
+                                              & tables["sections"]["section"].str.startswith("tenth")]
         tables["sections"] = means(tables["sections"], [*KEYS, "response", "section"]).drop(columns="median")
     for name in ("scores", "pairs", "answers"):
         _write(folder / f"{name}.parquet", tables[name], lambda file, table: table.to_parquet(file, index=False))

@@ -1,109 +1,114 @@
 """What became of a run, in names and numbers: simple rules over the first and the last checkpoint that were scored.
 
-A number is a mean over rows with its 95% interval, mean +- Student's t standard errors, Wilson's for an accuracy (JASA
-22, 1927); a change is taken row by row. A rise
-is a change whose interval lies above 0, a fall one whose interval lies below. NOTABLE keeps the names for what matters:
-with many rows the interval of any change leaves 0 out.
+A number is a mean over rows with its 95% interval (estimates.py); a change is taken row by row. A rise is a change
+whose interval lies above 0, a fall one whose interval lies below. NOTABLE keeps the names for what matters: with many
+rows the interval of any change leaves 0 out. "There" is the tenth of the chosen responses from which most log-prob
+went: where a model breaks at one place, a mean over all tokens hides it.
 """
 
 import math
 
 import pandas
 
-from ..student import t_quantile
+from .estimates import change, change_of_share, mean, share
 
 NOTABLE = 0.01  # nats a token: one percent of a token's probability
 SPREAD = 3  # times the implausible mass of the start; what SFT moves to a new style is mostly below twice
 SATURATED = 0.1  # of the loss's gradient; it starts with half
 SURE = 0.9  # reward accuracy of a run that believes in itself
 LOOPS = 0.1  # rise of the repetition rate
+SILENT = 0.1  # rise of the share of answers that give no answer
 
 RULES = {
     "displacement": f"the chosen responses' log-prob falls, by {NOTABLE} nats a token or more",
-    "squeezing": f"the argmax token's log-prob along chosen rises by {NOTABLE} nats or more, while chosen, rejected "
-                 "and, where scored, other responses fall",
+    "squeezing": f"chosen, rejected and, where scored, other responses fall, and there, where chosen loses most, the "
+                 f"argmax token's log-prob rises by {NOTABLE} nats a token or more",
     "spreading": "the probability of tokens that the start gave less than 0.001, along chosen and rejected, rises to "
                  f"{SPREAD} times or more",
     "narrowing": f"the gap of chosen to rejected falls, by {NOTABLE} nats a token or more",
     "saturation": f"sigma(-margin), the weight that the dpo loss still gives a pair, is below {SATURATED} (it starts "
                   "at 0.5)",
     "over-confidence": f"greedy answers are right less often, while the reward accuracy is {SURE} or more",
+    "wrong answers": "greedy answers are right less often, and the reward accuracy is lower than that or not there",
+    "breaking off": f"greedy answers that end without an answer become more frequent, by {SILENT} or more",
     "collapse": f"the repetition rate of greedy answers rises by {LOOPS} or more",
-    "healthy": "none of these, and the chosen responses' log-prob or the gap to the rejected rises",
+    "healthy": f"none of these, and chosen's log-prob or the gap to rejected rises, by {NOTABLE} nats a token or more",
 }
 
 
-def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.DataFrame) -> list[dict]:
-    """A verdict for each run and data set with two checkpoints or more: names, numbers, rules, and a sentence."""
+def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.DataFrame,
+          tenths: pandas.DataFrame) -> list[dict]:
+    """A verdict for each run and data set with two checkpoints or more: names, numbers, rules, and a sentence.
+
+    `tenths`: lines of the chosen responses' tenths, row by row.
+    """
     found = []
     for (run, phase, dataset), table in scores.groupby(["run", "phase", "dataset"], sort=False):
         first, last = table["step"].min(), table["step"].max()
         if first == last:
             continue
         here = [part[(part["run"] == run) & (part["dataset"] == dataset)] if len(part) else part
-                for part in (pairs, answers)]
-        numbers = _numbers(table, *here, first, last, phase)
+                for part in (pairs, answers, tenths)]
+        place, there = _place(here[2], first, last)
+        numbers = _of_scores(table, first, last) | there | _of_pairs(here[0], last, phase) | _of_answers(
+            here[1], first, last)
+        numbers = {name: {key: int(value) if key == "n" else float(value) for key, value in stats.items()}
+                   for name, stats in numbers.items() if stats["n"]}
         names = [name for name in RULES if name != "healthy" and _fires(name, numbers)]
-        rose = any(_low(numbers, name) > 0 for name in ("change of chosen", "change of gap"))
+        rose = any(_low(numbers, name) > 0 and _mean(numbers, name) >= NOTABLE
+                   for name in ("change of chosen", "change of gap"))
         names = names or ["healthy"] * rose or ["no change"]
-        line = {"run": run, "phase": phase, "dataset": dataset, "first": int(first), "last": int(last), "names": names,
-                "numbers": numbers, "rules": {name: RULES[name] for name in names if name in RULES}}
+        line = {"run": run, "phase": phase, "dataset": dataset, "first": int(first), "last": int(last), "there": place,
+                "names": names, "numbers": numbers, "rules": {name: RULES[name] for name in names if name in RULES}}
         found.append(line | {"text": _sentence(line)})
     return found
 
 
-def _numbers(table, pairs, answers, first, last, phase: str) -> dict[str, dict]:
-    """{what: {"mean", "low", "high", "n"}} of everything that a rule asks for and that was scored."""
+def _of_scores(table, first, last) -> dict[str, dict]:
     sides = {kind: part for kind, part in table.groupby("response")}
-    numbers = {}
-    for kind in sides:
-        numbers[f"change of {kind}"] = _change(sides[kind], "mean_logps", first, last)
-    if "chosen" in sides:
-        numbers["change of argmax"] = _change(sides["chosen"], "argmax_logps", first, last)
+    numbers = {f"change of {kind}": change(part, "mean_logps", first, last) for kind, part in sides.items()}
     if {"chosen", "rejected"} <= sides.keys():
         gaps = [sides[kind].set_index(["row", "step"])["mean_logps"] for kind in ("chosen", "rejected")]
-        numbers["change of gap"] = _change((gaps[0] - gaps[1]).reset_index(), "mean_logps", first, last)
-        both = table[table["response"].isin(["chosen", "rejected"])]
-        mass = both.groupby(["row", "step"])["implausible_mass"].mean().reset_index()
-        numbers["change of implausible mass"] = _change(mass, "implausible_mass", first, last)
-        means = mass.groupby("step")["implausible_mass"].mean()
-        if means[first] > 0:
-            times = {"mean": means[last] / means[first], "n": mass["row"].nunique()}
-            numbers["implausible mass, times the start's"] = times
-    if phase not in ("", "sft") and len(pairs):
-        end = pairs[pairs["step"] == last]
-        if phase == "dpo":  # other losses weigh a pair otherwise
-            numbers["weight"] = _stats(end["weight"])
-        numbers["reward accuracy"] = _share(end["margin"].dropna() > 0)
-    if len(answers):
-        for name, column in (("change of answer accuracy", "correct"), ("change of repetition", "repetition")):
-            numbers[name] = _change(answers.assign(value=answers[column].astype(float)), "value", first, last)
-    return {name: {key: int(value) if key == "n" else float(value) for key, value in stats.items()}
-            for name, stats in numbers.items() if stats["n"]}
+        numbers["change of gap"] = change((gaps[0] - gaps[1]).reset_index(), "mean_logps", first, last)
+        mass = [sides[kind].set_index(["row", "step"])["implausible_mass"] for kind in ("chosen", "rejected")]
+        wide = ((mass[0] + mass[1]) / 2).unstack("step")
+        if {first, last} <= set(wide):
+            wide = wide[[first, last]].dropna()  # a row without one of the four numbers is in neither mean
+            numbers["change of implausible mass"] = mean(wide[last] - wide[first])
+            if wide[first].mean() > 0:
+                times = {"mean": wide[last].mean() / wide[first].mean(), "n": len(wide)}
+                numbers["implausible mass, times the start's"] = times
+    return numbers
 
 
-def _change(table, column: str, first, last) -> dict:
-    wide = table.pivot(index="row", columns="step", values=column)
-    return _stats(wide[last] - wide[first]) if {first, last} <= set(wide) else _stats(pandas.Series(dtype=float))
+def _place(tenths, first, last) -> tuple[str | None, dict[str, dict]]:
+    """(the tenth of chosen from which most log-prob went, its numbers)."""
+    if not len(tenths) or not {first, last} <= set(tenths["step"]):
+        return None, {}
+    total = tenths.assign(logps=tenths["mean_logps"] * tenths["tokens"])
+    total = total.groupby(["section", "step"])["logps"].sum().unstack("step")
+    place = (total[last] - total[first]).idxmin()
+    here = tenths[tenths["section"] == place]
+    return place, {f"change of {name} there": change(here, column, first, last)
+                   for name, column in (("chosen", "mean_logps"), ("argmax", "argmax_logps"))}
 
 
-def _stats(values: pandas.Series) -> dict:
-    values = values.dropna()
-    mean, reach = values.mean(), t_quantile(len(values) - 1) * values.sem()
-    if len(values) < 2:  # a single row has no interval
-        return {"mean": mean, "n": len(values)}
-    return {"mean": mean, "low": mean - reach, "high": mean + reach, "n": len(values)}
+def _of_pairs(pairs, last, phase: str) -> dict[str, dict]:
+    if phase in ("", "sft") or not len(pairs):
+        return {}
+    end = pairs[pairs["step"] == last]
+    weight = {"weight": mean(end["weight"])} if phase == "dpo" else {}  # other losses weigh a pair otherwise
+    return weight | {"reward accuracy": share(end["margin"].dropna() > 0)}
 
 
-def _share(hits: pandas.Series) -> dict:
-    """A share of rows with Wilson's interval, which stays between 0 and 1 and has a width at either end."""
-    n = len(hits)
-    if not n:
-        return {"mean": math.nan, "n": 0}
-    share, z = hits.mean(), 1.959964
-    centre, reach = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    low, high = ((centre + side * reach) / (1 + z * z / n) for side in (-1, 1))
-    return {"mean": share, "low": low, "high": high, "n": n}
+def _of_answers(answers, first, last) -> dict[str, dict]:
+    if not len(answers):
+        return {}
+    silent = answers.assign(silent=answers["found"].isna())
+    return {"change of answer accuracy": change_of_share(answers, "correct", first, last),
+            "change of answers without one": change_of_share(silent, "silent", first, last),
+            "change of answer length": change(answers, "tokens", first, last),
+            "change of repetition": change(answers, "repetition", first, last)}
 
 
 def _low(numbers: dict, name: str) -> float:
@@ -118,31 +123,45 @@ def _mean(numbers: dict, name: str) -> float:
     return numbers.get(name, {}).get("mean", math.nan)
 
 
+def _falls(numbers: dict, name: str, by: float = 0.0) -> bool:
+    return _high(numbers, name) < 0 and _mean(numbers, name) <= -by
+
+
+def _rises(numbers: dict, name: str, by: float = 0.0) -> bool:
+    return _low(numbers, name) > 0 and _mean(numbers, name) >= by
+
+
 def _fires(name: str, numbers: dict) -> bool:
     """Does the rule name what these numbers say? Never, where a number that it asks for is missing."""
-    falls = {kind: _high(numbers, f"change of {kind}") < 0 for kind in ("chosen", "rejected", "other")
-             if kind != "other" or "change of other" in numbers}
     if name == "displacement":
-        return falls["chosen"] and _mean(numbers, "change of chosen") <= -NOTABLE
+        return _falls(numbers, "change of chosen", NOTABLE)
     if name == "squeezing":
-        return (all(falls.values()) and _low(numbers, "change of argmax") > 0
-                and _mean(numbers, "change of argmax") >= NOTABLE)
+        sides = ["chosen", "rejected", *(["other"] if "change of other" in numbers else [])]
+        return (all(_falls(numbers, f"change of {side}") for side in sides)
+                and _rises(numbers, "change of argmax there", NOTABLE))
     if name == "spreading":
-        return (_low(numbers, "change of implausible mass") > 0
+        return (_rises(numbers, "change of implausible mass")
                 and _mean(numbers, "implausible mass, times the start's") >= SPREAD)
     if name == "narrowing":
-        return _high(numbers, "change of gap") < 0 and _mean(numbers, "change of gap") <= -NOTABLE
+        return _falls(numbers, "change of gap", NOTABLE)
     if name == "saturation":
         return _high(numbers, "weight") < SATURATED
-    if name == "over-confidence":
-        return _high(numbers, "change of answer accuracy") < 0 and _mean(numbers, "reward accuracy") >= SURE
-    return _low(numbers, "change of repetition") > 0 and _mean(numbers, "change of repetition") >= LOOPS
+    if name in ("over-confidence", "wrong answers"):
+        sure = _mean(numbers, "reward accuracy") >= SURE
+        return _falls(numbers, "change of answer accuracy") and sure == (name == "over-confidence")
+    if name == "breaking off":
+        return _rises(numbers, "change of answers without one", SILENT)
+    return _rises(numbers, "change of repetition", LOOPS)
 
 
-SHOWN = {"displacement": ["change of chosen"], "squeezing": ["change of argmax", "change of chosen"],
-         "spreading": ["implausible mass, times the start's"], "narrowing": ["change of gap"], "saturation": ["weight"],
-         "over-confidence": ["change of answer accuracy", "reward accuracy"], "collapse": ["change of repetition"],
-         "healthy": ["change of chosen", "change of gap"], "no change": ["change of chosen", "change of gap"]}
+SHOWN = {"displacement": ["change of chosen", "change of chosen there"],
+         "squeezing": ["change of argmax there"], "spreading": ["implausible mass, times the start's"],
+         "narrowing": ["change of gap"], "saturation": ["weight"],
+         "over-confidence": ["change of answer accuracy", "reward accuracy"],
+         "wrong answers": ["change of answer accuracy"],
+         "breaking off": ["change of answers without one", "change of answer length"],
+         "collapse": ["change of repetition"], "healthy": ["change of chosen", "change of gap"],
+         "no change": ["change of chosen", "change of gap"]}
 
 
 def _sentence(line: dict) -> str:
@@ -151,7 +170,8 @@ def _sentence(line: dict) -> str:
     for name in line["names"]:
         shown = [f"{what} {_number(line['numbers'][what], what)}" for what in SHOWN[name] if what in line["numbers"]]
         parts.append(f"{name} ({', '.join(shown)})" if shown else name)
-    return f"{line['run']} on {line['dataset']}, step {line['first']} to {line['last']}: {'; '.join(parts)}"
+    text = f"{line['run']} on {line['dataset']}, step {line['first']} to {line['last']}: {'; '.join(parts)}"
+    return text.replace(" there ", f" in {line['there']} ")
 
 
 def _number(stats: dict, what: str) -> str:
