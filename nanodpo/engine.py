@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import distributed, selfcheck
+from . import distributed
 from .errors import UserError, first_line
 from .logprobs import SequenceLogProbs
 from .recompute import recompute
@@ -121,7 +121,9 @@ def _without_auto(value):
 
 def build(model, args, settings: dict, device, longest: int):
     """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention)."""
-    import deepspeed  # slow to import, and --help and wrong input don't need it
+    import deepspeed  # both slow to import, and --help and wrong input don't need them
+
+    from . import selfcheck
 
     recompute(model, args, settings["zero_optimization"].get("stage", 0))
     trained = [p for p in model.parameters() if p.requires_grad]

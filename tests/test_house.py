@@ -1,6 +1,7 @@
 """The rules of the house, held by machine: who may import whom, and how long a function may be."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,3 +69,12 @@ def test_functions_fit_a_screen(file):
             assert node.type and getattr(node.type, "id", "") not in ("Exception", "BaseException"), file.name
     if file in MODULES.values():
         assert len(file.read_text().splitlines()) <= 180, file.name
+
+
+@pytest.mark.parametrize("script", ["train", "score"])
+def test_help_and_wrong_input_wait_for_no_model_code(script):
+    """`--help` in two seconds: what takes longest to import is imported when a model is made."""
+    slow = {"deepspeed", "transformers.modeling_utils", "matplotlib"}
+    code = f"import sys, {script}; print({slow} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "set()\n", done.stderr

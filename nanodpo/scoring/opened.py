@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import selfcheck
 from ..adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
 from ..distributed import say
 from ..logprobs import SequenceLogProbs
@@ -58,6 +57,8 @@ class Opener:
         return self.last
 
     def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool) -> Opened:
+        from .. import selfcheck  # slow to import, with transformers' models
+
         dtype = torch.bfloat16 if bf16 else torch.float32
         if adapter:  # else it is the checkpoint itself, which is known to be whole
             check_whole(Path(base))
