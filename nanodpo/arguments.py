@@ -42,7 +42,7 @@ class TrainArguments:
     eval_file_path: str = _flag(None, "The same for evaluation.")
     eval_size: int = _flag(0, "Without eval_file_path: hold out this many training rows, drawn by seed.")
     prompt_field: str = _flag(None, "Column of prompts. Default: prompt, or question.")
-    chosen_field: str = _flag(None, "Column of preferred responses. Default: chosen, or text.")
+    chosen_field: str = _flag(None, "Column of preferred responses. Default: chosen, text, completion or messages.")
     rejected_field: str = _flag(None, "Column of dispreferred responses. Default: rejected, or worse-text.")
     assistant_header: str = _flag(None, "What opens an assistant turn. Default: read off the chat template.")
     boundary: str = _flag("error", "Where prompt and response merge in one token: stop, or tokenise them apart.",

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .distributed import is_main
-from .errors import RunStopped, UserError
+from .errors import RunStopped, UserError, first_line
 from .manifest import aside, publish, writing
 
 
@@ -45,7 +45,7 @@ def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Pa
         with writing(folder):
             _write(model, state, place)
             tokenizer.save_pretrained(place)
-            verify(place, state)
+            verify(place, _published(model, state))
             publish(folder, facts)
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -59,14 +59,33 @@ def _write(model: nn.Module, state, folder: Path) -> None:
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
-        try:
-            model.generation_config.validate(strict=True)
-        except ValueError:
-            # Many published models have sampling settings without sampling, and transformers then refuses to save.
-            model.generation_config.do_sample = True
+        _mend_generation(model)
         kept = model.state_dict().keys()  # not every buffer is meant to be saved
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
         model.save_pretrained(folder, state_dict=state | buffers)
+
+
+def _mend_generation(model: nn.Module) -> None:
+    """Many published models have sampling settings without sampling, or worse, and transformers saves none of them."""
+    from transformers import GenerationConfig
+
+    try:
+        model.generation_config.validate(strict=True)
+        return
+    except ValueError:
+        model.generation_config.do_sample = True
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        print(f"the model's generation config is left out, since transformers refuses it: {first_line(error)}")
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+
+
+def _published(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights under the names, and in the shapes, of the family's published files: transformers saves those."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return state if hasattr(model, "peft_config") else revert_weight_conversion(model, dict(state))
 
 
 def verify(folder: Path, state: dict[str, torch.Tensor]) -> None:

@@ -44,9 +44,10 @@ def engine_config(settings: dict, path: str, args) -> dict:
     """
     settings = _without_auto(settings)
     _check_kinds(settings, path)
-    # A precision that is off, or says the same as the flag, contradicts nobody.
-    agreed = {"fp16": [{"enabled": False}], "bf16": [{"enabled": args.bf16}]}
-    if taken := [key for key in OWNED if key in settings and settings[key] not in agreed.get(key, [])]:
+    for name, on in (("fp16", False), ("bf16", args.bf16)):  # what says the same as the flag contradicts nobody
+        if name in settings and settings[name].get("enabled", on) == on:
+            del settings[name]
+    if taken := [key for key in OWNED if key in settings]:
         raise UserError(f"{path}: sets {', '.join(taken)}, which train.py owns: remove it there and use the flags "
                             "(--learning_rate, --lr_scheduler_type, --per_device_train_batch_size, "
                             "--gradient_accumulation_steps, --max_grad_norm, --bf16)")

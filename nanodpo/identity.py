@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizer
 FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
         "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "print_config", "dry_run",
         "gradient_checkpointing", "selective_checkpointing"}
-# ... or what they name is compared itself: the weights, the token ids, the DeepSpeed settings.
+# ... or what they name is compared itself: weights, token ids, DeepSpeed settings.
 BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "deepspeed"}
 ADAPTERS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}  # an adapter that is trained on decides
 # A machine may be updated between the two; that is said, since to the last bit it is another run then.
@@ -33,7 +34,7 @@ COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed
 def facts(args, settings: dict, limit: int, data_sets: list, program: Path) -> dict:
     """What can be told of a run before its model is loaded, for run.json and to know it again."""
     return {
-        "command": " ".join(sys.argv), "arguments": dataclasses.asdict(args), "max_length": limit,
+        "command": shlex.join(sys.argv), "arguments": dataclasses.asdict(args), "max_length": limit,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)), "deepspeed": json.loads(json.dumps(settings)),
         "versions": versions(), "git_commit": git_commit(program), "threads": torch.get_num_threads(),
         "data": [data_hash(data.examples) for data in data_sets],
@@ -118,9 +119,7 @@ def fingerprint(known: dict) -> str:
 
 
 def create(folder: Path, record: dict) -> None:
-    """Makes the folder with its run.json; of two runs that start at once, one finds it there.
-
-    Raises UserError, and RunStopped where the disk is full."""
+    """Makes the folder with its run.json. Raises UserError where another run was first, RunStopped for a full disk."""
     place = folder / f".run.json.{os.getpid()}.partial"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from .errors import UserError, first_line
 
 # Products of matrices, and which argument of each holds the hidden states.
-PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
+PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1,
+            "aten::_grouped_mm": 0, "transformers::grouped_mm_fallback": 0}  # of experts
 
 
 def recompute(model: nn.Module, args, zero_stage: int) -> None:

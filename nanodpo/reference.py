@@ -91,8 +91,8 @@ def cache_file(cache_dir: str, fingerprint: dict) -> Path:
 def check_writable(cache_dir: str) -> None:
     """Raises UserError before any work is done for a cache that could not be kept."""
     try:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cache_dir).close()
+        there = next(place for place in (Path(cache_dir), *Path(cache_dir).absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise UserError(f"--cache_dir {cache_dir}: can't be written to ({error.strerror})") from error
 
@@ -137,6 +137,7 @@ def _digest(logps: Tensor) -> str:
 def _save(file: Path, logps: Tensor, fingerprint: dict) -> None:
     aside = file.with_suffix(f".{os.getpid()}")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"logps": logps}, aside, {"fingerprint": json.dumps(fingerprint), "sha256": _digest(logps)})
         settle(aside)
         os.replace(aside, file)  # a reader, or a run after a crash, sees the old file or the new one

@@ -55,7 +55,6 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
         if isinstance(example, str):
             _drop(data, text.row, example)
             continue
-        data.notes.update(set(text.notes))  # a set: both sides may say the same of one row
         data.lengths.append(example.length)
         if reason := too_long(example, args.max_prompt_length, limit):
             overlong.append((example, reason))
@@ -65,8 +64,10 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
         raise UserError(f"{path}: {len(data.dropped)} of {_rows(len(rows))} can't be used; {_worst(data.dropped)}. "
                         "Mend them, or leave such rows out with --on_bad_row drop")
     _handle_overlong(data, overlong, limit, args)
-    duplicates = len(texts) - len({(t.prompt, t.chosen, t.rejected) for t in texts})
-    if duplicates:
+    left = {example.row for example in data.examples}
+    for text in (texts := [text for text in texts if text.row in left]):
+        data.notes.update(set(text.notes))  # a set: both sides may say the same of one row
+    if duplicates := len(texts) - len({(t.prompt, t.chosen, t.rejected) for t in texts}):
         data.notes["repeats an earlier row"] = duplicates
     if not data.examples:
         raise UserError(f"{path}: no usable row is left of {len(rows)}; {_worst(data.dropped)}")

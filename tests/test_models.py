@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, tiny
 
 from nanodpo import checkpoint, models
 from nanodpo.errors import RunStopped, UserError
@@ -116,6 +117,29 @@ def test_sampling_settings_do_not_lose_a_model(tmp_path):
         model.save_pretrained(tmp_path / "plain")
     checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1", {"step": 1})
     assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("wrong", [{"early_stopping": True, "length_penalty": 2.0}, {"pad_token_id": -1},
+                                   {"max_new_tokens": 0}, {"temperature": 0.5, "cache_implementation": "no such"}])
+def test_generation_settings_beyond_mending_are_left_out(wrong, tmp_path, capsys):
+    """R-H7: said, and the weights are saved."""
+    model = make_model()
+    vars(model.generation_config).update(wrong)
+    checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1", {"step": 1})
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+    assert "the model's generation config is left out, since transformers refuses it: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_saved_as_it_is_published(family, tmp_path):
+    """R-G2: transformers saves some families under other names than they have in memory (gpt_neox, experts); what it
+    opens again is the model, to the last bit."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny(family, torch.float32)
+    checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1", {"step": 1})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1", dtype=torch.float32).state_dict()
+    assert [name for name, tensor in model.state_dict().items() if not again[name].equal(tensor)] == []
 
 
 def test_rotation_keeps_the_start_and_what_is_not_its_own(tmp_path):

@@ -18,7 +18,7 @@ R = 2
 FLAGS = {"keep": (False, False), "selective": (False, True), "full": (True, False)}
 
 
-def prepared(family: str, mode: str, lora: bool = True, zero_stage: int = 0):
+def prepared(family: str, mode: str, lora: bool = True):
     """A model in training mode, with weights that do not depend on the mode."""
     from peft import LoraConfig, get_peft_model
 
@@ -33,7 +33,7 @@ def prepared(family: str, mode: str, lora: bool = True, zero_stage: int = 0):
         model.requires_grad_(True)
     full, selective = FLAGS[mode]
     recompute(model, SimpleNamespace(gradient_checkpointing=full, selective_checkpointing=selective, use_lora=lora,
-                                     lora_r=R), zero_stage)
+                                     lora_r=R), 0)
     return model.train()
 
 
@@ -62,14 +62,14 @@ def test_to_the_last_bit(family, lora):
 
 
 class Count(TorchDispatchMode):
-    """Products of matrices and attention calls, forward and again."""
+    """Products of matrices (of these names) and attention calls, forward and again."""
 
-    def __init__(self):
+    def __init__(self, *names: str):
         super().__init__()
-        self.products = self.attention = 0
+        self.names, self.products, self.attention = names or ("aten::mm",), 0, 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.products += op.name() == "aten::mm"
+        self.products += op.name().partition(".")[0] in self.names
         self.attention += op.name() == "aten::_scaled_dot_product_flash_attention_for_cpu"
         return op(*args, **(kwargs or {}))
 
@@ -89,6 +89,20 @@ def test_what_is_computed_again():
     more = {mode: (count.products - counts["keep"].products, count.attention) for mode, count in counts.items()}
     assert more == {"keep": (0, layers * sequences), "selective": (layers * (7 - 1) + 6, layers * sequences),
                     "full": (layers * (3 * 7 - 1) + 6, 2 * layers * sequences)}
+
+
+@pytest.mark.parametrize("kernel", ["grouped_mm", "eager"])
+def test_products_of_experts_are_kept(kernel):
+    """A layer's experts are two products (or two for each expert that is asked), with either kernel of transformers."""
+    row, counts = pack(random_groups()), {}
+    for mode in FLAGS:
+        model = prepared("qwen3_moe", mode, lora=False)
+        model.set_attn_implementation(LOOP)
+        model.set_experts_implementation(kernel)
+        with Count("aten::_grouped_mm", "transformers::grouped_mm_fallback", "aten::mm") as counts[mode]:
+            gradients(model, row)
+    keep, selective, full = (counts[mode].products for mode in FLAGS)
+    assert keep == selective < full
 
 
 def test_the_flash_kernel_of_packed_rows_is_kept():
