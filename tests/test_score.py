@@ -278,6 +278,37 @@ def test_rows_that_a_run_held_out_are_its_test_set(tiny, tmp_path):
     assert logged == pytest.approx(found.tolist(), rel=1e-6) and len(logged) == 2
 
 
+def test_runs_with_other_data_of_their_own_are_not_scored_on_the_firsts(run, tiny, tmp_path):
+    """Rows that one run held out are rows that another was trained on: the data must be named, or be the same."""
+    def copy(name, **arguments):
+        shutil.copytree(run, tmp_path / name)
+        record = json.loads((run / "run.json").read_text())
+        rows = arguments.pop("held_out_rows", None)
+        record |= {"arguments": record["arguments"] | {"eval_file_path": None} | arguments, "held_out_rows": rows}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+        return tmp_path / name / "checkpoint-3"
+
+    file = str(tiny / "train.jsonl")
+    first = copy("first", held_out_rows=[0, 1])
+    for name, words, arguments in [
+            ("rows", f"test: 2 held-out rows of {file}", {"held_out_rows": [0, 2]}), ("all", f"train: {file}", {}),
+            ("file", f"test: {tmp_path}/f.jsonl", {"eval_file_path": f"{tmp_path}/f.jsonl"}),
+            ("train", "test: 2 held-out rows of t.jsonl", {"held_out_rows": [0, 1], "train_file_path": "t.jsonl"})]:
+        other = copy(name, **arguments)
+        with pytest.raises(UserError) as refused:
+            scored(tmp_path / "no", first, other)
+        assert str(refused.value) == (
+            f"run first's own data (test: 2 held-out rows of {file}) are not those of run {name} ({words}): name data "
+            "with --dataset_path, or score the runs in two calls")
+    assert not (tmp_path / "no").exists()
+    flags = ["--responses", "chosen"]
+    same = copy("same", held_out_rows=[0, 1], train_file_path=f"{tiny}/./train.jsonl")
+    table = scored(tmp_path / "same_rows", first, same, tiny / "model", *flags)  # of a bare model nothing is known
+    assert table[["run", "row"]].values.tolist() == [[r, i] for r in ("first", "same", "model") for i in (0, 1)]
+    table = scored(tmp_path / "named", first, tmp_path / "rows" / "checkpoint-3", "--dataset_path", file, *flags)
+    assert table["row"].tolist() == [*range(11)] * 2
+
+
 def test_what_a_scoring_takes_the_place_of_is_said(run, tiny, tmp_path, capsys):
     scored(tmp_path, run / "checkpoint-0", "--tokens", "--responses", "chosen")
     scored(tmp_path, run / "checkpoint-0", "--dataset_path", f"b={tiny / 'train.jsonl'}", "--responses", "chosen")
