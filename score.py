@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
     distributed.leave()
     if distributed.is_main():
         before = scores.contents(folder)
-        tables = scores.join_parts(folder, parts, {c.run: c.settings.beta for c in checkpoints if c.phase})
+        tables = scores.join_parts(folder, parts, {c.run: c.settings for c in checkpoints if c.phase})
         report(folder, tables, [item for item in before if item not in scores.contents(folder)])
 
 
