@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
     distributed.leave()
     if distributed.is_main():
         before = scores.contents(folder)
-        tables = scores.join_parts(folder, parts, {c.run: c.settings.beta for c in checkpoints if c.phase})
+        tables = scores.join_parts(folder, parts, {c.run: c.settings for c in checkpoints if c.phase})
         report(folder, tables, [item for item in before if item not in scores.contents(folder)])
 
 
@@ -183,12 +183,34 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def own_data(target: str) -> tuple[str, str]:
     """(name, file) of a run's held-out data, else of what it trained on. Raises UserError for a bare model."""
-    settings = open_targets([target])[0].settings
+    name, file, _ = own_rows(open_targets([target])[0].settings)
+    if not file:
+        raise UserError(f"{target}: is no run, so --dataset_path is needed")
+    return name, file
+
+
+def own_rows(settings) -> tuple[str, str | None, tuple[int, ...]]:
+    """(name, file, rows) of a run's own data; no rows are all rows. The file is None for a bare model."""
     if settings.eval_file_path:
-        return "test", settings.eval_file_path
-    if settings.train_file_path:
-        return "test" if settings.held_out_rows else "train", settings.train_file_path
-    raise UserError(f"{target}: is no run, so --dataset_path is needed")
+        return "test", settings.eval_file_path, ()
+    return "test" if settings.held_out_rows else "train", settings.train_file_path, tuple(settings.held_out_rows or ())
+
+
+def check_own(checkpoints: list[Checkpoint]) -> None:
+    """Raises UserError for runs with other data of their own: what one held out, another may have trained on.
+
+    Of bare models nothing is known; they are scored on the data of the run beside them.
+    """
+    found = {}
+    for checkpoint in checkpoints:
+        name, file, rows = own_rows(checkpoint.settings)
+        if file:
+            words = f"run {checkpoint.run}", f"{name}: {f'{len(rows)} held-out rows of ' if rows else ''}{file}"
+            found.setdefault((name, os.path.abspath(file), rows), words)
+    if len(found) > 1:
+        (first, its), (second, others) = list(found.values())[:2]
+        raise UserError(f"{first}'s own data ({its}) are not those of {second} ({others}): name data with "
+                        "--dataset_path, or score the runs in two calls")
 
 
 def open_probes(checkpoints: list[Checkpoint], args) -> list[Probe]:
@@ -196,6 +218,8 @@ def open_probes(checkpoints: list[Checkpoint], args) -> list[Probe]:
 
     Tokenizers may lie in many folders, but they must say the same: log-probs of other tokens don't compare.
     """
+    if args.own:
+        check_own(checkpoints)
     read = {}
     for checkpoint in checkpoints:
         source, settings = open_source(checkpoint.path, checkpoint.settings.trust_remote_code), checkpoint.settings
@@ -222,8 +246,7 @@ def open_probe(name: str, path: str, settings, source, args) -> Probe:
     if not args.responses:
         rows = range(len(data.examples))
         kinds = [kind for kind in kinds if any(responses.KINDS[kind](data.examples, i, args.seed) for i in rows)]
-    if args.own and settings.held_out_rows:
-        held = set(settings.held_out_rows)
+    if args.own and (held := set(own_rows(settings)[2])):
         data.examples = [example for example in data.examples if example.row in held]
     if distributed.is_main():
         print(data.report())

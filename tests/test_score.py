@@ -1,12 +1,14 @@
 """score.py against plain transformers and against what training logged."""
 
 import json
+import math
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import oracle
 import pandas
@@ -17,6 +19,7 @@ from conftest import ROOT, environment, launch, make_model, make_tokenizer, trai
 import score
 from nanodpo.errors import UserError, run_script
 from nanodpo.example import Example
+from nanodpo.losses import LOSSES
 from nanodpo.schedule import pairs_of_step
 from nanodpo.scoring import means, responses, scores
 from nanodpo.scoring.runs import open_targets
@@ -278,6 +281,40 @@ def test_rows_that_a_run_held_out_are_its_test_set(tiny, tmp_path):
     assert logged == pytest.approx(found.tolist(), rel=1e-6) and len(logged) == 2
 
 
+def test_runs_with_other_data_of_their_own_are_not_scored_on_the_firsts(run, tiny, tmp_path):
+    """Rows that one run held out are rows that another was trained on: the data must be named, or be the same."""
+    def copy(name, **arguments):
+        shutil.copytree(run, tmp_path / name)
+        record = json.loads((run / "run.json").read_text())
+        rows = arguments.pop("held_out_rows", None)
+        record |= {"arguments": record["arguments"] | {"eval_file_path": None} | arguments, "held_out_rows": rows}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+        return tmp_path / name / "checkpoint-3"
+
+    file = str(tiny / "train.jsonl")
+    first = copy("first", held_out_rows=[0, 1])
+    for name, words, arguments in [
+            ("rows", f"test: 2 held-out rows of {file}", {"held_out_rows": [0, 2]}), ("all", f"train: {file}", {}),
+            ("file", f"test: {tmp_path}/f.jsonl", {"eval_file_path": f"{tmp_path}/f.jsonl"}),
+            ("train", "test: 2 held-out rows of t.jsonl", {"held_out_rows": [0, 1], "train_file_path": "t.jsonl"})]:
+        other = copy(name, **arguments)
+        with pytest.raises(UserError) as refused:
+            scored(tmp_path / "no", first, other)
+        assert str(refused.value) == (
+            f"run first's own data (test: 2 held-out rows of {file}) are not those of run {name} ({words}): name data "
+            "with --dataset_path, or score the runs in two calls")
+    evaluated = copy("evaluated", eval_file_path=file)  # the file that another run was trained on
+    with pytest.raises(UserError, match=r"evaluated's own data \(test: .* not those of run all \(train: "):
+        scored(tmp_path / "no", evaluated, tmp_path / "all" / "checkpoint-3")
+    assert not (tmp_path / "no").exists()
+    flags = ["--responses", "chosen"]
+    same = copy("same", held_out_rows=[0, 1], train_file_path=f"{tiny}/./train.jsonl")
+    table = scored(tmp_path / "same_rows", first, same, tiny / "model", *flags)  # of a bare model nothing is known
+    assert table[["run", "row"]].values.tolist() == [[r, i] for r in ("first", "same", "model") for i in (0, 1)]
+    table = scored(tmp_path / "named", first, tmp_path / "rows" / "checkpoint-3", "--dataset_path", file, *flags)
+    assert table["row"].tolist() == [*range(11)] * 2
+
+
 def test_what_a_scoring_takes_the_place_of_is_said(run, tiny, tmp_path, capsys):
     scored(tmp_path, run / "checkpoint-0", "--tokens", "--responses", "chosen")
     scored(tmp_path, run / "checkpoint-0", "--dataset_path", f"b={tiny / 'train.jsonl'}", "--responses", "chosen")
@@ -342,6 +379,51 @@ def test_summary_by_hand():
     assert found.loc["chosen", ["n", "mean", "median", "sem"]].tolist() == [2, 2.0, 2.0, pytest.approx(1.0)]
     assert found.loc["gap", ["n", "mean", "median", "sem"]].tolist() == [2, 1.5, 1.5, pytest.approx(1.0)]
     assert found.loc["rejected", "sem"] == 0.0
+
+
+@pytest.mark.parametrize("loss, smoothing", [("dpo", 0.0), ("dpo", 0.1), ("robust", 0.1), ("hinge", 0.0)])
+def test_a_pairs_weight_is_the_slope_of_its_loss(loss, smoothing):
+    """The gradient of the loss itself, by autograd in float64; conservative DPO pushes back beyond logit(1 - e)."""
+    margins = torch.tensor([-30.0, -1.0, 0.0, 0.5, 2.1972245773, 30.0], dtype=torch.float64)
+    chosen, zero = (margins / 0.2).requires_grad_(), torch.zeros(6, dtype=torch.float64)
+    LOSSES[loss](chosen, zero, zero, zero, 0.2, smoothing).sum().backward()
+    found = means.pair_weight(loss, smoothing, margins.numpy())
+    assert found == pytest.approx((-chosen.grad / 0.2).tolist(), abs=1e-12)
+    # At ln 9, sigma(-margin) is 0.1.
+    by_hand = {("dpo", 0.0): (0.5, 0.1), ("dpo", 0.1): (0.4, 0.0), ("robust", 0.1): (0.625, 0.225),
+               ("hinge", 0.0): (1, 0)}
+    assert (found[2], found[4]) == pytest.approx(by_hand[loss, smoothing], abs=1e-9)
+
+
+def test_rewards_and_weights_are_those_of_each_run():
+    """beta, loss and label smoothing by run; no weight for losses that are not of this margin, nor without a start."""
+    key = {"checkpoint": "c", "dataset": "d", "row": 0}
+    runs = {name: SimpleNamespace(loss=loss, beta=beta, label_smoothing=smoothing) for name, loss, beta, smoothing in [
+        ("a", "dpo", 0.1, 0.2), ("b", "robust", 0.2, 0.2), ("c", "hinge", 0.2, 0.0), ("d", "ipo", 0.1, 0.0),
+        ("e", "sft", 0.1, 0.0), ("f", "dpo", 0.1, 0.0)]}
+    table = pandas.DataFrame([key | {"run": run, "step": step, "response": side, "logps": logps * (step > 0)}
+                              for run in [*runs, "bare"] for step in {"f": [9], "bare": [0]}.get(run, [0, 9])
+                              for side, logps in (("chosen", 4.0), ("rejected", -6.0))])
+    pairs = table[table["response"] == "chosen"][["run", "dataset", "row", "step"]].reset_index(drop=True)
+    found = means.add_rewards(pairs, table, runs).set_index(["run", "step"])
+    sigma = 1 / (1 + math.e)  # of minus the margin 0.1 (4 + 6) = 1
+    nan = math.nan
+    for run, chosen, margin, weight in [("a", 0.4, 1, sigma - 0.2), ("b", 0.8, 2, 1 / (1 + math.e**2) + 0.2 / 0.6),
+                                        ("c", 0.8, 2, 0), ("d", 0.4, 1, nan), ("e", 0.4, 1, nan), ("f", nan, nan, nan)]:
+        line = found.loc[(run, 9), ["rewards/chosen", "margin", "weight"]].tolist()
+        assert line == pytest.approx([chosen, margin, weight], abs=1e-12, nan_ok=True), run
+    assert found.loc[("a", 0), "weight"] == pytest.approx(0.5 - 0.2)
+    assert found.loc[("bare", 0), ["margin", "weight"]].isna().all()
+
+
+def test_label_smoothing_is_read_from_the_run(run, tmp_path):
+    """All the way: run.json says 0.1, so that step 0 begins with 0.5 - 0.1."""
+    shutil.copytree(run, tmp_path / "dpo")
+    record = json.loads((run / "run.json").read_text())
+    record["arguments"]["label_smoothing"] = 0.1
+    (tmp_path / "dpo" / "run.json").write_text(json.dumps(record))
+    scored(tmp_path / "out", tmp_path / "dpo" / "checkpoint-0", "--responses", "chosen", "rejected")
+    assert pandas.read_parquet(tmp_path / "out" / "pairs.parquet")["weight"].tolist() == pytest.approx([0.4] * 11)
 
 
 def test_wrong_input_is_one_line(run, tiny, tmp_path, capsys, monkeypatch):

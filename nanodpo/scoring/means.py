@@ -7,11 +7,14 @@ KEYS = ["run", "phase", "checkpoint", "step", "dataset"]
 MEASURES = ["argmax_logps", "entropy", "argmax_mass", "implausible_mass", "accuracy"]
 
 
-def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, betas: dict[str, float]) -> pandas.DataFrame:
-    """The pairs with the rewards that training has, against each run's own step 0."""
+def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, runs: dict) -> pandas.DataFrame:
+    """The pairs with the rewards that training has, against each run's own step 0, and with their weights.
+
+    `runs` are the settings of each run by name: beta, loss and label_smoothing.
+    """
     if pairs.empty:
         return pairs
-    at = ["run", "dataset", "row"]
+    at, betas = ["run", "dataset", "row"], {run: settings.beta for run, settings in runs.items()}
     for side in ("chosen", "rejected"):
         here = scores[scores["response"] == side]
         start = here[here["step"] == 0].set_index(at)["logps"].rename("start")
@@ -19,9 +22,28 @@ def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, betas: dict[s
         reward = (joined["logps"] - joined["start"]) * joined.index.get_level_values("run").map(betas)
         pairs = pairs.join(reward.rename(f"rewards/{side}"), on=[*at, "step"])
     pairs["margin"] = pairs["rewards/chosen"] - pairs["rewards/rejected"]
-    with np.errstate(invalid="ignore"):  # a missing margin has a missing weight
-        pairs["weight"] = np.exp(-np.logaddexp(0, pairs["margin"]))
+    pairs["weight"] = np.nan
+    for run, settings in runs.items():
+        here = pairs["run"] == run
+        pairs.loc[here, "weight"] = pair_weight(settings.loss, settings.label_smoothing, pairs["margin"][here])
     return pairs
+
+
+def pair_weight(loss: str, smoothing: float, margin) -> np.ndarray:
+    """-d loss / d margin, margins being of rewards: how hard the loss still pushes a pair apart; below 0, together.
+
+    Missing for ipo, whose margin is one of means over tokens, and for sft, which has none.
+    """
+    margin = np.asarray(margin, dtype=float)
+    with np.errstate(invalid="ignore"):  # a missing margin has a missing weight
+        wrong = np.exp(-np.logaddexp(0, margin))  # sigma(-margin)
+    if loss == "dpo":
+        return wrong - smoothing  # (1-e) sigma(-margin) - e sigma(margin)
+    if loss == "robust":
+        return wrong + smoothing / (1 - 2 * smoothing)  # ((1-e) sigma(-margin) + e sigma(margin)) / (1-2e)
+    if loss == "hinge":
+        return np.where(np.isnan(margin), np.nan, margin < 1)
+    return np.full_like(margin, np.nan)
 
 
 def summary(table: pandas.DataFrame) -> pandas.DataFrame:

@@ -13,8 +13,8 @@ from ..manifest import check_whole
 # What a data set is read with where no run says otherwise.
 DEFAULTS = {"loss": "", "prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
             "boundary": "error", "max_length": None, "max_prompt_length": None, "overlong": "error",
-            "on_bad_row": "error", "beta": 0.1, "bf16": False, "trust_remote_code": False, "train_file_path": None,
-            "eval_file_path": None, "prompt_leads": None, "held_out_rows": None}
+            "on_bad_row": "error", "beta": 0.1, "label_smoothing": 0.0, "bf16": False, "trust_remote_code": False,
+            "train_file_path": None, "eval_file_path": None, "prompt_leads": None, "held_out_rows": None}
 STEP = re.compile(r"checkpoint-(\d{1,15})")
 
 
@@ -113,8 +113,8 @@ def _right(key: str, value) -> bool:
         return value is None or isinstance(value, list) and all(lead is None or isinstance(lead, str) for lead in value)
     if key == "held_out_rows":
         return value is None or isinstance(value, list) and all(type(row) is int for row in value)
-    if key == "beta":
-        return type(value) in (int, float) and math.isfinite(value)
+    if key in ("beta", "label_smoothing"):
+        return type(value) in (int, float) and (math.isfinite(value) if key == "beta" else 0 <= value < 0.5)
     choices = {"boundary": ("error", "concat"), "overlong": ("error", "drop", "truncate"),
                "on_bad_row": ("error", "drop")}
     return value in choices[key] if key in choices else isinstance(value, str) or value is None and key != "loss"

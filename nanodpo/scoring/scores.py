@@ -5,8 +5,11 @@ All begin with run, phase (the run's loss), checkpoint (path), step and dataset.
     scores.parquet    row, response, tokens, logps (the sum, float64), mean_logps (logps / tokens), and means over the
                       response's tokens: argmax_logps, entropy, argmax_mass, implausible_mass, accuracy (rank 1)
     pairs.parquet     row, rewards of chosen and rejected = beta (logps - those at the run's step 0), margin, weight =
-                      sigma(-margin), shared (tokens before the responses part), ches, ches_normalised; the products of
-                      gradients where they were asked for. Without the run's step 0, rewards are missing.
+                      -d loss / d margin, shared (tokens before the responses part), ches, ches_normalised; the
+                      products of gradients where they were asked for. Without the run's step 0, rewards are missing.
+                      The weight under the run's label smoothing e: of dpo, sigma(-margin) - e, which is 0.5 - e at
+                      step 0; of robust, sigma(-margin) + e / (1 - 2e); of hinge, 1 below a margin of 1, else 0; of
+                      ipo, whose loss is not of this margin, and of sft it is missing
     sections.csv      by response and part of it (tenths, prefix and suffix of a pair, think and answer): n, mean and
                       standard error of mean_logps, and the means of the measures, over rows
     tokens.parquet    row, response, position, token (text), logp, entropy, argmax_logp, rank, implausible_mass
@@ -65,11 +68,11 @@ def write_part(folder: Path, checkpoint, dataset: str, found: dict[str, list[dic
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def join_parts(folder: Path, parts: list[Path], betas: dict[str, float]) -> dict[str, pandas.DataFrame]:
+def join_parts(folder: Path, parts: list[Path], runs: dict) -> dict[str, pandas.DataFrame]:
     """Writes the output files from all parts. Returns the tables, less tokens, which may be larger than memory, and
     the sections' lines of chosen's tenths, row by row."""
     tables = {name: _concat([part / f"{name}.parquet" for part in parts]) for name in TABLES if name != "tokens"}
-    tables["pairs"] = add_rewards(tables["pairs"], tables["scores"], betas)
+    tables["pairs"] = add_rewards(tables["pairs"], tables["scores"], runs)
     tables["summary"] = summary(tables["scores"])
     tables["tenths"] = pandas.DataFrame()
     if len(tables["sections"]):
