@@ -198,13 +198,21 @@ def test_scores_that_are_missing_are_left_out_and_counted(tmp_path, draw):  # no
 
 
 def test_skipped_steps_are_gaps(tmp_path, draw):  # noqa: F811
-    run = make_run(tmp_path / "a", evals=())
+    """train.py leaves what is not finite out of a line; a line of an evaluation has no metric of training to miss."""
+    run = make_run(tmp_path / "a", evals=(1, 2))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines[2] |= {"loss": None, "rewards/chosen": None, "skipped_steps": 1}
+    one, whole = (line for line in lines if line["step"] in (1, 3) and "loss" in line)
+    del one["rewards/chosen"]
+    whole.clear()
+    whole |= {"step": 3, "epoch": 0.75, "learning_rate": 1e-6, "num_tokens": 400, "skipped_steps": 1}
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     fig = draw(run)["training"]
-    assert [math.isnan(y) for y in points(fig, "a loss")[2]] == [False, False, True, False, False]
-    assert not any(math.isnan(y) for y in points(fig, "a rewards/rejected")[2])
+    for name, gaps, alone in (("loss", [3], [4]), ("rewards/chosen", [1, 3], [0, 2, 4])):
+        panel, steps, values = points(fig, f"a {name}")
+        (line,) = [line for line in fig.axes[panel].get_lines() if line.get_label() == f"a {name}"]
+        assert line.get_marker() == "." and line.get_markevery() == alone  # no line leads to these
+        assert steps == [0, 1, 2, 3, 4] and [k for k in steps if math.isnan(values[k])] == gaps
+        assert points(fig, f"a eval_{name}")[1] == [1, 2]
 
 
 def test_what_is_checked_is_what_is_drawn():
