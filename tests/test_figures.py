@@ -241,6 +241,42 @@ def test_phases_follow_one_another_on_one_axis(tmp_path, draw):  # noqa: F811
     assert "100 | 0" in [label.get_text() for label in level.get_xticklabels()]
 
 
+def test_phases_are_of_the_named_runs_alone(tmp_path, draw):  # noqa: F811
+    """`score.py sft other` leaves the scores of both in sft/scores.parquet."""
+    sft, dpo = make_two_phases(tmp_path)
+    before = draw(sft, dpo, "--phases")["captions"]
+    make_scores(tmp_path / "other.parquet", SCORES, run="other")
+    tables = [pandas.read_parquet(file) for file in (tmp_path / "other.parquet", sft / "scores.parquet")]
+    pandas.concat(tables, ignore_index=True).to_parquet(sft / "scores.parquet")
+    found = draw(sft, dpo, "--phases")
+    assert found["captions"] == before and "of sft, then dpo, on test:" in before["dynamics"]
+    assert [line.get_label() for line in found["dynamics"].axes[0].get_lines() if line.get_label()[0] != "_"] == [
+        "sft sft chosen", "sft sft rejected", "dpo dpo chosen", "dpo dpo rejected"]
+
+
+PAPER = "series,step,mean,dataset,response\n"
+
+
+@pytest.mark.parametrize("test", ["forward", "reverse"])
+def test_test_selects_in_the_csv_too(tmp_path, draw, test):  # noqa: F811
+    (tmp_path / "p.csv").write_text(PAPER + "paper,0,-1,reverse,chosen\npaper,40,-2,reverse,chosen\n")
+    run = make_run(tmp_path / "a")
+    make_scores(run / "scores.parquet", SCORES, run="a")
+    for how in ([run], ["a", "--scores", run / "scores.parquet"]):
+        found = draw(*how, "--series", tmp_path / "p.csv", "--test", test)
+        assert {ax.get_title() for ax in found["dynamics"].axes} == {test}
+        runs = "a and paper" if test == "reverse" else "a"
+        assert f" of {runs}, on {test}: its level" in found["captions"]["dynamics"]
+
+
+def test_a_test_set_of_the_csv_alone_is_drawn_alone(tmp_path, draw):  # noqa: F811
+    (tmp_path / "p.csv").write_text(PAPER + "paper,0,-1,third,chosen\npaper,40,-2,third,chosen\n")
+    scores = make_scores(tmp_path / "s.parquet", SCORES)
+    found = draw("--scores", scores, "--series", tmp_path / "p.csv", "--test", "third")
+    assert [ax.get_title() for ax in found["dynamics"].axes] == ["third", "third"]
+    assert found["dynamics"].axes[0].get_lines()[0].get_ydata().tolist() == [-1, -2]
+
+
 def test_a_series_is_drawn_beside_scores_and_alone(tmp_path, draw):  # noqa: F811
     csv = tmp_path / "paper.csv"
     csv.write_text("series,step,mean,low,high,response\npaper,40,-0.75,,,chosen\npaper,0,-0.5,-0.625,-0.375,chosen\n")
@@ -532,6 +568,41 @@ def test_wrong_input_is_named_and_leaves_nothing(tmp_path, make, flags, message)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message):
         plot.main([*flags, "--scores", str(tmp_path / "scores.parquet")])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+PAIR = ["sft", "dpo", "--phases"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["sft", "dpo", "--phases", "--series", "p.csv"], "sft/scores.parquet: can't be read as Parquet"),
+    (["typo", "--series", "p.csv"], "typo/metrics.jsonl: No such file"),
+    ([*PAIR, "--scores", "s.parquet", "--test", "third"], "--phases: .* on the data sets drawn, and sft has none"),
+    ([*PAIR, "--scores", "s.parquet", "--series", "p.csv", "--test", "reverse"], "drawn, and sft and dpo has none"),
+    (["sft", "paper", "--phases", "--scores", "s.parquet", "--series", "p.csv"], "drawn, and paper has none"),
+    (["dpo", "x", "--phases", "--scores", "s.parquet"], "no run called x in what was read; there is sft and dpo"),
+    (["run", "--test", "nowhere"], "--test: is for the figure of scores.parquet, and there is none"),
+    (["run", "--floor", "-0.1"], "--floor: is for the figure of scores.parquet, and there is none"),
+    (["run", "--floor", "0"], "--floor: is for the figure of scores.parquet, and there is none"),
+    (["--series", "p.csv", "--test", "forward"], "no data set called forward in what was read; there is reverse"),
+    (["run", "--series", "p.csv", "--test", "forward"], "no data set called forward in what was read; there is rev"),
+    (["--series", "bare.csv", "--test", "forward"], "no data set called forward in what was read; there is none"),
+    (["--scores", "s.parquet", "--series", "p.csv", "--test", "x"], "no data set called x .*; there is reverse, test"),
+    (["--scores", "s.parquet", "--series", "same.csv"], "the scores and the csv both have a run called dpo"),
+])
+def test_no_flag_and_no_run_is_passed_over(tmp_path, monkeypatch, flags, message):
+    """R-J4: what is asked for is drawn or refused."""
+    tables = [make_scores(tmp_path / f"{run}.parquet", {(name, "chosen", step): [-1.0, -2.0] for step in (0, 9)
+              for name in sets}, run=run, phase=run) for run, sets in (("sft", ["test"]), ("dpo", ["test", "third"]))]
+    pandas.concat(map(pandas.read_parquet, tables), ignore_index=True).to_parquet(tmp_path / "s.parquet")
+    make_run(tmp_path / "run")
+    for name, series in (("p", "paper"), ("same", "dpo")):
+        (tmp_path / f"{name}.csv").write_text(PAPER + f"{series},0,-1,reverse,chosen\n{series},9,-2,reverse,chosen\n")
+    (tmp_path / "bare.csv").write_text("series,step,mean\npaper,0,-1\npaper,9,-2\n")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        plot.main(flags)
     assert sorted(tmp_path.rglob("*")) == before
 
 
