@@ -277,6 +277,21 @@ def test_a_test_set_of_the_csv_alone_is_drawn_alone(tmp_path, draw):  # noqa: F8
     assert found["dynamics"].axes[0].get_lines()[0].get_ydata().tolist() == [-1, -2]
 
 
+def test_a_caption_says_rows_only_where_there_are_rows(tmp_path, draw):  # noqa: F811
+    """A csv has means, of which data set and with what interval it need not say."""
+    (tmp_path / "p.csv").write_text(HEAD + "paper,0,-1,-1.5,-0.5\npaper,40,-2,,\n")
+    alone = draw("--series", tmp_path / "p.csv")
+    assert alone["captions"]["dynamics"] == (
+        "Mean log-prob per token (nats) of responses over steps of paper: its level (left) and its change since step "
+        "0, of the means (right). Shaded: low to high, as given for paper.")
+    assert "low to high, as given" in [text.get_text() for text in alone["dynamics"].legends[0].get_texts()]
+    scores = make_scores(tmp_path / "s.parquet", SCORES)
+    assert "since step 0, row by row (right)." in draw("--scores", scores)["captions"]["dynamics"]
+    both = draw("--scores", scores, "--series", tmp_path / "p.csv")["captions"]["dynamics"]
+    assert "since step 0, row by row, of paper of the means (right)." in both
+    assert both.endswith("(mean ± Student's t standard errors over rows); low to high, as given for paper.")
+
+
 def test_a_series_is_drawn_beside_scores_and_alone(tmp_path, draw):  # noqa: F811
     csv = tmp_path / "paper.csv"
     csv.write_text("series,step,mean,low,high,response\npaper,40,-0.75,,,chosen\npaper,0,-0.5,-0.625,-0.375,chosen\n")
