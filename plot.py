@@ -26,7 +26,7 @@ from nanodpo.figures.drawing import draw_dynamics, house_style, save
 from nanodpo.figures.heatmap import heatmap_figure
 from nanodpo.figures.intervals import levels, with_gaps
 from nanodpo.figures.records import read_metrics, read_scores, read_series, read_tokens
-from nanodpo.figures.selection import in_phases, select, series_in_phases
+from nanodpo.figures.selection import in_phases, select, select_beside, series_in_phases
 from nanodpo.figures.strip import strip_figure
 from nanodpo.figures.three_panel import ROLES, three_panel_figure
 from nanodpo.figures.training import training_figure
@@ -43,8 +43,10 @@ def main(argv: list[str]) -> None:
     folders = find_folders(args, given)
     names = [folders[run].resolve().name if run in folders else run for run in given]
     files = find_scores(args, list(folders.values()))
-    if args.focus and not files and not args.series:
-        raise UserError("--focus: is for the figure of scores.parquet, and there is none; --scores FILE names one")
+    for flag in ("focus", "floor", "test"):
+        if getattr(args, flag) is not None and not files and not args.series:
+            raise UserError(f"--{flag}: is for the figure of scores.parquet, and there is none; "
+                            "--scores FILE names one")
     places = list(dict.fromkeys(folders.values())) or [Path(file).parent for file in [*files, args.series][:1]]
     default = places[0] if len(places) == 1 else "runs/figures"
     with house_style(args.style, args.serif, args.usetex):
@@ -132,7 +134,7 @@ def find_folders(args: argparse.Namespace, given: list[str]) -> dict[str, Path]:
     """The given runs that are folders: without a table to look a name up in, all."""
     paths = {run: home(run) for run in given}
     return {run: path for run, path in paths.items()
-            if not (args.scores or args.series) or os.path.exists(path / "metrics.jsonl")}
+            if not (args.scores or (args.series and args.three_panel)) or os.path.exists(path / "metrics.jsonl")}
 
 
 def find_scores(args: argparse.Namespace, folders: list[Path]) -> list[Path]:
@@ -157,8 +159,8 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
     if folders and not (args.phases or args.heatmap):
         runs = {name: read_metrics(folder) for name, folder in label(folders).items()}
         drawn["training"] = training_figure(runs, args.columns)
-    if scores is not None:
-        (scores,) = select([scores], names if args.scores else [], args.test)
+    if scores is not None or series is not None:
+        scores, series = select_beside(scores, series, names if args.scores or args.phases else [], args.test)
     if args.heatmap:
         return {"heatmap": heatmap_figure(scores, args.columns)}
     how = {"columns": args.columns, "focus": args.focus, "floor": args.floor}

@@ -198,13 +198,21 @@ def test_scores_that_are_missing_are_left_out_and_counted(tmp_path, draw):  # no
 
 
 def test_skipped_steps_are_gaps(tmp_path, draw):  # noqa: F811
-    run = make_run(tmp_path / "a", evals=())
+    """train.py leaves what is not finite out of a line; a line of an evaluation has no metric of training to miss."""
+    run = make_run(tmp_path / "a", evals=(1, 2))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines[2] |= {"loss": None, "rewards/chosen": None, "skipped_steps": 1}
+    one, whole = (line for line in lines if line["step"] in (1, 3) and "loss" in line)
+    del one["rewards/chosen"]
+    whole.clear()
+    whole |= {"step": 3, "epoch": 0.75, "learning_rate": 1e-6, "num_tokens": 400, "skipped_steps": 1}
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     fig = draw(run)["training"]
-    assert [math.isnan(y) for y in points(fig, "a loss")[2]] == [False, False, True, False, False]
-    assert not any(math.isnan(y) for y in points(fig, "a rewards/rejected")[2])
+    for name, gaps, alone in (("loss", [3], [4]), ("rewards/chosen", [1, 3], [0, 2, 4])):
+        panel, steps, values = points(fig, f"a {name}")
+        (line,) = [line for line in fig.axes[panel].get_lines() if line.get_label() == f"a {name}"]
+        assert line.get_marker() == "." and line.get_markevery() == alone  # no line leads to these
+        assert steps == [0, 1, 2, 3, 4] and [k for k in steps if math.isnan(values[k])] == gaps
+        assert points(fig, f"a eval_{name}")[1] == [1, 2]
 
 
 def test_what_is_checked_is_what_is_drawn():
@@ -231,6 +239,57 @@ def test_phases_follow_one_another_on_one_axis(tmp_path, draw):  # noqa: F811
     assert change.get_lines()[2].get_ydata() == pytest.approx([-1, -0.98])
     assert [text.get_text() for text in level.texts] == ["SFT", "DPO"]
     assert "100 | 0" in [label.get_text() for label in level.get_xticklabels()]
+
+
+def test_phases_are_of_the_named_runs_alone(tmp_path, draw):  # noqa: F811
+    """`score.py sft other` leaves the scores of both in sft/scores.parquet."""
+    sft, dpo = make_two_phases(tmp_path)
+    before = draw(sft, dpo, "--phases")["captions"]
+    make_scores(tmp_path / "other.parquet", SCORES, run="other")
+    tables = [pandas.read_parquet(file) for file in (tmp_path / "other.parquet", sft / "scores.parquet")]
+    pandas.concat(tables, ignore_index=True).to_parquet(sft / "scores.parquet")
+    found = draw(sft, dpo, "--phases")
+    assert found["captions"] == before and "of sft, then dpo, on test:" in before["dynamics"]
+    assert [line.get_label() for line in found["dynamics"].axes[0].get_lines() if line.get_label()[0] != "_"] == [
+        "sft sft chosen", "sft sft rejected", "dpo dpo chosen", "dpo dpo rejected"]
+
+
+PAPER = "series,step,mean,dataset,response\n"
+
+
+@pytest.mark.parametrize("test", ["forward", "reverse"])
+def test_test_selects_in_the_csv_too(tmp_path, draw, test):  # noqa: F811
+    (tmp_path / "p.csv").write_text(PAPER + "paper,0,-1,reverse,chosen\npaper,40,-2,reverse,chosen\n")
+    run = make_run(tmp_path / "a")
+    make_scores(run / "scores.parquet", SCORES, run="a")
+    for how in ([run], ["a", "--scores", run / "scores.parquet"]):
+        found = draw(*how, "--series", tmp_path / "p.csv", "--test", test)
+        assert {ax.get_title() for ax in found["dynamics"].axes} == {test}
+        runs = "a and paper" if test == "reverse" else "a"
+        assert f" of {runs}, on {test}: its level" in found["captions"]["dynamics"]
+
+
+def test_a_test_set_of_the_csv_alone_is_drawn_alone(tmp_path, draw):  # noqa: F811
+    (tmp_path / "p.csv").write_text(PAPER + "paper,0,-1,third,chosen\npaper,40,-2,third,chosen\n")
+    scores = make_scores(tmp_path / "s.parquet", SCORES)
+    found = draw("--scores", scores, "--series", tmp_path / "p.csv", "--test", "third")
+    assert [ax.get_title() for ax in found["dynamics"].axes] == ["third", "third"]
+    assert found["dynamics"].axes[0].get_lines()[0].get_ydata().tolist() == [-1, -2]
+
+
+def test_a_caption_says_rows_only_where_there_are_rows(tmp_path, draw):  # noqa: F811
+    """A csv has means, of which data set and with what interval it need not say."""
+    (tmp_path / "p.csv").write_text(HEAD + "paper,0,-1,-1.5,-0.5\npaper,40,-2,,\n")
+    alone = draw("--series", tmp_path / "p.csv")
+    assert alone["captions"]["dynamics"] == (
+        "Mean log-prob per token (nats) of responses over steps of paper: its level (left) and its change since step "
+        "0, of the means (right). Shaded: low to high, as given for paper.")
+    assert "low to high, as given" in [text.get_text() for text in alone["dynamics"].legends[0].get_texts()]
+    scores = make_scores(tmp_path / "s.parquet", SCORES)
+    assert "since step 0, row by row (right)." in draw("--scores", scores)["captions"]["dynamics"]
+    both = draw("--scores", scores, "--series", tmp_path / "p.csv")["captions"]["dynamics"]
+    assert "since step 0, row by row, of paper of the means (right)." in both
+    assert both.endswith("(mean ± Student's t standard errors over rows); low to high, as given for paper.")
 
 
 def test_a_series_is_drawn_beside_scores_and_alone(tmp_path, draw):  # noqa: F811
@@ -524,6 +583,41 @@ def test_wrong_input_is_named_and_leaves_nothing(tmp_path, make, flags, message)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message):
         plot.main([*flags, "--scores", str(tmp_path / "scores.parquet")])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+PAIR = ["sft", "dpo", "--phases"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["sft", "dpo", "--phases", "--series", "p.csv"], "sft/scores.parquet: can't be read as Parquet"),
+    (["typo", "--series", "p.csv"], "typo/metrics.jsonl: No such file"),
+    ([*PAIR, "--scores", "s.parquet", "--test", "third"], "--phases: .* on the data sets drawn, and sft has none"),
+    ([*PAIR, "--scores", "s.parquet", "--series", "p.csv", "--test", "reverse"], "drawn, and sft and dpo has none"),
+    (["sft", "paper", "--phases", "--scores", "s.parquet", "--series", "p.csv"], "drawn, and paper has none"),
+    (["dpo", "x", "--phases", "--scores", "s.parquet"], "no run called x in what was read; there is sft and dpo"),
+    (["run", "--test", "nowhere"], "--test: is for the figure of scores.parquet, and there is none"),
+    (["run", "--floor", "-0.1"], "--floor: is for the figure of scores.parquet, and there is none"),
+    (["run", "--floor", "0"], "--floor: is for the figure of scores.parquet, and there is none"),
+    (["--series", "p.csv", "--test", "forward"], "no data set called forward in what was read; there is reverse"),
+    (["run", "--series", "p.csv", "--test", "forward"], "no data set called forward in what was read; there is rev"),
+    (["--series", "bare.csv", "--test", "forward"], "no data set called forward in what was read; there is none"),
+    (["--scores", "s.parquet", "--series", "p.csv", "--test", "x"], "no data set called x .*; there is reverse, test"),
+    (["--scores", "s.parquet", "--series", "same.csv"], "the scores and the csv both have a run called dpo"),
+])
+def test_no_flag_and_no_run_is_passed_over(tmp_path, monkeypatch, flags, message):
+    """R-J4: what is asked for is drawn or refused."""
+    tables = [make_scores(tmp_path / f"{run}.parquet", {(name, "chosen", step): [-1.0, -2.0] for step in (0, 9)
+              for name in sets}, run=run, phase=run) for run, sets in (("sft", ["test"]), ("dpo", ["test", "third"]))]
+    pandas.concat(map(pandas.read_parquet, tables), ignore_index=True).to_parquet(tmp_path / "s.parquet")
+    make_run(tmp_path / "run")
+    for name, series in (("p", "paper"), ("same", "dpo")):
+        (tmp_path / f"{name}.csv").write_text(PAPER + f"{series},0,-1,reverse,chosen\n{series},9,-2,reverse,chosen\n")
+    (tmp_path / "bare.csv").write_text("series,step,mean\npaper,0,-1\npaper,9,-2\n")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        plot.main(flags)
     assert sorted(tmp_path.rglob("*")) == before
 
 

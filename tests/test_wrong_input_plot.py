@@ -113,7 +113,7 @@ METRICS += [(f"metrics.jsonl: {text[:80]!r}, {len(text)}",
         ("-1", "-1, not a whole number from 0"))),
     *((f'{{"step": 1, "{name}": {value}}}', f"{name} is {value[:20]}")
       for name in ("loss", "rewards/margins", "eval_logps_per_token/chosen")
-      for value in ('"x"', "true", "[1]", "{}", "-Infinity", "NaN", "1e+308", "9" * 400)),
+      for value in ("null", '"x"', "true", "[1]", "{}", "-Infinity", "NaN", "1e+308", "9" * 400)),
     ('{"step": 0, "loss": 2.0}', "step 0 is there twice"),
 ]]
 HEAD = "series,step,mean,low,high,dataset,response,phase\n"

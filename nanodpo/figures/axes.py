@@ -48,8 +48,8 @@ def wrap(name: str, width: int = 36) -> str:
 
 
 def listed(names) -> str:
-    """Names in a sentence: "a, b and c"."""
-    *names, last = map(str, names)
+    """Names in a sentence: "a, b and c"; of none, nothing."""
+    *names, last = [*map(str, names)] or [""]
     return f"{', '.join(names)} and {last}" if names else last
 
 

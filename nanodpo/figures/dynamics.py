@@ -106,10 +106,11 @@ def _since(changes: pandas.DataFrame, phases) -> str:
 
 
 def interval(levels: pandas.DataFrame) -> str:
-    """What is shaded, and over how many rows, like "95% interval, n = 398 to 400, 2 scores missing"; or nothing."""
+    """What is shaded, and over how many rows, like "95% interval, n = 398 to 400, 2 scores missing"; or nothing. Of a
+    csv alone nobody knows what low and high are."""
     n = levels["n"][levels["n"] > 0]
     if n.empty:
-        return "95% interval" if levels["low"].notna().any() else ""
+        return "low to high, as given" if levels["low"].notna().any() else ""
     span = f"{n.max():,}" if n.min() == n.max() else f"{n.min():,} to {n.max():,}"
     missing = levels["left_out"].sum()
     return f"95% interval, n = {span}" + (f", {missing:,} scores missing" if missing else "")
@@ -130,9 +131,16 @@ def _legend(fig, levels, dashes, looks, phases, floor, band) -> None:
 
 def _caption(levels: pandas.DataFrame, since: str | None, phases, floor, band) -> str:
     runs = f"{', then '.join(phases)}" if phases else listed(levels["run"].unique())
-    text = f"Mean log-prob per token (nats) of responses over steps of {runs}, on {listed(levels['dataset'].unique())}"
-    text += f": its level (left) and its change since {since}, row by row (right)." if since else "."
-    if shaded := interval(levels):
-        text += f" Shaded: {shaded} (mean ± Student's t standard errors over rows)."
+    sets = listed(name for name in levels["dataset"].unique() if name)
+    text = f"Mean log-prob per token (nats) of responses over steps of {runs}" + (f", on {sets}" if sets else "")
+    most = levels.groupby("run", sort=False)["n"].max()
+    rows, means = (list(most.index[which]) for which in (most > 0, most == 0))  # a csv has means alone
+    how = ["row by row"] * bool(rows)
+    how += ["of the means" if not rows else f"of {listed(means)} of the means"] * bool(means)
+    text += f": its level (left) and its change since {since}, {', '.join(how)} (right)." if since else "."
+    given = levels.loc[levels["run"].isin(means) & levels["low"].notna(), "run"].unique()
+    shaded = [f"{interval(levels)} (mean ± Student's t standard errors over rows)"] * bool(rows)
+    shaded += [f"low to high, as given for {listed(given)}"] * bool(len(given))
+    text += f" Shaded: {'; '.join(shaded)}." if shaded else ""
     text += f" Dashed: the best possible value, {floor:g}." if floor is not None else ""
     return text + (" The scale changes at the dotted lines." if band else "")

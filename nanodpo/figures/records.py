@@ -20,8 +20,7 @@ SERIES = {"series": str, "step": float, "mean": float, "low": float, "high": flo
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, null (a skipped step) as NaN; raises UserError, naming the line, where one
-    can't be drawn."""
+    """The lines of a run's metrics.jsonl; raises UserError, naming the line, where one can't be drawn."""
     file, lines, seen = folder / "metrics.jsonl", [], set()
     try:
         texts = file.read_text(encoding="utf-8").splitlines()
@@ -35,9 +34,7 @@ def read_metrics(folder: Path) -> list[dict]:
         if not isinstance(line, dict) or "step" not in line:
             raise UserError(f"{file}, line {number}: expected an object with a step, found {text[:60]!r}")
         for name in sorted(line.keys() & (DRAWN | {"step"})):
-            if line[name] is None and name != "step":
-                line[name] = math.nan
-            elif type(line[name]) not in (int, float) or not abs(line[name]) <= LARGEST:
+            if type(line[name]) not in (int, float) or not abs(line[name]) <= LARGEST:
                 found = json.dumps(line[name])[:60]
                 raise UserError(f"{file}, line {number}: {name} is {found}, not a finite number within {LARGEST:g}")
         if type(line["step"]) is not int or line["step"] < 0:

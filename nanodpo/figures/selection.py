@@ -23,8 +23,22 @@ def select(tables: list[pandas.DataFrame], runs: list[str], sets: list[str] | No
     return kept
 
 
-def in_phases(scores: pandas.DataFrame, runs: list[str]) -> tuple[pandas.DataFrame, dict[str, tuple]]:
-    """Scores of runs that followed one another, `at` their places on one axis; {run: (name, first step, last step)}."""
+def select_beside(scores, series, runs: list[str], sets: list[str] | None) -> list[pandas.DataFrame | None]:
+    """Scores of these runs and, beside them, all series of a csv, both on these data sets; either may be None, and a
+    table of which nothing is left becomes it."""
+    there = [table for table in (scores, series) if table is not None]
+    if runs and series is not None:
+        runs = [*runs, *series["run"].unique()]
+    kept = iter(select(there, runs, sets))
+    return [None if table is None or (left := next(kept)).empty else left for table in (scores, series)]
+
+
+def in_phases(scores: pandas.DataFrame | None, runs: list[str]) -> tuple[pandas.DataFrame, dict[str, tuple]]:
+    """Scores of runs that followed one another, `at` their places on one axis; {run: (name, first step, last step)}.
+    Raises UserError where a run has none."""
+    have = [] if scores is None else list(scores["run"].unique())
+    if missing := [run for run in runs if run not in have]:
+        raise UserError(f"--phases: each run needs scores on the data sets drawn, and {listed(missing)} has none")
     spans = scores.groupby("run")["step"].agg(["min", "max"])
     names = scores.groupby("run")["phase"].first()
     phases = {run: (names[run].upper() or run, *spans.loc[run]) for run in runs}

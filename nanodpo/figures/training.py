@@ -3,6 +3,8 @@
 A function that draws takes numbers and gives a Figure and its caption, plain text; none opens a window or keeps state.
 """
 
+import math
+
 from matplotlib.lines import Line2D
 
 from ..errors import UserError
@@ -54,10 +56,14 @@ def training_figure(runs: dict[str, list[dict]], columns: int):
 
 def _curves(ax, run: str, lines: list[dict], name: str, look: dict, training: dict) -> None:
     """A metric of a run over steps, in training (`training` alters the look) and under evaluation. A step that was
-    skipped is a gap."""
-    held_out, trained = ([(line["step"], line[key]) for line in lines if key in line] for key in (f"eval_{name}", name))
-    if trained:
-        dot = {"marker": "." if len(trained) == 1 else ""}  # a single point has no line
-        ax.plot(*zip(*trained), **look | training | dot, label=f"{run} {name}")
+    skipped is a gap: its line lacks what was not finite, while a line of an evaluation never had it."""
+    held_out = [(line["step"], line[f"eval_{name}"]) for line in lines if f"eval_{name}" in line]
+    trained = [(line["step"], line.get(name, math.nan)) for line in lines
+               if name in line or not any(key.startswith("eval_") for key in line)]
+    if any(name in line for line in lines):
+        gaps = [True, *(math.isnan(value) for _, value in trained), True]
+        alone = [i for i in range(len(trained)) if gaps[i : i + 3] == [True, False, True]]  # a point without a line
+        dots = {"marker": ".", "markevery": alone} if alone else {"marker": ""}
+        ax.plot(*zip(*trained), **look | training | dots, label=f"{run} {name}")
     if held_out:
         ax.plot(*zip(*held_out), **look, label=f"{run} eval_{name}")
