@@ -1,9 +1,11 @@
 """Order, cut and learning rate are functions of the step; here against their definitions."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
+import train
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
 
 
@@ -41,3 +43,10 @@ def test_learning_rates_by_hand():
     assert rates[6] == pytest.approx(0.5) and rates[9] == pytest.approx((1 + math.cos(math.pi * 7 / 8)) / 2)
     assert [learning_rate(step, 4, 2.0, 0, "linear") for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
     assert {learning_rate(step, 4, 2.0, 0, "constant") for step in range(4)} == {2.0}
+
+
+@pytest.mark.parametrize("epochs, per_epoch, steps", [(1.1, 50, 55), (2.2, 25, 55), (1.0, 7, 7), (0.5, 7, 4)])
+def test_epochs_come_to_steps_without_rounding_up_dust(epochs, per_epoch, steps):
+    """1.1 * 50 is 55.00000000000001 in binary; half of seven steps is four."""
+    run = SimpleNamespace(args=SimpleNamespace(max_steps=-1, num_train_epochs=epochs), steps_per_epoch=per_epoch)
+    assert train.Run.steps.fget(run) == steps

@@ -213,6 +213,13 @@ def test_notes_count_rows_once(tmp_path):
     assert "  1 row: prompt column differs" in data.report() and "  2 rows: repeats" in data.report()
 
 
+def test_notes_are_of_the_rows_that_stay(tmp_path):
+    """R-A7: of two equal rows that are too long none stays, so none was closed and none is a repetition."""
+    rows = [row("2?", "a" * 9, "b"), row("2?", "a" * 9, "b"), row("2?", "a", "b")]
+    data = load(tmp_path, tiny.plain(), rows, limit=8, overlong="drop")
+    assert len(data.examples) == 1 and set(data.notes.values()) == {1}, data.notes
+
+
 def test_plain_rows_of_a_chat_model_are_counted_once(tmp_path):
     """Both sides share the prompt; a rendered row is none of them."""
     report = load(tmp_path, tiny.chatml(), [row("2?", "4", "5"), row("3?", "4", "5"), row(ASKED, "4", "5")]).report()

@@ -13,6 +13,8 @@ import pytest
 import tiny_tokenizers as tiny
 
 import train
+from nanodpo import engine
+from nanodpo.arguments import TrainArguments
 from nanodpo.errors import RunStopped, UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,6 +175,20 @@ def test_wrong_deepspeed_files(world, tmp_path, text, words):
     (tmp_path / "ds.json").write_text(text)
     message = world([GOOD], f"--deepspeed={tmp_path / 'ds.json'}")
     assert words in message and "ds.json" in message
+
+
+@pytest.mark.parametrize("settings, bf16", [
+    ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0}}, True),
+    ({"bf16": {"enabled": "auto"}}, False), ({"fp16": {"enabled": False, "loss_scale": 0}}, False),
+    ({"bf16": {"enabled": True}, "train_batch_size": "auto", "zero_optimization": {"stage": "auto"}}, True)])
+def test_a_precision_that_agrees_with_the_flag_is_no_mistake(settings, bf16):
+    """R-G6: as files of other trainers have it; what the engine gets is the flag's."""
+    args = TrainArguments(model_name="m", train_file_path="d", bf16=bf16, per_device_train_batch_size=3)
+    found = engine.engine_config(settings, "ds.json", args)
+    assert found["bf16"]["enabled"] == bf16 and not found.get("fp16") and "train_batch_size" not in found
+    assert found["train_micro_batch_size_per_gpu"] == 3
+    with pytest.raises(UserError, match="sets bf16, which train.py owns"):
+        engine.engine_config({"bf16": {"enabled": not bf16}}, "ds.json", args)
 
 
 def test_a_deepspeed_file_that_is_not_there_or_not_text(world, tmp_path):

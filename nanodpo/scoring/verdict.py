@@ -26,8 +26,8 @@ RULES = {
     "spreading": "the probability of tokens that the start gave less than 0.001, along chosen and rejected, rises to "
                  f"{SPREAD} times or more",
     "narrowing": f"the gap of chosen to rejected falls, by {NOTABLE} nats a token or more",
-    "saturation": f"sigma(-margin), the weight that the dpo loss still gives a pair, is below {SATURATED} (it starts "
-                  "at 0.5)",
+    "saturation": f"the weight that the dpo loss still gives a pair, sigma(-margin) less the label smoothing, is below "
+                  f"{SATURATED}; without smoothing it starts at 0.5",
     "over-confidence": f"greedy answers are right less often, while the reward accuracy is {SURE} or more",
     "wrong answers": "greedy answers are right less often, and the reward accuracy is lower than that or not there",
     "breaking off": f"greedy answers that end without an answer become more frequent, by {SILENT} or more",
