@@ -214,9 +214,10 @@ def check_own(checkpoints: list[Checkpoint]) -> None:
 
 
 def open_probes(checkpoints: list[Checkpoint], args) -> list[Probe]:
-    """Reads the data sets as the first checkpoint's run did. Raises UserError where another would read them otherwise.
+    """Reads the data sets as the first checkpoint's run did, and says so where another run had other settings.
 
-    Tokenizers may lie in many folders, but they must say the same: log-probs of other tokens don't compare.
+    Tokenizers may lie in many folders, but they must say the same: log-probs of other tokens don't compare. Raises
+    UserError where they don't.
     """
     if args.own:
         check_own(checkpoints)
@@ -230,6 +231,9 @@ def open_probes(checkpoints: list[Checkpoint], args) -> list[Probe]:
         first, second = (checkpoint.path for checkpoint, _ in list(read.values())[:2])
         raise UserError(f"{first} and {second} have different tokenizers or chat templates; score them in two calls")
     ((checkpoint, source),) = read.values()
+    if other := [f"--{name}" for name in READING
+                 if len({getattr(known.settings, name) for known in checkpoints if known.phase}) > 1]:
+        distributed.say(f"data are read as {checkpoint.run} read them; other runs had their own {', '.join(other)}")
     probes = [open_probe(name, path, checkpoint.settings, source, args) for name, path in args.dataset_path]
     for checkpoint, probe in itertools.product(checkpoints, probes):
         check_leads(checkpoint, probe, args)

@@ -323,6 +323,20 @@ def test_what_a_scoring_takes_the_place_of_is_said(run, tiny, tmp_path, capsys):
     assert not (tmp_path / "tokens.parquet").exists()
 
 
+def test_other_ways_of_reading_are_said(run, tiny, tmp_path, capsys):
+    """Of two runs with different settings of the data the first one's hold, and that is on the screen."""
+    shutil.copytree(run, tmp_path / "other")
+    record = json.loads((run / "run.json").read_text())
+    record |= {"max_length": 77, "arguments": record["arguments"] | {"overlong": "drop"}}
+    (tmp_path / "other" / "run.json").write_text(json.dumps(record))
+    ends = [folder / "checkpoint-3" for folder in (run, tmp_path / "other")]
+    for targets, said in ((ends, True), (ends[:1], False)):
+        scored(tmp_path / f"scores-{said}", *targets, "--dataset_path", tiny / "train.jsonl")
+        shown = capsys.readouterr().out
+        line = f"data are read as {run.name} read them; other runs had their own --max_length, --overlong"
+        assert (line in shown) == said, shown
+
+
 def test_runs_of_one_name_are_told_apart(run, tmp_path):
     """One folder a seed, the same name of the run in each."""
     for seed in ("seed-1", "seed-2"):
