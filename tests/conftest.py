@@ -1,10 +1,13 @@
 """What several test files share: a tiny model and tokenizer made on the spot, and launches of the real scripts."""
 
+import atexit
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -67,47 +70,55 @@ def environment() -> dict[str, str]:
 
 
 def launch(*arguments, ranks: int = 1, launcher: str = "python", check: bool = True, cwd=ROOT):
-    """Runs a script as a user would. Returns the finished process, its output as text."""
-    port = str(20000 + (os.getpid() * 7 + launch.count * 13) % 20000)  # side by side with other test processes
-    launch.count += 1
-    start = {"python": [sys.executable], "deepspeed": [str(Path(sys.executable).with_name("deepspeed")),
-                                                       "--num_gpus", str(ranks), "--master_port", port],
-             "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
-                          "--master_port", port]}[launcher if ranks == 1 else "torchrun" if launcher == "python"
-                                                  else launcher]
-    done = subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, env=environment(), cwd=cwd,
-                          timeout=600)
+    """Runs a script as a user would ("python", which is torchrun for several ranks, "deepspeed", "torchrun"), or by
+    "fork". Returns the finished process, its output as text; of forks both kinds of it in both."""
+    if launcher == "fork":
+        codes, said = fork(*arguments, ranks=ranks)
+        done = subprocess.CompletedProcess(arguments, max(codes), said, said)
+    else:
+        port = str(20000 + (os.getpid() * 7 + next(NUMBERS) * 13) % 20000)  # side by side with other test processes
+        start = {"python": [sys.executable], "deepspeed": [str(Path(sys.executable).with_name("deepspeed")),
+                                                           "--num_gpus", str(ranks), "--master_port", port],
+                 "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+                              "--master_port", port]}["torchrun" if launcher == "python" and ranks > 1 else launcher]
+        done = subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, env=environment(),
+                              cwd=cwd, timeout=600)
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
 
 
-launch.count = 0
+NUMBERS = itertools.count()
+
+
+@functools.cache
+def fork_server() -> tuple[subprocess.Popen, Path]:
+    """A process that has imported the libraries, and a folder for what its forks print."""
+    server = subprocess.Popen([sys.executable, ROOT / "tests" / "forking.py"], env=environment(), text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(lambda: (server.stdin.close(), server.wait(30), folder.cleanup()))
+    return server, Path(folder.name)
+
+
+def fork(*arguments, ranks: int = 1) -> tuple[list[int], str]:
+    """A script on ranks that are forks, which start ten times as fast: exit codes by rank, and what all printed."""
+    server, folder = fork_server()
+    log = folder / f"{next(NUMBERS)}.log"
+    server.stdin.write(json.dumps([[str(x) for x in arguments], ranks, str(log)]) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline()), log.read_text()
 
 
 @pytest.fixture(scope="session")
-def forked(tmp_path_factory):
-    """launch, ten times as fast: ranks are forks of one process that has imported the libraries. A function of
-    (arguments, ranks) that returns exit codes by rank and what all ranks printed."""
-    server = subprocess.Popen([sys.executable, ROOT / "tests" / "forking.py"], env=environment(), text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    folder, numbers = tmp_path_factory.mktemp("logs"), itertools.count()
-
-    def run(*arguments, ranks: int = 1):
-        log = folder / f"{next(numbers)}.log"
-        server.stdin.write(json.dumps([[str(x) for x in arguments], ranks, str(log)]) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline()), log.read_text()
-
-    yield run
-    server.stdin.close()
-    server.wait(30)
+def forked():
+    return fork
 
 
-def train(tiny: Path, output: Path, *flags, model: str = "model", **how) -> list[dict]:
+def train(tiny: Path, output: Path, *flags, model: str = "model", launcher: str = "fork", **how) -> list[dict]:
     """A run of train.py on the tiny model; returns the lines of its metrics.jsonl."""
     launch(ROOT / "train.py", "--model_name", tiny / model, "--train_file_path", tiny / "train.jsonl", "--output_dir",
-           output, "--cache_dir", output.parent / "cache", "--draw", "false", *flags, **how)
+           output, "--cache_dir", output.parent / "cache", "--draw", "false", *flags, launcher=launcher, **how)
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -25,15 +25,15 @@ RUNS = {
     "micro": ((*LORA, *MICRO4), 0, 1, "python"),
     "accumulate": ((*LORA, *ACCUMULATE4), 2, 1, "deepspeed"),
     "ranks": ((*LORA, *RANKS2), 0, 2, "torchrun"),
-    "ranks-zero1": ((*LORA, *RANKS2), 1, 2, "torchrun"),
-    "ranks-zero2": ((*LORA, *RANKS2), 2, 2, "deepspeed"),
+    "ranks-zero1": ((*LORA, *RANKS2), 1, 2, "fork"),
+    "ranks-zero2": ((*LORA, *RANKS2), 2, 2, "fork"),
     "ranks-zero3": ((*LORA, *RANKS2, "--gradient_checkpointing"), 3, 2, "deepspeed"),
-    "selective": ((*LORA, *MICRO4, "--selective_checkpointing"), 0, 1, "python"),
-    "selective-full": ((*FULL, *RANKS2, "--selective_checkpointing"), 2, 2, "torchrun"),
-    "full-tied": ((*FULL, *MICRO4), 2, 1, "python"),
-    "full-tied-checkpointing": ((*FULL, *MICRO4, "--gradient_checkpointing"), 0, 1, "python"),
-    "full-tied-zero3": ((*FULL, *RANKS2, "--gradient_checkpointing"), 3, 2, "torchrun"),
-    "full-untied-zero3": ((*FULL, *RANKS2), 3, 2, "torchrun"),
+    "selective": ((*LORA, *MICRO4, "--selective_checkpointing"), 0, 1, "fork"),
+    "selective-full": ((*FULL, *RANKS2, "--selective_checkpointing"), 2, 2, "fork"),
+    "full-tied": ((*FULL, *MICRO4), 2, 1, "fork"),
+    "full-tied-checkpointing": ((*FULL, *MICRO4, "--gradient_checkpointing"), 0, 1, "fork"),
+    "full-tied-zero3": ((*FULL, *RANKS2, "--gradient_checkpointing"), 3, 2, "fork"),
+    "full-untied-zero3": ((*FULL, *RANKS2), 3, 2, "fork"),
 }
 
 
@@ -144,7 +144,7 @@ def test_dpo_on_an_sft_adapter_keeps_it_as_reference(tiny, tmp_path):
     train(tiny, tmp_path / "sft", *LORA, *MICRO4, "--loss", "sft")
     start = tmp_path / "sft" / "checkpoint-3"
     done = launch(ROOT / "train.py", "--model_name", start, "--train_file_path", tiny / "train.jsonl", "--output_dir",
-                  tmp_path / "dpo", "--cache_dir", tmp_path / "cache", *MICRO4, "--max_steps", "2")
+                  tmp_path / "dpo", "--cache_dir", tmp_path / "cache", *MICRO4, "--max_steps", "2", launcher="fork")
     assert "LoRA on" in done.stdout
     first, second = map(json.loads, (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines())
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-12)
@@ -167,7 +167,7 @@ def test_reference_is_cached_and_a_stale_one_is_not_used(tiny, tmp_path):
     for i, (seed, steps) in enumerate(((0, 1), (0, 3), (1, 1))):
         make_model(seed).save_pretrained(start)
         outputs.append(launch(*again, "--max_steps", steps, "--model_name", start, "--output_dir",
-                              tmp_path / str(i)).stdout)
+                              tmp_path / str(i), launcher="fork").stdout)
     assert "reference: 4 pairs computed, 0 from the cache" in outputs[0]
     assert "reference: 7 pairs computed, 4 from the cache" in outputs[1]
     assert "stale (weights changed)" in outputs[2] and "4 pairs computed, 0 from" in outputs[2]
@@ -178,7 +178,7 @@ def test_a_run_that_does_not_start_at_its_reference_stops(tiny, tmp_path):
     causes."""
     run = [ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--cache_dir",
            tmp_path / "cache", "--max_steps", "1", *MICRO4]
-    launch(*run, "--output_dir", tmp_path / "good")
+    launch(*run, "--output_dir", tmp_path / "good", launcher="fork")
     (cache,) = (tmp_path / "cache").glob("reference-*.safetensors")
     from safetensors import safe_open
 
@@ -187,7 +187,7 @@ def test_a_run_that_does_not_start_at_its_reference_stops(tiny, tmp_path):
     logps = load_file(cache)["logps"]
     logps[WINDOWS[0]] = logps[WINDOWS[0]].roll(1, 0)
     save_file({"logps": logps}, cache, metadata | {"sha256": hashlib.sha256(logps.numpy().tobytes()).hexdigest()})
-    done = launch(*run, "--output_dir", tmp_path / "bad", check=False)
+    done = launch(*run, "--output_dir", tmp_path / "bad", check=False, launcher="fork")
     assert done.returncode == 1
     assert "error: step 0: policy and reference should be equal" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "bad" / "metrics.jsonl").exists()
@@ -197,7 +197,7 @@ def test_reference_after_training_equals_the_cache(tiny, tmp_path):
     """R-D3: after five steps under ZeRO-3 on two ranks the adapter-free model still gives the cached numbers."""
     launch(ROOT / "tests" / "reference_again.py", "--model_name", tiny / "model", "--train_file_path",
            tiny / "train.jsonl", "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", *LORA, *RANKS2,
-           "--max_steps", "5", "--deepspeed", zero(tiny, 3), ranks=2)
+           "--max_steps", "5", "--deepspeed", zero(tiny, 3), ranks=2, launcher="fork")
     assert json.loads((tmp_path / "run" / "again.json").read_text()) == {"largest_difference": 0.0, "moved": True}
 
 
@@ -208,7 +208,7 @@ def test_what_a_run_leaves(tiny, tmp_path):
     done = launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tmp_path / "data.jsonl",
                   "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", *LORA, "--max_steps", "5",
                   "--save_steps", "1", "--save_total_limit", "2", "--eval_size", "3", "--eval_steps", "2",
-                  "--on_bad_row", "drop", "--bf16")
+                  "--on_bad_row", "drop", "--bf16", launcher="fork")
     run = tmp_path / "run"
     assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-4", "checkpoint-5"]
     assert json.loads((run / "dropped_rows.jsonl").read_text()) == {
@@ -232,7 +232,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tiny, tmp_path):
     """R-G7: weights beyond float32 after step 0 end step 1 before its update, on all ranks, with the rows named."""
     done = launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
                   "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", *MICRO4, "--max_steps", "3",
-                  "--learning_rate", "1e38", ranks=2, check=False)
+                  "--learning_rate", "1e38", ranks=2, check=False, launcher="fork")
     assert done.returncode != 0 and "Traceback (most recent call last):\n  File \"" + str(ROOT) not in done.stderr
     assert "error: step 1: " in done.stderr and "not finite" in done.stderr and "no update was made" in done.stderr
     assert "rows " in done.stderr and "tokens)" in done.stderr
@@ -257,10 +257,10 @@ def test_an_adapter_keeps_its_own_settings(tiny, tmp_path):
     train(tiny, tmp_path / "sft", *LORA, "--loss", "sft", "--max_steps", "1")
     run = [ROOT / "train.py", "--model_name", tmp_path / "sft" / "checkpoint-1", "--train_file_path",
            tiny / "train.jsonl", "--cache_dir", tmp_path / "cache", "--max_steps", "1"]
-    done = launch(*run, "--output_dir", tmp_path / "no", "--lora_r", "8", check=False)
+    done = launch(*run, "--output_dir", tmp_path / "no", "--lora_r", "8", check=False, launcher="fork")
     assert done.returncode == 2 and "--lora_r 8: the adapter" in done.stderr and "has 4" in done.stderr
     assert not (tmp_path / "no").exists()
-    launch(*run, "--output_dir", tmp_path / "yes")
+    launch(*run, "--output_dir", tmp_path / "yes", launcher="fork")
     assert json.loads((tmp_path / "yes" / "run.json").read_text())["arguments"]["lora_r"] == 4
 
 
