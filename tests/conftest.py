@@ -97,7 +97,7 @@ def fork_server() -> tuple[subprocess.Popen, Path]:
     server = subprocess.Popen([sys.executable, ROOT / "tests" / "forking.py"], env=environment(), text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     folder = tempfile.TemporaryDirectory()
-    atexit.register(lambda: (server.stdin.close(), server.wait(30), folder.cleanup()))
+    atexit.register(lambda: (server.stdin.close(), server.wait(30), server.stdout.close(), folder.cleanup()))
     return server, Path(folder.name)
 
 
