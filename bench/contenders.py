@@ -134,8 +134,10 @@ class Nanodpo(Contender):
     def build(self):
         from nanodpo.attention import LOOP, VARLEN
         from nanodpo.logprobs import SequenceLogProbs
+        from nanodpo.lora import fuse
 
         model = super().build()
+        fuse(model, in_place=self.work.checkpointing != "selective")
         if self.layout != "padded":
             on_gpu = self.work.device == "cuda" and self.work.dtype == torch.bfloat16
             model.get_base_model().set_attn_implementation(VARLEN if on_gpu else LOOP)

@@ -110,8 +110,8 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, checkpointin
     """Of the matmuls that a contender does for a pair: recomputation and padding counted, elementwise work not.
 
     A frozen weight costs 2 FLOPs a token forward and 2 backward, a trained one 2 and 4; full recomputation is a
-    forward more, the selective kind LoRA's second products but the last. Attention is 4 T^2/2 D forward, 2.5 times that
-    backward. TRL's head computes the logits again in backward.
+    forward more, the selective kind LoRA's second products. Attention is 4 T^2/2 D forward, 2.5 times that backward.
+    TRL's head computes the logits again in backward.
     """
     hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
@@ -126,7 +126,7 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, checkpointin
     forward = layers * (tokens * 2 * (base + lora) + attention)
     backward = layers * (tokens * (2 * base + 4 * lora) + 2.5 * attention)
     head = 2 * hidden * shape["vocab_size"] * sum(responses) * (3 if name == "trl" else 2)
-    again = {"": 0, "selective": layers * tokens * 2 * rank * 2 * (hidden + kv + inner), "full": forward}
+    again = {"": 0, "selective": layers * tokens * 2 * rank * (3 * hidden + 2 * kv + 2 * inner), "full": forward}
     return forward + again[checkpointing] + backward + head
 
 

@@ -122,11 +122,13 @@ def _without_auto(value):
 
 def build(model, args, settings: dict, device, longest: int):
     """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention)."""
-    import deepspeed  # both slow to import, and --help and wrong input don't need them
+    import deepspeed  # all slow to import, and --help and wrong input don't need them
 
-    from . import selfcheck
+    from . import lora, selfcheck
 
-    recompute(model, args, settings["zero_optimization"].get("stage", 0))
+    stage = settings["zero_optimization"].get("stage", 0)
+    lora.fuse(model, in_place=stage < 3 and not args.selective_checkpointing)
+    recompute(model, args, stage)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
