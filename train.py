@@ -366,12 +366,12 @@ def shortage_named(run: Run, data: DataSet | None = None, indices=()):
     return space.shortage_named(run.rank, where, rows)
 
 
-def losses_of(run: Run, data, ref, indices: list[int], weight: float, meter, gradient: bool):
-    """(P,) losses of one micro-batch; its values go into the meter."""
+def losses_of(run: Run, data, ref, indices: list[int], weight: float, meter, gradient: bool, start: bool = False):
+    """(P,) losses of one micro-batch; its values go into the meter. At the `start` the policy's log-probs are `ref`."""
     # SFT trains on chosen alone, but evaluation follows both where the data has both.
     one_side = data.examples[0].rejected is None or (gradient and run.args.loss == "sft")
     sides = ["chosen"] if one_side else ["chosen", "rejected"]
-    logps = score(run, data, indices, sides, gradient)
+    logps = ref[indices].to(run.device) if start else score(run, data, indices, sides, gradient)
     counts = [[len(getattr(data.examples[i], side)) for side in sides] for i in indices]
     tokens = torch.tensor(counts, dtype=torch.float64).to(run.device, non_blocking=True)
     ref = None if ref is None else ref[indices].to(run.device, non_blocking=True)
@@ -433,17 +433,20 @@ def skip_or_stop(run: Run, why: str) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Means over the held-out set under the weights of checkpoint-`run.step`, into metrics.jsonl as eval_*."""
+    """Means over the held-out set under the weights of checkpoint-`run.step`, into metrics.jsonl as eval_*.
+
+    At step 0 the references are the policy's log-probs: no pass is made for what one has just found.
+    """
     step = run.step
     if run.held_out is None or step in run.evaluated:
         return
     run.engine.eval()
-    meter = metrics.Meter(run.device)
+    meter, start = metrics.Meter(run.device), step == 0 and run.held_ref is not None
     for pairs in eval_steps(run):
         run.stop.check()
         for indices, weight in deal(pairs, run.args.per_device_eval_batch_size, run.rank, run.world):
             with shortage_named(run, run.held_out, indices):
-                losses_of(run, run.held_out, run.held_ref, indices, weight, meter, gradient=False)
+                losses_of(run, run.held_out, run.held_ref, indices, weight, meter, gradient=False, start=start)
     means = step_means(run, run.held_out, list(range(len(run.held_out.examples))), meter)
     means.pop("ref_gap", None)
     if bad := [name for name, value in means.items() if not math.isfinite(value)]:
