@@ -420,8 +420,8 @@ def test_a_signal_repeated_at_once_is_one(monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_random_kills(tmp_path):
-    """A short run of the harness: some kills at random instants, in half of its configurations; no difference."""
-    done = launch(ROOT / "bench" / "faults.py", "--kills", "10", "--only", "dpo", "--output", tmp_path / "faults.json",
-                  check=False)
+    """A short run of the harness: some kills at random instants, one rank and two; no difference."""
+    done = launch(ROOT / "bench" / "faults.py", "--kills", "6", "--only", "dpo zero3", "--output",
+                  tmp_path / "faults.json", check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert len(json.loads((tmp_path / "faults.json").read_text())["kills"]) == 10
+    assert len(json.loads((tmp_path / "faults.json").read_text())["kills"]) == 6

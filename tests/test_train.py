@@ -23,8 +23,8 @@ WINDOWS = [pairs_of_step(11, 4, 42, step) for step in range(3)]  # 4 + 4 + 3 of 
 # name: flags, ZeRO stage, ranks, launcher
 RUNS = {
     "micro": ((*LORA, *MICRO4), 0, 1, "python"),
-    "accumulate": ((*LORA, *ACCUMULATE4), 2, 1, "deepspeed"),
-    "ranks": ((*LORA, *RANKS2), 0, 2, "torchrun"),
+    "accumulate": ((*LORA, *ACCUMULATE4), 2, 1, "fork"),
+    "ranks": ((*LORA, *RANKS2), 0, 2, "fork"),
     "ranks-zero1": ((*LORA, *RANKS2), 1, 2, "fork"),
     "ranks-zero2": ((*LORA, *RANKS2), 2, 2, "fork"),
     "ranks-zero3": ((*LORA, *RANKS2, "--gradient_checkpointing"), 3, 2, "deepspeed"),
