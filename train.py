@@ -366,15 +366,17 @@ def shortage_named(run: Run, data: DataSet | None = None, indices=()):
     return space.shortage_named(run.rank, where, rows)
 
 
-def losses_of(run: Run, data, ref, indices: list[int], weight: float, meter, gradient: bool, start: bool = False):
-    """(P,) losses of one micro-batch; its values go into the meter. At the `start` the policy's log-probs are `ref`."""
+def losses_of(run: Run, data, ref, indices: list[int], weight: float, meter, gradient: bool):
+    """(P,) losses of one micro-batch; its values go into the meter."""
     # SFT trains on chosen alone, but evaluation follows both where the data has both.
     one_side = data.examples[0].rejected is None or (gradient and run.args.loss == "sft")
     sides = ["chosen"] if one_side else ["chosen", "rejected"]
-    logps = ref[indices].to(run.device) if start else score(run, data, indices, sides, gradient)
     counts = [[len(getattr(data.examples[i], side)) for side in sides] for i in indices]
     tokens = torch.tensor(counts, dtype=torch.float64).to(run.device, non_blocking=True)
     ref = None if ref is None else ref[indices].to(run.device, non_blocking=True)
+    # An evaluation at step 0 asks for what the references are.
+    known = run.step == 0 and ref is not None and not gradient
+    logps = ref if known else score(run, data, indices, sides, gradient)
     losses, values = metrics.pair_values(logps, tokens, ref, run.args)
     meter.add({"loss": losses.detach(), **values}, weight)
     meter.watch(indices, torch.cat([logps.detach(), losses.detach()[:, None]], 1))
@@ -441,12 +443,12 @@ def evaluate(run: Run) -> None:
     if run.held_out is None or step in run.evaluated:
         return
     run.engine.eval()
-    meter, start = metrics.Meter(run.device), step == 0 and run.held_ref is not None
+    meter = metrics.Meter(run.device)
     for pairs in eval_steps(run):
         run.stop.check()
         for indices, weight in deal(pairs, run.args.per_device_eval_batch_size, run.rank, run.world):
             with shortage_named(run, run.held_out, indices):
-                losses_of(run, run.held_out, run.held_ref, indices, weight, meter, gradient=False, start=start)
+                losses_of(run, run.held_out, run.held_ref, indices, weight, meter, gradient=False)
     means = step_means(run, run.held_out, list(range(len(run.held_out.examples))), meter)
     means.pop("ref_gap", None)
     if bad := [name for name, value in means.items() if not math.isfinite(value)]:

@@ -244,7 +244,7 @@ def test_bfloat16_is_close_to_float32_under_every_stage(tiny, tmp_path):
     """R-G4, R-G10: float32 master weights, so 3 steps of 11 accumulated micro-batches stay near those in float32."""
     flags = (*LORA[:4], "--gradient_accumulation_steps", "11", "--max_steps", "3")
     truth = train(tiny, tmp_path / "float32", *flags)
-    for stage in (0, 1, 2, 3):
+    for stage in (0, 2, 3):  # 1 becomes 2, as 0 does
         lines = train(tiny, tmp_path / str(stage), *flags, "--bf16", "--deepspeed", zero(tiny, stage))
         assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-12)
         for line, exact in zip(lines, truth, strict=True):
