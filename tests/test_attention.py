@@ -1,5 +1,7 @@
 """Packed rows against separate forward passes, family by family; the CUDA path against a slow one; the self-check."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import KeepDouble, V, naive_token_logps, random_groups, tiny
@@ -135,6 +137,39 @@ def test_varlen_in_a_model_is_separate(monkeypatch, name):
     with KeepDouble():
         assert max(compare(tiny(name), pack, VARLEN, random_groups())) < 1e-12
     assert len(calls) == (0 if name == "gemma2" else 2)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_scores_are_scaled_and_capped_by_hand(cap):
+    """q . k is 8 for the first key and 0 for the second, scaling 1/4 and not the root's 1/2: a score of 2, 2 tanh(1)
+    under a cap of 2. The first value is 1 and the second 0, so the output is the sigmoid of that score."""
+    segments = pack([([1], [[2]])]).segments
+    query, key, value = (torch.zeros(1, 1, 2, 4, dtype=torch.float64) for _ in range(3))
+    query[0, 0, 1, 0], key[0, 0, 0, 0], value[0, 0, 0] = 2, 4, 1
+    out, _ = loop_attention(None, query, key, value, None, scaling=0.25, segments=segments, softcap=cap)
+    score = 2 * math.tanh(1) if cap else 2
+    assert out[0, 1, 0].tolist() == pytest.approx([1 / (1 + math.exp(-score))] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("function", [loop_attention, varlen_attention])
+def test_dropout_is_on_the_weights(function, cap, monkeypatch):
+    """A prompt of one token sees itself alone, with weight 1: dropped it is 0, kept it is doubled. The variable-length
+    kernel knows no dropout and is not asked."""
+    monkeypatch.setattr(attention, "varlen_call", None)
+    torch.manual_seed(0)
+    ones = torch.ones(1, 1, 60, 4)
+    segments = pack([([1], [[2]])] * 30).segments
+    out, _ = function(None, ones, ones, ones, None, 0.5, segments=segments, softcap=cap)
+    assert {*out[0, ::2].flatten().tolist()} == {0.0, 2.0}
+
+
+def test_how_the_kernel_is_called(monkeypatch):
+    """The model's scaling, and no key after a query: a right window of 0, the left one as given."""
+    seen = []
+    monkeypatch.setattr(attention, "_kernel", lambda: lambda *args, **settings: seen.append((args, settings)))
+    attention.varlen_call(*"qkvab", 5, 6, 0.3, 2)
+    assert seen == [((*"qkvab", 5, 6), {"scale": 0.3, "window_size": (2, 0)})]
 
 
 @pytest.mark.gpu

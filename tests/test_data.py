@@ -11,7 +11,7 @@ import tiny_tokenizers as tiny
 from nanodpo.data import render_row
 from nanodpo.errors import UserError
 from nanodpo.rows import choose_fields, read_rows
-from nanodpo.template import close_turn, read_template
+from nanodpo.template import close_turn, prompt_leads, read_template
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
 ASKED = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
@@ -51,6 +51,15 @@ def test_a_base_models_template_closes_turns_with_its_own_token_not_eos():
     assert template.end == "<|im_end|>" and template.tokenizer.eos_token == "<|endoftext|>"
 
 
+def test_of_two_tokens_after_a_turn_the_first_ends_it():
+    """A template that writes the eos behind the turn's own end."""
+    tokenizer = tiny.base_chatml()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert tokenizer.all_special_tokens == ["<|endoftext|>", "<|im_end|>"]
+    tokenizer.chat_template = tiny.CHATML.replace("<|im_end|>\n", "<|im_end|><|endoftext|>\n")
+    assert read_template(tokenizer).end == "<|im_end|>"
+
+
 def test_without_a_template_the_eos_ends_and_there_is_no_header():
     template = read_template(tiny.plain())
     assert (template.header, template.end, template.openings) == (None, "<|endoftext|>", ())
@@ -77,6 +86,11 @@ def test_a_template_that_refuses_system_turns_is_read_all_the_same():
 def test_exactly_one_end_of_turn(text, closed):
     """R-A2."""
     assert close_turn(text, "<e>")[0] == closed
+
+
+def test_another_tokens_end_is_no_end_of_turn():
+    """It goes, and the turn's own is added: both are said."""
+    assert close_turn("four</s>", "<e>", "</s>") == ("four<e>", True, True)
 
 
 # The paper's format: whole transcripts
@@ -165,6 +179,7 @@ def test_a_base_models_plain_strings_end_with_eos_and_its_chats_with_the_templat
     ([USER], [USER, YES], [USER, NO]),  # the prompt twice
     ([USER], "four", "five"),
     (ASKED, "four", "five<|im_end|>\n"),  # rendered
+    (ASKED, ASKED + "four<|im_end|>", ASKED + "five<|im_end|>"),  # rendered twice
     ("<|im_start|>user\nHow many?<|im_end|>\n", "<|im_start|>assistant\nfour<|im_end|>",
      "<|im_start|>assistant\nfive<|im_end|>"),
 ])
@@ -247,6 +262,22 @@ def test_bad_rows_say_which_side_and_why(values, words):
     tokenizer = tiny.chatml()
     tokenizer.chat_template = tiny.CHATML.replace("{{ m['content'] }}", "{{ m['content'] + '' }}")
     assert words in error_of(read_template(tokenizer), *values)
+
+
+def test_a_template_that_rewrites_the_reply_is_refused():
+    """As those that open a thinking block for the prompt and drop it from the conversation: where would it be cut?"""
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = tiny.CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    message = error_of(read_template(tokenizer), None, [USER, YES])
+    assert "chosen the chat template writes the reply differently once it is in the conversation" in message
+    assert "give rendered text instead" in message
+
+
+def test_the_leads_of_prompts_end_at_their_first_user_turn(chatml):
+    """R-A9: every form once, plain text last; later turns are no lead."""
+    talk = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\nWhich?<|im_end|>\n"
+    texts = [SYSTEM + talk + ASKED, talk + ASKED, "How many?", SYSTEM + ASKED]
+    assert prompt_leads(chatml, [chatml.tokenizer(text).input_ids for text in texts]) == ["", SYSTEM, None]
 
 
 def test_messages_without_a_chat_template_are_refused():

@@ -176,7 +176,7 @@ def test_a_dry_run_writes_nothing(tiny, tmp_path, forked):
 def test_state_is_what_the_optimizer_has(tiny):
     """The shards of plain AdamW, through a file's tensors and back, bit for bit; random numbers too."""
     torch.manual_seed(0)
-    weights = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
+    weights = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(12)]  # there is a weight.1 and a weight.11
     optimizer = torch.optim.AdamW(weights, lr=0.1, fused=True)
 
     def step():

@@ -14,8 +14,8 @@ from test_plot import SCORES, boxes, draw, make_run, make_scores, points  # noqa
 
 import plot
 from nanodpo.errors import UserError
-from nanodpo.figures import drawing, records, training
-from nanodpo.figures.axes import crowd, escape_tex
+from nanodpo.figures import drawing, intervals, records, training
+from nanodpo.figures.axes import crowd, escape_tex, place, set_focus
 from nanodpo.figures.intervals import t_quantile
 
 ROLES = {"forward": "f", "reverse": "r", "mixed": "m", "dpo": "d"}
@@ -152,6 +152,53 @@ def test_positions_in_the_saved_svg_are_those_of_the_focus_axis(tmp_path):
         ys = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", curve)]
         gaps = [np.mean(by_hand("d", test, "gap", step)) for step in STEPS["d"]]
         assert ys == pytest.approx([where(gap) for gap in gaps], abs=1e-3)
+
+
+@pytest.mark.parametrize("low, high, share", [(-math.inf, 0, 0.25), (0, math.inf, 0.25), (0, math.nan, 0.25),
+                                              (0, 0, 0.25), (0, 1, 0), (0, 1, 1)])
+def test_a_band_that_is_none_is_refused(low, high, share):
+    with pytest.raises(UserError, match="LOW must be below HIGH, share between 0 and 1"):
+        set_focus(None, low, high, share)
+
+
+def test_where_steps_lie_on_an_axis_of_phases():
+    """The second phase is the unit from 1 to 2, whatever its own first step; a phase of one step begins its unit."""
+    assert [place(step, 1, 20, 60) for step in (20, 30, 60)] == [1, 1.25, 2] and place(7, 2, 7, 7) == 2
+
+
+def curve(response, values, run="r", **more):
+    """Lines of one curve from {at: mean}."""
+    return [{"dataset": "d", "run": run, "phase": "dpo", "response": response, "step": at, "at": at, "mean": mean}
+            | more for at, mean in values.items()]
+
+
+def test_a_gap_is_of_the_rows_that_have_both_sides():
+    """Gaps 1 and 4: mean 2.5, sem 1.5, t of one degree of freedom; a row without its rejected has no gap, not 0."""
+    sides = {"chosen": (-1.0, -2.0, -3.0), "rejected": (-2.0, math.nan, -7.0)}
+    table = pandas.DataFrame([{"dataset": "d", "run": "r", "phase": "dpo", "response": side, "step": 0, "at": 0,
+                               "row": row, "mean_logps": value} for side in sides
+                              for row, value in enumerate(sides[side])])
+    found = intervals.levels(table).set_index("response")[["mean", "low", "high", "n", "left_out"]]
+    reach = 1.5 * math.tan(math.pi * 0.475)
+    assert found.loc["gap"].tolist() == pytest.approx([2.5, 2.5 - reach, 2.5 + reach, 2, 0])
+    assert found.loc["rejected", ["mean", "n", "left_out"]].tolist() == [-4.5, 2, 1]
+
+
+def test_over_seeds_by_hand():
+    """Means 1 and 3: 2 +- t(1) * 1; what the runs left out adds up. One run stays as it is."""
+    one = curve("chosen", {0: 1.0}, "a", low=0.5, high=1.5, left_out=1)
+    both = intervals.over_seeds(pandas.DataFrame(one + curve("chosen", {0: 3.0}, "b", low=2, high=4, left_out=2)))
+    reach = math.tan(math.pi * 0.475)
+    assert both[["mean", "low", "high", "left_out"]].values.tolist() == [pytest.approx([2, 2 - reach, 2 + reach, 3])]
+    assert intervals.over_seeds(pandas.DataFrame(one)).to_dict("records") == one
+
+
+def test_means_alone_move_each_since_its_own_first_place():
+    """In whatever order the lines stand; an interval of levels says nothing of a change."""
+    lines = curve("chosen", {10: -1.0, 0: -0.5}, low=-9.0, high=9.0)
+    lines += curve("rejected", {0: -3.0, 10: -2.0}, low=-9.0, high=9.0)
+    found = intervals.moved(pandas.DataFrame(lines))
+    assert found["mean"].tolist() == [-0.5, 0.0, 0.0, 1.0] and found[["low", "high"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize("values, band", [

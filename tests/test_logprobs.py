@@ -110,6 +110,14 @@ def test_gradients_are_the_slopes(trainable, bias, scale, cap):
     assert torch.autograd.gradcheck(call, (hidden, *parameters))
 
 
+def test_a_bias_alone_may_be_trained():
+    """The weight frozen, the bias not: its gradient is not lost, against finite differences in float64."""
+    layer, (hidden, targets) = linear(vocabulary=7, width=5), inputs(6, width=5, vocabulary=7)
+    layer.weight.requires_grad_(False)
+    head = LogProbHead(layer, chunk=4)
+    assert torch.autograd.gradcheck(lambda bias: functional_call(head, {"bias": bias}, (hidden, targets)), layer.bias)
+
+
 def test_a_second_derivative_is_refused():
     """The kept gradient is a constant to autograd; better an error than a curvature with half its terms."""
     hidden, targets = inputs()
@@ -232,6 +240,13 @@ def test_twenty_thousand_terms_lose_nothing(scale):
     assert sum_by_sequence(terms.float(), seq, 2).tolist() == expected
     order = torch.randperm(20_000, generator=draw)
     assert sum_by_sequence(terms.float()[order], seq[order], 2).tolist() == expected
+
+
+def test_a_broken_token_spoils_its_own_response_alone():
+    """R-G7: what is not finite in one response must not hide which one it was."""
+    token_logps = torch.tensor([-1.0, -math.inf, -2.0, math.nan, -3.0])
+    sums = sum_by_sequence(token_logps, torch.tensor([0, 1, 1, 2, 3]), 4)
+    assert sums[[0, 3]].tolist() == [-1.0, -3.0] and not sums[1:3].isfinite().any()
 
 
 class PositionsOnly(nn.Module):

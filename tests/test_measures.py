@@ -13,6 +13,7 @@ from nanodpo.packing import pack, pad
 from nanodpo.scoring import plausible
 from nanodpo.scoring.measures import IMPLAUSIBLE, token_measures
 from nanodpo.scoring.pairs import ches, gradient_products
+from nanodpo.scoring.sections import answer_start, sections, shared_prefix
 
 GROUPS = [([7, 8, 9], [[1, 2, 3, 4], [5]]), ([11], [[6, 7], [8, 9, 10], [1]])]
 
@@ -64,6 +65,14 @@ def test_implausible_mass_by_brute_force(chunk):
     assert all(torch.equal(a, b) for a, b in zip(sets, same))
     assert found["rank"].tolist() == [1 + sum(x > later[i, i] for x in later[i]).item() for i in range(7)]
     assert found["entropy"].tolist() == pytest.approx((-(q * q.log()).sum(1)).tolist(), rel=1e-12)
+
+
+def test_states_are_summed_in_float64():
+    """2^24 + 1 + 1: float32 cannot count past 2^24 in ones. Two responses, of three states and of one."""
+    states = torch.tensor([[2.0**24, 0.0], [1.0, 1.0], [1.0, 2.0], [5.0, 6.0]])
+    row = SimpleNamespace(targets=torch.tensor([0, 0, 0, 0]), seq=torch.tensor([0, 0, 0, 1]), n_sequences=2)
+    _, _, sums = token_measures(Distribution(states), row, None)
+    assert sums.tolist() == [[2.0**24 + 2, 3.0], [5.0, 6.0]]
 
 
 def test_a_small_mass_keeps_its_digits():
@@ -122,5 +131,42 @@ def test_gradient_products_by_hand():
     found = gradient_products(logps, w)
     assert found == {"grad_dot": 11.0, "grad_norm_chosen": 5.0, "grad_norm_rejected": 3.0,
                      "grad_cosine": pytest.approx(11 / 15)}
+    unused = torch.tensor([1.0], requires_grad=True)  # an expert that no token went to
+    logps = torch.stack([w[1][0], w[0].sum()])
+    assert gradient_products(logps, [unused, *w])["grad_norm_rejected"] == pytest.approx(2**0.5)
     still = gradient_products(torch.stack([0 * w[0].sum() + 0 * w[1].sum(), w[0].sum() + w[1].sum()]), w)
     assert still["grad_dot"] == 0 and math.isnan(still["grad_cosine"])
+
+
+def test_gradient_products_are_summed_in_float64():
+    """4096^2 + 1 is 2^24 + 1, which float32 does not have."""
+    w = [torch.tensor([1.0, 1.0], requires_grad=True)]
+    logp = 4096 * w[0][0] + w[0][1]
+    found = gradient_products(torch.stack([logp, logp]), w)
+    assert found["grad_dot"] == 2**24 + 1 and found["grad_norm_chosen"] ** 2 == pytest.approx(2**24 + 1, rel=1e-15)
+
+
+@pytest.mark.parametrize("pieces, start", [
+    (["<think>", "a", "</think>", "\n", "b"], 3), (["a", "</think>", "b", "</think>", "c"], 4),  # the last mark
+    (["<|im_start|>", "answer", "a", "</think>", "b"], 4), (["</think>", "b", "<|im_start|>", "answer", "c"], 4),
+    (["a", "</thi", "nk>b", "c"], 3),  # the token that holds the mark's end is still of the thinking
+    (["a", "</think>"], None), (["a", "b"], None)])
+def test_where_an_answer_begins(pieces, start):
+    """After the last of all marks, at a token's border; nowhere, where no token follows."""
+    assert answer_start(pieces) == start
+
+
+def test_sections_of_a_response():
+    """Twenty tokens: tenths of two each; five shared with the other side; the answer from the twelfth on."""
+    parts = sections(20, 5, 12)
+    assert [list(parts[f"tenth {i + 1}"]) for i in range(10)] == [[2 * i, 2 * i + 1] for i in range(10)]
+    assert {name: (part.start, part.stop) for name, part in parts.items() if "tenth" not in name} == {
+        "prefix": (0, 5), "suffix": (5, 20), "think": (0, 12), "answer": (12, 20)}
+    assert not {"prefix", "suffix", "think", "answer"} & sections(20, None, None).keys()
+
+
+@pytest.mark.parametrize("chosen, rejected, shared", [([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2),
+                                                      ([1, 2, 3], [1], 1), ([1], [2], 0), ([1, 2, 1], [3, 2, 1], 0)])
+def test_what_a_pair_shares(chosen, rejected, shared):
+    """From the start on; one side, cut by a limit, may be the beginning of the other."""
+    assert shared_prefix(chosen, rejected) == shared

@@ -33,6 +33,8 @@ def test_the_values_of_three_pairs():
     assert values["rewards/ties"].tolist() == [0.0, 1.0, 0.0]
     assert values["logps/chosen"].tolist() == [-10.0, -8.0, -5.0]
     assert values["logps_per_token/rejected"].tolist() == [-2.0, -3.0, -1.0]
+    assert values["ref_logps/chosen"].tolist() == [-12.0, -8.0, -4.0]
+    assert values["ref_logps/rejected"].tolist() == [-19.0, -6.0, -6.0]
     assert values["ref_gap"].tolist() == pytest.approx([(2 / 5 + 1 / 10) / 2, 0.0, (1 + 1 / 5) / 2])
     assert losses.requires_grad and not any(value.requires_grad for value in values.values())
 
@@ -60,6 +62,15 @@ def test_means_weigh_every_pair_once():
     assert meter.means() == {"x": 3.0}
 
 
+def test_pairs_that_went_wrong_are_remembered_by_side():
+    """R-G7: over all micro-batches of a step, not the last one alone."""
+    meter = Meter(torch.device("cpu"))
+    meter.watch([7, 3], torch.tensor([[-1.0, math.nan, 0.5], [-1.0, -2.0, 0.5]]))
+    meter.watch([9], torch.tensor([[-math.inf, -2.0, math.inf]]))
+    meter.watch([4], torch.tensor([[-1.0, -2.0, 0.5]]))
+    assert meter.wrong() == {7: [1], 9: [0, 2]}
+
+
 def test_the_docstring_says_what_every_name_is():
     """The names that train.py writes, read off its code, and those of the pairs; README sends its readers there."""
     steps = [node for node in ast.parse((ROOT / "train.py").read_text()).body
@@ -78,3 +89,13 @@ def test_a_line_is_whole_json(tmp_path):
         write_line(tmp_path / "metrics.jsonl", {"step": step, "loss": 0.5})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.5}]
+    with pytest.raises(ValueError):  # NaN is no JSON, and other programs refuse a file that holds it
+        write_line(tmp_path / "metrics.jsonl", {"step": 2, "loss": math.nan})
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's peak there")
+def test_the_peak_of_a_process_is_in_gib():
+    """Linux counts the same peak in KiB, 2^20 to a GiB."""
+    (kib,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+    assert metrics.peak_gib(torch.device("cpu")) == pytest.approx(int(kib) / 2**20, rel=0.05)

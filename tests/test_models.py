@@ -1,5 +1,6 @@
 """Models, adapters, the reference policy, and what is saved of them."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -103,10 +104,59 @@ def test_a_checkpoint_is_verified_before_it_counts(tmp_path):
         save_file(wrong, tmp_path / "checkpoint-1" / "model.safetensors")
         with pytest.raises(RunStopped, match=name):
             checkpoint.verify(tmp_path / "checkpoint-1", state)
+    save_file({key: value for key, value in broken.items() if key != name}, tmp_path / "checkpoint-1/model.safetensors")
+    with pytest.raises(RunStopped, match=f"{name} was not written"):
+        checkpoint.verify(tmp_path / "checkpoint-1", state)
     state[name].fill_(torch.nan)
     with pytest.raises(RunStopped, match="not finite"):
         checkpoint.save(model, tokenizer, state, tmp_path / "checkpoint-2", {"step": 2})
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_an_adapter_that_learned_nothing_is_refused():
+    """R-G1: one B that is not zero is enough; a fresh adapter has none, a whole model has no B at all."""
+    zero, one = torch.zeros(2, 2), torch.ones(2, 2)
+    checkpoint.check_trained({"a.lora_A.default.weight": one, "a.lora_B.default.weight": zero,
+                              "b.lora_B.default.weight": one})
+    checkpoint.check_trained({"a.weight": zero})
+    with pytest.raises(RunStopped, match="every lora_B is zero"):
+        checkpoint.check_trained({"a.lora_A.default.weight": one, "a.lora_B.default.weight": zero})
+
+
+def test_modules_are_written_in_order(tiny, tmp_path):
+    """PEFT has them in a set, whose order is another one in each process; checkpoints are the same to the last byte."""
+    model = load(tiny)
+    checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, True), tmp_path / "checkpoint-1", {"step": 1})
+    names = json.loads((tmp_path / "checkpoint-1" / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) == 14 and names == sorted(names)
+
+
+def test_merging_adds_the_adapter_in_the_dtype_asked_for(tiny, tmp_path):
+    """W + (alpha / r) B A, with the tokenizer of the adapter, whose chat template may be another than the base's."""
+    model, tokenizer = load(tiny), make_tokenizer()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.fill_(0.25)
+    name, tokenizer.chat_template = "model.layers.1.self_attn.q_proj", "another"
+    layer = model.get_base_model().get_submodule(name)
+    truth = layer.base_layer.weight + 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    checkpoint.save(model, tokenizer, checkpoint.gather(model, True), tmp_path / "checkpoint-1", {"step": 1})
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        checkpoint.merge(tmp_path / "checkpoint-1", tmp_path / "merged", dtype, False)
+        merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"]
+        assert merged.dtype == dtype and torch.allclose(merged.float(), truth, atol=tolerance)
+    assert not torch.allclose(layer.base_layer.weight, truth, atol=0.05)
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "another"
+
+
+def test_buffers_are_saved_as_the_model_means_it(tmp_path):
+    """One that belongs to the model's state, and one that is made anew when it is opened."""
+    model = make_model()
+    model.model.register_buffer("kept", torch.tensor([1.0, 2.0]))
+    model.model.register_buffer("made", torch.tensor([3.0]), persistent=False)
+    checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1", {"step": 1})
+    saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert saved["model.kept"].tolist() == [1.0, 2.0] and "model.made" not in saved
 
 
 def test_sampling_settings_do_not_lose_a_model(tmp_path):
@@ -140,6 +190,17 @@ def test_every_family_is_saved_as_it_is_published(family, tmp_path):
     checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1", {"step": 1})
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1", dtype=torch.float32).state_dict()
     assert [name for name, tensor in model.state_dict().items() if not again[name].equal(tensor)] == []
+
+
+def test_a_run_takes_no_folder_that_holds_anything(tmp_path):
+    """New, empty, or left by a process that was killed in its first moment; another program's file is not ours."""
+    for name in (".run.json.partial", "notes.txt"):
+        checkpoint.claim(tmp_path / "run")
+        (tmp_path / "run").mkdir(exist_ok=True)
+        checkpoint.claim(tmp_path / "run")
+        (tmp_path / "run" / name).touch()
+    with pytest.raises(UserError, match="run: is in use; name a new folder"):
+        checkpoint.claim(tmp_path / "run")
 
 
 def test_rotation_keeps_the_start_and_what_is_not_its_own(tmp_path):

@@ -35,7 +35,7 @@ def prepared(family: str, mode: str, lora: bool = True):
     full, selective = FLAGS[mode]
     fuse(model, in_place=not selective)  # as training has it
     recompute(model, SimpleNamespace(gradient_checkpointing=full, selective_checkpointing=selective, use_lora=lora,
-                                     lora_r=R), 0)
+                                     lora_r=R if lora else 1000), 0)  # a default that no layer has
     return model.train()
 
 

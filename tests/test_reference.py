@@ -11,6 +11,7 @@ from test_resume import BREAKS
 
 from nanodpo import reference
 from nanodpo.errors import Preempted, RunStopped, UserError
+from nanodpo.example import Example
 
 STEPS = [[0, 1], [2, 3], [4, 5]]
 TRUTH = torch.arange(12, dtype=torch.float64).view(6, 2) / -7
@@ -20,22 +21,23 @@ class Pass:
     """A reference pass over six pairs, two a step; `scored` is what it had to compute."""
 
     def __init__(self, folder: Path):
-        self.folder, self.scored = folder, []
+        self.folder, self.scored, self.truth = folder, [], TRUTH
 
-    def __call__(self, told_after: int = 99, **fingerprint) -> torch.Tensor:
+    def __call__(self, told_after: int = 99, steps=STEPS, deal=lambda pairs: [([i], 1.0) for i in pairs],
+                 **fingerprint) -> torch.Tensor:
         self.scored = []
 
         def score(indices):
             self.scored += indices
-            return TRUTH[indices]
+            return self.truth[indices]
 
         def check():
             if len(self.scored) >= told_after:
                 raise Preempted("stopped")
 
         known = {"model_name": "m", "data_path": "d", "weights": "w"} | fingerprint
-        return reference.reference_logps(range(6), STEPS, lambda pairs: [([i], 1.0) for i in pairs], score, known,
-                                         str(self.folder), torch.device("cpu"), check)
+        return reference.reference_logps(range(6), steps, deal, score, known, str(self.folder), torch.device("cpu"),
+                                         check)
 
     @property
     def file(self) -> Path:
@@ -58,6 +60,49 @@ def test_it_is_computed_once_and_goes_on(run, capsys):
     assert "0 pairs computed, 6 from the cache" in capsys.readouterr().out
     assert run.file.stat().st_mode & 0o777 == 0o666 & ~umask(), "others may read it, as any file made here"
     assert [file.name for file in run.folder.iterdir()] == [run.file.name]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_pass_that_was_killed_goes_on(every, run, monkeypatch):
+    """R-H1: in the third step of three; the first two are kept, whatever share of them is kept at a time."""
+    def killed(pairs):
+        return [([i], 1.0) for i in pairs] if 4 not in pairs else 1 / 0
+
+    monkeypatch.setattr(reference, "SAVE_EVERY", every)
+    with pytest.raises(ZeroDivisionError):
+        run(deal=killed)
+    assert torch.equal(run(), TRUTH) and run.scored == [4, 5]
+
+
+def test_a_micro_batch_that_only_keeps_ranks_in_step_counts_for_nothing(run):
+    """R-G8: the step's first once more, with weight 0."""
+    assert torch.equal(run(deal=lambda pairs: [(pairs, 1.0), (pairs[:1], 0.0)]), TRUTH)
+
+
+def test_a_step_that_is_known_in_part_is_computed(run):
+    """Another seed cuts the same data into other steps."""
+    run(steps=[[0, 1]])
+    known = run(steps=[[1, 2]])
+    assert torch.equal(known[:3], TRUTH[:3]) and known[3:].isnan().all()
+
+
+def test_numbers_that_are_not_finite_are_not_kept(run):
+    """R-G7."""
+    run.truth = TRUTH.clone()
+    run.truth[3, 1] = -torch.inf
+    with pytest.raises(RunStopped, match="1 reference log-probs are not finite"):
+        run()
+    assert not list(run.folder.iterdir())
+
+
+def test_the_hash_of_the_data_sees_every_token_in_its_place():
+    """R-D5: what is prompt, chosen or rejected, and in which row, of the same tokens all told."""
+    sets = [[([1, 2], [3], [4])], [([1], [2, 3], [4])], [([1, 2], [3, 4], None)], [([1, 2], [3], [5])],
+            [([2, 1], [3], [4])], [([1, 2], [3], [4])] * 2, [([1, 2], [3], [4]), ([1, 2], [4], [3])],
+            [([1, 2], [4], [3]), ([1, 2], [3], [4])]]
+    hashes = [reference.data_hash([Example(i, *row) for i, row in enumerate(rows)]) for rows in sets]
+    assert len({*hashes}) == len(sets)
+    assert reference.data_hash([Example(5, [1, 2], [3], [4])]) == hashes[0]
 
 
 def umask() -> int:
@@ -91,6 +136,16 @@ def test_another_data_set_in_its_place(run, capsys):
     assert torch.equal(run(), TRUTH) and "is damaged (not what was written)" in capsys.readouterr().out
     run(weights="v")
     assert "is stale (weights changed)" in capsys.readouterr().out
+
+
+def test_any_other_fingerprint_is_another_cache(run, capsys):
+    """R-D5: and what is said is how it differs from the newest."""
+    run(data="a", zero=0)
+    os.utime(run.file, (1, 1))
+    for name, changed in (("data", {"data": "b", "zero": 0}), ("zero", {"data": "b", "zero": 3})):
+        assert torch.equal(run(**changed), TRUTH) and run.scored == list(range(6))
+        assert f"is stale ({name} changed)" in capsys.readouterr().out
+    assert run(data="a", zero=0).equal(TRUTH) and run.scored == []
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])

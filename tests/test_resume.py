@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from nanodpo import identity, resume, signals
-from nanodpo.errors import Preempted, UserError
+from nanodpo.errors import Preempted, RunStopped, UserError
 from nanodpo.manifest import aside, check_whole, publish, read_manifest
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
@@ -266,6 +266,29 @@ def test_a_flipped_bit_anywhere_is_found(stopped):
     assert isinstance(read_manifest(folder), dict)
 
 
+def test_a_state_under_another_name_is_passed_over(stopped, capsys):
+    """A folder that somebody renamed: its weights are those of another step."""
+    resume.folder_of(stopped, 4).rename(resume.folder_of(stopped, 3))
+    assert resume.find(stopped, 2)["step"] == 2 and "step-3: misnamed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps, wanted, step", [(6, None, 6), (7, None, 4), (6, 2, 2)])
+def test_a_run_is_done_with_its_last_line_and_its_last_checkpoint(steps, wanted, step, stopped):
+    """Its metrics have six lines. A state that is asked for by name is gone back to all the same."""
+    place = stopped / f"checkpoint-{steps}"
+    aside(place).mkdir()
+    publish(place, {"step": steps})
+    facts, _ = resume.begin(stopped, steps, 2, wanted)
+    assert (facts["step"], facts.get("complete", False), place.exists()) == (step, step == 6, step == 6)
+
+
+def test_a_last_line_without_its_end_is_not_whole(tmp_path):
+    """R-H6: what is appended later would stand behind it in the same line."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 1.0}')
+    resume.go_back(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n'
+
+
 def test_states_that_do_not_fit(stopped, capsys):
     """Fewer ranks' files than ranks, or metrics that end before the state."""
     shutil.rmtree(resume.folder_of(stopped, 4))
@@ -291,6 +314,30 @@ def test_two_states_are_kept(tmp_path):
         resume.save(tmp_path, step, {"weight.0": torch.ones(3)}, {}, 0)
     assert resume.steps_in(tmp_path) == [10, 3]
     assert torch.equal(load_file(resume.folder_of(tmp_path, 10) / "rank0.safetensors")["weight.0"], torch.ones(3))
+
+
+def test_a_state_is_read_back_before_it_counts(tmp_path, monkeypatch):
+    """R-H2: weights that are not finite, a disk that kept other numbers, a folder that rank 0 does not see."""
+    with pytest.raises(RunStopped, match="weight.0 is not finite"):
+        resume.save(tmp_path, 1, {"weight.0": torch.tensor([1.0, torch.inf])}, {}, 0)
+    with monkeypatch.context() as patch, pytest.raises(RunStopped, match="weight.0 .*not as it is in memory"):
+        patch.setattr(resume, "save_file", lambda tensors, file: save_file({"weight.0": torch.ones(3)}, file))
+        resume.save(tmp_path, 1, {"weight.0": torch.zeros(3)}, {}, 0)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="rank1.safetensors was .* can't be seen"):
+        patch.setattr(resume, "agree", lambda error, known: [known, known])
+        resume.save(tmp_path, 1, {"weight.0": torch.zeros(3)}, {}, 0)
+    assert not list((tmp_path / "resume").iterdir())
+
+
+def test_what_a_rank_takes_from_a_state(tmp_path):
+    """Its random numbers are its own; so are its weights under ZeRO, and without it they are the first rank's."""
+    resume.folder_of(tmp_path, 3).mkdir(parents=True)
+    for rank in (0, 1):
+        tensors = {"weight.0": torch.tensor([10.0 + rank]), "random.cpu": torch.tensor([20.0 + rank])}
+        save_file(tensors, resume.folder_of(tmp_path, 3) / f"rank{rank}.safetensors")
+    for rank, replicated, weight in ((0, False, 10), (0, True, 10), (1, False, 11), (1, True, 10)):
+        weights, random = resume.load(tmp_path, 3, rank, replicated)
+        assert weights == {"weight.0": torch.tensor([weight])} and random == {"random.cpu": torch.tensor([20 + rank])}
 
 
 def test_what_resume_may_name(tmp_path):

@@ -385,14 +385,16 @@ def test_batches_hold_every_group_once_within_the_budget():
 
 
 def test_summary_by_hand():
-    """R-I5: means 1 and 3 -> mean 2, median 2, sem sqrt(2)/sqrt(2) = 1; the gap is taken row by row."""
+    """R-I5: means 1, 3 and 8 -> mean 4, median 3, sem sqrt(13) / sqrt(3); the gap is taken row by row, and a row that
+    failed is in neither."""
     line = {"run": "r", "phase": "dpo", "checkpoint": "c", "step": 0, "dataset": "d"}
     table = pandas.DataFrame([line | {"row": row, "response": response, "mean_logps": value} for row, response, value in
-                              [(0, "chosen", 1.0), (1, "chosen", 3.0), (0, "rejected", 0.5), (1, "rejected", 0.5)]])
+                              [(0, "chosen", 1.0), (1, "chosen", 3.0), (2, "chosen", 8.0), (3, "chosen", math.nan),
+                               *((row, "rejected", 0.5) for row in range(4))]])
     found = means.summary(table).set_index("response")
-    assert found.loc["chosen", ["n", "mean", "median", "sem"]].tolist() == [2, 2.0, 2.0, pytest.approx(1.0)]
-    assert found.loc["gap", ["n", "mean", "median", "sem"]].tolist() == [2, 1.5, 1.5, pytest.approx(1.0)]
-    assert found.loc["rejected", "sem"] == 0.0
+    assert found.loc["chosen", ["n", "mean", "median", "sem"]].tolist() == [3, 4.0, 3.0, pytest.approx((13 / 3) ** 0.5)]
+    assert found.loc["gap", ["n", "mean", "median", "sem"]].tolist() == [3, 3.5, 2.5, pytest.approx((13 / 3) ** 0.5)]
+    assert found.loc["rejected", ["n", "sem"]].tolist() == [4, 0.0]
 
 
 @pytest.mark.parametrize("loss, smoothing", [("dpo", 0.0), ("dpo", 0.1), ("robust", 0.1), ("hinge", 0.0)])
@@ -428,6 +430,20 @@ def test_rewards_and_weights_are_those_of_each_run():
         assert line == pytest.approx([chosen, margin, weight], abs=1e-12, nan_ok=True), run
     assert found.loc[("a", 0), "weight"] == pytest.approx(0.5 - 0.2)
     assert found.loc[("bare", 0), ["margin", "weight"]].isna().all()
+
+
+def test_rewards_are_of_the_rows_own_data_set():
+    """Row 0 of one set moves by 4 and -6 nats, row 0 of the other by 2 and 0, from another start; beta is 0.1."""
+    key = {"run": "r", "checkpoint": "c", "row": 0}
+    table = pandas.DataFrame([key | {"dataset": name, "step": step, "response": side, "logps": logps}
+                              for name, side, ends in [("d", "chosen", (0, 4)), ("d", "rejected", (0, -6)),
+                                                       ("e", "chosen", (-100, -98)), ("e", "rejected", (-50, -50))]
+                              for step, logps in zip((0, 9), ends)])
+    pairs = table[table["response"] == "chosen"][["run", "dataset", "row", "step"]].reset_index(drop=True)
+    settings = {"r": SimpleNamespace(loss="dpo", beta=0.1, label_smoothing=0.0)}
+    found = means.add_rewards(pairs, table, settings).set_index(["dataset", "step"])
+    assert len(found) == 4 and found.loc[("d", 9), ["rewards/chosen", "margin"]].tolist() == pytest.approx([0.4, 1.0])
+    assert found.loc[("e", 9), ["rewards/chosen", "margin"]].tolist() == pytest.approx([0.2, 0.2])
 
 
 def test_label_smoothing_is_read_from_the_run(run, tmp_path):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_tokenizers as tiny
+from tokenizers import normalizers
 
 import train
 from nanodpo.arguments import TrainArguments
@@ -119,6 +120,8 @@ def test_overlong_rows_stop_the_run_and_are_listed(tmp_path):
     message = error_of(tmp_path, tiny.plain(), ROWS, limit=6)
     assert "3 of 4 rows (75.0%) are too long" in message
     assert "row 2: 9 tokens" in message and "row 1: 8 tokens" in message and "--overlong drop" in message
+    message = error_of(tmp_path, tiny.plain(), [*ROWS, row("2?", "fours", "x")], limit=3)
+    assert "longest: row 2: 9 tokens, over --max_length 3; row 1: 8 tokens, over --max_length 3; row 4: 8" in message
 
 
 def test_overlong_rows_are_dropped_with_reasons(tmp_path):
@@ -195,6 +198,30 @@ def test_bad_rows_are_all_counted_before_the_run_stops(tmp_path):
 def test_no_usable_row_is_an_error(tmp_path):
     message = error_of(tmp_path, tiny.plain(), [row("2?", "4", "4")], on_bad_row="drop")
     assert "no usable row is left of 1; row 0: chosen and rejected are equal" in message
+
+
+def test_what_a_tokenizer_makes_equal_or_empty_is_no_row(tmp_path):
+    """R-B4, R-A7: texts may differ where their tokens don't, and a text need have none."""
+    tokenizer = tiny.plain()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    data = load(tmp_path, tokenizer, [row("2?", "4~", "4"), row("~", "4", "5"), row("2?", "4", "5")], on_bad_row="drop")
+    assert [e.row for e in data.examples] == [2]
+    assert [d["reason"] for d in data.dropped] == ["chosen and rejected are equal in tokens", "prompt has no tokens"]
+
+
+def test_further_columns_are_cut_to_fit_and_never_lead_with_bos(tmp_path):
+    """R-A1, R-A4, R-B1: at most what is left of the limit after the prompt; apart from it where told so."""
+    path = tmp_path / "rows.jsonl"
+    rows = [row("2?", "4", "five") | {"third": third} for third in ("four", "a long answer", None)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for boundary in ("error", "concat"):
+        data = load_dataset(str(path), read_template(tiny.llama()), tiny.DataArguments(boundary=boundary), 8, True,
+                            ("third",))
+        assert [example.more for example in data.examples] == [{"third": [*b"four", 259]}, {"third": [*b"a lon"]}, {}]
+    rows = [row("1+2", "x", "y") | {"third": third} for third in ("4", "3")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"1 of 2 rows can't be used; row 1: column third: prompt and response merge"):
+        load_dataset(str(path), read_template(tiny.plain()), tiny.DataArguments(), 8, True, ("third",))
 
 
 def test_dropped_rows_come_in_the_order_of_the_file(tmp_path):

@@ -81,6 +81,71 @@ def test_small_changes_and_missing_numbers_name_nothing():
     assert "displacement" not in found["names"]  # one row has no interval
 
 
+@pytest.mark.parametrize("name, changes", [
+    ("spreading", {"mass": 2.5}), ("breaking off", {"rows": 200, "silent": 0.05}), ("squeezing", {
+        "chosen": -0.005, "rejected": -0.2, "argmax": 0.05}), ("saturation", {"rows": 2, "weight": 0.0995})])
+def test_just_short_of_a_rule(name, changes):
+    """2.5 times the mass, not 3; a sure rise of 5%, not 10; other responses that stay; a mean below 0.1 with an
+    interval that is not."""
+    (found,) = judge(*tables(**changes))
+    assert name not in found["names"]
+    if name == "breaking off":
+        assert found["numbers"]["change of answers without one"]["low"] > 0
+    if name == "saturation":
+        assert found["numbers"]["weight"]["mean"] < 0.1 < found["numbers"]["weight"]["high"]
+
+
+def test_runs_and_data_sets_are_judged_apart():
+    """Each of four as it is alone: a healthy run and one that is sure of itself and wrong, on two data sets."""
+    cases = {(run, dataset): {"correct": 0.5, "weight": 0.05, "mass": 4.0} if run + dataset == "se" else {}
+             for run in "rs" for dataset in "de"}
+    parts = [[table.assign(run=run, dataset=dataset) for table in tables(**changes)]
+             for (run, dataset), changes in cases.items()]
+    alone = [judge(*part)[0] for part in parts]
+    assert judge(*(pandas.concat(tables, ignore_index=True) for tables in zip(*parts))) == alone
+    assert [found["names"] for found in alone] == [["healthy"]] * 3 + [["spreading", "saturation", "over-confidence"]]
+
+
+def test_reward_accuracy_and_weight_are_of_the_end():
+    """Margins 1, 0, -1 and one that is missing: a tie is no success, and what is missing is no failure."""
+    scores, pairs, *_ = tables(rows=4)
+    pairs.loc[pairs["step"] == 9, "margin"] = [1.0, 0.0, -1.0, float("nan")]
+    (found,) = judge(scores, pairs, pandas.DataFrame(), pandas.DataFrame())
+    assert found["numbers"]["reward accuracy"]["mean"] == pytest.approx(1 / 3)
+    assert found["numbers"]["reward accuracy"]["n"] == 3
+    assert found["numbers"]["weight"]["mean"] == pytest.approx(0.4 + 1e-3 * (-2 - 1 + 0 + 1) / 4)
+    pairs["margin"] = float("nan")  # a bare model, without a start to compare with
+    (found,) = judge(scores, pairs, pandas.DataFrame(), pandas.DataFrame())
+    assert "reward accuracy" not in found["numbers"]
+    for phase in ("ipo", "hinge", "robust"):  # saturation is a rule of dpo's loss alone
+        (found,) = judge(*(table.assign(phase=phase) for table in tables(weight=0.01)))
+        assert found["names"] == ["healthy"] and "weight" not in found["numbers"]
+
+
+def test_the_place_is_where_most_nats_went():
+    """Of two tenths one loses 3 nats over 1 token, the other 1 nat a token over 9."""
+    scores, *_ = tables(rows=3)
+    tenths = pandas.DataFrame([KEY | {"step": step, "row": row, "section": section, "tokens": tokens,
+                                      "mean_logps": -1.0 - lost * (step > 0), "argmax_logps": -0.5}
+                               for step in (0, 9) for row in range(3)
+                               for section, tokens, lost in (("tenth 1", 1, 3.0), ("tenth 2", 9, 1.0))])
+    (found,) = judge(scores, pandas.DataFrame(), pandas.DataFrame(), tenths)
+    assert found["there"] == "tenth 2" and found["numbers"]["change of chosen there"]["mean"] == -1.0
+
+
+def test_a_start_without_implausible_mass_has_no_multiple():
+    scores, *others = tables(chosen=0.05)
+    scores["implausible_mass"] = 0.01 * (scores["step"] == 9)
+    (found,) = judge(scores, *others)
+    assert found["numbers"]["change of implausible mass"]["mean"] == pytest.approx(0.01)
+    assert "implausible mass, times the start's" not in found["numbers"] and found["names"] == ["healthy"]
+
+
+def test_a_single_row_has_no_interval_and_none_no_number():
+    assert estimates.mean(pandas.Series([2.0, float("nan")])) == {"mean": 2.0, "n": 1}
+    assert estimates.share(pandas.Series(dtype=bool))["n"] == 0
+
+
 def test_failed_rows_and_single_checkpoints():
     """A row without a number at one end is in no change; one checkpoint alone gets no verdict."""
     scores, *others = tables()
