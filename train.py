@@ -229,7 +229,7 @@ def disk_needed(run: Run) -> dict[str, int]:
 def dry_run(run: Run) -> None:
     """The longest micro-batch forward, backward and an update, with nothing written; says what the run will take."""
     examples = run.train_set.examples
-    order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
+    order = sorted(range(len(examples)), key=lambda i: -count_tokens(run, examples[i]))
     rows = order[: run.args.per_device_train_batch_size]
     distributed.say(f"dry run on {space.describe([examples[i] for i in rows])}")
     began = time.perf_counter()
@@ -474,6 +474,7 @@ def save_checkpoint(run: Run) -> None:
     folder, model = run.folder / f"checkpoint-{run.step}", run.engine.module.model
     if distributed.from_main(distributed.is_main() and isinstance(read_manifest(folder), dict)):
         return
+    engines.settle(run.engine)
     tensors = checkpoint.gather(model, only_trained=run.args.use_lora)
     with distributed.main_first():
         if distributed.is_main():

@@ -152,3 +152,11 @@ def take_step(engine) -> tuple[float, bool]:
     norm = torch.stack(grads).sum().sqrt().item()
     engine.step() if math.isfinite(norm) else engine.zero_grad()
     return norm, math.isfinite(norm)
+
+
+def settle(engine) -> None:
+    """Puts away what ZeRO-3 fetched ahead for a backward pass: an evaluation has none, and a weight that is still on
+    its way can't be gathered. All ranks must call it."""
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.checkpoint_event_prologue()
+        engine.optimizer.checkpoint_event_epilogue()
