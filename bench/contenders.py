@@ -230,12 +230,15 @@ class Trl(Contender):
         self.trainer.precompute_ref_logps = self.work.cached
         if self.work.cached:
             for k in range(self.steps):
-                chosen, rejected = self.trainer.compute_ref_log_probs(self.trainer.model, self.inputs(k))
+                with self.trainer.accelerator.autocast():
+                    chosen, rejected = self.trainer.compute_ref_log_probs(self.trainer.model, self.inputs(k))
                 self.cache[k] = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     def step(self, k):
         inputs = self.inputs(k) | (self.cache[k % self.steps] if self.work.cached else {})
-        return self.update(self.trainer.training_step(self.model, inputs))
+        with self.trainer.accelerator.autocast():  # else its LoRA, kept in float32, would multiply in float32
+            loss = self.trainer.training_step(self.model, inputs)
+        return self.update(loss)
 
 
 CONTENDERS = {"nanodpo": Nanodpo, "plain": Plain, "trl": Trl, "shared": Nanodpo, "alone": Alone, "padded": Padded}
