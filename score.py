@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanodpo import distributed
+from nanodpo import distributed, space
 from nanodpo.errors import UserError, leave, run_script
 from nanodpo.logprobs import sum_by_sequence
 from nanodpo.packing import LAYOUTS
@@ -45,6 +45,8 @@ from nanodpo.tokens import load_dataset
 READING = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
            "boundary": ["error", "concat"], "max_length": None, "max_prompt_length": None,
            "overlong": ["error", "drop", "truncate"], "on_bad_row": ["error", "drop"]}
+LESS = ("what is done is kept, and the same command goes on from there. It needs a smaller --max_tokens, or --bf16, or "
+        "to be without --gradients")
 
 
 @dataclasses.dataclass
@@ -88,10 +90,11 @@ def main(argv: list[str]) -> None:
     device = open_device(args)
     longest = max(example.length for probe in probes for example in probe.examples)
     opener = Opener(device, args.bf16, args.gradients, longest)
-    for probe in probes:
-        if responses.GREEDY in probe.kinds:
-            add_greedy(opener, checkpoints[0], probe, folder / "parts", args)
-    parts = score_all(opener, checkpoints, probes, folder / "parts", args)
+    with shortage_named("scoring"):
+        for probe in probes:
+            if responses.GREEDY in probe.kinds:
+                add_greedy(opener, checkpoints[0], probe, folder / "parts", args)
+        parts = score_all(opener, checkpoints, probes, folder / "parts", args)
     distributed.leave()
     if distributed.is_main():
         before = scores.contents(folder)
@@ -271,7 +274,15 @@ def open_device(args) -> torch.device:
     """This rank's device; ranks only meet where a launcher started them."""
     if "RANK" in os.environ:
         return distributed.start(args.local_rank)
-    return torch.device("cuda", args.gpu_id or 0) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(args.gpu_id or 0)  # what libraries put on "cuda" goes there too
+    return torch.device("cuda", args.gpu_id or 0)
+
+
+def shortage_named(where: str, examples=()):
+    rows = (lambda: space.describe(examples)) if examples else None
+    return space.shortage_named(distributed.place()[0], where, rows, LESS)
 
 
 def add_greedy(opener: Opener, first: Checkpoint, probe: Probe, folder: Path, args) -> None:
@@ -293,7 +304,9 @@ def answer_greedily(opened: Opened, probe: Probe, rows: range, args) -> list[lis
     most = args.max_new_tokens or max(len(example.chosen) for example in probe.examples)
     prompts = [probe.examples[i].prompt for i in rows]
     opened.model.set_attn_implementation(opened.own)  # the layout's has no notion of a cache
-    mine = answers.greedy(opened.model, prompts[rank::world], most, probe.limit, probe.ends, args.max_tokens)
+    # Of tokens that were generated a model keeps keys and values, and nothing else of what a scored one takes.
+    with shortage_named(f"the greedy answers of {opened.checkpoint.path}"):
+        mine = answers.greedy(opened.model, prompts[rank::world], most, probe.limit, probe.ends, 4 * args.max_tokens)
     opened.model.set_attn_implementation(opened.attention)
     parts = distributed.agree(None, dict(zip(range(len(prompts))[rank::world], mine)))
     return [said for _, said in sorted(item for part in parts for item in part.items())]
@@ -335,16 +348,21 @@ def score_all(opener: Opener, checkpoints, probes, folder: Path, args) -> list[P
     with tqdm(total=rows, unit="row", disable=not (distributed.is_main() and sys.stderr.isatty())) as bar:
         for checkpoint, probe, part, start in missing:
             bar.set_postfix_str(f"{checkpoint.run} step {checkpoint.step} {probe.name}")
-            opened, is_start = opener.open(checkpoint), start == part
-            known = plausible.read(start, probe.lengths) if start and not is_start else None
-            found, sets = score_probe(opened, probe, known, bool(start), args, bar)
-            if args.answers:
-                found["answers"] = check_answers(opened, probe, args)
-            with distributed.main_first():  # the others read what it wrote
-                if distributed.is_main():
-                    keep = functools.partial(plausible.write, parts=sets) if is_start else lambda folder: None
-                    scores.write_part(part, checkpoint, probe.name, found, keep)
+            score_part(opener, checkpoint, probe, part, start, args, bar)
     return [part for _, _, part, _ in work]
+
+
+def score_part(opener: Opener, checkpoint: Checkpoint, probe: Probe, part: Path, start: Path | None, args, bar) -> None:
+    """One checkpoint's scores of one data set, into the folder `part`; `start` is that of its run's step 0."""
+    opened, is_start = opener.open(checkpoint), start == part
+    known = plausible.read(start, probe.lengths) if start and not is_start else None
+    found, sets = score_probe(opened, probe, known, bool(start), args, bar)
+    if args.answers:
+        found["answers"] = check_answers(opened, probe, args)
+    with distributed.main_first():  # the others read what it wrote
+        if distributed.is_main():
+            keep = functools.partial(plausible.write, parts=sets) if is_start else lambda folder: None
+            scores.write_part(part, checkpoint, probe.name, found, keep)
 
 
 @torch.no_grad()
@@ -358,8 +376,9 @@ def score_probe(opened: Opened, probe: Probe, known, compared: bool, args, bar) 
     for indices in responses.batches(probe.groups, args.max_tokens)[rank::world]:
         groups = [probe.groups[i] for i in indices]
         row = LAYOUTS[opened.layout]([(prompt, [*said.values()]) for prompt, said in groups]).to(device)
-        values, sets, states = token_measures(opened.module, row, known and plausible.join([known[i] for i in indices],
-                                                                                           device))
+        with shortage_named(f"scoring under {opened.checkpoint.path}", [probe.examples[i] for i in indices]):
+            values, sets, states = token_measures(opened.module, row, known and plausible.join(
+                [known[i] for i in indices], device))
         if not compared:
             values["implausible_mass"].fill_(torch.nan)
         results = by_response(row, values, states)
@@ -367,7 +386,8 @@ def score_probe(opened: Opened, probe: Probe, known, compared: bool, args, bar) 
             found = {kind: next(results) for kind in said}
             lines = describe(probe.examples[i].row, said, found, lambda ids: [*map(pieces, ids)], args.tokens)
             if args.gradients and lines["pairs"]:
-                lines["pairs"][0] |= pair_gradients(opened, prompt, said, device)
+                with shortage_named(f"the gradients under {opened.checkpoint.path}", [probe.examples[i]]):
+                    lines["pairs"][0] |= pair_gradients(opened, prompt, said, device)
             mine[i] = lines, own
             bar.update(world)
     parts = distributed.agree(None, mine)

@@ -12,6 +12,7 @@ Step k is the k-th update, from 0: its line in metrics.jsonl holds the numbers u
 
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import shutil
@@ -116,7 +117,8 @@ def run_training(argv: list[str], stop: Stop) -> None:
         model = models.load_model(source, args)
         weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
         distributed.say(models.describe(model))
-        engine, layout, attention = engines.build(model, args, settings, device, longest(train, held_out))
+        with space.shortage_named(dist.get_rank(), "loading the model"):
+            engine, layout, attention = engines.build(model, args, settings, device, longest(train, held_out))
         torch.manual_seed(args.seed + dist.get_rank())  # of dropout, where it is allowed
         run = Run(args, stop, folder, facts, source, engine, device, dist.get_world_size(), dist.get_rank(), layout,
                   attention, train, held_out)
@@ -235,7 +237,7 @@ def dry_run(run: Run) -> None:
     began = time.perf_counter()
     ref = None if run.args.loss == "sft" else torch.zeros(len(examples), 2, dtype=torch.float64)
     run.engine.train()
-    with space.shortage_named(run.rank, "the dry run", lambda: space.describe([examples[i] for i in rows])):
+    with shortage_named(run, run.train_set, rows, "the dry run"):
         losses = losses_of(run, run.train_set, ref, rows, 1.0, metrics.Meter(run.device), gradient=True)
         run.engine.set_gradient_accumulation_boundary(True)
         run.engine.backward(losses.mean(), scale_wrt_gas=False)
@@ -272,8 +274,12 @@ def references_of(run: Run, data: DataSet, steps: list[list[int]], batch: int, w
     with models.reference_policy(run.engine.module.model, fresh_lora=args.use_lora and not run.source.adapter):
         return reference.reference_logps(
             data.examples, steps, lambda pairs: deal(pairs, batch, run.rank, run.world),
-            lambda indices: score(run, data, indices, ["chosen", "rejected"]), fingerprint, args.cache_dir, run.device,
-            run.stop.check)
+            functools.partial(score_reference, run, data), fingerprint, args.cache_dir, run.device, run.stop.check)
+
+
+def score_reference(run: Run, data: DataSet, indices: list[int]) -> torch.Tensor:
+    with shortage_named(run, data, indices, "the reference pass"):
+        return score(run, data, indices, ["chosen", "rejected"])
 
 
 def eval_steps(run: Run) -> list[list[int]]:
@@ -360,10 +366,9 @@ def train_step(run: Run, bar) -> None:
     log_step(run, bar, line, new, time.perf_counter() - began)
 
 
-def shortage_named(run: Run, data: DataSet | None = None, indices=()):
-    where = f"step {run.step}"
+def shortage_named(run: Run, data: DataSet | None = None, indices=(), where: str | None = None):
     rows = (lambda: space.describe([data.examples[i] for i in indices])) if data else None
-    return space.shortage_named(run.rank, where, rows)
+    return space.shortage_named(run.rank, where or f"step {run.step}", rows)
 
 
 def losses_of(run: Run, data, ref, indices: list[int], weight: float, meter, gradient: bool):

@@ -13,22 +13,24 @@ LESS = ("a smaller --per_device_train_batch_size (with more --gradient_accumulat
         "--deepspeed")
 
 
+# Allocators of the CPU raise a plain RuntimeError; cuBLAS and NCCL take memory of their own, and say so their own way.
+SHORTAGE = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 @contextlib.contextmanager
-def shortage_named(rank: int, where: str, rows=None):
+def shortage_named(rank: int, where: str, rows=None, advice: str = f"no update was made with it. It needs {LESS}"):
     """Says which rows were too much for this rank's memory, and what to change; `rows` gives their description."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not out_of_memory(error):
+        if isinstance(error, RankStopped) or not out_of_memory(error):
             raise
-        on = f" on {rows()}" if rows else ""
-        raise RankStopped(f"rank {rank} ran out of memory in {where}{on}; no update was made with it. It needs {LESS}"
+        raise RankStopped(f"rank {rank} ran out of memory in {where}{f' on {rows()}' if rows else ''}; {advice}"
                           ) from error
 
 
 def out_of_memory(error: Exception) -> bool:
-    """CPU allocators raise a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in SHORTAGE)
 
 
 def describe(examples) -> str:
@@ -73,11 +75,12 @@ def gib(size: float) -> str:
 
 def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: dict[str, int]) -> str:
     """What a dry run measured, `peaks` in GiB by rank, and what the run will take."""
-    model = sum(p.numel() * p.element_size() for p in engine.module.parameters())
+    model = sum(_numel(p) * p.element_size() for p in engine.module.parameters())
     state = sum(p.numel() for p in shards)
-    lines = [f"peak memory by rank: {', '.join(f'{peak:.2f}' for peak in peaks)} GiB, of which weights {gib(model)}, "
-             f"float32 weights and AdamW's moments {gib(12 * state)}, gradients at least {gib(4 * state)}; the rest "
-             "are activations"]
+    spread = " shared by all ranks" if engine.zero_optimization_stage() == 3 else ""
+    lines = [f"peak memory by rank: {', '.join(f'{peak:.2f}' for peak in peaks)} GiB, of which weights {gib(model)}"
+             f"{spread}, float32 weights and AdamW's moments {gib(12 * state)}, gradients at least {gib(4 * state)}; "
+             "the rest are activations"]
     if device.type == "cuda":
         lines.append(f"the GPU has {gib(torch.cuda.get_device_properties(device).total_memory)}")
     lines.append(f"the longest micro-batch took {seconds:.2f} s, forward, backward and update")

@@ -2,7 +2,8 @@
 
 FAULT is what@step[:rank], and what is kill, term, raise, memory, loss, gradient or weight; disk, metrics or checkpoint,
 where the disk fills in a state, a line or a checkpoint's file; term-reference, term-evaluation, term-checkpoint,
-term-state or term-merge, SIGTERM in the midst of these; twice, in a step and again in the state that it asks for;
+term-state or term-merge, SIGTERM in the midst of these, and likewise memory-engine and memory-reference; twice, in a
+step and again in the state that it asks for;
 link@0 and link@1, killed before and after run.json gets its name; slow@0.5 makes every forward pass take half a second.
 """
 
@@ -53,10 +54,11 @@ def hit(what: str, run, losses):
     return losses
 
 
-def told_in(what: str, step: int, mine: bool) -> None:
-    """SIGTERM after so many micro-batches of the reference pass, in the evaluation before step `step`, when its
-    checkpoint or state is half made, or when it is merged."""
+def plant_in(what: str, kind: str, step: int, mine: bool) -> None:
+    """A fault after so many micro-batches of the reference pass, in the evaluation before step `step`, when its
+    checkpoint or state is half made, when it is merged, or when the engine is made."""
     place, name, here = {
+        "engine": (train.engines, "build", lambda *_: True),
         "reference": (train, "score", lambda calls, run, *_: calls == step),
         "evaluation": (train, "losses_of", lambda calls, run, *_: run.step == step and not run.engine.module.training),
         "checkpoint": (checkpoint, "verify", lambda calls, folder, _: f"checkpoint-{step}." in str(folder)),
@@ -66,7 +68,7 @@ def told_in(what: str, step: int, mine: bool) -> None:
 
     def act(*args, **kwargs):
         if here(next(calls), *args) and mine:
-            os.kill(os.getpid(), signal.SIGTERM)
+            hit(kind, None, None)
         return whole(*args, **kwargs)
 
     setattr(place, name, act)
@@ -109,8 +111,8 @@ def plant(fault: str) -> None:
         with small_files(3000 if f"checkpoint-{step}." in str(folder) else resource.RLIM_INFINITY):
             write_files(model, state, folder)
 
-    if what.startswith("term-"):
-        told_in(what.removeprefix("term-"), int(step), mine)
+    if "-" in what:
+        plant_in(*reversed(what.split("-")), int(step), mine)
     elif what == "slow":
         score = train.score
         train.score = lambda *args, **kwargs: (time.sleep(float(step)), score(*args, **kwargs))[1]

@@ -66,6 +66,25 @@ def test_a_rank_that_fails_ends_the_others(fault, code, words, tiny, tmp_path, f
         assert "--gradient_checkpointing" in said and "tokens)" in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("fault, words", [
+    ("memory-engine@0", "rank 0 ran out of memory in loading the model; "),
+    ("memory-reference@2", "rank 0 ran out of memory in the reference pass on rows ")])
+def test_memory_that_is_short_before_the_first_step(fault, words, tiny, tmp_path, forked):
+    """R-F5: one line there too, with what would help."""
+    codes, said = forked(FAULTY, fault, *flags(tiny, tmp_path / "run"))
+    assert codes == [1] and f"error: {words}" in said and "a higher ZeRO stage" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("error, short", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True), (MemoryError(), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("ncclUnhandledCudaError: Call to CUDA function failed. Cuda failure 2 'out of memory'"), True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False)])
+def test_words_for_memory_that_is_short(error, short):
+    assert space.out_of_memory(error) == short
+
+
 def test_a_launcher_ends_soon_and_shows_why(tiny, tmp_path):
     """R-H8: under the deepspeed launcher, from the fault to the end in less than 30 s, with the cause at the end."""
     run = tmp_path / "run"

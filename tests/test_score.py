@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from types import SimpleNamespace
 
 import oracle
@@ -17,11 +18,12 @@ import torch
 from conftest import ROOT, environment, launch, make_model, make_tokenizer, train
 
 import score
-from nanodpo.errors import UserError, run_script
+from nanodpo.errors import RankStopped, UserError, run_script
 from nanodpo.example import Example
 from nanodpo.losses import LOSSES
 from nanodpo.schedule import pairs_of_step
 from nanodpo.scoring import means, responses, scores
+from nanodpo.scoring import opened as models_of
 from nanodpo.scoring.runs import open_targets
 
 KEYS = ["run", "step", "dataset", "row", "response"]
@@ -239,6 +241,46 @@ def test_rows_that_fail_are_listed_and_in_no_mean(run, tiny, tmp_path, monkeypat
     means = pandas.read_csv(tmp_path / "summary.csv").set_index("response")
     assert not (tmp_path / "tokens.parquet").exists()  # nobody asked for it
     assert means.loc["shuffled", "n"] == 10 and means.loc["chosen", "n"] == 11 and means["mean"].notna().all()
+
+
+@pytest.mark.parametrize("place, flags, words", [
+    ("token_measures", (), "scoring under .*checkpoint-0 on rows 7 .13.26.30 tokens., .*"),
+    ("pair_gradients", ("--gradients",), "the gradients under .*checkpoint-0 on rows .*tokens"),
+    ("answer_greedily", ("--answers", "2"), "scoring; "),
+    ("answers.greedy", ("--answers", "2"), "the greedy answers of .*checkpoint-0; ")])
+def test_memory_that_is_short(place, flags, words, run, tiny, tmp_path, monkeypatch):
+    """R-F5: one line that names the rows and what would help; what is done stays."""
+    def short(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(f"score.{place}", short)
+    with pytest.raises(RankStopped, match=f"^rank 0 ran out of memory in {words}.*smaller --max_tokens"):
+        scored(tmp_path, run / "checkpoint-0", "--dataset_path", tiny / "train.jsonl", *flags)
+
+
+def test_one_model_in_memory_at_a_time(tiny, tmp_path, monkeypatch):
+    """Three whole models: each is gone before the next is loaded, or two of 14 GB would have to fit."""
+    opened, load = [], models_of.open_base
+
+    def watched(*args):
+        assert not [model for model in opened if model() is not None]
+        model = load(*args)
+        opened.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(models_of, "open_base", watched)
+    places = [tiny / "model", tiny / "untied", shutil.copytree(tiny / "model", tmp_path / "again")]
+    scored(tmp_path / "out", *places, "--dataset_path", tiny / "train.jsonl", "--responses", "chosen", "greedy")
+    assert len(opened) == 3
+
+
+def test_libraries_use_the_gpu_that_was_named(monkeypatch):
+    """--gpu_id 1: what PEFT and transformers put on "cuda" is there too."""
+    named = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", named.append)
+    assert score.open_device(SimpleNamespace(gpu_id=1)) == torch.device("cuda", 1) and named == [1]
 
 
 def test_a_bare_model_reads_data_as_told(tiny, tmp_path):
