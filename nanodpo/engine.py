@@ -55,8 +55,9 @@ def engine_config(settings: dict, path: str, args) -> dict:
     settings["gradient_accumulation_steps"] = 1  # accumulation is train.py's loop, with windows of any size
     settings["gradient_clipping"] = args.max_grad_norm
     settings["bf16"] = {"enabled": args.bf16, "check_grad_overflow": True}
-    if args.bf16:  # micro-batches would be summed in bfloat16
+    if args.bf16:  # micro-batches, and then ranks, would be summed in bfloat16
         settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        settings.setdefault("communication_data_type", "fp32")
     if taken := [key for key in UNKNOWN if key in settings]:
         raise UserError(f"{path}: sets {', '.join(taken)}, which train.py does not support; remove it")
     zero = settings.setdefault("zero_optimization", {})

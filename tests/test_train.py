@@ -265,6 +265,17 @@ def test_bfloat16_is_close_to_float32_under_every_stage(tiny, tmp_path):
             assert line["logps/chosen"] == pytest.approx(exact["logps/chosen"], rel=2e-3), stage
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_are_summed_in_float32(stage, tiny, tmp_path):
+    """R-G4: in bfloat16 too, two ranks are two micro-batches of one rank: halving is exact there, so all numbers are
+    the same but for the order of the norm's terms. Summed in bfloat16 the first norm would be off by 2e-4."""
+    flags = (*LORA[:4], "--max_steps", "3", "--bf16", "--deepspeed", zero(tiny, stage))
+    one = train(tiny, tmp_path / "one", *flags, "--gradient_accumulation_steps", "2")
+    two = train(tiny, tmp_path / "two", *flags, ranks=2)
+    for name in ("loss", "grad_norm", "logps/chosen"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-6), name
+
+
 def test_an_adapter_keeps_its_own_settings(tiny, tmp_path):
     """R-D1, R-F6: flags that contradict the adapter trained on are refused, and run.json has the adapter's."""
     train(tiny, tmp_path / "sft", *LORA, "--loss", "sft", "--max_steps", "1")
