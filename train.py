@@ -54,6 +54,7 @@ class Run:
     rank: int
     layout: str  # "packed" or "plain"
     attention: str
+    by_need: object  # recompute.ByNeed, or None
     train_set: DataSet
     held_out: DataSet | None
     ref: torch.Tensor | None = None
@@ -118,10 +119,10 @@ def run_training(argv: list[str], stop: Stop) -> None:
         weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
         distributed.say(models.describe(model))
         with space.shortage_named(dist.get_rank(), "loading the model"):
-            engine, layout, attention = engines.build(model, args, settings, device, longest(train, held_out))
+            engine, *how = engines.build(model, args, settings, device, longest(train, held_out))
         torch.manual_seed(args.seed + dist.get_rank())  # of dropout, where it is allowed
-        run = Run(args, stop, folder, facts, source, engine, device, dist.get_world_size(), dist.get_rank(), layout,
-                  attention, train, held_out)
+        run = Run(args, stop, folder, facts, source, engine, device, dist.get_world_size(), dist.get_rank(), *how,
+                  train, held_out)
         if args.dry_run:
             dry_run(run)
             return
@@ -293,6 +294,8 @@ def score(run: Run, data: DataSet, indices: list[int], sides: list[str], gradien
     examples = [data.examples[i] for i in indices]
     row = LAYOUTS[run.layout]([(e.prompt, [getattr(e, side) for side in sides]) for e in examples])
     row = (row.pin() if run.device.type == "cuda" else row).to(run.device)
+    if gradient and run.by_need:
+        run.by_need(row.input_ids.numel())
     with torch.set_grad_enabled(gradient):
         return run.engine(row).view(len(indices), len(sides))
 

@@ -4,13 +4,13 @@
     train.py run.yaml --learning_rate 1e-5    a YAML or JSON file, then flags that override it
 """
 
-import math
 import re
 from dataclasses import dataclass, field, fields
 from os.path import expanduser
 from pathlib import Path
 
 from .errors import UserError
+from .limits import check
 from .settings import local_rank, read_settings
 
 
@@ -30,6 +30,8 @@ class TrainArguments:
     use_flash_attention: bool = _flag(False, "Demand the variable-length flash kernel (CUDA); stop where it fails.")
     gradient_checkpointing: bool = _flag(False, "Recompute activations in backward instead of keeping them.")
     selective_checkpointing: bool = _flag(False, "Recompute only what is cheap: all but matrix products and attention.")
+    activation_memory: float = _flag(None, "GiB a rank has for activations: each row recomputes nothing, the cheap "
+                                     "part or all, as it needs. -1: what the GPU has left.")
     use_lora: bool = _flag(True, "Train a LoRA adapter; false is full fine-tuning, as is --lora_r 0.")
     lora_r: int = _flag(16, "LoRA rank.")
     lora_alpha: int = _flag(32, "LoRA scale times rank.")
@@ -103,51 +105,10 @@ class TrainArguments:
             self.assistant_header = self.assistant_header.replace("\\n", "\n")
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
-        _check(self)
+        check(self)
 
 
 PATHS = ("model_name", "train_file_path", "eval_file_path", "deepspeed", "output_dir", "cache_dir", "resume")
-POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "beta",
-            "num_train_epochs", "logging_steps", "lora_alpha", "adam_epsilon", "max_length", "max_prompt_length",
-            "save_total_limit")
-NOT_NEGATIVE = ("lora_r", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "save_steps",
-                "eval_size", "seed", "resume_steps", "skip_nonfinite")
-
-
-def _check(args: TrainArguments) -> None:
-    """Raises UserError for values that can't work, before anything is loaded."""
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name} {value}: must be a finite number")
-        if name in POSITIVE and value is not None and not value > 0:
-            raise UserError(f"--{name} {value}: must be above 0")
-        if name in NOT_NEGATIVE and not value >= 0:
-            raise UserError(f"--{name} {value}: must not be negative")
-    if args.seed >= 2**63:
-        raise UserError(f"--seed {args.seed}: must be below 2^63")
-    if args.max_steps == 0 or args.max_steps < -1:
-        raise UserError(f"--max_steps {args.max_steps}: must be above 0, or -1 to let --num_train_epochs decide")
-    if not 0 <= args.label_smoothing < 0.5:
-        raise UserError(f"--label_smoothing {args.label_smoothing}: must be at least 0 and below 0.5")
-    if args.label_smoothing and args.loss not in ("dpo", "robust"):
-        raise UserError(f"--label_smoothing has no meaning for --loss {args.loss}; leave it out, or use dpo or robust")
-    for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 0 and below 1")
-    if args.lora_dropout and args.use_lora and not args.allow_dropout:
-        raise UserError(f"--lora_dropout {args.lora_dropout} makes policy and reference differ at step 0; "
-                        "add --allow_dropout to train with it all the same, or leave it out")
-    for one, other in (("eval_file_path", "eval_size"), ("gradient_checkpointing", "selective_checkpointing")):
-        if getattr(args, one) and getattr(args, other):
-            raise UserError(f"--{one} and --{other}: give one of them")
-    if args.eval_steps and not (args.eval_file_path or args.eval_size):
-        raise UserError(f"--eval_steps {args.eval_steps}: nothing to evaluate; add --eval_file_path or --eval_size")
-    if args.random_init and args.use_lora:
-        raise UserError("--random_init with LoRA would freeze random weights; add --use_lora false")
-    if args.merge_weights and not args.use_lora:
-        raise UserError("--merge_weights: nothing to merge without LoRA; every checkpoint is a whole model")
-
-
 def parse(argv: list[str], default_file: Path) -> TrainArguments:
     """Command line -> arguments. Raises UserError for unknown flags or keys, wrong types and wrong values."""
     from transformers import HfArgumentParser  # slow to import

@@ -32,6 +32,8 @@ def check_device(args) -> None:
     """Raises UserError for settings that this machine can't honour."""
     if args.use_flash_attention and not (torch.cuda.is_available() and args.bf16):
         raise UserError("--use_flash_attention needs a CUDA device and --bf16; leave it out, rows are packed anyway")
+    if args.activation_memory == -1 and not torch.cuda.is_available():
+        raise UserError("--activation_memory -1: only a GPU says what it has left; give a number of GiB")
 
 
 def start(local_rank: int) -> torch.device:

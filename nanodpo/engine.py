@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from . import distributed
+from . import distributed, space
 from .errors import UserError, first_line
 from .logprobs import SequenceLogProbs
-from .recompute import recompute
+from .packing import LAYOUTS
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
          "gradient_clipping", "fp16", "bf16")  # settings of the DeepSpeed JSON that are flags of train.py
@@ -63,8 +63,9 @@ def engine_config(settings: dict, path: str, args) -> dict:
     zero = settings.setdefault("zero_optimization", {})
     if type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f'{path}: zero_optimization must be like {{"stage": 0}}, with a stage of 0 to 3')
-    if args.selective_checkpointing and zero.get("stage") == 3:
-        raise UserError(f"{path}: stage 3 gathers weights within the layers, which --selective_checkpointing can't "
+    if (args.selective_checkpointing or args.activation_memory) and zero.get("stage") == 3:
+        flag = "selective_checkpointing" if args.selective_checkpointing else "activation_memory"
+        raise UserError(f"{path}: stage 3 gathers weights within the layers, which --{flag} can't "
                         "tell from what it is to compute again; use --gradient_checkpointing, or stage 2")
     offload = zero.get("offload_optimizer") or {}
     if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
@@ -122,14 +123,18 @@ def _without_auto(value):
 
 
 def build(model, args, settings: dict, device, longest: int):
-    """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention)."""
+    """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention, what is to be called with
+    each row's tokens before it is trained on or None)."""
     import deepspeed  # all slow to import, and --help and wrong input don't need them
 
     from . import lora, selfcheck
+    from .recompute import ByNeed, Recompute
 
-    stage = settings["zero_optimization"].get("stage", 0)
-    lora.fuse(model, in_place=stage < 3 and not args.selective_checkpointing)
-    recompute(model, args, stage)
+    stage, by_need = settings["zero_optimization"].get("stage", 0), None
+    lora.fuse(model, in_place=stage < 3)
+    if args.gradient_checkpointing or args.selective_checkpointing or args.activation_memory:
+        recompute = Recompute(model, args.lora_r if args.use_lora else 0, stage)
+        recompute.use("selective" if args.selective_checkpointing else "full")
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
@@ -140,7 +145,18 @@ def build(model, args, settings: dict, device, longest: int):
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     layout, attention = selfcheck.choose_layout(module, device, dtype, args.use_flash_attention, longest)
     distributed.say(f"rows: {layout}, attention {attention}")
-    return engine, layout, attention
+    if args.activation_memory:
+        room = space.room(device, args.activation_memory, 4 * sum(p.numel() for p in trained))
+        by_need = ByNeed(recompute, module, sample(layout, model.config).to(device), room)
+        distributed.say(f"activations: {space.gib(room)}; rows of up to {by_need.limits['keep']:,} tokens keep "
+                        f"everything, up to {by_need.limits['selective']:,} what is dear, longer ones little")
+    return engine, layout, attention, by_need
+
+
+def sample(layout: str, config):
+    """A row of 576 tokens to measure with."""
+    prompt, *sides = torch.arange(576).remainder(config.get_text_config().vocab_size).split([64, 256, 256])
+    return LAYOUTS[layout]([(prompt.tolist(), [side.tolist() for side in sides])])
 
 
 def take_step(engine) -> tuple[float, bool]:

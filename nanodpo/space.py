@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from .errors import RankStopped, UserError
+from .logprobs import CHUNK_BYTES
 
-LESS = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), --selective_checkpointing "
-        "or --gradient_checkpointing, --bf16, a --max_length with --overlong, or a higher ZeRO stage or offloading in "
-        "--deepspeed")
+LESS = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), a smaller "
+        "--activation_memory, --selective_checkpointing or --gradient_checkpointing, --bf16, a --max_length with "
+        "--overlong, or a higher ZeRO stage or offloading in --deepspeed")
 
 
 # Allocators of the CPU raise a plain RuntimeError; cuBLAS and NCCL take memory of their own, and say so their own way.
@@ -51,6 +52,18 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     # The float32 weights and AdamW's two moments; two states stay and a third is being written.
     needs["states to resume from"] = 3 * 12 * sum(map(_numel, trained))
     return needs | ({"the merged model": whole + extra} if args.merge_weights else {})
+
+
+def room(device: torch.device, gib: float, waiting: int) -> float:
+    """Bytes for activations: those asked for, or what the GPU will have left. `waiting`: bytes of gradients, and of
+    whatever else will stand there when the first backward pass ends.
+
+    A part is left free, since blocks that come and go in all sizes leave holes. The head's chunks have their own.
+    """
+    if gib > 0:
+        return gib * 2**30
+    total, taken = torch.cuda.get_device_properties(device).total_memory, torch.cuda.memory_allocated(device)
+    return max(0.0, 0.92 * total - taken - waiting - 3 * CHUNK_BYTES)
 
 
 def saves(every: int, steps: int) -> list[int]:

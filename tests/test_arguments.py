@@ -93,10 +93,10 @@ def test_every_flag_changes_the_settings(name):
 
 @functools.cache
 def readers():
-    """Names read as args.<name> or run.args.<name> in train.py and the modules, arguments.py's own checks left out."""
+    """Names read as args.<name> or run.args.<name> in train.py and the modules, their own checks left out."""
     found = set()
     for file in [ROOT / "train.py", *(ROOT / "nanodpo").glob("*.py")]:
-        if file.name == "arguments.py":
+        if file.name in ("arguments.py", "limits.py"):
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
@@ -205,6 +205,10 @@ def test_unreadable_settings_files(tmp_path):
     (["--lora_dropout", "0.05"], "--allow_dropout"), (["--lora_dropout", "1", "--allow_dropout"], "below 1"),
     (["--eval_file_path", "E", "--eval_size", "3"], "one of them"), (["--eval_steps", "3"], "nothing to evaluate"),
     (["--gradient_checkpointing", "--selective_checkpointing"], "one of them"),
+    (["--gradient_checkpointing", "--activation_memory", "1"], "one of them"),
+    (["--selective_checkpointing", "--activation_memory", "1"], "one of them"),
+    (["--activation_memory", "0"], "--activation_memory 0.0: must be above 0 (GiB), or -1"),
+    (["--activation_memory", "-2"], "--activation_memory -2.0: must be above 0"),
     (["--random_init"], "--use_lora false"), (["--merge_weights", "--use_lora", "false"], "nothing to merge"),
     (["--merge_weights", "--lora_r", "0"], "nothing to merge"), (["--local_rank", "3"], "without RANK"),
 ])

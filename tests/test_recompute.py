@@ -1,7 +1,5 @@
 """Recomputing against keeping: the same bits, and only as much again as was said."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from tiny_models import random_groups, tiny
@@ -13,10 +11,9 @@ from nanodpo.errors import UserError
 from nanodpo.logprobs import SequenceLogProbs
 from nanodpo.lora import fuse
 from nanodpo.packing import pack, pad
-from nanodpo.recompute import _keep, recompute
+from nanodpo.recompute import MODES, ByNeed, Recompute, _keep, kept_bytes
 
 R = 2
-FLAGS = {"keep": (False, False), "selective": (False, True), "full": (True, False)}
 
 
 def prepared(family: str, mode: str, lora: bool = True):
@@ -32,10 +29,8 @@ def prepared(family: str, mode: str, lora: bool = True):
                 torch.nn.init.normal_(p, 0, 0.1)
     else:
         model.requires_grad_(True)
-    full, selective = FLAGS[mode]
-    fuse(model, in_place=not selective)  # as training has it
-    recompute(model, SimpleNamespace(gradient_checkpointing=full, selective_checkpointing=selective, use_lora=lora,
-                                     lora_r=R if lora else 1000), 0)  # a default that no layer has
+    fuse(model)
+    Recompute(model, R if lora else 0).use(mode)
     return model.train()
 
 
@@ -51,7 +46,7 @@ def gradients(model, row):
 def test_to_the_last_bit(family, lora):
     """R-G5: log-probs and every gradient, whatever is kept: biased and Conv1D layers, experts, caps, no attention."""
     row, found = (pad if family == "mamba" else pack)(random_groups()), {}
-    for mode in FLAGS:
+    for mode in MODES:
         model = prepared(family, mode, lora)
         if family != "mamba":
             (model.get_base_model() if lora else model).set_attn_implementation(LOOP)
@@ -77,33 +72,30 @@ class Count(TorchDispatchMode):
 
 
 def test_what_is_computed_again():
-    """Of llama's seven linear layers selective recomputes LoRA's second product, full all three and attention. In both
-    transformers also lets the embeddings have a gradient, so that the first layer's q, k and v are differentiated by
-    their input: 2 x 3 more.
-    """
+    """Of llama's seven linear layers selective recomputes LoRA's second product, full all three and attention."""
     row, counts = pack(random_groups()), {}
-    for mode in FLAGS:
+    for mode in MODES:
         model = prepared("llama", mode)
         model.get_base_model().set_attn_implementation(LOOP)
         with Count() as counts[mode]:
             gradients(model, row)
     layers, sequences = 2, row.n_sequences
     more = {mode: (count.products - counts["keep"].products, count.attention) for mode, count in counts.items()}
-    assert more == {"keep": (0, layers * sequences), "selective": (layers * 7 + 6, layers * sequences),
-                    "full": (layers * 3 * 7 + 6, 2 * layers * sequences)}
+    assert more == {"keep": (0, layers * sequences), "selective": (layers * 7, layers * sequences),
+                    "full": (layers * 3 * 7, 2 * layers * sequences)}
 
 
 @pytest.mark.parametrize("kernel", ["grouped_mm", "eager"])
 def test_products_of_experts_are_kept(kernel):
     """A layer's experts are two products (or two for each expert that is asked), with either kernel of transformers."""
     row, counts = pack(random_groups()), {}
-    for mode in FLAGS:
+    for mode in MODES:
         model = prepared("qwen3_moe", mode, lora=False)
         model.set_attn_implementation(LOOP)
         model.set_experts_implementation(kernel)
         with Count("aten::_grouped_mm", "transformers::grouped_mm_fallback", "aten::mm") as counts[mode]:
             gradients(model, row)
-    keep, selective, full = (counts[mode].products for mode in FLAGS)
+    keep, selective, full = (counts[mode].products for mode in MODES)
     assert keep == selective < full
 
 
@@ -119,10 +111,82 @@ def test_the_flash_kernel_of_packed_rows_is_kept():
 
 
 def test_a_model_without_such_layers():
-    """One line, whichever was asked for."""
+    """One line."""
     model = tiny("llama")
     model.supports_gradient_checkpointing = False
-    for full, flag in ((True, "--gradient_checkpointing"), (False, "--selective_checkpointing")):
-        args = SimpleNamespace(gradient_checkpointing=full, selective_checkpointing=not full, use_lora=False, lora_r=0)
-        with pytest.raises(UserError, match=f"{flag}: LlamaForCausalLM does not support .*Leave it out"):
-            recompute(model, args, 0)
+    with pytest.raises(UserError, match="LlamaForCausalLM can't compute its layers again .* Leave out --gradient"):
+        Recompute(model, 0)
+
+
+def test_kept_bytes_by_hand():
+    """exp keeps its result, (3, 5) float64; the product before it is gone, the input and the weight were there."""
+    weight, row = torch.ones(4, 5, dtype=torch.float64, requires_grad=True), torch.ones(3, 4, dtype=torch.float64)
+    module = torch.nn.Module()
+    module.forward = lambda row: (row @ weight).exp().sum()
+    assert kept_bytes(module.eval(), row) == 3 * 5 * 8 + 8
+    assert not module.training
+    module.forward = lambda row: torch.utils.checkpoint.checkpoint(lambda x: (x @ weight).exp(), row * 2,
+                                                                   use_reentrant=False).sum()
+    assert kept_bytes(module, row) == 3 * 4 * 8 + 8  # what goes in
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_kept_bytes_of_a_model(mode):
+    """Kept whole: what autograd's own hooks see saved, each storage once. Recomputed: at least each layer's input, at
+    most a few other vectors a token; selective in between."""
+    row, module = pack([([1] * 40, [[2] * 30, [3] * 50])]), SequenceLogProbs(prepared("llama", mode), chunk=7)
+    module.model.get_base_model().set_attn_implementation(LOOP)
+    known = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
+    known |= {x.untyped_storage().data_ptr() for x in (row.input_ids, row.position_ids, row.rows, row.targets, row.seq)}
+    saved = {}
+
+    def pack_hook(x):
+        if x.untyped_storage().data_ptr() not in known:
+            saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    found = kept_bytes(module, row)
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda x: x):
+        logps = module(row)
+    bytes_saved = sum(x.untyped_storage().nbytes() for x in saved.values())
+    inputs = 2 * 120 * 32 * 4  # two layers, 120 tokens, 32 wide, float32
+    assert logps.requires_grad
+    if mode == "keep":
+        assert bytes_saved <= found < 1.05 * bytes_saved
+    else:
+        keep = kept_bytes_of("keep", row)
+        assert inputs < found < (0.75 if mode == "selective" else 0.4) * keep
+
+
+def kept_bytes_of(mode, row):
+    module = SequenceLogProbs(prepared("llama", mode), chunk=7)
+    module.model.get_base_model().set_attn_implementation(LOOP)
+    return kept_bytes(module, row)
+
+
+def test_each_row_keeps_what_fits():
+    """Limits by hand from the measured bytes; rows of every length get the fastest mode that fits, and the bits of a
+    run that keeps everything, in turns."""
+    model = prepared("llama", "keep")
+    model.get_base_model().set_attn_implementation(LOOP)
+    module, sample = SequenceLogProbs(model, chunk=7), pack([([1] * 40, [[2] * 30, [3] * 50])])
+    kept = {mode: kept_bytes_of(mode, sample) / 120 for mode in MODES}
+    layer = 2 * kept["keep"] / 2
+    choose = ByNeed(Recompute(model, R), module, sample, room=100 * (kept["selective"] + layer))
+    assert choose.limits == {mode: int(100 * (kept["selective"] + layer) / (kept[mode] + layer)) for mode in MODES}
+    assert choose.limits["keep"] < choose.limits["selective"] == 100 < choose.limits["full"]
+    whole = prepared("llama", "keep")
+    whole.get_base_model().set_attn_implementation(LOOP)
+    for tokens, mode in ((choose.limits["keep"], "keep"), (100, "selective"), (101, "full"), (5, "keep"),
+                         (10**6, "full"), (99, "selective")):
+        assert choose(tokens) == mode
+        truth, here = gradients(whole, random_row(tokens)), gradients(model, random_row(tokens))
+        assert here[0].equal(truth[0]) and all(here[1][name].equal(g) for name, g in truth[1].items())
+        model.zero_grad()
+        whole.zero_grad()
+
+
+def random_row(tokens: int):
+    draw = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(90, (min(tokens, 128),), generator=draw).tolist()
+    return pack([(ids[:2], [ids[2:]])])

@@ -417,7 +417,10 @@ FLAGS += [(f"settings: {text[:40]!r}", written(name, text), [f"@/{name}"], [f"@/
     ("s.json", '{"": 1}', "unknown setting"),
 ]]
 FLAGS += [("selective checkpointing with stage 3", written("ds.json", '{"zero_optimization": {"stage": 3}}'),
-           ["--deepspeed=@/ds.json", "--selective_checkpointing"], ["@/ds.json: stage 3 gathers weights within"])]
+           ["--deepspeed=@/ds.json", "--selective_checkpointing"], ["@/ds.json: stage 3 gathers weights within"]),
+          ("memory by need with stage 3", written("ds.json", '{"zero_optimization": {"stage": 3}}'),
+           ["--deepspeed=@/ds.json", "--activation_memory=1"], ["within the layers, which --activation_memory can't"])]
+FLAGS += [("what a GPU has left", lambda place: None, ["--activation_memory=-1"], ["only a GPU says what it has left"])]
 FLAGS += [(f"DeepSpeed: {text[:80]!r}", written("ds.json", text), ["--deepspeed=@/ds.json"], ["@/ds.json", words])
           for text, words in [
     (DEEP, "not JSON"), ("\0", "not JSON"), ("null", "expected an object, found NoneType"), ('"a"', "found str"),
