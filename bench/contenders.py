@@ -8,10 +8,10 @@ Shapes: P pairs, S = 2P sequences, T the longest. All numbers float32 unless the
 """
 
 import dataclasses
+import functools
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ class Work:
     pairs: list[Pair]
     model: str | dict  # a folder, or a Qwen2 config
     cached: bool = True  # reference log-probs known beforehand
-    checkpointing: str = ""  # or "selective", "full"; TRL has no selective and keeps everything then
+    checkpointing: str = "keep"  # or "selective", "full", "by need"; TRL has but keep and full, and else keeps
+    activation_memory: float = -1  # GiB, for "by need"; -1: what the GPU has left
     rank: int = 16
     batch: int = 1  # pairs in a step: one micro-batch
     device: str = "cpu"
@@ -76,19 +77,29 @@ class Contender:
         self.model = self.build()
         draw_lora(self.model, work.spread)
         self.model.train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        # As in train.py's engine weights in bfloat16 have a twin in float32, and gradients go there as they come.
+        self.twins = [torch.nn.Parameter(p.detach().float()) if p.dtype == torch.bfloat16 else p for p in self.trained]
+        for p, twin in zip(self.trained, self.twins):
+            if p is not twin:
+                p.register_post_accumulate_grad_hook(functools.partial(_hand_over, twin))
+        self.optimizer = torch.optim.AdamW(self.twins, lr=RATE, weight_decay=0.0, fused=True)
 
     def build(self):
+        from nanodpo.recompute import Recompute
+
+        model = self.adapted()
+        Recompute(model, self.work.rank).use(self.mode(0))
+        return model
+
+    def adapted(self):
         from peft import get_peft_model
 
-        from nanodpo.recompute import recompute
+        return get_peft_model(base_model(self.work), lora_config(self.work), autocast_adapter_dtype=False)
 
-        model = get_peft_model(base_model(self.work), lora_config(self.work), autocast_adapter_dtype=False)
-        mode = self.work.checkpointing
-        recompute(model, SimpleNamespace(gradient_checkpointing=mode == "full", selective_checkpointing=mode ==
-                                         "selective", use_lora=True, lora_r=self.work.rank), 0)
-        return model
+    def mode(self, k: int) -> str:
+        """What the k-th step's rows keep."""
+        return self.work.checkpointing
 
     def references(self, pairs: list[Pair]):
         """(P, 2): the adapter off."""
@@ -120,10 +131,21 @@ class Contender:
         return self.update(loss)
 
     def update(self, loss) -> tuple[float, float]:
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.twins, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.drop_gradients()
+        for p, twin in zip(self.trained, self.twins):
+            if p is not twin:
+                p.data.copy_(twin)
         return loss.item(), norm.item()
+
+    def drop_gradients(self) -> None:
+        for p in [*self.trained, *self.twins]:
+            p.grad = None
+
+
+def _hand_over(twin, p) -> None:
+    twin.grad, p.grad = p.grad.float(), None
 
 
 class Nanodpo(Contender):
@@ -133,16 +155,36 @@ class Nanodpo(Contender):
 
     def build(self):
         from nanodpo.attention import LOOP, VARLEN
+        from nanodpo.engine import sample
         from nanodpo.logprobs import SequenceLogProbs
         from nanodpo.lora import fuse
+        from nanodpo.recompute import ByNeed, Recompute
+        from nanodpo.space import room
 
-        model = super().build()
-        fuse(model, in_place=self.work.checkpointing != "selective")
+        model, device = self.adapted(), torch.device(self.work.device)
+        fuse(model)
         if self.layout != "padded":
             on_gpu = self.work.device == "cuda" and self.work.dtype == torch.bfloat16
             model.get_base_model().set_attn_implementation(VARLEN if on_gpu else LOOP)
-        self.module = SequenceLogProbs(model)
+        self.module, recompute = SequenceLogProbs(model), Recompute(model, self.work.rank)
+        if self.work.checkpointing == "by need":
+            # Twins, moments and gradients, all float32, are still to come.
+            waiting = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+            self.by_need = ByNeed(recompute, self.module, sample("packed", model.config).to(device),
+                                  room(device, self.work.activation_memory, waiting))
+        else:
+            recompute.use(self.work.checkpointing)
         return model
+
+    def mode(self, k):
+        if self.work.checkpointing != "by need":
+            return self.work.checkpointing
+        tokens = sum(sum(map(len, pair)) for pair in self.batch(k))
+        return self.by_need(tokens)
+
+    def step(self, k):
+        self.mode(k)
+        return super().step(k)
 
     def logps(self, pairs: list[Pair]):
         from nanodpo.packing import pack, pad

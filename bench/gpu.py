@@ -5,12 +5,13 @@
 
 Weights are random and bf16, LoRA r=256 on all seven projections, references cached, AdamW. The lengths are those of
 reasoning traces: median 2.4k tokens a sequence, 95th percentile 8k, longest 14k, then a pair of 20k; prompts are 5%.
-Every contender runs with and without checkpointing, nanodpo also with the selective kind, each in a process of its own,
-in turn, `--rounds` times; one that runs out of memory is listed as such. Tokens/s count a pair's own tokens: prompt
-+ chosen, prompt + rejected.
+Every contender runs with and without checkpointing, nanodpo also with the selective kind and with what each row needs,
+each in a process of its own, in turn, `--rounds` times. A pair that runs out of memory is left out and listed; the pair
+of 20k tokens is told apart from the mix. Tokens/s count a pair's own tokens: prompt + chosen, prompt + rejected.
 """
 
 import argparse
+import dataclasses
 import math
 import statistics
 import sys
@@ -28,6 +29,8 @@ QWEN_7B = {"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_9
            "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TOY = contenders.tiny_wide(vocabulary=1000)
 SHORT_OF_MEMORY = ("OutOfMemory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+MODES = [("nanodpo", "by need"), ("trl", "full"), ("nanodpo", "full"), ("nanodpo", "selective"), ("nanodpo", "keep"),
+         ("trl", "keep")]
 MEDIAN, PERCENTILE_95, LONGEST = 2400, 8000, 14_000
 
 
@@ -58,33 +61,46 @@ class OnDevice:
         self.cuda = work.device == "cuda"
         self.contender = contenders.build(name, work)
 
-    def step(self, k: int) -> tuple[float, float, float]:
-        """(seconds, loss, peak GiB of this step)."""
+    def step(self, k: int) -> dict | None:
+        """What the k-th pair's step took; None where it ran out of memory."""
+        from nanodpo.space import out_of_memory
+
         if self.cuda:
+            torch.cuda.empty_cache()  # of a pair before that did not fit
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        loss, _ = self.contender.step(k)  # reads the loss, and so waits for the device
-        return time.perf_counter() - began, loss, torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
+        try:
+            loss, _ = self.contender.step(k)  # reads the loss, and so waits for the device
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            self.contender.drop_gradients()
+            return None
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
+        return {"seconds": time.perf_counter() - began, "loss": loss, "peak_gib": peak,
+                "mode": self.contender.mode(k)}
 
 
-def run(name: str, work: contenders.Work) -> list | str:
-    """Every pair once after a warm-up on the first; or why not."""
-    worker, values = None, []
+def run(name: str, work: contenders.Work) -> list[dict | None] | str:
+    """Every pair once, after a warm-up on the shortest; or why not one of them."""
+    worker = None
     try:
         worker = measure.Worker(OnDevice, resident_memory=False, name=name, work=work)
-        worker.call("step", 0)
-        for k in range(len(work.pairs)):
-            values.append(worker.call("step", k)[0])
-        return values
+        worker.call("step", min(range(len(work.pairs)), key=lambda k: tokens_of(work.pairs[k])))
+        return [worker.call("step", k)[0] for k in range(len(work.pairs))]
     except RuntimeError as error:
         if not any(sign in str(error) for sign in SHORT_OF_MEMORY):
             raise
-        prompt, *sides = map(len, work.pairs[len(values)])
-        return f"out of memory at {2 * prompt + sum(sides):,} tokens"
+        return "out of memory before the first step"
     finally:
         if worker:
             worker.close()  # its memory must be free before the next one starts
+
+
+def tokens_of(pair: contenders.Pair) -> int:
+    """Of both sequences, each with the prompt."""
+    return 2 * len(pair[0]) + len(pair[1]) + len(pair[2])
 
 
 class Ceiling:
@@ -126,7 +142,7 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, checkpointin
     forward = layers * (tokens * 2 * (base + lora) + attention)
     backward = layers * (tokens * (2 * base + 4 * lora) + 2.5 * attention)
     head = 2 * hidden * shape["vocab_size"] * sum(responses) * (3 if name == "trl" else 2)
-    again = {"": 0, "selective": layers * tokens * 2 * rank * (3 * hidden + 2 * kv + 2 * inner), "full": forward}
+    again = {"keep": 0, "selective": layers * tokens * 2 * rank * (3 * hidden + 2 * kv + 2 * inner), "full": forward}
     return forward + again[checkpointing] + backward + head
 
 
@@ -135,24 +151,58 @@ def longest_pair(work: contenders.Work, scale: float) -> int:
     fits, length = 0, round(16_384 * scale)
     while length <= 2**17 * scale:
         pairs = contenders.random_pairs(1, length // 20, length - length // 20, length - length // 20, 1000)
-        work.pairs, work.checkpointing = pairs, "full"
-        if isinstance(run("nanodpo", work), str):
+        found = run("nanodpo", dataclasses.replace(work, pairs=pairs, checkpointing="full"))
+        if isinstance(found, str) or None in found:
             break
         fits, length = length, length * 3 // 2
     return fits
 
 
 def summarise(name: str, checkpointing: str, runs: list, work: contenders.Work, top: float) -> dict:
-    """Of all rounds of one contender."""
-    if any(isinstance(one, str) for one in runs):
-        return {"name": name, "checkpointing": checkpointing, "result": next(r for r in runs if isinstance(r, str))}
-    own = [2 * len(p) + len(c) + len(r) for p, c, r in work.pairs]
-    done = sum(flops(name, pair, work.model, work.rank, checkpointing) for pair in work.pairs)
-    seconds = [sum(value[0] for value in one) for one in runs]
-    return {"name": name, "checkpointing": checkpointing, "result": "ran", "seconds": measure.spread(seconds),
-            "tokens_per_second": sum(own) / statistics.median(seconds), "losses": [value[1] for value in runs[0]],
-            "share_of_ceiling": done / statistics.median(seconds) / top,
-            "peak_gib": max(value[2] for one in runs for value in one)}
+    """Of all rounds of one contender: the mix, the pair after it, and what did not fit, in tokens."""
+    one = {"name": name, "checkpointing": checkpointing, "result": "ran"}
+    if failed := [found for found in runs if isinstance(found, str)]:
+        return one | {"result": failed[0]}
+    fit = [k for k in range(len(work.pairs)) if all(found[k] for found in runs)]
+    last = len(work.pairs) - 1
+    return one | {"did_not_fit": sorted(tokens_of(pair) for k, pair in enumerate(work.pairs) if k not in fit),
+                  "mix": _part(name, [k for k in fit if k < last], last, runs, work, top),
+                  "longest": _part(name, [k for k in fit if k == last], 1, runs, work, top),
+                  "losses": [found["loss"] if found else None for found in runs[0]]}
+
+
+def _part(name: str, pairs: list[int], count: int, runs: list, work: contenders.Work, top: float) -> dict | None:
+    """Of those of `count` pairs that fit; None where none did."""
+    if not pairs:
+        return None
+    seconds = measure.spread([sum(found[k]["seconds"] for k in pairs) for found in runs])
+    done = sum(flops(name, work.pairs[k], work.model, work.rank, runs[0][k]["mode"]) for k in pairs)
+    return {"fit": len(pairs), "of": count, "seconds": seconds, "modes": [runs[0][k]["mode"] for k in pairs],
+            "tokens_per_second": sum(tokens_of(work.pairs[k]) for k in pairs) / seconds["median"],
+            "share_of_ceiling": done / seconds["median"] / top,
+            "peak_gib": max(found[k]["peak_gib"] for found in runs for k in pairs)}
+
+
+def line(one: dict) -> list[str]:
+    """Of the table."""
+    if one["result"] != "ran":
+        return [one["name"], one["checkpointing"], one["result"], *"-----"]
+    cells = [one["name"], one["checkpointing"]]
+    for part in (one["mix"], one["longest"]):
+        cells += [f"{part['fit']} of {part['of']}", f"{part['tokens_per_second']:,.0f}",
+                  f"{part['share_of_ceiling']:.2f}", f"{part['peak_gib']:.1f}"] if part else ["none", *"---"]
+    return cells[:6] + cells[7:] + ["-" if one["losses"][0] is None else f"{one['losses'][0]:.4f}"]
+
+
+HEADER = ["contender", "recomputes", "pairs that fit", "tokens/s", "share of ceiling", "peak GiB", "20k pair: tokens/s",
+          "share", "peak GiB", "first loss"]
+
+
+def best(results: list[dict], name: str) -> dict | None:
+    """A contender's fastest way through the whole mix."""
+    found = [one["mix"] for one in results if one["name"] == name and one.get("mix")]
+    whole = [mix for mix in found if mix["fit"] == mix["of"]]
+    return max(whole, key=lambda mix: mix["tokens_per_second"], default=None)
 
 
 def main() -> None:
@@ -168,32 +218,35 @@ def main() -> None:
     device, scale = ("cpu", 0.01) if args.toy else ("cuda", 1.0)
     shape = TOY if args.toy else QWEN_7B
     work = contenders.Work(mixed_pairs(args.pairs, shape["vocab_size"], scale), shape, rank=8 if args.toy else 256,
-                           device=device, dtype=torch.float32 if args.toy else torch.bfloat16, spread=0.002)
+                           device=device, dtype=torch.float32 if args.toy else torch.bfloat16, spread=0.002,
+                           activation_memory=0.0045 if args.toy else -1)
     worker = measure.Worker(Ceiling, resident_memory=False, device=device, size=256 if args.toy else 8192)
     top, *_ = worker.call("flops")
     worker.close()
     names = args.only or ["nanodpo"] + ["trl"] * measure.can_run("trl")
-    modes = [(name, checkpointing) for name in names for checkpointing in ("", "selective", "full")
-             if (name, checkpointing) != ("trl", "selective")]
-    runs = {mode: [] for mode in modes}
+    modes = [(name, mode) for name, mode in MODES if name in names]
+    runs, found = {mode: [] for mode in modes}, {"toy": args.toy, "ceiling": top, "longest_pair": None}
+
+    def keep() -> None:  # all the while: what is cut off has said something
+        found["contenders"] = [summarise(*mode, some, work, top) for mode, some in runs.items() if some]
+        measure.write("gpu-toy" if args.toy else "gpu", args.json, vars(args), found)
+
     for _ in range(args.rounds):
         for mode in [mode for mode in modes if not any(isinstance(one, str) for one in runs[mode])]:
             name, work.checkpointing = mode
             runs[mode].append(run(name, work))
-            one = summarise(*mode, runs[mode], work, top)
-            print({key: one[key] for key in one.keys() - {"losses"}}, flush=True)  # a bench cut off has said something
-    results = [summarise(*mode, found, work, top) for mode, found in runs.items()]
-    rows = [[one["name"], one["checkpointing"] or "no", *(
-        [f"{one['tokens_per_second']:,.0f}", f"{one['peak_gib']:.1f}", f"{one['share_of_ceiling']:.2f}",
-         f"{one['losses'][0]:.4f}"] if one["result"] == "ran" else [one["result"], "-", "-", "-"])] for one in results]
+            print(*line(summarise(*mode, runs[mode], work, top)), sep=" | ", flush=True)
+            keep()
     if args.toy:
         print("TOY SIZE ON CPU: a check of the program; none of these numbers says anything about speed or memory\n")
-    print(measure.table(["contender", "checkpointing", "tokens/s", "peak GiB", "share of ceiling", "first loss"], rows))
-    found = {"toy": args.toy, "ceiling": top, "longest_pair": None, "contenders": results}
-    measure.write("gpu-toy" if args.toy else "gpu", args.json, vars(args), found)  # the rest may run out of time
+    print(measure.table(HEADER, [line(one) for one in found["contenders"]]))
+    ours, theirs = (best(found["contenders"], name) for name in ("nanodpo", "trl"))
+    if ours and theirs:
+        ratios = {name: ours[name] / theirs[name] for name in ("tokens_per_second", "peak_gib") if theirs[name]}
+        print("\nthe whole mix, each as fast as it can, nanodpo / trl:", {k: round(v, 2) for k, v in ratios.items()})
     found["longest_pair"] = longest_pair(work, scale)
+    keep()
     print(f"\nceiling: {top / 1e12:.3g} TFLOP/s in bf16; longest pair: 2 x {found['longest_pair']:,} tokens")
-    measure.write("gpu-toy" if args.toy else "gpu", args.json, vars(args), found)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ medians over rounds in which every contender has one turn, so that a machine tha
 them stands processor time, which other people's work on the machine touches least.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -82,7 +83,8 @@ class Worker:
         return self.loaded, self.call("")[0]
 
     def close(self) -> None:
-        self.pipe.send(None)
+        with contextlib.suppress(BrokenPipeError):  # one that failed is gone already
+            self.pipe.send(None)
         self.process.join(30)
 
     def _answer(self):

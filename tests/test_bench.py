@@ -17,6 +17,8 @@ import measure
 import prompt_share
 import step
 
+from nanodpo.recompute import MODES
+
 SHAPE = contenders.tiny_wide(hidden=32, vocabulary=300)
 PAIRS = [([5, 6, 7], [8, 9, 1, 2, 4], [3, 3]), ([9], [1, 2], [2, 1, 9, 9])]
 
@@ -35,7 +37,7 @@ class Here:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("checkpointing", ["", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["keep", "selective", "full"])
 def test_all_contenders_train_on_the_same_loss(cached, checkpointing):
     """Two steps on two pairs: losses and gradient norms of every layout and of plain full-logits DPO, to 1e-4."""
     work = contenders.Work(PAIRS, SHAPE, cached=cached, checkpointing=checkpointing, batch=2, spread=0.3)
@@ -78,7 +80,7 @@ def test_prompt_share_pairs_are_as_ragged_as_they_say():
     assert [tuple(map(len, pair)) for pair in pairs] == [(30, 35, 70), (30, 70, 35)] * 2
 
 
-@pytest.mark.parametrize("name, checkpointing", [("nanodpo", ""), ("nanodpo", "selective"), ("nanodpo", "full")])
+@pytest.mark.parametrize("name, checkpointing", [("nanodpo", "keep"), ("nanodpo", "selective"), ("nanodpo", "full")])
 def test_counted_flops_are_those_that_run(name, checkpointing):
     """The formula against torch's own counter, matmuls of weights and head, attention left out on both sides."""
     work = contenders.Work(PAIRS[:1], SHAPE, rank=4, checkpointing=checkpointing)
@@ -100,7 +102,7 @@ def test_who_is_said_to_recompute_does(name):
     if not measure.can_run(name if name == "trl" else "torch"):
         pytest.skip("TRL is not installed: pip install -e .[bench]")
     flops = []
-    for checkpointing in ("", "full"):
+    for checkpointing in ("keep", "full"):
         contender = contenders.build(name, contenders.Work(PAIRS[:1], SHAPE, rank=4, checkpointing=checkpointing))
         with FlopCounterMode(display=False) as counter:
             contender.step(0)
@@ -119,25 +121,62 @@ def test_gpu_benchmark_says_where_it_is(monkeypatch):
 
 
 def test_gpu_benchmark_runs_at_toy_size_and_says_so(monkeypatch, tmp_path, capsys):
-    """The whole path on CPU, with a pair that does not fit: listed as such, the rest measured, labelled a toy."""
-    class Small(Here):
+    """The whole path on CPU: a pair that does not fit is left out and listed, a contender that does not even start has
+    its line, the rest is measured, and all of it labelled a toy."""
+    step, built = contenders.Nanodpo.step, []
+
+    def small(self, k):
+        (_, chosen, _), = self.batch(k)
+        if len(chosen) > (100 if self.work.checkpointing == "keep" else 300):
+            raise RuntimeError("CUDA out of memory")
+        return step(self, k)
+
+    class Broken(Here):
         def __init__(self, build, **settings):
+            built.append(settings.get("work") and settings["work"].checkpointing)
+            if built[-1] == "selective":
+                raise RuntimeError("OutOfMemoryError: the model alone")
             super().__init__(build, **settings)
-            self.pairs = settings["work"].pairs if "work" in settings else []
 
-        def call(self, method, *args):
-            if any(len(chosen) > 300 for _, chosen, _ in self.pairs):
-                raise RuntimeError("OutOfMemoryError: too long")
-            return super().call(method, *args)
-
-    monkeypatch.setattr(measure, "Worker", Small)
+    monkeypatch.setattr(contenders.Nanodpo, "step", small)
+    monkeypatch.setattr(measure, "Worker", Broken)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--toy", "--pairs", "2", "--rounds", "1", "--only", "nanodpo", "--json",
                                       str(tmp_path / "toy.json")])
     gpu.main()
     shown, record = capsys.readouterr().out, json.loads((tmp_path / "toy.json").read_text())
     assert "TOY SIZE ON CPU" in shown and record["results"]["toy"] is True
-    assert [one["result"] for one in record["results"]["contenders"]] == ["ran"] * 3  # kept, selective, full
+    found = {one["checkpointing"]: one for one in record["results"]["contenders"]}
+    assert list(found) == ["by need", "full", "selective", "keep"]
+    assert found["selective"]["result"] == "out of memory before the first step"
+    for mode, fit in (("by need", 2), ("full", 2), ("keep", 1)):
+        mix = found[mode]["mix"]
+        assert (mix["fit"], mix["of"]) == (fit, 2) and set(mix["modes"]) <= {mode} | set(MODES) and mix["peak_gib"] == 0
+        assert len(found[mode]["did_not_fit"]) == 3 - fit - (mode != "keep")
+        assert (found[mode]["longest"] is None) == (mode == "keep")
+    pairs = gpu.mixed_pairs(2, gpu.TOY["vocab_size"], 0.01)
+    least, most, last = map(gpu.tokens_of, sorted(pairs, key=gpu.tokens_of))
+    assert found["keep"]["did_not_fit"] == [most, last] and last == 400
+    mix = found["keep"]["mix"]
+    assert mix["tokens_per_second"] == pytest.approx(least / mix["seconds"]["median"])
+    need = found["by need"]
+    assert need["mix"]["modes"] == ["keep"] * 2 and need["longest"]["modes"] != ["keep"]  # 4 MiB are enough for some
     assert 100 < record["results"]["longest_pair"] < 320
+    assert gpu.best(record["results"]["contenders"], "nanodpo")["fit"] == 2
+
+
+def test_bfloat16_is_trained_as_the_engine_trains_it():
+    """Weights in bfloat16 have twins, moments and gradients in float32; a rate too small for bfloat16 adds up there."""
+    work = contenders.Work(PAIRS, SHAPE, dtype=torch.bfloat16, spread=0.3)
+    contender = contenders.build("nanodpo", work)
+    before = [p.detach().clone() for p in contender.trained]
+    for k in range(2):
+        contender.step(k)
+    assert {p.dtype for p in contender.trained} == {torch.bfloat16}
+    assert all(twin.dtype == m.dtype == torch.float32 for twin in contender.twins
+               for m in (contender.optimizer.state[twin]["exp_avg"],))
+    moved = [(twin - p.float()).abs().max().item() for twin, p in zip(contender.twins, before)]
+    assert min(moved) > 1e-6  # two steps of 1e-5, of weights of which most are coarser than that
+    assert all(p.equal(twin.bfloat16()) and p.grad is None for p, twin in zip(contender.trained, contender.twins))
 
 
 def test_heads_agree():
