@@ -62,6 +62,14 @@ def lora_config(work: Work):
     return LoraConfig(r=work.rank, lora_alpha=2 * work.rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+def adapted(work: Work):
+    """The model with LoRA in its own dtype."""
+    from peft import get_peft_model
+
+    with torch.device(work.device):
+        return get_peft_model(base_model(work), lora_config(work), autocast_adapter_dtype=False).to(work.dtype)
+
+
 def draw_lora(model, spread: float) -> None:
     """The same adapter for everybody, and not LoRA's zero: a loss of ln 2 would agree with anything."""
     for k, (_, p) in enumerate(sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)):
@@ -88,14 +96,9 @@ class Contender:
     def build(self):
         from nanodpo.recompute import Recompute
 
-        model = self.adapted()
+        model = adapted(self.work)
         Recompute(model, self.work.rank).use(self.mode(0))
         return model
-
-    def adapted(self):
-        from peft import get_peft_model
-
-        return get_peft_model(base_model(self.work), lora_config(self.work), autocast_adapter_dtype=False)
 
     def mode(self, k: int) -> str:
         """What the k-th step's rows keep."""
@@ -161,7 +164,7 @@ class Nanodpo(Contender):
         from nanodpo.recompute import ByNeed, Recompute
         from nanodpo.space import room
 
-        model, device = self.adapted(), torch.device(self.work.device)
+        model, device = adapted(self.work), torch.device(self.work.device)
         fuse(model)
         if self.layout != "padded":
             on_gpu = self.work.device == "cuda" and self.work.dtype == torch.bfloat16

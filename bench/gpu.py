@@ -1,6 +1,7 @@
 """Qwen2.5-7B's shape on one GPU: tokens/s, peak memory, share of the matmul ceiling, and the longest pair that fits.
 
     python bench/gpu.py                 nanodpo, and TRL where it is installed; needs CUDA and no network
+    python bench/gpu.py --count         what a row of it keeps for backward, and how long rows may be; needs no GPU
     python bench/gpu.py --toy           the same code at toy size on CPU, to see that it runs; its numbers mean nothing
 
 Weights are random and bf16, LoRA r=256 on all seven projections, references cached, AdamW. The lengths are those of
@@ -146,6 +147,27 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, checkpointin
     return forward + again[checkpointing] + backward + head
 
 
+def count(shape: dict, rank: int, gib: float) -> dict[str, dict]:
+    """By mode: bytes that a token keeps, and the longest row that so many GiB allow.
+
+    Counted on tensors that have a shape and no data, with the attention that runs on a GPU. Beside the row stand the
+    weights in bfloat16 and LoRA's in float32 with moments and gradients.
+    """
+    from nanodpo.attention import VARLEN
+    from nanodpo.engine import sample
+    from nanodpo.logprobs import SequenceLogProbs
+    from nanodpo.lora import fuse
+    from nanodpo.recompute import ByNeed, Recompute
+
+    model = contenders.adapted(contenders.Work([], shape, rank=rank, device="meta", dtype=torch.bfloat16))
+    fuse(model)
+    model.get_base_model().set_attn_implementation(VARLEN)
+    weights = sum(p.numel() * (18 if p.requires_grad else 2) for p in model.parameters())
+    row = sample("packed", model.config).to(torch.device("meta"))
+    chosen = ByNeed(Recompute(model, rank), SequenceLogProbs(model), row, gib * 0.92 * 2**30 - weights)
+    return {mode: {"kept": chosen.kept[mode], "longest_row": limit} for mode, limit in chosen.limits.items()}
+
+
 def longest_pair(work: contenders.Work, scale: float) -> int:
     """Tokens a side of the longest pair that nanodpo trains on with checkpointing, from 16k in steps of a half more."""
     fits, length = 0, round(16_384 * scale)
@@ -208,11 +230,18 @@ def best(results: list[dict], name: str) -> dict | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="toy size on CPU: a check of this program, no measurement")
+    parser.add_argument("--count", action="store_true", help="count what rows keep, on tensors without data; no GPU")
     parser.add_argument("--pairs", type=int, default=16, help="of the mix, one a step; one of 20k tokens follows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="nanodpo, trl; default: both where installed")
     parser.add_argument("--json", help="default: bench/results/gpu.json")
     args = parser.parse_args()
+    if args.count:
+        shape, rank, gib = (TOY, 8, 1 / 64) if args.toy else (QWEN_7B, 256, 80e9 / 2**30)
+        found = count(shape, rank, gib)
+        print(measure.table(["recomputes", "KiB a token", "longest row, tokens"], [
+            [mode, f"{one['kept'] / 1024:,.0f}", f"{one['longest_row']:,}"] for mode, one in found.items()]))
+        return measure.write("gpu-count", args.json, vars(args), found)
     if not args.toy and not torch.cuda.is_available():
         sys.exit("bench/gpu.py: no CUDA device here; --toy runs the same code on CPU at toy size, without measuring")
     device, scale = ("cpu", 0.01) if args.toy else ("cuda", 1.0)

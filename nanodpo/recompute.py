@@ -59,14 +59,13 @@ class ByNeed:
 
     def __init__(self, recompute: Recompute, module: nn.Module, row, room: float):
         """`row` is a sample to measure with; `room`: bytes for what a row keeps, and for its backward pass."""
-        self.recompute, self.limits = recompute, {}
-        tokens, layers, passing = row.input_ids.numel(), recompute.depth, 0.0
+        self.recompute, self.kept = recompute, {}  # bytes a token
         for mode in MODES:
             recompute.use(mode)
-            kept = kept_bytes(module, row) / tokens
-            # What one layer keeps is there again while its gradients are made, and these are about as large.
-            passing = passing or 2 * kept / layers
-            self.limits[mode] = int(room / (kept + passing))
+            self.kept[mode] = kept_bytes(module, row) / row.input_ids.numel()
+        # What one layer keeps is there again while its gradients are made, and these are about as large.
+        passing = 2 * self.kept["keep"] / recompute.depth
+        self.limits = {mode: int(room / (kept + passing)) for mode, kept in self.kept.items()}  # tokens
 
     def __call__(self, tokens: int) -> str:
         """The mode, set and returned. A row that does not fit at all gets the smallest, and may yet fail."""

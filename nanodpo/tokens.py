@@ -146,7 +146,7 @@ def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
 
 def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
     # Not verbose: it would warn of texts beyond the model's context, which are handled here.
-    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
 
 
 def _after(prompt: list[int], whole: list[int], tokenizer) -> list[int] | str:

@@ -17,7 +17,11 @@ import measure
 import prompt_share
 import step
 
-from nanodpo.recompute import MODES
+from nanodpo.attention import LOOP
+from nanodpo.engine import sample
+from nanodpo.logprobs import SequenceLogProbs
+from nanodpo.lora import fuse
+from nanodpo.recompute import MODES, Recompute, kept_bytes
 
 SHAPE = contenders.tiny_wide(hidden=32, vocabulary=300)
 PAIRS = [([5, 6, 7], [8, 9, 1, 2, 4], [3, 3]), ([9], [1, 2], [2, 1, 9, 9])]
@@ -162,6 +166,25 @@ def test_gpu_benchmark_runs_at_toy_size_and_says_so(monkeypatch, tmp_path, capsy
     assert need["mix"]["modes"] == ["keep"] * 2 and need["longest"]["modes"] != ["keep"]  # 4 MiB are enough for some
     assert 100 < record["results"]["longest_pair"] < 320
     assert gpu.best(record["results"]["contenders"], "nanodpo")["fit"] == 2
+
+
+def test_what_rows_keep_is_counted_without_data(monkeypatch, tmp_path, capsys):
+    """As on CPU with data: to the byte where layers are computed again, nearly where the two attentions differ."""
+    shape = contenders.tiny_wide(hidden=64, vocabulary=1000)
+    found = gpu.count(shape, 8, 1.0)
+    model = contenders.adapted(contenders.Work([], shape, rank=8, dtype=torch.bfloat16))
+    fuse(model)
+    model.get_base_model().set_attn_implementation(LOOP)
+    row, modes, module = sample("packed", model.config), Recompute(model, 8), SequenceLogProbs(model)
+    for mode, close in (("keep", 0.1), ("selective", 0.05), ("full", 1e-12)):
+        modes.use(mode)
+        kept = kept_bytes(module, row) / row.input_ids.numel()
+        assert found[mode]["kept"] == pytest.approx(kept, rel=close), mode
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--count", "--toy", "--json", str(tmp_path / "count.json")])
+    gpu.main()
+    assert "| full | " in capsys.readouterr().out
+    limits = [one["longest_row"] for one in json.loads((tmp_path / "count.json").read_text())["results"].values()]
+    assert 0 < limits[0] < limits[1] < limits[2]
 
 
 def test_bfloat16_is_trained_as_the_engine_trains_it():
