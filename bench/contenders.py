@@ -97,12 +97,13 @@ class Contender:
         from nanodpo.recompute import Recompute
 
         model = adapted(self.work)
-        Recompute(model, self.work.rank).use(self.mode(0))
+        Recompute(model, self.work.rank).use("full" if self.work.checkpointing == "full" else "keep")
         return model
 
-    def mode(self, k: int) -> str:
-        """What the k-th step's rows keep."""
-        return self.work.checkpointing
+    def modes(self, k: int) -> list[str]:
+        """What the k-th step's row keeps, by layer."""
+        layers = self.model.config.get_text_config().num_hidden_layers
+        return [self.work.checkpointing] * layers
 
     def references(self, pairs: list[Pair]):
         """(P, 2): the adapter off."""
@@ -158,10 +159,9 @@ class Nanodpo(Contender):
 
     def build(self):
         from nanodpo.attention import LOOP, VARLEN
-        from nanodpo.engine import sample
         from nanodpo.logprobs import SequenceLogProbs
         from nanodpo.lora import fuse
-        from nanodpo.recompute import ByNeed, Recompute
+        from nanodpo.recompute import ByNeed, Recompute, sample
         from nanodpo.space import room
 
         model, device = adapted(self.work), torch.device(self.work.device)
@@ -173,20 +173,19 @@ class Nanodpo(Contender):
         if self.work.checkpointing == "by need":
             # Twins, moments and gradients, all float32, are still to come.
             waiting = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-            self.by_need = ByNeed(recompute, self.module, sample("packed", model.config).to(device),
+            self.by_need = ByNeed(recompute, self.module, functools.partial(sample, "packed", model.config, device),
                                   room(device, self.work.activation_memory, waiting))
         else:
             recompute.use(self.work.checkpointing)
         return model
 
-    def mode(self, k):
+    def modes(self, k):
         if self.work.checkpointing != "by need":
-            return self.work.checkpointing
-        tokens = sum(sum(map(len, pair)) for pair in self.batch(k))
-        return self.by_need(tokens)
+            return super().modes(k)
+        return self.by_need(sum(sum(map(len, pair)) for pair in self.batch(k)))
 
     def step(self, k):
-        self.mode(k)
+        self.modes(k)
         return super().step(k)
 
     def logps(self, pairs: list[Pair]):

@@ -1,7 +1,7 @@
 """Qwen2.5-7B's shape on one GPU: tokens/s, peak memory, share of the matmul ceiling, and the longest pair that fits.
 
     python bench/gpu.py                 nanodpo, and TRL where it is installed; needs CUDA and no network
-    python bench/gpu.py --count         what a row of it keeps for backward, and how long rows may be; needs no GPU
+    python bench/gpu.py --count         what a row takes, counted, and how long rows may be; needs no GPU
     python bench/gpu.py --toy           the same code at toy size on CPU, to see that it runs; its numbers mean nothing
 
 Weights are random and bf16, LoRA r=256 on all seven projections, references cached, AdamW. The lengths are those of
@@ -12,7 +12,9 @@ of 20k tokens is told apart from the mix. Tokens/s count a pair's own tokens: pr
 """
 
 import argparse
+import collections
 import dataclasses
+import functools
 import math
 import statistics
 import sys
@@ -80,7 +82,7 @@ class OnDevice:
             return None
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
         return {"seconds": time.perf_counter() - began, "loss": loss, "peak_gib": peak,
-                "mode": self.contender.mode(k)}
+                "modes": collections.Counter(self.contender.modes(k))}
 
 
 def run(name: str, work: contenders.Work) -> list[dict | None] | str:
@@ -123,12 +125,12 @@ class Ceiling:
         return 2 * len(self.a) ** 3 / best
 
 
-def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, checkpointing: str) -> float:
+def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, modes: dict[str, int]) -> float:
     """Of the matmuls that a contender does for a pair: recomputation and padding counted, elementwise work not.
 
     A frozen weight costs 2 FLOPs a token forward and 2 backward, a trained one 2 and 4; full recomputation is a
     forward more, the selective kind LoRA's second products. Attention is 4 T^2/2 D forward, 2.5 times that backward.
-    TRL's head computes the logits again in backward.
+    TRL's head computes the logits again in backward. `modes`: how many layers keep what.
     """
     hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
@@ -140,32 +142,31 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, checkpointin
         lengths = [max(lengths)] * 2
     tokens = sum(lengths) - (prompt if name == "nanodpo" else 0)
     attention = sum(4 * n * n / 2 * hidden for n in lengths)
-    forward = layers * (tokens * 2 * (base + lora) + attention)
-    backward = layers * (tokens * (2 * base + 4 * lora) + 2.5 * attention)
+    forward = tokens * 2 * (base + lora) + attention  # of a layer
+    backward = tokens * (2 * base + 4 * lora) + 2.5 * attention
     head = 2 * hidden * shape["vocab_size"] * sum(responses) * (3 if name == "trl" else 2)
-    again = {"keep": 0, "selective": layers * tokens * 2 * rank * (3 * hidden + 2 * kv + 2 * inner), "full": forward}
-    return forward + again[checkpointing] + backward + head
+    again = {"keep": 0, "selective": tokens * 2 * rank * (3 * hidden + 2 * kv + 2 * inner), "full": forward}
+    return layers * (forward + backward) + sum(count * again[mode] for mode, count in modes.items()) + head
 
 
 def count(shape: dict, rank: int, gib: float) -> dict[str, dict]:
-    """By mode: bytes that a token keeps, and the longest row that so many GiB allow.
+    """By mode: bytes that a token takes in forward and backward pass, and the longest row that so many GiB allow.
 
     Counted on tensors that have a shape and no data, with the attention that runs on a GPU. Beside the row stand the
     weights in bfloat16 and LoRA's in float32 with moments and gradients.
     """
     from nanodpo.attention import VARLEN
-    from nanodpo.engine import sample
     from nanodpo.logprobs import SequenceLogProbs
     from nanodpo.lora import fuse
-    from nanodpo.recompute import ByNeed, Recompute
+    from nanodpo.recompute import ByNeed, Recompute, sample
 
     model = contenders.adapted(contenders.Work([], shape, rank=rank, device="meta", dtype=torch.bfloat16))
     fuse(model)
     model.get_base_model().set_attn_implementation(VARLEN)
     weights = sum(p.numel() * (18 if p.requires_grad else 2) for p in model.parameters())
-    row = sample("packed", model.config).to(torch.device("meta"))
-    chosen = ByNeed(Recompute(model, rank), SequenceLogProbs(model), row, gib * 0.92 * 2**30 - weights)
-    return {mode: {"kept": chosen.kept[mode], "longest_row": limit} for mode, limit in chosen.limits.items()}
+    rows = functools.partial(sample, "packed", model.config, torch.device("meta"))
+    chosen = ByNeed(Recompute(model, rank), SequenceLogProbs(model), rows, gib * 0.92 * 2**30 - weights)
+    return {mode: {"bytes_per_token": chosen.per_token[mode], "longest_row": n} for mode, n in chosen.limits.items()}
 
 
 def longest_pair(work: contenders.Work, scale: float) -> int:
@@ -198,8 +199,8 @@ def _part(name: str, pairs: list[int], count: int, runs: list, work: contenders.
     if not pairs:
         return None
     seconds = measure.spread([sum(found[k]["seconds"] for k in pairs) for found in runs])
-    done = sum(flops(name, work.pairs[k], work.model, work.rank, runs[0][k]["mode"]) for k in pairs)
-    return {"fit": len(pairs), "of": count, "seconds": seconds, "modes": [runs[0][k]["mode"] for k in pairs],
+    done = sum(flops(name, work.pairs[k], work.model, work.rank, runs[0][k]["modes"]) for k in pairs)
+    return {"fit": len(pairs), "of": count, "seconds": seconds, "modes": [runs[0][k]["modes"] for k in pairs],
             "tokens_per_second": sum(tokens_of(work.pairs[k]) for k in pairs) / seconds["median"],
             "share_of_ceiling": done / seconds["median"] / top,
             "peak_gib": max(found[k]["peak_gib"] for found in runs for k in pairs)}
@@ -230,7 +231,7 @@ def best(results: list[dict], name: str) -> dict | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="toy size on CPU: a check of this program, no measurement")
-    parser.add_argument("--count", action="store_true", help="count what rows keep, on tensors without data; no GPU")
+    parser.add_argument("--count", action="store_true", help="count what rows take, on tensors without data; no GPU")
     parser.add_argument("--pairs", type=int, default=16, help="of the mix, one a step; one of 20k tokens follows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="nanodpo, trl; default: both where installed")
@@ -240,7 +241,7 @@ def main() -> None:
         shape, rank, gib = (TOY, 8, 1 / 64) if args.toy else (QWEN_7B, 256, 80e9 / 2**30)
         found = count(shape, rank, gib)
         print(measure.table(["recomputes", "KiB a token", "longest row, tokens"], [
-            [mode, f"{one['kept'] / 1024:,.0f}", f"{one['longest_row']:,}"] for mode, one in found.items()]))
+            [mode, f"{one['bytes_per_token'] / 1024:,.0f}", f"{one['longest_row']:,}"] for mode, one in found.items()]))
         return measure.write("gpu-count", args.json, vars(args), found)
     if not args.toy and not torch.cuda.is_available():
         sys.exit("bench/gpu.py: no CUDA device here; --toy runs the same code on CPU at toy size, without measuring")

@@ -1,5 +1,6 @@
 """The DeepSpeed engine around the log-prob module: its settings, its making, its update."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,6 @@ import torch
 from . import distributed, space
 from .errors import UserError, first_line
 from .logprobs import SequenceLogProbs
-from .packing import LAYOUTS
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
          "gradient_clipping", "fp16", "bf16")  # settings of the DeepSpeed JSON that are flags of train.py
@@ -128,7 +128,7 @@ def build(model, args, settings: dict, device, longest: int):
     import deepspeed  # all slow to import, and --help and wrong input don't need them
 
     from . import lora, selfcheck
-    from .recompute import ByNeed, Recompute
+    from .recompute import ByNeed, Recompute, sample
 
     stage, by_need = settings["zero_optimization"].get("stage", 0), None
     lora.fuse(model, in_place=stage < 3)
@@ -147,16 +147,11 @@ def build(model, args, settings: dict, device, longest: int):
     distributed.say(f"rows: {layout}, attention {attention}")
     if args.activation_memory:
         room = space.room(device, args.activation_memory, 4 * sum(p.numel() for p in trained))
-        by_need = ByNeed(recompute, module, sample(layout, model.config).to(device), room)
+        by_need = ByNeed(recompute, module, functools.partial(sample, layout, model.config, device), room)
         distributed.say(f"activations: {space.gib(room)}; rows of up to {by_need.limits['keep']:,} tokens keep "
-                        f"everything, up to {by_need.limits['selective']:,} what is dear, longer ones little")
+                        f"everything, of {by_need.limits['selective']:,} what is dear, of {by_need.limits['full']:,} "
+                        "little; between these by layer")
     return engine, layout, attention, by_need
-
-
-def sample(layout: str, config):
-    """A row of 576 tokens to measure with."""
-    prompt, *sides = torch.arange(576).remainder(config.get_text_config().vocab_size).split([64, 256, 256])
-    return LAYOUTS[layout]([(prompt.tolist(), [side.tolist() for side in sides])])
 
 
 def take_step(engine) -> tuple[float, bool]:

@@ -5,6 +5,8 @@ its own: the fastest that fits. Slow to import, with PEFT.
 """
 
 import functools
+import itertools
+import math
 
 import torch
 from torch import nn
@@ -12,9 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import UserError
 from .lora import Added
+from .packing import LAYOUTS
 
 MODES = ("keep", "selective", "full")  # from the fastest to the smallest
 
@@ -24,17 +28,15 @@ PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1,
 
 
 class Recompute:
-    """One of MODES for a model's layers, through the switch that transformers has put into each."""
+    """One of MODES for each of a model's layers, through the switch that transformers has put into them."""
 
     def __init__(self, model: nn.Module, rank: int, zero_stage: int = 0):
         """`rank` is LoRA's, 0 without. Raises UserError where the model has no such layers."""
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.layers = [module for module in inner.modules() if hasattr(module, "gradient_checkpointing")]
-        self.added = [module for module in inner.modules() if isinstance(module, Added)]
+        self.layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not (self.layers and inner.supports_gradient_checkpointing):
             raise UserError(f"{type(inner).__name__} can't compute its layers again in backward. Leave out "
                             "--gradient_checkpointing, --selective_checkpointing and --activation_memory")
-        self.depth = inner.config.get_text_config().num_hidden_layers
         keep = functools.partial(_keep, rank=rank)
         contexts = functools.partial(create_selective_checkpoint_contexts, keep)
         # ZeRO-3 frees weights between forward and backward, which the newer, hook-based checkpointing takes for an
@@ -45,65 +47,98 @@ class Recompute:
         if zero_stage == 3:
             inner.enable_input_require_grads()
 
-    def use(self, mode: str) -> None:
-        """For every row from now on. Rows before must have had their backward pass."""
-        for layer in self.layers:
+    def use(self, *modes: str) -> None:
+        """For every row from now on, a mode for each layer or one for all. Rows before must have had their backward."""
+        for layer, mode in zip(self.layers, modes * len(self.layers) if len(modes) == 1 else modes, strict=True):
             layer.gradient_checkpointing = mode != "keep"
             layer._gradient_checkpointing_func = self.functions.get(mode)
-        for added in self.added:  # what selective keeps must stay what it was
-            added.in_place = self.in_place and mode != "selective"
+            for module in layer.modules():
+                if isinstance(module, Added):  # what selective keeps must stay what it was
+                    module.in_place = self.in_place and mode != "selective"
 
 
 class ByNeed:
     """Called with the tokens of each row before its forward pass: lets it keep as much as its memory allows."""
 
-    def __init__(self, recompute: Recompute, module: nn.Module, row, room: float):
-        """`row` is a sample to measure with; `room`: bytes for what a row keeps, and for its backward pass."""
-        self.recompute, self.kept = recompute, {}  # bytes a token
+    def __init__(self, recompute: Recompute, module: nn.Module, sample, room: float):
+        """`sample(tokens)` makes a row to measure with; `room`: bytes for a row's forward and backward pass, the
+        gradients of the weights not counted."""
+        self.recompute, self.room, self.per_token = recompute, room, {}  # bytes
         for mode in MODES:
             recompute.use(mode)
-            self.kept[mode] = kept_bytes(module, row) / row.input_ids.numel()
-        # What one layer keeps is there again while its gradients are made, and these are about as large.
-        passing = 2 * self.kept["keep"] / recompute.depth
-        self.limits = {mode: int(room / (kept + passing)) for mode, kept in self.kept.items()}  # tokens
+            short, long = sample(512), sample(1024)
+            more = long.input_ids.numel() - short.input_ids.numel()
+            # The difference: what does not grow with a row is not its own.
+            self.per_token[mode] = (peak_bytes(module, long) - peak_bytes(module, short)) / more
+        self.limits = {mode: int(room / size) for mode, size in self.per_token.items()}  # tokens of a row
 
-    def __call__(self, tokens: int) -> str:
-        """The mode, set and returned. A row that does not fit at all gets the smallest, and may yet fail."""
-        mode = next((mode for mode in MODES if tokens <= self.limits[mode]), MODES[-1])
-        self.recompute.use(mode)
-        return mode
+    def __call__(self, tokens: int) -> list[str]:
+        """The modes, by layer, set and returned. A row that does not fit at all gets the leanest, and may yet fail."""
+        modes = self.modes(tokens)
+        self.recompute.use(*modes)
+        return modes
+
+    def modes(self, tokens: int) -> list[str]:
+        """Two neighbouring modes share the layers. The leaner has the first ones: backward comes to them last, when
+        the others have let go of theirs."""
+        layers, room = len(self.recompute.layers), self.room / tokens
+        for rich, lean in zip(MODES, MODES[1:]):
+            most, least = self.per_token[rich], self.per_token[lean]
+            if room >= most:
+                return [rich] * layers
+            if room >= least:
+                count = math.ceil(layers * (most - room) / (most - least))
+                return [lean] * count + [rich] * (layers - count)
+        return [MODES[-1]] * layers
 
 
-def kept_bytes(module: nn.Module, row) -> int:
-    """Bytes of all tensors that are still there after module(row) and were made in it: what backward waits for."""
+def sample(layout: str, config, device, tokens: int):
+    """A row of about so many tokens to measure with: two responses to a prompt."""
+    prompt = tokens // 16
+    ids = torch.arange(tokens).remainder(config.get_text_config().vocab_size).tolist()
+    sides = [ids[prompt : (tokens + prompt) // 2], ids[(tokens + prompt) // 2 :]]
+    return LAYOUTS[layout]([(ids[:prompt], sides)]).to(device)
+
+
+def peak_bytes(module: nn.Module, row) -> int:
+    """The most bytes that tensors made in module(row) and its backward pass take at one time.
+
+    No gradient of a weight is made but that of a small one of the first layer, which the backward pass must reach.
+    """
+    first = min(itertools.islice((p for p in module.parameters() if p.requires_grad), 12), key=torch.Tensor.numel)
     was_training = module.training
     module.train()
     try:
-        with torch.enable_grad(), _Made() as made:
-            result = module(row)
-        left = sum(size for storage, size in made.storages.items() if not storage.expired())
-        del result  # which held it
-        return left
+        with torch.enable_grad(), _Live() as live:
+            torch.autograd.grad(module(row).sum(), first)
+        return live.peak
     finally:
         module.train(was_training)
 
 
-class _Made(TorchDispatchMode):
-    """Remembers the storage of every tensor that an operation makes, without keeping it alive."""
+class _Live(TorchDispatchMode):
+    """Adds up the storages that operations make, for as long as they live."""
 
     def __init__(self):
         super().__init__()
-        self.storages: dict[StorageWeakRef, int] = {}  # bytes; 0 of what was there, which may come back as a view
+        self.seen, self.live, self.peak = set(), {}, 0  # StorageWeakRefs; of those made, their bytes
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self._see((args, kwargs), there=True)
+        self.seen.update(storage for storage, _ in _storages((args, kwargs)))
         result = op(*args, **(kwargs or {}))
-        self._see(result, there=False)
+        # An operation may give back a view of what was there before.
+        made = {storage: size for storage, size in _storages(result) if storage not in self.seen}
+        self.seen.update(made)
+        self.live = {storage: size for storage, size in (self.live | made).items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.live.values()))
         return result
 
-    def _see(self, tree, there: bool) -> None:
-        for storage in (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)):
-            self.storages.setdefault(StorageWeakRef(storage), 0 if there else storage.nbytes())
+
+def _storages(tree):
+    """(StorageWeakRef, bytes) of all tensors in it."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            yield StorageWeakRef(leaf.untyped_storage()), leaf.untyped_storage().nbytes()
 
 
 def _keep(context, op, *args, rank: int, **kwargs) -> CheckpointPolicy:

@@ -1,17 +1,20 @@
 """Recomputing against keeping: the same bits, and only as much again as was said."""
 
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import random_groups, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from nanodpo.attention import LOOP
 from nanodpo.errors import UserError
 from nanodpo.logprobs import SequenceLogProbs
 from nanodpo.lora import fuse
 from nanodpo.packing import pack, pad
-from nanodpo.recompute import MODES, ByNeed, Recompute, _keep, kept_bytes
+from nanodpo.recompute import MODES, ByNeed, Recompute, _keep, _Live, peak_bytes
 
 R = 2
 
@@ -118,75 +121,104 @@ def test_a_model_without_such_layers():
         Recompute(model, 0)
 
 
-def test_kept_bytes_by_hand():
-    """exp keeps its result, (3, 5) float64; the product before it is gone, the input and the weight were there."""
-    weight, row = torch.ones(4, 5, dtype=torch.float64, requires_grad=True), torch.ones(3, 4, dtype=torch.float64)
-    module = torch.nn.Module()
-    module.forward = lambda row: (row @ weight).exp().sum()
-    assert kept_bytes(module.eval(), row) == 3 * 5 * 8 + 8
-    assert not module.training
-    module.forward = lambda row: torch.utils.checkpoint.checkpoint(lambda x: (x @ weight).exp(), row * 2,
-                                                                   use_reentrant=False).sum()
-    assert kept_bytes(module, row) == 3 * 4 * 8 + 8  # what goes in
+class Chain(torch.nn.Module):
+    """Five exponentials in a row, each of which keeps its result."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+
+    def forward(self, row):
+        x = row.input_ids * self.weight
+        for _ in range(5):
+            x = checkpoint(torch.exp, x, use_reentrant=False) if self.training and row.again else x.exp()
+        return x.sum()
+
+
+@pytest.mark.parametrize("again, tensors", [(False, 6), (True, 7)])
+def test_peak_bytes_by_hand(again, tensors):
+    """Five results, and a gradient as large. Computed again: five inputs, and when the last one's exponential is there
+    once more, the gradient it is multiplied with."""
+    row, module = SimpleNamespace(input_ids=torch.zeros(1, 1000, dtype=torch.float64), again=again), Chain()
+    assert 0 <= peak_bytes(module.eval(), row) - tensors * 8000 < 200
+    assert not module.training and module.weight.grad is None
+
+
+def rows_of(tokens: int):
+    """A random row, and the same ids wherever it is cut."""
+    draw = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(90, (tokens,), generator=draw).tolist()
+    return pack([(ids[:9], [ids[9 : tokens // 2], ids[tokens // 2:]])])
+
+
+def packed(mode: str):
+    model = prepared("llama", mode)
+    model.get_base_model().set_attn_implementation(LOOP)
+    return model, SequenceLogProbs(model, chunk=7)
+
+
+class Everything(_Live):
+    """Of what lives, without the gradients that stay."""
+
+    def most(self, module, row) -> int:
+        with self:
+            module(row).sum().backward()
+        return self.peak - sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_kept_bytes_of_a_model(mode):
-    """Kept whole: what autograd's own hooks see saved, each storage once. Recomputed: at least each layer's input, at
-    most a few other vectors a token; selective in between."""
-    row, module = pack([([1] * 40, [[2] * 30, [3] * 50])]), SequenceLogProbs(prepared("llama", mode), chunk=7)
-    module.model.get_base_model().set_attn_implementation(LOOP)
-    known = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
-    known |= {x.untyped_storage().data_ptr() for x in (row.input_ids, row.position_ids, row.rows, row.targets, row.seq)}
-    saved = {}
-
-    def pack_hook(x):
-        if x.untyped_storage().data_ptr() not in known:
-            saved[x.untyped_storage().data_ptr()] = x
-        return x
-
-    found = kept_bytes(module, row)
-    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda x: x):
-        logps = module(row)
-    bytes_saved = sum(x.untyped_storage().nbytes() for x in saved.values())
-    inputs = 2 * 120 * 32 * 4  # two layers, 120 tokens, 32 wide, float32
-    assert logps.requires_grad
-    if mode == "keep":
-        assert bytes_saved <= found < 1.05 * bytes_saved
-    else:
-        keep = kept_bytes_of("keep", row)
-        assert inputs < found < (0.75 if mode == "selective" else 0.4) * keep
+def test_a_row_takes_what_was_measured(mode):
+    """Per token as between two shorter rows; against a whole backward pass with all gradients, at the length that a
+    room allows: never more than that room, and not much less."""
+    model, module = packed(mode)
+    need = ByNeed(Recompute(model, R), module, rows_of, room=20e6)
+    need.recompute.use(mode)
+    tokens = need.limits[mode]
+    assert tokens > 1500
+    most = Everything().most(module, rows_of(tokens))
+    assert 0.85 * 20e6 < most <= 20e6 * 1.02
 
 
-def kept_bytes_of(mode, row):
-    module = SequenceLogProbs(prepared("llama", mode), chunk=7)
-    module.model.get_base_model().set_attn_implementation(LOOP)
-    return kept_bytes(module, row)
+def keep(saved: list, x):
+    saved.append(x)
+    return x
+
+
+def test_what_keeping_takes_is_what_autograd_says():
+    """Kept whole, a token takes at least what autograd's own hooks see saved for it, each storage once."""
+    model, module = packed("keep")
+    need, seen = ByNeed(Recompute(model, R), module, rows_of, room=1.0), []
+    need.recompute.use("keep")
+    for tokens in (512, 1024):
+        saved, row = [], rows_of(tokens)
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(keep, saved), lambda x: x):
+            logps = module(row)
+        seen.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}.values()))
+        assert logps.requires_grad
+    assert 1 <= need.per_token["keep"] / ((seen[1] - seen[0]) / 512) < 1.2
+    assert need.per_token["full"] < 0.6 * need.per_token["keep"]
 
 
 def test_each_row_keeps_what_fits():
-    """Limits by hand from the measured bytes; rows of every length get the fastest mode that fits, and the bits of a
-    run that keeps everything, in turns."""
-    model = prepared("llama", "keep")
-    model.get_base_model().set_attn_implementation(LOOP)
-    module, sample = SequenceLogProbs(model, chunk=7), pack([([1] * 40, [[2] * 30, [3] * 50])])
-    kept = {mode: kept_bytes_of(mode, sample) / 120 for mode in MODES}
-    layer = 2 * kept["keep"] / 2
-    choose = ByNeed(Recompute(model, R), module, sample, room=100 * (kept["selective"] + layer))
-    assert choose.limits == {mode: int(100 * (kept["selective"] + layer) / (kept[mode] + layer)) for mode in MODES}
-    assert choose.limits["keep"] < choose.limits["selective"] == 100 < choose.limits["full"]
-    whole = prepared("llama", "keep")
-    whole.get_base_model().set_attn_implementation(LOOP)
-    for tokens, mode in ((choose.limits["keep"], "keep"), (100, "selective"), (101, "full"), (5, "keep"),
-                         (10**6, "full"), (99, "selective")):
-        assert choose(tokens) == mode
-        truth, here = gradients(whole, random_row(tokens)), gradients(model, random_row(tokens))
-        assert here[0].equal(truth[0]) and all(here[1][name].equal(g) for name, g in truth[1].items())
+    """Modes by hand for 4 layers of 10, 6 and 2 bytes a token, by the bytes that a token may have."""
+    need = ByNeed.__new__(ByNeed)
+    need.recompute, need.per_token = SimpleNamespace(layers=[0] * 4), {"keep": 10.0, "selective": 6.0, "full": 2.0}
+    need.room = 1200
+    for tokens, modes in ((1, "kkkk"), (120, "kkkk"), (121, "skkk"), (133, "skkk"), (134, "sskk"), (199, "ssss"),
+                          (200, "ssss"), (201, "fsss"), (300, "ffss"), (599, "ffff"), (600, "ffff"), (10**6, "ffff")):
+        assert "".join(mode[0] for mode in need.modes(tokens)) == modes, tokens
+
+
+def test_rows_in_turns_have_the_same_bits():
+    """Whatever each row's layers keep, log-probs and gradients are those of a model that keeps everything."""
+    model, module = packed("keep")
+    need = ByNeed(Recompute(model, R), module, rows_of, room=2e6)
+    whole, seen = packed("keep")[0], set()
+    for tokens in (150, 20, need.limits["keep"] + 2, 5 * need.limits["selective"] // 4, 900, 30,
+                   need.limits["full"] - 1, need.limits["selective"]):
+        seen.add(tuple(need(tokens)))
+        truth, here = gradients(whole, rows_of(tokens)), gradients(model, rows_of(tokens))
+        assert here[0].equal(truth[0]) and [name for name, g in truth[1].items() if not here[1][name].equal(g)] == []
         model.zero_grad()
         whole.zero_grad()
-
-
-def random_row(tokens: int):
-    draw = torch.Generator().manual_seed(tokens)
-    ids = torch.randint(90, (min(tokens, 128),), generator=draw).tolist()
-    return pack([(ids[:2], [ids[2:]])])
+    assert {("keep",) * 2, ("selective",) * 2, ("full",) * 2} < seen  # and a mixed one

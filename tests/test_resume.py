@@ -376,7 +376,8 @@ def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch)
     data = SimpleNamespace(examples=[], dropped=[])
     args = train.TrainArguments("model", train_file_path="data", max_steps=1)
     source = SimpleNamespace(tokenizer=None)
-    run = train.Run(args, None, tmp_path, {}, source, None, torch.device("cpu"), 1, 0, "packed", "sdpa", data, None)
+    run = train.Run(args, None, tmp_path, {}, source, None, torch.device("cpu"), 1, 0, "packed", "sdpa", None, data,
+                    None)
     with pytest.raises(UserError, match="is in use by another run"):
         train.open_folder(run, "weights", {"arguments": {}}, None)
 
