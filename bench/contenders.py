@@ -29,7 +29,7 @@ class Work:
     pairs: list[Pair]
     model: str | dict  # a folder, or a Qwen2 config
     cached: bool = True  # reference log-probs known beforehand
-    checkpointing: str = "keep"  # or "selective", "full", "by need"; TRL has but keep and full, and else keeps
+    checkpointing: str = "keep"  # or "selective", "full", "offload", "by need"; TRL has but keep and full
     activation_memory: float = -1  # GiB, for "by need"; -1: what the GPU has left
     rank: int = 16
     batch: int = 1  # pairs in a step: one micro-batch

@@ -145,7 +145,8 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, modes: dict[
     forward = tokens * 2 * (base + lora) + attention  # of a layer
     backward = tokens * (2 * base + 4 * lora) + 2.5 * attention
     head = 2 * hidden * shape["vocab_size"] * sum(responses) * (3 if name == "trl" else 2)
-    again = {"keep": 0, "selective": tokens * 2 * rank * (3 * hidden + 2 * kv + 2 * inner), "full": forward}
+    again = {"keep": 0, "selective": tokens * 2 * rank * (3 * hidden + 2 * kv + 2 * inner), "full": forward,
+             "offload": forward}
     return layers * (forward + backward) + sum(count * again[mode] for mode, count in modes.items()) + head
 
 
@@ -166,15 +167,18 @@ def count(shape: dict, rank: int, gib: float) -> dict[str, dict]:
     weights = sum(p.numel() * (18 if p.requires_grad else 2) for p in model.parameters())
     rows = functools.partial(sample, "packed", model.config, torch.device("meta"))
     chosen = ByNeed(Recompute(model, rank), SequenceLogProbs(model), rows, gib * 0.92 * 2**30 - weights)
-    return {mode: {"bytes_per_token": chosen.per_token[mode], "longest_row": n} for mode, n in chosen.limits.items()}
+    # A copy on the CPU can't be made of what has no data: the layers' inputs by hand.
+    inputs = 2 * shape["hidden_size"] * shape["num_hidden_layers"]
+    sizes = chosen.per_token | {"offload": chosen.per_token["full"] - inputs}
+    return {mode: {"bytes_per_token": n, "longest_row": int(chosen.room / n)} for mode, n in sizes.items()}
 
 
 def longest_pair(work: contenders.Work, scale: float) -> int:
-    """Tokens a side of the longest pair that nanodpo trains on with checkpointing, from 16k in steps of a half more."""
+    """Tokens a side of the longest pair that nanodpo trains on at its leanest, from 16k in steps of a half more."""
     fits, length = 0, round(16_384 * scale)
     while length <= 2**17 * scale:
         pairs = contenders.random_pairs(1, length // 20, length - length // 20, length - length // 20, 1000)
-        found = run("nanodpo", dataclasses.replace(work, pairs=pairs, checkpointing="full"))
+        found = run("nanodpo", dataclasses.replace(work, pairs=pairs, checkpointing="offload"))
         if isinstance(found, str) or None in found:
             break
         fits, length = length, length * 3 // 2

@@ -148,9 +148,7 @@ def build(model, args, settings: dict, device, longest: int):
     if args.activation_memory:
         room = space.room(device, args.activation_memory, 4 * sum(p.numel() for p in trained))
         by_need = ByNeed(recompute, module, functools.partial(sample, layout, model.config, device), room)
-        distributed.say(f"activations: {space.gib(room)}; rows of up to {by_need.limits['keep']:,} tokens keep "
-                        f"everything, of {by_need.limits['selective']:,} what is dear, of {by_need.limits['full']:,} "
-                        "little; between these by layer")
+        distributed.say(f"activations: {space.gib(room)}; {by_need}")
     return engine, layout, attention, by_need
 
 

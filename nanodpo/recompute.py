@@ -1,6 +1,6 @@
 """What backward computes again instead of keeping: nothing, the cheap part of each layer, or all of it.
 
-The numbers are the same to the last bit in all three; memory and time are not (bench/README.md). So each row may have
+The numbers are the same to the last bit whatever it is; memory and time are not (bench/README.md). So each row may have
 its own: the fastest that fits. Slow to import, with PEFT.
 """
 
@@ -20,7 +20,8 @@ from .errors import UserError
 from .lora import Added
 from .packing import LAYOUTS
 
-MODES = ("keep", "selective", "full")  # from the fastest to the smallest
+# From the fastest to the leanest. Offload is full, with the layers' inputs waiting in the CPU's memory.
+MODES = ("keep", "selective", "full", "offload")
 
 # Products of matrices, and which argument of each holds the hidden states.
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1,
@@ -42,7 +43,8 @@ class Recompute:
         # ZeRO-3 frees weights between forward and backward, which the newer, hook-based checkpointing takes for an
         # error; the older one runs backward only where the inputs have a gradient.
         self.functions = {"full": functools.partial(checkpoint, use_reentrant=zero_stage == 3),
-                          "selective": functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)}
+                          "selective": functools.partial(checkpoint, use_reentrant=False, context_fn=contexts),
+                          "offload": _offloaded}
         self.in_place = zero_stage < 3
         if zero_stage == 3:
             inner.enable_input_require_grads()
@@ -64,9 +66,9 @@ class ByNeed:
         """`sample(tokens)` makes a row to measure with; `room`: bytes for a row's forward and backward pass, the
         gradients of the weights not counted."""
         self.recompute, self.room, self.per_token = recompute, room, {}  # bytes
-        for mode in MODES:
+        short, long = sample(512), sample(1024)
+        for mode in MODES if long.input_ids.is_cuda else MODES[:3]:  # a CPU has nowhere to offload to
             recompute.use(mode)
-            short, long = sample(512), sample(1024)
             more = long.input_ids.numel() - short.input_ids.numel()
             # The difference: what does not grow with a row is not its own.
             self.per_token[mode] = (peak_bytes(module, long) - peak_bytes(module, short)) / more
@@ -81,15 +83,18 @@ class ByNeed:
     def modes(self, tokens: int) -> list[str]:
         """Two neighbouring modes share the layers. The leaner has the first ones: backward comes to them last, when
         the others have let go of theirs."""
-        layers, room = len(self.recompute.layers), self.room / tokens
-        for rich, lean in zip(MODES, MODES[1:]):
-            most, least = self.per_token[rich], self.per_token[lean]
+        layers, room, modes = len(self.recompute.layers), self.room / tokens, [*self.per_token.items()]
+        for (rich, most), (lean, least) in zip(modes, modes[1:]):
             if room >= most:
                 return [rich] * layers
             if room >= least:
                 count = math.ceil(layers * (most - room) / (most - least))
                 return [lean] * count + [rich] * (layers - count)
-        return [MODES[-1]] * layers
+        return [modes[-1][0]] * layers
+
+    def __str__(self) -> str:
+        rows = ", ".join(f"{mode} {limit:,}" for mode, limit in self.limits.items())
+        return f"longest rows in tokens: {rows}; between these by layer"
 
 
 def sample(layout: str, config, device, tokens: int):
@@ -109,7 +114,7 @@ def peak_bytes(module: nn.Module, row) -> int:
     was_training = module.training
     module.train()
     try:
-        with torch.enable_grad(), _Live() as live:
+        with torch.enable_grad(), _Live(row.input_ids.device) as live:
             torch.autograd.grad(module(row).sum(), first)
         return live.peak
     finally:
@@ -117,28 +122,32 @@ def peak_bytes(module: nn.Module, row) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Adds up the storages that operations make, for as long as they live."""
+    """Adds up the storages that operations make on this kind of device, for as long as they live."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
         super().__init__()
-        self.seen, self.live, self.peak = set(), {}, 0  # StorageWeakRefs; of those made, their bytes
+        self.device, self.peak = device.type, 0
+        self.seen, self.live = set(), {}  # StorageWeakRefs; of those made, their bytes
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.seen.update(storage for storage, _ in _storages((args, kwargs)))
+        self.seen.update(storage for storage, _ in self._storages((args, kwargs)))
         result = op(*args, **(kwargs or {}))
         # An operation may give back a view of what was there before.
-        made = {storage: size for storage, size in _storages(result) if storage not in self.seen}
+        made = {storage: size for storage, size in self._storages(result) if storage not in self.seen}
         self.seen.update(made)
         self.live = {storage: size for storage, size in (self.live | made).items() if not storage.expired()}
         self.peak = max(self.peak, sum(self.live.values()))
         return result
 
+    def _storages(self, tree):
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device:
+                yield StorageWeakRef(leaf.untyped_storage()), leaf.untyped_storage().nbytes()
 
-def _storages(tree):
-    """(StorageWeakRef, bytes) of all tensors in it."""
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor):
-            yield StorageWeakRef(leaf.untyped_storage()), leaf.untyped_storage().nbytes()
+
+def _offloaded(function, *args):
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(function, *args, use_reentrant=False)
 
 
 def _keep(context, op, *args, rank: int, **kwargs) -> CheckpointPolicy:
