@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported; two test processes share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: the hub's library looks when it is imported
 
 import pytest

@@ -226,7 +226,7 @@ DATA = [(f"{name} {what}", problems(**{name: value}), [f"@/r.parquet, row 0: {na
                             "bytes": b"a"}.items()]
 DATA += [(f"no {name}", problems(**{name: ...}), [f"@/r.parquet: has no column {name}; it has"])
          for name in ("question", "text", "worse-text", "relevant-question", "sample_type")]
-DATA += [(f"the experiment's data {how}", lambda folder,
+DATA += [(f"the experiment's data {getattr(how, '__name__', how)}", lambda folder,
           how=how: (problems()(folder), broken("r.parquet", how)(folder)),
           ["@/r.parquet: can't be read as Parquet"]) for how in [*BYTES.values(), "missing"]]
 DATA += [("one direction only", problems(sample_type="original"),
