@@ -66,12 +66,14 @@ class ByNeed:
         """`sample(tokens)` makes a row to measure with; `room`: bytes for a row's forward and backward pass, the
         gradients of the weights not counted."""
         self.recompute, self.room, self.per_token = recompute, room, {}  # bytes
-        short, long = sample(512), sample(1024)
+        short, long = sample(256), sample(512)
+        chunk, module.head.chunk = module.head.chunk, 64  # the head's chunks do not grow with a row, once it has some
         for mode in MODES if long.input_ids.is_cuda else MODES[:3]:  # a CPU has nowhere to offload to
             recompute.use(mode)
             more = long.input_ids.numel() - short.input_ids.numel()
             # The difference: what does not grow with a row is not its own.
             self.per_token[mode] = (peak_bytes(module, long) - peak_bytes(module, short)) / more
+        module.head.chunk = chunk
         self.limits = {mode: int(room / size) for mode, size in self.per_token.items()}  # tokens of a row
 
     def __call__(self, tokens: int) -> list[str]:
@@ -126,15 +128,13 @@ class _Live(TorchDispatchMode):
 
     def __init__(self, device: torch.device):
         super().__init__()
-        self.device, self.peak = device.type, 0
-        self.seen, self.live = set(), {}  # StorageWeakRefs; of those made, their bytes
+        self.device, self.peak, self.live = device.type, 0, {}  # StorageWeakRef: bytes
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.seen.update(storage for storage, _ in self._storages((args, kwargs)))
+        given = dict(self._storages((args, kwargs)))
         result = op(*args, **(kwargs or {}))
-        # An operation may give back a view of what was there before.
-        made = {storage: size for storage, size in self._storages(result) if storage not in self.seen}
-        self.seen.update(made)
+        # What an operation gives back may be a view of what it was given.
+        made = {storage: size for storage, size in self._storages(result) if storage not in given}
         self.live = {storage: size for storage, size in (self.live | made).items() if not storage.expired()}
         self.peak = max(self.peak, sum(self.live.values()))
         return result
