@@ -146,7 +146,10 @@ def build(model, args, settings: dict, device, longest: int):
     layout, attention = selfcheck.choose_layout(module, device, dtype, args.use_flash_attention, longest)
     distributed.say(f"rows: {layout}, attention {attention}")
     if args.activation_memory:
-        room = space.room(device, args.activation_memory, 4 * sum(p.numel() for p in trained))
+        if not selfcheck.grows_with_rows(model.config.get_text_config(), attention, longest):
+            raise UserError("--activation_memory: this model's attention takes memory by the square of a row's length, "
+                            "which is not foreseen; use --gradient_checkpointing")
+        room = space.room(device, args.activation_memory, space.waiting(module, stage))
         by_need = ByNeed(recompute, module, functools.partial(sample, layout, model.config, device), room)
         distributed.say(f"activations: {space.gib(room)}; {by_need}")
     return engine, layout, attention, by_need

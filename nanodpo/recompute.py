@@ -63,17 +63,15 @@ class ByNeed:
     """Called with the tokens of each row before its forward pass: lets it keep as much as its memory allows."""
 
     def __init__(self, recompute: Recompute, module: nn.Module, sample, room: float):
-        """`sample(tokens)` makes a row to measure with; `room`: bytes for a row's forward and backward pass, the
-        gradients of the weights not counted."""
+        """`sample(tokens)` makes a row to measure with; `room`: bytes for the forward and backward pass of a row's
+        layers. The head's and the weights' gradients are not counted: they do not grow with it."""
         self.recompute, self.room, self.per_token = recompute, room, {}  # bytes
         short, long = sample(256), sample(512)
-        chunk, module.head.chunk = module.head.chunk, 64  # the head's chunks do not grow with a row, once it has some
         for mode in MODES if long.input_ids.is_cuda else MODES[:3]:  # a CPU has nowhere to offload to
             recompute.use(mode)
             more = long.input_ids.numel() - short.input_ids.numel()
             # The difference: what does not grow with a row is not its own.
             self.per_token[mode] = (peak_bytes(module, long) - peak_bytes(module, short)) / more
-        module.head.chunk = chunk
         self.limits = {mode: int(room / size) for mode, size in self.per_token.items()}  # tokens of a row
 
     def __call__(self, tokens: int) -> list[str]:
@@ -108,16 +106,17 @@ def sample(layout: str, config, device, tokens: int):
 
 
 def peak_bytes(module: nn.Module, row) -> int:
-    """The most bytes that tensors made in module(row) and its backward pass take at one time.
+    """The most bytes that tensors made in module.states(row) and its backward pass take at one time.
 
-    No gradient of a weight is made but that of a small one of the first layer, which the backward pass must reach.
+    Without the head: where its chunks outweigh a short row's layers, they would hide how these grow. The backward pass
+    ends at a small weight of the first layer.
     """
     first = min(itertools.islice((p for p in module.parameters() if p.requires_grad), 12), key=torch.Tensor.numel)
     was_training = module.training
     module.train()
     try:
         with torch.enable_grad(), _Live(row.input_ids.device) as live:
-            torch.autograd.grad(module(row).sum(), first)
+            torch.autograd.grad(module.states(row).sum(), first)
         return live.peak
     finally:
         module.train(was_training)
@@ -128,15 +127,19 @@ class _Live(TorchDispatchMode):
 
     def __init__(self, device: torch.device):
         super().__init__()
-        self.device, self.peak, self.live = device.type, 0, {}  # StorageWeakRef: bytes
+        self.device, self.live, self.peak, self.total = device.type, {}, 0, 0  # live: {StorageWeakRef: bytes}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         given = dict(self._storages((args, kwargs)))
         result = op(*args, **(kwargs or {}))
         # What an operation gives back may be a view of what it was given.
         made = {storage: size for storage, size in self._storages(result) if storage not in given}
-        self.live = {storage: size for storage, size in (self.live | made).items() if not storage.expired()}
-        self.peak = max(self.peak, sum(self.live.values()))
+        self.live |= made
+        self.total += sum(made.values())
+        if self.total > self.peak:  # perhaps; some may be gone
+            self.live = {storage: size for storage, size in self.live.items() if not storage.expired()}
+            self.total = sum(self.live.values())
+            self.peak = max(self.peak, self.total)
         return result
 
     def _storages(self, tree):
@@ -153,10 +156,12 @@ def _offloaded(function, *args):
 def _keep(context, op, *args, rank: int, **kwargs) -> CheckpointPolicy:
     """Keeps attention and large products; norms, activations and what LoRA adds to a product cost little.
 
-    LoRA's second product sums over no more than its rank, and is as large as the one it is added to.
+    LoRA's second product sums over no more than its rank, and is as large as the one it is added to. Attention with
+    dropout inside is computed again: left out, it would leave the random numbers after it to others.
     """
     name = op.name().partition(".")[0]
     large = name in PRODUCTS and args[PRODUCTS[name]].shape[-1] > rank
-    if large or "attention" in name or "attn" in name:
+    named = dict(zip((argument.name for argument in op._schema.arguments), args)) | kwargs
+    if large or (("attention" in name or "attn" in name) and not named.get("dropout_p")):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -69,6 +69,13 @@ def _candidates(config, own: str, device: torch.device, dtype: torch.dtype) -> l
     return [*([("packed", VARLEN)] if flash else []), ("packed", LOOP), ("plain", own)]
 
 
+def grows_with_rows(config, attention: str, longest: int) -> bool:
+    """Whether attention's memory is in proportion to a row's length: no mask, no matrix of scores."""
+    masked = getattr(config, "attn_logit_softcapping", None) or (getattr(config, "sliding_window", None) or longest
+                                                                 ) < longest
+    return attention == VARLEN or (attention == LOOP and not masked)
+
+
 def _use(model, attention: str) -> None:
     """Switches the attention of a model by name; one that can't switch keeps its own and fails the comparison."""
     model.set_attn_implementation(attention)

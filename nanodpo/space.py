@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from .distributed import place
 from .errors import RankStopped, UserError
 from .logprobs import CHUNK_BYTES
 
@@ -54,9 +55,16 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     return needs | ({"the merged model": whole + extra} if args.merge_weights else {})
 
 
+def waiting(module, zero_stage: int) -> float:
+    """Bytes that will stand beside a row's activations and do not yet: gradients in float32, AdamW's moments, and while
+    it is made the gradient of a head that is trained."""
+    head, ranks = module.head.weight, place()[1] if zero_stage else 1  # the moments are shared by the ranks
+    trained = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
+    return trained * (4 + 8 / ranks) + 8 * head.numel() * head.requires_grad
+
+
 def room(device: torch.device, gib: float, waiting: int) -> float:
-    """Bytes for activations: those asked for, or what the GPU will have left. `waiting`: bytes of gradients, and of
-    whatever else will stand there when the first backward pass ends.
+    """Bytes for activations: those asked for, or what the GPU will have left beside those `waiting`.
 
     A part is left free, since blocks that come and go in all sizes leave holes. The head's chunks have their own.
     """

@@ -182,6 +182,17 @@ def test_the_disk_a_run_needs():
         "checkpoints": 3 * 400, "states to resume from": 3 * 1200, "the merged model": 400}
 
 
+def test_what_waits_beside_the_activations():
+    """By hand: 4 bytes of gradient and 8 of moments for each of 100 trained weights, and a trained head's 30 twice."""
+    module = torch.nn.Module()
+    module.model = torch.nn.Linear(10, 10, bias=False)
+    module.head = torch.nn.Linear(3, 10, bias=False).requires_grad_(False)
+    assert space.waiting(module, 0) == space.waiting(module, 2) == 1200
+    module.head.requires_grad_(True)
+    assert space.waiting(module, 2) == 1200 + 30 * 8
+    assert space.room(torch.device("cpu"), 0.5, 1e9) == 2**29  # what was asked for
+
+
 def test_a_dry_run_writes_nothing(tiny, tmp_path, forked):
     """R-F4: the longest pair first; memory, time and disk."""
     codes, said = forked(TRAIN, *flags(tiny, tmp_path / "run", "--dry_run"), ranks=2)

@@ -15,6 +15,7 @@ from nanodpo.logprobs import CHUNK_BYTES, SequenceLogProbs
 from nanodpo.lora import fuse
 from nanodpo.packing import pack, pad
 from nanodpo.recompute import MODES, ByNeed, Recompute, _keep, _Live, peak_bytes
+from nanodpo.selfcheck import grows_with_rows
 
 R = 2
 
@@ -129,11 +130,11 @@ class Chain(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
 
-    def forward(self, row):
+    def states(self, row):
         x = row.input_ids * self.weight
         for _ in range(5):
             x = checkpoint(torch.exp, x, use_reentrant=False) if self.training and row.again else x.exp()
-        return x.sum()
+        return x
 
 
 @pytest.mark.parametrize("again, tensors", [(False, 6), (True, 7)])
@@ -200,6 +201,42 @@ def test_what_keeping_takes_is_what_autograd_says():
     assert need.per_token["full"] < 0.6 * need.per_token["keep"]
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_head_hides_nothing(lora):
+    """A token of a model with 30,000 words takes what it takes with 100, whatever its head does meanwhile, trained or
+    not: a peak in the head's chunks would not grow with the row."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    found = []
+    for words in (100, 30_000):
+        config = LlamaConfig(vocab_size=words, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                             num_attention_heads=4, tie_word_embeddings=False)
+        model = LlamaForCausalLM(config)
+        if lora:
+            model = get_peft_model(model, LoraConfig(r=R, target_modules="all-linear", task_type="CAUSAL_LM"))
+            fuse(model)
+        (model.get_base_model() if lora else model).set_attn_implementation(LOOP)
+        found.append(ByNeed(Recompute(model, R if lora else 0), SequenceLogProbs(model), rows_of, 1.0).per_token)
+    assert found[0] == pytest.approx(found[1], rel=1e-9) and found[0]["full"] > 2 * 32 * 4
+
+
+def test_attention_that_draws_random_numbers_is_computed_again():
+    """Else the numbers after it would be others than in the forward pass. Without dropout it is kept."""
+    op, x = torch.ops.aten._scaled_dot_product_flash_attention.default, torch.zeros(4, 8)
+    assert _keep(None, op, x, x, x, 0.1, rank=R) == CheckpointPolicy.PREFER_RECOMPUTE
+    assert _keep(None, op, x, x, x, 0.0, rank=R) == CheckpointPolicy.MUST_SAVE
+    assert _keep(None, op, x, x, x, dropout_p=0.1, rank=R) == CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("attention, more, grows", [
+    (LOOP, {}, True), (VARLEN, {"sliding_window": 10}, True), (LOOP, {"sliding_window": 10}, False),
+    (LOOP, {"sliding_window": 200}, True), (LOOP, {"attn_logit_softcapping": 50.0}, False), ("eager", {}, False)])
+def test_what_can_be_foreseen(attention, more, grows):
+    """A row's memory in proportion to its length: no mask of a window within it, no scores kept for a cap."""
+    assert grows_with_rows(SimpleNamespace(**more), attention, longest=100) == grows
+
+
 def test_each_row_keeps_what_fits():
     """Modes by hand for 4 layers of 10, 6 and 2 bytes a token, by the bytes that a token may have."""
     need = ByNeed.__new__(ByNeed)
@@ -252,7 +289,7 @@ def test_a_row_takes_what_was_measured_on_a_gpu(mode):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=1000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
+    config = LlamaConfig(vocab_size=150_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
                          num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=2**17)
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear")).cuda().bfloat16()
     fuse(model)
