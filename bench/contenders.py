@@ -67,7 +67,10 @@ def adapted(work: Work):
     from peft import get_peft_model
 
     with torch.device(work.device):
-        return get_peft_model(base_model(work), lora_config(work), autocast_adapter_dtype=False).to(work.dtype)
+        model = get_peft_model(base_model(work), lora_config(work), autocast_adapter_dtype=False)
+    for p in model.parameters():  # not of the positions' frequencies, which are no parameters and stay float32
+        p.data = p.data.to(work.dtype)
+    return model
 
 
 def draw_lora(model, spread: float) -> None:

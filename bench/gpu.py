@@ -31,7 +31,8 @@ QWEN_7B = {"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_9
            "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 2**17, "rope_theta": 1e6,
            "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TOY = contenders.tiny_wide(vocabulary=1000)
-SHORT_OF_MEMORY = ("OutOfMemory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+SHORT_OF_MEMORY = ("OutOfMemory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
+                   "the worker died")  # the operating system's own answer to too much
 MODES = [("nanodpo", "by need"), ("trl", "full"), ("nanodpo", "full"), ("nanodpo", "selective"), ("nanodpo", "keep"),
          ("trl", "keep")]
 MEDIAN, PERCENTILE_95, LONGEST = 2400, 8000, 14_000
@@ -61,15 +62,17 @@ class OnDevice:
     """A contender whose steps end when the device has done them, and tell its peak memory."""
 
     def __init__(self, name: str, work: contenders.Work):
-        self.cuda = work.device == "cuda"
+        self.cuda, self.short = work.device == "cuda", False
         self.contender = contenders.build(name, work)
 
     def step(self, k: int) -> dict | None:
         """What the k-th pair's step took; None where it ran out of memory."""
         from nanodpo.space import out_of_memory
 
+        if self.short and self.cuda:
+            torch.cuda.empty_cache()  # of a pair that did not fit; after others training keeps it too
+        self.short = False
         if self.cuda:
-            torch.cuda.empty_cache()  # of a pair before that did not fit
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -79,6 +82,7 @@ class OnDevice:
             if not out_of_memory(error):
                 raise
             self.contender.drop_gradients()
+            self.short = True
             return None
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
         return {"seconds": time.perf_counter() - began, "loss": loss, "peak_gib": peak,
@@ -174,14 +178,14 @@ def count(shape: dict, rank: int, gib: float) -> dict[str, dict]:
 
 
 def longest_pair(work: contenders.Work, scale: float) -> int:
-    """Tokens a side of the longest pair that nanodpo trains on at its leanest, from 16k in steps of a half more."""
-    fits, length = 0, round(16_384 * scale)
-    while length <= 2**17 * scale:
+    """Tokens a side of the longest pair that nanodpo trains on at its leanest, of a few lengths."""
+    fits = 0
+    for length in (round(1024 * k * scale) for k in (16, 32, 64, 80, 96, 128)):
         pairs = contenders.random_pairs(1, length // 20, length - length // 20, length - length // 20, 1000)
         found = run("nanodpo", dataclasses.replace(work, pairs=pairs, checkpointing="offload"))
         if isinstance(found, str) or None in found:
             break
-        fits, length = length, length * 3 // 2
+        fits = length
     return fits
 
 
