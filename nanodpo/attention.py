@@ -5,7 +5,8 @@ Shapes: H heads, G key/value heads, T row length, E head size, S sequences.
 
 Two implementations of one definition, chosen by name (`config._attn_implementation`): "nanodpo_loop" calls causal SDPA
 once a sequence and runs anywhere; "nanodpo_varlen" is a single variable-length call on CUDA. No T x T mask is built by
-either, except a sequence's own where a model caps its scores or slides a window shorter than the sequence.
+either, except a sequence's own where a model caps its scores or slides a window shorter than the sequence. A response
+shorter than the prompt that it shares has a mask of its own length by theirs, SHORT lines at most.
 """
 
 import functools
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 LOOP, VARLEN = "nanodpo_loop", "nanodpo_varlen"
+SHORT = 512  # lines of a mask at most, so that masks grow no faster than rows
 
 
 def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
@@ -26,22 +28,28 @@ def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scali
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
     pieces = []
     for p0, p1, r0, r1 in segments.spans:
-        q, k, v = (torch.cat([x[:, :, p0:p1], x[:, :, r0:r1]], 2) if r0 > p1 else x[:, :, p0:r1]
-                   for x in (query, key, value))
+        first, short = r0 == p1, r1 - r0 <= min(p1 - p0, SHORT)
+        k, v = (x[:, :, p0:r1] if first else _joined(x, p0, p1, r0, r1) for x in (key, value))
+        # The prompt's queries come with its first response. For another one they are computed again and dropped where
+        # that costs less than the mask which it spares.
+        q = query[:, :, p0:r1] if first else query[:, :, r0:r1] if short else _joined(query, p0, p1, r0, r1)
         out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap")).transpose(1, 2)
-        # Queries of a shared prompt are computed again for each response, which needs no mask, and dropped.
-        pieces.append(out[:, p1 - p0:] if r0 > p1 else out)
+        pieces.append(out if first else out[:, r0 - r1:])
     return torch.cat(pieces, 1), None
 
 
+def _joined(x: Tensor, p0: int, p1: int, r0: int, r1: int) -> Tensor:
+    return torch.cat([x[:, :, p0:p1], x[:, :, r0:r1]], 2)
+
+
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) -> Tensor:
-    """(1, H, L, E): causal attention within one sequence."""
-    length = q.shape[2]
-    band = None
-    if softcap or (window and window < length):
-        ahead = torch.arange(length, device=q.device)
-        distance = ahead[:, None] - ahead[None, :]  # query minus key position
-        band = (distance >= 0) & (distance < (window or length))
+    """(1, H, L, E), (1, G, K, E) x 2 -> (1, H, L, E): the last L places of a sequence see those up to themselves."""
+    (length, keys), band = (q.shape[2], k.shape[2]), None
+    if softcap or length < keys or (window and window < keys):
+        # Row i is place keys - length + i, and sees the last `window` places up to itself.
+        band = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril_(keys - length)
+        if window and window < keys:
+            band.triu_(keys - length - window + 1)
     if not softcap:
         return F.scaled_dot_product_attention(q, k, v, band, dropout, is_causal=band is None, scale=scaling,
                                               enable_gqa=q.shape[1] != k.shape[1])

@@ -224,6 +224,16 @@ def test_no_square_of_the_row_is_ever_built(sizes):
     assert seen.count > 0  # the counter counts
 
 
+@pytest.mark.parametrize("prompt, response, masked", [(700, 512, True), (700, 513, False), (511, 512, False)])
+def test_a_mask_is_built_for_a_short_response_alone(prompt, response, masked):
+    """One as long as its prompt and 512 tokens at most, so that masks grow in proportion to rows; and not for the one
+    that brings the prompt along."""
+    segments = pack([([1] * prompt, [[2] * 900, [3] * response])]).segments
+    with Square(512) as seen:
+        attend(loop_attention, segments, prompt + 900 + response, None)
+    assert bool(seen.count) == masked
+
+
 @pytest.mark.parametrize("std", [0.3, None])
 @pytest.mark.parametrize("name", [*PACKED, *PLAIN])
 def test_self_check_knows_who_can_share_a_row(name, std):
