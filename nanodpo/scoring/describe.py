@@ -28,7 +28,8 @@ def describe(row: int, responses: dict[str, list[int]], found: dict[str, dict], 
             out["scores"].append(key | {"tokens": len(ids), "logps": math.nan, "mean_logps": math.nan})
             continue
         more = {"argmax_mass": np.exp(measures["argmax_logps"]), "accuracy": measures["rank"] == 1}
-        table = np.stack([(measures | more)[name] for name in MEASURED]).astype(np.float64)
+        table = np.zeros((len(MEASURED), len(ids) + 1))
+        table[:, :-1] = [(measures | more)[name] for name in MEASURED]
         texts = pieces(ids)
         parts = sections(len(ids), shared if kind in ("chosen", "rejected") else None, answer_start(texts))
         whole, *means = _means(table, [range(len(ids)), *parts.values()])
@@ -45,9 +46,9 @@ def describe(row: int, responses: dict[str, list[int]], found: dict[str, dict], 
 
 
 def _means(table: np.ndarray, parts: list[range]) -> list[dict[str, float]]:
-    """(measures, n) -> for each part, the means of the measures over its positions."""
+    """(measures, n + 1), the last column not used -> for each part, the means of the measures over its positions."""
     borders = [border for part in parts for border in (part.start, part.stop)]
-    sums = np.add.reduceat(np.pad(table, ((0, 0), (0, 1))), borders, axis=1)[:, ::2]  # the rest lies between parts
+    sums = np.add.reduceat(table, borders, axis=1)[:, ::2]  # the rest lies between parts
     return [dict(zip(NAMES, mean)) for mean in (sums / [len(part) for part in parts]).T.tolist()]
 
 
