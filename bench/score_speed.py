@@ -1,11 +1,13 @@
 """How fast is score.py beside one plain forward pass a response? The same checkpoints, rows and responses for both.
 
     python bench/score_speed.py --model_name M --train_file_path pairs.parquet [--checkpoints 10] [--rows 40]
+        [--shots 4]
 
 Makes LoRA checkpoints with random weights on M and scores five responses of each row under each of them: once with the
 plain code that one writes first (open the base, put the adapter on, a forward pass a response, full logits,
 log_softmax), once with score.py as it is, measures and tables included. Without arguments it takes the example. Checks
-that both give the same log-probs, to 1e-5, then prints both times, whole processes' and without their start-up.
+that both give the same log-probs, to 1e-5, then prints both times, less start-up, and how many times more tokens the
+plain code goes through: all that sharing a prompt can save, where arithmetic is what takes the time.
 """
 
 import argparse
@@ -30,12 +32,13 @@ def main() -> int:
     parser.add_argument("--train_file_path", default=str(ROOT / "examples" / "piles" / "test.parquet"))
     parser.add_argument("--checkpoints", type=int, default=10)
     parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--shots", type=int, default=0, help="solved rows that stand before each question")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max_length", type=int, default=1024, help="tokens; longer sequences are cut")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        pandas.read_parquet(args.train_file_path)[: args.rows].to_parquet(folder / "rows.parquet")
+        with_shots(pandas.read_parquet(args.train_file_path), args).to_parquet(folder / "rows.parquet")
         adapters = make_adapters(args, folder)
         groups = responses(args, folder)
         plain, ours = [], []
@@ -44,11 +47,28 @@ def main() -> int:
             ours.append(by_score(args, adapters, folder / f"out-{i}", folder))
         error = compare(plain[0][1], folder / "out-0" / "scores.parquet")
         times = [sorted(run[0] for run in runs)[args.rounds // 2] for runs in (plain, ours)]
-    record = {"checkpoints": args.checkpoints, "rows": args.rows, "responses": len(KINDS), "plain_seconds": times[0],
-              "score_seconds": times[1], "ratio": times[0] / times[1], "largest_relative_difference": error,
+    record = {"checkpoints": args.checkpoints, "rows": args.rows, "responses": len(KINDS), "shots": args.shots,
+              "plain_seconds": times[0], "score_seconds": times[1], "ratio": times[0] / times[1],
+              "ratio_of_tokens": ratio_of_tokens(groups), "largest_relative_difference": error,
               "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(json.dumps(record, indent=1))
     return int(error > 1e-5)
+
+
+def with_shots(table: pandas.DataFrame, args) -> pandas.DataFrame:
+    """The first rows, each after the transcripts of so many of the rows behind them."""
+    rows, behind = table[: args.rows].copy(), table["text"][args.rows :].tolist()
+    shots = ["".join(behind[(i + k) % len(behind)] for k in range(args.shots)) for i in range(len(rows))]
+    for column in ("text", "worse-text"):
+        rows[column] = [before + text for before, text in zip(shots, rows[column])]
+    return rows
+
+
+def ratio_of_tokens(groups: list) -> float:
+    """Of a pass a response, and of one in which a prompt stands once."""
+    plain = sum(len(prompt) + len(ids) for _, _, prompt, ids in groups)
+    prompts = {row: len(prompt) for row, _, prompt, _ in groups}
+    return plain / (sum(prompts.values()) + sum(len(ids) for *_, ids in groups))
 
 
 def make_adapters(args, folder: Path) -> list[Path]:
