@@ -28,18 +28,19 @@ def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scali
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
     pieces = []
     for p0, p1, r0, r1 in segments.spans:
-        first, short = r0 == p1, r1 - r0 <= min(p1 - p0, SHORT)
-        k, v = (x[:, :, p0:r1] if first else _joined(x, p0, p1, r0, r1) for x in (key, value))
+        k, v = (_sequence(x, p0, p1, r0, r1) for x in (key, value))
         # The prompt's queries come with its first response. For another one they are computed again and dropped where
         # that costs less than the mask which it spares.
-        q = query[:, :, p0:r1] if first else query[:, :, r0:r1] if short else _joined(query, p0, p1, r0, r1)
+        alone = r0 > p1 and r1 - r0 <= min(p1 - p0, SHORT)
+        q = query[:, :, r0:r1] if alone else _sequence(query, p0, p1, r0, r1)
         out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap")).transpose(1, 2)
-        pieces.append(out if first else out[:, r0 - r1:])
+        pieces.append(out[:, r0 - r1:] if r0 > p1 else out)
     return torch.cat(pieces, 1), None
 
 
-def _joined(x: Tensor, p0: int, p1: int, r0: int, r1: int) -> Tensor:
-    return torch.cat([x[:, :, p0:p1], x[:, :, r0:r1]], 2)
+def _sequence(x: Tensor, p0: int, p1: int, r0: int, r1: int) -> Tensor:
+    """Prompt and response, one after the other; not copied where they lie so."""
+    return torch.cat([x[:, :, p0:p1], x[:, :, r0:r1]], 2) if r0 > p1 else x[:, :, p0:r1]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) -> Tensor:

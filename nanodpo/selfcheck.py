@@ -70,9 +70,9 @@ def _candidates(config, own: str, device: torch.device, dtype: torch.dtype) -> l
 
 
 def grows_with_rows(config, attention: str, longest: int) -> bool:
-    """Whether attention's memory is in proportion to a row's length: no mask, no matrix of scores."""
-    masked = getattr(config, "attn_logit_softcapping", None) or (getattr(config, "sliding_window", None) or longest
-                                                                 ) < longest
+    """Whether attention's memory is in proportion to a row's length: no mask of it by itself, no matrix of scores."""
+    window = getattr(config, "sliding_window", None)
+    masked = getattr(config, "attn_logit_softcapping", None) or (window and window < longest)
     return attention == VARLEN or (attention == LOOP and not masked)
 
 
