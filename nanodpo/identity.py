@@ -167,7 +167,8 @@ def finish(folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": sys.version.split()[0]} | found | {"torch": str(torch.__version__)}  # which names its CUDA, too
 
 
 def git_commit(program: Path) -> str | None:

@@ -276,6 +276,7 @@ def test_what_is_offloaded(monkeypatch):
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", save_on_cpu)
     truth = gradients(packed("keep")[0], rows_of(100))[1]
     found = gradients(packed("offload")[0], rows_of(100))[1]
+    gone = [shape for shape in gone if shape != (0,)]  # which torch 2.11 has beside them
     assert gone == [(1, 100, 32)] * 2 and all(found[name].equal(g) for name, g in truth.items())
 
 
