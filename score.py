@@ -274,6 +274,7 @@ def open_device(args) -> torch.device:
     """This rank's device; ranks only meet where a launcher started them."""
     if "RANK" in os.environ:
         return distributed.start(args.local_rank)
+    distributed.spare_memory()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(args.gpu_id or 0)  # what libraries put on "cuda" goes there too

@@ -62,6 +62,9 @@ class OnDevice:
     """A contender whose steps end when the device has done them, and tell its peak memory."""
 
     def __init__(self, name: str, work: contenders.Work):
+        from nanodpo.distributed import spare_memory
+
+        spare_memory()  # for all contenders, as in training
         self.cuda, self.short = work.device == "cuda", False
         self.contender = contenders.build(name, work)
 

@@ -36,8 +36,16 @@ def check_device(args) -> None:
         raise UserError("--activation_memory -1: only a GPU says what it has left; give a number of GiB")
 
 
+def spare_memory() -> None:
+    """Lets CUDA's allocator map memory behind what it has. Rows come in all lengths: blocks of their own sizes would
+    leave holes between them that fit no other row. Before the first tensor there; a user's own setting stays."""
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def start(local_rank: int) -> torch.device:
     """Joins the ranks of whatever launched this process and returns its device."""
+    spare_memory()
     if "RANK" not in os.environ:  # plain python: without these DeepSpeed goes looking for MPI
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -1,6 +1,9 @@
 """Recomputing against keeping: the same bits, and only as much again as was said."""
 
 import functools
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from nanodpo.attention import LOOP, VARLEN
+from nanodpo.distributed import spare_memory
 from nanodpo.errors import UserError
 from nanodpo.logprobs import CHUNK_BYTES, SequenceLogProbs
 from nanodpo.lora import fuse
@@ -304,3 +308,33 @@ def test_a_row_takes_what_was_measured_on_a_gpu(mode):
     module(row).sum().backward()
     most = torch.cuda.max_memory_allocated() - before
     assert 0.7 * room < most < room / 0.92 + 3 * CHUNK_BYTES
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_a_users_own_allocator_settings_stay(name, monkeypatch):
+    """Under the name of newer releases of torch and the one before."""
+    for key in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    spare_memory()
+    assert {k: v for k, v in os.environ.items() if k.endswith("_ALLOC_CONF")} == {name: "max_split_size_mb:512"}
+
+
+HOLES = """
+import torch
+from nanodpo.distributed import spare_memory
+spare_memory()
+for tokens in (5001, 7003, 9007, 11003, 6007, 10007, 8009):  # rows, and what their layers keep
+    kept = [torch.empty(tokens, width, device="cuda") for _ in range(10) for width in (512, 1024, 512, 2048)]
+    del kept
+print(torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated())
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_of_all_lengths_leave_no_holes():
+    """What the allocator holds is little more than the largest row took."""
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.05
