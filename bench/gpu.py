@@ -157,8 +157,9 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, modes: dict[
     return layers * (forward + backward) + sum(count * again[mode] for mode, count in modes.items()) + head
 
 
-def count(shape: dict, rank: int, gib: float) -> dict[str, dict]:
-    """By mode: bytes that a token takes in forward and backward pass, and the longest row that so many GiB allow.
+def count(shape: dict, rank: int, gib: float) -> tuple[int, dict[str, dict]]:
+    """(bytes that stand beside any row; by mode bytes that a token takes in forward and backward pass, and the longest
+    row that so many GiB allow).
 
     Counted on tensors that have a shape and no data, with the attention that runs on a GPU. Beside the row stand the
     weights in bfloat16 and LoRA's in float32 with moments and gradients.
@@ -177,7 +178,7 @@ def count(shape: dict, rank: int, gib: float) -> dict[str, dict]:
     # A copy on the CPU can't be made of what has no data: the layers' inputs by hand.
     inputs = 2 * shape["hidden_size"] * shape["num_hidden_layers"]
     sizes = chosen.per_token | {"offload": chosen.per_token["full"] - inputs}
-    return {mode: {"bytes_per_token": n, "longest_row": int(chosen.room / n)} for mode, n in sizes.items()}
+    return weights, {mode: {"bytes_per_token": n, "longest_row": int(chosen.room / n)} for mode, n in sizes.items()}
 
 
 def longest_pair(work: contenders.Work, scale: float) -> int:
@@ -250,10 +251,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.count:
         shape, rank, gib = (TOY, 8, 1 / 64) if args.toy else (QWEN_7B, 256, 80e9 / 2**30)
-        found = count(shape, rank, gib)
+        weights, found = count(shape, rank, gib)
+        print(f"beside any row: {weights / 2**30:.1f} GiB of weights, LoRA's twins, moments and gradients\n")
         print(measure.table(["recomputes", "KiB a token", "longest row, tokens"], [
             [mode, f"{one['bytes_per_token'] / 1024:,.0f}", f"{one['longest_row']:,}"] for mode, one in found.items()]))
-        return measure.write("gpu-count", args.json, vars(args), found)
+        return measure.write("gpu-count", args.json, vars(args), {"beside_any_row": weights, "rows": found})
     if not args.toy and not torch.cuda.is_available():
         sys.exit("bench/gpu.py: no CUDA device here; --toy runs the same code on CPU at toy size, without measuring")
     device, scale = ("cpu", 0.01) if args.toy else ("cuda", 1.0)

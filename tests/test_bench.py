@@ -173,7 +173,7 @@ def test_what_rows_take_is_counted_without_data(monkeypatch, tmp_path, capsys):
     """As on CPU with data: nearly, since the two attentions differ. By hand what stands beside a row: two bytes a
     weight, 16 more a trained one."""
     shape = contenders.tiny_wide(hidden=64, vocabulary=1000)
-    found = gpu.count(shape, 8, 1.0)
+    weights, found = gpu.count(shape, 8, 1.0)
     model = contenders.adapted(contenders.Work([], shape, rank=8, dtype=torch.bfloat16))
     fuse(model)
     model.get_base_model().set_attn_implementation(LOOP)
@@ -183,11 +183,13 @@ def test_what_rows_take_is_counted_without_data(monkeypatch, tmp_path, capsys):
         assert found[mode]["bytes_per_token"] == pytest.approx(need.per_token[mode], rel=0.15), mode
     beside = sum(2 * p.numel() for p in model.parameters()) + 16 * sum(
         p.numel() for name, p in model.named_parameters() if "lora" in name)
+    assert weights == beside
     assert found["full"]["longest_row"] == int((0.92 * 2**30 - beside) / found["full"]["bytes_per_token"])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--count", "--toy", "--json", str(tmp_path / "count.json")])
     gpu.main()
     assert "| full | " in capsys.readouterr().out
-    limits = [one["longest_row"] for one in json.loads((tmp_path / "count.json").read_text())["results"].values()]
+    rows = json.loads((tmp_path / "count.json").read_text())["results"]["rows"]
+    limits = [one["longest_row"] for one in rows.values()]
     assert 0 < limits[0] < limits[1] < limits[2] < limits[3]
 
 
