@@ -29,7 +29,7 @@ class Work:
     pairs: list[Pair]
     model: str | dict  # a folder, or a Qwen2 config
     cached: bool = True  # reference log-probs known beforehand
-    checkpointing: str = "keep"  # or "selective", "full", "offload", "by need"; TRL has but keep and full
+    checkpointing: str = "keep"  # or "full", "offload", "by need"; TRL has but keep and full
     activation_memory: float = -1  # GiB, for "by need"; -1: what the GPU has left
     rank: int = 16
     batch: int = 1  # pairs in a step: one micro-batch
@@ -100,7 +100,7 @@ class Contender:
         from nanodpo.recompute import Recompute
 
         model = adapted(self.work)
-        Recompute(model, self.work.rank).use("full" if self.work.checkpointing == "full" else "keep")
+        Recompute(model).use("full" if self.work.checkpointing == "full" else "keep")
         return model
 
     def modes(self, k: int) -> list[str]:
@@ -162,6 +162,7 @@ class Nanodpo(Contender):
 
     def build(self):
         from nanodpo.attention import LOOP, VARLEN
+        from nanodpo.gated import thin
         from nanodpo.logprobs import SequenceLogProbs
         from nanodpo.lora import fuse
         from nanodpo.recompute import ByNeed, Recompute, sample
@@ -169,10 +170,11 @@ class Nanodpo(Contender):
 
         model, device = adapted(self.work), torch.device(self.work.device)
         fuse(model)
+        thin(model)
         if self.layout != "padded":
             on_gpu = self.work.device == "cuda" and self.work.dtype == torch.bfloat16
             model.get_base_model().set_attn_implementation(VARLEN if on_gpu else LOOP)
-        self.module, recompute = SequenceLogProbs(model), Recompute(model, self.work.rank)
+        self.module, recompute = SequenceLogProbs(model), Recompute(model)
         if self.work.checkpointing == "by need":
             # Twins, moments and gradients, all float32, are still to come.
             waiting = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)

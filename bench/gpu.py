@@ -6,9 +6,9 @@
 
 Weights are random and bf16, LoRA r=256 on all seven projections, references cached, AdamW. The lengths are those of
 reasoning traces: median 2.4k tokens a sequence, 95th percentile 8k, longest 14k, then a pair of 20k; prompts are 5%.
-Every contender runs with and without checkpointing, nanodpo also with the selective kind and with what each row needs,
-each in a process of its own, in turn, `--rounds` times. A pair that runs out of memory is left out and listed; the pair
-of 20k tokens is told apart from the mix. Tokens/s count a pair's own tokens: prompt + chosen, prompt + rejected.
+Every contender runs with and without checkpointing, nanodpo also with what each row needs, each in a process of its
+own, in turn, `--rounds` times. A pair that runs out of memory is left out and listed; the pair of 20k tokens is told
+apart from the mix. Tokens/s count a pair's own tokens: prompt + chosen, prompt + rejected.
 """
 
 import argparse
@@ -33,8 +33,7 @@ QWEN_7B = {"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_9
 TOY = contenders.tiny_wide(vocabulary=1000)
 SHORT_OF_MEMORY = ("OutOfMemory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
                    "the worker died")  # the operating system's own answer to too much
-MODES = [("nanodpo", "by need"), ("trl", "full"), ("nanodpo", "full"), ("nanodpo", "selective"), ("nanodpo", "keep"),
-         ("trl", "keep")]
+MODES = [("nanodpo", "by need"), ("trl", "full"), ("nanodpo", "full"), ("nanodpo", "keep"), ("trl", "keep")]
 MEDIAN, PERCENTILE_95, LONGEST = 2400, 8000, 14_000
 
 
@@ -136,8 +135,8 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, modes: dict[
     """Of the matmuls that a contender does for a pair: recomputation and padding counted, elementwise work not.
 
     A frozen weight costs 2 FLOPs a token forward and 2 backward, a trained one 2 and 4; full recomputation is a
-    forward more, the selective kind LoRA's second products. Attention is 4 T^2/2 D forward, 2.5 times that backward.
-    TRL's head computes the logits again in backward. `modes`: how many layers keep what.
+    forward more. Attention is 4 T^2/2 D forward, 2.5 times that backward. TRL's head computes the logits again in
+    backward. `modes`: how many layers keep what.
     """
     hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
@@ -152,8 +151,7 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, modes: dict[
     forward = tokens * 2 * (base + lora) + attention  # of a layer
     backward = tokens * (2 * base + 4 * lora) + 2.5 * attention
     head = 2 * hidden * shape["vocab_size"] * sum(responses) * (3 if name == "trl" else 2)
-    again = {"keep": 0, "selective": tokens * 2 * rank * (3 * hidden + 2 * kv + 2 * inner), "full": forward,
-             "offload": forward}
+    again = {"keep": 0, "full": forward, "offload": forward}
     return layers * (forward + backward) + sum(count * again[mode] for mode, count in modes.items()) + head
 
 
@@ -165,16 +163,18 @@ def count(shape: dict, rank: int, gib: float) -> tuple[int, dict[str, dict]]:
     weights in bfloat16 and LoRA's in float32 with moments and gradients.
     """
     from nanodpo.attention import VARLEN
+    from nanodpo.gated import thin
     from nanodpo.logprobs import SequenceLogProbs
     from nanodpo.lora import fuse
     from nanodpo.recompute import ByNeed, Recompute, sample
 
     model = contenders.adapted(contenders.Work([], shape, rank=rank, device="meta", dtype=torch.bfloat16))
     fuse(model)
+    thin(model)
     model.get_base_model().set_attn_implementation(VARLEN)
     weights = sum(p.numel() * (18 if p.requires_grad else 2) for p in model.parameters())
     rows = functools.partial(sample, "packed", model.config, torch.device("meta"))
-    chosen = ByNeed(Recompute(model, rank), SequenceLogProbs(model), rows, gib * 0.92 * 2**30 - weights)
+    chosen = ByNeed(Recompute(model), SequenceLogProbs(model), rows, gib * 0.92 * 2**30 - weights)
     # A copy on the CPU can't be made of what has no data: the layers' inputs by hand.
     inputs = 2 * shape["hidden_size"] * shape["num_hidden_layers"]
     sizes = chosen.per_token | {"offload": chosen.per_token["full"] - inputs}

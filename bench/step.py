@@ -19,7 +19,7 @@ import measure
 # Between contenders at the first step: the loss in nats (TRL adds up sums of 10,000 nats in float32, so to 1e-3, times
 # beta), the gradient norm relative.
 LOSS_TOLERANCE, NORM_TOLERANCE = 5e-4, 1e-3
-SETTINGS = {"cached": {}, "cached, selective": {"checkpointing": "selective"}, "online": {"cached": False},
+SETTINGS = {"cached": {}, "online": {"cached": False},
             "cached, checkpointing": {"checkpointing": "full"}, "cached, 4 pairs": {"batch": 4},
             "online, checkpointing": {"cached": False, "checkpointing": "full"},
             "cached, checkpointing, 4 pairs": {"checkpointing": "full", "batch": 4}}

@@ -29,9 +29,8 @@ class TrainArguments:
     bf16: bool = _flag(False, "Weights and activations in bfloat16, float32 master weights; otherwise float32.")
     use_flash_attention: bool = _flag(False, "Demand the variable-length flash kernel (CUDA); stop where it fails.")
     gradient_checkpointing: bool = _flag(False, "Recompute activations in backward instead of keeping them.")
-    selective_checkpointing: bool = _flag(False, "Recompute only what is cheap: all but matrix products and attention.")
-    activation_memory: float = _flag(None, "GiB a rank has for activations: each row's layers recompute nothing, the "
-                                     "cheap part or all, as it needs. -1: what the GPU has left.")
+    activation_memory: float = _flag(None, "GiB a rank has for activations: of each row as many layers are recomputed "
+                                     "as it needs. -1: what the GPU has left.")
     use_lora: bool = _flag(True, "Train a LoRA adapter; false is full fine-tuning, as is --lora_r 0.")
     lora_r: int = _flag(16, "LoRA rank.")
     lora_alpha: int = _flag(32, "LoRA scale times rank.")

@@ -63,10 +63,9 @@ def engine_config(settings: dict, path: str, args) -> dict:
     zero = settings.setdefault("zero_optimization", {})
     if type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f'{path}: zero_optimization must be like {{"stage": 0}}, with a stage of 0 to 3')
-    if (args.selective_checkpointing or args.activation_memory) and zero.get("stage") == 3:
-        flag = "selective_checkpointing" if args.selective_checkpointing else "activation_memory"
-        raise UserError(f"{path}: stage 3 gathers weights within the layers, which --{flag} can't "
-                        "tell from what it is to compute again; use --gradient_checkpointing, or stage 2")
+    if args.activation_memory and zero.get("stage") == 3:
+        raise UserError(f"{path}: stage 3 gathers weights within the layers, which --activation_memory would take for "
+                        "a row's own; use --gradient_checkpointing, or stage 2")
     offload = zero.get("offload_optimizer") or {}
     if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
         raise UserError(f"{path}: offload_optimizer with device nvme, or a ratio, keeps AdamW's moments where a state "
@@ -127,14 +126,15 @@ def build(model, args, settings: dict, device, longest: int):
     each row's tokens before it is trained on or None)."""
     import deepspeed  # all slow to import, and --help and wrong input don't need them
 
-    from . import lora, selfcheck
+    from . import gated, lora, selfcheck
     from .recompute import ByNeed, Recompute, sample
 
     stage, by_need = settings["zero_optimization"].get("stage", 0), None
     lora.fuse(model, in_place=stage < 3)
-    if args.gradient_checkpointing or args.selective_checkpointing or args.activation_memory:
-        recompute = Recompute(model, args.lora_r if args.use_lora else 0, stage)
-        recompute.use("selective" if args.selective_checkpointing else "full")
+    gated.thin(model)
+    if args.gradient_checkpointing or args.activation_memory:
+        recompute = Recompute(model, stage)
+        recompute.use("full")
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]

@@ -22,7 +22,7 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizer
 # Flags that may differ between a run and its continuation. None of them can change a number that is written ...
 FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
         "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "print_config", "dry_run",
-        "gradient_checkpointing", "selective_checkpointing", "activation_memory"}
+        "gradient_checkpointing", "activation_memory"}
 # ... or what they name is compared itself: weights, token ids, DeepSpeed settings.
 BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "deepspeed"}
 ADAPTERS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}  # an adapter that is trained on decides

@@ -41,8 +41,7 @@ def check(args) -> None:
 
 def _check_together(args) -> None:
     """Of flags that have no meaning together, or only together."""
-    for names in (("eval_file_path", "eval_size"),
-                  ("gradient_checkpointing", "selective_checkpointing", "activation_memory")):
+    for names in (("eval_file_path", "eval_size"), ("gradient_checkpointing", "activation_memory")):
         if len(given := [f"--{name}" for name in names if getattr(args, name)]) > 1:
             raise UserError(f"{' and '.join(given)}: give one of them")
     if args.eval_steps and not (args.eval_file_path or args.eval_size):

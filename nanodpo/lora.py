@@ -14,7 +14,7 @@ def fuse(model: nn.Module, in_place: bool = True) -> None:
     """Lets every plain LoRA layer of a PEFT model add in one product; names, weights and what is saved stay the same.
 
     A layer that is more than W x + s B A x (DoRA, biases, several dtypes) stays PEFT's own. Not `in_place` where
-    somebody else holds W x: ZeRO-3 and selective checkpointing do.
+    somebody else holds W x: ZeRO-3 does.
     """
     for layer in [module for module in model.modules() if type(module) is Linear]:
         for name, second in layer.lora_B.items():

@@ -1,7 +1,7 @@
-"""What backward computes again instead of keeping: nothing, the cheap part of each layer, or all of it.
+"""Which layers backward computes again instead of keeping their activations, row by row.
 
-The numbers are the same to the last bit whatever it is; memory and time are not (bench/README.md). So each row may have
-its own: the fastest that fits. Slow to import, with PEFT.
+The numbers are the same to the last bit whichever they are; memory and time are not (bench/README.md). So each row may
+have its own: the fastest choice that fits. Slow to import, with PEFT.
 """
 
 import functools
@@ -13,39 +13,30 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import UserError
-from .lora import Added
 from .packing import LAYOUTS
 
 # From the fastest to the leanest. Offload is full, with the layers' inputs waiting in the CPU's memory.
-MODES = ("keep", "selective", "full", "offload")
-
-# Products of matrices, and which argument of each holds the hidden states.
-PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1,
-            "aten::_grouped_mm": 0, "transformers::grouped_mm_fallback": 0}  # of experts
+MODES = ("keep", "full", "offload")
 
 
 class Recompute:
     """One of MODES for each of a model's layers, through the switch that transformers has put into them."""
 
-    def __init__(self, model: nn.Module, rank: int, zero_stage: int = 0):
-        """`rank` is LoRA's, 0 without. Raises UserError where the model has no such layers."""
+    def __init__(self, model: nn.Module, zero_stage: int = 0):
+        """Raises UserError where the model has no such layers."""
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not (self.layers and inner.supports_gradient_checkpointing):
             raise UserError(f"{type(inner).__name__} can't compute its layers again in backward. Leave out "
-                            "--gradient_checkpointing, --selective_checkpointing and --activation_memory")
-        keep = functools.partial(_keep, rank=rank)
-        contexts = functools.partial(create_selective_checkpoint_contexts, keep)
+                            "--gradient_checkpointing and --activation_memory")
         # ZeRO-3 frees weights between forward and backward, which the newer, hook-based checkpointing takes for an
         # error; the older one runs backward only where the inputs have a gradient.
         self.functions = {"full": functools.partial(checkpoint, use_reentrant=zero_stage == 3),
-                          "selective": functools.partial(checkpoint, use_reentrant=False, context_fn=contexts),
                           "offload": _offloaded}
-        self.in_place = zero_stage < 3
         if zero_stage == 3:
             inner.enable_input_require_grads()
 
@@ -55,8 +46,8 @@ class Recompute:
             layer.gradient_checkpointing = mode != "keep"
             layer._gradient_checkpointing_func = self.functions.get(mode)
             for module in layer.modules():
-                if isinstance(module, Added):  # what selective keeps must stay what it was
-                    module.in_place = self.in_place and mode != "selective"
+                if hasattr(module, "thin"):  # its hooks would keep what checkpoint's throw away
+                    module.thin = mode == "keep"
 
 
 class ByNeed:
@@ -67,7 +58,7 @@ class ByNeed:
         layers. The head's and the weights' gradients are not counted: they do not grow with it."""
         self.recompute, self.room, self.per_token = recompute, room, {}  # bytes
         short, long = sample(256), sample(512)
-        for mode in MODES if long.input_ids.is_cuda else MODES[:3]:  # a CPU has nowhere to offload to
+        for mode in MODES if long.input_ids.is_cuda else MODES[:2]:  # a CPU has nowhere to offload to
             recompute.use(mode)
             more = long.input_ids.numel() - short.input_ids.numel()
             # The difference: what does not grow with a row is not its own.
@@ -151,17 +142,3 @@ class _Live(TorchDispatchMode):
 def _offloaded(function, *args):
     with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *args, use_reentrant=False)
-
-
-def _keep(context, op, *args, rank: int, **kwargs) -> CheckpointPolicy:
-    """Keeps attention and large products; norms, activations and what LoRA adds to a product cost little.
-
-    LoRA's second product sums over no more than its rank, and is as large as the one it is added to. Attention with
-    dropout inside is computed again: left out, it would leave the random numbers after it to others.
-    """
-    name = op.name().partition(".")[0]
-    large = name in PRODUCTS and args[PRODUCTS[name]].shape[-1] > rank
-    named = dict(zip((argument.name for argument in op._schema.arguments), args)) | kwargs
-    if large or (("attention" in name or "attn" in name) and not named.get("dropout_p")):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE

@@ -11,8 +11,8 @@ from .errors import RankStopped, UserError
 from .logprobs import CHUNK_BYTES
 
 LESS = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), a smaller "
-        "--activation_memory, --selective_checkpointing or --gradient_checkpointing, --bf16, a --max_length with "
-        "--overlong, or a higher ZeRO stage or offloading in --deepspeed")
+        "--activation_memory or --gradient_checkpointing, --bf16, a --max_length with --overlong, or a higher ZeRO "
+        "stage or offloading in --deepspeed")
 
 
 # Allocators of the CPU raise a plain RuntimeError; cuBLAS and NCCL take memory of their own, and say so their own way.

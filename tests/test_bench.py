@@ -19,6 +19,7 @@ import prompt_share
 import step
 
 from nanodpo.attention import LOOP
+from nanodpo.gated import thin
 from nanodpo.logprobs import SequenceLogProbs
 from nanodpo.lora import fuse
 from nanodpo.recompute import MODES, ByNeed, Recompute, sample
@@ -41,7 +42,7 @@ class Here:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("checkpointing", ["keep", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["keep", "full"])
 def test_all_contenders_train_on_the_same_loss(cached, checkpointing):
     """Two steps on two pairs: losses and gradient norms of every layout and of plain full-logits DPO, to 1e-4."""
     work = contenders.Work(PAIRS, SHAPE, cached=cached, checkpointing=checkpointing, batch=2, spread=0.3)
@@ -84,7 +85,7 @@ def test_prompt_share_pairs_are_as_ragged_as_they_say():
     assert [tuple(map(len, pair)) for pair in pairs] == [(30, 35, 70), (30, 70, 35)] * 2
 
 
-@pytest.mark.parametrize("name, checkpointing", [("nanodpo", "keep"), ("nanodpo", "selective"), ("nanodpo", "full")])
+@pytest.mark.parametrize("name, checkpointing", [("nanodpo", "keep"), ("nanodpo", "full")])
 def test_counted_flops_are_those_that_run(name, checkpointing):
     """The formula against torch's own counter, matmuls of weights and head, attention left out on both sides."""
     work = contenders.Work(PAIRS[:1], SHAPE, rank=4, checkpointing=checkpointing)
@@ -138,10 +139,11 @@ def test_gpu_benchmark_runs_at_toy_size_and_says_so(monkeypatch, tmp_path, capsy
     class Broken(Here):
         def __init__(self, build, **settings):
             built.append(settings.get("work") and settings["work"].checkpointing)
-            if built[-1] == "selective":
+            if built[-1] == "broken":
                 raise RuntimeError("OutOfMemoryError: the model alone")
             super().__init__(build, **settings)
 
+    monkeypatch.setattr(gpu, "MODES", [*gpu.MODES, ("nanodpo", "broken")])
     monkeypatch.setattr(contenders.Nanodpo, "step", small)
     monkeypatch.setattr(measure, "Worker", Broken)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--toy", "--pairs", "2", "--rounds", "1", "--only", "nanodpo", "--json",
@@ -150,8 +152,8 @@ def test_gpu_benchmark_runs_at_toy_size_and_says_so(monkeypatch, tmp_path, capsy
     shown, record = capsys.readouterr().out, json.loads((tmp_path / "toy.json").read_text())
     assert "TOY SIZE ON CPU" in shown and record["results"]["toy"] is True
     found = {one["checkpointing"]: one for one in record["results"]["contenders"]}
-    assert list(found) == ["by need", "full", "selective", "keep"]
-    assert found["selective"]["result"] == "out of memory before the first step"
+    assert list(found) == ["by need", "full", "keep", "broken"]
+    assert found["broken"]["result"] == "out of memory before the first step"
     for mode, fit in (("by need", 2), ("full", 2), ("keep", 1)):
         mix = found[mode]["mix"]
         assert (mix["fit"], mix["of"]) == (fit, 2) and mix["peak_gib"] == 0
@@ -176,10 +178,11 @@ def test_what_rows_take_is_counted_without_data(monkeypatch, tmp_path, capsys):
     weights, found = gpu.count(shape, 8, 1.0)
     model = contenders.adapted(contenders.Work([], shape, rank=8, dtype=torch.bfloat16))
     fuse(model)
+    thin(model)
     model.get_base_model().set_attn_implementation(LOOP)
     rows = functools.partial(sample, "packed", model.config, torch.device("cpu"))
-    need = ByNeed(Recompute(model, 8), SequenceLogProbs(model), rows, 1.0)
-    for mode in MODES[:3]:
+    need = ByNeed(Recompute(model), SequenceLogProbs(model), rows, 1.0)
+    for mode in MODES[:2]:
         assert found[mode]["bytes_per_token"] == pytest.approx(need.per_token[mode], rel=0.15), mode
     beside = sum(2 * p.numel() for p in model.parameters()) + 16 * sum(
         p.numel() for name, p in model.named_parameters() if "lora" in name)
@@ -190,7 +193,7 @@ def test_what_rows_take_is_counted_without_data(monkeypatch, tmp_path, capsys):
     assert "| full | " in capsys.readouterr().out
     rows = json.loads((tmp_path / "count.json").read_text())["results"]["rows"]
     limits = [one["longest_row"] for one in rows.values()]
-    assert 0 < limits[0] < limits[1] < limits[2] < limits[3]
+    assert 0 < limits[0] < limits[1] < limits[2]
 
 
 def test_bfloat16_is_trained_as_the_engine_trains_it():

@@ -101,7 +101,7 @@ def test_told_to_stop_whatever_it_is_doing(fault, step, ranks, whole, tiny, tmp_
         (cache,) = (tmp_path / "run-cache").glob("*.safetensors")
         assert load_file(cache)["logps"].isfinite().all(1).sum() == 4, "pairs of the two steps that were begun"
     # What is kept for backward and what is computed again changes no bit, so a run may go on with another choice.
-    more = ["--selective_checkpointing"] if step == 3 else ["--gradient_checkpointing"] if ranks == 2 else []
+    more = ["--activation_memory", "0.0002"] if step == 3 else ["--gradient_checkpointing"] if ranks == 2 else []
     codes, said = forked(TRAIN, *flags(tiny, run, *more), ranks=ranks)
     assert codes == [0] * ranks and f"going on at step {step}" in said
     assert_same(whole(ranks), run)

@@ -29,8 +29,6 @@ RUNS = {
     "ranks-zero2": ((*LORA, *RANKS2), 2, 2, "fork"),
     "ranks-zero3": ((*LORA, *RANKS2, "--gradient_checkpointing"), 3, 2, "deepspeed"),
     "by-need": ((*LORA, *ACCUMULATE4, "--activation_memory", "0.0002"), 2, 1, "fork"),  # rows of all kinds
-    "selective": ((*LORA, *MICRO4, "--selective_checkpointing"), 0, 1, "fork"),
-    "selective-full": ((*FULL, *RANKS2, "--selective_checkpointing"), 2, 2, "fork"),
     "full-tied": ((*FULL, *MICRO4), 2, 1, "fork"),
     "full-tied-checkpointing": ((*FULL, *MICRO4, "--gradient_checkpointing"), 0, 1, "fork"),
     "full-tied-zero3": ((*FULL, *RANKS2, "--gradient_checkpointing"), 3, 2, "fork"),

@@ -416,10 +416,9 @@ FLAGS += [(f"settings: {text[:40]!r}", written(name, text), [f"@/{name}"], [f"@/
     ("s.json", "null", "found NoneType"), ("s.json", '{"seed": [1]}', "seed must be a single value, found list"),
     ("s.json", '{"": 1}', "unknown setting"),
 ]]
-FLAGS += [("selective checkpointing with stage 3", written("ds.json", '{"zero_optimization": {"stage": 3}}'),
-           ["--deepspeed=@/ds.json", "--selective_checkpointing"], ["@/ds.json: stage 3 gathers weights within"]),
-          ("memory by need with stage 3", written("ds.json", '{"zero_optimization": {"stage": 3}}'),
-           ["--deepspeed=@/ds.json", "--activation_memory=1"], ["within the layers, which --activation_memory can't"])]
+FLAGS += [("memory by need with stage 3", written("ds.json", '{"zero_optimization": {"stage": 3}}'),
+           ["--deepspeed=@/ds.json", "--activation_memory=1"],
+           ["@/ds.json: stage 3 gathers weights within", "which --activation_memory would"])]
 FLAGS += [("what a GPU has left", lambda place: None, ["--activation_memory=-1"], ["only a GPU says what it has left"])]
 FLAGS += [(f"DeepSpeed: {text[:80]!r}", written("ds.json", text), ["--deepspeed=@/ds.json"], ["@/ds.json", words])
           for text, words in [

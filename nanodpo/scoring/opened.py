@@ -57,7 +57,7 @@ class Opener:
         return self.last
 
     def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool) -> Opened:
-        from .. import lora, selfcheck  # slow to import, with transformers' models
+        from .. import gated, lora, selfcheck  # slow to import, with transformers' models
 
         dtype = torch.bfloat16 if bf16 else torch.float32
         if adapter:  # else it is the checkpoint itself, which is known to be whole
@@ -66,6 +66,7 @@ class Opener:
         own = model.config._attn_implementation
         model = add_adapter(model, adapter)
         lora.fuse(model)
+        gated.thin(model)
         model.requires_grad_(False)
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         module = SequenceLogProbs(model).to(self.device).eval()
