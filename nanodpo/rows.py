@@ -11,6 +11,7 @@ from .errors import UserError
 
 PROMPT_FIELDS, CHOSEN_FIELDS, REJECTED_FIELDS = (
     ("prompt", "question"), ("chosen", "text", "completion", "messages"), ("rejected", "worse-text"))
+FOR_TEMPLATES = ("tools", "chat_template_kwargs")  # columns of other trainers that change how messages are rendered
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 
 
@@ -142,5 +143,11 @@ def choose_fields(path: str, rows: list[dict], prompt, chosen, rejected, pairs: 
                             f"name one with --{flag}")
         return found
 
-    return (choose("prompt_field", prompt, PROMPT_FIELDS, False), choose("chosen_field", chosen, CHOSEN_FIELDS, True),
-            choose("rejected_field", rejected, REJECTED_FIELDS, pairs))
+    fields = (choose("prompt_field", prompt, PROMPT_FIELDS, False), choose("chosen_field", chosen, CHOSEN_FIELDS, True),
+              choose("rejected_field", rejected, REJECTED_FIELDS, pairs))
+    for name in FOR_TEMPLATES:
+        if (i := next((i for i, row in enumerate(rows) if row.get(name) and isinstance(row[fields[1]], list)), None)
+                ) is not None:
+            raise UserError(f"{path}: row {i}: has {name} for the chat template, which is not supported; remove that "
+                            "column, or give whole rendered transcripts")
+    return fields

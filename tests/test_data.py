@@ -363,3 +363,14 @@ def test_named_columns_win_and_missing_ones_are_errors():
         choose_fields("d", rows, "q", "x", "b", True)
     with pytest.raises(UserError, match="rejected or worse-text; it has chosen: name one with --rejected_field"):
         choose_fields("d", [{"chosen": 1}], None, None, None, True)
+
+
+@pytest.mark.parametrize("name", ["tools", "chat_template_kwargs"])
+def test_what_only_a_template_could_use_is_refused(name):
+    """Left out of the prompt without a word, it would make another one. Beside plain text, or empty, it is nothing."""
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    rows = [{"chosen": turns, "rejected": turns, name: value} for value in (None, [], {"a": 1})]
+    with pytest.raises(UserError, match=f"^d: row 2: has {name} for the chat template, which is not supported; remove"):
+        choose_fields("d", rows, None, None, None, True)
+    assert choose_fields("d", rows[:2], None, None, None, True)[1] == "chosen"
+    assert choose_fields("d", [{"chosen": "A", "rejected": "B", name: {"a": 1}}], None, None, None, True)[1] == "chosen"
