@@ -208,6 +208,9 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
     run.evaluated = distributed.from_main(run.evaluated)
     going = f", going on at step {found['step']}" if old else ""
     distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs{going}")
+    if (warmup := run.args.warmup_steps) > run.steps:
+        distributed.say(f"--warmup_steps {warmup}: more than the run has; it ends at {run.steps / warmup:.0%} of "
+                        "--learning_rate")
     save_checkpoint(run)  # the engine holds the starting point until it goes on: a damaged one is made again
     return found
 
@@ -419,11 +422,13 @@ def check_numbers(run: Run, pairs: list[int], means: dict, meter) -> str | None:
             raise RunStopped(f"step {run.step}: {wrong}; no update was made")
         return wrong
     # Policy and reference are one model now, and their micro-batches are the same.
-    if run.step == 0 and gap > (1e-3 if run.args.bf16 else 1e-4) and not run.args.allow_dropout:
+    unequal = gap > (1e-3 if run.args.bf16 else 1e-4) or abs(means.get("rewards/margins", 0.0)) > 0.01
+    if run.step == 0 and unequal and not run.args.allow_dropout:
         raise RunStopped(
             f"step 0: policy and reference should be equal, but their log-probs differ by {gap:.2g} nats a token (loss "
-            f"{means['loss']:.4f}). Likely causes: dropout, a reference cache of other weights (empty "
-            f"{run.args.cache_dir}), an adapter that was already trained, another attention")
+            f"{means['loss']:.4f}, rewards/margins {means['rewards/margins']:.4f}). Likely causes: dropout, a cache of "
+            f"other weights' references (empty {run.args.cache_dir}), an adapter that was already trained, another "
+            "attention")
     return None
 
 

@@ -39,9 +39,10 @@ def deal(pairs: list[int], batch: int, rank: int, world: int) -> list[tuple[list
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, shape: str) -> float:
-    """The rate of step `step` of 0 .. steps-1: linear from peak/warmup to peak, then down to 0 (or constant).
+    """The rate of step `step` of 0 .. steps-1: linear from peak/warmup to peak, then down (or constant).
 
-    transformers starts warm-up at 0, so that the first step changes nothing; here each step of it has one part more.
+    After the warm-up it goes from peak towards the 0 that step `steps` would have. In the warm-up step s has
+    peak (s + 1) / warmup, where transformers has peak s / warmup, so that its first step changes nothing.
     """
     if step < warmup:
         return peak * (step + 1) / warmup

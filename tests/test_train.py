@@ -1,8 +1,10 @@
 """Whole runs of train.py against an independent trainer: what a run computes, and what it leaves."""
 
+import contextlib
 import hashlib
 import json
 import math
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -10,6 +12,7 @@ import torch
 from conftest import ROOT, launch, train, zero
 from safetensors.torch import load_file, save_file
 
+from nanodpo.errors import RunStopped
 from nanodpo.schedule import pairs_of_step
 
 pytestmark = pytest.mark.slow
@@ -203,6 +206,19 @@ def test_a_run_that_does_not_start_at_its_reference_stops(tiny, tmp_path):
     assert done.returncode == 1
     assert "error: step 0: policy and reference should be equal" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "bad" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("gap, margin, bf16, stops", [
+    (0.0, 0.0, True, False), (9e-5, 0.0, False, False), (2e-4, 0.0, False, True), (9e-4, 0.009, True, False),
+    (9e-5, 0.38, False, True), (9e-4, -3.8, True, True)])
+def test_long_responses_can_not_hide_a_wrong_reference(gap, margin, bf16, stops):
+    """R-C5: what is little a token is a lot over 20,000 of them, and shows in the margin."""
+    from train import check_numbers
+
+    args = SimpleNamespace(bf16=bf16, allow_dropout=False, cache_dir="cache")
+    means = {"loss": 0.6, "ref_gap": gap, "rewards/margins": margin}
+    with pytest.raises(RunStopped, match="step 0: policy and") if stops else contextlib.nullcontext():
+        assert check_numbers(SimpleNamespace(step=0, args=args), [], means, None) is None
 
 
 def test_reference_after_training_equals_the_cache(tiny, tmp_path):
