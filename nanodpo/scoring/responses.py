@@ -20,9 +20,8 @@ def rejected(examples: list[Example], i: int, seed: int) -> list[int] | None:
 
 
 def other(examples: list[Example], i: int, seed: int) -> list[int] | None:
-    """The chosen answer to another question of the set, drawn by seed; None where every row asks the same."""
+    """The chosen answer to another question of the set, drawn by seed; None where a hundred draws find none."""
     draw = random.Random(f"other/{seed}/{examples[i].row}")
-    # A few draws find one wherever prompts differ at all; a set of one prompt has no other question.
     for j in draw.choices(range(len(examples)), k=100):
         if examples[j].prompt != examples[i].prompt:
             return examples[j].chosen
