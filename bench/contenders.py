@@ -1,8 +1,9 @@
 """The contenders: one model, one LoRA, one AdamW, one loss; three ways to a training step.
 
-nanodpo is the project's own path: pack, SequenceLogProbs, losses.dpo. `plain` is DPO as a textbook has it: padded rows,
-full logits, log_softmax. `trl` is TRL's DPOTrainer at its best on this machine: its fused chunked head, references
-computed beforehand where the others have theirs cached; its padding-free mode is switched off in 1.16.
+nanodpo is the project's own path: pack, SequenceLogProbs, the loss and metrics of a step, without DeepSpeed. `plain` is
+DPO as a textbook has it: padded rows, full logits, log_softmax. `trl` is TRL's DPOTrainer at its best on this machine:
+its fused chunked head, references computed beforehand where the others have theirs cached; its padding-free mode is
+switched off in 1.16.
 
 Shapes: P pairs, S = 2P sequences, T the longest. All numbers float32 unless the model says otherwise.
 """
@@ -12,6 +13,7 @@ import functools
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ class Work:
     pairs: list[Pair]
     model: str | dict  # a folder, or a Qwen2 config
     cached: bool = True  # reference log-probs known beforehand
-    checkpointing: str = "keep"  # or "full", "offload", "by need"; TRL has but keep and full
+    checkpointing: str = "keep"  # or "full", for nanodpo also "offload", "by need"
     activation_memory: float = -1  # GiB, for "by need"; -1: what the GPU has left
     rank: int = 16
     batch: int = 1  # pairs in a step: one micro-batch
@@ -204,9 +206,18 @@ class Nanodpo(Contender):
         return self.module(row).view(-1, 2)
 
     def losses(self, pairs, ref):
-        from nanodpo.losses import dpo
+        from nanodpo.metrics import Meter, pair_values
 
-        return dpo(*self.logps(pairs).unbind(1), *ref.unbind(1), BETA)
+        settings = SimpleNamespace(loss="dpo", beta=BETA, label_smoothing=0.0)
+        tokens = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs], dtype=torch.float64)
+        losses, values = pair_values(self.logps(pairs), tokens.to(ref.device), ref, settings)
+        self.meter = Meter(ref.device)
+        self.meter.add({"loss": losses.detach(), **values}, 1.0)
+        return losses
+
+    def update(self, loss):
+        self.means = self.meter.means()  # as training logs them
+        return super().update(loss)
 
 
 class Alone(Nanodpo):

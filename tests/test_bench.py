@@ -78,6 +78,8 @@ def test_the_length_mix_is_the_one_it_names():
     pairs = gpu.mixed_pairs(16, 1000, 1.0)
     sides = sorted(len(p) + len(y) for p, *ys in pairs for y in ys)
     assert sides == sorted(gpu.length_mix(16, 1.0) * 2 + [20_000] * 2)
+    both = [(len(prompt) + len(chosen), len(prompt) + len(rejected)) for prompt, chosen, rejected in pairs[:-1]]
+    assert sum(2 * max(pair) for pair in both) / sum(map(sum, both)) == pytest.approx(1.36, abs=0.01)
 
 
 def test_prompt_share_pairs_are_as_ragged_as_they_say():
