@@ -159,9 +159,9 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, modes: dict[
     return layers * (forward + backward) + sum(count * again[mode] for mode, count in modes.items()) + head
 
 
-def count(shape: dict, rank: int, gib: float) -> tuple[int, dict[str, dict]]:
-    """(bytes that stand beside any row; by mode bytes that a token takes in forward and backward pass, and the longest
-    row that so many GiB allow).
+def count(shape: dict, rank: int, gib: float, pairs: list[contenders.Pair]) -> dict:
+    """Bytes that stand beside any row; by mode bytes that a token takes in forward and backward pass, and the longest
+    row that so many GiB allow; and the matmuls of these pairs, by contender, over what they are where all is kept.
 
     Counted on tensors that have a shape and no data, with the attention that runs on a GPU. Beside the row stand the
     weights in bfloat16 and LoRA's in float32 with moments and gradients.
@@ -182,7 +182,27 @@ def count(shape: dict, rank: int, gib: float) -> tuple[int, dict[str, dict]]:
     # A copy on the CPU can't be made of what has no data: the layers' inputs by hand.
     inputs = 2 * shape["hidden_size"] * shape["num_hidden_layers"]
     sizes = chosen.per_token | {"offload": chosen.per_token["full"] - inputs}
-    return weights, {mode: {"bytes_per_token": n, "longest_row": int(chosen.room / n)} for mode, n in sizes.items()}
+    layers, matmuls = shape["num_hidden_layers"], {}
+    for name, mode, modes in (("nanodpo", "keep", None), ("nanodpo", "by need", chosen.modes),
+                              ("nanodpo", "full", None), ("trl", "full", None)):
+        each = [modes(sum(map(len, pair))) if modes else [mode] * layers for pair in pairs]
+        matmuls[f"{name}, {mode}"] = sum(flops(name, pair, shape, rank, collections.Counter(by_layer))
+                                         for pair, by_layer in zip(pairs, each))
+    return {"beside_any_row": weights, "matmuls": {name: n / matmuls["nanodpo, keep"] for name, n in matmuls.items()},
+            "rows": {mode: {"bytes_per_token": n, "longest_row": int(chosen.room / n)} for mode, n in sizes.items()}}
+
+
+def show_count(args) -> None:
+    """A table of `count`, and its record."""
+    shape, rank, gib = (TOY, 8, 1 / 64) if args.toy else (QWEN_7B, 256, 80e9 / 2**30)
+    *mix, _ = mixed_pairs(args.pairs, shape["vocab_size"], 0.01 if args.toy else 1.0)
+    found = count(shape, rank, gib, mix)
+    print(measure.table(["recomputes", "KiB a token", "longest row, tokens"], [
+        [mode, f"{one['bytes_per_token'] / 1024:,.0f}", f"{one['longest_row']:,}"]
+        for mode, one in found["rows"].items()]))
+    print(f"\nbeside any row: {found['beside_any_row'] / 2**30:.1f} GiB of weights, LoRA's twins, moments and "
+          "gradients\nmatmuls of the mix:", {name: round(n, 2) for name, n in found["matmuls"].items()})
+    measure.write("gpu-count", args.json, vars(args), found)
 
 
 def longest_pair(work: contenders.Work, scale: float) -> int:
@@ -254,12 +274,7 @@ def main() -> None:
     parser.add_argument("--json", help="default: bench/results/gpu.json")
     args = parser.parse_args()
     if args.count:
-        shape, rank, gib = (TOY, 8, 1 / 64) if args.toy else (QWEN_7B, 256, 80e9 / 2**30)
-        weights, found = count(shape, rank, gib)
-        print(f"beside any row: {weights / 2**30:.1f} GiB of weights, LoRA's twins, moments and gradients\n")
-        print(measure.table(["recomputes", "KiB a token", "longest row, tokens"], [
-            [mode, f"{one['bytes_per_token'] / 1024:,.0f}", f"{one['longest_row']:,}"] for mode, one in found.items()]))
-        return measure.write("gpu-count", args.json, vars(args), {"beside_any_row": weights, "rows": found})
+        return show_count(args)
     if not args.toy and not torch.cuda.is_available():
         sys.exit("bench/gpu.py: no CUDA device here; --toy runs the same code on CPU at toy size, without measuring")
     device, scale = ("cpu", 0.01) if args.toy else ("cuda", 1.0)

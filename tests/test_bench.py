@@ -177,7 +177,8 @@ def test_what_rows_take_is_counted_without_data(monkeypatch, tmp_path, capsys):
     """As on CPU with data: nearly, since the two attentions differ. By hand what stands beside a row: two bytes a
     weight, 16 more a trained one."""
     shape = contenders.tiny_wide(hidden=64, vocabulary=1000)
-    weights, found = gpu.count(shape, 8, 1.0)
+    counted = gpu.count(shape, 8, 1.0, PAIRS)
+    found = counted["rows"]
     model = contenders.adapted(contenders.Work([], shape, rank=8, dtype=torch.bfloat16))
     fuse(model)
     thin(model)
@@ -188,13 +189,16 @@ def test_what_rows_take_is_counted_without_data(monkeypatch, tmp_path, capsys):
         assert found[mode]["bytes_per_token"] == pytest.approx(need.per_token[mode], rel=0.15), mode
     beside = sum(2 * p.numel() for p in model.parameters()) + 16 * sum(
         p.numel() for name, p in model.named_parameters() if "lora" in name)
-    assert weights == beside
+    assert counted["beside_any_row"] == beside
+    assert list(counted["matmuls"].values())[:2] == [1, 1] and 1.3 < counted["matmuls"]["nanodpo, full"] < 1.5
     assert found["full"]["longest_row"] == int((0.92 * 2**30 - beside) / found["full"]["bytes_per_token"])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--count", "--toy", "--json", str(tmp_path / "count.json")])
     gpu.main()
     assert "| full | " in capsys.readouterr().out
-    rows = json.loads((tmp_path / "count.json").read_text())["results"]["rows"]
-    limits = [one["longest_row"] for one in rows.values()]
+    found = json.loads((tmp_path / "count.json").read_text())["results"]
+    limits = [one["longest_row"] for one in found["rows"].values()]
+    least, need, full, trl = found["matmuls"].values()
+    assert 1 == least <= need < full < trl
     assert 0 < limits[0] < limits[1] < limits[2]
 
 
