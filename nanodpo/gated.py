@@ -38,7 +38,8 @@ def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
     place, gate, up = _place(y), gate.detach(), up.detach()
 
     def keep(tensor: Tensor) -> Tensor | torch.Size:
-        return tensor.shape if _place(tensor) == place else tensor  # y, or all of it in another shape
+        # y, or all of it in another shape, but not in another order.
+        return tensor.shape if _place(tensor) == place and tensor.is_contiguous() else tensor
 
     def again(kept: Tensor | torch.Size) -> Tensor:
         return kept if isinstance(kept, Tensor) else (act(gate) * up).view(kept)

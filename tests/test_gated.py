@@ -92,6 +92,23 @@ def test_two_tensors_are_kept(trained, as_it_came):
         assert len(kept(module, torch.randn(T, D, dtype=torch.float64))) == (2 if thinned else as_it_came)
 
 
+def test_a_transposed_product_is_no_product_of_that_shape():
+    """A last layer that multiplies from the other side keeps the product with its lines as columns."""
+    class Left(nn.Linear):
+        def forward(self, x):
+            return (self.weight @ x.t()).t()
+
+    found = []
+    for thinned in (False, True):
+        module = mlp()
+        module.down_proj = Left(F, D, bias=False, dtype=torch.float64)
+        torch.nn.init.constant_(module.down_proj.weight, 0.1)
+        thin(module) if thinned else None
+        module(torch.arange(T * D, dtype=torch.float64).view(T, D).cos()).square().sum().backward()
+        found.append(module.down_proj.weight.grad)
+    assert found[0].norm() > 0 and found[1].equal(found[0])
+
+
 def test_nothing_is_kept_without_a_gradient():
     """Evaluation and the reference pass are transformers' own forward."""
     module = mlp()
