@@ -59,6 +59,7 @@ class Probe:
     groups: list[responses.Group]
     template: Template
     limit: int  # tokens of prompt and response
+    expected: dict[int, tuple[str, bool]]  # which examples are answered and checked: the answer, does chosen think
 
     @functools.cached_property
     def lengths(self) -> list[int]:
@@ -135,7 +136,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gradients", action="store_true",
                         help="also the inner product and cosine of a pair's gradients by the LoRA weights")
     parser.add_argument("--answers", type=int, default=0, metavar="ROWS",
-                        help="also let each checkpoint answer so many rows of each data set, greedily, and check them")
+                        help="also let each checkpoint answer the first so many rows of each data set whose chosen "
+                        r"response ends in a \boxed{...} or a number, greedily, and check that")
     parser.add_argument("--max_new_tokens", type=int, help="of a greedy answer; default: as the data's longest chosen")
     parser.add_argument("--other_prompts", action="store_true",
                         help="score prompts that open (system prompt) as none did in training")
@@ -258,7 +260,23 @@ def open_probe(name: str, path: str, settings, source, args) -> Probe:
     if distributed.is_main():
         print(data.report())
     groups = responses.make_groups(data.examples, kinds, args.seed, limit)
-    return Probe(name, data.examples, kinds, groups, template, limit)
+    expected = known_answers(data.examples, source.tokenizer, args.answers)
+    if len(expected) < min(args.answers, len(data.examples)):
+        distributed.say(f"{name}: {len(expected)} of {len(data.examples)} chosen responses are whole and end in an answer "
+                        "that can be checked")
+    return Probe(name, data.examples, kinds, groups, template, limit, expected)
+
+
+def known_answers(examples, tokenizer, most: int) -> dict[int, tuple[str, bool]]:
+    """Of the first examples whose chosen response is whole and answers something: {which: (answer, does it think)}."""
+    found = {}
+    for i, example in enumerate(examples if most else []):
+        chosen = tokenizer.decode(example.chosen)
+        if not example.cut[0] and (answer := answers.final_answer(chosen)) is not None:
+            found[i] = answer, answers.thinks(chosen)
+        if len(found) == most:
+            break
+    return found
 
 
 def check_leads(checkpoint: Checkpoint, probe: Probe, args) -> None:
@@ -299,7 +317,7 @@ def add_greedy(opener: Opener, first: Checkpoint, probe: Probe, folder: Path, ar
     probe.groups = responses.add_greedy(probe.groups, probe.kinds, said)
 
 
-def answer_greedily(opened: Opened, probe: Probe, rows: range, args) -> list[list[int]]:
+def answer_greedily(opened: Opened, probe: Probe, rows, args) -> list[list[int]]:
     """Greedy answers to the prompts of these rows, shared by the ranks."""
     rank, world = distributed.place()
     most = args.max_new_tokens or max(len(example.chosen) for example in probe.examples)
@@ -331,7 +349,7 @@ def plan(checkpoints, probes, folder: Path, args) -> list[tuple[Checkpoint, Prob
         own = part_key(checkpoint, args)
         for probe in probes:
             start = starts.get((checkpoint.run, probe.name))
-            key = repr((own, probe.name, probe.key, asked, start and start.name))
+            key = repr((own, probe.name, probe.key, probe.expected, asked, start and start.name))
             part = folder / hashlib.sha256(key.encode()).hexdigest()[:24]
             if checkpoint.step == 0:
                 start = starts[checkpoint.run, probe.name] = part
@@ -358,7 +376,7 @@ def score_part(opener: Opener, checkpoint: Checkpoint, probe: Probe, part: Path,
     opened, is_start = opener.open(checkpoint), start == part
     known = plausible.read(start, probe.lengths) if start and not is_start else None
     found, sets = score_probe(opened, probe, known, bool(start), args, bar)
-    if args.answers:
+    if probe.expected:
         found["answers"] = check_answers(opened, probe, args)
     with distributed.main_first():  # the others read what it wrote
         if distributed.is_main():
@@ -415,18 +433,14 @@ def pair_gradients(opened: Opened, prompt: list[int], said: dict, device) -> dic
 
 
 def check_answers(opened: Opened, probe: Probe, args) -> list[dict]:
-    """A line for each of the first rows whose chosen answer ends in something that can be compared."""
-    rows = range(min(args.answers, len(probe.examples)))
-    decode, lines = probe.template.tokenizer.decode, []
-    for i, ids in zip(rows, answer_greedily(opened, probe, rows, args)):
-        text, chosen = decode(ids), decode(probe.examples[i].chosen)
-        expected, found = answers.final_answer(chosen), answers.final_answer(text, marked=answers.thinks(chosen))
-        if expected is not None:
-            lines.append({"row": probe.examples[i].row, "found": found, "expected": expected,
-                          "correct": found == expected, "ended": ids[-1] in probe.ends, "tokens": len(ids),
-                          "repetition": answers.repetition(ids), "text": text})
-    if not lines:
-        distributed.say(f"{probe.name}: none of the first {len(rows)} chosen answers ends in one that can be checked")
+    """A line for each row whose answer is known: what this checkpoint says, and whether it is right."""
+    lines, said = [], answer_greedily(opened, probe, list(probe.expected), args)
+    for (i, (expected, thinks)), ids in zip(probe.expected.items(), said):
+        text = probe.template.tokenizer.decode(ids)
+        found = answers.final_answer(text, marked=thinks)
+        lines.append({"row": probe.examples[i].row, "found": found, "expected": expected, "correct": found == expected,
+                      "ended": ids[-1] in probe.ends, "tokens": len(ids), "repetition": answers.repetition(ids),
+                      "text": text})
     return lines
 
 

@@ -527,3 +527,18 @@ def test_wrong_input_is_one_line(run, tiny, tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and words in error, (flags, error)
     assert not (tmp_path / "out" / "scores.parquet").exists()
+
+
+def test_only_answers_that_are_there_are_checked(tiny, tmp_path, capsys):
+    """Cut after a number, a response would seem to answer with it; and not every text ends in something to compare."""
+    chosen = ["so 4 and \\boxed{5}", "it has 7 letters: GOAT", "5", "9 " * 40, "first 8, then the answer is 6 apples"]
+    rows = [{"prompt": f"What is {i}?", "chosen": text, "rejected": "no"} for i, text in enumerate(chosen)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored(tmp_path / "out", tiny / "model", "--dataset_path", f"d={tmp_path / 'data.jsonl'}", "--answers", "5",
+           "--max_length", "60", "--overlong", "truncate", "--max_new_tokens", "3")
+    table = pandas.read_parquet(tmp_path / "out" / "answers.parquet")
+    assert list(zip(table.row, table.expected)) == [(0, "5"), (2, "5"), (4, "6")]
+    assert "d: 3 of 5 chosen responses are whole and end in an answer that can be checked" in capsys.readouterr().out
+    scored(tmp_path / "two", tiny / "model", "--dataset_path", f"d={tmp_path / 'data.jsonl'}", "--answers", "2",
+           "--max_length", "60", "--overlong", "truncate", "--max_new_tokens", "3")
+    assert pandas.read_parquet(tmp_path / "two" / "answers.parquet").row.tolist() == [0, 2]

@@ -6,7 +6,9 @@ import torch
 
 from .sections import ANSWERS
 
-NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+NUMBER = r"((?:(?<![\w)])-)?(?<!\d)(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?)"
+LAST = re.compile(NUMBER + r"(?:<[^<>\s]*>|[^\w<])*$")  # nothing but punctuation and special tokens after it
+NAMED = re.compile(r"answer(?:s?\s+(?:is|are))?[^\w<.]*?" + NUMBER + r"(?!\w)", re.IGNORECASE)
 
 
 @torch.no_grad()
@@ -47,14 +49,19 @@ def thinks(text: str) -> bool:
 
 
 def final_answer(text: str, marked: bool = False) -> str | None:
-    r"""What a response answers: its last \boxed{...}, else the last number after its thinking, else None.
+    r"""What a response answers, after its thinking: its last \boxed{...}; else the number that it ends with; else the
+    number right after its last "answer" ("The answer is 12 apples"); else None, since any other number may be anything.
 
     `marked`: thinking that never ends is no answer.
 
-    >>> final_answer("2 and 3 <|im_start|>answer The answer is 1,205.")
+    >>> final_answer("2 and 3 <|im_start|>answer The answer is 1,205.<|im_end|>")
     '1205'
-    >>> final_answer(r"so \boxed{ x+1 } it is"), final_answer("GOATHERDS")
-    ('x+1', None)
+    >>> final_answer(r"so \boxed{ x+\frac{1}{2^{n}} } it is"), final_answer(r"\boxed{4} or \boxed{5")
+    ('x+\\frac{1}{2^{n}}', '4')
+    >>> final_answer("the answer is (D), methylation in position 27 of it"), final_answer("GOATHERDS (9), answer: GOATHERDS")
+    (None, None)
+    >>> final_answer("**Answer:** -12 apples, all in"), final_answer("The answer is 2 + 3 = 5")
+    ('-12', '5')
     >>> final_answer("first + 2 and last * 2."), final_answer("first + 2 and last * 2.", marked=True)
     ('2', None)
     >>> final_answer("10-5 = 5.00"), final_answer("1, 2,3"), final_answer("it is -0.50")
@@ -63,10 +70,21 @@ def final_answer(text: str, marked: bool = False) -> str | None:
     if marked and not thinks(text):
         return None
     said = text[max((text.rfind(mark) + len(mark) for mark in ANSWERS if mark in text), default=0):]
-    if boxed := re.findall(r"\\boxed\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}", said):
-        return "".join(boxed[-1].split())
-    numbers = [number.replace(",", "") for number in NUMBER.findall(said)]
-    return next((n.rstrip("0").rstrip(".") if "." in n else n for n in reversed(numbers)), None)
+    if (boxed := _boxed(said)) is not None:
+        return "".join(boxed.split()) or None
+    number = next(iter(LAST.findall(said) or NAMED.findall(said)[-1:]), "").replace(",", "")
+    return (number.rstrip("0").rstrip(".") if "." in number else number) or None
+
+
+def _boxed(text: str) -> str | None:
+    """What is in the \\boxed{...} that opens last, of those that are closed."""
+    opened, found = [], None
+    for mark in re.finditer(r"\\boxed\{|(?<!\\)[{}]", text):
+        if mark[0] != "}":
+            opened.append(mark)
+        elif opened and (start := opened.pop())[0] != "{" and (found is None or start.end() > found[0]):
+            found = start.end(), text[start.end() : mark.start()]
+    return found and found[1]
 
 
 def repetition(ids: list[int], n: int = 4) -> float:
