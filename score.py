@@ -190,7 +190,8 @@ def own_data(target: str) -> tuple[str, str]:
     """(name, file) of a run's held-out data, else of what it trained on. Raises UserError for a bare model."""
     name, file, _ = own_rows(open_targets([target])[0].settings)
     if not file:
-        raise UserError(f"{target}: is no run, so --dataset_path is needed")
+        what = "is no run, so --dataset_path is needed" if os.path.exists(target) else "no such run or folder"
+        raise UserError(f"{target}: {what}")
     return name, file
 
 
@@ -262,8 +263,8 @@ def open_probe(name: str, path: str, settings, source, args) -> Probe:
     groups = responses.make_groups(data.examples, kinds, args.seed, limit)
     expected = known_answers(data.examples, source.tokenizer, args.answers)
     if len(expected) < min(args.answers, len(data.examples)):
-        distributed.say(f"{name}: {len(expected)} of {len(data.examples)} chosen responses are whole and end in an answer "
-                        "that can be checked")
+        distributed.say(f"{name}: {len(expected)} of {len(data.examples)} chosen responses are whole and end in an "
+                        "answer that can be checked")
     return Probe(name, data.examples, kinds, groups, template, limit, expected)
 
 

@@ -97,7 +97,7 @@ def run_training(argv: list[str], stop: Stop) -> None:
     # What is wrong with the input is found here, before a weight is loaded or a folder made.
     distributed.check_device(args)
     source = open_start(args)
-    train, held_out, limit = load_data(args, source)
+    train, held_out, limit = load_data(inspection.lenient(args) if args.inspect else args, source)
     if args.inspect:
         distributed.say(inspection.inspect(train, source.tokenizer, limit))
         return
@@ -136,7 +136,7 @@ def run_training(argv: list[str], stop: Stop) -> None:
         except Preempted:
             same = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
             same += "" if args.resume == "auto" else " and without --resume"
-            raise Preempted(f"{stop.reason} after step {run.step} of {run.steps}; to go on: {same}") from None
+            raise Preempted(f"{stop.reason} after {run.step} of {run.steps} steps; to go on: {same}") from None
 
 
 def open_start(args) -> Source:

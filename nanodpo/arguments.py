@@ -39,7 +39,8 @@ class TrainArguments:
     allow_dropout: bool = _flag(False, "Keep dropout (LoRA's and the model's own) on in training passes.")
 
     # Data
-    train_file_path: str = _flag(None, ".parquet, .jsonl, .json or .csv file, glob, or hub id[:config[:split]].")
+    train_file_path: str = _flag(None, ".parquet, .jsonl, .json or .csv file, glob, save_to_disk folder, or hub "
+                               "id[:config[:split]].")
     eval_file_path: str = _flag(None, "The same for evaluation.")
     eval_size: int = _flag(0, "Without eval_file_path: hold out this many training rows, drawn by seed.")
     prompt_field: str = _flag(None, "Column of prompts. Default: prompt, or question.")
@@ -114,6 +115,9 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
 
     parser = HfArgumentParser(TrainArguments, description="SFT and DPO training.", allow_abbrev=False)
     parser.error = _raise  # argparse would print the whole usage before the one line that matters
+    for action in parser._actions:  # the parser gives --no_X the words of --X
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"The same as --{action.dest} false."
     launcher = [flag for flag in argv if flag.startswith(("--local_rank=", "--local-rank="))]
     argv = [flag for flag in argv if flag not in launcher]  # the deepspeed launcher puts it before a settings file
     names, own = [f.name for f in fields(TrainArguments)], {flag.partition("=")[0] for flag in argv}

@@ -20,12 +20,13 @@ class Example:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected or ()))
 
 
-def too_long(example: Example, max_prompt: int | None, limit: int) -> str | None:
-    """Which limit an example breaks, or None."""
+def too_long(example: Example, max_prompt: int | None, limit: int, max_length: int | None) -> str | None:
+    """Which limit an example breaks, or None. `limit` is max_length or, without one, the model's context."""
     if max_prompt and len(example.prompt) > max_prompt:
         return f"prompt of {len(example.prompt)} tokens, over --max_prompt_length {max_prompt}"
     if example.length > limit:
-        return f"{example.length} tokens, over --max_length {limit}"
+        name = f"--max_length {limit}" if max_length else f"the model's context of {limit}"
+        return f"{example.length} tokens, over {name}"
     return None
 
 

@@ -1,14 +1,22 @@
 """`train.py --inspect`: what the model will be trained on, token by token, before any training."""
 
+import dataclasses
 import sys
 
 BINS, HEAD, TAIL = 12, 200, 60
 
 
+def lenient(args):
+    """The same settings, but for rows that would stop a run: they are left out, since one wants to look at all."""
+    overlong = "drop" if args.overlong == "error" else args.overlong
+    return dataclasses.replace(args, on_bad_row="drop", overlong=overlong)
+
+
 def inspect(data, tokenizer, limit: int) -> str:
     """One example with its scored tokens in brackets, the ids around the boundary, and the lengths of all."""
     example = data.examples[0]
-    parts = [data.report(), f"\nrow {example.row}; [scored tokens] in brackets"]
+    note = ["  dropped rows stop a run, but for --on_bad_row drop, --overlong drop or truncate"] * bool(data.dropped)
+    parts = [data.report(), *note, f"\nrow {example.row}; [scored tokens] in brackets"]
     for side, cut in zip(("chosen", "rejected"), example.cut):
         response = getattr(example, side)
         if response is None:

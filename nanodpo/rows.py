@@ -77,7 +77,8 @@ def _parse(line: str, where: str):
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: can't be read as JSON: {str(error)[:300]}") from error
+        said = str(error)[:300].replace(": line 1 column", ": column")  # it was given one line
+        raise UserError(f"{where}: can't be read as JSON: {said}") from error
 
 
 def _csv_rows(file: str):

@@ -77,16 +77,16 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
                                                       trust_remote_code=trust_remote_code)
             tokenizer("a")  # some settings of a wrong type show only here
         except BROKEN as error:
-            raise UserError(f"--model_name {where}: {what} can't be opened: {first_line(error)}") from error
+            raise UserError(f"model {where}: {what} can't be opened: {first_line(error)}") from error
         _check_files(Path(adapter or base))
         if adapter and not any(Path(adapter).glob("adapter_model.*")):
-            raise UserError(f"--model_name {name}: has adapter_config.json, but no adapter_model.safetensors")
+            raise UserError(f"model {name}: has adapter_config.json, but no adapter_model.safetensors")
         if len(tokenizer) > vocabulary:
-            raise UserError(f"--model_name {name}: the tokenizer has {len(tokenizer)} entries, the model only "
+            raise UserError(f"model {name}: the tokenizer has {len(tokenizer)} entries, the model only "
                             f"{vocabulary}")
         source = Source(base, adapter, config, tokenizer)
         if source.context is not None and source.context < 1:
-            raise UserError(f"--model_name {where}: config.json says max_position_embeddings {source.context}; it must "
+            raise UserError(f"model {where}: config.json says max_position_embeddings {source.context}; it must "
                             "be above 0")
     return source
 
@@ -106,17 +106,26 @@ def base_of(name: str) -> tuple[str, str | None]:
     file = Path(name) / "adapter_config.json"
     try:
         if not file.is_file():
-            if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-                raise UserError(f"--model_name {name}: has neither config.json nor adapter_config.json")
+            _check_model(Path(name), name)
             return name, None
         base = json.loads(file.read_text())["base_model_name_or_path"]
     except OSError as error:
-        raise UserError(f"--model_name {name}: can't be opened: {error.strerror}") from error
+        raise UserError(f"model {name}: can't be opened: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: no base_model_name_or_path can be read from it: {first_line(error)}") from error
     if not isinstance(base, str) or not base:
         raise UserError(f"{file}: base_model_name_or_path is {base!r}, not a model's name")
     return base, name
+
+
+def _check_model(path: Path, name: str) -> None:
+    """Raises UserError for a folder that is no model, and for one that isn't there; a hub id passes."""
+    if (path / "run.json").is_file():
+        raise UserError(f"model {name}: is a run; name one of its checkpoints, {path / 'checkpoint-<step>'}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"model {name}: has neither config.json nor adapter_config.json")
+    if name.startswith(("/", "./", "../")) and not path.exists():
+        raise UserError(f"model {name}: no such folder")
 
 
 def absolute(name: str) -> str:

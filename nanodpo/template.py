@@ -122,8 +122,9 @@ def split_transcript(template: Template, text: str, prompt: str | None = None) -
         return before + header, response
     opening = next((o for o in FOREIGN_OPENINGS if text.lstrip().startswith(o)), None)
     if opening and not continues:
-        raise UserError(f"is a transcript (it opens with {opening!r}) without the assistant header of this model, "
-                        f"{header!r}; name the transcript's own with --assistant_header")
+        lacks = f"without this model's assistant header, {header!r}" if header else "and the model has no chat template"
+        raise UserError(f"is a transcript (it opens with {opening!r}) {lacks}; name the transcript's own header with "
+                        "--assistant_header")
     return None
 
 

@@ -56,7 +56,7 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
             _drop(data, text.row, example)
             continue
         data.lengths.append(example.length)
-        if reason := too_long(example, args.max_prompt_length, limit):
+        if reason := too_long(example, args.max_prompt_length, limit, args.max_length):
             overlong.append((example, reason))
         else:
             data.examples.append(example)

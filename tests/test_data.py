@@ -102,7 +102,7 @@ def test_transcripts_split_at_the_last_assistant_header(chatml):
                       SYSTEM + ASKED + "<|im_start|>think\nfive<|im_end|>", True)
     assert text.prompt == SYSTEM + ASKED
     assert (text.chosen, text.rejected) == ("<|im_start|>think\nfour<|im_end|>", "<|im_start|>think\nfive<|im_end|>")
-    assert text.row == 7 and text.notes == ("chosen: dropped white space or a second end after the turn",)
+    assert text.row == 7 and text.notes == ("chosen: white space or a second end after the turn is left out",)
 
 
 def test_a_question_that_is_not_the_transcripts_is_noted(chatml):
@@ -199,7 +199,7 @@ def test_of_messages_only_what_the_user_wrote_is_noted(chatml, said, noted):
     for values in ((None, talk, [USER, NO]), ([USER], talk[1:], [NO])):
         text = render_row(chatml, 0, *values, True)
         assert text.chosen == said.replace("<|im_end|>\n", "").replace("<|im_end|>", "") + "<|im_end|>"
-        assert text.notes == ("chosen: dropped white space or a second end after the turn",) * noted
+        assert text.notes == ("chosen: white space or a second end after the turn is left out",) * noted
 
 
 @pytest.mark.parametrize("prompt, chosen, plain", [

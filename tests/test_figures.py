@@ -33,7 +33,7 @@ def value(role, test, response, step, row, seed):
 def make_lab(file, seeds=3, rows=4, but=lambda table: table):
     """Scores of the paper's experiment: runs f0, f1 ..., r0 ..., m0 ..., d0 ..."""
     lines = [{"run": f"{role}{seed}", "phase": "dpo" if role == "d" else "sft", "step": step, "dataset": test,
-              "row": row, "response": side, "mean_logps": value(role, test, side, step, row, seed)}
+              "row": row, "response": side, "tokens": 10, "mean_logps": value(role, test, side, step, row, seed)}
              for role in "frmd" for seed in range(seeds) for step in STEPS[role] for test in TESTS
              for row in range(rows) for side in ("chosen", "rejected")]
     but(pandas.DataFrame(lines)).to_parquet(file)
@@ -286,6 +286,18 @@ def test_phases_follow_one_another_on_one_axis(tmp_path, draw):  # noqa: F811
     assert change.get_lines()[2].get_ydata() == pytest.approx([-1, -0.98])
     assert [text.get_text() for text in level.texts] == ["SFT", "DPO"]
     assert "100 | 0" in [label.get_text() for label in level.get_xticklabels()]
+
+
+@pytest.mark.parametrize("other", [{"row": 7}, {"tokens": 11}], ids=str)
+def test_phases_on_other_rows_of_one_name_are_refused(tmp_path, draw, other):  # noqa: F811
+    """A change since the first run's start needs the first run's rows; each run's own held-out set is called test."""
+    sft, dpo = make_two_phases(tmp_path)
+    table = pandas.read_parquet(dpo / "scores.parquet")
+    table.loc[table["row"] == 2, [*other]] = [*other.values()]
+    table.to_parquet(dpo / "scores.parquet")
+    with pytest.raises(UserError, match="^--phases: sft and dpo were scored on different rows, or tokens, that are "
+                                        "both called test; score both in one call: score.py sft dpo --dataset_path"):
+        draw(sft, dpo, "--phases")
 
 
 def test_phases_are_of_the_named_runs_alone(tmp_path, draw):  # noqa: F811
@@ -637,7 +649,7 @@ PAIR = ["sft", "dpo", "--phases"]
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["sft", "dpo", "--phases", "--series", "p.csv"], "sft/scores.parquet: can't be read as Parquet"),
+    (["sft", "dpo", "--phases", "--series", "p.csv"], "sft/scores.parquet: is not there; score.py makes it"),
     (["typo", "--series", "p.csv"], "typo/metrics.jsonl: No such file"),
     ([*PAIR, "--scores", "s.parquet", "--test", "third"], "--phases: .* on the data sets drawn, and sft has none"),
     ([*PAIR, "--scores", "s.parquet", "--series", "p.csv", "--test", "reverse"], "drawn, and sft and dpo has none"),

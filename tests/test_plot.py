@@ -296,7 +296,7 @@ def without(*names):
     (broken_scores(row=3), [], r"a/scores.parquet, row 1: is there twice"),
     (lambda run: None, ["--focus", "0", "1"], r"--focus: is for the figure of scores.parquet"),
     (broken_scores(), ["--focus", "1", "0"], r"LOW must be below HIGH"),
-    (broken_scores(), ["--scores", "nowhere.parquet"], r"nowhere.parquet: can't be read"),
+    (broken_scores(), ["--scores", "nowhere.parquet"], r"nowhere.parquet: is not there; score.py makes it"),
     (broken_scores(), ["--style", "nonsense"], r"--style nonsense: neither a style"),
     (broken_scores(), ["--output_dir", __file__], r"--output_dir .*test_plot.py: can't be written"),
     (broken_scores(), ["--column", "2"], r"unrecognized arguments: --column"),

@@ -79,7 +79,7 @@ def test_a_stopped_run_is_an_undisturbed_one(stage, ranks, more, tiny, tmp_path,
     assert codes == [1] * (ranks - 1) + [137]
     codes, said = forked(FAULTY, f"term@4:{ranks - 1}", *run, ranks=ranks)
     assert codes == [75] * ranks
-    assert "going on at step 2" in said and "stopped by " in said and "after step 4 of 6; to go on: the same" in said
+    assert "going on at step 2" in said and "stopped by " in said and "after 4 of 6 steps; to go on: the same" in said
     codes, said = forked(TRAIN, *run, ranks=ranks)
     assert codes == [0] * ranks and "going on at step 4" in said
     assert_same(tmp_path / "whole", tmp_path / "run")
@@ -96,7 +96,7 @@ def test_told_to_stop_whatever_it_is_doing(fault, step, ranks, whole, tiny, tmp_
     codes, said = forked(FAULTY, fault, *flags(tiny, run), ranks=ranks)
     assert codes == [75] * ranks and "Traceback" not in said
     name = "SIGTERM" if ranks == 1 else "a signal to another rank"
-    assert f"stopped by {name} after step {step} of 6; to go on: the same command" in said
+    assert f"stopped by {name} after {step} of 6 steps; to go on: the same command" in said
     if step == 0:
         (cache,) = (tmp_path / "run-cache").glob("*.safetensors")
         assert load_file(cache)["logps"].isfinite().all(1).sum() == 4, "pairs of the two steps that were begun"
@@ -118,7 +118,7 @@ def test_told_to_stop_when_every_step_is_done(whole, tiny, tmp_path, forked):
     assert_same(whole(), run)
     for fault in ("term-checkpoint@6", "term-merge@6"):
         codes, said = forked(FAULTY, fault, *flags(tiny, tmp_path / "other", "--merge_weights"))
-        assert codes == [75] and "stopped by SIGTERM after step 6 of 6; to go on: the same command" in said
+        assert codes == [75] and "stopped by SIGTERM after 6 of 6 steps; to go on: the same command" in said
         assert "merged: " not in said and not (tmp_path / "other" / "merged").exists()
     codes, said = forked(TRAIN, *flags(tiny, tmp_path / "other", "--merge_weights"))
     assert codes == [0] and "merged: " in said

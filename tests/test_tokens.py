@@ -122,6 +122,8 @@ def test_overlong_rows_stop_the_run_and_are_listed(tmp_path):
     assert "row 2: 9 tokens" in message and "row 1: 8 tokens" in message and "--overlong drop" in message
     message = error_of(tmp_path, tiny.plain(), [*ROWS, row("2?", "fours", "x")], limit=3)
     assert "longest: row 2: 9 tokens, over --max_length 3; row 1: 8 tokens, over --max_length 3; row 4: 8" in message
+    message = error_of(tmp_path, tiny.plain(), ROWS, limit=8, max_length=None)
+    assert "row 2: 9 tokens, over the model's context of 8. Raise" in message
 
 
 def test_overlong_rows_are_dropped_with_reasons(tmp_path):
@@ -236,7 +238,8 @@ def test_notes_count_rows_once(tmp_path):
     agrees = {"question": "2?", "text": ASKED + "4<|im_end|>\n", "worse-text": ASKED + "6<|im_end|>"}
     data = load(tmp_path, tiny.chatml(), [differs, agrees, agrees, agrees])
     assert data.notes == {"prompt column differs from the transcript's prompt (the transcript is used)": 1,
-                          "chosen: dropped white space or a second end after the turn": 4, "repeats an earlier row": 2}
+                          "chosen: white space or a second end after the turn is left out": 4,
+                          "repeats an earlier row": 2}
     assert "  1 row: prompt column differs" in data.report() and "  2 rows: repeats" in data.report()
 
 
@@ -261,7 +264,7 @@ def test_the_report_counts_held_out_rows_where_its_notes_do(tmp_path):
     data, held_out, _ = train.load_data(args, SimpleNamespace(tokenizer=tiny.plain(), context=100))
     assert (len(data.examples), len(held_out.examples)) == (10, 2)
     assert data.report() == (f"data {path}: 12 rows, 0 dropped, 2 held out\n"
-                             "  12 rows: chosen: dropped white space or a second end after the turn")
+                             "  12 rows: chosen: white space or a second end after the turn is left out")
     assert held_out.report() == f"data 2 rows of {path}: 2 rows, 0 dropped"
 
 

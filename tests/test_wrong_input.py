@@ -156,7 +156,7 @@ def test_files_that_are_not_there(world, tmp_path):
 ])
 def test_wrong_models(world, model, words):
     message = world([GOOD], model=model)
-    assert "--model_name" in message and words in message
+    assert message.startswith("error: model ") and f"/{model}: " in message and words in message
 
 
 # DeepSpeed's file
@@ -260,7 +260,7 @@ def test_the_real_script_says_one_line(tmp_path, models):
     for flags, words in [
             ([model, data, "--bogus", "1"], "unknown argument --bogus"),
             ([model, "--train_file_path=someone/somedata:main:train"], "someone/somedata:main:train: can't be read"),
-            (["--model_name=someone/somemodel", data], "--model_name someone/somemodel: config.json can't be opened")]:
+            (["--model_name=someone/somemodel", data], "model someone/somemodel: config.json can't be opened")]:
         code, out, err = real(tmp_path, *flags)
         assert (code, out) == (2, ""), (flags, out, err)
         assert re.fullmatch(r"error: .+\n", err) and words in err
@@ -275,6 +275,18 @@ def test_inspect_prints_and_leaves_nothing(tmp_path, models):
     assert (code, err) == (0, "")
     assert "1+1=[2][<|im_end|>]" in out and "1+1=[5][<|im_end|>]" in out
     assert [file.name for file in tmp_path.iterdir()] == ["good.jsonl"]
+
+
+def test_inspect_shows_what_a_run_would_stop_at(tmp_path, models):
+    """R-A10: one looks before one knows what to leave out."""
+    rows = [GOOD, GOOD | {"chosen": "x" * 200}, GOOD | {"rejected": ""}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"--model_name={models / 'good'}", "--train_file_path=rows.jsonl"
+    assert real(tmp_path, *data, "--max_length=50")[0] == 2
+    code, out, err = real(tmp_path, *data, "--max_length=50", "--inspect")
+    assert (code, err) == (0, "") and "1 row, 2 dropped" in out and "(50.0% over the limit of 50)" in out
+    assert "dropped row 1: " in out and "dropped row 2: " in out and "1+1=[2]" in out
+    assert "dropped rows stop a run, but for --on_bad_row drop, --overlong drop or truncate" in out
 
 
 def test_there_are_hundreds_of_malformed_inputs():

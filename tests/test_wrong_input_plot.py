@@ -94,7 +94,7 @@ TABLES += [
     ("a run without tokens", broken("run/tokens.parquet", "missing"), STRIP,
      ["tokens.parquet: is not there; score.py makes it"]),
     ("a run without scores in a heatmap", broken("run/scores.parquet", "missing"), [*RUN, "--heatmap"],
-     ["@/run/scores.parquet: can't be read as Parquet"]),
+     ["@/run/scores.parquet: is not there; score.py makes it"]),
 ]
 METRICS = [(f"metrics.jsonl {how}", broken("run/metrics.jsonl", change), RUN, [f"@/run/metrics.jsonl{words}"])
            for (how, change), words in zip({**BYTES, "a folder": "a folder"}.items(), [
@@ -165,7 +165,8 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["--output_dir=/dev/null/x"], "/dev/null/x: can't be written"),
     (["--test", "nope"], "no data set called nope in what was read; there is forward and reverse"),
     (["--scores"], "--scores: expected at least one argument"), (["--scores", "@"], "@: can't be read as Parquet"),
-    (["--scores", "@/none"], "@/none: can't be read as Parquet"), (["--scores", "x" * 5000], "File name too long"),
+    (["--scores", "@/none"], "@/none: is not there; score.py makes it"),
+    (["--scores", "x" * 5000], "File name too long"),
     (["--series=@/none"], "@/none: can't be read as csv"), (["--series=@"], "@: can't be read as csv"),
     (["--heatmap", "--phases"], "--phases: not allowed with argument --heatmap"),
     (["--phases"], "needs two runs or more"),

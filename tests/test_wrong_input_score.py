@@ -62,7 +62,7 @@ CHECKPOINTS = [(f"checkpoint-3's {name} {how}", broken(f"run/checkpoint-3/{name}
                    ("adapter_config.json", "@/run/checkpoint-3/adapter_config.json: no base_model_name_or_path can be"),
                    ("adapter_model.safetensors", "@/run/checkpoint-3/adapter_model.safetensors: can't be read"),
                    ("tokenizer.json",
-                    "--model_name @/run/checkpoint-3: its base @/model: the tokenizer can't be opened"))
+                    "model @/run/checkpoint-3: its base @/model: the tokenizer can't be opened"))
                for how, change in BYTES.items()]
 
 
@@ -138,16 +138,16 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["--dataset_path", "@/run"], "@/run: can't be read as a folder of datasets' save_to_disk"),
     (["--model_path=@/run"], "two checkpoints are both called run, step 0"),
     (["--tokens=yes"], "--tokens: ignored expl"),
-    (["--model_path=@/none"], "--model_name @/none: config.json can't be opened"),
+    (["--model_path=@/none"], "model @/none: no such folder"),
     (["--output_dir=@/rows.jsonl"], "--output_dir @/rows.jsonl: can't be written to"),
     (["--output_dir=/dev/null/x"], "--output_dir /dev/null/x: can't be written to"),
     (["--output_dir=@/" + "x" * 300], "File name too long"),
 ]]
 FLAGS += [(f"target {target[:20]!r}", nothing_changed, [target, *DATA], [words]) for target, words in [
-    ("x" * 5000, "File name too long"), ("@", "--model_name @: has neither config.json nor adapter_config.json"),
+    ("x" * 5000, "File name too long"), ("@", "model @: has neither config.json nor adapter_config.json"),
     ("", "has neither config.json nor adapter_config.json"),
-    ("@/rows.jsonl", "--model_name @/rows.jsonl: config.json ca"),
-    ("@/run/checkpoint-9", "--model_name @/run/checkpoint-9: config.json can't be opened"),
+    ("@/rows.jsonl", "model @/rows.jsonl: config.json ca"),
+    ("@/run/checkpoint-9", "model @/run/checkpoint-9: no such folder"),
 ]]
 PROBES = [(f"data: {what}", jsonl(*rows), [*RUN, *flags], [words]) for what, rows, flags, words in [
     ("one row", ROWS[:1], ["--responses", "other"], "--responses other: no row of the data set has one"),

@@ -61,7 +61,7 @@ PROMPTS = [
     ("white space", " \n ", "chosen has an empty prompt"), ("half a character", "\udc00", "holds half a character"),
     ("messages without roles", [{"content": "a"}], "has a prompt that is of type list"),
     ("a content that is a list", [{"role": "user", "content": ["a"]}], "a message whose content is of type list"),
-    ("huge", "x" * 1_000_000, "too long; longest: row 0: 1000002 tokens, over --max_length 100"),
+    ("huge", "x" * 1_000_000, "too long; longest: row 0: 1000002 tokens, over the model's context of 100"),
 ]
 VALUES = [(f"{side} is {what}", jsonl(GOOD | {side: value}), ROWS, ["@/rows.jsonl: 1 of 1 row", "row 0", side, words])
           for side in ("chosen", "rejected") for what, value, words in RESPONSES]
@@ -219,8 +219,8 @@ def pickled(name, other):
     return change
 
 
-CONFIG, TOKENIZER, WEIGHTS = ("--model_name @/model: config.json can't be opened",
-                              "--model_name @/model: the tokenizer can't be opened",
+CONFIG, TOKENIZER, WEIGHTS = ("model @/model: config.json can't be opened",
+                              "model @/model: the tokenizer can't be opened",
                               "@/model/model.safetensors: can't be")
 MODELS = [(f"{name} {how}", broken(f"model/{name}", change), MODEL, [words])
           for name, words in (("config.json", CONFIG), ("tokenizer.json", TOKENIZER),
@@ -239,9 +239,12 @@ MODELS += [
     ("weights that are a folder", broken("model/model.safetensors", "a folder"), MODEL, ["model.safetensors"]),
     ("a pickle of junk", pickled("model/model.safetensors", "model/pytorch_model.bin"), MODEL,
      ["@/model: the weights can't be loaded"]),
-    ("a name of no hub", nothing_changed, ["--model_name=a/b/c"], ["--model_name a/b/c: config.json can't be opened"]),
+    ("a folder that is not there", nothing_changed, ["--model_name=@/none"], ["model @/none: no such folder"]),
+    ("a run in place of a model", lambda folder: [(folder / "old").mkdir(), (folder / "old/run.json").write_text("{}")],
+     ["--model_name=@/old"], ["model @/old: is a run; name one of its checkpoints, @/old/checkpoint-<step>"]),
+    ("a name of no hub", nothing_changed, ["--model_name=a/b/c"], ["model a/b/c: config.json can't be opened"]),
     ("a model's name too long", nothing_changed, ["--model_name=" + "x" * 5000],
-     ["--model_name x", "File name too long"]),
+     ["model x", "File name too long"]),
 ]
 MODELS += [(f"config.json: {name} {str(value)[:30]}", edited("model/config.json", **{name: value}), MODEL, [words])
            for name, value, words in [
@@ -321,10 +324,10 @@ ADAPTERS += [(f"adapter_config.json: {name} {str(value)[:30]}", edited("adapter/
     ("base_model_name_or_path", None, "base_model_name_or_path is None, not a model's name"),
     ("base_model_name_or_path", 3, "is 3, not a model's name"),
     ("base_model_name_or_path", "", "is '', not a model's n"),
-    ("base_model_name_or_path", "/nowhere", "--model_name @/adapter: its base /nowhere: config.json can't be opened"),
+    ("base_model_name_or_path", "/nowhere", "model @/adapter: its base /nowhere: config.json can't be opened"),
     ("base_model_name_or_path", "nowhere/at-all", "its base nowhere/at-all: config.json can't be opened"),
     ("base_model_name_or_path", "a\0b", "its base a\\x00b: config.json can't be opened"),
-    ("base_model_name_or_path", "x" * 5000, "--model_name @/adapter: its base xxx"),
+    ("base_model_name_or_path", "x" * 5000, "model @/adapter: its base xxx"),
     ("peft_type", "NOPE", "is a NOPE adapter; only LoRA"),
     ("peft_type", 3, "is a 3 adapter; only LoRA can be trained on"),
     ("peft_type", ..., "is a None adapter"), ("peft_type", "IA3", "@/adapter: is a IA3 adapter; only LoRA can be tr"),
@@ -365,11 +368,11 @@ ADAPTERS += [(f"adapter's weights {change.__name__}", changed_weights("adapter/a
 ]]
 ADAPTERS += [
     ("no weights of an adapter", broken("adapter/adapter_model.safetensors", "missing"), ADAPTER,
-     ["--model_name @/adapter: has adapter_config.json, but no adapter_model.safetensors"]),
+     ["model @/adapter: has adapter_config.json, but no adapter_model.safetensors"]),
     ("an adapter's pickle of junk", pickled("adapter/adapter_model.safetensors", "adapter/adapter_model.bin"), ADAPTER,
      [UNFIT]),
     ("an adapter on itself", lambda folder: edited("adapter/adapter_config.json", base_model_name_or_path=str(
-        folder / "adapter"))(folder), ADAPTER, ["--model_name @/adapter: config.json can't be opened"]),
+        folder / "adapter"))(folder), ADAPTER, ["model @/adapter: config.json can't be opened"]),
     ("a base of another size", lambda folder: make_model(folder / "model", hidden_size=16), ADAPTER,
      [UNFIT + "Error(s) in loading state_dict for PeftModelForCausalLM: size mismatch"]),
     ("a base with fewer layers", lambda folder: make_model(folder / "model", num_hidden_layers=0), ADAPTER, [UNFIT]),

@@ -74,6 +74,7 @@ class DataArguments:
     chosen_field: str = None
     rejected_field: str = None
     boundary: str = "error"
+    max_length: int = 1  # given; what it is comes as the limit
     max_prompt_length: int = None
     overlong: str = "error"
     on_bad_row: str = "error"

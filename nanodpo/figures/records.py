@@ -50,15 +50,16 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def read_scores(files: list[Path]) -> pandas.DataFrame:
-    """KEYS and mean_logps of these files of score.py. A score that is missing (a failed row) stays, as NaN.
+    """KEYS, tokens and mean_logps of these files of score.py. A score that is missing (a failed row) stays, as NaN.
 
     Raises UserError, naming file and row, where a table can't be drawn.
     """
     tables = []
     for file in files:
-        table = read_parquet(file, [*KEYS, "mean_logps"])
+        table = read_parquet(file, [*KEYS, "tokens", "mean_logps"])
         infinite = (table[["step", "mean_logps"]].abs() == math.inf).any(axis=1)
-        refuse(file, table, table[KEYS].isna().any(axis=1) | infinite, "has a value that is missing or not finite")
+        missing = table[[*KEYS, "tokens"]].isna().any(axis=1)
+        refuse(file, table, missing | infinite, "has a value that is missing or not finite")
         refuse(file, table, table.duplicated(KEYS), "is there twice")
         if table["mean_logps"].isna().all():
             raise UserError(f"{file}: every score in it is missing; all its rows failed")

@@ -39,6 +39,7 @@ def in_phases(scores: pandas.DataFrame | None, runs: list[str]) -> tuple[pandas.
     have = [] if scores is None else list(scores["run"].unique())
     if missing := [run for run in runs if run not in have]:
         raise UserError(f"--phases: each run needs scores on the data sets drawn, and {listed(missing)} has none")
+    _check_same(scores[scores["response"].isin(["chosen", "rejected"])], runs)
     spans = scores.groupby("run")["step"].agg(["min", "max"])
     names = scores.groupby("run")["phase"].first()
     phases = {run: (names[run].upper() or run, *spans.loc[run]) for run in runs}
@@ -46,6 +47,19 @@ def in_phases(scores: pandas.DataFrame | None, runs: list[str]) -> tuple[pandas.
     first, last = (scores["run"].map(spans[end]) for end in ("min", "max"))
     steps = (scores["step"] - first) / (last - first).clip(lower=1)
     return scores.assign(at=number + steps), phases
+
+
+def _check_same(sides: pandas.DataFrame, runs: list[str]) -> None:
+    """Raises UserError where runs were scored on different rows or responses under one data set's name: changes since
+    the first run's start would be those of some rows alone, or of others."""
+    for name, table in sides.groupby("dataset"):
+        tokens = {run: table[table["run"] == run].drop_duplicates(["row", "response"])
+                  .set_index(["row", "response"])["tokens"].sort_index() for run in runs}
+        first, *others = [run for run in runs if len(tokens[run])]
+        if other := next((run for run in others if not tokens[first].equals(tokens[run])), None):
+            raise UserError(f"--phases: {first} and {other} were scored on different rows, or tokens, that are both "
+                            f"called {name}; score both in one call: score.py {first} {other} --dataset_path "
+                            f"{name}=FILE")
 
 
 def series_in_phases(series: pandas.DataFrame, phases: dict[str, tuple]) -> pandas.DataFrame:

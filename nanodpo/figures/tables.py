@@ -11,7 +11,7 @@ import pyarrow.parquet
 
 from ..errors import UserError, first_line
 
-NUMBERS = ("step", "row", "position", "mean_logps", "logp")  # the other columns hold text
+NUMBERS = ("step", "row", "position", "tokens", "mean_logps", "logp")  # the other columns hold text
 LARGEST = 1e12  # of a step or a log-prob: beyond it, sums and axes overflow
 LONGEST = 200  # characters of a name: a longer one fits no figure, and takes minutes to set
 NAMES = f"has a name of more than {LONGEST} characters, or with characters that can't be printed"
@@ -51,6 +51,8 @@ def read_parquet(file: Path, names: list[str], filters=None) -> pandas.DataFrame
             if pyarrow.types.is_nested(kinds[name]) or not any(test(kind) for test in right):
                 raise UserError(f"{file}: column {name} must hold {what}, found {kinds[name]}")
         table = pyarrow.parquet.read_table(file, columns=names, filters=filters).to_pandas(ignore_metadata=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: is not there; score.py makes it") from error
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{file}: can't be read as Parquet ({first_line(error)})") from error
     if table.empty and filters is None:

@@ -58,7 +58,7 @@ def final_answer(text: str, marked: bool = False) -> str | None:
     '1205'
     >>> final_answer(r"so \boxed{ x+\frac{1}{2^{n}} } it is"), final_answer(r"\boxed{4} or \boxed{5")
     ('x+\\frac{1}{2^{n}}', '4')
-    >>> final_answer("the answer is (D), methylation in position 27 of it"), final_answer("GOATHERDS (9), answer: GOATHERDS")
+    >>> final_answer("the answer is (D), position 27 of it"), final_answer("(9), answer: GOATHERDS")
     (None, None)
     >>> final_answer("**Answer:** -12 apples, all in"), final_answer("The answer is 2 + 3 = 5")
     ('-12', '5')
