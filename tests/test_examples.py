@@ -37,7 +37,7 @@ def test_shipped_models_are_small_and_of_one_shape():
 def test_the_readme_names_every_module_and_no_other():
     tree = README[README.index("## The files"):]
     named = set(re.findall(r"\b(\w+\.py)\b", tree.partition("## Limits")[0]))
-    there = {file.name for file in (ROOT / "nanodpo").rglob("*.py")} - {"__init__.py", "errors.py"}
+    there = {file.name for file in (ROOT / "nanodpo").rglob("*.py")} - {"__init__.py"}
     assert there <= named
     assert named - there <= {"train.py", "score.py", "plot.py", "piles.py", "check_logprobs.py",
                              "forward_reverse.py"}
