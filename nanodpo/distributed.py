@@ -9,7 +9,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from .errors import RankStopped, RunStopped, UserError, first_line
+from .errors import RankStopped, RunStopped, UserError, first_line, printable
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
         "NCCL communicator was aborted", "Socket Timeout", "Connection was likely closed", "Connection refused")
@@ -23,9 +23,9 @@ def is_main() -> bool:
 
 
 def say(*text) -> None:
-    """Prints on rank 0."""
+    """Prints on rank 0, with no character that acts on the terminal."""
     if is_main():
-        print(*text, flush=True)
+        print(printable(" ".join(map(str, text))), flush=True)
 
 
 def check_device(args) -> None:

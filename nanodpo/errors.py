@@ -2,6 +2,7 @@
 
 import os
 import sys
+import unicodedata
 
 
 class UserError(ValueError):
@@ -38,8 +39,18 @@ def first_line(error: Exception) -> str:
 def one_line(text: str, most: int = 1000) -> str:
     """Text as a terminal can show it: its two ends where it is long, and no character that acts on the screen."""
     text = " ".join(text.split())
-    text = text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}")
+
+
+def printable(text: str) -> str:
+    r"""Replaces each character that acts on a terminal (an escape sequence in somebody's data, say) by its escape, so
+    that it is only shown. Lines, tabs and spaces of any width stay.
+
+    >>> printable("red \x1b[31m\u202e and \u3000wide\n")
+    'red \\x1b[31m\\u202e and \u3000wide\n'
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs"
+                   else c.encode("unicode_escape").decode() for c in text)
 
 
 def run_script(main) -> int:

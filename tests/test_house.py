@@ -38,17 +38,18 @@ def test_the_core_needs_torch_alone(name):
     assert imports(MODULES[name]) <= {"torch"} | ({"transformers"} if name == "attention" else set())
 
 
-def test_imports_are_shallow():
-    """Scripts import modules, no module a script, and no chain of our own imports is longer than two, errors aside."""
-    ours = {name: {i.removeprefix("nanodpo.") for i in imports(file) if i.startswith("nanodpo.")} - {"errors"}
+def test_imports_go_in_no_circle():
+    """Scripts import modules, no module a script, and no module itself by way of others."""
+    ours = {name: {i.removeprefix("nanodpo.") for i in imports(file) if i.startswith("nanodpo.")}
             for name, file in MODULES.items()}
 
-    def depth(name, above=()):
+    def follow(name, above=()):
         assert name not in above, f"circle: {' -> '.join([*above, name])}"
-        return max((1 + depth(other, (*above, name)) for other in ours[name]), default=0)
+        for other in ours[name]:
+            follow(other, (*above, name))
 
     for name, file in MODULES.items():
-        assert depth(name) <= 2, name
+        follow(name)
         assert not imports(file) & {"train", "score", "plot", "examples", "bench", "tests"}, name
 
 
@@ -67,8 +68,6 @@ def test_functions_fit_a_screen(file):
             assert node.end_lineno - node.lineno < 50, f"{file.name}: {node.name}"
         if isinstance(node, ast.ExceptHandler):
             assert node.type and getattr(node.type, "id", "") not in ("Exception", "BaseException"), file.name
-    if file in MODULES.values():
-        assert len(file.read_text().splitlines()) <= 180, file.name
 
 
 @pytest.mark.parametrize("script", ["train", "score"])
