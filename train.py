@@ -99,7 +99,7 @@ def run_training(argv: list[str], stop: Stop) -> None:
     source = open_start(args)
     train, held_out, limit = load_data(inspection.lenient(args) if args.inspect else args, source)
     if args.inspect:
-        distributed.say(inspection.inspect(train, source.tokenizer, limit))
+        distributed.say(inspection.inspect(train, source.tokenizer, limit, args.inspect_row, held_out))
         return
     folder, old, wanted = identity.find(args, f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
     facts = identity.facts(args, settings, limit, [data for data in (train, held_out) if data], HERE)

@@ -93,6 +93,7 @@ class TrainArguments:
 
     # Looking without training
     inspect: bool = _flag(False, "Print one tokenised pair, the boundary and the lengths, and stop.")
+    inspect_row: int = _flag(None, "The row of the file that --inspect prints. Default: the first that can be used.")
     dry_run: bool = _flag(False, "Run the longest micro-batch forward and backward, print memory and disk, and stop.")
     print_config: bool = _flag(False, "Print the resolved settings as JSON and stop.")
 
@@ -103,6 +104,7 @@ class TrainArguments:
                 setattr(self, name, expanduser(value))
         if self.assistant_header:  # a shell passes on what an error message shows: a backslash and an n
             self.assistant_header = self.assistant_header.replace("\\n", "\n")
+        self.inspect = self.inspect or self.inspect_row is not None
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         check(self)

@@ -21,7 +21,7 @@ from .reference import data_hash
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
 # Flags that may differ between a run and its continuation. None of them can change a number that is written ...
 FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
-        "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "print_config", "dry_run",
+        "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "inspect_row", "print_config", "dry_run",
         "gradient_checkpointing", "activation_memory"}
 # ... or what they name is compared itself: weights, token ids, DeepSpeed settings.
 BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "deepspeed"}

@@ -3,6 +3,8 @@
 import dataclasses
 import sys
 
+from .errors import UserError
+
 BINS, HEAD, TAIL = 12, 200, 60
 
 
@@ -12,9 +14,13 @@ def lenient(args):
     return dataclasses.replace(args, on_bad_row="drop", overlong=overlong)
 
 
-def inspect(data, tokenizer, limit: int) -> str:
-    """One example with its scored tokens in brackets, the ids around the boundary, and the lengths of all."""
-    example = data.examples[0]
+def inspect(data, tokenizer, limit: int, row: int | None = None, held_out=None) -> str:
+    """One example with its scored tokens in brackets, the ids around the boundary, and the lengths of all.
+
+    `row` is the number of a row in the training file, None takes the first example; `held_out` is the set that was
+    drawn from that file, if one was. Raises UserError for a row that is not used.
+    """
+    example = data.examples[0] if row is None else _find(data, held_out, row)
     note = ["  dropped rows stop a run, but for --on_bad_row drop, --overlong drop or truncate"] * bool(data.dropped)
     parts = [data.report(), *note, f"\nrow {example.row}; [scored tokens] in brackets"]
     for side, cut in zip(("chosen", "rejected"), example.cut):
@@ -27,6 +33,16 @@ def inspect(data, tokenizer, limit: int) -> str:
                   tokenizer.decode(example.prompt) + _scored(tokenizer, response),
                   f"boundary, scored ids starred: {ids}"]
     return "\n".join([*parts, "", histogram(data.lengths, limit)])
+
+
+def _find(data, held_out, row: int):
+    examples = {example.row: example for example in [*data.examples, *(held_out.examples if data.held_out else ())]}
+    if row in examples:
+        return examples[row]
+    reasons = {dropped["row"]: dropped["reason"] for dropped in data.dropped}
+    if row in reasons:
+        raise UserError(f"--inspect_row {row}: {data.path}: this row is left out: {reasons[row]}")
+    raise UserError(f"--inspect_row {row}: {data.path} has rows 0 to {max(examples | reasons)}")
 
 
 def _scored(tokenizer, ids: list[int]) -> str:

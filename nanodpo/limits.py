@@ -8,7 +8,7 @@ POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradie
             "num_train_epochs", "logging_steps", "lora_alpha", "adam_epsilon", "max_length", "max_prompt_length",
             "save_total_limit")
 NOT_NEGATIVE = ("lora_r", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "save_steps",
-                "eval_size", "seed", "resume_steps", "skip_nonfinite")
+                "eval_size", "seed", "resume_steps", "skip_nonfinite", "inspect_row")
 
 
 def check(args) -> None:
@@ -18,7 +18,7 @@ def check(args) -> None:
             raise UserError(f"--{name} {value}: must be a finite number")
         if name in POSITIVE and value is not None and not value > 0:
             raise UserError(f"--{name} {value}: must be above 0")
-        if name in NOT_NEGATIVE and not value >= 0:
+        if name in NOT_NEGATIVE and value is not None and not value >= 0:
             raise UserError(f"--{name} {value}: must not be negative")
     if args.seed >= 2**63:
         raise UserError(f"--seed {args.seed}: must be below 2^63")

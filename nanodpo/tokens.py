@@ -6,7 +6,7 @@ import dataclasses
 from .data import Texts, render_more, render_row
 from .errors import UserError
 from .example import Example, too_long, truncate
-from .rows import choose_fields, read_rows
+from .rows import choose_fields, describe_columns, read_rows, unread_parts
 from .template import Template
 
 SHOWN = 3  # rows that a message names; dropped_rows.jsonl has them all
@@ -20,10 +20,12 @@ class DataSet:
     notes: collections.Counter  # what was normalised or found, and in how many rows
     lengths: list[int] = dataclasses.field(default_factory=list)  # of every tokenised row, before any cut or drop
     held_out: int = 0  # examples that went to a data set of their own
+    columns: str = ""  # which are read, and which are not
 
     def report(self) -> str:
         lines = [f"data {self.path}: {_rows(len(self.examples) + self.held_out)}, {len(self.dropped)} dropped"
                  + f", {self.held_out} held out" * bool(self.held_out)]
+        lines += [f"  {self.columns}"] * bool(self.columns)
         lines += [f"  {_rows(count)}: {note}" for note, count in sorted(self.notes.items())]
         lines += [f"  dropped row {row['row']}: {row['reason']}" for row in self.dropped[:SHOWN]]
         return "\n".join(lines + [f"  ... and {len(self.dropped) - SHOWN} more"] * (len(self.dropped) > SHOWN))
@@ -39,7 +41,8 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
     fields = choose_fields(path, rows, args.prompt_field, args.chosen_field, args.rejected_field, pairs)
     if missing := [name for name in more if name not in rows[0]]:
         raise UserError(f"--responses {missing[0]}: {path} has no such column; it has {', '.join(rows[0])}")
-    data, alone = DataSet(path, [], [], collections.Counter()), args.loss == "sft"  # trained on chosen alone
+    data = DataSet(path, [], [], collections.Counter(), columns=describe_columns(rows, fields, more))
+    alone = args.loss == "sft"  # trained on chosen alone
     texts, overlong = [], []
     for number, row in enumerate(rows):
         try:
@@ -64,14 +67,21 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
         raise UserError(f"{path}: {len(data.dropped)} of {_rows(len(rows))} can't be used; {_worst(data.dropped)}. "
                         "Mend them, or leave such rows out with --on_bad_row drop")
     _handle_overlong(data, overlong, limit, args)
+    _add_notes(data, texts)
+    for name, count in unread_parts(rows, fields).items():
+        data.notes[f"column {name} is not read; if it is part of what is asked, put it into the prompt"] = count
+    if not data.examples:
+        raise UserError(f"{path}: no usable row is left of {len(rows)}; {_worst(data.dropped)}")
+    return data
+
+
+def _add_notes(data: DataSet, texts: list[Texts]) -> None:
+    """Counts what was changed or found in the rows that stay."""
     left = {example.row for example in data.examples}
     for text in (texts := [text for text in texts if text.row in left]):
         data.notes.update(set(text.notes))  # a set: both sides may say the same of one row
     if duplicates := len(texts) - len({(t.prompt, t.chosen, t.rejected) for t in texts}):
         data.notes["repeats an earlier row"] = duplicates
-    if not data.examples:
-        raise UserError(f"{path}: no usable row is left of {len(rows)}; {_worst(data.dropped)}")
-    return data
 
 
 def _rows(count: int) -> str:

@@ -2,15 +2,17 @@
 
 import csv
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny_tokenizers as tiny
 
+from nanodpo import rows as rows_module
 from nanodpo.data import render_row
 from nanodpo.errors import UserError
-from nanodpo.rows import choose_fields, read_rows
+from nanodpo.rows import choose_fields, describe_columns, read_rows, unread_parts
 from nanodpo.template import close_turn, prompt_leads, read_template
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -365,7 +367,7 @@ def test_named_columns_win_and_missing_ones_are_errors():
         choose_fields("d", [{"chosen": 1}], None, None, None, True)
 
 
-@pytest.mark.parametrize("name", ["tools", "chat_template_kwargs"])
+@pytest.mark.parametrize("name", ["tools", "chat_template_kwargs", "documents"])
 def test_what_only_a_template_could_use_is_refused(name):
     """Left out of the prompt without a word, it would make another one. Beside plain text, or empty, it is nothing."""
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -374,3 +376,94 @@ def test_what_only_a_template_could_use_is_refused(name):
         choose_fields("d", rows, None, None, None, True)
     assert choose_fields("d", rows[:2], None, None, None, True)[1] == "chosen"
     assert choose_fields("d", [{"chosen": "A", "rejected": "B", name: {"a": 1}}], None, None, None, True)[1] == "chosen"
+    with pytest.raises(UserError, match=f"^d: row 0: has {name}"):  # a prompt of messages, answers of text
+        choose_fields("d", [{"prompt": turns[:1], "chosen": "A", "rejected": "B", name: "[1]"}], None, None, None, True)
+
+
+@pytest.mark.parametrize("name", ["image", "images", "audio", "videos"])
+def test_what_a_text_model_cannot_see_is_refused(name):
+    rows = [{"prompt": "Q", "chosen": "A", "rejected": "B", name: value} for value in (None, [], ["a.png"])]
+    with pytest.raises(UserError, match=f"^d: row 2: has {name}, which a model of text can't see"):
+        choose_fields("d", rows, None, None, None, True)
+    assert choose_fields("d", rows[:2], None, None, None, True) == ("prompt", "chosen", "rejected")
+
+
+def test_the_answer_of_alpaca_is_its_output_and_the_papers_its_text():
+    """`text` of alpaca is the whole of a row, prompt included."""
+    assert choose_fields("d", [dict.fromkeys(("instruction", "input", "output", "text"))], "instruction", None, None,
+                         False) == ("instruction", "output", None)
+    assert choose_fields("d", [dict.fromkeys(("question", "text", "worse-text", "output"))], None, None, None,
+                         True) == ("question", "text", "worse-text")
+
+
+def test_the_report_says_which_columns_are_read_and_which_are_not():
+    rows = [{"id": 1, "system": "Be brief.", "question": "Q", "text": "A", "worse-text": "B"},
+            {"id": 2, "system": "", "question": "Q", "text": "A", "worse-text": "B"}]
+    fields = choose_fields("d", rows, None, None, None, True)
+    assert describe_columns(rows, fields) == ("columns: prompt = question, chosen = text, rejected = worse-text; not "
+                                              "read: id, system")
+    assert describe_columns(rows, fields, ("id", "system")).endswith("rejected = worse-text, id, system")
+    assert unread_parts(rows, fields) == {"system": 1}
+    assert unread_parts(rows, ("system", "text", None)) == {}
+
+
+# Files as they are now, and no larger than a data set can be
+
+
+def test_another_parquet_file_of_the_same_name_and_time_is_another_data_set(tmp_path):
+    """Nothing keeps rows by a file's name, time or size."""
+    file = tmp_path / "a.parquet"
+    for rows in (ROWS, ROWS[::-1], [row | {"chosen": row["chosen"] + "."} for row in ROWS]):
+        write(file, rows)
+        os.utime(file, (1_700_000_000, 1_700_000_000))
+        assert read_rows(str(file)) == rows
+
+
+def test_parquet_columns_of_datasets_own_kinds_are_read_as_datasets_reads_them(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": [USER], "chosen": [YES], "n": {"a": [1, 2]}}, {"prompt": [USER], "chosen": [NO], "n": {"a": []}}]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "a.parquet")
+    assert read_rows(str(tmp_path / "a.parquet")) == list(table) == rows
+
+
+def test_parquet_files_of_one_glob_have_the_same_columns(tmp_path):
+    write(tmp_path / "a.parquet", [{"prompt": "Q", "chosen": "A", "rejected": "B"}])
+    write(tmp_path / "b.parquet", [{"prompt": "Q", "chosen": "A"}])
+    with pytest.raises(UserError, match="b.parquet: has the columns prompt, chosen, and .*a.parquet has prompt, c"):
+        read_rows(str(tmp_path / "*.parquet"))
+
+
+def test_small_files_of_many_rows_or_large_cells_are_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
+    """A Parquet file of a few KB holds a cell again and again for nothing."""
+    write(tmp_path / "rows.parquet", [{"prompt": "Q", "chosen": "A"}] * 1001)
+    write(tmp_path / "rows.jsonl", [{"prompt": "Q", "chosen": "A"}] * 1001)
+    monkeypatch.setattr(rows_module, "MOST_ROWS", 1000)
+    for name, found in (("rows.parquet", "1,001 rows, more than 1,000"), ("rows.jsonl", "more than 1,000 rows")):
+        with pytest.raises(UserError, match=f"{name}: has {found}; split the file"):
+            read_rows(str(tmp_path / name))
+    write(tmp_path / "cells.parquet", [{"prompt": "Q", "chosen": "A" * 100_000}] * 900)
+    assert (tmp_path / "cells.parquet").stat().st_size < 100_000
+    longest = rows_module.LONGEST
+    monkeypatch.setattr(rows_module, "LONGEST", 50_000)
+    nested = {"chosen": [{"role": "assistant", "content": "A" * 30_000}] * 2}
+    for name, rows in (("cells.parquet", None), ("nested.jsonl", [{"prompt": "Q"} | nested])):
+        if rows:
+            write(tmp_path / name, rows)
+        with pytest.raises(UserError, match=rf"{name}: row 0: chosen has \d+,\d+ characters, more than 50,000"):
+            read_rows(str(tmp_path / name))
+    monkeypatch.setattr(rows_module, "LONGEST", longest)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 20_000}.get)  # 80 MB
+    with pytest.raises(UserError, match="holds more text than this machine has memory"):
+        read_rows(str(tmp_path / "cells.parquet"))
+
+
+def test_what_is_no_file_does_not_hang(tmp_path):
+    """A pipe would wait for somebody to write into it."""
+    for place in (tmp_path / "a.jsonl", tmp_path / "folder" / "state.json"):
+        place.parent.mkdir(exist_ok=True)
+        os.mkfifo(place)
+    for path, words in ((tmp_path / "a.jsonl", "is not a file"), ("/dev/zero", "is not a file"),
+                        (tmp_path / "folder", "state.json in it is not a file")):
+        with pytest.raises(UserError, match=words):
+            read_rows(str(path))

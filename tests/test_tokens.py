@@ -14,7 +14,7 @@ from nanodpo.errors import UserError
 from nanodpo.example import Example, truncate
 from nanodpo.inspection import histogram, inspect
 from nanodpo.template import read_template
-from nanodpo.tokens import load_dataset
+from nanodpo.tokens import DataSet, load_dataset
 
 CHAT_EOS, START, END = 260, 259, 260  # tiny.chatml's <|im_start|> and <|im_end|>
 ASKED = "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
@@ -264,6 +264,7 @@ def test_the_report_counts_held_out_rows_where_its_notes_do(tmp_path):
     data, held_out, _ = train.load_data(args, SimpleNamespace(tokenizer=tiny.plain(), context=100))
     assert (len(data.examples), len(held_out.examples)) == (10, 2)
     assert data.report() == (f"data {path}: 12 rows, 0 dropped, 2 held out\n"
+                             "  columns: prompt, chosen, rejected\n"
                              "  12 rows: chosen: white space or a second end after the turn is left out")
     assert held_out.report() == f"data 2 rows of {path}: 2 rows, 0 dropped"
 
@@ -300,6 +301,17 @@ def test_inspect_shows_what_is_scored_and_the_boundary(tmp_path):
     assert "(0.0% over the limit of 26)" in text
     cut = inspect(load(tmp_path, tokenizer, [row(ASKED, "4!", "56789")], limit=24, overlong="truncate"), tokenizer, 24)
     assert "--- rejected: 21 prompt + 3 scored tokens, cut" in cut and "(100.0% over the limit of 24)" in cut
+
+
+def test_inspect_shows_any_row_that_is_used(tmp_path):
+    tokenizer = tiny.plain()
+    data = load(tmp_path, tokenizer, [row("2?", "4", "5"), row("3?", "4", "4"), row("4?", "8", "5")], on_bad_row="drop")
+    assert "\nrow 2;" in inspect(data, tokenizer, 9, 2) and "[8]" in inspect(data, tokenizer, 9, 2)
+    held_out, data.held_out = DataSet("held out", [data.examples.pop()], [], {}, []), 1
+    assert "\nrow 2;" in inspect(data, tokenizer, 9, 2, held_out)
+    for number, words in ((1, "this row is left out: chosen and rejected are equal"), (3, "has rows 0 to 2")):
+        with pytest.raises(UserError, match=f"--inspect_row {number}: .*{words}"):
+            inspect(data, tokenizer, 9, number, held_out)
 
 
 def test_inspect_elides_the_middle_of_a_long_response(tmp_path):
