@@ -31,6 +31,7 @@ from nanodpo.figures.strip import strip_figure
 from nanodpo.figures.three_panel import ROLES, three_panel_figure
 from nanodpo.figures.training import training_figure
 from nanodpo.scoring.runs import newest_run
+from nanodpo.screen import put
 
 TESTS = ["forward", "reverse", "mixed"]
 
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
     with house_style(args.style, args.serif, args.usetex):
         drawn = draw(args, list(folders.values()), files, names)
         for file in save(drawn, home(args.output_dir or default), args.columns):
-            print(file)
+            put(file)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

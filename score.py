@@ -22,12 +22,12 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from nanodpo import distributed, space
 from nanodpo.errors import UserError, leave, run_script
 from nanodpo.logprobs import sum_by_sequence
 from nanodpo.packing import LAYOUTS
+from nanodpo.progress import Progress
 from nanodpo.reference import data_hash
 from nanodpo.scoring import answers, plausible, responses, scores, verdict
 from nanodpo.scoring.describe import describe
@@ -107,19 +107,20 @@ def report(folder: Path, tables: dict, gone: list[str]) -> None:
     """The verdict, and what is on the screen at the end; `gone` is what an earlier scoring had in this folder."""
     found = verdict.judge(tables["scores"], tables["pairs"], tables["answers"], tables["tenths"])
     scores.write_json(folder / "verdict.json", found)
-    print(show(tables["summary"]))
+    distributed.say(show(tables["summary"]))
     if failed := len(tables["failed"]):
-        print(f"{failed} log-probs are not finite and in no mean; they are listed in {folder / 'failed.jsonl'}")
+        distributed.say(f"{failed} log-probs are not finite and in no mean; they are listed in "
+                        f"{folder / 'failed.jsonl'}")
     for line in found:
-        print(line["text"])
+        distributed.say(line["text"])
     if gone:
         names = ", ".join(gone[:6]) + " ..." * (len(gone) > 6)
-        print(f"no longer in {folder}: {names}; the command that scored it brings it back from parts/, and another "
-              "--output_dir keeps both")
+        distributed.say(f"no longer in {folder}: {names}; the command that scored it brings it back from parts/, and "
+                        "another --output_dir keeps both")
     from nanodpo.figures.drawing import draw_after  # slow to import
 
-    print(draw_after(folder))
-    print(f"done: {folder / 'scores.parquet'}")
+    distributed.say(draw_after(folder))
+    distributed.say(f"done: {folder / 'scores.parquet'}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -258,8 +259,7 @@ def open_probe(name: str, path: str, settings, source, args) -> Probe:
         kinds = [kind for kind in kinds if any(responses.KINDS[kind](data.examples, i, args.seed) for i in rows)]
     if args.own and (held := set(own_rows(settings)[2])):
         data.examples = [example for example in data.examples if example.row in held]
-    if distributed.is_main():
-        print(data.report())
+    distributed.say(data.report())
     groups = responses.make_groups(data.examples, kinds, args.seed, limit)
     expected = known_answers(data.examples, source.tokenizer, args.answers)
     if len(expected) < min(args.answers, len(data.examples)):
@@ -325,8 +325,10 @@ def answer_greedily(opened: Opened, probe: Probe, rows, args) -> list[list[int]]
     prompts = [probe.examples[i].prompt for i in rows]
     opened.model.set_attn_implementation(opened.own)  # the layout's has no notion of a cache
     # Of tokens that were generated a model keeps keys and values, and nothing else of what a scored one takes.
-    with shortage_named(f"the greedy answers of {opened.checkpoint.path}"):
-        mine = answers.greedy(opened.model, prompts[rank::world], most, probe.limit, probe.ends, 4 * args.max_tokens)
+    with (shortage_named(f"the greedy answers of {opened.checkpoint.path}"),
+          Progress("greedy answers", len(prompts), "answer") as bar):
+        mine = answers.greedy(opened.model, prompts[rank::world], most, probe.limit, probe.ends, 4 * args.max_tokens,
+                              lambda count: bar.update(count * world))
     opened.model.set_attn_implementation(opened.attention)
     parts = distributed.agree(None, dict(zip(range(len(prompts))[rank::world], mine)))
     return [said for _, said in sorted(item for part in parts for item in part.items())]
@@ -365,9 +367,9 @@ def score_all(opener: Opener, checkpoints, probes, folder: Path, args) -> list[P
     distributed.say(f"{len(work)} parts, {sum(done)} of them done before")
     missing = [item for item, there in zip(work, done) if not there]
     rows = sum(len(probe.groups) for _, probe, _, _ in missing)
-    with tqdm(total=rows, unit="row", disable=not (distributed.is_main() and sys.stderr.isatty())) as bar:
+    with Progress("scoring", rows, "row") as bar:
         for checkpoint, probe, part, start in missing:
-            bar.set_postfix_str(f"{checkpoint.run} step {checkpoint.step} {probe.name}")
+            bar.update(0, f"{checkpoint.run} step {checkpoint.step} {probe.name}")
             score_part(opener, checkpoint, probe, part, start, args, bar)
     return [part for _, _, part, _ in work]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanodpo import checkpoint, distributed, identity, inspection, metrics, models, reference, resume, screen, space
+from nanodpo import checkpoint, distributed, identity, inspection, metrics, models, progress, reference, resume, space
 from nanodpo import engine as engines
 from nanodpo import state as states
 from nanodpo.arguments import TrainArguments, parse
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
 def run_training(argv: list[str], stop: Stop) -> None:
     args = parse(argv, HERE / "examples" / "dpo.yaml")
     if args.print_config:
-        print(json.dumps(dataclasses.asdict(args), indent=2))
+        distributed.say(json.dumps(dataclasses.asdict(args), indent=2))
         return
     settings = engines.read_settings(args, HERE / "ds_config.json")
 
@@ -199,7 +199,7 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
             if old:
                 space.check_disk(run.folder, disk_needed(run))  # now that nobody else writes, and no partials are left
                 if changed := identity.changed_machine(old, run.facts):
-                    print(f"resume: the last bits may differ, since another machine goes on ({changed})")
+                    distributed.say(f"resume: the last bits may differ, since another machine goes on ({changed})")
                 found, run.evaluated = resume.begin(run.folder, run.steps, run.world, wanted)
     seen = (run.folder / "run.json").is_file()
     distributed.agree(None if seen else UserError(f"--output_dir {run.folder}: rank {run.rank} does not see what rank "
@@ -305,19 +305,17 @@ def score(run: Run, data: DataSet, indices: list[int], sides: list[str], gradien
 
 def train_model(run: Run) -> None:
     """The loop. Every step begins where the one before it could have been killed."""
-    bar = screen.progress(run.step, run.steps, run.rank)
-    try:
-        while True:
-            between_steps(run)
-            if run.step == run.steps:
-                break
-            train_step(run, bar)
-            run.step += 1
-    except Preempted:
-        save_state(run)  # the gradients of the step that was begun go; what was drawn for it comes again
-        raise
-    finally:
-        bar.close()
+    with progress.Progress("training", run.steps, "step", run.step) as bar:
+        try:
+            while True:
+                between_steps(run)
+                if run.step == run.steps:
+                    break
+                train_step(run, bar)
+                run.step += 1
+        except Preempted:
+            save_state(run)  # the gradients of the step that was begun go; what was drawn for it comes again
+            raise
 
 
 def between_steps(run: Run) -> None:
@@ -457,7 +455,7 @@ def evaluate(run: Run) -> None:
         return
     run.engine.eval()
     meter = metrics.Meter(run.device)
-    for pairs in eval_steps(run):
+    for pairs in progress.track(eval_steps(run), "evaluation", "batch"):
         run.stop.check()
         for indices, weight in deal(pairs, run.args.per_device_eval_batch_size, run.rank, run.world):
             with shortage_named(run, run.held_out, indices):
@@ -469,7 +467,7 @@ def evaluate(run: Run) -> None:
     if distributed.is_main():
         line = {"step": step, "epoch": step / run.steps_per_epoch} | {f"eval_{name}": v for name, v in means.items()}
         metrics.write_line(run.folder / "metrics.jsonl", line)
-    distributed.say(f"step {step:>5}  eval_loss {means['loss']:.4f}" + screen.summary(means, "eval_"))
+    distributed.say(f"step {step:>5}  held out: {progress.summary(means)}")
 
 
 def log_step(run: Run, bar, line: dict, tokens: int, seconds: float) -> None:
@@ -479,7 +477,7 @@ def log_step(run: Run, bar, line: dict, tokens: int, seconds: float) -> None:
     if run.rank == 0:
         # JSON has no word for what is not finite: a step that was left out lacks those values.
         metrics.write_line(run.folder / "metrics.jsonl", {k: v for k, v in line.items() if math.isfinite(v)})
-        screen.show(bar, line, line["step"] % run.args.logging_steps == 0 or line["step"] == run.steps - 1)
+        progress.show(bar, line, line["step"] % run.args.logging_steps == 0 or line["step"] == run.steps - 1)
 
 
 def save_checkpoint(run: Run) -> None:
@@ -531,8 +529,9 @@ def finish(run: Run) -> None:
     if run.args.draw:
         from nanodpo.figures.drawing import draw_after  # slow to import
 
-        print(draw_after(run.folder))
-    print(f"done: {run.folder}\nlast: {run.folder / f'checkpoint-{run.steps}'}\nnext: python score.py {run.folder}")
+        distributed.say(draw_after(run.folder))
+    distributed.say(f"done: {run.folder}\nlast: {run.folder / f'checkpoint-{run.steps}'}")
+    distributed.say(f"next: python score.py {run.folder}")
 
 
 def end_again(args: TrainArguments, folder: Path, steps: int) -> None:
@@ -546,7 +545,7 @@ def merge(args: TrainArguments, folder: Path, steps: int) -> None:
     """Leaves the last checkpoint's adapter merged into its base, a model like any other, in merged/."""
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     checkpoint.merge(folder / f"checkpoint-{steps}", folder / "merged", dtype, args.trust_remote_code)
-    print(f"merged: {folder / 'merged'}")
+    distributed.say(f"merged: {folder / 'merged'}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from nanodpo.errors import RunStopped, UserError, first_line, run_script  # noqa: E402
+from nanodpo.screen import put  # noqa: E402
 from nanodpo.student import t_quantile  # noqa: E402
 
 TESTED = 200  # rows of the tiny world: 100 problems, each in both directions
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
             experiment(args, model, folder, table)
         except Failed as error:
             failed[model or "the tiny world"] = str(error)
-            print(f"FAILED {model or ''}: {error}", flush=True)
+            put(f"FAILED {model or ''}: {error}")
     if failed:
         raise RunStopped("; ".join(f"{model} failed: {reason}" for model, reason in failed.items()))
 
@@ -101,9 +102,9 @@ def experiment(args, model: str | None, folder: Path, table) -> None:
                 raise
     found = findings(*evidence(folder, seeds))
     (folder / "findings.json").write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(f"{'holds' if line['holds'] else 'does not':>8}  {line['text']}" for line in found))
+    put("\n".join(f"{'holds' if line['holds'] else 'does not':>8}  {line['text']}" for line in found))
     if args.seeds == 1:
-        print("of one seed these are signs of single numbers; --seeds 3 gives intervals")
+        put("of one seed these are signs of single numbers; --seeds 3 gives intervals")
     draw(args, folder)
 
 
@@ -185,7 +186,7 @@ def run(args, log: Path, script: str, *flags) -> None:
     """One command; raises Failed with the last line it said."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
     command = [sys.executable, *(several if args.ranks > 1 else []), str(ROOT / script), *map(str, flags)]
-    print(" ".join(["python", *command[1:]]), flush=True)
+    put(" ".join(["python", *command[1:]]))
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (args.parallel * args.ranks)))}
     with open(f"{log}.log", "a") as out:
         done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | threads, cwd=ROOT)
@@ -320,7 +321,7 @@ def draw(args, folder: Path) -> None:
     floor = [] if args.models else ["--floor", FLOOR]
     run(args, folder / "figures", "plot.py", "--three_panel", *flags, "--scores", *files, *floor, "--output_dir",
         folder / "figures")
-    print(f"done: {folder / 'findings.json'}, {folder / 'figures'}")
+    put(f"done: {folder / 'findings.json'}, {folder / 'figures'}")
 
 
 if __name__ == "__main__":

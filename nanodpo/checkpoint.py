@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .distributed import is_main
+from .distributed import is_main, say
 from .errors import RunStopped, UserError, first_line
 from .manifest import aside, publish, writing
 
@@ -77,7 +77,7 @@ def _mend_generation(model: nn.Module) -> None:
     try:
         model.generation_config.validate(strict=True)
     except ValueError as error:
-        print(f"the model's generation config is left out, since transformers refuses it: {first_line(error)}")
+        say(f"the model's generation config is left out, since transformers refuses it: {first_line(error)}")
         model.generation_config = GenerationConfig.from_model_config(model.config)
 
 

@@ -9,7 +9,8 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from .errors import RankStopped, RunStopped, UserError, first_line, printable
+from .errors import RankStopped, RunStopped, UserError, first_line
+from .screen import put
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
         "NCCL communicator was aborted", "Socket Timeout", "Connection was likely closed", "Connection refused")
@@ -25,7 +26,7 @@ def is_main() -> bool:
 def say(*text) -> None:
     """Prints on rank 0, with no character that acts on the terminal."""
     if is_main():
-        print(printable(" ".join(map(str, text))), flush=True)
+        put(*text)
 
 
 def check_device(args) -> None:

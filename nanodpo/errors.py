@@ -2,7 +2,8 @@
 
 import os
 import sys
-import unicodedata
+
+from .screen import guard, printable, put
 
 
 class UserError(ValueError):
@@ -42,19 +43,9 @@ def one_line(text: str, most: int = 1000) -> str:
     return printable(text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}")
 
 
-def printable(text: str) -> str:
-    r"""Replaces each character that acts on a terminal (an escape sequence in somebody's data, say) by its escape, so
-    that it is only shown. Lines, tabs and spaces of any width stay.
-
-    >>> printable("red \x1b[31m\u202e and \u3000wide\n")
-    'red \\x1b[31m\\u202e and \u3000wide\n'
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs"
-                   else c.encode("unicode_escape").decode() for c in text)
-
-
 def run_script(main) -> int:
     """Calls main(argv) and turns its end into an exit code. Anything unforeseen keeps its traceback."""
+    guard()
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -62,17 +53,17 @@ def run_script(main) -> int:
     except (UserError, RunStopped) as error:
         # Once a machine: files may be missing on one only.
         if isinstance(error, RankStopped) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
+            put(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except Preempted as told:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(told, file=sys.stderr, flush=True)
+            put(told, file=sys.stderr)
         return TEMPFAIL
     except BrokenPipeError:  # `train.py --inspect | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         return 1
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        put("stopped by Ctrl-C", file=sys.stderr)
         return 130
 
 

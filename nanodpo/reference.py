@@ -8,7 +8,6 @@ import array
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from .distributed import from_main, is_main, main_first, say, sum_over_ranks
 from .errors import Preempted, RunStopped, UserError, first_line
 from .manifest import flush, settle
+from .progress import Progress
 
 SAVE_EVERY = 100
 
@@ -48,7 +47,7 @@ def reference_logps(examples, steps, deal, score, fingerprint: dict, cache_dir: 
             known = _load(file, fingerprint, len(examples))
     known = from_main(known)
     missing = [pairs for pairs in steps if known[pairs].isnan().any()]
-    with _progress(len(missing)) as bar:
+    with Progress("reference", len(missing), "step") as bar:
         for i in range(0, len(missing), SAVE_EVERY):
             stopped = _fill(known, missing[i : i + SAVE_EVERY], deal, score, device, bar, check)
             with main_first():
@@ -145,8 +144,3 @@ def _save(file: Path, logps: Tensor, fingerprint: dict) -> None:
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
         raise RunStopped(f"{file}: can't be written ({first_line(error)})") from error
-
-
-def _progress(steps: int):
-    return tqdm(total=steps, desc="reference", unit="step", leave=False,
-                disable=not (is_main() and sys.stderr.isatty()))

@@ -1,24 +1,44 @@
-"""What a run shows while it goes: a bar, and a line every so many steps."""
+"""What reaches the terminal. One function prints, and characters that act on a terminal are shown instead of sent."""
 
+import logging
 import sys
+import traceback
+import unicodedata
+import warnings
 
 from tqdm import tqdm
 
-
-def progress(done: int, steps: int, rank: int):
-    return tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True,
-                disable=rank != 0 or not sys.stderr.isatty())
+_format_warning = warnings.formatwarning
 
 
-def show(bar, line: dict, print_it: bool) -> None:
-    """Moves the bar by a step and, where asked, prints the step's means."""
-    text = f"loss {line['loss']:.4f}{summary(line)}  {line['perf/tokens_per_second']:,.0f} tokens/s"
-    bar.update()
-    bar.set_postfix_str(text, refresh=False)
-    if print_it:
-        bar.write(f"step {line['step']:>5}  {text}")
+def put(*text, file=None) -> None:
+    """Prints a line, on stdout unless `file` says otherwise; a bar on the screen makes room for it."""
+    file = file or sys.stdout
+    tqdm.write(printable(" ".join(map(str, text))), file=file)
+    file.flush()
 
 
-def summary(means: dict, prefix: str = "") -> str:
-    names = ("rewards/margins", "rewards/accuracies") if "rewards/margins" in means else ("logps_per_token/chosen",)
-    return "".join(f"  {prefix}{name} {means[name]:.4f}" for name in names)
+def printable(text: str) -> str:
+    r"""Replaces each character that acts on a terminal (an escape sequence in somebody's data, say) by its escape, so
+    that it is only shown. Lines, tabs and spaces of any width stay.
+
+    >>> printable("red \x1b[31m\u202e and \u3000wide\n")
+    'red \\x1b[31m\\u202e and \u3000wide\n'
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs"
+                   else c.encode("unicode_escape").decode() for c in text)
+
+
+def guard() -> None:
+    """Makes `printable` what Python and its libraries print by themselves: warnings, log records, and the traceback of
+    an error that nobody foresaw. A terminal that lacks a character gets its escape."""
+    warnings.formatwarning = lambda *said, **more: printable(_format_warning(*said, **more))
+    logging.setLogRecordFactory(_Record)
+    sys.excepthook = lambda *error: put("".join(traceback.format_exception(*error)).rstrip(), file=sys.stderr)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:
+        return printable(super().getMessage())

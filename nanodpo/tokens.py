@@ -4,8 +4,9 @@ import collections
 import dataclasses
 
 from .data import Texts, render_more, render_row
-from .errors import UserError
+from .errors import UserError, one_line
 from .example import Example, too_long, truncate
+from .progress import track
 from .rows import choose_fields, describe_columns, read_rows, unread_parts
 from .template import Template
 
@@ -27,7 +28,7 @@ class DataSet:
                  + f", {self.held_out} held out" * bool(self.held_out)]
         lines += [f"  {self.columns}"] * bool(self.columns)
         lines += [f"  {_rows(count)}: {note}" for note, count in sorted(self.notes.items())]
-        lines += [f"  dropped row {row['row']}: {row['reason']}" for row in self.dropped[:SHOWN]]
+        lines += [f"  dropped row {row['row']}: {one_line(row['reason'])}" for row in self.dropped[:SHOWN]]
         return "\n".join(lines + [f"  ... and {len(self.dropped) - SHOWN} more"] * (len(self.dropped) > SHOWN))
 
 
@@ -44,7 +45,7 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
     data = DataSet(path, [], [], collections.Counter(), columns=describe_columns(rows, fields, more))
     alone = args.loss == "sft"  # trained on chosen alone
     texts, overlong = [], []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(track(rows, "rendering", "row")):
         try:
             values = [row[name] if name else None for name in fields]
             text = render_row(template, number, *values, fields[2] is not None, may_be_equal=alone)
@@ -156,7 +157,9 @@ def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
 
 def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
     # Not verbose: it would warn of texts beyond the model's context, which are handled here.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    parts = [texts[i : i + 1000] for i in range(0, len(texts), 1000)]
+    return [ids for part in track(parts, "tokenising", "thousand text") for ids in tokenizer(
+        part, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids]
 
 
 def _after(prompt: list[int], whole: list[int], tokenizer) -> list[int] | str:

@@ -70,6 +70,22 @@ def test_functions_fit_a_screen(file):
             assert node.type and getattr(node.type, "id", "") not in ("Exception", "BaseException"), file.name
 
 
+PRINTED = [*MODULES.values(), *(file for file in SCRIPTS if file.parent.name != "bench")]
+
+
+@pytest.mark.parametrize("file", PRINTED, ids=lambda file: file.stem)
+def test_one_function_prints(file):
+    """nanodpo.screen.put escapes what acts on a terminal; nobody prints past it, or makes a bar with texts of its own.
+    A bench prints its own numbers."""
+    if file == HOUSE / "screen.py":
+        return
+    assert "tqdm" not in imports(file) or file == HOUSE / "progress.py"
+    for node in ast.walk(ast.parse(file.read_text())):
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        assert called not in ("print", "sys.stdout.write", "sys.stderr.write", "bar.write", "traceback.print_exc"), (
+            f"{file.name}, line {node.lineno}: {called}")
+
+
 @pytest.mark.parametrize("script", ["train", "score"])
 def test_help_and_wrong_input_wait_for_no_model_code(script):
     """`--help` in two seconds: what takes longest to import is imported when a model is made."""

@@ -12,11 +12,13 @@ NAMED = re.compile(r"answer(?:s?\s+(?:is|are))?[^\w<.]*?" + NUMBER + r"(?!\w)", 
 
 
 @torch.no_grad()
-def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[int], budget: int) -> list[list[int]]:
+def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[int], budget: int,
+           told=lambda count: None) -> list[list[int]]:
     """The likeliest token after each prompt, again and again: to one of `ends`, which is included, to `most` tokens, or
     to `limit` tokens with the prompt.
 
-    Prompts of one batch are padded on the left; a batch holds about `budget` tokens.
+    Prompts of one batch are padded on the left; a batch holds about `budget` tokens. `told` hears how many prompts
+    were answered just now.
     """
     from transformers import GenerationConfig
 
@@ -32,6 +34,7 @@ def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[in
         batch = [i for i in order[:size] if min(most, limit - len(prompts[i])) == room]
         order = order[len(batch):]
         if room < 1:
+            told(len(batch))
             continue
         ids = torch.tensor([[ends[0]] * (longest - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
         lengths = torch.tensor([len(prompts[i]) for i in batch], device=model.device)
@@ -40,6 +43,7 @@ def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[in
         for i, line in zip(batch, out[:, longest:].tolist()):
             end = next((at + 1 for at, token in enumerate(line) if token in ends), len(line))
             answers[i] = line[:end]
+        told(len(batch))
     return answers
 
 

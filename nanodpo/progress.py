@@ -1,0 +1,66 @@
+"""How far a long work is: a bar on a terminal, and a line a minute where there is none."""
+
+import datetime
+import sys
+import time
+
+from tqdm import tqdm
+
+from .distributed import is_main
+from .screen import printable, put
+
+EVERY = 60.0  # seconds from one line to the next
+
+
+class Progress:
+    """Counts the units of a work that are done, on rank 0: `with Progress("reference", 100, "step") as bar`."""
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0):
+        terminal = sys.stderr.isatty()
+        self.what, self.total, self.unit, self.done, self.start = printable(what), total, unit, done, done
+        self.lines, self.began = is_main() and not terminal, time.monotonic()
+        self.said = self.began
+        self.bar = tqdm(desc=self.what, total=total, initial=done, unit=unit, dynamic_ncols=True, leave=False, delay=1,
+                        disable=not (is_main() and terminal))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+
+    def update(self, count: int = 1, text: str | None = None) -> None:
+        """So many units more are done; `text` stands at the end of the bar."""
+        count = min(count, self.total - self.done)  # ranks count for each other, and the last ones may have less
+        self.done += count
+        if text is not None:
+            self.bar.set_postfix_str(printable(text), refresh=False)
+        self.bar.update(count)
+        now = time.monotonic()
+        if self.lines and now - self.said >= EVERY and self.start < self.done < self.total:
+            self.said, spent = now, now - self.began
+            left = spent * (self.total - self.done) / (self.done - self.start)
+            spent, left = (datetime.timedelta(seconds=round(seconds)) for seconds in (spent, left))
+            put(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {spent} so far, about {left} to go")
+
+
+def track(items, what: str, unit: str):
+    """The items one by one; the next is asked for when one is done."""
+    with Progress(what, len(items), unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def show(bar: Progress, line: dict, print_it: bool) -> None:
+    """Moves the bar by a step and, where asked, prints the step's means."""
+    bar.update(text=f"loss {line['loss']:.4f}")
+    if print_it:
+        put(f"step {line['step']:>5}  {summary(line)}  {line['perf/tokens_per_second']:,.0f} tokens/s")
+
+
+def summary(means: dict) -> str:
+    """A step's means in a line that fits 80 columns; metrics.jsonl has them all, by TRL's names."""
+    pairs = {"margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+    names = {"loss": "loss"} | (pairs if "rewards/margins" in means else {"chosen": "logps_per_token/chosen"})
+    return "  ".join(f"{name} {means[key]:.4f}" for name, key in names.items())

@@ -1,0 +1,229 @@
+"""What reaches a terminal: nothing that acts on it, whoever wrote it."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+from conftest import ROOT, environment, train
+
+import plot
+import score
+import train as trainer
+from nanodpo import progress
+from nanodpo.errors import run_script
+from nanodpo.screen import guard, printable, put
+
+EVIL = "\x1b]0;OWNED\x07\x1b[2J\r\x9b31m\u202e"
+SHOWN = r"\x1b]0;OWNED\x07\x1b[2J\r\x9b31m\u202e"
+
+
+@pytest.fixture(autouse=True)
+def own_hooks(monkeypatch):
+    """The hooks that `guard` sets are gone after each test."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    before = logging.getLogRecordFactory()
+    yield
+    logging.setLogRecordFactory(before)
+
+
+def acts(text: str) -> bool:
+    """Is there a character that a terminal would obey, but for the end of a line and a tab?"""
+    return re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text) is not None
+
+
+def said(main, capfd, *flags) -> str:
+    """All that a script prints, with its exit code in the last line."""
+    sys.argv[1:] = map(str, flags)
+    code = run_script(main)
+    out, err = capfd.readouterr()
+    assert not acts(out) and not acts(err), (out, err)
+    return f"{out}{err}{code}"
+
+
+def test_what_acts_is_shown(capsys):
+    assert acts(EVIL) and printable(EVIL) == SHOWN
+    put("name", EVIL, 3)
+    put(EVIL, file=sys.stderr)
+    out, err = capsys.readouterr()
+    assert out == f"name {SHOWN} 3\n" and err == f"{SHOWN}\n"
+
+
+def test_what_libraries_say_is_shown(capsys, monkeypatch):
+    """Warnings, log records and tracebacks may quote names from files."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    guard()
+    text = warnings.formatwarning(EVIL, UserWarning, f"{EVIL}.py", 3, EVIL)
+    assert SHOWN in text and f"{SHOWN}.py" in text and not acts(text)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.handle(logging.getLogger("library").makeRecord("library", 30, "f", 1, "model %s", (EVIL,), None))
+    assert capsys.readouterr().err == f"model {SHOWN}\n"
+    try:
+        raise KeyError(EVIL) from OSError(EVIL)
+    except KeyError as error:
+        sys.excepthook(KeyError, error, error.__traceback__)
+    found = capsys.readouterr().err
+    assert "Traceback" in found and SHOWN in found and not acts(found)
+
+
+def test_a_terminal_that_lacks_a_character_gets_its_escape():
+    """In place of a traceback about the terminal's encoding."""
+    code = "from nanodpo.errors import run_script; from nanodpo.screen import put; run_script(lambda _: put('\\u4f60'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=environment() | {"PYTHONIOENCODING": "ascii"})
+    assert done.stdout == "\\u4f60\n" and not done.stderr
+
+
+# Every place where a script shows what somebody else wrote
+
+
+@pytest.fixture
+def finished(tiny, tmp_path):
+    train(tiny, tmp_path / "run", "--max_steps", "1", "--eval_size", "2")
+    return tmp_path / "run"
+
+
+def again(tiny, run):
+    return ("--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--output_dir", run,
+            "--cache_dir", run.parent / "cache", "--draw", "false", "--max_steps", 1, "--eval_size", 2)
+
+
+def test_run_json_and_manifests(tiny, finished, capfd):
+    file = finished / "run.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"steps": EVIL}))
+    assert SHOWN in said(trainer.main, capfd, *again(tiny, finished))
+    file.write_text(json.dumps(record | {"world_size": 1, "data": [EVIL]}))
+    assert "holds a run with other settings" in said(trainer.main, capfd, *again(tiny, finished))
+    manifest = finished / "checkpoint-1" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(facts | {"files": {EVIL: {"bytes": 1, "sha256": ""}}}))
+    file.write_text(json.dumps(record))
+    assert "OWNED" in said(score.main, capfd, finished)
+
+
+def test_data_rows_and_why_they_are_dropped(tiny, tmp_path, capfd):
+    rows = [{"prompt": f"hi{EVIL}", "chosen": f"a{EVIL}", "rejected": "b"},
+            {"prompt": "x", "chosen": [{"role": f"a\n{EVIL}", "content": "c"}], "rejected": "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = "--model_name", tiny / "model", "--train_file_path", tmp_path / "rows.jsonl"
+    found = said(trainer.main, capfd, *flags, "--inspect")
+    assert r"hi\x1b]0;OWNED" in found and "dropped row 1: " in found and found.endswith("0")
+    assert said(trainer.main, capfd, *flags).endswith("2")
+
+
+def test_names_of_files_runs_and_columns(tiny, finished, tmp_path, capfd):
+    for name in (EVIL, f"x{EVIL}.yaml"):
+        assert said(trainer.main, capfd, name, "--model_name", "M", "--train_file_path", "D").endswith("2")
+    assert said(trainer.main, capfd, "--print_config", "--model_name", EVIL, "--train_file_path", "D").endswith("0")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({EVIL: 1}) + "\n")
+    assert "OWNED" in said(trainer.main, capfd, "--model_name", tiny / "model", "--train_file_path",
+                           tmp_path / "rows.jsonl")
+    assert SHOWN in said(score.main, capfd, finished, "--dataset_path", f"{EVIL}={tiny / 'train.jsonl'}",
+                         "--output_dir", tmp_path / "scores")
+    assert "OWNED" in said(plot.main, capfd, "--scores", tmp_path / "scores" / "scores.parquet")
+    assert "OWNED" in said(plot.main, capfd, f"no{EVIL}")
+
+
+# A bar on a terminal of 80 columns, lines without one
+
+
+class Terminal:
+    """What stands on a screen after these bytes: rows of text, as a terminal of so many columns shows them."""
+
+    def __init__(self, stream: str, columns: int):
+        self.rows, row, column = {}, 0, 0
+        for piece in re.findall(r"\x1b\[\d*[A-Za-z]|.", stream, re.DOTALL):
+            if piece == "\x1b[A":
+                row -= 1
+            elif piece in "\r\n":
+                row, column = row + (piece == "\n"), column if piece == "\n" else 0
+            else:
+                assert len(piece) == 1 and column < columns, (piece, column, self.rows.get(row))
+                line = self.rows.get(row, "").ljust(column)
+                self.rows[row], column = line[:column] + piece + line[column + 1 :], column + 1
+
+    @property
+    def text(self) -> list[str]:
+        return [line for _, line in sorted((row, line.rstrip()) for row, line in self.rows.items()) if line]
+
+
+WORK = """
+import time
+from nanodpo.progress import Progress, show, track
+from nanodpo.screen import put
+
+means = {"loss": 0.69314, "rewards/margins": 12.3456, "rewards/accuracies": 1.0, "perf/tokens_per_second": 1234567.8}
+with Progress("training", 12_000, "step", 11_980) as bar:
+    for step in range(11_980, 12_000):
+        time.sleep(0.06)
+        show(bar, {"step": step, **means}, step % 5 == 0)
+        if step % 10 == 0:
+            for batch in track(range(3), "evaluation", "batch"):
+                time.sleep(0.4)
+            put(f"step {step}  held out: after a bar of its own")
+"""
+
+
+def test_bars_fit_80_columns_and_no_line_is_glued_to_one():
+    """The stream is played back: wherever a bar was, each line stands alone, and nothing is left of the bars."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", WORK], stdout=theirs, stderr=theirs, env=environment(), cwd=ROOT)
+    os.close(theirs)
+    stream = b""
+    try:
+        while part := os.read(ours, 65536):
+            stream += part
+    except OSError:  # how a terminal without a process ends
+        pass
+    os.close(ours)
+    assert process.wait(60) == 0
+    stream = stream.decode()
+    assert re.search(r"training: .*%.*/12000 \[.*loss 0.6931\]", stream) and "evaluation: " in stream
+    shown = "  loss 0.6931  margin 12.3456  accuracy 1.0000  1,234,568 tokens/s"
+    assert Terminal(stream, 80).text == [
+        line for step in range(11_980, 12_000, 5) for line in [
+            f"step {step:>5}{shown}", f"step {step}  held out: after a bar of its own"][: 2 - step % 10 // 5]]
+
+
+def test_without_a_terminal_there_is_a_line_a_minute(monkeypatch, capsys):
+    """10 of 70 pairs that took 2 minutes leave 60, which take 12."""
+    clock = iter([0.0, *(12.0 * i for i in range(1, 11))])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.Progress("reference", 80, "pair", 10) as bar:
+        for _ in range(10):
+            bar.update()
+    assert capsys.readouterr().out == ("reference: 15 of 80 pairs, 0:01:00 so far, about 0:13:00 to go\n"
+                                       "reference: 20 of 80 pairs, 0:02:00 so far, about 0:12:00 to go\n")
+
+
+def test_only_rank_0_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    assert list(progress.track(range(5), "work", "item")) == [*range(5)] and capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert list(progress.track(range(5), "work", "item")) == [*range(5)]
+    assert capsys.readouterr().out.startswith("work: 1 of 5 items, 0:00:00 so far, about 0:00:00 to go\n")
+
+
+def test_a_bar_never_passes_its_end(monkeypatch, capsys):
+    """Rank 0 counts for the others too, and the last ones may have nothing left."""
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with progress.Progress("greedy answers", 3, "answer") as bar:
+        bar.update(2)
+        bar.update(2)
+        bar.update(2)
+    assert bar.done == 3 and len(capsys.readouterr().out.splitlines()) == 1
