@@ -13,6 +13,7 @@ on where it was: what is done is kept in <output_dir>/parts, a folder a checkpoi
 import argparse
 import dataclasses
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -29,13 +30,14 @@ from nanodpo.logprobs import sum_by_sequence
 from nanodpo.packing import LAYOUTS
 from nanodpo.progress import Progress
 from nanodpo.reference import data_hash
+from nanodpo.rows import SUFFIXES
 from nanodpo.scoring import answers, plausible, responses, scores, verdict
 from nanodpo.scoring.describe import describe
 from nanodpo.scoring.means import show
 from nanodpo.scoring.measures import token_measures
 from nanodpo.scoring.opened import Opened, Opener
 from nanodpo.scoring.pairs import gradient_products
-from nanodpo.scoring.runs import Checkpoint, newest_run, open_targets
+from nanodpo.scoring.runs import Checkpoint, newest_run, open_targets, settings_of
 from nanodpo.settings import local_rank
 from nanodpo.source import base_of, open_source
 from nanodpo.template import Template, prompt_leads, read_template
@@ -189,10 +191,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def own_data(target: str) -> tuple[str, str]:
     """(name, file) of a run's held-out data, else of what it trained on. Raises UserError for a bare model."""
-    name, file, _ = own_rows(open_targets([target])[0].settings)
+    name, file, _ = own_rows(settings_of(target))
     if not file:
         what = "is no run, so --dataset_path is needed" if os.path.exists(target) else "no such run or folder"
         raise UserError(f"{target}: {what}")
+    if file.endswith(SUFFIXES) and not os.path.isabs(file) and not glob.glob(file, recursive=True):
+        raise UserError(f"{file}: no such file; {target} names its data as seen from the folder where it was started: "
+                        "call score.py there")
     return name, file
 
 
@@ -241,24 +246,59 @@ def open_probes(checkpoints: list[Checkpoint], args) -> list[Probe]:
     if other := [f"--{name}" for name in READING
                  if len({getattr(known.settings, name) for known in checkpoints if known.phase}) > 1]:
         distributed.say(f"data are read as {checkpoint.run} read them; other runs had their own {', '.join(other)}")
-    probes = [open_probe(name, path, checkpoint.settings, source, args) for name, path in args.dataset_path]
+    readers = [(name, reader(path, source, args)) for name, path in args.dataset_path]
+    if args.own:
+        check_data(checkpoints, readers[0][1])
+    probes = [open_probe(name, read, checkpoint.settings, source, args) for name, read in readers]
     for checkpoint, probe in itertools.product(checkpoints, probes):
         check_leads(checkpoint, probe, args)
     return probes
 
 
-def open_probe(name: str, path: str, settings, source, args) -> Probe:
+def check_data(checkpoints: list[Checkpoint], read) -> None:
+    """Raises UserError where the data that runs call their own are no longer what they read: rows that a run held out
+    may be rows now that it was trained on. `read` gives a data set as the settings of a run say."""
+    for run, settings in {c.run: c.recorded for c in checkpoints if c.phase}.items():
+        name, path, _ = own_rows(settings)
+        if not (known := settings.record.get("data")):
+            distributed.say(f"{run}: run.json has no hash of its data; {path} is taken as it is")
+        elif data_hash(read(settings).examples) != known[-1]:
+            raise UserError(f"{path}: has changed since run {run} read it, so the rows called {name} are others now; "
+                            "put the file back, or name data with --dataset_path")
+
+
+def reader(path: str, source, args):
+    """A function of a run's settings and of further columns: (name, file) -> the data set, read once for each way of
+    reading. Of a run's own data it has the run's own rows."""
+    known = {}
+
+    def read(settings, more: tuple[str, ...] = ()):
+        how = repr([getattr(settings, name) for name in ("loss", *READING)] + [more])
+        if how not in known:
+            template = read_template(source.tokenizer, settings.assistant_header)
+            known[how] = load_dataset(path, template, settings, limit_of(settings, source), pairs=False, more=more)
+            if args.own and (held := set(own_rows(settings)[2])):
+                known[how].examples = [example for example in known[how].examples if example.row in held]
+        return known[how]
+
+    return read
+
+
+def limit_of(settings, source) -> int:
+    """Tokens of prompt and response."""
+    return min(settings.max_length or sys.maxsize, source.context or sys.maxsize)
+
+
+def open_probe(name: str, read, settings, source, args) -> Probe:
     """A data set as the settings of a run read it, with its responses."""
-    limit = min(settings.max_length or sys.maxsize, source.context or sys.maxsize)
+    limit = limit_of(settings, source)
     template = read_template(source.tokenizer, settings.assistant_header)
     kinds = args.responses or list(responses.KINDS)
     columns = tuple(kind for kind in kinds if kind not in responses.KINDS and kind != responses.GREEDY)
-    data = load_dataset(path, template, settings, limit, pairs=False, more=columns)
+    data = read(settings, columns)
     if not args.responses:
         rows = range(len(data.examples))
         kinds = [kind for kind in kinds if any(responses.KINDS[kind](data.examples, i, args.seed) for i in rows)]
-    if args.own and (held := set(own_rows(settings)[2])):
-        data.examples = [example for example in data.examples if example.row in held]
     distributed.say(data.report())
     groups = responses.make_groups(data.examples, kinds, args.seed, limit)
     expected = known_answers(data.examples, source.tokenizer, args.answers)

@@ -179,7 +179,7 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
     A new folder has run.json, dropped_rows.jsonl and checkpoint-0, the starting point.
     """
     # An adapter that is trained on has written its settings into the arguments.
-    run.facts |= {"arguments": dataclasses.asdict(run.args), "output_dir": str(run.folder), "steps": run.steps,
+    run.facts |= {"arguments": identity.arguments(run.args), "output_dir": str(run.folder), "steps": run.steps,
                   "layout": run.layout, "attention": run.attention, "weights": weights,
                   "device": distributed.device_name(run.device),
                   "held_out_rows": [e.row for e in run.held_out.examples] if run.args.eval_size else None,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -34,12 +35,21 @@ COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed
 def facts(args, settings: dict, limit: int, data_sets: list, program: Path) -> dict:
     """What can be told of a run before its model is loaded, for run.json and to know it again."""
     return {
-        "command": shlex.join(sys.argv), "arguments": dataclasses.asdict(args), "max_length": limit,
+        "command": shlex.join(sys.argv), "arguments": arguments(args), "max_length": limit,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)), "deepspeed": json.loads(json.dumps(settings)),
         "versions": versions(), "git_commit": git_commit(program), "threads": torch.get_num_threads(),
         "data": [data_hash(data.examples) for data in data_sets],
         "data_report": [data.report() for data in data_sets],
     }
+
+
+def arguments(args) -> dict:
+    """The settings, with what they name by its full path, so that it is found again from any folder. What is not here
+    is a hub id, and stays."""
+    named = {name: value for name in BY_CONTENT if (value := getattr(args, name))}
+    there = {name: os.path.abspath(value) for name, value in named.items()
+             if os.path.exists(value) or glob.glob(value, recursive=True)}
+    return dataclasses.asdict(args) | there
 
 
 def find(args, name: str) -> tuple[Path, dict | None, int | None]:

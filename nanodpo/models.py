@@ -2,12 +2,14 @@
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 
 import torch
 from torch import nn
 
 from .adapters import add_adapter, open_base
+from .distributed import say
 from .errors import UserError, first_line
 from .source import BROKEN, Source, absolute
 
@@ -111,23 +113,51 @@ def describe(model: nn.Module) -> str:
 
 
 def fingerprint(model: nn.Module, fresh_lora: bool) -> str:
-    """A hash of the reference: every weight, and the configs of model and adapter, which say how they are used.
+    """Hashes of the reference, one after the other: the base's weights, its config, and the adapter where it has one.
 
     A fresh LoRA is not part of the reference, so runs that differ in its rank or seed have the same one.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = {key: value for key, value in inner.config.to_dict().items()
-              if key not in ("_name_or_path", "transformers_version")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    hashes = base_hashes(model)
     if not fresh_lora and hasattr(model, "peft_config"):
         own = model.peft_config["default"]
-        digest.update(repr((own.r, own.lora_alpha, own.use_rslora, own.rank_pattern, own.alpha_pattern)).encode())
-    for name, tensor in model.state_dict().items():
-        if fresh_lora and ".lora_" in name:
-            continue
+        digest = hashlib.sha256(
+            repr((own.r, own.lora_alpha, own.use_rslora, own.rank_pattern, own.alpha_pattern)).encode())
+        _add_tensors(digest, {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name})
+        hashes.append(digest.hexdigest())
+    return " ".join(hashes)
+
+
+def base_hashes(model: nn.Module) -> list[str]:
+    """Hashes of a base's weights and of its config, which says how they are used; the same with an adapter on it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in inner.state_dict().items()
+               if ".lora_" not in name}
+    _add_tensors(weights := hashlib.sha256(), tensors)
+    config = {key: value for key, value in inner.config.to_dict().items()
+              if key not in ("_name_or_path", "transformers_version")}
+    return [weights.hexdigest(), hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()]
+
+
+def _add_tensors(digest, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+
+
+def check_base(hashes: list[str], base: str, record: dict, run) -> None:
+    """Raises UserError where a base is not the one that a run started from: `hashes` are those of `base_hashes`, in the
+    run's precision, and `record` is what the run's run.json says."""
+    known = str(record.get("weights", "")).split()
+    if len(known) < 2:
+        return say(f"{run}/run.json: has no hash of its base's weights; {base} is taken as it is")
+    back = f"put back what was there, or copy it to another folder and name that in {run}'s adapter_config.json files"
+    if hashes[0] != known[0]:
+        raise UserError(f"{base}: holds other weights than those that {run} was trained on; {back}")
+    if hashes[1] != known[1]:
+        then, now = record.get("versions", {}).get("transformers"), importlib.metadata.version("transformers")
+        if then == now:
+            raise UserError(f"{base}: its config.json is not the one that {run} was trained with; {back}")
+        say(f"{base}: transformers {now} reads its config otherwise than {then}, under which {run} was trained")
 
 
 @contextlib.contextmanager

@@ -329,6 +329,7 @@ def test_runs_with_other_data_of_their_own_are_not_scored_on_the_firsts(run, tin
         shutil.copytree(run, tmp_path / name)
         record = json.loads((run / "run.json").read_text())
         rows = arguments.pop("held_out_rows", None)
+        del record["data"]  # hashes of what the run itself read
         record |= {"arguments": record["arguments"] | {"eval_file_path": None} | arguments, "held_out_rows": rows}
         (tmp_path / name / "run.json").write_text(json.dumps(record))
         return tmp_path / name / "checkpoint-3"
@@ -355,6 +356,110 @@ def test_runs_with_other_data_of_their_own_are_not_scored_on_the_firsts(run, tin
     assert table[["run", "row"]].values.tolist() == [[r, i] for r in ("first", "same", "model") for i in (0, 1)]
     table = scored(tmp_path / "named", first, tmp_path / "rows" / "checkpoint-3", "--dataset_path", file, *flags)
     assert table["row"].tolist() == [*range(11)] * 2
+
+
+CODE = """import pathlib
+pathlib.Path({mark!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+class C(LlamaConfig): pass
+class M(LlamaForCausalLM): config_class = C
+"""
+
+
+def test_code_in_a_run_runs_only_where_the_command_line_says_so(tiny, tmp_path):
+    """A checkpoint with model code of its own, and a run.json that says trust_remote_code: neither is enough."""
+    train(tiny, tmp_path / "run", "--use_lora", "false", "--max_steps", "1", "--eval_size", "3")
+    for place in (tmp_path / "run" / "checkpoint-0", tmp_path / "run" / "checkpoint-1"):
+        config = json.loads((place / "config.json").read_text())
+        config["auto_map"] = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+        (place / "config.json").write_text(json.dumps(config))
+        (place / "code.py").write_text(CODE.format(mark=str(tmp_path / "ran")))
+        (place / "manifest.json").unlink()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["arguments"]["trust_remote_code"] = True
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    table = scored(tmp_path / "out", tmp_path / "run", "--responses", "chosen")  # transformers has a Llama of its own
+    assert len(table) == 2 * 3 and not (tmp_path / "ran").exists()
+    scored(tmp_path / "told", tmp_path / "run", "--responses", "chosen", "--trust_remote_code")
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def own(tiny, tmp_path):
+    """A run with three held-out rows in run/, on a model m/ and data d.jsonl of its own, started in their folder."""
+    shutil.copytree(tiny / "model", tmp_path / "m")
+    shutil.copy(tiny / "train.jsonl", tmp_path / "d.jsonl")
+    launch(ROOT / "train.py", "--model_name", tmp_path / "m", "--train_file_path", tmp_path / "d.jsonl", "--eval_size",
+           "3", "--max_steps", "1", "--cache_dir", tmp_path / "cache", "--draw", "false", "--output_dir",
+           tmp_path / "run", launcher="fork")
+    return tmp_path
+
+
+@pytest.mark.parametrize("file, key, value", [("model.safetensors", None, None), ("config.json", "rope_theta", 5.0),
+                                              ("config.json", "rms_norm_eps", 0.1)])
+def test_a_base_that_has_changed_is_refused(own, tiny, file, key, value):
+    """Other weights, or the same ones used otherwise; in the precision of the run and in another one."""
+    place = own / "m" / file
+    if key is None:
+        make_model(seed=1).save_pretrained(own / "m")
+        words = "holds other weights than those that .*run was trained on"
+    else:
+        config = json.loads(place.read_text())
+        (config["rope_parameters"] if key == "rope_theta" else config)[key] = value
+        place.write_text(json.dumps(config))
+        words = "its config.json is not the one that .*run was trained with"
+    for flags in ([], ["--bf16"]):
+        with pytest.raises(UserError, match=words):
+            scored(own / "out", own / "run", "--responses", "chosen", *flags)
+    assert not (own / "out" / "scores.parquet").exists()
+
+
+def test_a_base_that_was_only_moved_is_the_same(own):
+    """Elsewhere, and in files cut otherwise: the weights are what counts."""
+    from transformers import AutoModelForCausalLM
+
+    before = scored(own / "out", own / "run", "--responses", "chosen", "--bf16")
+    AutoModelForCausalLM.from_pretrained(own / "m").save_pretrained(own / "n", max_shard_size="40KB")
+    assert len(list((own / "n").glob("*.safetensors"))) > 1
+    shutil.rmtree(own / "m")
+    for step in (0, 1):
+        place = own / "run" / f"checkpoint-{step}"
+        config = json.loads((place / "adapter_config.json").read_text())
+        (place / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(own / "n")}))
+        (place / "manifest.json").unlink()
+    after = scored(own / "out2", own / "run", "--responses", "chosen", "--bf16")
+    assert (before.logps == after.logps).all()
+
+
+def test_data_that_have_changed_are_refused(own):
+    """Rows in another order: those called held out would be rows that were trained on. Data that are named are free."""
+    lines = (own / "d.jsonl").read_text().splitlines(keepends=True)
+    (own / "d.jsonl").write_text("".join([*lines[1:], lines[0]]))
+    for flags in ([], ["--max_length", "50"]):
+        with pytest.raises(UserError, match="d.jsonl: has changed since run run read it, so the rows called test are"):
+            scored(own / "out", own / "run", *flags)
+    assert len(scored(own / "out", own / "run", "--dataset_path", own / "d.jsonl", "--responses", "chosen")) == 2 * 11
+    (own / "d.jsonl").write_text("".join(lines))
+    held = set(json.loads((own / "run" / "run.json").read_text())["held_out_rows"])
+    (own / "d.jsonl").write_text("".join(line if i in held else line.replace("sure", "well")
+                                         for i, line in enumerate(lines)))
+    assert len(scored(own / "out2", own / "run", "--responses", "chosen")) == 2 * 3  # the held-out rows are the same
+
+
+def test_a_run_is_scored_from_any_folder(tiny, tmp_path, monkeypatch):
+    """Its model and data were named as seen from the folder where it was started."""
+    for name in ("model", "train.jsonl"):
+        (shutil.copy if "." in name else shutil.copytree)(tiny / name, tmp_path / name)
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--model_name", "model", "--train_file_path",
+                           "train*.jsonl", "--eval_size", "3", "--max_steps", "1", "--cache_dir", "cache", "--draw",
+                           "false", "--output_dir", "run"],
+                          cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    named = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
+    assert (named["model_name"], named["train_file_path"]) == (f"{tmp_path}/model", f"{tmp_path}/train*.jsonl")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(scored(tmp_path / "out", tmp_path / "run", "--responses", "chosen")) == 2 * 3
 
 
 def test_what_a_scoring_takes_the_place_of_is_said(run, tiny, tmp_path, capsys):

@@ -47,7 +47,7 @@ RUNS += [(f"run.json: {name} was {value}", setting(**{name: value}), RUN, [WRITE
     ("loss", 3), ("loss", None), ("boundary", "x"), ("boundary", 3), ("overlong", "x"), ("on_bad_row", 3),
     ("beta", "x"),
     *(("label_smoothing", value) for value in ("x", None, True, -0.1, 0.5)),
-    ("beta", None), ("beta", True), ("bf16", "yes"), ("bf16", 1), ("trust_remote_code", "false"), ("prompt_field", 3),
+    ("beta", None), ("beta", True), ("bf16", "yes"), ("bf16", 1), ("prompt_field", 3),
     ("chosen_field", ["a"]), ("train_file_path", 3), ("eval_file_path", {}), ("assistant_header", 3),
     ("max_prompt_length", "x"), ("max_prompt_length", 0), ("max_prompt_length", -1)]]
 RUNS += [

@@ -10,6 +10,7 @@ from ..adapters import adapter_shape, adapter_weights, add_adapter, exchange_ada
 from ..distributed import say
 from ..logprobs import SequenceLogProbs
 from ..manifest import check_whole
+from ..models import base_hashes, check_base
 from ..source import base_of
 
 
@@ -41,6 +42,8 @@ class Opener:
         """`bf16`: also where no run says so; `longest`: tokens of the longest sequence to be scored."""
         self.device, self.bf16, self.gradients, self.longest = device, bf16, gradients, longest
         self.last: Opened | None = None
+        self.hashes: dict = {}  # of bases, by name and precision
+        self.checked: set = set()  # runs and their bases
 
     def open(self, checkpoint) -> Opened:
         """Raises UserError for what can't be opened, naming it."""
@@ -54,7 +57,20 @@ class Opener:
         else:
             self.last = None  # the former goes before the next comes
             self.last = self._load(checkpoint, adapter, *wanted)
+        if adapter and checkpoint.settings.record:
+            self._check_base(checkpoint, base)
         return self.last
+
+    def _check_base(self, checkpoint, base: str) -> None:
+        """Raises UserError where the base under a run's adapter is not the one that it was trained on."""
+        key, run = (base, checkpoint.settings.bf16), Path(checkpoint.path).parent
+        if (run, key) in self.checked:
+            return
+        if key not in self.hashes:  # scored in another precision than it was trained in
+            dtype = torch.bfloat16 if checkpoint.settings.bf16 else torch.float32
+            self.hashes[key] = base_hashes(open_base(base, dtype, checkpoint.settings.trust_remote_code))
+        check_base(self.hashes[key], base, checkpoint.settings.record, run)
+        self.checked.add((run, key))
 
     def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool) -> Opened:
         from .. import gated, lora, selfcheck  # slow to import, with transformers' models
@@ -63,6 +79,8 @@ class Opener:
         if adapter:  # else it is the checkpoint itself, which is known to be whole
             check_whole(Path(base))
         model = open_base(base, dtype, checkpoint.settings.trust_remote_code)
+        if checkpoint.settings.record and adapter:
+            self.hashes[base, bf16] = base_hashes(model)
         own = model.config._attn_implementation
         model = add_adapter(model, adapter)
         lora.fuse(model)

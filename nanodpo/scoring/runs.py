@@ -1,4 +1,8 @@
-"""What there is to score: runs and their checkpoints, or any model or adapter, and the settings they were made with."""
+"""What there is to score: runs and their checkpoints, or any model or adapter, and the settings they were made with.
+
+A run's folder may come from somebody else. It decides how data are read and which base and data files are opened; it
+never decides that code is run: only the command line says trust_remote_code.
+"""
 
 import dataclasses
 import json
@@ -13,8 +17,9 @@ from ..manifest import check_whole
 # What a data set is read with where no run says otherwise.
 DEFAULTS = {"loss": "", "prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
             "boundary": "error", "max_length": None, "max_prompt_length": None, "overlong": "error",
-            "on_bad_row": "error", "beta": 0.1, "label_smoothing": 0.0, "bf16": False, "trust_remote_code": False,
-            "train_file_path": None, "eval_file_path": None, "prompt_leads": None, "held_out_rows": None}
+            "on_bad_row": "error", "beta": 0.1, "label_smoothing": 0.0, "bf16": False, "train_file_path": None,
+            "eval_file_path": None, "prompt_leads": None, "held_out_rows": None}
+NOT_A_RUN = {"trust_remote_code": False, "record": {}}  # `record` is all that a run's run.json says
 STEP = re.compile(r"checkpoint-(\d{1,15})")
 
 
@@ -27,6 +32,7 @@ class Checkpoint:
     step: int
     path: str
     settings: SimpleNamespace
+    recorded: SimpleNamespace | None = None  # the settings as the run's run.json has them, without the command line's
 
 
 def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkpoint]:
@@ -36,6 +42,7 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     """
     found = [checkpoint for target in targets for checkpoint in _open(target)]
     for checkpoint in found:
+        checkpoint.recorded = checkpoint.settings
         checkpoint.settings = SimpleNamespace(**vars(checkpoint.settings) | (changes or {}))
     _tell_apart(found)
     runs = list(dict.fromkeys(c.run for c in found))
@@ -70,6 +77,11 @@ def newest_run(folder: Path) -> str:
     return str(max(runs, key=lambda run: ((run / "run.json").stat().st_mtime, run.name)))
 
 
+def settings_of(target: str) -> SimpleNamespace:
+    """The settings of a run, or of a checkpoint's run; without a data file for a bare model. Raises UserError."""
+    return _open(target)[0].settings
+
+
 def _open(target: str) -> list[Checkpoint]:
     path = Path(target)
     try:
@@ -81,7 +93,7 @@ def _open(target: str) -> list[Checkpoint]:
         if step and (path.parent / "run.json").is_file():
             settings = _settings(path.parent)
             return [Checkpoint(path.parent.resolve().name, settings.loss, int(step[1]), target, settings)]
-        return [Checkpoint(name, "", 0, target, SimpleNamespace(**DEFAULTS))]
+        return [Checkpoint(name, "", 0, target, SimpleNamespace(**DEFAULTS | NOT_A_RUN))]
     settings = _settings(path)
     steps = sorted((int(m[1]), str(f)) for f in path.iterdir() if (m := STEP.fullmatch(f.name)))
     if not steps:
@@ -100,12 +112,12 @@ def _settings(run: Path) -> SimpleNamespace:
     given = {key: given[key] for key in DEFAULTS if key in given}
     if wrong := next((key for key, value in given.items() if not _right(key, value)), None):
         raise UserError(f"{run / 'run.json'}: is not what train.py writes: {wrong} is {json.dumps(given[wrong])[:100]}")
-    return SimpleNamespace(**DEFAULTS | given)
+    return SimpleNamespace(**DEFAULTS | NOT_A_RUN | given | {"record": record})
 
 
 def _right(key: str, value) -> bool:
     """Can a setting of run.json have this value?"""
-    if key in ("bf16", "trust_remote_code"):
+    if key == "bf16":
         return type(value) is bool
     if key in ("max_length", "max_prompt_length"):
         return type(value) is int and value > 0 or (value is None and key == "max_prompt_length")
