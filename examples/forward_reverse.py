@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from nanodpo.errors import RunStopped, UserError, first_line, run_script  # noqa: E402
+from nanodpo.files import check_regular, read_text  # noqa: E402
 from nanodpo.screen import put  # noqa: E402
 from nanodpo.student import t_quantile  # noqa: E402
 
@@ -82,6 +83,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.models = [str(Path(name).resolve()) if Path(name).exists() else name for name in args.models]
     args.sft, args.dpo = (value and str(Path(value).resolve()) for value in (args.sft, args.dpo))
     args.sft, args.dpo = args.sft or HERE / f"{kind}_sft.yaml", args.dpo or HERE / f"{kind}_dpo.yaml"
+    for file in (args.sft, args.dpo):
+        try:
+            read_text(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: {getattr(error, 'strerror', None) or 'not text'}") from error
     args.parallel = args.parallel or (1 if args.models else os.cpu_count() or 1)
     return args
 
@@ -113,6 +119,7 @@ def read_data(path: str | None) -> pandas.DataFrame | None:
     if path is None:
         return None
     try:
+        check_regular(path)
         table = pandas.read_parquet(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: can't be read as Parquet ({first_line(error)})") from error
@@ -197,7 +204,7 @@ def run(args, log: Path, script: str, *flags) -> None:
 
 def read_setting(file: Path, name: str, default: str | None = None) -> str:
     """A setting of a flat YAML file, as it is written."""
-    lines = (line.partition(":") for line in Path(file).read_text().splitlines() if not line.startswith("#"))
+    lines = (line.partition(":") for line in read_text(file).splitlines() if not line.startswith("#"))
     found = {key.strip(): value.partition("#")[0].strip() for key, colon, value in lines if colon}
     if name not in found and default is None:
         raise Failed(f"{file}: has no {name}")

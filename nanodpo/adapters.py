@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from .errors import UserError, first_line
+from .files import read_text
 from .source import BROKEN, one_voice
 
 PLACES = ("base_model_name_or_path", "peft_version", "inference_mode", "revision")  # say nothing of the shape
@@ -40,7 +41,7 @@ def adapter_shape(adapter: str | None) -> dict | None:
     """An adapter's config without the entries that only say where things lie; None for a whole model."""
     if adapter is None:
         return None
-    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    config = json.loads(read_text(Path(adapter) / "adapter_config.json"))
     targets = config.get("target_modules")
     config["target_modules"] = sorted(targets) if isinstance(targets, list) else targets
     return {key: value for key, value in config.items() if key not in PLACES}

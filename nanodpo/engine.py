@@ -9,6 +9,7 @@ import torch
 
 from . import distributed, space
 from .errors import UserError, first_line
+from .files import parse_json, read_text
 from .logprobs import SequenceLogProbs
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -27,7 +28,7 @@ def read_settings(args, default: Path) -> dict:
     """The DeepSpeed JSON with train.py's own numbers in it. Raises UserError."""
     path = Path(args.deepspeed or default)
     try:
-        settings = json.loads(path.read_text())
+        settings = parse_json(read_text(path))
     except OSError as error:
         raise UserError(f"--deepspeed {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -16,6 +16,7 @@ import torch
 
 from .checkpoint import claim
 from .errors import UserError
+from .files import read_text
 from .manifest import clear_partials, flush, write_whole, writing
 from .reference import data_hash
 
@@ -83,7 +84,7 @@ def find(args, name: str) -> tuple[Path, dict | None, int | None]:
 
 def _read(folder: Path) -> dict:
     try:
-        record = json.loads((folder / "run.json").read_text())
+        record = json.loads(read_text(folder / "run.json"))
         if isinstance(record["arguments"], dict) and isinstance(record["world_size"], int):
             return record
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .errors import RunStopped, UserError, first_line
+from .files import read_text
 
 MANIFEST = "manifest.json"
 
@@ -60,7 +61,7 @@ def publish(folder: Path, facts: dict, known: dict[str, dict] | None = None) -> 
 def read_manifest(folder: Path) -> dict | str:
     """The facts of a folder, or in words what is wrong with it: every file is read again."""
     try:
-        facts = json.loads((folder / MANIFEST).read_text())
+        facts = json.loads(read_text(folder / MANIFEST))
         for name, expected in facts["files"].items():
             file = folder / name
             if not file.is_file():
@@ -79,7 +80,7 @@ def read_manifest(folder: Path) -> dict | str:
 def check_whole(folder: Path) -> None:
     """Raises UserError where a folder has a manifest of ours and is not what it says; one without is taken as it is."""
     try:
-        if b'"sha256"' not in (folder / MANIFEST).read_bytes():  # somebody else's
+        if '"sha256"' not in read_text(folder / MANIFEST, errors="replace"):  # somebody else's
             return
     except (OSError, ValueError):  # none, or a hub id, or no path at all
         return

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .distributed import agree, is_main, main_first, say
 from .errors import RankStopped, RunStopped, UserError
+from .files import read_text
 from .manifest import aside, file_facts, flush, publish, read_manifest, write_whole, writing
 
 KEEP = 2
@@ -142,7 +143,7 @@ def go_back(run: Path, step: int) -> set[int]:
     for text, line in _lines(metrics):
         if line["step"] < step or (_is_eval(line) and line["step"] == step):
             kept.append((text, line))
-    if metrics.exists() and metrics.read_text(errors="replace") != "".join(text for text, _ in kept):
+    if metrics.exists() and read_text(metrics, 2**32, "replace") != "".join(text for text, _ in kept):
         with writing(metrics):
             write_whole(metrics, "".join(text for text, _ in kept))
     for pattern in ("resume/step-*", "checkpoint-*"):
@@ -154,7 +155,7 @@ def go_back(run: Path, step: int) -> set[int]:
 def _lines(metrics: Path) -> list[tuple[str, dict]]:
     """(text, values) of each line that is whole: a killed process may leave half of the last one."""
     found = []
-    for text in metrics.read_text(errors="replace").splitlines(keepends=True) if metrics.exists() else ():
+    for text in read_text(metrics, 2**32, "replace").splitlines(keepends=True) if metrics.exists() else ():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):

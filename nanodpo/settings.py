@@ -1,10 +1,9 @@
 """What tells a run its settings besides its flags: a YAML or JSON file, and the launcher's environment."""
 
-import json
 import os
-from pathlib import Path
 
 from .errors import UserError
+from .files import parse_json, read_text, repeated
 
 
 def read_settings(path: str, names: list[str]) -> list[str]:
@@ -16,11 +15,11 @@ def read_settings(path: str, names: list[str]) -> list[str]:
     import yaml  # a dependency of transformers
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
         if path.endswith(".json"):
-            settings = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+            settings = parse_json(text, parse_int=str, parse_float=str, parse_constant=str)
         else:
-            settings = yaml.load(text, Loader=yaml.BaseLoader)
+            settings = yaml.load(text, Loader=_loader())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -33,6 +32,20 @@ def read_settings(path: str, names: list[str]) -> list[str]:
         if isinstance(value, (dict, list)):
             raise UserError(f"{path}: {key} must be a single value, found {type(value).__name__}")
     return [f"--{key}={value}" for key, value in settings.items() if value not in (None, "", "null", "~")]
+
+
+def _loader():
+    """YAML's plainest loader, which leaves every value text; a key that is there twice is an error, as YAML says."""
+    import yaml
+
+    class Loader(yaml.BaseLoader):
+        def construct_mapping(self, node, deep=False):
+            found = super().construct_mapping(node, deep)
+            if len(found) < len(node.value):
+                raise ValueError(f"has {repeated(key.value for key, _ in node.value)!r} twice")
+            return found
+
+    return Loader
 
 
 def local_rank(flag: int) -> int:

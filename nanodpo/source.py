@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError, first_line
+from .files import check_regular, read_text
 
 # What libraries raise where a file of a model is broken or a setting in it makes no sense.
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
@@ -95,6 +96,7 @@ def _check_files(folder: Path) -> None:
     """Raises UserError for a file of weights that is cut short or none at all: its header says how long it must be."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
+            check_regular(file)
             with safe_open(file, "pt"):
                 pass
         except (OSError, SafetensorError) as error:
@@ -108,7 +110,7 @@ def base_of(name: str) -> tuple[str, str | None]:
         if not file.is_file():
             _check_model(Path(name), name)
             return name, None
-        base = json.loads(file.read_text())["base_model_name_or_path"]
+        base = json.loads(read_text(file))["base_model_name_or_path"]
     except OSError as error:
         raise UserError(f"model {name}: can't be opened: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, RecursionError) as error:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from nanodpo import engine, files, manifest, source
 from nanodpo.arguments import TrainArguments, parse
 from nanodpo.errors import UserError
+from nanodpo.figures import records, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ["--model_name", "M", "--train_file_path", "D"]
@@ -277,3 +279,64 @@ def test_the_example_is_found_from_any_folder_and_takes_flags(tmp_path):
     args = arguments("--beta", "0.2", file=file)
     assert (args.model_name, args.train_file_path, args.beta) == (f"{folder}/m", f"{folder}/d.parquet", 0.2)
     assert error_of("--model_name=M", file=file) == "--train_file_path is missing"
+
+
+# Files that could hang a run, or say two things at once
+
+
+@pytest.mark.parametrize("name, text, key", [
+    ("run.yaml", "beta: 0.1\nloss: ipo\nbeta: 0.5\n", "beta"), ("run.yaml", "{seed: 1, seed: 1}", "seed"),
+    ("run.yml", "a: {b: 1, b: 2}", "b"), ("run.json", '{"beta": 0.1, "loss": "ipo", "beta": 0.5}', "beta"),
+    ("run.json", '{"seed": 1, "x": {"y": 1, "y": 1}}', "y")])
+def test_a_key_that_a_settings_file_has_twice(tmp_path, name, text, key):
+    """One of the two would be passed over in silence."""
+    assert f"has {key!r} twice" in error_of(settings(tmp_path, text, name), *NEEDED)
+
+
+def test_a_key_that_the_deepspeed_file_has_twice(tmp_path):
+    args = arguments(*NEEDED, "--deepspeed",
+                     settings(tmp_path, '{"zero_optimization": {"stage": 2, "stage": 3}}', "ds.json"))
+    with pytest.raises(UserError, match="ds.json: not JSON: has 'stage' twice"):
+        engine.read_settings(args, Path("none"))
+
+
+def odd_file(place, kind):
+    """A FIFO, a device or a folder at this place; opened in the usual way the first two would never end."""
+    place.unlink(missing_ok=True)
+    if kind == "a pipe":
+        os.mkfifo(place)
+    elif kind == "a device":
+        place.symlink_to("/dev/zero")
+    else:
+        place.mkdir()
+    return "Is a directory" if kind == "a folder" else f"is {kind}, not a file"
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path, kind):
+    """In place of every small file that a user names, or that lies in a folder which one names."""
+    said = odd_file(tmp_path / "run.yaml", kind)
+    assert said in error_of(str(tmp_path / "run.yaml"))
+    said = odd_file(tmp_path / "ds.json", kind)
+    with pytest.raises(UserError, match=said):
+        engine.read_settings(arguments(*NEEDED, "--deepspeed", str(tmp_path / "ds.json")), Path("none"))
+    for read, name in ((files.read_text, "run.json"), (records.read_metrics, "metrics.jsonl"),
+                       (tables.read_csv, "series.csv"), (lambda file: tables.read_parquet(file, []), "s.parquet")):
+        said = odd_file(tmp_path / name, kind)
+        with pytest.raises((UserError, OSError), match=said):
+            read(tmp_path if name == "metrics.jsonl" else tmp_path / name)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    odd_file(tmp_path / "model" / "model.safetensors", kind)
+    with pytest.raises(UserError, match=f"model.safetensors: can't be read: .*{said}"):
+        source._check_files(tmp_path / "model")
+    odd_file(tmp_path / "model" / "manifest.json", kind)
+    assert manifest.read_manifest(tmp_path / "model") == f"manifest.json: {said}"
+    manifest.check_whole(tmp_path / "model")  # a folder without a manifest of ours
+
+
+def test_a_small_file_that_is_not_small(tmp_path):
+    """A sparse file of 1 TiB is refused by its size, not read."""
+    with (tmp_path / "run.yaml").open("w") as file:
+        file.truncate(2**40)
+    assert "has 1,099,511,627,776 bytes, more than the 67,108,864" in error_of(str(tmp_path / "run.yaml"))

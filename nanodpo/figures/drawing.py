@@ -16,6 +16,7 @@ import pandas
 from matplotlib.backends.backend_pdf import PdfFile
 
 from ..errors import UserError, first_line
+from ..files import check_regular
 from .axes import escape_tex
 from .dynamics import dynamics_figure
 from .intervals import KEYS, changes, levels, moved
@@ -92,6 +93,8 @@ def house_style(sheet: str | None = None, serif: bool = False, usetex: bool = Fa
     with matplotlib.rc_context(HOUSE | (SERIF if serif else {})):
         try:
             if sheet:
+                if os.path.exists(sheet):
+                    check_regular(sheet)
                 matplotlib.style.use(sheet)
         except (OSError, ValueError) as error:
             raise UserError(f"--style {sheet}: neither a style of matplotlib nor a file with one") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas
 
 from ..errors import UserError
+from ..files import read_text
 from .tables import LARGEST, NAMES, odd, read_csv, read_parquet, refuse
 
 SIDES = ("chosen", "rejected")
@@ -23,7 +24,7 @@ def read_metrics(folder: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl; raises UserError, naming the line, where one can't be drawn."""
     file, lines, seen = folder / "metrics.jsonl", [], set()
     try:
-        texts = file.read_text(encoding="utf-8").splitlines()
+        texts = read_text(file, 2**32).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: {getattr(error, 'strerror', None) or 'not text'}; a run's folder has one") from error
     for number, text in enumerate(texts, 1):

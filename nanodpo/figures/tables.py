@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..errors import UserError, first_line
+from ..files import check_regular
 
 NUMBERS = ("step", "row", "position", "tokens", "mean_logps", "logp")  # the other columns hold text
 LARGEST = 1e12  # of a step or a log-prob: beyond it, sums and axes overflow
@@ -23,6 +24,7 @@ def read_csv(file: Path) -> pandas.DataFrame:
     """The fields of a csv as text, by the number of their line."""
     try:
         csv.field_size_limit(sys.maxsize)
+        check_regular(file)
         with file.open(newline="", encoding="utf-8-sig") as text:
             reader = csv.reader(text, strict=True)
             columns = next(reader, [])
@@ -41,6 +43,7 @@ def read_csv(file: Path) -> pandas.DataFrame:
 def read_parquet(file: Path, names: list[str], filters=None) -> pandas.DataFrame:
     """These columns, of the kind that each must have; an empty table only where `filters` leave none."""
     try:
+        check_regular(file)
         schema = pyarrow.parquet.read_schema(file)
         kinds = dict(zip(schema.names, schema.types))
         if missing := [name for name in names if name not in kinds]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..errors import UserError
+from ..files import read_text
 from ..manifest import check_whole
 
 # What a data set is read with where no run says otherwise.
@@ -104,7 +105,7 @@ def _open(target: str) -> list[Checkpoint]:
 
 def _settings(run: Path) -> SimpleNamespace:
     try:
-        record = json.loads((run / "run.json").read_text())
+        record = json.loads(read_text(run / "run.json"))
         given = record["arguments"] | {"max_length": record["max_length"], "prompt_leads": record.get("prompt_leads"),
                                        "held_out_rows": record.get("held_out_rows")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

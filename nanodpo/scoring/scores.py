@@ -32,6 +32,7 @@ import pyarrow.parquet
 from safetensors import SafetensorError
 
 from ..errors import RunStopped, UserError, first_line
+from ..files import read_text
 from .means import KEYS, MEASURES, add_rewards, means, summary
 
 COLUMNS = [*KEYS, "row", "response", "tokens", "logps", "mean_logps", *MEASURES]
@@ -110,7 +111,7 @@ def write_json(file: Path, value) -> None:
 def read_json(file: Path):
     """What `write_json` wrote. Raises UserError for a damaged file."""
     with _whole(file, remove=file):
-        return json.loads(file.read_text())
+        return json.loads(read_text(file))
 
 
 def _concat(files: list[Path]) -> pandas.DataFrame:
