@@ -32,6 +32,7 @@ from nanodpo.figures.three_panel import ROLES, three_panel_figure
 from nanodpo.figures.training import training_figure
 from nanodpo.scoring.runs import newest_run
 from nanodpo.screen import put
+from nanodpo.unknown import parse_known
 
 TESTS = ["forward", "reverse", "mixed"]
 
@@ -90,7 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     look.add_argument("--serif", action="store_true", help="The letters of a paper (STIX), without LaTeX.")
     look.add_argument("--usetex", action="store_true", help="Letters set by LaTeX, which must be installed.")
     parser.error = _raise  # argparse would print the whole usage before the one line that matters
-    args = parser.parse_intermixed_args(argv)
+    args = parse_known(parser, argv, "plot.py")
     check(args)
     return args
 

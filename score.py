@@ -42,11 +42,14 @@ from nanodpo.settings import local_rank
 from nanodpo.source import base_of, open_source
 from nanodpo.template import Template, prompt_leads, read_template
 from nanodpo.tokens import load_dataset
+from nanodpo.unknown import parse_known
 
 # How data is read: as the run did, unless these flags of train.py say otherwise.
 READING = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
            "boundary": ["error", "concat"], "max_length": None, "max_prompt_length": None,
            "overlong": ["error", "drop", "truncate"], "on_bad_row": ["error", "drop"]}
+OF_TRAIN = {"model_name": "name models as they are", "train_file_path": "--dataset_path names data",
+            "eval_file_path": "--dataset_path names data", "per_device_eval_batch_size": "--max_tokens bounds a batch"}
 LESS = ("what is done is kept, and the same command goes on from there. It needs a smaller --max_tokens, or --bf16, or "
         "to be without --gradients")
 
@@ -164,7 +167,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Command line -> settings; fills in the newest run and its own data set. Raises UserError."""
-    args = make_parser().parse_args(argv)
+    args = parse_known(make_parser(), argv, "score.py", OF_TRAIN)
     args.local_rank = local_rank(args.local_rank)
     for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0), ("max_length", 1),
                         ("max_prompt_length", 1)):

@@ -30,6 +30,7 @@ from nanodpo.errors import RunStopped, UserError, first_line, run_script  # noqa
 from nanodpo.files import check_regular, read_text  # noqa: E402
 from nanodpo.screen import put  # noqa: E402
 from nanodpo.student import t_quantile  # noqa: E402
+from nanodpo.unknown import parse_known  # noqa: E402
 
 TESTED = 200  # rows of the tiny world: 100 problems, each in both directions
 FLOOR = -0.156  # the best that a model can reach on these rows, since their wording is random; piles.py knows it
@@ -69,7 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(message)
 
     parser.error = refuse
-    args = parser.parse_args(argv)
+    args = parse_known(parser, argv, "forward_reverse.py")
     if len(args.models) == 1:
         raise UserError(f"{args.models[0]}: name models and, last, the data: MODEL [MODEL ...] DATA")
     if len({Path(model).name for model in args.models[:-1]}) < len(args.models[:-1]):

@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import UserError
 from .limits import check
 from .settings import local_rank, read_settings
+from .unknown import OTHERWISE, unknown_arguments
 
 
 def _flag(default, help: str, choices=None):
@@ -123,22 +124,38 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
     launcher = [flag for flag in argv if flag.startswith(("--local_rank=", "--local-rank="))]
     argv = [flag for flag in argv if flag not in launcher]  # the deepspeed launcher puts it before a settings file
     names, own = [f.name for f in fields(TrainArguments)], {flag.partition("=")[0] for flag in argv}
+    file = None
     if argv and argv[0].endswith((".yaml", ".yml", ".json")) and not argv[0].startswith("-"):
-        argv = read_settings(argv[0], names) + argv[1:]
+        file = argv[0]
+        argv = read_settings(file, names) + argv[1:]
     elif not own & {"--model_name", "--model-name", "--train_file_path", "--train-file-path"}:
         # Nothing of one's own: the example, changed by these flags, from whatever folder it is called.
         example = read_settings(str(default_file), names)
         argv = [flag.replace("=examples/", f"={default_file.parent}/") for flag in example] + argv
-    args, unknown = parser.parse_args_into_dataclasses(argv + launcher, look_for_args_file=False,
-                                                       return_remaining_strings=True)
+    try:
+        args, unknown = parser.parse_args_into_dataclasses(argv + launcher, look_for_args_file=False,
+                                                           return_remaining_strings=True)
+    except UserError as error:
+        raise UserError(_as_typed(str(error), own, file)) from error
+    if unknown and unknown[0].endswith((".yaml", ".yml", ".json")) and not unknown[0].startswith("-"):
+        raise UserError(f"unknown argument {unknown[0]}; a settings file comes first")
     if unknown:
-        place = "a settings file comes first" if unknown[0].endswith((".yaml", ".yml", ".json")) else \
-            "`train.py --help` lists them all"
-        raise UserError(f"unknown argument {unknown[0]}; {place}")
+        raise UserError(unknown_arguments(unknown, names, "train.py", OTHERWISE))
     args.local_rank = local_rank(args.local_rank)
     if missing := [name for name in ("model_name", "train_file_path") if not getattr(args, name)]:
         raise UserError(f"--{missing[0]} is missing")
     return args
+
+
+def _as_typed(message: str, own: set[str], file: str | None) -> str:
+    """A message about a flag that names it as it was typed: with its own dashes, or with the file it stands in."""
+    name = message.partition(":")[0].partition(" ")[0]
+    dashed = "--" + name.removeprefix("--").replace("_", "-")
+    if name in own or not name.startswith("--"):
+        return message
+    if dashed in own:
+        return message.replace(name, dashed, 1)
+    return f"{file}: {message}" if file else message
 
 
 def _raise(message: str) -> None:

@@ -4,6 +4,7 @@ import os
 
 from .errors import UserError
 from .files import parse_json, read_text, repeated
+from .unknown import OTHERWISE, hint
 
 
 def read_settings(path: str, names: list[str]) -> list[str]:
@@ -27,7 +28,8 @@ def read_settings(path: str, names: list[str]) -> list[str]:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected settings like `learning_rate: 1e-5`, found {type(settings).__name__}")
     if unknown := [str(key) for key in settings if key not in names]:
-        raise UserError(f"{path}: unknown setting {', '.join(unknown)}; `train.py --help` lists them")
+        said = [f"{key} ({words})" if (words := hint(key, names, OTHERWISE, "")) else key for key in unknown]
+        raise UserError(f"{path}: unknown setting {', '.join(said)}; `train.py --help` lists them")
     for key, value in settings.items():
         if isinstance(value, (dict, list)):
             raise UserError(f"{path}: {key} must be a single value, found {type(value).__name__}")

@@ -5,16 +5,24 @@ import dataclasses
 import functools
 import json
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from nanodpo import engine, files, manifest, source
+import plot
+import score
+import train as trainer
+from nanodpo import engine, files, manifest, source, unknown
 from nanodpo.arguments import TrainArguments, parse
 from nanodpo.errors import UserError
 from nanodpo.figures import records, tables
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+import forward_reverse  # noqa: E402
+
 NEEDED = ["--model_name", "M", "--train_file_path", "D"]
 FIELDS = {f.name: f for f in dataclasses.fields(TrainArguments)}
 PAPER = """model_name train_file_path output_dir max_steps num_train_epochs learning_rate lr_scheduler_type warmup_steps
@@ -340,3 +348,85 @@ def test_a_small_file_that_is_not_small(tmp_path):
     with (tmp_path / "run.yaml").open("w") as file:
         file.truncate(2**40)
     assert "has 1,099,511,627,776 bytes, more than the 67,108,864" in error_of(str(tmp_path / "run.yaml"))
+
+
+# Flags that are not there, and where a wrong one stands
+
+
+@pytest.mark.parametrize("typed, words", [
+    ("--learning_rat", "--learning_rat: did you mean --learning_rate?"),
+    ("--max-step=3", "--max-step: did you mean --max_steps?"), ("--eval_stpes", "did you mean --eval_steps?"),
+    ("--model_name_or_path", "--model_name_or_path: it is --model_name here"),
+    ("--dataset_name", "it is --train_file_path here"), ("--use_peft", "it is --use_lora here"),
+    ("--loss_type", "it is --loss here, and TRL's sigmoid is dpo"), ("--max_seq_length", "it is --max_length here"),
+    ("--warmup_ratio", "it is --warmup_steps here, a number of steps"), ("--report_to", "not needed: metrics.jsonl in"),
+    ("--logging_dir", "not needed: metrics.jsonl"), ("--do_train", "not needed: train.py trains"),
+    ("--resume_from_checkpoint", "the same command goes on"), ("--ref_model", "the reference is --model_name"),
+    ("--fp16", "there is --bf16"), ("--optim", "AdamW is the only"), ("--eval_strategy", "--eval_steps evaluates")])
+def test_what_was_meant_by_an_unknown_flag(typed, words):
+    """Slips of the finger, and the names of TRL and transformers."""
+    assert words in error_of(*NEEDED, typed, "x")
+
+
+def test_all_unknown_flags_are_named_at_once():
+    """A command line of another trainer takes one look, not ten."""
+    message = error_of("--model_name_or_path", "M", "--dataset_name", "D", "--beta", "0.1", "--zzz", "--optim=adamw",
+                       file=ROOT / "examples" / "dpo.yaml")
+    assert message == ("unknown arguments --model_name_or_path: it is --model_name here; --dataset_name: it is "
+                       "--train_file_path here; --zzz; --optim: AdamW is the only optimizer; leave it out; `train.py "
+                       "--help` lists them all")
+
+
+def test_every_hint_names_flags_that_are_there():
+    for name, ours in unknown.RENAMED.items():
+        assert ours in FIELDS and name not in FIELDS
+    for name, words in unknown.OTHERWISE.items():
+        assert name not in FIELDS and name not in unknown.RENAMED
+        assert {*re.findall(r"--(\w+)", words)} <= FIELDS.keys(), words
+
+
+def test_a_setting_that_is_not_there(tmp_path):
+    file = settings(tmp_path, "model_name_or_path: M\nlearning_rat: 1\nzzz: 2")
+    assert error_of(file).endswith("unknown setting model_name_or_path (it is model_name here), learning_rat (did you "
+                                   "mean learning_rate?), zzz; `train.py --help` lists them")
+
+
+@pytest.mark.parametrize("main, flags, words", [
+    (score.main, ["--dataset_pth", "D"], "unknown argument --dataset_pth: did you mean --dataset_path?"),
+    (score.main, ["M", "--max-token=3"], "unknown argument --max-token: did you mean --max_tokens?"),
+    (score.main, ["--train_file_path", "D"], "--train_file_path: --dataset_path names data"),
+    (score.main, ["--zzz"], "unknown argument --zzz; `score.py --help` lists them all"),
+    (plot.main, ["R", "--heat_map"], "unknown argument --heat_map: did you mean --heatmap?"),
+    (plot.main, ["--seris=x"], "unknown argument --seris: did you mean --series?")])
+def test_the_other_scripts_guess_as_well(main, flags, words):
+    with pytest.raises(UserError) as caught:
+        main(flags)
+    assert words in str(caught.value)
+
+
+def test_a_wrong_value_is_named_as_it_was_typed(tmp_path):
+    """With the dashes that the user gave, or with the file in which it stands."""
+    assert error_of(*NEEDED, "--learning-rate", "x").startswith("--learning-rate: invalid float value: 'x'")
+    assert error_of(*NEEDED, "--save-steps", "-3").startswith("--save-steps -3: must not be negative")
+    assert error_of(*NEEDED, "--learning_rate", "x").startswith("--learning_rate: invalid float value")
+    file = settings(tmp_path, "beta: big")
+    assert error_of(file, *NEEDED).startswith(f"{file}: --beta: invalid float value: 'big'")
+    file = settings(tmp_path, "beta: -1")
+    assert error_of(file, *NEEDED).startswith(f"{file}: --beta -1.0: must be above 0")
+    assert error_of(file, *NEEDED, "--beta=0").startswith("--beta 0.0: must be above 0")
+
+
+@pytest.mark.parametrize("main", [trainer.main, score.main, plot.main, forward_reverse.main])
+def test_help_ends_with_0(main, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0 and "usage: " in capsys.readouterr().out
+
+
+def test_a_printed_config_is_a_settings_file(tmp_path, capsys):
+    """Given back, it prints itself."""
+    trainer.main([*NEEDED, "--beta", "0.3", "--lora_r", "0", "--assistant_header", r"a\n", "--print_config"])
+    first = capsys.readouterr().out
+    file = settings(tmp_path, first, "again.json")
+    trainer.main([file])
+    assert capsys.readouterr().out == first and json.loads(first)["beta"] == 0.3
