@@ -15,7 +15,6 @@ import datetime
 import functools
 import json
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from nanodpo import engine as engines
 from nanodpo import state as states
 from nanodpo.arguments import TrainArguments, parse
 from nanodpo.errors import Preempted, RunStopped, UserError, leave, run_script
-from nanodpo.manifest import check_whole, flush, read_manifest, writing
+from nanodpo.manifest import check_whole, flush, read_manifest, remove, writing
 from nanodpo.packing import LAYOUTS
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
 from nanodpo.signals import Stop
@@ -201,6 +200,7 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
                 if changed := identity.changed_machine(old, run.facts):
                     distributed.say(f"resume: the last bits may differ, since another machine goes on ({changed})")
                 found, run.evaluated = resume.begin(run.folder, run.steps, run.world, wanted)
+                checkpoint.rotate(run.folder, run.args.save_total_limit)  # where a kill came between
     seen = (run.folder / "run.json").is_file()
     distributed.agree(None if seen else UserError(f"--output_dir {run.folder}: rank {run.rank} does not see what rank "
                                                   "0 wrote there; it must be a folder that all machines share"))
@@ -524,7 +524,7 @@ def finish(run: Run) -> None:
         return
     if run.args.merge_weights:
         merge(run.args, run.folder, run.steps)
-    shutil.rmtree(run.folder / "resume", ignore_errors=True)  # large, and a finished run has nowhere to go on to
+    remove(run.folder / "resume")  # large, and a finished run has nowhere to go on to
     identity.finish(run.folder)
     if run.args.draw:
         from nanodpo.figures.drawing import draw_after  # slow to import

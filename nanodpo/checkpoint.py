@@ -4,8 +4,6 @@ A checkpoint is written beside its place, read back and compared with the weight
 Its manifest.json tells the step, and the size and hash of every file.
 """
 
-import re
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from torch import nn
 
 from .distributed import is_main, say
 from .errors import RunStopped, UserError, first_line
-from .manifest import aside, publish, writing
+from .manifest import aside, clear, publish, remove, steps_of, writing
 
 
 def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
@@ -40,7 +38,7 @@ def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Pa
     the whole model. `facts` go into the manifest.
     """
     place = aside(folder)
-    shutil.rmtree(place, ignore_errors=True)
+    clear(place)
     try:
         with writing(folder):
             _write(model, state, place)
@@ -48,10 +46,11 @@ def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Pa
             verify(place, _published(model, state))
             publish(folder, facts)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        clear(place)
 
 
 def _write(model: nn.Module, state, folder: Path) -> None:
+    folder.mkdir()  # in the run's folder, which must be there still
     if hasattr(model, "peft_config"):
         own = model.peft_config["default"]
         if isinstance(own.target_modules, set):
@@ -113,10 +112,8 @@ def check_trained(state: dict[str, torch.Tensor]) -> None:
 
 def rotate(run: Path, keep: int | None) -> None:
     """Removes the oldest checkpoints beyond `keep`; the starting point, checkpoint-0, always stays."""
-    names = (re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in run.iterdir())
-    steps = sorted(int(name[1]) for name in names if name)
-    for step in [s for s in steps if s > 0][: -keep if keep else 0]:
-        shutil.rmtree(run / f"checkpoint-{step}")
+    for step in [s for s in steps_of(run) if s > 0][keep:] if keep else ():
+        remove(run / f"checkpoint-{step}")
 
 
 def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> None:

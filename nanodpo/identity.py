@@ -17,7 +17,7 @@ import torch
 from .checkpoint import claim
 from .errors import UserError
 from .files import read_text
-from .manifest import clear_partials, flush, write_whole, writing
+from .manifest import clear_partials, flush, steps_of, write_whole, writing
 from .reference import data_hash
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
@@ -65,9 +65,10 @@ def find(args, name: str) -> tuple[Path, dict | None, int | None]:
         claim(folder)
         return folder, None, None
     path, step = Path(args.resume), None
-    if path.resolve().parent.name == "resume" and path.name.startswith("step-"):
-        folder, step = path.resolve().parent.parent, path.name.removeprefix("step-")
-        if not step.isdecimal() or not path.is_dir():
+    place = Path(os.path.abspath(path))  # as it is named: states may be links
+    if place.parent.name == "resume" and place.name.startswith("step-"):
+        folder, step = place.parent.parent, place.name.removeprefix("step-")
+        if not path.is_dir() or step not in map(str, steps_of(place.parent, "step")):
             raise UserError(f"--resume {path}: no such state; the run's are in {path.parent}")
     else:
         folder = path

@@ -4,14 +4,17 @@ A folder with the right name is whole, and its manifest tells what happened to i
 ends the run in one line.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .distributed import say
 from .errors import RunStopped, UserError, first_line
 from .files import read_text
 
@@ -38,6 +41,33 @@ def aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
+def steps_of(folder: Path, kind: str = "checkpoint") -> list[int]:
+    """Steps k of the <kind>-<k> in a folder, the newest first. A name that we write in no such way (checkpoint-007, or
+    digits of another script) is somebody else's."""
+    found = (re.fullmatch(rf"{kind}-(0|[1-9][0-9]{{0,17}})", place.name) for place in folder.glob(f"{kind}-*"))
+    return sorted((int(name[1]) for name in found if name), reverse=True)
+
+
+def remove(folder: Path) -> None:
+    """Takes a folder away: first its name, so that no half of it is ever taken for a whole one. What a killed process
+    leaves is removed when the run goes on. Of a link only the link goes: what somebody has put elsewhere stays there.
+
+    Raises RunStopped where the folder can't be renamed.
+    """
+    place = folder.with_name(f".{folder.name}.old.partial")
+    try:
+        if folder.is_symlink():
+            say(f"{folder}: is a link; it is removed, and {folder.readlink()} stays")
+            folder.unlink()
+        elif folder.exists():
+            clear(place)
+            os.rename(folder, place)
+    except OSError as error:
+        raise RunStopped(f"{folder}: can't be removed ({first_line(error)}); remove it, and the same command goes on"
+                         ) from error
+    clear(place)
+
+
 def file_facts(file: Path) -> dict:
     """Size in bytes and sha256 of a file."""
     with file.open("rb") as opened:
@@ -53,7 +83,7 @@ def publish(folder: Path, facts: dict, known: dict[str, dict] | None = None) -> 
     names = [str(file.relative_to(place)) for file in files]
     facts = facts | {"files": {name: known.get(name) or file_facts(place / name) for name in names}}
     write_whole(place / MANIFEST, json.dumps(facts, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same name
+    remove(folder)  # a damaged one of the same name
     os.rename(place, folder)
     flush(folder.parent)
 
@@ -118,7 +148,16 @@ def flush(path: Path) -> None:
 def clear_partials(folder: Path) -> None:
     """Removes what a process that is gone left half-written."""
     for place in folder.glob(".*.partial"):
-        shutil.rmtree(place) if place.is_dir() else place.unlink()
+        clear(place)
+
+
+def clear(place: Path) -> None:
+    """Removes what has no name of its own any more. What can't be removed now is tried again when the run goes on."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            place.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -9,8 +9,6 @@ ranks as it started with; with another number its sums would round otherwise, an
 """
 
 import json
-import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 from .distributed import agree, is_main, main_first, say
 from .errors import RankStopped, RunStopped, UserError
 from .files import read_text
-from .manifest import aside, file_facts, flush, publish, read_manifest, write_whole, writing
+from .manifest import aside, clear, file_facts, flush, publish, read_manifest, remove, steps_of, write_whole, writing
 
 KEEP = 2
 
@@ -32,14 +30,14 @@ def begin(run: Path, steps: int, world: int, wanted: int | None) -> tuple[dict, 
     `steps`, and no state is needed. Raises UserError where the run can't go on.
     """
     written = {line["step"] for _, line in _lines(run / "metrics.jsonl") if not _is_eval(line)}
-    if (wanted is None and written >= set(range(steps))
+    if (wanted is None and sum(0 <= step < steps for step in written) == steps
             and isinstance(read_manifest(run / f"checkpoint-{steps}"), dict)):
         facts = {"step": steps, "complete": True}  # the last thing that training writes
     else:
         facts = find(run, world, wanted) or {"step": 0}
     evaluated = go_back(run, facts["step"])
     # The first checkpoint and the one of this step will be made again where they are damaged.
-    for place in [run / f"checkpoint-{k}" for k in steps_in(run, "checkpoint-*") if 0 < k < facts["step"]]:
+    for place in [run / f"checkpoint-{k}" for k in steps_of(run) if 0 < k < facts["step"]]:
         if isinstance(wrong := read_manifest(place), str):
             say(f"resume: {place}: {wrong}; only a run into a new --output_dir would make it "
                 "again")
@@ -50,10 +48,9 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "resume" / f"step-{step}"
 
 
-def steps_in(run: Path, pattern: str = "resume/step-*") -> list[int]:
-    """Steps of the run's states, or of its checkpoints, the newest first."""
-    found = (re.fullmatch(r"[a-z]+-(\d+)", folder.name) for folder in run.glob(pattern))
-    return sorted((int(name[1]) for name in found if name), reverse=True)
+def steps_in(run: Path) -> list[int]:
+    """Steps of the run's states, the newest first."""
+    return steps_of(run / "resume", "step")
 
 
 def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: int) -> None:
@@ -66,9 +63,10 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
     file, error, known = place / f"rank{rank}.safetensors", None, None
     with main_first():
         if is_main():
-            shutil.rmtree(place, ignore_errors=True)
-            with writing(place):
-                place.mkdir(parents=True)
+            clear(place)
+            with writing(folder):
+                place.parent.mkdir(exist_ok=True)  # in the run's folder, which must be there still
+                place.mkdir()
     try:
         with writing(folder):
             known = _write(file, tensors)
@@ -86,10 +84,10 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
                     flush(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else None
                     publish(folder, {"step": step, **facts}, names)
                 for old in [s for s in steps_in(run) if s < step][KEEP - 1 :]:
-                    shutil.rmtree(folder_of(run, old))
+                    remove(folder_of(run, old))
     finally:
         if is_main():
-            shutil.rmtree(place, ignore_errors=True)
+            clear(place)
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> dict:
@@ -113,13 +111,14 @@ def find(run: Path, world: int, wanted: int | None = None) -> dict | None:
         facts = read_manifest(folder_of(run, step))
         if isinstance(facts, dict):
             missing = {f"rank{r}.safetensors" for r in range(world)} - facts["files"].keys()
-            lost = sorted(set(range(step)) - written)
-            if not missing and not lost and facts.get("step") == step:
+            lost = next((k for k in range(step) if k not in written), None)
+            if not missing and lost is None and facts.get("step") == step:
                 return facts
-            facts = f"no {min(missing)}" if missing else f"metrics.jsonl lacks step {lost[0]}" if lost else "misnamed"
+            lost = "misnamed" if lost is None else f"metrics.jsonl lacks step {lost}"
+            facts = f"no {min(missing)}" if missing else lost
         passed.append(f"step-{step}: {facts}")
         say(f"resume: passing over {folder_of(run, step)}: {facts}")
-    done = [step for step in steps_in(run, "checkpoint-*") if step > 0]
+    done = [step for step in steps_of(run) if step > 0]
     if passed or done:
         broken = "; ".join(passed) or f"there is none, but checkpoint-{done[0]} is there"
         raise UserError(f"{run}: no state to go on from ({broken}); train again into a new --output_dir")
@@ -146,9 +145,9 @@ def go_back(run: Path, step: int) -> set[int]:
     if metrics.exists() and read_text(metrics, 2**32, "replace") != "".join(text for text, _ in kept):
         with writing(metrics):
             write_whole(metrics, "".join(text for text, _ in kept))
-    for pattern in ("resume/step-*", "checkpoint-*"):
-        for later in [s for s in steps_in(run, pattern) if s > step]:
-            shutil.rmtree(run / pattern.replace("*", str(later)))
+    for folder, kind in ((run / "resume", "step"), (run, "checkpoint")):
+        for later in [s for s in steps_of(folder, kind) if s > step]:
+            remove(folder / f"{kind}-{later}")
     return {line["step"] for _, line in kept if _is_eval(line)}
 
 

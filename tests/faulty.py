@@ -4,6 +4,7 @@ FAULT is what@step[:rank], and what is kill, term, raise, memory, loss, gradient
 where the disk fills in a state, a line or a checkpoint's file; term-reference, term-evaluation, term-checkpoint,
 term-state or term-merge, SIGTERM in the midst of these, and likewise memory-engine and memory-reference; twice, in a
 step and again in the state that it asks for;
+removal@NAME, killed when one file of the folder NAME is removed;
 link@0 and link@1, killed before and after run.json gets its name; slow@0.5 makes every forward pass take half a second.
 """
 
@@ -74,9 +75,26 @@ def plant_in(what: str, kind: str, step: int, mine: bool) -> None:
     setattr(place, name, act)
 
 
+def kill_in_removal(name: str) -> None:
+    """Kills the process at the second file that goes of the folder `name`, under whatever name it goes."""
+    now = {"inside": False, "files": 0}
+
+    def hear(event: str, what: tuple) -> None:
+        if event == "shutil.rmtree":
+            now["inside"] = os.path.basename(what[0]) in (name, f".{name}.old.partial")
+        elif event == "os.remove" and now["inside"]:
+            now["files"] += 1
+            if now["files"] == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hear)
+
+
 def plant(fault: str) -> None:
     """Puts the fault into its place."""
     what, _, place = fault.partition("@")
+    if what == "removal":
+        return kill_in_removal(place)
     step, _, rank = place.partition(":")
     mine = os.environ.get("RANK", "0") == (rank or os.environ.get("RANK", "0"))
     now, pairs = {"hit": False}, metrics.pair_values

@@ -204,10 +204,39 @@ def test_a_run_takes_no_folder_that_holds_anything(tmp_path):
 
 
 def test_rotation_keeps_the_start_and_what_is_not_its_own(tmp_path):
-    for name in ("checkpoint-0", "checkpoint-2", "checkpoint-10", "checkpoint-20", "checkpoint-best", "merged"):
+    """Names that a run does not write: words, zeros in front, other digits, a copy, a space at the end."""
+    others = ["checkpoint-007", "checkpoint-2 (copy)", "checkpoint-2 ", "checkpoint--3", "checkpoint-1.0",
+              "checkpoint-best", "checkpoint-\u0661\u0662", "merged"]
+    for name in ("checkpoint-0", "checkpoint-2", "checkpoint-10", "checkpoint-20", *others):
         (tmp_path / name).mkdir()
     checkpoint.rotate(tmp_path, None)
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 12
     checkpoint.rotate(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "checkpoint-0", "checkpoint-10", "checkpoint-20", "checkpoint-best", "merged"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["checkpoint-0", "checkpoint-10", "checkpoint-20", *others])
+
+
+def test_rotation_takes_a_link_and_leaves_what_it_points_to(tmp_path, capsys):
+    """Checkpoints that were moved to another disk, one of which is gone there; and a file in a checkpoint's place."""
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    (disk / "old").mkdir(parents=True)
+    (disk / "old" / "weights").write_text("precious")
+    (run / "checkpoint-9").mkdir(parents=True)
+    (run / "checkpoint-2").symlink_to(disk / "old")
+    (run / "checkpoint-4").symlink_to(disk / "gone")
+    (run / "checkpoint-6").write_text("")
+    checkpoint.rotate(run, 1)
+    assert [place.name for place in run.iterdir()] == ["checkpoint-9"]
+    assert (disk / "old" / "weights").read_text() == "precious"
+    said = capsys.readouterr().out
+    assert f"checkpoint-2: is a link; it is removed, and {disk / 'old'} stays" in said
+
+
+def test_a_checkpoint_takes_the_place_of_a_link(tmp_path):
+    """One that is damaged where it was moved to is made again here, and that place is left alone."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "disk")
+    model = make_model()
+    checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1", {"step": 1})
+    assert not (tmp_path / "checkpoint-1").is_symlink() and (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+    assert list((tmp_path / "disk").iterdir()) == []

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import train
 from nanodpo import identity, resume, signals
 from nanodpo.errors import Preempted, RunStopped, UserError
-from nanodpo.manifest import aside, check_whole, publish, read_manifest
+from nanodpo.manifest import aside, check_whole, clear_partials, publish, read_manifest, remove
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
 # Saves every two steps, evaluates every three, and has dropout, so that random numbers count.
@@ -228,6 +229,58 @@ def test_a_run_goes_back_to_its_newest_state(stopped):
     assert resume.steps_in(stopped) == [2]
 
 
+def test_going_back_takes_a_link_and_leaves_what_it_points_to(stopped, tmp_path_factory, capsys):
+    """A later checkpoint and a damaged state that lie on another disk; folders with odd names are not the run's."""
+    disk = tmp_path_factory.mktemp("disk")
+    for name in ("checkpoint-5", "resume/step-4"):
+        shutil.move(stopped / name, disk / Path(name).name)
+        (stopped / name).symlink_to(disk / Path(name).name)
+    (disk / "step-4" / "rank0.safetensors").write_bytes(b"")
+    odd = ["checkpoint-007", "checkpoint-\u0669", "checkpoint-5 (copy)", "resume/step-09", "resume/step-\u0669"]
+    for name in odd:
+        (stopped / name).mkdir()
+    assert resume.begin(stopped, 8, 2, None)[0]["step"] == 2
+    assert not any(os.path.lexists(stopped / name) for name in ("checkpoint-5", "resume/step-4"))
+    assert (disk / "checkpoint-5").is_dir() and (disk / "step-4" / "rank1.safetensors").is_file()
+    assert all((stopped / name).is_dir() for name in odd) and not list(stopped.rglob("*.partial"))
+    said = capsys.readouterr().out
+    assert "checkpoint-5: is a link; it is removed" in said and "step-4: is a link; it is removed" in said
+
+
+def test_what_a_kill_leaves_of_a_removed_folder_is_nobodys(tmp_path, monkeypatch):
+    """At whichever file it dies, no name is left that a run or a scoring would take for a checkpoint; the rest goes
+    when the run goes on."""
+    def dies(place, **how):
+        (place / "a").unlink()
+        raise KeyboardInterrupt
+
+    (tmp_path / "checkpoint-2").mkdir()
+    for name in "ab":
+        (tmp_path / "checkpoint-2" / name).touch()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", dies)
+        remove(tmp_path / "checkpoint-2")
+    (left,) = tmp_path.iterdir()
+    assert left.name == ".checkpoint-2.old.partial" and [file.name for file in left.iterdir()] == ["b"]
+    remove(tmp_path / "checkpoint-2")  # nothing is there
+    clear_partials(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["checkpoint-2", "step-1", "resume"])
+def test_killed_while_it_removes(name, whole, tiny, tmp_path, forked):
+    """In the midst of rotation, of an old state, and of the states at the end: the same command ends as if nothing had
+    been, with the checkpoints that the limit allows, all whole."""
+    run, more = tmp_path / "run", ("--save_total_limit", "1", "--resume_steps", "1")
+    assert forked(FAULTY, f"removal@{name}", *flags(tiny, run, *more))[0] == [137]
+    assert list(run.rglob(f".{name}.*partial")), "killed elsewhere"
+    codes, said = forked(TRAIN, *flags(tiny, run, *more))
+    assert codes == [0] and "only a run into a new" not in said
+    kept = {name: data for name, data in content(whole()).items() if name.startswith(("checkpoint-0", "checkpoint-6"))}
+    assert content(run) == kept and lines(run) == lines(whole()) and not list(run.rglob("*.partial"))
+
+
 def flip(file: Path):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -298,6 +351,19 @@ def test_states_that_do_not_fit(stopped, capsys):
     (stopped / "metrics.jsonl").write_text("".join(text[:1] + text[2:]))
     with pytest.raises(UserError, match="metrics.jsonl lacks step 1"):
         resume.find(stopped, 2)
+
+
+def test_a_run_of_any_length_goes_on_at_once(tmp_path):
+    """A limit that is never reached costs nothing: neither the steps of the run nor those of a state are listed."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 1.0}\n')
+    state(tmp_path, 2)
+    aside(resume.folder_of(tmp_path, 10**12)).mkdir()
+    publish(resume.folder_of(tmp_path, 10**12), {"step": 10**12, "files": {}})
+    tracemalloc.start()
+    facts, _ = resume.begin(tmp_path, 10**15, 2, None)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert facts["step"] == 2 and most < 2**20
 
 
 def test_a_run_without_a_state_starts_again_only_if_nothing_is_lost(tmp_path):
