@@ -47,7 +47,7 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     saved = trained if args.use_lora else list(model.parameters())
     weights, whole = (sum(_numel(p) * p.element_size() for p in kept) for kept in (saved, model.parameters()))
     extra = len(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else 0
-    times = len(saves(args.save_steps, steps))
+    times = saves(args.save_steps, steps)
     kept = min(times, args.save_total_limit + 1) if args.save_total_limit else times  # one more while it is written
     needs = {"checkpoints": (kept + 1) * (weights + extra)}  # and checkpoint-0
     # The float32 weights and AdamW's two moments; two states stay and a third is being written.
@@ -74,9 +74,9 @@ def room(device: torch.device, gib: float, waiting: int) -> float:
     return max(0.0, 0.92 * total - taken - waiting - 3 * CHUNK_BYTES)
 
 
-def saves(every: int, steps: int) -> list[int]:
-    """The steps after which a checkpoint is saved: every so many, and the last."""
-    return sorted({*(range(every, steps, every) if every else ()), steps})
+def saves(every: int, steps: int) -> int:
+    """How many checkpoints follow the first: one after every so many steps, and one after the last."""
+    return -(-steps // every) if every else 1
 
 
 def check_disk(folder: Path, needs: dict[str, int]) -> None:

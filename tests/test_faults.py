@@ -175,7 +175,9 @@ def test_the_disk_a_run_needs():
     """Checkpoints of the adapter, the two states that stay and the one being written, counted by hand."""
     model = torch.nn.Linear(10, 10, bias=False)  # 100 weights, 400 bytes
     args = SimpleNamespace(use_lora=True, save_steps=3, save_total_limit=None, resume_steps=0, merge_weights=False)
-    assert space.saves(3, 10) == [3, 6, 9, 10]
+    for every in range(12):  # counted one by one
+        for steps in range(1, 25):
+            assert space.saves(every, steps) == len({k for k in range(1, steps) if every and k % every == 0} | {steps})
     assert space.disk_needed(model, args, None, 10) == {"checkpoints": 5 * 400, "states to resume from": 3 * 1200}
     args.save_total_limit, args.merge_weights = 1, True
     assert space.disk_needed(model, args, None, 10) == {
