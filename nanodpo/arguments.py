@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .limits import check
-from .settings import local_rank, read_settings
+from .settings import check_path, local_rank, read_settings
 from .unknown import OTHERWISE, unknown_arguments
 
 
@@ -103,6 +103,7 @@ class TrainArguments:
         for name in PATHS:  # no shell opens ~ in --name=~/x or in a settings file
             if (value := getattr(self, name)) and value.startswith("~"):
                 setattr(self, name, expanduser(value))
+            check_path(f"--{name}", value or "")
         if self.assistant_header:  # a shell passes on what an error message shows: a backslash and an n
             self.assistant_header = self.assistant_header.replace("\\n", "\n")
         self.inspect = self.inspect or self.inspect_row is not None

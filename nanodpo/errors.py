@@ -1,5 +1,7 @@
 """The ends of a run that are not bugs, and how a script shows them: one line, an exit code, no traceback."""
 
+import contextlib
+import errno
 import os
 import sys
 
@@ -43,11 +45,23 @@ def one_line(text: str, most: int = 1000) -> str:
     return printable(text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}")
 
 
+@contextlib.contextmanager
+def long_names_refused():
+    """A path with a name that no file system takes is a mistake in the input, whichever flag or file it came from."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+
+
 def run_script(main) -> int:
     """Calls main(argv) and turns its end into an exit code. Anything unforeseen keeps its traceback."""
     guard()
     try:
-        main(sys.argv[1:])
+        with long_names_refused():
+            main(sys.argv[1:])
         sys.stdout.flush()
         return 0
     except (UserError, RunStopped) as error:

@@ -20,6 +20,8 @@ def check(args) -> None:
             raise UserError(f"--{name} {value}: must be above 0")
         if name in NOT_NEGATIVE and value is not None and not value >= 0:
             raise UserError(f"--{name} {value}: must not be negative")
+        if (isinstance(value, int) and name != "seed" or name == "num_train_epochs") and abs(value) >= 2**53:
+            raise UserError(f"--{name} {value}: must be below 2^53")  # beyond it floats don't count in ones
     if args.seed >= 2**63:
         raise UserError(f"--seed {args.seed}: must be below 2^63")
     if args.max_steps == 0 or args.max_steps < -1:

@@ -35,8 +35,9 @@ def guard() -> None:
     warnings.formatwarning = lambda *said, **more: printable(_format_warning(*said, **more))
     logging.setLogRecordFactory(_Record)
     sys.excepthook = lambda *error: put("".join(traceback.format_exception(*error)).rstrip(), file=sys.stderr)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _Record(logging.LogRecord):

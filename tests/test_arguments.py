@@ -18,6 +18,7 @@ from nanodpo import engine, files, manifest, source, unknown
 from nanodpo.arguments import TrainArguments, parse
 from nanodpo.errors import UserError
 from nanodpo.figures import records, tables
+from nanodpo.settings import local_rank
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -211,6 +212,8 @@ def test_unreadable_settings_files(tmp_path):
     (["--max_steps", "0"], "above 0, or -1"), (["--max_steps=-2"], "or -1"), (["--logging_steps=0"], "above 0"),
     (["--max_length", "0"], "must be above 0"), (["--per_device_eval_batch_size", "0"], "must be above 0"),
     (["--save_total_limit", "0"], "must be above 0"), (["--seed=-1"], "negative"), ([f"--seed={2**63}"], "below 2^63"),
+    (["--max_steps", str(10**400)], "--max_steps 1000"), (["--warmup_steps", str(2**53)], "below 2^53"),
+    (["--num_train_epochs", "1e308"], "--num_train_epochs 1e+308: must be below 2^53"),
     (["--label_smoothing", "0.5"], "below 0.5"), (["--label_smoothing", "0.1", "--loss", "ipo"], "no meaning"),
     (["--adam_beta1", "1"], "--adam_beta1 1.0: must be at least 0 and below 1"), (["--lora_alpha", "0"], "above 0"),
     (["--lora_dropout", "0.05"], "--allow_dropout"), (["--lora_dropout", "1", "--allow_dropout"], "below 1"),
@@ -251,9 +254,37 @@ def test_home_is_found_where_no_shell_looked(tmp_path, monkeypatch):
     assert args.cache_dir == "/home/x/.cache/nanodpo"
 
 
+def launched(monkeypatch, **names):
+    """What a launcher of four ranks puts into the environment, changed; None takes a name away."""
+    for name, value in ({"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | names).items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("names, words", [
+    ({"RANK": None, "LOCAL_RANK": None}, "WORLD_SIZE is 4 in the environment, but RANK is not set"),
+    ({"RANK": "4"}, "RANK is 4 and WORLD_SIZE 4 in the environment"),
+    ({"WORLD_SIZE": "0"}, "RANK is 0 and WORLD_SIZE 0 in"),
+    ({"WORLD_SIZE": None}, "RANK is set in the environment, but not WORLD_SIZE"),
+    ({"MASTER_ADDR": None, "MASTER_PORT": ""}, "but not MASTER_ADDR, MASTER_PORT"),
+    *(({"MASTER_PORT": port}, f"MASTER_PORT is '{port}' in the environment, not a port")
+      for port in ("x", "0", "65536", "-1", "29500.0", "9" * 5000)),
+    ({"RANK": "9" * 5000}, "in the environment, not a number"), ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1' in the env"),
+    ({"RANK": "\u0661"}, "not a number"), ({"LOCAL_RANK": "9" * 5000}, "not a rank")])
+def test_an_environment_that_no_launcher_leaves(names, words, monkeypatch):
+    """Each is one line before any work is done, in train.py and in score.py."""
+    launched(monkeypatch, **{"RANK": "0", "LOCAL_RANK": "0"} | names)
+    assert words in error_of(*NEEDED)
+    with pytest.raises(UserError, match=re.escape(words)):
+        local_rank(-1)
+
+
+def test_a_world_of_one_needs_no_launcher(monkeypatch):
+    launched(monkeypatch, RANK=None, LOCAL_RANK=None, WORLD_SIZE="1")
+    assert arguments(*NEEDED).local_rank == 0
+
+
 def test_local_rank_and_the_environment_agree(monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    launched(monkeypatch, RANK="3", LOCAL_RANK="3")
     assert arguments(*NEEDED).local_rank == arguments(*NEEDED, "--local_rank=3").local_rank == 3
     assert "--local_rank 1, but LOCAL_RANK is 3" in error_of(*NEEDED, "--local_rank=1")
     monkeypatch.setenv("LOCAL_RANK", "x")
@@ -261,7 +292,7 @@ def test_local_rank_and_the_environment_agree(monkeypatch):
 
 
 def test_a_launcher_without_local_rank_gets_one(monkeypatch):
-    monkeypatch.setenv("RANK", "3")
+    launched(monkeypatch, RANK="3")
     monkeypatch.setenv("LOCAL_RANK", "placeholder")  # so that monkeypatch takes it away again at the end
     monkeypatch.delenv("LOCAL_RANK")
     assert arguments(*NEEDED, "--local_rank=3").local_rank == 3 and os.environ["LOCAL_RANK"] == "3"

@@ -177,6 +177,9 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["--strip=7", "--test=nope"], "no data set called nope in what was read; there is d"),
     (["--nope"], "unrecognized arg"),
     (["@/none"], "@/none/metrics.jsonl: No such file"), (["x" * 5000], "File name too long"),
+    *((flags, "File name too long") for flags in (
+        ["--series=@/" + "x" * 300], ["--phases", "@/run", "x" * 300], ["--phases", "x" * 300, "@/run"])),
+    (["--style=" + "x" * 300], "neither a style of matplotlib nor a file with one"),
     (["@"], "@/metrics.jsonl: No"),
     (["@/s.csv"], "@/s.csv/metrics.jsonl: Not a directory"),
     (["~nobody-at-all"], "~nobody-at-all/metrics.jsonl: No such"),

@@ -141,7 +141,9 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["--model_path=@/none"], "model @/none: no such folder"),
     (["--output_dir=@/rows.jsonl"], "--output_dir @/rows.jsonl: can't be written to"),
     (["--output_dir=/dev/null/x"], "--output_dir /dev/null/x: can't be written to"),
-    (["--output_dir=@/" + "x" * 300], "File name too long"),
+    *((flags, "File name too long") for flags in (
+        ["--output_dir=@/" + "x" * 300], ["--output_dir=" + "x" * 300], ["--model_path=@/" + "x" * 300],
+        ["--dataset_path", "@/" + "x" * 300], ["--dataset_path", "a=" + "x" * 300])),
 ]]
 FLAGS += [(f"target {target[:20]!r}", nothing_changed, [target, *DATA], [words]) for target, words in [
     ("x" * 5000, "File name too long"), ("@", "model @: has neither config.json nor adapter_config.json"),
