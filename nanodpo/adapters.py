@@ -1,9 +1,11 @@
 """Weights of models and adapters, opened with nothing missing, and adapters exchanged for those of the next checkpoint.
 
-Transformers and PEFT only warn of weights that a file lacks, and draw random ones in their place.
+Transformers and PEFT only warn of weights that a file lacks, and draw random ones in their place; they leave out those
+that the model has no place for.
 """
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -13,9 +15,15 @@ from .source import BROKEN, one_voice
 
 PLACES = ("base_model_name_or_path", "peft_version", "inference_mode", "revision")  # say nothing of the shape
 
+# What models of old releases have in their files beside their weights: tables that every model makes anew, of causal
+# masks and of rotations. Transformers passes over others by itself: what a family has that is not of the language model
+# (heads that predict several tokens, towers for images), and an output layer that is tied.
+TABLES = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)$")
+
 
 def open_base(name: str, dtype, trust_remote_code: bool):
-    """A causal LM with its weights. Raises UserError for files that are broken, lack a weight or have another shape."""
+    """A causal LM with its weights. Raises UserError for files that are broken, lack a weight, have another shape or a
+    weight too many."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -30,6 +38,9 @@ def open_base(name: str, dtype, trust_remote_code: bool):
             if found["missing_keys"]:
                 raise UserError(f"{name}: lacks {len(found['missing_keys'])} of the model's weights, such as "
                                 f"{min(found['missing_keys'])}; copy them anew, or mend config.json")
+            if strange := [key for key in found["unexpected_keys"] if not TABLES.search(key)]:
+                raise UserError(f"{name}: has {len(strange)} weights that its config.json has no place for, such as "
+                                f"{min(strange)}; mend config.json, or save the model without them")
     except UserError:
         raise
     except BROKEN as error:

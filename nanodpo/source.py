@@ -74,11 +74,15 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
         try:
             config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
             vocabulary, what = config.get_text_config().vocab_size, "the tokenizer"
+            quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
             tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base,
                                                       trust_remote_code=trust_remote_code)
             tokenizer("a")  # some settings of a wrong type show only here
         except BROKEN as error:
             raise UserError(f"model {where}: {what} can't be opened: {first_line(error)}") from error
+        if quantised:
+            raise UserError(f"model {where}: its weights are quantised (quantization_config in config.json); log-probs "
+                            "and updates are of weights in float32 or bfloat16, so name the model that they come from")
         _check_files(Path(adapter or base))
         if adapter and not any(Path(adapter).glob("adapter_model.*")):
             raise UserError(f"model {name}: has adapter_config.json, but no adapter_model.safetensors")
@@ -93,7 +97,8 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
 
 
 def _check_files(folder: Path) -> None:
-    """Raises UserError for a file of weights that is cut short or none at all: its header says how long it must be."""
+    """Raises UserError for a file of weights that is cut short or none at all, as its header says how long it must be,
+    and for weights that are there twice."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
             check_regular(file)
@@ -101,6 +106,9 @@ def _check_files(folder: Path) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: can't be read: {first_line(error)}; copy it anew") from error
+    if all((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        raise UserError(f"model {folder}: has its weights twice, in model.safetensors and in the files that "
+                        "model.safetensors.index.json lists; remove those that are not meant")
 
 
 def base_of(name: str) -> tuple[str, str | None]:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny
 
 from nanodpo import checkpoint, models
+from nanodpo.adapters import open_base
 from nanodpo.errors import RunStopped, UserError
 from nanodpo.source import open_source
 
@@ -190,6 +191,25 @@ def test_every_family_is_saved_as_it_is_published(family, tmp_path):
     checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1", {"step": 1})
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1", dtype=torch.float32).state_dict()
     assert [name for name, tensor in model.state_dict().items() if not again[name].equal(tensor)] == []
+    open_base(str(tmp_path / "checkpoint-1"), torch.float32, False)  # no weight is one too many
+
+
+def test_tables_of_old_files_are_no_weights(tmp_path):
+    """Causal masks and rotations that old releases saved with the weights; one bias more is a weight, and refused."""
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for layer in range(2):
+        state |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                  f"model.layers.{layer}.attn.bias": torch.ones(1, 1, 8, 8).tril(),
+                  f"model.layers.{layer}.attention.masked_bias": torch.tensor(-1e9)}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    again = open_base(str(tmp_path), torch.float32, False).state_dict()
+    assert all(again[name].equal(tensor) for name, tensor in model.state_dict().items())
+    save_file(state | {"model.layers.0.mlp.up_proj.bias": torch.ones(64)}, tmp_path / "model.safetensors",
+              {"format": "pt"})
+    with pytest.raises(UserError, match="has 1 weights .* no place for, such as model.layers.0.mlp.up_proj.bias"):
+        open_base(str(tmp_path), torch.float32, False)
 
 
 def test_a_run_takes_no_folder_that_holds_anything(tmp_path):

@@ -244,7 +244,7 @@ MODELS += [
      ["--model_name=@/old"], ["model @/old: is a run; name one of its checkpoints, @/old/checkpoint-<step>"]),
     ("a name of no hub", nothing_changed, ["--model_name=a/b/c"], ["model a/b/c: config.json can't be opened"]),
     ("a model's name too long", nothing_changed, ["--model_name=" + "x" * 5000],
-     ["model x", "File name too long"]),
+     ["--model_name x", "File name too long"]),
 ]
 MODELS += [(f"config.json: {name} {str(value)[:30]}", edited("model/config.json", **{name: value}), MODEL, [words])
            for name, value, words in [
@@ -264,7 +264,10 @@ MODELS += [(f"config.json: {name} {str(value)[:30]}", edited("model/config.json"
     ("num_attention_heads", 0, CONFIG), ("num_attention_heads", 3, CONFIG), ("num_hidden_layers", "x", CONFIG),
     ("num_hidden_layers", 2, "lacks 9 of the model's weights, such as model.layers.1.input_layernorm.weight"),
     ("rope_parameters", 3, CONFIG), ("hidden_act", "nope", "@/model: the weights can't be loaded: KeyError 'nope'"),
-    ("quantization_config", {"quant_method": "gptq"}, "@/model: the weights can't be loaded"),
+    ("num_hidden_layers", 0,
+     "has 9 weights that its config.json has no place for, such as model.layers.0.input_layernorm.weight; mend"),
+    ("quantization_config", {"quant_method": "gptq"}, "model @/model: its weights are quantised"),
+    ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "its weights are quantised"),
     ("quantization_config", 3, CONFIG), ("dtype", "nope", CONFIG),
 ]]
 MODELS += [(f"tokenizer_config.json: {name} {value}", edited("model/tokenizer_config.json", **{name: value}), MODEL,
@@ -292,6 +295,14 @@ def longer(state):
     state["model.norm.weight"] = torch.zeros(9)
 
 
+def one_bias_more(state):
+    state["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(8)
+
+
+def an_output_of_another_task(state):
+    state["score.weight"] = torch.zeros(2, 8)
+
+
 def all_others(state):
     state.clear()
     state["a"] = torch.zeros(1)
@@ -301,7 +312,41 @@ MODELS += [(f"weights {change.__name__}", changed_weights("model/model.safetenso
            for change, words in [
     (without, "@/model: lacks 1 of the model's weights, such as model.norm.weight"),
     (longer, "@/model: does not fit its config.json: model.norm.weight is [9] in the weights, and [8] by the config"),
+    (one_bias_more, "@/model: has 1 weights that its config.json has no place for, such as model.layers.0.self_attn."
+     "q_proj.bias; mend config.json, or save the model without them"),
+    (an_output_of_another_task, "has 1 weights that its config.json has no place for, such as score.weight"),
     (all_others, "@/model: lacks 12 of the model's weights, such as lm_head.weight"),
+]]
+
+
+def sharded(how):
+    """A change: the weights in several files, then `how(folder of the model, its index)`."""
+    def change(folder):
+        whole = (folder / "model" / "model.safetensors").read_bytes()
+        make_model(folder / "model").save_pretrained(folder / "model", max_shard_size="1KB")
+        (folder / "model" / "model.safetensors").write_bytes(whole)  # which saving removes
+        file = folder / "model" / "model.safetensors.index.json"
+        index = json.loads(file.read_text())
+        how(folder / "model", index)
+        file.write_text(json.dumps(index))
+    return change
+
+
+def forgotten(place, index):
+    (place / "model.safetensors").unlink()
+    del index["weight_map"]["model.embed_tokens.weight"]
+
+
+def renamed(place, index):
+    (place / "model.safetensors").unlink()
+    index["weight_map"]["model.norm.weight"] = "model-of-none.safetensors"
+
+
+MODELS += [(f"weights in several files, {what}", sharded(how), MODEL, [words]) for what, how, words in [
+    ("one of them missing", renamed, "No such file or directory: @/model/model-of-none.safetensors"),
+    ("one of them not in the index", forgotten,
+     "@/model: lacks 1 of the model's weights, such as model.embed_tokens.weight"),
+    ("and in one", lambda *_: None, "model @/model: has its weights twice, in model.safetensors and in the files that"),
 ]]
 
 
@@ -406,6 +451,11 @@ FLAGS += [(f"{what} for {flag}", nothing_changed, [f"--{flag}={value}"], [f"--{f
     ("cache_dir", "a device", "/dev/null/x", "can't be wr"),
     ("cache_dir", "a name too long", "@/" + "x" * 300, "File name too long"),
     ("cache_dir", "a file", "@/rows.jsonl", "can't be written to"),
+    *((name, "a name too long", folder + "x" * 300, "File name too long")
+      for name in ("output_dir", "resume", "deepspeed", "model_name", "train_file_path", "eval_file_path")
+      for folder in ("@/", "")),
+    *((name, "NUL", "@/a\0b", "a\\x00b: no such file can be, since the name holds NUL or half")
+      for name in ("output_dir", "resume", "deepspeed", "model_name", "eval_file_path", "cache_dir")),
     ("deepspeed", "a long name", "x" * 5000, "too long"),
     ("lora_target_modules", "no module", "nope", "the model has no module nope; its linear layers are"),
 ]]
@@ -419,6 +469,11 @@ FLAGS += [(f"settings: {text[:40]!r}", written(name, text), [f"@/{name}"], [f"@/
     ("s.json", "null", "found NoneType"), ("s.json", '{"seed": [1]}', "seed must be a single value, found list"),
     ("s.json", '{"": 1}', "unknown setting"),
 ]]
+FLAGS += [(f"settings of a name with {what}", written("s.json", text), ["@/s.json"], [words])
+          for name in ("resume", "eval_file_path") for what, text, words in [
+    ("NUL", f'{{"{name}": "a\\u0000b"}}', f"--{name} a\\x00b: no such file can be"),
+    ("half a character", f'{{"{name}": "a\\ud800"}}', f"--{name} a\\ud800: no such file can be"),
+    ("300 letters", json.dumps({name: "x" * 300}), "File name too long")]]
 FLAGS += [("memory by need with stage 3", written("ds.json", '{"zero_optimization": {"stage": 3}}'),
            ["--deepspeed=@/ds.json", "--activation_memory=1"],
            ["@/ds.json: stage 3 gathers weights within", "which --activation_memory would"])]
