@@ -113,11 +113,10 @@ def run_training(argv: list[str], stop: Stop) -> None:
     with distributed.lost_peers_named():
         with stop.unheard():  # ranks that wait for others can't be told anything
             device = engines.start(args, settings)
-        folder = Path(distributed.from_main(str(folder)))  # ranks may have read the clock in different seconds
-        model = models.load_model(source, args)
-        weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
-        distributed.say(models.describe(model))
-        with space.shortage_named(dist.get_rank(), "loading the model"):
+        with space.shortage_named(distributed.place()[0], "loading the model"):
+            model = models.load_model(source, args)
+            weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
+            distributed.say(models.describe(model))
             engine, *how = engines.build(model, args, settings, device, longest(train, held_out))
         torch.manual_seed(args.seed + dist.get_rank())  # of dropout, where it is allowed
         run = Run(args, stop, folder, facts, source, engine, device, dist.get_world_size(), dist.get_rank(), *how,
@@ -178,9 +177,8 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
     A new folder has run.json, dropped_rows.jsonl and checkpoint-0, the starting point.
     """
     # An adapter that is trained on has written its settings into the arguments.
-    run.facts |= {"arguments": identity.arguments(run.args), "output_dir": str(run.folder), "steps": run.steps,
-                  "layout": run.layout, "attention": run.attention, "weights": weights,
-                  "device": distributed.device_name(run.device),
+    run.facts |= {"arguments": identity.arguments(run.args), "steps": run.steps, "layout": run.layout,
+                  "attention": run.attention, "weights": weights, "device": distributed.device_name(run.device),
                   "held_out_rows": [e.row for e in run.held_out.examples] if run.args.eval_size else None,
                   "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header),
                                                [example.prompt for example in run.train_set.examples])}
@@ -192,6 +190,7 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
                 identity.check_same(run.folder, old, run.facts)
             else:
                 space.check_disk(run.folder, disk_needed(run))
+                run.folder = run.folder if run.args.output_dir else identity.take(run.folder)
                 identity.create(run.folder, run.facts)
             run.lock = identity.lock(run.folder)
             identity.list_dropped(run.folder, dropped)
@@ -201,6 +200,7 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
                     distributed.say(f"resume: the last bits may differ, since another machine goes on ({changed})")
                 found, run.evaluated = resume.begin(run.folder, run.steps, run.world, wanted)
                 checkpoint.rotate(run.folder, run.args.save_total_limit)  # where a kill came between
+    run.folder = Path(distributed.from_main(str(run.folder)))  # ranks may have read the clock in different seconds
     seen = (run.folder / "run.json").is_file()
     distributed.agree(None if seen else UserError(f"--output_dir {run.folder}: rank {run.rank} does not see what rank "
                                                   "0 wrote there; it must be a folder that all machines share"))
@@ -466,7 +466,7 @@ def evaluate(run: Run) -> None:
         raise RunStopped(f"evaluation under checkpoint-{step}: {', '.join(bad)} not finite")
     if distributed.is_main():
         line = {"step": step, "epoch": step / run.steps_per_epoch} | {f"eval_{name}": v for name, v in means.items()}
-        metrics.write_line(run.folder / "metrics.jsonl", line)
+        write_line(run, line)
     distributed.say(f"step {step:>5}  held out: {progress.summary(means)}")
 
 
@@ -476,8 +476,13 @@ def log_step(run: Run, bar, line: dict, tokens: int, seconds: float) -> None:
              "mem/peak_gib": metrics.peak_gib(run.device)}
     if run.rank == 0:
         # JSON has no word for what is not finite: a step that was left out lacks those values.
-        metrics.write_line(run.folder / "metrics.jsonl", {k: v for k, v in line.items() if math.isfinite(v)})
+        write_line(run, {k: v for k, v in line.items() if math.isfinite(v)})
         progress.show(bar, line, line["step"] % run.args.logging_steps == 0 or line["step"] == run.steps - 1)
+
+
+def write_line(run: Run, line: dict) -> None:
+    identity.check_held(run.folder, run.lock)
+    metrics.write_line(run.folder / "metrics.jsonl", line)
 
 
 def save_checkpoint(run: Run) -> None:
@@ -489,6 +494,7 @@ def save_checkpoint(run: Run) -> None:
     tensors = checkpoint.gather(model, only_trained=run.args.use_lora)
     with distributed.main_first():
         if distributed.is_main():
+            identity.check_held(run.folder, run.lock)
             if run.step > run.skipped and run.args.learning_rate > 0:
                 checkpoint.check_trained(tensors)
             if run.step:  # a last checkpoint says that all steps are there
@@ -522,6 +528,7 @@ def finish(run: Run) -> None:
     dist.destroy_process_group()  # merging a large model outlasts a collective's patience
     if run.rank != 0:
         return
+    identity.check_held(run.folder, run.lock)
     if run.args.merge_weights:
         merge(run.args, run.folder, run.steps)
     remove(run.folder / "resume")  # large, and a finished run has nowhere to go on to

@@ -1,10 +1,12 @@
 """Which run a folder holds, and whether it is this one."""
 
+import contextlib
 import dataclasses
 import fcntl
 import glob
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import shlex
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import claim
-from .errors import UserError
+from .errors import RunStopped, UserError
 from .files import read_text
 from .manifest import clear_partials, flush, steps_of, write_whole, writing
 from .reference import data_hash
@@ -56,10 +58,14 @@ def arguments(args) -> dict:
 def find(args, name: str) -> tuple[Path, dict | None, int | None]:
     """(folder of the run, what its run.json says or None for a new run, the step asked for or None). Raises UserError.
 
-    `name` is the folder of a run that has no --output_dir. --resume may name a run's folder or one of its states.
+    `name` is the folder of a run that has no --output_dir; `take` makes it. --resume may name a run's folder or one of
+    its states.
     """
     if args.resume in ("auto", "never"):
-        folder = Path(args.output_dir or name)
+        if not args.output_dir:
+            claim(folder := _free(Path(name)))
+            return folder, None, None
+        folder = Path(args.output_dir)
         if args.resume == "auto" and (folder / "run.json").is_file():
             return folder, _read(folder), None
         claim(folder)
@@ -83,10 +89,27 @@ def find(args, name: str) -> tuple[Path, dict | None, int | None]:
     return folder, record, step and int(step)
 
 
+def _free(folder: Path) -> Path:
+    """This folder, or where something is there <folder>-2, <folder>-3 ..."""
+    more = (folder.with_name(f"{folder.name}-{k}") for k in itertools.count(2))
+    return next(place for place in itertools.chain([folder], more) if not os.path.lexists(place))
+
+
+def take(folder: Path) -> Path:
+    """Makes a new folder under this name, or under the next that is free where another run of the same second has it.
+    Raises RunStopped where no folder can be made."""
+    while True:
+        place = _free(folder)
+        with writing(place), contextlib.suppress(FileExistsError):  # somebody was first
+            place.mkdir(parents=True)
+            return place
+
+
 def _read(folder: Path) -> dict:
     try:
         record = json.loads(read_text(folder / "run.json"))
-        if isinstance(record["arguments"], dict) and isinstance(record["world_size"], int):
+        if (isinstance(record["arguments"], dict) and type(record["world_size"]) is type(record["steps"]) is int
+                and record["steps"] > 0 and type(record.get("finished", False)) is bool):
             return record
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
@@ -137,7 +160,7 @@ def create(folder: Path, record: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with writing(folder), place.open("w") as out:
-            out.write(json.dumps(record, indent=2) + "\n")
+            out.write(json.dumps(record | {"output_dir": str(folder)}, indent=2) + "\n")
             out.flush()
             os.fsync(out.fileno())
         os.link(place, folder / "run.json")  # all of it at once, and only if it is not there
@@ -170,6 +193,25 @@ def lock(folder: Path):
     clear_partials(folder)
     clear_partials(folder / "resume")
     return file
+
+
+def check_held(folder: Path, file) -> None:
+    """Raises RunStopped where the folder is no longer the one that `lock` gave `file` of: what is written now would
+    begin half a run in another, or in none."""
+    try:
+        there = os.stat(folder / "run.json")
+        # The same file, or, on a file system that numbers its files anew, one that says the same.
+        held = os.path.samestat(there, os.fstat(file.fileno())) or (folder / "run.json").read_bytes() == _said(file)
+    except OSError:
+        held = False
+    if not held:
+        raise RunStopped(f"{folder}: was removed, renamed or replaced while this run wrote to it; put it back, and the "
+                         "same command goes on")
+
+
+def _said(file) -> bytes:
+    file.seek(0)
+    return file.read().encode()
 
 
 def finish(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """train.py with a fault in it: faulty.py FAULT ARGUMENTS ...; launched by test_resume.py and test_faults.py.
 
-FAULT is what@step[:rank], and what is kill, term, raise, memory, loss, gradient or weight; disk, metrics or checkpoint,
+FAULT is what@step[:rank], and what is kill, term, raise, memory, loss, gradient, weight, moved or
+replaced (the run's folder); disk, metrics or checkpoint,
 where the disk fills in a state, a line or a checkpoint's file; term-reference, term-evaluation, term-checkpoint,
 term-state or term-merge, SIGTERM in the midst of these, and likewise memory-engine and memory-reference; twice, in a
 step and again in the state that it asks for;
@@ -45,6 +46,9 @@ def hit(what: str, run, losses):
         raise LookupError("a fault for the test")
     elif what == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    elif what in ("moved", "replaced") and (run.folder / "run.json").exists():
+        run.folder.rename(f"{run.folder}-moved")
+        run.folder.mkdir() if what == "replaced" else None
     elif what == "gradient":
         losses.register_hook(lambda gradient: gradient * torch.nan)
     elif what == "weight":

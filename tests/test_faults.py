@@ -1,5 +1,6 @@
 """Numbers, ranks, memory and disks that go wrong: all ranks end soon, one line says why, nothing written is lost."""
 
+import io
 import json
 import os
 import shutil
@@ -140,9 +141,9 @@ def test_a_full_disk_at_the_start_and_at_the_end(tmp_path):
     """R-H4: run.json is whole or not there, and metrics.jsonl is cut back as a whole or not at all."""
     run = tmp_path / "run"
     with pytest.raises(RunStopped, match="run: can't be written"), small_files(100):
-        identity.create(run, {"arguments": {}, "world_size": 1, "long": "x" * 200})
+        identity.create(run, {"arguments": {}, "world_size": 1, "steps": 20, "long": "x" * 200})
     assert list(run.iterdir()) == []
-    identity.create(run, {"arguments": {}, "world_size": 1})
+    identity.create(run, {"arguments": {}, "world_size": 1, "steps": 20})
     metrics = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in range(20))
     (run / "metrics.jsonl").write_text(metrics)
     before = (run / "run.json").read_bytes()
@@ -228,6 +229,65 @@ def test_state_is_what_the_optimizer_has(tiny):
     assert torch.equal(weights[0], kept["weight.0"])
     step()
     assert all(torch.equal(a, b) for a, b in zip(after, weights))
+
+
+@pytest.mark.parametrize("fault, ranks", [("moved", 1), ("replaced", 2)])
+def test_a_folder_that_goes_in_the_midst_of_a_run(fault, ranks, whole, tiny, tmp_path, forked):  # noqa: F811
+    """Renamed, and with an empty one in its place: one line, and not a file where it was. Put back, the run goes on to
+    the bytes of an undisturbed one."""
+    run, moved = tmp_path / "run", tmp_path / "run-moved"
+    codes, said = forked(FAULTY, f"{fault}@3:0", *flags(tiny, run), ranks=ranks)
+    assert codes == [1] * ranks and "Traceback" not in said
+    assert f"error: {run}: was removed, renamed or replaced while this run wrote to it" in said
+    assert not run.exists() if fault == "moved" else list(run.iterdir()) == []
+    assert not run.exists() or run.rmdir() is None
+    moved.rename(run)
+    assert forked(TRAIN, *flags(tiny, run), ranks=ranks)[0] == [0] * ranks
+    assert_same(whole(ranks), run)
+
+
+def test_a_folder_is_held_by_what_it_says(tmp_path):
+    """One of another run, or of none, is not the one that was locked; a copy on the way to another disk is."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder, steps in ((run, 20), (other, 30)):
+        identity.create(folder, {"arguments": {}, "world_size": 1, "steps": steps})
+    held = identity.lock(run)
+    identity.check_held(run, held)
+    run.rename(tmp_path / "away")
+    for fill in (lambda: None, run.mkdir, lambda: shutil.copy(other / "run.json", run)):
+        fill()
+        with pytest.raises(RunStopped, match="run: was removed, renamed or replaced"):
+            identity.check_held(run, held)
+    shutil.copy(tmp_path / "away" / "run.json", run)
+    identity.check_held(run, held)
+    held.close()
+
+
+def test_nothing_is_made_where_the_run_is_gone(tmp_path):
+    """A checkpoint and a state are made in the run's folder, and do not make it."""
+    model, gone = make_model(), tmp_path / "gone"
+    tensors = checkpoint.gather(model, False)
+    with pytest.raises(RunStopped, match="checkpoint-1: can't be written .*No such file"):
+        checkpoint.save(model, make_tokenizer(), tensors, gone / "checkpoint-1", {"step": 1})
+    with pytest.raises(RunStopped, match="step-1: can't be written .*No such file"):
+        resume.save(gone, 1, {"weight.0": torch.ones(3)}, {}, 0)
+    assert not gone.exists()
+
+
+def test_a_terminal_that_lacks_letters(monkeypatch):
+    """An ASCII terminal, as LANG=C has it: letters come as their numbers, on both streams, and nothing fails."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+
+    def main(argv):
+        print("S\xe4tze \u2192 \U0001f600")
+        raise UserError("row 3: \xe9\ud800")
+
+    assert run_script(main) == 2
+    out.flush()
+    assert out.buffer.getvalue() == b"S\\xe4tze \\u2192 \\U0001f600\n"
+    assert err.buffer.getvalue() == b"error: row 3: \\xe9\\ud800\n"
 
 
 def test_exit_codes(capsys):

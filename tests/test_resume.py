@@ -1,11 +1,13 @@
 """Runs that were stopped, however, go on to the bytes of a run that never was; what can't is refused in one line."""
 
+import concurrent.futures
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -427,6 +429,50 @@ def test_what_resume_may_name(tmp_path):
             assert find() == (tmp_path / "run", record | (more or {}), None)
         for name in names:
             (tmp_path / "run" / name).rmdir()
+
+
+@pytest.mark.parametrize("changes", [
+    {"steps": None}, {"steps": "6"}, {"steps": 6.0}, {"steps": True}, {"steps": 0}, {"steps": [6]}, {"arguments": []},
+    {"arguments": None}, {"world_size": "1"}, {"world_size": None}, {"finished": "no"}, {"finished": 1}, None, [], 3])
+def test_a_damaged_record(changes, tmp_path):
+    """Every entry of run.json that decides how to go on, taken away or of another kind, of a run that is finished."""
+    record = {"arguments": {}, "world_size": 1, "steps": 6, "finished": True}
+    if isinstance(changes, dict):
+        record = {key: value for key, value in (record | changes).items() if value is not None}
+    (tmp_path / "run.json").write_text(json.dumps(record if isinstance(changes, dict) else changes))
+    for where in ({"resume": "auto", "output_dir": str(tmp_path)}, {"resume": str(tmp_path), "output_dir": None}):
+        with pytest.raises(UserError, match="run.json: is not what train.py writes"):
+            identity.find(SimpleNamespace(**where), "new")
+
+
+def test_runs_of_one_second_take_folders_of_their_own(tmp_path):
+    """Eight at once without --output_dir, and a file that has the name already: nobody gets what another has."""
+    args = SimpleNamespace(resume="auto", output_dir=None)
+    name = tmp_path / "runs" / "dpo-2026-01-01-000000"
+    assert identity.find(args, str(name)) == (name, None, None)
+    name.parent.mkdir()
+    name.write_text("")
+    together = threading.Barrier(8)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda _: (together.wait(), identity.take(name))[1], range(8)))
+    assert sorted(taken) == [name.with_name(f"{name.name}-{k}") for k in range(2, 10)]
+    # Whoever reads the clock in that second later finds no run to go on with, whatever its seed.
+    (name.with_name(f"{name.name}-2") / "run.json").write_text("{}")
+    assert identity.find(args, str(name)) == (name.with_name(f"{name.name}-10"), None, None)
+
+
+def test_a_state_that_is_a_link_can_be_named(tmp_path):
+    """States that were moved to another disk: the run is where the link is."""
+    (tmp_path / "run" / "resume").mkdir(parents=True)
+    record = {"arguments": {}, "world_size": 1, "steps": 6}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "disk").mkdir()
+    for name in ("step-4", "step-04"):
+        (tmp_path / "run" / "resume" / name).symlink_to(tmp_path / "disk")
+    args = SimpleNamespace(resume=str(tmp_path / "run" / "resume" / "step-4"), output_dir=None)
+    assert identity.find(args, "new") == (tmp_path / "run", record, 4)
+    with pytest.raises(UserError, match="step-04: no such state"):
+        identity.find(SimpleNamespace(resume=str(tmp_path / "run/resume/step-04"), output_dir=None), "new")
 
 
 def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch):
