@@ -175,6 +175,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"--{name} {value}: must be at least {least}")
     if args.gpu_id is not None and "RANK" in os.environ:
         raise UserError(f"--gpu_id {args.gpu_id}: under a launcher each rank has its own device; leave it out")
+    if args.gpu_id is not None and not torch.cuda.is_available():
+        raise UserError(f"--gpu_id {args.gpu_id}: this machine has no CUDA device that torch finds; leave it out to "
+                        "score on the CPU")
     if args.gpu_id is not None and not 0 <= args.gpu_id < torch.cuda.device_count():
         raise UserError(f"--gpu_id {args.gpu_id}: this machine has {torch.cuda.device_count()} CUDA devices, from 0")
     if twice := [kind for kind in args.responses or [] if args.responses.count(kind) > 1]:

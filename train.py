@@ -30,6 +30,7 @@ from nanodpo.errors import Preempted, RunStopped, UserError, leave, run_script
 from nanodpo.manifest import check_whole, flush, read_manifest, remove, writing
 from nanodpo.packing import LAYOUTS
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
+from nanodpo.screen import command_line
 from nanodpo.signals import Stop
 from nanodpo.source import Source, base_of, open_source
 from nanodpo.template import prompt_leads, read_template
@@ -538,12 +539,13 @@ def finish(run: Run) -> None:
 
         distributed.say(draw_after(run.folder))
     distributed.say(f"done: {run.folder}\nlast: {run.folder / f'checkpoint-{run.steps}'}")
-    distributed.say(f"next: python score.py {run.folder}")
+    distributed.say(f"next: {command_line(HERE / 'score.py', run.folder)}")
 
 
 def end_again(args: TrainArguments, folder: Path, steps: int) -> None:
     """What is left to do for a run that is finished."""
     distributed.say(f"{folder}: this run is finished, all {steps} steps")
+    distributed.say(f"next: {command_line(HERE / 'score.py', folder)}")
     if args.merge_weights and distributed.is_main() and not (folder / "merged").is_dir():
         merge(args, folder, steps)
 

@@ -28,7 +28,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from nanodpo.errors import RunStopped, UserError, first_line, run_script  # noqa: E402
 from nanodpo.files import check_regular, read_text  # noqa: E402
-from nanodpo.screen import put  # noqa: E402
+from nanodpo.screen import command_line, put  # noqa: E402
 from nanodpo.student import t_quantile  # noqa: E402
 from nanodpo.unknown import parse_known  # noqa: E402
 
@@ -194,7 +194,7 @@ def run(args, log: Path, script: str, *flags) -> None:
     """One command; raises Failed with the last line it said."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
     command = [sys.executable, *(several if args.ranks > 1 else []), str(ROOT / script), *map(str, flags)]
-    put(" ".join(["python", *command[1:]]))
+    put(command_line(*command[1:], cwd=ROOT))
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (args.parallel * args.ranks)))}
     with open(f"{log}.log", "a") as out:
         done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | threads, cwd=ROOT)

@@ -131,8 +131,13 @@ def check_same(folder: Path, old: dict, new: dict, early: bool = False) -> None:
         different += [(f"--{name}", before.get(name), now[name]) for name in sorted(BY_CONTENT)
                       if before.get(name) != now[name]]
         changes = ", ".join(f"{name}: {_short(was)} -> {_short(is_now)}" for name, was, is_now in different)
-        raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); give it the same ones to "
-                        "go on with it, or name a new folder")
+        advice = "give it the same ones to go on with it, or name a new folder"
+        if {name for name, *_ in different} <= {"--max_steps", "--num_train_epochs", "steps"} and old.get("finished"):
+            last = folder / f"checkpoint-{old['steps']}"
+            advice = ("it is finished, and in a longer run each step has another learning rate. To train further, "
+                      f"start from its end in a new --output_dir: --model_name {shlex.quote(str(last))} (for DPO that "
+                      "is then the reference, too); for one longer run, name a new --output_dir alone")
+        raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); {advice}")
 
 
 def changed_machine(old: dict, new: dict) -> str:

@@ -1,7 +1,7 @@
 """Reference log-probs: computed once, before the first step, for the pairs that the run will visit, and kept on disk.
 
 The file is named by a fingerprint of everything that could change a number in it. Another fingerprint is another file,
-so a stale one is never read; the run says which part of the fingerprint changed.
+so a stale one is never read; where weights, data or versions changed under the same names the run says so.
 """
 
 import array
@@ -22,6 +22,7 @@ from .manifest import flush, settle
 from .progress import Progress
 
 SAVE_EVERY = 100
+STALE = ("weights", "data", "versions")  # what changes under the same names and settings
 
 
 def data_hash(examples) -> str:
@@ -116,7 +117,8 @@ def _load(file: Path, fingerprint: dict, n: int) -> Tensor:
 
 
 def _changed(folder: Path, fingerprint: dict) -> list[str]:
-    """How the newest cache of the same model and data file differs."""
+    """Which of the things that make a cache stale changed since the newest one of this model, this data file and these
+    settings. Nothing where there is none: a cache of other settings is another run's."""
     files = [file for file in folder.glob("reference-*.safetensors") if file.is_file()]
     for file in sorted(files, key=os.path.getmtime, reverse=True):
         try:
@@ -124,8 +126,9 @@ def _changed(folder: Path, fingerprint: dict) -> list[str]:
                 other = json.loads(cache.metadata()["fingerprint"])
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):  # damaged, or somebody else's
             continue
-        if all(other.get(key) == fingerprint[key] for key in ("model_name", "data_path")):
-            return [key for key in fingerprint if other.get(key) != fingerprint[key]]
+        changed = [key for key in fingerprint if other.get(key) != fingerprint[key]]
+        if {*changed} <= {*STALE}:
+            return changed
     return []
 
 

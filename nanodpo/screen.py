@@ -1,10 +1,14 @@
 """What reaches the terminal. One function prints, and characters that act on a terminal are shown instead of sent."""
 
 import logging
+import os
+import shlex
+import shutil
 import sys
 import traceback
 import unicodedata
 import warnings
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -16,6 +20,23 @@ def put(*text, file=None) -> None:
     file = file or sys.stdout
     tqdm.write(printable(" ".join(map(str, text))), file=file)
     file.flush()
+
+
+def command_line(*words, cwd: Path | None = None) -> str:
+    """A command that runs as it is printed: this very Python, paths from here, and quotes where a shell needs them.
+
+    `cwd`: the folder in which it must run, where that is another one than this.
+    """
+    python, here = Path(sys.executable), cwd or Path.cwd()
+    found = shutil.which(python.name)
+    python = python.name if found and os.path.abspath(found) == str(python) else python
+    line = shlex.join(_from(here, word) if isinstance(word, Path) else str(word) for word in (python, *words))
+    return line if here == Path.cwd() else f"cd {shlex.quote(str(here))} && {line}"
+
+
+def _from(here: Path, path: Path) -> str:
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ import score
 import train as trainer
 from nanodpo import progress
 from nanodpo.errors import run_script
-from nanodpo.screen import guard, printable, put
+from nanodpo.screen import command_line, guard, printable, put
 
 EVIL = "\x1b]0;OWNED\x07\x1b[2J\r\x9b31m\u202e"
 SHOWN = r"\x1b]0;OWNED\x07\x1b[2J\r\x9b31m\u202e"
@@ -227,3 +227,46 @@ def test_a_bar_never_passes_its_end(monkeypatch, capsys):
         bar.update(2)
         bar.update(2)
     assert bar.done == 3 and len(capsys.readouterr().out.splitlines()) == 1
+
+
+# Commands that are printed to be run
+
+
+def test_a_printed_command_runs_as_it_stands(monkeypatch, tmp_path):
+    """Whatever `python` means there, whatever the folders are called, and wherever one is."""
+    place = tmp_path / "a b's"
+    (place / "env").mkdir(parents=True)
+    (place / "env" / "python3").symlink_to(sys.executable)
+    (place / "show.py").write_text("import sys; print(sys.executable, sys.argv[1:])")
+    monkeypatch.setattr(sys, "executable", str(place / "env" / "python3"))
+    words = place / "show.py", place / "run $1", "--flag", "x y"
+    for cwd, known in ((place, False), (tmp_path, False), (place / "env", True)):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setenv("PATH", f"{place / 'env'}:{os.environ['PATH']}" if known else "/usr/bin:/bin")
+        line = command_line(*words)
+        shown = subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout.strip()
+        run = os.path.relpath(place / "run $1", cwd) if place.is_relative_to(cwd) or cwd == place else place / "run $1"
+        executable = "python3" if known else line.split("show.py")[0]
+        assert shown == f"{place / 'env' / 'python3'} {[str(run), '--flag', 'x y']}" and executable in line
+        assert line.startswith("python3 ") == known
+    monkeypatch.chdir(tmp_path)
+    line = command_line("show.py", place / "run", cwd=place)
+    assert subprocess.run(line, shell=True, capture_output=True, text=True).stdout.strip().endswith("['run']")
+
+
+def test_the_last_line_of_a_run_is_a_command(tiny, finished, capfd):
+    """Printed again where the run is finished, since one may have come back for it."""
+    found = said(trainer.main, capfd, *again(tiny, finished))
+    (line,) = re.findall(r"^next: (.*)$", found, re.MULTILINE)
+    assert line.endswith(f"score.py {finished}") and line == command_line(ROOT / "score.py", finished)
+
+
+def test_a_finished_run_says_how_to_train_further(tiny, finished, capfd):
+    """And its words are a command that works: from its end, in a new folder."""
+    flags = list(again(tiny, finished))
+    flags[flags.index("--max_steps") + 1] = 2
+    found = said(trainer.main, capfd, *flags)
+    assert "--max_steps: 1 -> 2" in found and found.endswith("2")
+    (last,) = re.findall(r"--model_name (\S+) \(for DPO", found)
+    assert last == str(finished / "checkpoint-1")
+    train(tiny, finished.parent / "further", "--max_steps", "1", "--eval_size", "2", "--model_name", last)
