@@ -84,7 +84,7 @@ def _render_side(template: Template, side: str, prompt, value, notes: list[str])
         raise UserError(f"{side} or its prompt holds half a character, {error.object[error.start]!r}") from error
     except UserError as error:
         raise UserError(f"{side} {error}") from error
-    notes += [f"{side}: white space or a second end after the turn is left out"] * dropped
+    notes += [f"{side}: a second end of the turn is left out"] * dropped
     notes += [f"{side}: added the end of turn"] * added
     return parts[0], response
 

@@ -145,7 +145,7 @@ def build(model, args, settings: dict, device, longest: int):
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     layout, attention = selfcheck.choose_layout(module, device, dtype, args.use_flash_attention, longest)
-    distributed.say(f"rows: {layout}, attention {attention}")
+    distributed.say(selfcheck.describe(layout, attention))
     if args.activation_memory:
         if not selfcheck.grows_with_rows(model.config.get_text_config(), attention, longest):
             raise UserError("--activation_memory: this model's attention takes memory by the square of a row's length, "

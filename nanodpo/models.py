@@ -107,7 +107,8 @@ def describe(model: nn.Module) -> str:
     """One line on what is trained, in which dtype."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     count, total = sum(p.numel() for _, p in trained), sum(p.numel() for p in model.parameters())
-    line = f"model: {total:,} parameters, {count:,} trained ({count / total:.2%}) in {trained[0][1].dtype}"
+    dtype = str(trained[0][1].dtype).removeprefix("torch.")
+    line = f"model: {total:,} parameters, {count:,} of them trained ({count / total:.2%}), {dtype}"
     adapted = sorted({name.split(".lora_")[0].rpartition(".")[2] for name, _ in trained if ".lora_" in name})
     return line + (f"; LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning")
 

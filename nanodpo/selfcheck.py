@@ -63,6 +63,12 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
                     f"(error {errors[own]:.2g} standard deviations)")
 
 
+def describe(layout: str, attention: str) -> str:
+    """How rows are computed, for the screen."""
+    how = "packed, without padding, each prompt once" if layout == "packed" else "one a response, padded to one length"
+    return f"rows: {how}; attention: {attention}"
+
+
 def _candidates(config, own: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     flash = device.type == "cuda" and dtype == torch.bfloat16 and not capped

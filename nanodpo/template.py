@@ -153,12 +153,12 @@ def question_in(template: Template, prompt: str) -> str:
 
 
 def close_turn(text: str, end: str, also: str | None = None) -> tuple[str, bool, bool]:
-    """Response text -> (text with exactly one `end`, was anything after or doubled dropped, was `end` added).
+    """Response text -> (text with exactly one `end`, was more than white space after it dropped, was `end` added).
 
     `also` (the eos, where the template closes turns with another token) is dropped like a second `end`.
 
     >>> close_turn("four<eot>\\n", "<eot>")
-    ('four<eot>', True, False)
+    ('four<eot>', False, False)
     >>> close_turn("four ", "<eot>")
     ('four <eot>', False, True)
     >>> close_turn("four<eot>\\n</s>", "<eot>", "</s>")
@@ -168,4 +168,4 @@ def close_turn(text: str, end: str, also: str | None = None) -> tuple[str, bool,
     while found := next((mark for mark in (end, also) if mark and core.rstrip().endswith(mark)), None):
         core = core.rstrip().removesuffix(found)
         closed = closed or found == end
-    return core + end, core + end != text and core != text, not closed
+    return core + end, text[len(core) :].strip() not in ("", end), not closed

@@ -99,12 +99,12 @@ def test_another_tokens_end_is_no_end_of_turn():
 
 
 def test_transcripts_split_at_the_last_assistant_header(chatml):
-    """R-A3, R-A6: the sides' ends differ by a newline; the transcript's prompt wins over the column's."""
+    """The sides' ends differ by a newline, which is no news: most templates write one."""
     text = render_row(chatml, 7, "How many?", SYSTEM + ASKED + "<|im_start|>think\nfour<|im_end|>\n",
                       SYSTEM + ASKED + "<|im_start|>think\nfive<|im_end|>", True)
     assert text.prompt == SYSTEM + ASKED
     assert (text.chosen, text.rejected) == ("<|im_start|>think\nfour<|im_end|>", "<|im_start|>think\nfive<|im_end|>")
-    assert text.row == 7 and text.notes == ("chosen: white space or a second end after the turn is left out",)
+    assert text.row == 7 and text.notes == ()
 
 
 def test_a_question_that_is_not_the_transcripts_is_noted(chatml):
@@ -201,7 +201,7 @@ def test_of_messages_only_what_the_user_wrote_is_noted(chatml, said, noted):
     for values in ((None, talk, [USER, NO]), ([USER], talk[1:], [NO])):
         text = render_row(chatml, 0, *values, True)
         assert text.chosen == said.replace("<|im_end|>\n", "").replace("<|im_end|>", "") + "<|im_end|>"
-        assert text.notes == ("chosen: white space or a second end after the turn is left out",) * noted
+        assert text.notes == ("chosen: a second end of the turn is left out",) * noted
 
 
 @pytest.mark.parametrize("prompt, chosen, plain", [

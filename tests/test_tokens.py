@@ -238,7 +238,6 @@ def test_notes_count_rows_once(tmp_path):
     agrees = {"question": "2?", "text": ASKED + "4<|im_end|>\n", "worse-text": ASKED + "6<|im_end|>"}
     data = load(tmp_path, tiny.chatml(), [differs, agrees, agrees, agrees])
     assert data.notes == {"prompt column differs from the transcript's prompt (the transcript is used)": 1,
-                          "chosen: white space or a second end after the turn is left out": 4,
                           "repeats an earlier row": 2}
     assert "  1 row: prompt column differs" in data.report() and "  2 rows: repeats" in data.report()
 
@@ -259,13 +258,14 @@ def test_plain_rows_of_a_chat_model_are_counted_once(tmp_path):
 def test_the_report_counts_held_out_rows_where_its_notes_do(tmp_path):
     """R-A7: the notes are about all rows of the file, so its line is too."""
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row(f"{i}?", "4<|endoftext|>\n", "5<|endoftext|>")) + "\n" for i in range(12)))
+    rows = [row(f"{i}?", "4<|endoftext|><|endoftext|>\n", "5<|endoftext|>\n") for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = TrainArguments(train_file_path=str(path), eval_size=2)
     data, held_out, _ = train.load_data(args, SimpleNamespace(tokenizer=tiny.plain(), context=100))
     assert (len(data.examples), len(held_out.examples)) == (10, 2)
     assert data.report() == (f"data {path}: 12 rows, 0 dropped, 2 held out\n"
                              "  columns: prompt, chosen, rejected\n"
-                             "  12 rows: chosen: white space or a second end after the turn is left out")
+                             "  12 rows: chosen: a second end of the turn is left out")
     assert held_out.report() == f"data 2 rows of {path}: 2 rows, 0 dropped"
 
 

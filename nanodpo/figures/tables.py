@@ -57,7 +57,8 @@ def read_parquet(file: Path, names: list[str], filters=None) -> pandas.DataFrame
     except FileNotFoundError as error:
         raise UserError(f"{file}: is not there; score.py makes it") from error
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: can't be read as Parquet ({first_line(error)})") from error
+        raise UserError(f"{file}: can't be read as Parquet ({getattr(error, 'strerror', None) or first_line(error)})"
+                        ) from error
     if table.empty and filters is None:
         raise UserError(f"{file}: has no rows")
     for name in names:

@@ -89,5 +89,5 @@ class Opener:
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         module = SequenceLogProbs(model).to(self.device).eval()
         layout, attention = selfcheck.choose_layout(module, self.device, dtype, False, self.longest)
-        say(f"{base}: rows {layout}, attention {attention}")
+        say(f"{base}: {selfcheck.describe(layout, attention)}")
         return Opened(checkpoint, base, shape, bf16, module, layout, attention, own, trained)
