@@ -208,8 +208,8 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
     found = distributed.from_main(found)
     run.evaluated = distributed.from_main(run.evaluated)
     going = f", going on at step {found['step']}" if old else ""
-    passes = f"{run.steps / run.steps_per_epoch:.3g} times over the data"
-    distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs, {passes}{going}")
+    epochs = f"{run.steps / run.steps_per_epoch:.3g} epochs"
+    distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs, {epochs}{going}")
     if (warmup := run.args.warmup_steps) > run.steps:
         distributed.say(f"--warmup_steps {warmup}: more than the run has; it ends at {run.steps / warmup:.0%} of "
                         "--learning_rate")

@@ -28,6 +28,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from nanodpo.errors import RunStopped, UserError, first_line, run_script  # noqa: E402
 from nanodpo.files import check_regular, read_text  # noqa: E402
+from nanodpo.progress import Progress  # noqa: E402
 from nanodpo.screen import command_line, put  # noqa: E402
 from nanodpo.student import t_quantile  # noqa: E402
 from nanodpo.unknown import parse_known  # noqa: E402
@@ -98,12 +99,14 @@ def experiment(args, model: str | None, folder: Path, table) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_data(table, folder / "data")
     seeds = range(1, args.seeds + 1)
-    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
+    with (Progress(folder.name, 7 * args.seeds, "command") as bar,
+          concurrent.futures.ThreadPoolExecutor(args.parallel) as pool):
         for stage in (sft, dpo, scoring):
             jobs = [pool.submit(run, args, *job) for seed in seeds for job in stage(args, model, folder, seed)]
             try:
-                for job in jobs:
+                for job in concurrent.futures.as_completed(jobs):
                     job.result()
+                    bar.update()
             except Failed:
                 pool.shutdown(cancel_futures=True)
                 raise
