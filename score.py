@@ -26,6 +26,7 @@ import torch
 
 from nanodpo import distributed, space
 from nanodpo.errors import UserError, leave, run_script
+from nanodpo.figures.after import draw_after
 from nanodpo.logprobs import sum_by_sequence
 from nanodpo.packing import LAYOUTS
 from nanodpo.progress import Progress
@@ -39,7 +40,7 @@ from nanodpo.scoring.opened import Opened, Opener
 from nanodpo.scoring.pairs import gradient_products
 from nanodpo.scoring.runs import Checkpoint, newest_run, open_targets, settings_of
 from nanodpo.settings import local_rank
-from nanodpo.source import base_of, open_source
+from nanodpo.source import base_of, check_ids, open_source
 from nanodpo.template import Template, prompt_leads, read_template
 from nanodpo.tokens import load_dataset
 from nanodpo.unknown import parse_known
@@ -122,8 +123,6 @@ def report(folder: Path, tables: dict, gone: list[str]) -> None:
         names = ", ".join(gone[:6]) + " ..." * (len(gone) > 6)
         distributed.say(f"no longer in {folder}: {names}; the command that scored it brings it back from parts/, and "
                         "another --output_dir keeps both")
-    from nanodpo.figures.drawing import draw_after  # slow to import
-
     distributed.say(draw_after(folder))
     distributed.say(f"done: {folder / 'scores.parquet'}")
 
@@ -283,6 +282,7 @@ def reader(path: str, source, args):
         if how not in known:
             template = read_template(source.tokenizer, settings.assistant_header)
             known[how] = load_dataset(path, template, settings, limit_of(settings, source), pairs=False, more=more)
+            check_ids(source, path, known[how].examples)
             if args.own and (held := set(own_rows(settings)[2])):
                 known[how].examples = [example for example in known[how].examples if example.row in held]
         return known[how]

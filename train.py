@@ -27,12 +27,13 @@ from nanodpo import engine as engines
 from nanodpo import state as states
 from nanodpo.arguments import TrainArguments, parse
 from nanodpo.errors import Preempted, RunStopped, UserError, leave, run_script
+from nanodpo.figures.after import draw_after, is_drawn
 from nanodpo.manifest import check_whole, flush, read_manifest, remove, writing
 from nanodpo.packing import LAYOUTS
 from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
 from nanodpo.screen import command_line
 from nanodpo.signals import Stop
-from nanodpo.source import Source, base_of, open_source
+from nanodpo.source import Source, base_of, check_ids, open_source
 from nanodpo.template import prompt_leads, read_template
 from nanodpo.tokens import DataSet, load_dataset
 
@@ -154,8 +155,11 @@ def load_data(args, source):
         raise UserError(f"--max_length {limit}: the model's context is {context} tokens (max_position_embeddings)")
     pairs = args.loss != "sft"
     train = load_dataset(args.train_file_path, template, args, limit, pairs)
+    check_ids(source, train.path, train.examples)
     if args.eval_file_path:
-        return train, load_dataset(args.eval_file_path, template, args, limit, pairs), limit
+        held_out = load_dataset(args.eval_file_path, template, args, limit, pairs)
+        check_ids(source, held_out.path, held_out.examples)
+        return train, held_out, limit
     if not args.eval_size:
         return train, None, limit
     n = len(train.examples)
@@ -536,8 +540,6 @@ def finish(run: Run) -> None:
     remove(run.folder / "resume")  # large, and a finished run has nowhere to go on to
     identity.finish(run.folder)
     if run.args.draw:
-        from nanodpo.figures.drawing import draw_after  # slow to import
-
         distributed.say(draw_after(run.folder))
     distributed.say(f"done: {run.folder}\nlast: {run.folder / f'checkpoint-{run.steps}'}")
     distributed.say(f"next: {command_line(HERE / 'score.py', run.folder)}")
@@ -549,12 +551,18 @@ def end_again(args: TrainArguments, folder: Path, steps: int) -> None:
     distributed.say(f"next: {command_line(HERE / 'score.py', folder)}")
     if args.merge_weights and distributed.is_main() and not (folder / "merged").is_dir():
         merge(args, folder, steps)
+    if args.draw and distributed.is_main() and not is_drawn(folder):  # it was killed while it drew, or was not to
+        distributed.say(draw_after(folder))
 
 
 def merge(args: TrainArguments, folder: Path, steps: int) -> None:
     """Leaves the last checkpoint's adapter merged into its base, a model like any other, in merged/."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    checkpoint.merge(folder / f"checkpoint-{steps}", folder / "merged", dtype, args.trust_remote_code)
+    def check(model, base):
+        models.check_base(models.base_hashes(model), base, identity.read(folder), folder)
+
+    dtype, last = torch.bfloat16 if args.bf16 else torch.float32, folder / f"checkpoint-{steps}"
+    check_whole(last)
+    checkpoint.merge(last, folder / "merged", dtype, args.trust_remote_code, check)
     distributed.say(f"merged: {folder / 'merged'}")
 
 

@@ -11,9 +11,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from .adapters import add_adapter, open_base
 from .distributed import is_main, say
 from .errors import RunStopped, UserError, first_line
 from .manifest import aside, clear, publish, remove, steps_of, writing
+from .source import base_of
 
 
 def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
@@ -116,12 +118,19 @@ def rotate(run: Path, keep: int | None) -> None:
         remove(run / f"checkpoint-{step}")
 
 
-def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> None:
-    """Adds an adapter into its base and saves the whole model, in one process, on CPU."""
-    from peft import AutoPeftModelForCausalLM
+def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bool, check=lambda model, base: None
+          ) -> None:
+    """Adds an adapter into its base and saves the whole model, in one process, on CPU. `check(model, base's name)` may
+    refuse the base before."""
     from transformers import AutoTokenizer
 
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype, trust_remote_code=trust_remote_code)
+    base, _ = base_of(str(adapter))
+    model = open_base(base, dtype, trust_remote_code)
+    check(model, base)
+    model = add_adapter(model, str(adapter))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()  # the product B A is rounded once, when it is added
     model = model.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
     save(model, tokenizer, dict(model.named_parameters()), folder, {"merged": adapter.name})

@@ -67,7 +67,7 @@ def find(args, name: str) -> tuple[Path, dict | None, int | None]:
             return folder, None, None
         folder = Path(args.output_dir)
         if args.resume == "auto" and (folder / "run.json").is_file():
-            return folder, _read(folder), None
+            return folder, read(folder), None
         claim(folder)
         return folder, None, None
     path, step = Path(args.resume), None
@@ -80,7 +80,7 @@ def find(args, name: str) -> tuple[Path, dict | None, int | None]:
         folder = path
     if not (folder / "run.json").is_file():
         raise UserError(f"--resume {path}: is no run (run.json is missing)")
-    record = _read(folder)
+    record = read(folder)
     trained = record.get("finished") or (folder / f"checkpoint-{record.get('steps')}").is_dir()  # needs no state
     if not trained and not (folder / "resume").is_dir():
         raise UserError(f"--resume {path}: holds no state to go on from (the folder resume/ is missing)")
@@ -105,7 +105,8 @@ def take(folder: Path) -> Path:
             return place
 
 
-def _read(folder: Path) -> dict:
+def read(folder: Path) -> dict:
+    """What a run's run.json says. Raises UserError where train.py has not written it."""
     try:
         record = json.loads(read_text(folder / "run.json"))
         if (isinstance(record["arguments"], dict) and type(record["world_size"]) is type(record["steps"]) is int
@@ -222,7 +223,7 @@ def _said(file) -> bytes:
 def finish(folder: Path) -> None:
     """Writes down that nothing is left to do."""
     with writing(folder / "run.json"):
-        write_whole(folder / "run.json", json.dumps(_read(folder) | {"finished": True}, indent=2) + "\n")
+        write_whole(folder / "run.json", json.dumps(read(folder) | {"finished": True}, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -86,14 +86,28 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
         _check_files(Path(adapter or base))
         if adapter and not any(Path(adapter).glob("adapter_model.*")):
             raise UserError(f"model {name}: has adapter_config.json, but no adapter_model.safetensors")
-        if len(tokenizer) > vocabulary:
-            raise UserError(f"model {name}: the tokenizer has {len(tokenizer)} entries, the model only "
-                            f"{vocabulary}")
+        if vocabulary < 1:
+            raise UserError(f"model {where}: config.json says vocab_size {vocabulary}; it must be above 0")
         source = Source(base, adapter, config, tokenizer)
         if source.context is not None and source.context < 1:
             raise UserError(f"model {where}: config.json says max_position_embeddings {source.context}; it must "
                             "be above 0")
     return source
+
+
+def check_ids(source: Source, path: str, examples) -> None:
+    """Raises UserError for a token of the data that has no place in the model's embedding. Entries of the tokenizer
+    that no row uses may lie beyond it, as those for images do in published models of text."""
+    vocabulary = source.config.get_text_config().vocab_size
+    if max(source.tokenizer.get_vocab().values(), default=0) < vocabulary:
+        return
+    for example in examples:
+        for ids in (example.prompt, example.chosen, example.rejected or [], *example.more.values()):
+            if (largest := max(ids, default=0)) >= vocabulary:
+                token = source.tokenizer.convert_ids_to_tokens(largest)
+                raise UserError(f"model {source.adapter or source.base}: its tokenizer gives {token!r} the id {largest}"
+                                f", and its embedding has {vocabulary} places, from 0 (first used in {path}, row "
+                                f"{example.row}); put the tokenizer's files of this very model there")
 
 
 def _check_files(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Models, adapters, the reference policy, and what is saved of them."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,8 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny
 
-from nanodpo import checkpoint, models
+import train
+from nanodpo import checkpoint, identity, models
 from nanodpo.adapters import open_base
 from nanodpo.errors import RunStopped, UserError
 from nanodpo.source import open_source
@@ -148,6 +150,59 @@ def test_merging_adds_the_adapter_in_the_dtype_asked_for(tiny, tmp_path):
         assert merged.dtype == dtype and torch.allclose(merged.float(), truth, atol=tolerance)
     assert not torch.allclose(layer.base_layer.weight, truth, atol=0.05)
     assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "another"
+
+
+def test_a_base_that_has_changed_is_not_merged_into(tiny, tmp_path):
+    """Of a finished run: other weights, or another config, under the same name are refused and nothing is written; with
+    what it was trained on put back it is merged. In bfloat16 too, as run.json has the hashes."""
+    base = tmp_path / "base"
+    for bf16 in (False, True):
+        run = tmp_path / f"run-{bf16}"
+        run.mkdir()
+        shutil.copytree(tiny / "model", base, dirs_exist_ok=True)
+        model = models.load_model(open_source(str(base), False), args(bf16=bf16))
+        record = {"arguments": {}, "world_size": 1, "steps": 1, "finished": True, "versions": identity.versions(),
+                  "weights": models.fingerprint(model, fresh_lora=True)}
+        (run / "run.json").write_text(json.dumps(record))
+        checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, True), run / "checkpoint-1", {"step": 1})
+        make_model(seed=1).save_pretrained(base)
+        with pytest.raises(UserError, match="base: holds other weights than those that .* was trained on; put back"):
+            train.merge(args(bf16=bf16), run, 1)
+        shutil.copy(tiny / "model" / "model.safetensors", base)
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+        with pytest.raises(UserError, match="base: its config.json is not the one that"):
+            train.merge(args(bf16=bf16), run, 1)
+        assert sorted(place.name for place in run.iterdir()) == ["checkpoint-1", "run.json"]
+        shutil.copy(tiny / "model" / "config.json", base)
+        train.merge(args(bf16=bf16), run, 1)
+        assert (run / "merged" / "model.safetensors").is_file()
+
+
+def test_an_adapter_that_is_damaged_is_not_merged(tiny, tmp_path):
+    model = load(tiny)
+    checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, True), tmp_path / "checkpoint-1", {"step": 1})
+    (tmp_path / "checkpoint-1" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="checkpoint-1: adapter_config.json has 2 bytes of "):
+        train.merge(args(), tmp_path, 1)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merged_weight_is_rounded_once(tiny, tmp_path):
+    """In bfloat16 W + (alpha / r) B A is computed in float32, and the sum alone is rounded."""
+    model = models.load_model(open_source(str(tiny / "model"), False), args(bf16=True))
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.1)
+    checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, True), tmp_path / "checkpoint-1", {"step": 1})
+    checkpoint.merge(tmp_path / "checkpoint-1", tmp_path / "merged", torch.bfloat16, False)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, layer in model.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            a, b = (side["default"].weight.float() for side in (layer.lora_A, layer.lora_B))
+            truth = (layer.base_layer.weight.float() + (b @ a) * 2).bfloat16()
+            assert torch.equal(merged[f"{name}.weight"], truth), name
 
 
 def test_buffers_are_saved_as_the_model_means_it(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -14,7 +15,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import plot
+import train
 from nanodpo.errors import UserError
+from nanodpo.figures import drawing
+from nanodpo.figures.after import draw_after
 from nanodpo.figures.axes import set_focus
 from nanodpo.figures.records import read_metrics
 from nanodpo.figures.training import training_figure
@@ -365,3 +369,46 @@ def test_a_strip_without_tokens_says_how_to_get_them(tmp_path):
     make_scores(make_run(tmp_path / "a") / "scores.parquet", SCORES)
     with pytest.raises(UserError, match="tokens.parquet: is not there; score.py makes it where it is told --tokens"):
         plot.main([str(tmp_path / "a"), "--strip", "0"])
+
+
+# Drawn by themselves, at the end of a run
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "garbage"])
+def test_a_notebooks_backend_is_not_ours(backend, tmp_path, monkeypatch):
+    """MPLBACKEND as a notebook leaves it to what is started from it, and one that matplotlib refuses: figures are
+    drawn all the same, to the same bytes."""
+    run = make_run(tmp_path / "run")
+    monkeypatch.setenv("MPLBACKEND", backend)
+    launch(ROOT / "plot.py", run)
+    found = (run / "training.png").read_bytes()
+    draw_after(run)
+    assert (run / "training.png").read_bytes() == found
+
+
+@pytest.mark.parametrize("error, words", [
+    (UserError("no step"), "no figure: no step"),
+    (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "no figure: 'utf-8' codec can't decode"),
+    (RuntimeError("no\nfont"), "no figure: no; `python plot.py "), (KeyError("x"), "no figure: KeyError 'x'; `python")])
+def test_a_figure_that_fails_is_one_line(error, words, tmp_path, monkeypatch):
+    """A matplotlibrc that can't be read, say: a run that has ended has ended."""
+    def fails(folder):
+        raise error
+
+    monkeypatch.setattr(drawing, "draw_run", fails)
+    said = draw_after(tmp_path)
+    assert said.startswith(words) and "\n" not in said
+
+
+def test_a_finished_run_without_its_figure_gets_one(tmp_path, capsys):
+    """Killed while it drew, or not asked to: the same command draws, and the next one finds it there."""
+    run = make_run(tmp_path / "run")
+    (run / ".training.png.partial").write_bytes(b"half")
+    args = SimpleNamespace(merge_weights=False, draw=False)
+    train.end_again(args, run, 5)
+    assert not (run / "training.png").exists()
+    args.draw = True
+    train.end_again(args, run, 5)
+    assert "figures: training.png" in capsys.readouterr().out and not list(run.glob(".*"))
+    train.end_again(args, run, 5)
+    assert capsys.readouterr().out == f"{run}: this run is finished, all 5 steps\n"

@@ -249,7 +249,7 @@ MODELS += [
 MODELS += [(f"config.json: {name} {str(value)[:30]}", edited("model/config.json", **{name: value}), MODEL, [words])
            for name, value, words in [
     ("vocab_size", "x", CONFIG + ": Validation error for field 'vocab_size'"), ("vocab_size", None, CONFIG),
-    ("vocab_size", -1, "the tokenizer has 261 entries, the model only -1"), ("vocab_size", 3.5, CONFIG),
+    ("vocab_size", -1, "config.json says vocab_size -1; it must be above 0"), ("vocab_size", 3.5, CONFIG),
     ("vocab_size", ..., "lm_head.weight is [300, 8] in the weights, and [32000, 8] by the config"),
     ("vocab_size", 10**30, "the weights can't be loaded"),
     ("max_position_embeddings", "x", CONFIG), ("max_position_embeddings", None, CONFIG),
@@ -285,6 +285,23 @@ MODELS += [(f"template {text[:40]!r}", written("model/chat_template.jinja", text
     ("\0" * 50, "loses what the assistant says"), ("{{ messages[0].content + 1 }}", "cannot be rendered"),
 ]]
 MODELS += [("template of bytes", written("model/chat_template.jinja", b"\xff\xfe"), MODEL, [TOKENIZER])]
+
+
+def beyond(token, id):
+    """A change: this token of the tokenizer has this id; the model's embedding has 300 places, the tokenizer 261."""
+    def change(folder):
+        file = folder / "model" / "tokenizer.json"
+        content = json.loads(file.read_text())
+        for entry in content["added_tokens"]:
+            entry["id"] = id if entry["content"] == token else entry["id"]
+        content["model"]["vocab"] = {k: id if k == token else v for k, v in content["model"]["vocab"].items()}
+        file.write_text(json.dumps(content))
+    return change
+
+
+MODELS += [(f"{token} is {id}", beyond(token, id), MODEL, [
+    f"model @/model: its tokenizer gives {token!r} the id {id}, and its embedding has 300 places, from 0 (first used "
+    "in @/rows.jsonl, row 0)"]) for token, id in (("2", 300), ("=", 5622))]
 
 
 def without(state):
@@ -541,6 +558,17 @@ def good(tmp_path_factory):
     (folder / "cache").mkdir()
     jsonl(GOOD)(folder)
     return folder
+
+
+@pytest.mark.parametrize("token, id", [("2", 299), ("Q", 5622)])
+def test_an_id_beyond_the_embedding_that_no_row_uses(token, id, good, tmp_path):
+    """The embedding's last place, and an entry that only the tokenizer has: both are as good as any."""
+    folder = copied(good, tmp_path / "folder")
+    beyond(token, id)(folder)
+    source = train.open_source(str(folder / "model"), False)
+    args = train.TrainArguments(model_name="m", train_file_path=str(folder / "rows.jsonl"))
+    data, _, _ = train.load_data(args, source)
+    assert max(data.examples[0].chosen) < 300 and max(source.tokenizer.get_vocab().values()) == max(id, 260)
 
 
 @pytest.mark.parametrize("change, flags, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])

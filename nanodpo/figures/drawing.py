@@ -56,15 +56,6 @@ def draw_run(folder: Path) -> list[Path]:
         return save(drawn, folder, 2)
 
 
-def draw_after(folder: Path) -> str:
-    """The default figures of a run or scoring that just ended, for its last lines: their names, or why there are none,
-    which is no reason to fail now."""
-    try:
-        return "figures: " + ", ".join(file.name for file in draw_run(folder) if file.suffix == ".png")
-    except UserError as error:
-        return f"no figure: {error}"
-
-
 def draw_dynamics(scores: pandas.DataFrame | None, series: pandas.DataFrame | None = None, columns: int = 2, **how):
     """dynamics_figure of a table of scores, of a csv's table of series, or of the second beside the first."""
     tables = []

@@ -1,0 +1,23 @@
+"""The figures that nobody has to ask for, of a run or scoring that has ended: it has, whatever becomes of them."""
+
+from pathlib import Path
+
+from ..errors import UserError, first_line
+from ..source import BROKEN
+
+
+def draw_after(folder: Path) -> str:
+    """Draws the default figures of `folder`, for the last lines on the screen: their names, or why there are none."""
+    try:
+        from .drawing import draw_run  # slow to import, and matplotlib may not take its settings
+
+        return "figures: " + ", ".join(file.name for file in draw_run(folder) if file.suffix == ".png")
+    except UserError as error:
+        return f"no figure: {error}"
+    except BROKEN as error:
+        return f"no figure: {first_line(error)}; `python plot.py {folder}` says more"
+
+
+def is_drawn(run: Path) -> bool:
+    """Has a run its figure, with all files? The .tex that includes it is written last."""
+    return (run / "training.tex").is_file()
