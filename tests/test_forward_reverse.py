@@ -117,7 +117,7 @@ def test_a_model_that_fails_is_reported_and_the_next_one_runs(commands, tmp_path
 
 def test_a_command_that_fails_says_why(tmp_path):
     args = experiment.argparse.Namespace(ranks=1, parallel=1)
-    with pytest.raises(experiment.Failed, match=r"plot.py ended with 2, .*x.log: error: unrecognized .*--what"):
+    with pytest.raises(experiment.Failed, match=r"plot.py ended with 2, .*x.log: error: unknown argument --what"):
         experiment.run(args, tmp_path / "x", "plot.py", "--what")
 
 
@@ -130,7 +130,7 @@ def test_intervals_over_seeds():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["model"], "MODEL [MODEL ...] DATA"), (["--seeds", "0"], "--seeds 0"), (["--what"], "unrecognized"),
+    (["model"], "MODEL [MODEL ...] DATA"), (["--seeds", "0"], "--seeds 0"), (["--what"], "unknown argument --what"),
     (["a", "gone.parquet"], "gone.parquet: can't be read"), (["a", "x/a", "gone.parquet"], "share their output"),
     (["a", str(ROOT / "README.md")], "can't be read as Parquet"),
     (["a", "other.parquet"], "has no column question, worse-text")])

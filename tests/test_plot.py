@@ -303,7 +303,7 @@ def without(*names):
     (broken_scores(), ["--scores", "nowhere.parquet"], r"nowhere.parquet: is not there; score.py makes it"),
     (broken_scores(), ["--style", "nonsense"], r"--style nonsense: neither a style"),
     (broken_scores(), ["--output_dir", __file__], r"--output_dir .*test_plot.py: can't be written"),
-    (broken_scores(), ["--column", "2"], r"unrecognized arguments: --column"),
+    (broken_scores(), ["--column", "2"], r"unknown argument --column: did you mean --columns"),
     (broken_scores(), ["--columns", "3"], r"--columns: invalid choice: 3"),
     (broken_scores(), ["elsewhere"], r"elsewhere/metrics.jsonl: No such file"),
 ])

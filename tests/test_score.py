@@ -619,7 +619,8 @@ def test_wrong_input_is_one_line(run, tiny, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     for flags, words in [
             ([], "runs/ holds no run"), (["nowhere", *data], "nowhere"), ([model], "--dataset_path is needed"),
-            ([run, "--responses", "best"], "no such column; it has prompt, chosen"), ([run, "--what"], "unrecognized"),
+            ([run, "--responses", "best"], "no such column; it has prompt, chosen"),
+            ([run, "--what"], "unknown argument --what"),
             ([str(broken), *data], "run.json: is not what train.py writes"), ([run, run], "both called dpo, step 0"),
             ([model, str(foreign), *data], "different tokenizers or chat templates"),
             ([run, "--dataset_path", "gone.parquet"], "gone.parquet: no such file"),

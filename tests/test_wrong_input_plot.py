@@ -175,7 +175,7 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["--heatmap", "--series=@/s.csv"], "--series, --focus and --floor"),
     (["--mixed=run"], "--mixed: is for --three_panel"),
     (["--strip=7", "--test=nope"], "no data set called nope in what was read; there is d"),
-    (["--nope"], "unrecognized arg"),
+    (["--nope"], "unknown argument --nope"),
     (["@/none"], "@/none/metrics.jsonl: No such file"), (["x" * 5000], "File name too long"),
     *((flags, "File name too long") for flags in (
         ["--series=@/" + "x" * 300], ["--phases", "@/run", "x" * 300], ["--phases", "x" * 300, "@/run"])),
