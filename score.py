@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from nanodpo import distributed, space
+from nanodpo import agreement, distributed, space
 from nanodpo.errors import UserError, leave, run_script
 from nanodpo.figures.after import draw_after
 from nanodpo.logprobs import sum_by_sequence
@@ -40,6 +40,7 @@ from nanodpo.scoring.opened import Opened, Opener
 from nanodpo.scoring.pairs import gradient_products
 from nanodpo.scoring.runs import Checkpoint, newest_run, open_targets, settings_of
 from nanodpo.settings import local_rank
+from nanodpo.signals import Stop
 from nanodpo.source import base_of, check_ids, open_source
 from nanodpo.template import Template, prompt_leads, read_template
 from nanodpo.tokens import load_dataset
@@ -88,12 +89,26 @@ class Probe:
 
 
 def main(argv: list[str]) -> None:
-    args = parse(argv)
-    checkpoints = open_targets(args.targets, {name: getattr(args, name) for name in (*READING, "trust_remote_code")
-                                               if getattr(args, name)})
-    probes = open_probes(checkpoints, args)
-    folder = Path(args.output_dir or (args.targets[0] if (Path(args.targets[0]) / "run.json").is_file() else "scores"))
-    scores.check_folder(folder / "parts")
+    with Stop() as stop, distributed.lost_peers_named():
+        stop.outlook = lambda: "; what is done is kept, and the same command goes on from there"
+        distributed.meet()
+        score(argv)
+
+
+def score(argv: list[str]) -> None:
+    with agreement.together() as same:
+        args = parse(argv)
+        free = ("local_rank", "output_dir")  # the tables are rank 0's alone, and the parts are compared
+        same |= agreement.flags({name: value for name, value in vars(args).items() if name not in free})
+        same |= agreement.program(Path(__file__), args.local_rank)
+    with agreement.together() as same:
+        checkpoints = open_targets(args.targets, {name: getattr(args, name) for name in (*READING, "trust_remote_code")
+                                                   if getattr(args, name)})
+        probes = open_probes(checkpoints, args)
+        folder = Path(args.output_dir or (args.targets[0] if (Path(args.targets[0]) / "run.json").is_file() else
+                                          "scores"))
+        scores.check_folder(folder / "parts")
+        same |= what_is_scored(checkpoints, probes, args)
     device = open_device(args)
     longest = max(example.length for probe in probes for example in probe.examples)
     opener = Opener(device, args.bf16, args.gradients, longest)
@@ -107,6 +122,13 @@ def main(argv: list[str]) -> None:
         before = scores.contents(folder)
         tables = scores.join_parts(folder, parts, {c.run: c.settings for c in checkpoints if c.phase})
         report(folder, tables, [item for item in before if item not in scores.contents(folder)])
+
+
+def what_is_scored(checkpoints: list[Checkpoint], probes: list[Probe], args) -> dict:
+    """What the ranks must have alike: the files of each checkpoint, the responses of each data set."""
+    found = {f"files of {c.path} that hash to": part_key(c, args) for c in checkpoints}
+    found |= {f"responses of data set {p.name} that hash to": f"{p.key} {p.expected}" for p in probes}
+    return {name: hashlib.sha256(key.encode()).hexdigest()[:8] for name, key in found.items()}
 
 
 def report(folder: Path, tables: dict, gone: list[str]) -> None:

@@ -22,7 +22,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanodpo import checkpoint, distributed, identity, inspection, metrics, models, progress, reference, resume, space
+from nanodpo import (
+    agreement,
+    checkpoint,
+    distributed,
+    identity,
+    inspection,
+    metrics,
+    models,
+    progress,
+    reference,
+    resume,
+    space,
+)
 from nanodpo import engine as engines
 from nanodpo import state as states
 from nanodpo.arguments import TrainArguments, parse
@@ -38,6 +50,21 @@ from nanodpo.template import prompt_leads, read_template
 from nanodpo.tokens import DataSet, load_dataset
 
 HERE = Path(__file__).resolve().parent
+
+
+@dataclasses.dataclass
+class Start:
+    """What is known of a run before its model is loaded."""
+
+    args: TrainArguments
+    settings: dict  # DeepSpeed's
+    source: Source
+    train_set: DataSet
+    held_out: DataSet | None
+    folder: Path
+    facts: dict
+    old: dict | None  # the run.json of the run to go on with
+    wanted: int | None  # the step to go on from, where one was asked for
 
 
 @dataclasses.dataclass
@@ -89,54 +116,69 @@ def main(argv: list[str]) -> None:
 
 
 def run_training(argv: list[str], stop: Stop) -> None:
-    args = parse(argv, HERE / "examples" / "dpo.yaml")
+    with distributed.lost_peers_named():
+        distributed.meet()
+        if start := prepare(argv):
+            train_from(start, stop)
+
+
+def prepare(argv: list[str]) -> Start | None:
+    """What is wrong with the input is found here, before a weight is loaded or a folder made, as is what ranks were
+    given that is not the same. None where nothing is to be trained."""
+    with agreement.together() as same:
+        args = parse(argv, HERE / "examples" / "dpo.yaml")
+        same |= agreement.flags(dataclasses.asdict(args)) | agreement.program(Path(__file__), args.local_rank)
     if args.print_config:
         distributed.say(json.dumps(dataclasses.asdict(args), indent=2))
-        return
-    settings = engines.read_settings(args, HERE / "ds_config.json")
-
-    # What is wrong with the input is found here, before a weight is loaded or a folder made.
-    distributed.check_device(args)
-    source = open_start(args)
-    train, held_out, limit = load_data(inspection.lenient(args) if args.inspect else args, source)
+        return None
+    with agreement.together() as same:
+        settings = engines.read_settings(args, HERE / "ds_config.json")
+        distributed.check_device(args)
+        source = open_start(args)
+        train, held_out, limit = load_data(inspection.lenient(args) if args.inspect else args, source)
+        sets = [data for data in (train, held_out) if data]
+        if not args.inspect:
+            folder, old, wanted = identity.find(args, f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+            facts = identity.facts(args, settings, limit, sets, HERE)
+            if old:
+                identity.check_same(folder, old, facts, early=bool(source.adapter))
+            if args.loss != "sft" and not (old or {}).get("finished"):
+                reference.check_writable(args.cache_dir)
+            same |= agreement.inputs(args, facts, old, wanted)
     if args.inspect:
         distributed.say(inspection.inspect(train, source.tokenizer, limit, args.inspect_row, held_out))
-        return
-    folder, old, wanted = identity.find(args, f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
-    facts = identity.facts(args, settings, limit, [data for data in (train, held_out) if data], HERE)
-    if old:
-        identity.check_same(folder, old, facts, early=bool(source.adapter))
-        if old.get("finished"):
-            return end_again(args, folder, old["steps"])
-    if args.loss != "sft":
-        reference.check_writable(args.cache_dir)
-    distributed.say("\n".join(data.report() for data in (train, held_out) if data))
+        return None
+    if old and old.get("finished"):
+        return end_again(args, folder, old["steps"])
+    distributed.say("\n".join(data.report() for data in sets))
+    return Start(args, settings, source, train, held_out, folder, facts, old, wanted)
 
-    with distributed.lost_peers_named():
-        with stop.unheard():  # ranks that wait for others can't be told anything
-            device = engines.start(args, settings)
-        with space.shortage_named(distributed.place()[0], "loading the model"):
-            model = models.load_model(source, args)
-            weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
-            distributed.say(models.describe(model))
-            engine, *how = engines.build(model, args, settings, device, longest(train, held_out))
-        torch.manual_seed(args.seed + dist.get_rank())  # of dropout, where it is allowed
-        run = Run(args, stop, folder, facts, source, engine, device, dist.get_world_size(), dist.get_rank(), *how,
-                  train, held_out)
-        if args.dry_run:
-            dry_run(run)
-            return
-        found = open_folder(run, weights, old, wanted)
-        try:
-            stop.wait()
-            add_references(run, weights)
-            go_on(run, found)
-            train_model(run)
-            finish(run)
-        except Preempted:
-            same = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
-            same += "" if args.resume == "auto" else " and without --resume"
-            raise Preempted(f"{stop.reason} after {run.step} of {run.steps} steps; to go on: {same}") from None
+
+def train_from(start: Start, stop: Stop) -> None:
+    args, source = start.args, start.source
+    device = engines.start(args, start.settings)
+    with agreement.together() as same, space.shortage_named(dist.get_rank(), "loading the model"):
+        model = models.load_model(source, args)
+        weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
+        same |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
+    distributed.say(models.describe(model))
+    with space.shortage_named(dist.get_rank(), "loading the model"):
+        engine, *how = engines.build(model, args, start.settings, device, longest(start.train_set, start.held_out))
+    torch.manual_seed(args.seed + dist.get_rank())  # of dropout, where it is allowed
+    run = Run(args, stop, start.folder, start.facts, source, engine, device, dist.get_world_size(), dist.get_rank(),
+              *how, start.train_set, start.held_out)
+    if args.dry_run:
+        dry_run(run)
+        return
+    found = open_folder(run, weights, start.old, start.wanted)
+    again = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
+    again += "" if args.resume == "auto" else " and without --resume"
+    stop.outlook = lambda: f" after {run.step} of {run.steps} steps; to go on: {again}"
+    stop.wait()
+    add_references(run, weights)
+    go_on(run, found)
+    train_model(run)
+    finish(run)
 
 
 def open_start(args) -> Source:
@@ -187,6 +229,9 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
                   "held_out_rows": [e.row for e in run.held_out.examples] if run.args.eval_size else None,
                   "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header),
                                                [example.prompt for example in run.train_set.examples])}
+    with agreement.together() as same:
+        same |= {name: run.facts[name] for name in ("layout", "attention")}
+        same |= agreement.flags(run.facts["arguments"])
     found = {"step": 0}
     dropped = [row for data in (run.train_set, run.held_out) if data for row in data.dropped]
     with distributed.main_first():
@@ -205,10 +250,9 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
                     distributed.say(f"resume: the last bits may differ, since another machine goes on ({changed})")
                 found, run.evaluated = resume.begin(run.folder, run.steps, run.world, wanted)
                 checkpoint.rotate(run.folder, run.args.save_total_limit)  # where a kill came between
-    run.folder = Path(distributed.from_main(str(run.folder)))  # ranks may have read the clock in different seconds
-    seen = (run.folder / "run.json").is_file()
-    distributed.agree(None if seen else UserError(f"--output_dir {run.folder}: rank {run.rank} does not see what rank "
-                                                  "0 wrote there; it must be a folder that all machines share"))
+    if not run.args.output_dir and not old:
+        run.folder = Path(distributed.from_main(str(run.folder)))  # ranks may have read the clock in different seconds
+    check_shared(run)
     found = distributed.from_main(found)
     run.evaluated = distributed.from_main(run.evaluated)
     going = f", going on at step {found['step']}" if old else ""
@@ -219,6 +263,15 @@ def open_folder(run: Run, weights: str, old: dict | None, wanted: int | None) ->
                         "--learning_rate")
     save_checkpoint(run)  # the engine holds the starting point until it goes on: a damaged one is made again
     return found
+
+
+def check_shared(run: Run) -> None:
+    """Raises UserError where a rank does not find in its folder, whatever the name, what rank 0 wrote into it."""
+    record = run.folder / "run.json"
+    seen = record.read_bytes() if record.is_file() else None
+    error = UserError(f"--output_dir {run.folder}: rank {run.rank} does not see what rank 0 wrote there; it must be a "
+                      "folder that all machines share")
+    distributed.agree(None if seen == distributed.from_main(seen) else error)
 
 
 def go_on(run: Run, found: dict) -> None:
@@ -531,7 +584,7 @@ def finish(run: Run) -> None:
     if run.args.merge_weights:
         run.stop.check()  # takes long, and can be done later; all else is as quickly done as stopped
     run.stop.wait(False)
-    dist.destroy_process_group()  # merging a large model outlasts a collective's patience
+    distributed.leave()  # merging a large model outlasts a collective's patience
     if run.rank != 0:
         return
     identity.check_held(run.folder, run.lock)
@@ -547,6 +600,7 @@ def finish(run: Run) -> None:
 
 def end_again(args: TrainArguments, folder: Path, steps: int) -> None:
     """What is left to do for a run that is finished."""
+    distributed.leave()
     distributed.say(f"{folder}: this run is finished, all {steps} steps")
     distributed.say(f"next: {command_line(HERE / 'score.py', folder)}")
     if args.merge_weights and distributed.is_main() and not (folder / "merged").is_dir():

@@ -85,7 +85,7 @@ def local_rank(flag: int) -> int:
     if given is not None and rank != int(given):
         raise UserError(f"--local_rank {flag}, but LOCAL_RANK is {given}")
     if not alone:
-        _check_meeting()
+        check_meeting()
         os.environ.setdefault("LOCAL_RANK", str(rank))  # DeepSpeed reads it there
     elif flag > 0:
         raise UserError(f"--local_rank {flag} without RANK: start several processes with deepspeed or torchrun; to "
@@ -93,7 +93,7 @@ def local_rank(flag: int) -> int:
     return rank
 
 
-def _check_meeting() -> None:
+def check_meeting() -> None:
     """Raises UserError unless the environment says how many ranks there are, and where they meet."""
     if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise UserError(f"RANK is set in the environment, but not {', '.join(missing)}; deepspeed and torchrun set "

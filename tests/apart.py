@@ -1,0 +1,71 @@
+"""train.py or score.py on ranks that are not alike: apart.py SCRIPT JSON ARGUMENTS ...; launched by test_ranks.py.
+
+JSON has a plan by rank ("all" is for those without one), each part of it optional:
+more    arguments behind the others
+env     of the environment
+join    seconds that ranks may come one after the other
+set     {"module.NAME": value}, of nanodpo's modules
+at      {"meet", "load" or "step": [...]}: what it does when it waits for the others to come, when it has read its data,
+        or in its third step: "stop" like Ctrl-Z, until it is killed 8 seconds later; sleep so many seconds; or get
+        a signal, [name, after so many seconds]
+orphan  run as the child of a process that is killed when metrics.jsonl has three lines
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from nanodpo import distributed, errors, tokens
+
+
+def act(place: list) -> None:
+    for what in place:
+        if what == "stop":
+            subprocess.Popen(["sh", "-c", f"sleep 8; kill -9 {os.getpid()}"], start_new_session=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif isinstance(what, list):
+            name, seconds = what
+            threading.Timer(seconds, os.kill, [os.getpid(), signal.Signals[name]]).start()
+        else:
+            time.sleep(what)
+
+
+def orphan(run: Path) -> None:
+    """The process that goes on is a child; its parent ends by kill -9."""
+    if os.fork() == 0:
+        return
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    script, plans = sys.argv[1], json.loads(sys.argv[2])
+    plan = plans.get(os.environ["RANK"], plans.get("all", {}))
+    os.environ |= plan.get("env", {})
+    for name, value in plan.get("set", {}).items():
+        module, _, constant = name.partition(".")
+        setattr(importlib.import_module(f"nanodpo.{module}"), constant, value)
+    if "join" in plan:
+        distributed.JOIN = type(distributed.JOIN)(seconds=plan["join"])
+    sys.argv[:] = [script, *sys.argv[3:], *plan.get("more", [])]
+    if "orphan" in plan:
+        orphan(Path(plan["orphan"]))
+    program = importlib.import_module(script)
+    at = plan.get("at", {})
+    load, come, step = tokens.load_dataset, distributed._come_together, getattr(program, "train_step", None)
+    distributed._come_together = lambda *args: (act(at.get("meet", [])), come(*args))
+    program.load_dataset = lambda *args, **more: (load(*args, **more), act(at.get("load", [])))[0]
+    program.train_step = lambda run, bar: (act(at.get("step", []) if run.step == 2 else []), step(run, bar))
+    errors.leave(errors.run_script(program.main))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""Ranks of one run: what they were given must be the same, and one that is gone or told to stop ends all of them."""
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, environment, make_model, make_tokenizer, zero
+from test_resume import flags
+
+from nanodpo import agreement, distributed, resume, signals
+from nanodpo.errors import Preempted, RankStopped, RunStopped, UserError
+
+APART = ROOT / "tests" / "apart.py"
+SMALL = ("--max_steps", "4", "--eval_size", "0", "--save_steps", "0", "--eval_steps", "0")
+
+
+@pytest.fixture
+def apart(tiny, tmp_path, forked):
+    """apart({rank: plan}, flags): exit codes and output of a run on two ranks, see apart.py."""
+
+    def run(plans: dict, *more, ranks: int = 2, script: str = "train"):
+        given = flags(tiny, tmp_path / "run", *SMALL) if script == "train" else []
+        return forked(APART, script, json.dumps(plans), *given, *more, ranks=ranks)
+
+    return run
+
+
+def test_differences_are_named():
+    """By value and rank, ranks that differ alike together; what one rank lacks is nothing."""
+    assert agreement.differences([{"--beta": 0.1, "torch": "2"}] * 3) == []
+    found = agreement.differences([{"--beta": 0.1, "torch": "2"}, {"--beta": 0.2, "torch": "2"}, {"--beta": 0.2}])
+    assert found == ["ranks 1, 2 have --beta 0.2, rank 0 0.1", "rank 2 has torch nothing, rank 0 2"]
+    assert agreement.differences([{"rows": ("ab", "ab (x.csv)")}, {"rows": ("ab", "ab (y.csv)")}]) == [], "by content"
+
+
+def test_every_kind_of_thing_is_compared(tmp_path):
+    """Flags but for those of place; token ids with the file they came from; DeepSpeed's settings one by one; the
+    program's own files; the state of the run's folder."""
+    names = {"learning_rate": 1, "local_rank": 0, "output_dir": "o", "train_file_path": "f", "save_steps": 3}
+    assert agreement.flags(names) == {"--learning_rate": 1, "--save_steps": 3}
+    args = type("Args", (), {"train_file_path": "a.csv", "eval_file_path": None})
+    facts = {"data": ["1" * 64], "max_length": 5, "deepspeed": {"zero_optimization": {"stage": 2}}}
+    one = agreement.inputs(args, facts, None, None)
+    args.train_file_path = "b.csv"
+    other = {"data": ["2" * 64], "max_length": 5, "deepspeed": {"zero_optimization": {"stage": 3}}}
+    assert agreement.differences([one, agreement.inputs(args, other, {"finished": True}, None)]) == [
+        "rank 1 has token ids of --train_file_path 22222222 (b.csv), rank 0 11111111 (a.csv)",
+        "rank 1 has DeepSpeed's zero_optimization.stage 3, rank 0 2",
+        "rank 1 has in --output_dir a finished run, rank 0 new run"]
+    (tmp_path / "nanodpo").mkdir()
+    (tmp_path / "train.py").write_text("1")
+    before = agreement.program(tmp_path / "train.py", 0)
+    assert agreement.program(tmp_path / "train.py", 0) == before and before["torch"] == str(torch.__version__)
+    (tmp_path / "nanodpo" / "losses.py").write_text("2")
+    (found,) = agreement.differences([before, agreement.program(tmp_path / "train.py", 0)])
+    assert found.startswith("rank 1 has files of this program that hash to ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan, words", [
+    ({"more": ["--learning_rate", "0.1"]}, "rank 1 has --learning_rate 0.1, rank 0 0.001"),
+    ({"more": ["--max_steps", "5", "--beta", "0.2"]},
+     "rank 1 has --beta 0.2, rank 0 0.1; rank 1 has --max_steps 5, rank 0 4"),
+    ({"more": ["--dry_run"]}, "rank 1 has --dry_run True, rank 0 False"),
+    ({"more": ["--inspect"]}, "rank 1 has --inspect True, rank 0 False"),
+    ({"more": ["--no_such_flag"]}, "rank 1: unknown argument --no_such_flag"),
+    ({"more": ["--train_file_path", "no.jsonl"]}, "rank 1: no.jsonl: "),
+    ({"more": ["--train_file_path", "{other}"]}, "rank 1 has token ids of --train_file_path "),
+    ({"more": ["--deepspeed", "{zero}"]}, "rank 1 has DeepSpeed's zero_optimization.stage 1, rank 0 2"),
+    ({"more": ["--model_name", "{model}"]}, "rank 1 has weights that hash to "),
+    ({"env": {"NVIDIA_TF32_OVERRIDE": "0"}}, "rank 1 has NVIDIA_TF32_OVERRIDE 0, rank 0 nothing")],
+    ids=lambda x: x.get("more", ["env"])[0] + x.get("more", [""])[-1][:2] if isinstance(x, dict) else "")
+def test_ranks_that_were_given_other_things_end(plan, words, apart, tiny, tmp_path):
+    """All of them, with exit code 2, one line that names the difference, and nothing written."""
+    lines = (tiny / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(lines[1:]))
+    make_model(seed=1).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    places = {"{other}": str(tmp_path / "other.jsonl"), "{zero}": str(zero(tmp_path, 1)),
+              "{model}": str(tmp_path / "model")}
+    plan = plan | {"more": [places.get(x, x) for x in plan.get("more", [])]}
+    codes, said = apart({"1": plan})
+    assert codes == [2, 2], said
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert words in error and "Traceback" not in said
+    assert not (tmp_path / "run").exists() and not (tmp_path / "run-cache").exists()
+
+
+@pytest.mark.slow
+def test_names_may_differ_where_the_content_is_the_same(apart, tiny, tmp_path):
+    """Machines may see the data, the cache and the run's folder under other names."""
+    (tmp_path / "copy.jsonl").write_bytes((tiny / "train.jsonl").read_bytes())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mount").symlink_to(tmp_path / "run")
+    more = ["--train_file_path", str(tmp_path / "copy.jsonl"), "--output_dir", str(tmp_path / "mount"),
+            "--cache_dir", str(tmp_path / "elsewhere")]
+    codes, said = apart({"1": {"more": more}}, "--save_steps", "2")
+    assert codes == [0, 0], said
+    more[3] = str(tmp_path / "not-the-same")
+    codes, said = apart({"1": {"more": more}}, "--output_dir", tmp_path / "again")
+    assert codes == [2, 2] and "rank 1 does not see what rank 0 wrote there" in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_is_named(apart):
+    codes, said = apart({"0": {"env": {"WORLD_SIZE": "2"}, "join": 2}}, ranks=1)
+    assert codes == [1] and "error: of 2 ranks 1 did not come within 2 s" in said and "Traceback" not in said
+    codes, said = apart({"0": {"env": {"WORLD_SIZE": "2", "RANK": "1"}, "join": 2}}, ranks=1)
+    assert codes == [1] and "rank 1 can't join the others at 127.0.0.1:" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_waiting_for_ranks_can_be_stopped(apart):
+    """In the midst of PyTorch's code, where no handler of Python runs."""
+    began = time.monotonic()
+    codes, said = apart({"0": {"env": {"WORLD_SIZE": "2"}, "at": {"meet": [["SIGTERM", 1]]}}}, ranks=1)
+    assert codes == [75] and "stopped by SIGTERM; the same command starts again" in said
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_rank_before_the_first_step_ends_all(told, apart):
+    """The other one reads its data for a minute, and does not wait for anybody."""
+    codes, said = apart({str(told): {"at": {"load": [["SIGTERM", 0]]}}, str(1 - told): {"at": {"load": [60]}}})
+    assert codes == [75, 75], said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where, told, code, words", [
+    ("load", [], 1, "error: rank 0 stops because rank 1 has not been heard of for "),
+    ("step", [], 1, "error: rank 0 stops because rank 1 has not been heard of for "),
+    ("step", [["SIGTERM", 1]], 75, "stopped by SIGTERM; rank 1 has not been heard of for ")])
+def test_a_stopped_rank_is_not_waited_for(where, told, code, words, apart, tmp_path):
+    """A process that is stopped keeps its connections: the silence of SILENCE seconds tells, of SOON seconds where this
+    rank was told to stop."""
+    limits = {"signals.SOON": 2.0} if told else {"signals.SILENCE": 3.0}
+    plans = {"0": {"set": limits, "at": {"step": told}}, "1": {"at": {where: ["stop"]}}}
+    codes, said = apart(plans, "--save_steps", "1")
+    assert codes[0] == code and codes[1] == 137 and words in said and "Traceback" not in said
+    if where == "step":
+        assert resume.find(tmp_path / "run", 2)["step"] == 2
+
+
+@pytest.mark.slow
+def test_a_rank_that_takes_long_is_waited_for(apart):
+    """It lives, however long it computes: no silence."""
+    limits = {"signals.SILENCE": 2.5, "signals.SOON": 2.5}
+    codes, said = apart({"0": {"set": limits}, "1": {"at": {"step": [6]}}})
+    assert codes == [0, 0], said
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_rank_within_a_collective(apart):
+    told = {"set": {"signals.GRACE": 1.0}, "at": {"step": [["SIGTERM", 0.5], ["SIGTERM", 2]]}}
+    codes, said = apart({"0": told, "1": {"at": {"step": [6]}}})
+    assert codes[0] == 128 + signal.SIGTERM and "SIGTERM: ends as soon as what is done is saved" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_other_signals_that_mean_stop_save_too(name, apart, tmp_path):
+    """A closed terminal, and what Slurm's users send."""
+    codes, said = apart({"0": {"at": {"step": [[name, 0.1]]}}}, "--max_steps", "2000", ranks=1)
+    assert codes == [75] and f"stopped by {name} after " in said and resume.steps_in(tmp_path / "run") != []
+
+
+def test_signals_that_are_heard(monkeypatch):
+    """SIGHUP that was ignored at the start (nohup) stays so; SIGQUIT keeps its meaning; all comes back at the end."""
+    numbers = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGQUIT, signal.SIGTERM]
+    before = [signal.getsignal(n) for n in numbers]
+    with signals.Stop() as stop:
+        stop.wait()
+        assert [signal.getsignal(n) == stop._told for n in numbers] == [True, True, True, True, False, True]
+    assert [signal.getsignal(n) for n in numbers] == before
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with signals.Stop():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+
+
+def test_a_signal_before_the_first_step_raises_at_once():
+    with pytest.raises(Preempted, match="stopped by SIGUSR2; the same command starts again"), signals.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(5)
+    stop.name = None  # so that the handlers of before come back
+    stop.__exit__()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RUN_ID", "CROSS_RANK", "RANK"])
+def test_ranks_end_with_their_launcher(name, apart, tmp_path):
+    """A launcher that is killed with -9 tells its ranks nothing; they save and end. A process that no launcher started
+    goes on without its parent."""
+    steps = "2000" if name != "RANK" else "40"
+    plan = {"env": {name: "0"}, "orphan": str(tmp_path / "run")}
+    codes, _ = apart({"0": plan}, "--max_steps", steps, ranks=1)
+    assert codes == [137], "the parent"
+    record, end = tmp_path / "run" / "run.json", time.monotonic() + 60
+    done = (lambda: json.loads(record.read_text()).get("finished")) if name == "RANK" else (lambda: free(record))
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert resume.steps_in(tmp_path / "run") != [] or name == "RANK"
+
+
+def free(record) -> bool:
+    """Whether no process holds this run.json any more."""
+    with record.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def test_deepspeed_has_two_processes_above_a_rank(monkeypatch):
+    """The command, and launch.py, which goes on without it."""
+    chain, names = {os.getpid(): 20, 20: 10, 10: 1}, {20: "python\0-m\0deepspeed.launcher.launch", 10: "bin/deepspeed"}
+    monkeypatch.setattr(signals, "_parent", chain.get)
+    monkeypatch.setattr(signals, "_command", lambda process: names.get(process, "bash"))
+    monkeypatch.setattr(os, "getppid", lambda: chain[os.getpid()])
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("CROSS_RANK", raising=False)
+    assert signals.launchers() == [], "a shell may go away"
+    monkeypatch.setenv("CROSS_RANK", "0")
+    above = signals.launchers()
+    assert above == [(os.getpid(), 20), (20, 10)] and not signals.gone(above)
+    chain[20] = 1
+    assert signals.gone(above), "the command was killed"
+    names[10] = "bash"
+    assert signals.launchers() == [(os.getpid(), 20)], "launch.py was started by hand"
+
+
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.2]:1"), "rank 0 stops because another rank did"),
+    (RuntimeError("connect [10.0.0.2]:1: No route to host"), "does not reach another rank"),
+    (RuntimeError("read [10.0.0.2]:1: Connection timed out"), "does not reach another rank"),
+    (RuntimeError("Network is unreachable"), "does not reach another rank"),
+    (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"),
+     "does not reach another rank"),
+    (dist.DistNetworkError("failed to recv, got 0 bytes"), "does not reach another rank")])
+def test_a_cut_network_is_one_line(error, words, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(RankStopped, match=words), distributed.lost_peers_named():
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), UserError("timed out"),
+                                   RunStopped("Connection timed out")])
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)) as caught, distributed.lost_peers_named():
+        raise error
+    assert caught.value is error
+
+
+def test_a_terminal_that_is_gone_keeps_nothing_from_being_saved(tmp_path):
+    """What a process writes to a terminal that has closed would end it; after SIGHUP there is none to write to."""
+    code = ("import os, signal, sys, time; sys.path.insert(0, sys.argv[1]); from nanodpo import signals\n"
+            "with signals.Stop() as stop:\n"
+            "    stop.wait(); os.write(1, b'ready'); before = time.monotonic()\n"
+            "    while stop.name is None and time.monotonic() < before + 20: time.sleep(0.01)\n"
+            "    print('x' * 100000, flush=True); open(sys.argv[2], 'w').write(stop.name)")
+    main, other = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path / "name"], stdin=other, stdout=other,
+                               stderr=other, start_new_session=True, env=environment())
+    os.close(other)
+    assert os.read(main, 5) == b"ready"
+    os.close(main)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(30) == 0 and (tmp_path / "name").read_text() == "SIGHUP"
