@@ -73,6 +73,10 @@ class Probe:
         """Scored tokens of each group."""
         return [sum(map(len, said.values())) for _, said in self.groups]
 
+    def key_of(self, i: int) -> dict:
+        """What tells a row from others in the tables."""
+        return {"row": self.examples[i].row, "problem": self.examples[i].problem}
+
     @property
     def ends(self) -> list[int]:
         """Tokens that end an answer."""
@@ -415,7 +419,7 @@ def part_key(checkpoint: Checkpoint, args) -> str:
 def plan(checkpoints, probes, folder: Path, args) -> list[tuple[Checkpoint, Probe, Path, Path | None]]:
     """(checkpoint, data set, folder of the part, that of the same at the run's step 0 or None), in order of work."""
     work, starts = [], {}
-    asked = args.tokens, args.gradients, args.answers, args.max_new_tokens
+    asked = args.tokens, args.gradients, args.answers, args.max_new_tokens, scores.COLUMNS
     for checkpoint in checkpoints:
         own = part_key(checkpoint, args)
         for probe in probes:
@@ -470,11 +474,12 @@ def score_probe(opened: Opened, probe: Probe, known, compared: bool, args, bar) 
             values, sets, states = token_measures(opened.module, row, known and plausible.join(
                 [known[i] for i in indices], device))
         if not compared:
-            values["implausible_mass"].fill_(torch.nan)
+            for name in ("implausible_mass", "implausible_mass_start"):
+                values[name].fill_(torch.nan)
         results = by_response(row, values, states)
         for i, (prompt, said), own in zip(indices, groups, plausible.split(sets, [probe.lengths[i] for i in indices])):
             found = {kind: next(results) for kind in said}
-            lines = describe(probe.examples[i].row, said, found, lambda ids: [*map(pieces, ids)], args.tokens)
+            lines = describe(probe.key_of(i), said, found, lambda ids: [*map(pieces, ids)], args.tokens)
             if args.gradients and lines["pairs"]:
                 with shortage_named(f"the gradients under {opened.checkpoint.path}", [probe.examples[i]]):
                     lines["pairs"][0] |= pair_gradients(opened, prompt, said, device)
@@ -509,9 +514,9 @@ def check_answers(opened: Opened, probe: Probe, args) -> list[dict]:
     for (i, (expected, thinks)), ids in zip(probe.expected.items(), said):
         text = probe.template.tokenizer.decode(ids)
         found = answers.final_answer(text, marked=thinks)
-        lines.append({"row": probe.examples[i].row, "found": found, "expected": expected, "correct": found == expected,
-                      "ended": ids[-1] in probe.ends, "tokens": len(ids), "repetition": answers.repetition(ids),
-                      "text": text})
+        lines.append(probe.key_of(i) | {
+            "found": found, "expected": expected, "correct": found == expected, "ended": ids[-1] in probe.ends,
+            "tokens": len(ids), "repetition": answers.repetition(ids), "text": text})
     return lines
 
 

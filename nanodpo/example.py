@@ -13,6 +13,7 @@ class Example:
     rejected: list[int] | None
     cut: tuple[bool, bool] = (False, False)  # was chosen, rejected truncated
     more: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # responses of further columns
+    problem: str = dataclasses.field(default="", compare=False)  # the same in rows of one problem, a short hash
 
     @property
     def length(self) -> int:

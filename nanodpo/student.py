@@ -1,7 +1,13 @@
-"""Student's t: how far an interval of few numbers reaches. No libraries."""
+"""Means over rows, their standard errors, and how far a 95% interval reaches.
+
+Rows of one problem are alike, and count for less than as many rows of different problems: what varies by chance is the
+problem. Standard errors are therefore taken over problems, not over rows.
+"""
 
 import functools
 import math
+
+import pandas
 
 
 @functools.cache
@@ -26,3 +32,22 @@ def _within(angle: float, freedom: int) -> float:
         total += term
         term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
     return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+def over_problems(table: pandas.DataFrame, keys: list[str], column: str) -> pandas.DataFrame:
+    """The mean of `column` in each group of rows that agree in `keys`: mean, sem, low, high (the 95% interval, missing
+    for a single problem), n (rows that have a number), rows (all of them), problems.
+
+    The standard error sem is robust to rows that share a problem (their column `problem`), CR1: from the sum s of the
+    rows' deviations from the mean in each of G problems, sqrt(G / (G - 1) sum s^2) / n. Where every row is a problem of
+    its own that is standard deviation / sqrt(n). low and high are mean -+ t(G - 1) sem.
+    """
+    groups = table.groupby(keys, sort=False)[column]
+    found = groups.agg(mean="mean", n="count", rows="size")
+    away = (table[column] - groups.transform("mean")).rename("away")
+    sums = table[[*keys, "problem"]].join(away)[away.notna()].groupby([*keys, "problem"], sort=False)["away"].sum()
+    squares = sums.pow(2).groupby(level=keys, sort=False).agg(problems="size", total="sum").reindex(found.index)
+    problems = squares["problems"].fillna(0).astype(int)
+    found["sem"] = (squares["total"] * problems / (problems - 1).where(problems > 1)) ** 0.5 / found["n"]
+    reach = (problems - 1).map(t_quantile) * found["sem"]
+    return found.assign(problems=problems, low=found["mean"] - reach, high=found["mean"] + reach).reset_index()

@@ -6,6 +6,7 @@ import dataclasses
 from .data import Texts, render_more, render_row
 from .errors import UserError, one_line
 from .example import Example, too_long, truncate
+from .problems import with_problems
 from .progress import track
 from .rows import choose_fields, describe_columns, read_rows, unread_parts
 from .template import Template
@@ -68,6 +69,7 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
         raise UserError(f"{path}: {len(data.dropped)} of {_rows(len(rows))} can't be used; {_worst(data.dropped)}. "
                         "Mend them, or leave such rows out with --on_bad_row drop")
     _handle_overlong(data, overlong, limit, args)
+    data.examples = with_problems(data.examples, rows)
     _add_notes(data, texts)
     for name, count in unread_parts(rows, fields).items():
         data.notes[f"column {name} is not read; if it is part of what is asked, put it into the prompt"] = count

@@ -176,7 +176,7 @@ def test_a_gap_is_of_the_rows_that_have_both_sides():
     """Gaps 1 and 4: mean 2.5, sem 1.5, t of one degree of freedom; a row without its rejected has no gap, not 0."""
     sides = {"chosen": (-1.0, -2.0, -3.0), "rejected": (-2.0, math.nan, -7.0)}
     table = pandas.DataFrame([{"dataset": "d", "run": "r", "phase": "dpo", "response": side, "step": 0, "at": 0,
-                               "row": row, "mean_logps": value} for side in sides
+                               "row": row, "problem": str(row), "mean_logps": value} for side in sides
                               for row, value in enumerate(sides[side])])
     found = intervals.levels(table).set_index("response")[["mean", "low", "high", "n", "left_out"]]
     reach = 1.5 * math.tan(math.pi * 0.475)

@@ -51,17 +51,21 @@ def test_known_distributions():
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_implausible_mass_by_brute_force(chunk):
-    """Mass on what the start gave less than 1e-3, in float64, for any chunk: the start's own, and a later model's."""
+    """Mass on what the start or the later model gives less than 1e-3, under both, in float64, for any chunk."""
     torch.manual_seed(0)
-    start, later = (8 * torch.randn(7, 50, dtype=torch.float64) for _ in range(2))
+    start, away = (torch.randn(7, 50, dtype=torch.float64) for _ in range(2))
+    start, later = 6 * start, 6 * start + 4 * away
     row = places(*range(7))
     own, sets, _ = token_measures(Distribution(start, chunk), row, None)
     found, same, _ = token_measures(Distribution(later, chunk), row, sets)
     p, q = start.softmax(1), later.softmax(1)
-    truth = [sum(q[i, v].item() for v in range(50) if p[i, v] < IMPLAUSIBLE) for i in range(7)]
-    assert found["implausible_mass"].tolist() == pytest.approx(truth, rel=1e-12) and min(truth) < 0.5 < max(truth)
+    odd = [[v for v in range(50) if min(p[i, v], q[i, v]) < IMPLAUSIBLE] for i in range(7)]
+    for name, model in (("implausible_mass", q), ("implausible_mass_start", p)):
+        truth = [model[i, odd[i]].sum().item() for i in range(7)]
+        assert found[name].tolist() == pytest.approx(truth, rel=1e-12) and min(truth) < 0.1 < max(truth)
     truth = [sum(x for x in p[i].tolist() if x < IMPLAUSIBLE) for i in range(7)]
     assert own["implausible_mass"].tolist() == pytest.approx(truth, rel=1e-12)
+    assert own["implausible_mass_start"].tolist() == pytest.approx(truth, rel=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(sets, same))
     assert found["rank"].tolist() == [1 + sum(x > later[i, i] for x in later[i]).item() for i in range(7)]
     assert found["entropy"].tolist() == pytest.approx((-(q * q.log()).sum(1)).tolist(), rel=1e-12)
@@ -76,12 +80,42 @@ def test_states_are_summed_in_float64():
 
 
 def test_a_small_mass_keeps_its_digits():
-    """Float32, mass 1e-9 on the implausible: 1 - the rest would be 0 or 6e-8."""
-    logits = torch.zeros(1, 3)
-    logits[0, 0], logits[0, 2] = 30.0, 30 + math.log(1e-9)
-    sets = torch.tensor([2]), torch.tensor([0, 1])
+    """Float32, mass 1e-9 on the implausible here and 3e-9 at the start: 1 - the rest would be 0 or 6e-8."""
+    logits = torch.tensor([[30.0, 29.0, 30 + math.log(1e-9)]])
+    sets = torch.tensor([2]), torch.tensor([3e-9]), torch.tensor([0, 1]), torch.tensor([0.9, 0.1])
     found, _, _ = token_measures(Distribution(logits), places(0), sets)
-    assert found["implausible_mass"].item() == pytest.approx(1e-9, rel=1e-4)
+    assert found["implausible_mass"].item() == pytest.approx(1e-9 / (1 + math.exp(-1)), rel=1e-4)
+    assert found["implausible_mass_start"].item() == pytest.approx(3e-9, rel=1e-6)
+
+
+def test_a_change_of_implausible_mass_changes_its_sign_where_start_and_end_are_exchanged():
+    """To the last digit nearly; and a token that takes another's whole place spreads nothing."""
+    torch.manual_seed(1)
+    models = [Distribution(6 * torch.randn(9, 40, dtype=torch.float64)) for _ in range(2)]
+    changes = []
+    for start, end in (models, models[::-1]):
+        found, _, _ = token_measures(end, places(*range(9)), token_measures(start, places(*range(9)), None)[1])
+        changes.append(found["implausible_mass"] - found["implausible_mass_start"])
+    assert changes[0].tolist() == pytest.approx((-changes[1]).tolist(), abs=1e-14) and changes[0].abs().max() > 0.1
+    one, other = (torch.tensor([[0.5, *end]], dtype=torch.float64).log() for end in ((0.4999, 1e-4), (1e-4, 0.4999)))
+    found, _, _ = token_measures(Distribution(other), places(0), token_measures(Distribution(one), places(0), None)[1])
+    assert found["implausible_mass"].item() == pytest.approx(0.5)
+    assert found["implausible_mass_start"].item() == pytest.approx(0.5)
+
+
+def test_jitter_does_not_look_like_spreading():
+    """A start and an end that are the same up to noise of one size: over 20,000 places the tokens that the start alone
+    found implausible double their mass, as they always must, and those that either finds implausible keep theirs."""
+    random = torch.Generator().manual_seed(0)
+    middle = 3 * torch.randn(20000, 30, generator=random, dtype=torch.float64)
+    start, end = (middle + 0.7 * torch.randn(middle.shape, generator=random, dtype=torch.float64) for _ in range(2))
+    places_ = places(*[0] * len(middle))
+    found, _, _ = token_measures(Distribution(end), places_, token_measures(Distribution(start), places_, None)[1])
+    changes = found["implausible_mass"] - found["implausible_mass_start"]
+    p, q = start.softmax(1), end.softmax(1)
+    picked = p < IMPLAUSIBLE
+    assert (q * picked).sum() > 1.5 * (p * picked).sum()
+    assert changes.mean().abs() < 2.6 * changes.std() / len(changes) ** 0.5
 
 
 @pytest.mark.parametrize("layout", [pack, pad])
@@ -110,12 +144,15 @@ def test_a_models_measures_whatever_the_layout(layout):
 
 
 def test_plausible_sets_survive_the_disk(tmp_path):
-    sets = torch.tensor([2, 0, 1, 3]), torch.tensor([5, 9, 7, 1, 2, 3])
+    sets = (torch.tensor([2, 0, 1, 3]), torch.tensor([0.5, 1.0, 0.25, 0.0]), torch.tensor([5, 9, 7, 1, 2, 3]),
+            torch.arange(6) / 8)
     parts = plausible.split(sets, [1, 3])
-    assert [(c.tolist(), ids.tolist()) for c, ids in parts] == [([2], [5, 9]), ([0, 1, 3], [7, 1, 2, 3])]
+    assert [[side.tolist() for side in part] for part in parts] == [
+        [[2], [0.5], [5, 9], [0, 0.125]], [[0, 1, 3], [1, 0.25, 0], [7, 1, 2, 3], [0.25, 0.375, 0.5, 0.625]]]
     plausible.write(tmp_path, parts)
     again = plausible.join(plausible.read(tmp_path, [1, 3])[::-1], torch.device("cpu"))
-    assert [side.tolist() for side in again] == [[0, 1, 3, 2], [7, 1, 2, 3, 5, 9]]
+    assert [side.tolist() for side in again] == [[0, 1, 3, 2], [1, 0.25, 0, 0.5], [7, 1, 2, 3, 5, 9],
+                                                 [0.25, 0.375, 0.5, 0.625, 0, 0.125]]
 
 
 def test_ches_by_hand():

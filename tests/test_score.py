@@ -535,9 +535,10 @@ def test_summary_by_hand():
     """R-I5: means 1, 3 and 8 -> mean 4, median 3, sem sqrt(13) / sqrt(3); the gap is taken row by row, and a row that
     failed is in neither."""
     line = {"run": "r", "phase": "dpo", "checkpoint": "c", "step": 0, "dataset": "d"}
-    table = pandas.DataFrame([line | {"row": row, "response": response, "mean_logps": value} for row, response, value in
-                              [(0, "chosen", 1.0), (1, "chosen", 3.0), (2, "chosen", 8.0), (3, "chosen", math.nan),
-                               *((row, "rejected", 0.5) for row in range(4))]])
+    table = pandas.DataFrame([line | {"row": row, "problem": str(row), "response": response, "mean_logps": value}
+                              for row, response, value in [
+                                  (0, "chosen", 1.0), (1, "chosen", 3.0), (2, "chosen", 8.0), (3, "chosen", math.nan),
+                                  *((row, "rejected", 0.5) for row in range(4))]])
     found = means.summary(table).set_index("response")
     assert found.loc["chosen", ["n", "mean", "median", "sem"]].tolist() == [3, 4.0, 3.0, pytest.approx((13 / 3) ** 0.5)]
     assert found.loc["gap", ["n", "mean", "median", "sem"]].tolist() == [3, 3.5, 2.5, pytest.approx((13 / 3) ** 0.5)]

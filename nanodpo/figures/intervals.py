@@ -8,16 +8,16 @@ import math
 
 import pandas
 
-from ..student import t_quantile
+from ..student import over_problems, t_quantile
 
 KEYS = ["dataset", "run", "phase", "response"]
 
 
 def levels(scores: pandas.DataFrame) -> pandas.DataFrame:
-    """Curves of mean_logps; of the gap, chosen - rejected of a row, too. The interval is mean +- t sem over rows, t
-    Student's at 95%, sem = standard deviation (n - 1) / sqrt(n); none where n is 1. Scores that are missing (NaN) are
-    left out."""
-    rows = ["dataset", "run", "phase", "step", "at", "row"]
+    """Curves of mean_logps; of the gap, chosen - rejected of a row, too. The interval is mean +- t sem over rows,
+    those of one problem taken together (student.py); none for a single problem. Scores that are missing (NaN) are left
+    out."""
+    rows = ["dataset", "run", "phase", "step", "at", "row", "problem"]
     sides = [scores[scores["response"] == side].set_index(rows)["mean_logps"] for side in ("chosen", "rejected")]
     gap = (sides[0] - sides[1]).dropna().reset_index().assign(response="gap")  # of rows that have both
     return _over_rows(pandas.concat([scores, gap], ignore_index=True) if len(gap) else scores)
@@ -47,11 +47,8 @@ def over_seeds(curves: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def _over_rows(scores: pandas.DataFrame) -> pandas.DataFrame:
-    groups = scores.groupby([*KEYS, "step", "at"], sort=False)["mean_logps"]
-    table = groups.agg(mean="mean", sem="sem", n="count", rows="size").reset_index()
-    reach = table["n"].sub(1).map(t_quantile) * table["sem"]
-    table = table.assign(low=table["mean"] - reach, high=table["mean"] + reach, left_out=table["rows"] - table["n"])
-    return table.drop(columns=["sem", "rows"])
+    table = over_problems(scores, [*KEYS, "step", "at"], "mean_logps")
+    return table.assign(left_out=table["rows"] - table["n"]).drop(columns=["sem", "rows", "problems"])
 
 
 def moved(curves: pandas.DataFrame) -> pandas.DataFrame:

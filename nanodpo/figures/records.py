@@ -51,15 +51,17 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def read_scores(files: list[Path]) -> pandas.DataFrame:
-    """KEYS, tokens and mean_logps of these files of score.py. A score that is missing (a failed row) stays, as NaN.
+    """KEYS, tokens, mean_logps and problem of these files of score.py. A score that is missing (a failed row) stays, as
+    NaN. In a table without problems every row is one of its own.
 
     Raises UserError, naming file and row, where a table can't be drawn.
     """
     tables = []
     for file in files:
-        table = read_parquet(file, [*KEYS, "tokens", "mean_logps"])
+        table = read_parquet(file, [*KEYS, "tokens", "mean_logps"], more=("problem",))
+        table["problem"] = table["problem"] if "problem" in table else table["row"].astype(str)
         infinite = (table[["step", "mean_logps"]].abs() == math.inf).any(axis=1)
-        missing = table[[*KEYS, "tokens"]].isna().any(axis=1)
+        missing = table[[*KEYS, "problem", "tokens"]].isna().any(axis=1)
         refuse(file, table, missing | infinite, "has a value that is missing or not finite")
         refuse(file, table, table.duplicated(KEYS), "is there twice")
         if table["mean_logps"].isna().all():

@@ -40,14 +40,16 @@ def read_csv(file: Path) -> pandas.DataFrame:
     return pandas.DataFrame.from_dict(lines, orient="index", columns=columns)
 
 
-def read_parquet(file: Path, names: list[str], filters=None) -> pandas.DataFrame:
-    """These columns, of the kind that each must have; an empty table only where `filters` leave none."""
+def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ...] = ()) -> pandas.DataFrame:
+    """These columns and, where the file has them, `more`, of the kind that each must have; an empty table only where
+    `filters` leave none."""
     try:
         check_regular(file)
         schema = pyarrow.parquet.read_schema(file)
         kinds = dict(zip(schema.names, schema.types))
         if missing := [name for name in names if name not in kinds]:
             raise UserError(f"{file}: no column {', '.join(missing)}; it has {', '.join(kinds)}")
+        names = [*names, *(name for name in more if name in kinds)]
         for name in names:
             what, right = ("numbers", NUMERIC) if name in NUMBERS else ("text", TEXTUAL)
             kind = getattr(kinds[name], "value_type", kinds[name])  # of a dictionary, as pandas writes categories

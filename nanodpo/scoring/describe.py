@@ -8,12 +8,13 @@ import pandas
 from .pairs import ches
 from .sections import answer_start, sections, shared_prefix
 
-MEASURED = ("logps", "argmax_logps", "entropy", "argmax_mass", "implausible_mass", "accuracy")
+MEASURED = ("logps", "argmax_logps", "entropy", "argmax_mass", "implausible_mass", "implausible_mass_start",
+            "accuracy")
 NAMES = ("mean_logps", *MEASURED[1:])
 
 
-def describe(row: int, responses: dict[str, list[int]], found: dict[str, dict], pieces, tokens: bool) -> dict:
-    """{table: lines} of one row; of "tokens" a table a response.
+def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict], pieces, tokens: bool) -> dict:
+    """{table: lines} of one row; of "tokens" a table a response. `row` has what tells it from others: row and problem.
 
     `found[kind]` has "logps" (the sum, nats), "states" (D,) and "tokens", {measure: (n,)}. `pieces` turns
     token ids into their texts. A response whose sum is not finite keeps its place without numbers.
@@ -22,7 +23,7 @@ def describe(row: int, responses: dict[str, list[int]], found: dict[str, dict], 
     pair = "chosen" in responses and "rejected" in responses
     shared = shared_prefix(responses["chosen"], responses["rejected"]) if pair else None
     for kind, ids in responses.items():
-        key, measures, logps = {"row": row, "response": kind}, found[kind]["tokens"], found[kind]["logps"]
+        key, measures, logps = row | {"response": kind}, found[kind]["tokens"], found[kind]["logps"]
         if not math.isfinite(logps):
             out["failed"].append(key | {"logps": str(logps)})
             out["scores"].append(key | {"tokens": len(ids), "logps": math.nan, "mean_logps": math.nan})
@@ -41,7 +42,7 @@ def describe(row: int, responses: dict[str, list[int]], found: dict[str, dict], 
     if pair and all(math.isfinite(found[side]["logps"]) for side in ("chosen", "rejected")):
         raw, normalised = ches(found["chosen"]["states"], found["rejected"]["states"], len(responses["chosen"]),
                                len(responses["rejected"]))
-        out["pairs"].append({"row": row, "shared": shared, "ches": raw, "ches_normalised": normalised})
+        out["pairs"].append(row | {"shared": shared, "ches": raw, "ches_normalised": normalised})
     return out
 
 
@@ -54,6 +55,6 @@ def _means(table: np.ndarray, parts: list[range]) -> list[dict[str, float]]:
 
 def _token_table(key: dict, texts: list[str], measures: dict[str, np.ndarray]) -> pandas.DataFrame:
     names = {"logp": "logps", "entropy": "entropy", "argmax_logp": "argmax_logps", "rank": "rank",
-             "implausible_mass": "implausible_mass"}
+             "implausible_mass": "implausible_mass", "implausible_mass_start": "implausible_mass_start"}
     columns = {name: measures[source] for name, source in names.items()}
     return pandas.DataFrame(key | {"position": range(len(texts)), "token": texts} | columns)

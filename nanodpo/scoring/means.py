@@ -3,8 +3,10 @@
 import numpy as np
 import pandas
 
+from ..student import over_problems
+
 KEYS = ["run", "phase", "checkpoint", "step", "dataset"]
-MEASURES = ["argmax_logps", "entropy", "argmax_mass", "implausible_mass", "accuracy"]
+MEASURES = ["argmax_logps", "entropy", "argmax_mass", "implausible_mass", "implausible_mass_start", "accuracy"]
 
 
 def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, runs: dict) -> pandas.DataFrame:
@@ -47,8 +49,9 @@ def pair_weight(loss: str, smoothing: float, margin) -> np.ndarray:
 
 
 def summary(table: pandas.DataFrame) -> pandas.DataFrame:
-    """n, mean, median and standard error of mean_logps over rows, means of the measures; likewise of the gap."""
-    sides = table.pivot(index=[*KEYS, "row"], columns="response", values="mean_logps")
+    """n, problems, mean, median and standard error of mean_logps over rows of one run, means of the measures; likewise
+    of the gap."""
+    sides = table.pivot(index=[*KEYS, "row", "problem"], columns="response", values="mean_logps")
     if {"chosen", "rejected"} <= set(sides):
         gap = (sides["chosen"] - sides["rejected"]).dropna().reset_index(name="mean_logps").assign(response="gap")
         table = pandas.concat([table, gap], ignore_index=True)
@@ -56,9 +59,10 @@ def summary(table: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def means(table: pandas.DataFrame, keys: list[str]) -> pandas.DataFrame:
-    """n, mean, median, standard error of mean_logps and the means of the measures, in each group."""
-    groups = table.groupby(keys, sort=False)
-    found = groups["mean_logps"].agg(n="count", mean="mean", median="median", sem="sem")
+    """n, problems, mean, median, standard error of mean_logps and the means of the measures, in each group."""
+    groups, found = table.groupby(keys, sort=False), over_problems(table, keys, "mean_logps").set_index(keys)
+    found["median"] = groups["mean_logps"].median()
+    found = found[["n", "problems", "mean", "median", "sem"]]
     return found.join(groups[[name for name in MEASURES if name in table]].mean()).reset_index()
 
 

@@ -7,7 +7,15 @@ tensor is (C, V).
     argmax_logps      log of the largest probability, nats
     entropy           -sum p log p, nats
     rank              1 for the likeliest token: one more than the number of tokens above this one
-    implausible_mass  probability of all tokens that the starting checkpoint gave less than IMPLAUSIBLE at this place
+    implausible_mass        probability of all tokens that the starting checkpoint, or this one, gives less than
+                            IMPLAUSIBLE at this place
+    implausible_mass_start  what the starting checkpoint gave these same tokens
+
+Why both checkpoints choose the tokens: those that the start alone calls implausible were picked for being small there,
+and rise on average whatever happens, as the lowest marks of one exam do in the next. Here start and end have the same
+part in the choice, and one set of tokens is weighed under both. If the two were exchanged, the change would be the same
+with the other sign: a model that only jitters changes nothing on average, one that exchanges a likely token for another
+changes nothing, and one that spreads its probability over what was and is unlikely shows a rise.
 """
 
 import torch
@@ -15,7 +23,9 @@ from torch import Tensor
 
 IMPLAUSIBLE = 1e-3
 FLOOR = -1e4  # below it exp is 0 in any precision, and 0 times it is 0, where 0 times -inf would be NaN
-Sets = tuple[Tensor, Tensor]  # (N,) how many plausible tokens a place has, and their ids, one place after the other
+# Of the start: (N,) how many plausible tokens a place has, (N,) the probability of all others; (K,) the ids and (K,)
+# the probabilities of the plausible ones, one place after the other.
+Sets = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -30,15 +40,15 @@ def token_measures(module, row, plausible: Sets | None) -> tuple[dict[str, Tenso
         here = slice(i, i + module.head.chunk)
         known = None
         if plausible is not None:
-            counts = plausible[0][here]
-            known = counts, plausible[1][borders[i] : borders[i + len(counts)]]
+            counts, rest = plausible[0][here], plausible[1][here]
+            known = counts, rest, *(side[borders[i] : borders[i + len(counts)]] for side in plausible[2:])
         found, own = _measure(module.head.logits(states[here]), row.targets[here], known)
         parts.append(found)
         sets.append(own)
     measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     lengths = row.seq.bincount(minlength=row.n_sequences).tolist()
     sums = torch.stack([part.double().sum(0) for part in states.split(lengths)])
-    return measures, (torch.cat([c for c, _ in sets]), torch.cat([ids for _, ids in sets])), sums
+    return measures, tuple(map(torch.cat, zip(*sets))), sums
 
 
 def _measure(z: Tensor, targets: Tensor, plausible: Sets | None) -> tuple[dict[str, Tensor], Sets]:
@@ -53,9 +63,13 @@ def _measure(z: Tensor, targets: Tensor, plausible: Sets | None) -> tuple[dict[s
     found["entropy"] = -z.sub_(total.log()).clamp_(min=FLOOR).mul_(p).sum(1, keepdim=True)
     if plausible is None:
         kept = p >= IMPLAUSIBLE
-        plausible = kept.sum(1), kept.nonzero()[:, 1]
-    counts, ids = plausible
-    # Summed over the rest, not 1 - the plausible ones': what is left is small, and would drown in the rounding.
-    p[torch.arange(len(p), device=p.device).repeat_interleave(counts), ids] = 0
+        plausible = kept.sum(1), p.masked_fill(kept, 0).sum(1), kept.nonzero()[:, 1], p[kept]
+    counts, rest, ids, before = plausible
+    place = torch.arange(len(p), device=p.device).repeat_interleave(counts)
+    here = p[place, ids]
+    faded = here < IMPLAUSIBLE  # plausible at the start alone
+    # Summed over what is left, not 1 - the plausible ones': it is small, and would drown in the rounding.
+    p[place, ids] = here * faded
     found["implausible_mass"] = p.sum(1, keepdim=True)
+    found["implausible_mass_start"] = rest.index_add(0, place, before * faded)[:, None]
     return {name: value.squeeze(1) for name, value in found.items()}, plausible

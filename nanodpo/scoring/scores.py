@@ -1,22 +1,26 @@
 """The tables of a scoring: what score.py keeps of a checkpoint and data set, and how the parts become its output.
 
-All begin with run, phase (the run's loss), checkpoint (path), step and dataset. Log-probs are in nats.
+All begin with run, phase (the run's loss), checkpoint (path), step and dataset. Log-probs are in nats. What has a row
+has a problem beside it: a short hash that rows with one prompt, or of one question and its reverse, share. Standard
+errors are over the problems of one run (student.py).
 
     scores.parquet    row, response, tokens, logps (the sum, float64), mean_logps (logps / tokens), and means over the
-                      response's tokens: argmax_logps, entropy, argmax_mass, implausible_mass, accuracy (rank 1)
+                      response's tokens: argmax_logps, entropy, argmax_mass, implausible_mass and
+                      implausible_mass_start (measures.py), accuracy (rank 1)
     pairs.parquet     row, rewards of chosen and rejected = beta (logps - those at the run's step 0), margin, weight =
                       -d loss / d margin, shared (tokens before the responses part), ches, ches_normalised; the
                       products of gradients where they were asked for. Without the run's step 0, rewards are missing.
                       The weight under the run's label smoothing e: of dpo, sigma(-margin) - e, which is 0.5 - e at
                       step 0; of robust, sigma(-margin) + e / (1 - 2e); of hinge, 1 below a margin of 1, else 0; of
                       ipo, whose loss is not of this margin, and of sft it is missing
-    sections.csv      by response and part of it (tenths, prefix and suffix of a pair, think and answer): n, mean and
-                      standard error of mean_logps, and the means of the measures, over rows
-    tokens.parquet    row, response, position, token (text), logp, entropy, argmax_logp, rank, implausible_mass
+    sections.csv      by response and part of it (tenths, prefix and suffix of a pair, think and answer): n, problems,
+                      mean and standard error of mean_logps, and the means of the measures, over rows of one run
+    tokens.parquet    row, response, position, token (text), logp, entropy, argmax_logp, rank, implausible_mass,
+                      implausible_mass_start
     answers.parquet   row, found, expected, correct, ended, tokens, repetition, text: greedy answers of each checkpoint
     failed.jsonl      rows whose log-prob is not finite; they have no number above, and are in no mean
-    summary.csv       n, mean, median, standard error of mean_logps, and the means of the other measures, by response;
-                      likewise of "gap", chosen - rejected of a row
+    summary.csv       n, problems, mean, median, standard error of mean_logps, and the means of the other measures, by
+                      response, over rows of one run; likewise of "gap", chosen - rejected of a row
 """
 
 import contextlib
@@ -35,7 +39,7 @@ from ..errors import RunStopped, UserError, first_line
 from ..files import read_text
 from .means import KEYS, MEASURES, add_rewards, means, summary
 
-COLUMNS = [*KEYS, "row", "response", "tokens", "logps", "mean_logps", *MEASURES]
+COLUMNS = [*KEYS, "row", "problem", "response", "tokens", "logps", "mean_logps", *MEASURES]
 TABLES = ("scores", "pairs", "sections", "tokens", "answers", "failed")
 
 

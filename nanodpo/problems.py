@@ -1,0 +1,27 @@
+"""Which rows are of one problem: what varies by chance is the problem, and its rows vary together."""
+
+import dataclasses
+import hashlib
+
+from .example import Example
+
+
+def with_problems(examples: list[Example], rows: list[dict]) -> list[Example]:
+    """The examples of a file's rows with their problem, a short hash: the same for one prompt (token ids) and, in the
+    paper's columns, for a question and the row whose relevant-question it is."""
+    prompts = [str(example.prompt) for example in examples]
+    rows = [rows[example.row] for example in examples]
+    asked = {row["question"]: key for row, key in zip(rows, prompts) if isinstance(row.get("question"), str)}
+    links = {}
+
+    def root(key: str) -> str:
+        while key in links:
+            key = links[key]
+        return key
+
+    for row, key in zip(rows, prompts):
+        named = row.get("relevant-question")
+        ends = {root(key), root(asked.get(named, key) if isinstance(named, str) else key)}
+        links |= {end: min(ends) for end in ends - {min(ends)}}
+    names = [hashlib.sha256(root(key).encode()).hexdigest()[:8] for key in prompts]
+    return [dataclasses.replace(example, problem=name) for example, name in zip(examples, names)]
