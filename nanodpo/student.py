@@ -7,6 +7,7 @@ problem. Standard errors are therefore taken over problems, not over rows.
 import functools
 import math
 
+import numpy as np
 import pandas
 
 
@@ -34,13 +35,24 @@ def _within(angle: float, freedom: int) -> float:
     return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
+def problem_error(values: np.ndarray, problems) -> tuple[float, int]:
+    """(standard error of the values' mean, number of problems); `problems` names each value's.
+
+    CR1, robust to rows that share a problem: from the sum s of the values' deviations from the mean in each of G
+    problems, sqrt(G / (G - 1) sum s^2) / n. Where every row is a problem of its own that is standard deviation /
+    sqrt(n).
+    """
+    names, codes = np.unique(problems, return_inverse=True)
+    sums, n = np.bincount(codes, values - values.mean()), len(names)
+    return math.sqrt(n / (n - 1) * (sums**2).sum()) / len(values) if n > 1 else math.nan, n
+
+
 def over_problems(table: pandas.DataFrame, keys: list[str], column: str) -> pandas.DataFrame:
     """The mean of `column` in each group of rows that agree in `keys`: mean, sem, low, high (the 95% interval, missing
     for a single problem), n (rows that have a number), rows (all of them), problems.
 
-    The standard error sem is robust to rows that share a problem (their column `problem`), CR1: from the sum s of the
-    rows' deviations from the mean in each of G problems, sqrt(G / (G - 1) sum s^2) / n. Where every row is a problem of
-    its own that is standard deviation / sqrt(n). low and high are mean -+ t(G - 1) sem.
+    sem is that of `problem_error`, by the rows' column `problem`, for all groups at once; low and high are mean -+
+    t(problems - 1) sem.
     """
     groups = table.groupby(keys, sort=False)[column]
     found = groups.agg(mean="mean", n="count", rows="size")

@@ -9,7 +9,7 @@ import pytest
 from nanodpo.example import Example
 from nanodpo.figures import intervals
 from nanodpo.problems import with_problems
-from nanodpo.scoring import means
+from nanodpo.scoring import estimates, means
 from nanodpo.student import over_problems
 
 
@@ -83,3 +83,66 @@ def test_rows_of_one_problem_are_known():
     assert first == reverse == again and second == plain
     assert len({first, second, third, other}) == 4 and all(len(key) == 8 for key in (first, second))
     assert problems(rows[3::-3], 4, 1) == [first, first]
+
+
+def by_row(values, problems=None) -> pandas.Series:
+    """Values as estimates.py takes them; without `problems` every row is one of its own."""
+    rows = range(len(values))
+    return pandas.Series(values, pandas.MultiIndex.from_arrays([rows, rows if problems is None else problems],
+                                                               names=["row", "problem"]))
+
+
+def test_a_single_row_has_no_interval_and_none_no_number():
+    assert estimates.mean(by_row([2.0, float("nan")])) == {"mean": 2.0, "n": 1, "problems": 1}
+    assert estimates.share(pandas.Series(dtype=bool))["n"] == 0
+    assert "low" not in estimates.share(by_row([True, False], ["a", "a"]))
+
+
+def test_a_share_over_problems():
+    """Four problems of two rows, in which both are right or both wrong: the rows count as the four problems, with fewer
+    degrees of freedom: n = 8 (s^2 / 8) / sem^2 (t(7) / t(3))^2, and Wilson's interval of these. All right, as four."""
+    found = estimates.share(by_row([True, True, True, True, True, True, False, False], list("aabbccdd")))
+    variance, sem = 0.75 * 0.25 * 8 / 7, math.sqrt(4 / 3 * (3 * 0.5**2 + 1.5**2)) / 8
+    n, z = 8 * (variance / 8) / sem**2 * (2.364624 / 3.182446) ** 2, 1.959964
+    centre, reach = 0.75 + z * z / (2 * n), z * math.sqrt(0.75 * 0.25 / n + z * z / (4 * n * n))
+    assert (found["mean"], found["n"], found["problems"]) == (0.75, 8, 4)
+    assert found["low"] == pytest.approx((centre - reach) / (1 + z * z / n), rel=1e-5)
+    assert found["high"] == pytest.approx((centre + reach) / (1 + z * z / n), rel=1e-5)
+    alike = estimates.share(by_row([True] * 8, list("aabbccdd")))
+    assert alike["low"] == pytest.approx(estimates.share(by_row([True] * 4))["low"])
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_shares_interval_holds_the_truth_in_95_of_100_experiments(rows):
+    """600 experiments of 40 problems; 7 of 10 answers are right, those of one problem correlated by 0.5: each is the
+    problem's own or, as likely as not, drawn anew (with probability 1 - sqrt(0.5))."""
+    random = np.random.default_rng(0)
+    shared, own, copied = random.random((600, 40, 1)), random.random((600, 40, rows)), random.random((600, 40, rows))
+    hits = np.where(copied < math.sqrt(0.5), shared, own) < 0.7
+    problems = np.arange(40).repeat(rows)
+    index = by_row(hits[0].ravel(), problems).index
+    found = [estimates.share(pandas.Series(hit.ravel(), index)) for hit in hits]
+    assert 0.93 < np.mean([line["low"] < 0.7 < line["high"] for line in found]) < 0.975
+
+
+@pytest.mark.parametrize("before, after, mean, low, high", [
+    # (up - down) / (n + 2) +- 1.96 sqrt(up + down + 1 - (up - down)^2 / (n + 2)) / (n + 2)
+    ((1,) * 10, (1,) * 10, 0.0, -1.959964 / 12, 1.959964 / 12),
+    ((1, 1), (0, 0), -1.0, -0.5 - 1.959964 * 2**0.5 / 4, -0.5 + 1.959964 * 2**0.5 / 4),
+    ((1, 1, 1, 0), (0, 0, 1, 1), -0.25, (-1 - 1.959964 * (23 / 6) ** 0.5) / 6, (-1 + 1.959964 * (23 / 6) ** 0.5) / 6),
+])
+def test_a_change_of_a_share_has_agresti_and_mins_interval(before, after, mean, low, high):
+    """By hand; two rows that both go wrong are not yet a sure fall, and no change at all has an interval too."""
+    table = pandas.DataFrame([{"row": row, "problem": str(row), "step": step, "correct": bool(value)}
+                              for step, values in enumerate((before, after)) for row, value in enumerate(values)])
+    found = estimates.change_of_share(table, "correct", 0, 1)
+    assert found == {"mean": mean, "low": pytest.approx(low), "high": pytest.approx(high), "n": len(before),
+                     "problems": len(before)}
+
+
+def test_an_accuracy_has_wilsons_interval():
+    """8 of 10: (.8 + z^2/20 +- z sqrt(.016 + z^2/400)) / (1 + z^2/10), 0.4902 to 0.9433; 10 of 10: 0.7225 to 1."""
+    for right, low, high in ((8, 0.4902, 0.9433), (10, 0.7225, 1.0)):
+        found = estimates.share(by_row([True] * right + [False] * (10 - right)))
+        assert (found["mean"], found["n"]) == (right / 10, 10)
+        assert (found["low"], found["high"]) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))

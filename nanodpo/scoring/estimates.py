@@ -1,53 +1,93 @@
-"""Means, shares and their changes with 95% intervals: {"mean", "low", "high", "n"}. A single row has no interval."""
+"""Means, shares and their changes over rows, with 95% intervals: {"mean", "low", "high", "n", "problems"}.
+
+Values are a Series by row and problem (index levels); n counts rows. Rows of one problem are alike, so that intervals
+are over problems: of means by standard errors that are robust to it (student.py), of shares by counting the rows as
+fewer. A single problem has no interval. Over runs: {"mean", "low", "high", "n"}, and n counts runs.
+"""
 
 import math
 
 import pandas
 
-from ..student import t_quantile
+from ..student import problem_error, t_quantile
 
 Z = 1.959964
+ROW = ["row", "problem"]
 
 
 def change(table: pandas.DataFrame, column: str, first, last) -> dict[str, float]:
     """Of a column from step to step, row by row."""
-    return mean(_differences(table, column, first, last))
+    return mean(differences(table, column, first, last))
 
 
 def change_of_share(table: pandas.DataFrame, column: str, first, last) -> dict[str, float]:
     """Of a column of True and False, row by row: Agresti and Min's interval, which adds half a row to each of the four
     cells of the table before by after, and so has a width where no row changed (Statistics in Medicine 24, 729)."""
-    values = _differences(table.assign(**{column: table[column].astype(float)}), column, first, last)
-    n, up, down = len(values), (values > 0).sum(), (values < 0).sum()
+    values = differences(table.assign(**{column: table[column].astype(float)}), column, first, last)
+    worth = _worth(values)
+    n, up, down = (worth * count for count in (len(values), (values > 0).sum(), (values < 0).sum()))
     centre = (up - down) / (n + 2)
     reach = Z * math.sqrt(up + down + 1 - (up - down) ** 2 / (n + 2)) / (n + 2)
-    return {"mean": values.mean(), "n": n} | _interval(centre, reach, n)
+    return _count(values) | _interval(centre, reach, values)
 
 
 def mean(values: pandas.Series) -> dict[str, float]:
-    """Mean +- Student's t standard errors."""
+    """Mean -+ Student's t standard errors."""
     values = values.dropna()
-    reach = t_quantile(len(values) - 1) * values.sem()
-    return {"mean": values.mean(), "n": len(values)} | _interval(values.mean(), reach, len(values))
+    if values.empty:
+        return _count(values)
+    sem, problems = problem_error(values.to_numpy(), _problems(values))
+    return _count(values) | _interval(values.mean(), t_quantile(problems - 1) * sem, values)
 
 
 def share(hits: pandas.Series) -> dict[str, float]:
     """A share of rows; Wilson's interval (JASA 22, 1927) stays between 0 and 1 and has a width at either end."""
-    n = len(hits)
-    if not n:
-        return {"mean": math.nan, "n": 0}
-    p = hits.mean()
+    if hits.empty:
+        return _count(hits)
+    p, n = hits.mean(), len(hits) * _worth(hits.astype(float))
     centre, reach = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + (Z / (2 * n)) ** 2)
-    low, high = ((centre + side * reach) / (1 + Z * Z / n) for side in (-1, 1))
-    return {"mean": p, "low": low, "high": high, "n": n}
+    return _count(hits) | _interval(centre / (1 + Z * Z / n), reach / (1 + Z * Z / n), hits)
 
 
-def _differences(table, column: str, first, last) -> pandas.Series:
-    wide = table.pivot(index="row", columns="step", values=column)
+def over_runs(means: list[float]) -> dict[str, float]:
+    """A number's mean over runs of several seeds -+ Student's t standard errors."""
+    values = pandas.Series(means)
+    reach = t_quantile(len(values) - 1) * values.sem()
+    return {"mean": values.mean(), "low": values.mean() - reach, "high": values.mean() + reach, "n": len(values)}
+
+
+def differences(table: pandas.DataFrame, column: str, first, last) -> pandas.Series:
+    """How far a column moved in each row that has it at both steps."""
+    wide = table.pivot(index=ROW, columns="step", values=column)
     if not {first, last} <= set(wide):
         return pandas.Series(dtype=float)
     return (wide[last] - wide[first]).dropna()
 
 
-def _interval(centre: float, reach: float, n: int) -> dict[str, float]:
-    return {"low": centre - reach, "high": centre + reach} if n > 1 else {}
+def _worth(values: pandas.Series) -> float:
+    """How much a row counts, at most 1, for a row of a problem of its own: of a share, the variance that independent
+    rows would have by the one over problems, and fewer degrees of freedom (Korn & Graubard, Survey Methodology 24).
+    Where all values are equal nothing is known, and a problem counts as one row."""
+    if values.empty:
+        return 1.0
+    n, (sem, problems) = len(values), problem_error(values.to_numpy(), _problems(values))
+    if problems in (n, 1):
+        return 1.0
+    if values.var() == 0:
+        return problems / n
+    return (t_quantile(n - 1) / t_quantile(problems - 1)) ** 2 / max(1.0, sem**2 * n / values.var())
+
+
+def _count(values: pandas.Series) -> dict[str, float]:
+    if values.empty:
+        return {"mean": math.nan, "n": 0}
+    return {"mean": values.mean(), "n": len(values), "problems": _problems(values).nunique()}
+
+
+def _interval(centre: float, reach: float, values: pandas.Series) -> dict[str, float]:
+    """Of a single problem, none."""
+    return {"low": centre - reach, "high": centre + reach} if _problems(values).nunique() > 1 else {}
+
+
+def _problems(values: pandas.Series) -> pandas.Index:
+    return values.index.get_level_values("problem")

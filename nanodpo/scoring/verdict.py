@@ -1,46 +1,111 @@
 """What became of a run, in names and numbers: simple rules over the first and the last checkpoint that were scored.
 
-A number is a mean over rows with its 95% interval (estimates.py); a change is taken row by row. A rise is a change
-whose interval lies above 0, a fall one whose interval lies below. NOTABLE keeps the names for what matters: with many
-rows the interval of any change leaves 0 out. "There" is the tenth of the chosen responses from which most log-prob
-went: where a model breaks at one place, a mean over all tokens hides it.
+A number is a mean over rows of one run with its 95% interval (estimates.py); a change is taken row by row. A rise is a
+change whose interval lies above 0, a fall one whose interval lies below. NOTABLE keeps the names for what matters: with
+many rows the interval of any change leaves 0 out. Such an interval says what other rows would show, of this run;
+another seed may lie far outside. Of runs that differ in their seed alone a line of its own says what they have in
+common: the same rules, over the runs' numbers and their 95% interval over runs.
+
+"There" is the tenth of the chosen responses from which most log-prob went: where a model breaks at one place, a mean
+over all tokens hides it. One half of the problems chooses the tenth, the other half tells its numbers. Chosen and told
+by the same rows, the worst of ten would seem to fall where nothing but noise moved.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import pandas
 
-from .estimates import change, change_of_share, mean, share
+from .estimates import ROW, change, change_of_share, mean, over_runs, share
 
 NOTABLE = 0.01  # nats a token: one percent of a token's probability
-SPREAD = 3  # times the implausible mass of the start; what SFT moves to a new style is mostly below twice
-SATURATED = 0.1  # of the loss's gradient; it starts with half
+SPREAD = 3  # times the implausible mass of the start
+AT_LEAST = 0.001  # rise of the implausible mass: of a thousand tokens one more
+SATURATED = 0.2  # of the weight that the loss gave a pair at the start
 SURE = 0.9  # reward accuracy of a run that believes in itself
 LOOPS = 0.1  # rise of the repetition rate
 SILENT = 0.1  # rise of the share of answers that give no answer
 
-RULES = {
-    "displacement": f"the chosen responses' log-prob falls, by {NOTABLE} nats a token or more",
-    "squeezing": f"chosen, rejected and, where scored, other responses fall, and there, where chosen loses most, the "
-                 f"argmax token's log-prob rises by {NOTABLE} nats a token or more",
-    "spreading": "the probability of tokens that the start gave less than 0.001, along chosen and rejected, rises to "
-                 f"{SPREAD} times or more",
-    "narrowing": f"the gap of chosen to rejected falls, by {NOTABLE} nats a token or more",
-    "saturation": f"the weight that the dpo loss still gives a pair, sigma(-margin) less the label smoothing, is below "
-                  f"{SATURATED}; without smoothing it starts at 0.5",
-    "over-confidence": f"greedy answers are right less often, while the reward accuracy is {SURE} or more",
-    "wrong answers": "greedy answers are right less often, and the reward accuracy is lower than that or not there",
-    "breaking off": f"greedy answers that end without an answer become more frequent, by {SILENT} or more",
-    "collapse": f"the repetition rate of greedy answers rises by {LOOPS} or more",
-    "healthy": f"none of these, and chosen's log-prob or the gap to rejected rises, by {NOTABLE} nats a token or more",
-}
+
+class Numbers(dict):
+    """{name: {"mean", "low", "high", "n"}}. A number that is missing neither falls nor rises."""
+
+    def of(self, name: str, what: str = "mean") -> float:
+        return self.get(name, {}).get(what, math.nan)
+
+    def falls(self, name: str, by: float = 0.0) -> bool:
+        return self.of(name, "high") < 0 and self.of(name) <= -by
+
+    def rises(self, name: str, by: float = 0.0) -> bool:
+        return self.of(name, "low") > 0 and self.of(name) >= by
 
 
-def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.DataFrame,
-          tenths: pandas.DataFrame) -> list[dict]:
-    """A verdict for each run and data set with two checkpoints or more: names, numbers, rules, and a sentence.
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    name: str
+    words: str
+    fires: Callable[[Numbers], bool]
+    shown: tuple[str, ...]  # the numbers that the sentence has
+    alone: bool = False  # for runs that no other rule names; the first of these that fires
 
-    `tenths`: lines of the chosen responses' tenths, row by row.
+
+SIDES = ("change of chosen", "change of rejected", "change of other")
+BOTH = ("change of chosen", "change of gap")
+RULES = [
+    Rule("displacement", f"the chosen responses' log-prob falls, by {NOTABLE} nats a token or more",
+         lambda of: of.falls("change of chosen", NOTABLE), ("change of chosen", "change of chosen there")),
+    Rule("squeezing", "chosen, rejected and, where scored, other responses fall, and there, where chosen loses most, "
+         f"the argmax token's log-prob rises by {NOTABLE} nats a token or more",
+         lambda of: all(of.falls(side) for side in SIDES if side in of or side != "change of other")
+         and of.rises("change of argmax there", NOTABLE), ("change of argmax there",)),
+    Rule("spreading", "along chosen and rejected, the probability of tokens that the start or the end gives less than "
+         f"0.001 rises by {AT_LEAST} or more, and to {SPREAD} times or more",
+         lambda of: of.rises("change of implausible mass", AT_LEAST)
+         and of.of("implausible mass") >= SPREAD * of.of("implausible mass at the start") > 0, ("implausible mass",)),
+    Rule("narrowing", f"the gap of chosen to rejected falls, by {NOTABLE} nats a token or more",
+         lambda of: of.falls("change of gap", NOTABLE), ("change of gap",)),
+    Rule("saturation", "the weight that the dpo loss still gives a pair, sigma(-margin) less the label smoothing, is "
+         f"below {SATURATED} of what it was at the start",
+         lambda of: of.of("weight", "high") < SATURATED * of.of("weight at the start"), ("weight",)),
+    Rule("over-confidence", f"greedy answers are right less often, while the reward accuracy is {SURE} or more",
+         lambda of: of.falls("change of answer accuracy") and of.of("reward accuracy") >= SURE,
+         ("change of answer accuracy", "reward accuracy")),
+    Rule("wrong answers", f"greedy answers are right less often, and the reward accuracy is below {SURE} or not there",
+         lambda of: of.falls("change of answer accuracy") and not of.of("reward accuracy") >= SURE,
+         ("change of answer accuracy",)),
+    Rule("breaking off", f"greedy answers that end without an answer become more frequent, by {SILENT} or more",
+         lambda of: of.rises("change of answers without one", SILENT),
+         ("change of answers without one", "change of answer length")),
+    Rule("collapse", f"the repetition rate of greedy answers rises by {LOOPS} or more",
+         lambda of: of.rises("change of repetition", LOOPS), ("change of repetition",)),
+    Rule("healthy", f"none of these, chosen's log-prob does not fall, and it or the gap to rejected rises, by "
+         f"{NOTABLE} nats a token or more", lambda of: not of.falls("change of chosen") and any(
+             of.rises(name, NOTABLE) for name in BOTH), BOTH, alone=True),
+    Rule("wider gap", f"the gap of chosen to rejected rises, by {NOTABLE} nats a token or more, and chosen's log-prob "
+         "falls, by less", lambda of: of.rises("change of gap", NOTABLE), BOTH, alone=True),
+    Rule("no notable change", "none of these", lambda of: True, BOTH, alone=True)]
+
+# A number in words: {} is its change, mean or share; other names are the fields of `_phrase`.
+WORDS = {"change of chosen": "chosen {change} nats a token", "change of chosen there": "in {there} {change}",
+         "change of argmax there": "argmax token {change} nats a token in {there}",
+         "implausible mass": "probability of implausible tokens grew to {times:.3g} times the start's ({start:.2g} -> "
+                             "{mean:.2g})",
+         "change of gap": "gap of chosen to rejected {change} nats a token",
+         "weight": "a pair's weight in the loss is {share:.2g} of the start's ({start:.2g} -> {mean:.2g})",
+         "change of answer accuracy": "right answers {counts}, change {change}",
+         "reward accuracy": "reward accuracy {level}",
+         "change of answers without one": "share of answers that stop before they answer {change}",
+         "change of answer length": "length {change} tokens",
+         "change of repetition": "share of repeated word groups in answers {change}"}
+
+
+def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.DataFrame, tenths: pandas.DataFrame,
+          runs: dict | None = None) -> list[dict]:
+    """A verdict for each run and data set with two checkpoints or more: names, numbers, rules, and a sentence. Then one
+    for each group of runs that differ in their seed alone.
+
+    `tenths`: lines of the chosen responses' tenths, row by row. `runs`: settings of runs by name, with recipe and seed.
     """
     found = []
     for (run, phase, dataset), table in scores.groupby(["run", "phase", "dataset"], sort=False):
@@ -49,46 +114,77 @@ def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.Dat
             continue
         here = [part[(part["run"] == run) & (part["dataset"] == dataset)] if len(part) else part
                 for part in (pairs, answers, tenths)]
-        place, there = _place(here[2], first, last)
+        place, there = worst_tenth(here[2], first, last)
         numbers = _of_scores(table, first, last) | there | _of_pairs(here[0], last, phase) | _of_answers(
             here[1], first, last)
-        numbers = {name: {key: int(value) if key == "n" else float(value) for key, value in stats.items()}
-                   for name, stats in numbers.items() if stats["n"]}
-        names = [name for name in RULES if name != "healthy" and _fires(name, numbers)]
-        rose = any(_low(numbers, name) > 0 and _mean(numbers, name) >= NOTABLE
-                   for name in ("change of chosen", "change of gap"))
-        names = names or ["healthy"] * rose or ["no change"]
-        line = {"run": run, "phase": phase, "dataset": dataset, "first": int(first), "last": int(last), "there": place,
-                "names": names, "numbers": numbers, "rules": {name: RULES[name] for name in names if name in RULES}}
-        found.append(line | {"text": _sentence(line)})
+        numbers = {name: {key: int(value) if key in ("n", "problems") else float(value) for key, value in stats.items()}
+                   | {"over": _over(stats)} for name, stats in numbers.items() if stats["n"]}
+        rows = next(iter(numbers.values()), {"over": "no rows of one run"})["over"]
+        found.append(_named({"run": run, "phase": phase, "dataset": dataset, "first": int(first), "last": int(last),
+                             "over": rows, "there": place, "numbers": numbers}))
+    return found + _over_seeds(found, runs or {})
+
+
+def _over_seeds(lines: list[dict], runs: dict) -> list[dict]:
+    """A line for each group of lines of one recipe, with two seeds or more; a number is over the runs' means."""
+    groups = {}
+    for line in (line for line in lines if line["run"] in runs):
+        key = runs[line["run"]].recipe, line["phase"], line["dataset"], line["first"], line["last"]
+        groups.setdefault(key, []).append(line)
+    found = []
+    for (_, phase, dataset, first, last), group in groups.items():
+        names = [line["run"] for line in group]
+        if len(group) < 2 or len({runs[name].seed for name in names}) < len(group):  # one seed twice says nothing new
+            continue
+        over = f"{len(group)} runs of one recipe"
+        shared = [name for name in group[0]["numbers"] if all(name in line["numbers"] for line in group)]
+        numbers = {name: over_runs([line["numbers"][name]["mean"] for line in group]) | {"over": over}
+                   for name in shared}
+        place = " or ".join(dict.fromkeys(line["there"] for line in group if line["there"])) or None
+        found.append(_named({"runs": names, "phase": phase, "dataset": dataset, "first": first, "last": last,
+                             "over": over, "there": place, "numbers": numbers}))
     return found
+
+
+def _named(line: dict) -> dict:
+    """The line with the names of the rules that fire, their words, and the verdict as a sentence."""
+    numbers = Numbers(line["numbers"])
+    rules = [rule for rule in RULES if not rule.alone and rule.fires(numbers)]
+    rules = rules or [next(rule for rule in RULES if rule.alone and rule.fires(numbers))]
+    shown = {rule.name: [_phrase(name, numbers, line) for name in rule.shown if name in numbers] for rule in rules}
+    parts = [f"{name} ({'; '.join(phrases)})" if phrases else name for name, phrases in shown.items()]
+    who = line["run"] if "run" in line else ", ".join(line["runs"])
+    head = f"{who} on {line['dataset']}, step {line['first']} to {line['last']}, over {line['over']}"
+    return line | {"names": [*shown], "rules": {rule.name: rule.words for rule in rules},
+                   "text": f"{head}: {'; '.join(parts)}"}
 
 
 def _of_scores(table, first, last) -> dict[str, dict]:
     sides = {kind: part for kind, part in table.groupby("response")}
     numbers = {f"change of {kind}": change(part, "mean_logps", first, last) for kind, part in sides.items()}
     if {"chosen", "rejected"} <= sides.keys():
-        gaps = [sides[kind].set_index(["row", "step"])["mean_logps"] for kind in ("chosen", "rejected")]
-        numbers["change of gap"] = change((gaps[0] - gaps[1]).reset_index(), "mean_logps", first, last)
-        mass = [sides[kind].set_index(["row", "step"])["implausible_mass"] for kind in ("chosen", "rejected")]
-        wide = ((mass[0] + mass[1]) / 2).unstack("step")
-        if {first, last} <= set(wide):
-            wide = wide[[first, last]].dropna()  # a row without one of the four numbers is in neither mean
-            numbers["change of implausible mass"] = mean(wide[last] - wide[first])
-            if wide[first].mean() > 0:
-                times = {"mean": wide[last].mean() / wide[first].mean(), "n": len(wide)}
-                numbers["implausible mass, times the start's"] = times
+        columns = ["mean_logps", "implausible_mass", "implausible_mass_start"]
+        chosen, rejected = (sides[kind].set_index([*ROW, "step"])[columns] for kind in ("chosen", "rejected"))
+        numbers["change of gap"] = change((chosen - rejected).reset_index(), "mean_logps", first, last)
+        # What the end gives the tokens that are implausible to either, and what the start gave the same tokens.
+        ends = ((chosen + rejected)[columns[1:]] / 2).xs(last, level="step").dropna()
+        now, before = (ends[name] for name in columns[1:])
+        numbers |= {"implausible mass": mean(now), "implausible mass at the start": mean(before),
+                    "change of implausible mass": mean(now - before)}
     return numbers
 
 
-def _place(tenths, first, last) -> tuple[str | None, dict[str, dict]]:
-    """(the tenth of chosen from which most log-prob went, its numbers)."""
+def worst_tenth(tenths: pandas.DataFrame, first, last) -> tuple[str | None, dict[str, dict]]:
+    """(the tenth of chosen from which most log-prob went, by every other problem; its numbers, by the rest)."""
     if not len(tenths) or not {first, last} <= set(tenths["step"]):
         return None, {}
-    total = tenths.assign(logps=tenths["mean_logps"] * tenths["tokens"])
-    total = total.groupby(["section", "step"])["logps"].sum().unstack("step")
-    place = (total[last] - total[first]).idxmin()
-    here = tenths[tenths["section"] == place]
+    problems = sorted(tenths["problem"].unique())  # hashes: their order has nothing to do with the rows
+    choosing = tenths["problem"].isin(problems[::2])
+    total = tenths[choosing]
+    total = total.assign(logps=total["mean_logps"] * total["tokens"])
+    total = total.pivot(index=[*ROW, "section"], columns="step", values="logps")
+    place = (total[last] - total[first]).groupby("section").sum().idxmin()
+    here = tenths[(tenths["section"] == place) & ~choosing]
     return place, {f"change of {name} there": change(here, column, first, last)
                    for name, column in (("chosen", "mean_logps"), ("argmax", "argmax_logps"))}
 
@@ -96,85 +192,43 @@ def _place(tenths, first, last) -> tuple[str | None, dict[str, dict]]:
 def _of_pairs(pairs, last, phase: str) -> dict[str, dict]:
     if phase in ("", "sft") or not len(pairs):
         return {}
-    end = pairs[pairs["step"] == last]
-    weight = {"weight": mean(end["weight"])} if phase == "dpo" else {}  # other losses weigh a pair otherwise
-    return weight | {"reward accuracy": share(end["margin"].dropna() > 0)}
+    numbers, end = {}, pairs[pairs["step"] == last].set_index(ROW)
+    if phase == "dpo":  # other losses weigh a pair otherwise
+        numbers = {"weight": mean(end["weight"]),
+                   "weight at the start": mean(pairs[pairs["step"] == 0].set_index(ROW)["weight"])}
+    return numbers | {"reward accuracy": share(end["margin"].dropna() > 0)}
 
 
 def _of_answers(answers, first, last) -> dict[str, dict]:
     if not len(answers):
         return {}
-    silent = answers.assign(silent=answers["found"].isna())
-    return {"change of answer accuracy": change_of_share(answers, "correct", first, last),
-            "change of answers without one": change_of_share(silent, "silent", first, last),
-            "change of answer length": change(answers, "tokens", first, last),
-            "change of repetition": change(answers, "repetition", first, last)}
+    answers = answers.assign(silent=answers["found"].isna())
+    right = {name: share(answers[answers["step"] == step].set_index(ROW)["correct"])
+             for name, step in (("right answers at the start", first), ("right answers", last))}
+    return right | {"change of answer accuracy": change_of_share(answers, "correct", first, last),
+                    "change of answers without one": change_of_share(answers, "silent", first, last),
+                    "change of answer length": change(answers, "tokens", first, last),
+                    "change of repetition": change(answers, "repetition", first, last)}
 
 
-def _low(numbers: dict, name: str) -> float:
-    return numbers.get(name, {}).get("low", -math.inf)
+def _over(stats: dict) -> str:
+    """What an interval is over, in words."""
+    rows = f"{stats['n']} row{'s' * (stats['n'] > 1)}"
+    return rows + f" ({stats['problems']} problems)" * (stats["problems"] < stats["n"]) + " of one run"
 
 
-def _high(numbers: dict, name: str) -> float:
-    return numbers.get(name, {}).get("high", math.inf)
+def _phrase(name: str, numbers: Numbers, line: dict) -> str:
+    """A number of the line in words, with its interval; and over what, where that is not what the line says."""
+    stats, start = numbers[name], numbers.of(f"{name} at the start")
+    ratio = numbers.of(name) / start if start else math.nan
+    ends = [numbers.of(what) for what in ("right answers at the start", "right answers")]
+    asked = numbers.get("right answers", {}).get("n", 0)
+    counts = [f"{end * asked:.0f} of {asked}" if "run" in line else f"{end:.3g}" for end in ends]
+    text = WORDS[name].format(change=_number(stats, "+"), level=_number(stats), mean=stats["mean"], start=start,
+                              there=line["there"], times=ratio, share=ratio, counts=" -> ".join(counts))
+    return text + f", over {stats['n']} rows" * (stats["over"] != line["over"])
 
 
-def _mean(numbers: dict, name: str) -> float:
-    return numbers.get(name, {}).get("mean", math.nan)
-
-
-def _falls(numbers: dict, name: str, by: float = 0.0) -> bool:
-    return _high(numbers, name) < 0 and _mean(numbers, name) <= -by
-
-
-def _rises(numbers: dict, name: str, by: float = 0.0) -> bool:
-    return _low(numbers, name) > 0 and _mean(numbers, name) >= by
-
-
-def _fires(name: str, numbers: dict) -> bool:
-    """Does the rule name what these numbers say? Never, where a number that it asks for is missing."""
-    if name == "displacement":
-        return _falls(numbers, "change of chosen", NOTABLE)
-    if name == "squeezing":
-        sides = ["chosen", "rejected", *(["other"] if "change of other" in numbers else [])]
-        return (all(_falls(numbers, f"change of {side}") for side in sides)
-                and _rises(numbers, "change of argmax there", NOTABLE))
-    if name == "spreading":
-        return (_rises(numbers, "change of implausible mass")
-                and _mean(numbers, "implausible mass, times the start's") >= SPREAD)
-    if name == "narrowing":
-        return _falls(numbers, "change of gap", NOTABLE)
-    if name == "saturation":
-        return _high(numbers, "weight") < SATURATED
-    if name in ("over-confidence", "wrong answers"):
-        sure = _mean(numbers, "reward accuracy") >= SURE
-        return _falls(numbers, "change of answer accuracy") and sure == (name == "over-confidence")
-    if name == "breaking off":
-        return _rises(numbers, "change of answers without one", SILENT)
-    return _rises(numbers, "change of repetition", LOOPS)
-
-
-SHOWN = {"displacement": ["change of chosen", "change of chosen there"],
-         "squeezing": ["change of argmax there"], "spreading": ["implausible mass, times the start's"],
-         "narrowing": ["change of gap"], "saturation": ["weight"],
-         "over-confidence": ["change of answer accuracy", "reward accuracy"],
-         "wrong answers": ["change of answer accuracy"],
-         "breaking off": ["change of answers without one", "change of answer length"],
-         "collapse": ["change of repetition"], "healthy": ["change of chosen", "change of gap"],
-         "no change": ["change of chosen", "change of gap"]}
-
-
-def _sentence(line: dict) -> str:
-    """The verdict in words, each name with its numbers."""
-    parts = []
-    for name in line["names"]:
-        shown = [f"{what} {_number(line['numbers'][what], what)}" for what in SHOWN[name] if what in line["numbers"]]
-        parts.append(f"{name} ({', '.join(shown)})" if shown else name)
-    text = f"{line['run']} on {line['dataset']}, step {line['first']} to {line['last']}: {'; '.join(parts)}"
-    return text.replace(" there ", f" in {line['there']} ")
-
-
-def _number(stats: dict, what: str) -> str:
-    sign = "+" if what.startswith("change") else ""
+def _number(stats: dict, sign: str = "") -> str:
     mean, low, high = (format(stats.get(name, math.nan), f"{sign}.3g") for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]" if math.isfinite(stats.get("low", math.nan)) else mean
