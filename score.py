@@ -32,13 +32,13 @@ from nanodpo.packing import LAYOUTS
 from nanodpo.progress import Progress
 from nanodpo.reference import data_hash
 from nanodpo.rows import SUFFIXES
-from nanodpo.scoring import answers, plausible, responses, scores, verdict
+from nanodpo.scoring import answers, plausible, responses, scores, side_by_side, verdict
 from nanodpo.scoring.describe import describe
 from nanodpo.scoring.means import show
 from nanodpo.scoring.measures import token_measures
 from nanodpo.scoring.opened import Opened, Opener
 from nanodpo.scoring.pairs import gradient_products
-from nanodpo.scoring.runs import Checkpoint, newest_run, open_targets, settings_of
+from nanodpo.scoring.runs import Checkpoint, newest_run, open_targets, recipe, settings_of
 from nanodpo.settings import local_rank
 from nanodpo.signals import Stop
 from nanodpo.source import base_of, check_ids, open_source
@@ -125,7 +125,8 @@ def score(argv: list[str]) -> None:
     if distributed.is_main():
         before = scores.contents(folder)
         tables = scores.join_parts(folder, parts, {c.run: c.settings for c in checkpoints if c.phase})
-        report(folder, tables, [item for item in before if item not in scores.contents(folder)])
+        recipes = {c.run: recipe(c.settings.record) for c in checkpoints if c.phase}
+        report(folder, tables, recipes, [item for item in before if item not in scores.contents(folder)])
 
 
 def what_is_scored(checkpoints: list[Checkpoint], probes: list[Probe], args) -> dict:
@@ -135,16 +136,17 @@ def what_is_scored(checkpoints: list[Checkpoint], probes: list[Probe], args) -> 
     return {name: hashlib.sha256(key.encode()).hexdigest()[:8] for name, key in found.items()}
 
 
-def report(folder: Path, tables: dict, gone: list[str]) -> None:
+def report(folder: Path, tables: dict, recipes: dict, gone: list[str]) -> None:
     """The verdict, and what is on the screen at the end; `gone` is what an earlier scoring had in this folder."""
-    found = verdict.judge(tables["scores"], tables["pairs"], tables["answers"], tables["tenths"])
+    found = verdict.judge(tables["scores"], tables["pairs"], tables["answers"], tables["tenths"], recipes)
     scores.write_json(folder / "verdict.json", found)
+    scores.write_text(folder / "answers.txt", side_by_side.to_file(tables["answers"]))
     distributed.say(show(tables["summary"]))
     if failed := len(tables["failed"]):
         distributed.say(f"{failed} log-probs are not finite and in no mean; they are listed in "
                         f"{folder / 'failed.jsonl'}")
-    for line in found:
-        distributed.say(line["text"])
+    for text in [*side_by_side.to_screen(tables["answers"]), *(verdict.show(line) for line in found)]:
+        distributed.say(text)
     if gone:
         names = ", ".join(gone[:6]) + " ..." * (len(gone) > 6)
         distributed.say(f"no longer in {folder}: {names}; the command that scored it brings it back from parts/, and "
@@ -515,8 +517,10 @@ def check_answers(opened: Opened, probe: Probe, args) -> list[dict]:
         text = probe.template.tokenizer.decode(ids)
         found = answers.final_answer(text, marked=thinks)
         lines.append(probe.key_of(i) | {
-            "found": found, "expected": expected, "correct": found == expected, "ended": ids[-1] in probe.ends,
-            "tokens": len(ids), "repetition": answers.repetition(ids), "text": text})
+            "found": found, "expected": expected, "correct": found == expected,
+            "ended": not {*probe.ends}.isdisjoint(ids[-1:]), "tokens": len(ids),
+            "repetition": answers.repetition(ids), "text": text,
+            "prompt_end": probe.template.tokenizer.decode(probe.examples[i].prompt)[-300:]})
     return lines
 
 

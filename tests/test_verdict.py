@@ -1,7 +1,6 @@
 """Each rule of the verdict fires on the case made for it and on no other."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -87,11 +86,11 @@ def test_small_changes_and_missing_numbers_name_nothing():
 
 
 @pytest.mark.parametrize("name, changes", [
-    ("spreading", {"mass": 2.5}), ("breaking off", {"rows": 200, "silent": 0.05}), ("squeezing", {
+    ("spreading", {"mass": 1.9}), ("breaking off", {"rows": 200, "silent": 0.05}), ("squeezing", {
         "chosen": -0.005, "rejected": -0.2, "argmax": 0.05}), ("saturation", {"rows": 2, "weight": 0.0995}),
     ("healthy", {"chosen": -0.004})])
 def test_just_short_of_a_rule(name, changes):
-    """2.5 times the mass, not 3; a sure rise of 5%, not 10; other responses that stay; a mean below a fifth of
+    """1.9 times the mass, not 2; a sure rise of 5%, not 10; other responses that stay; a mean below a fifth of
     the start's 0.5 with an interval that is not; a chosen that falls, surely and little, beside a gap that rises."""
     (found,) = judge(*tables(**changes))
     assert name not in found["names"]
@@ -214,7 +213,7 @@ def test_spreading_in_words_and_its_floor():
 
 def test_noise_between_start_and_end_is_no_spreading():
     """2,000 runs of 25 rows, whose heavy-tailed masses at start and end are exchangeable: none is called spreading but
-    by chance, though many have three times the start's."""
+    by chance, though many have twice the start's."""
     random = np.random.default_rng(0)
     start, end = np.exp(random.normal(-4, 2, (2, 2000, 25)))
     (rule,) = (rule for rule in RULES if rule.name == "spreading")
@@ -227,7 +226,7 @@ def test_noise_between_start_and_end_is_no_spreading():
         names = ("implausible mass", "implausible mass at the start", "change of implausible mass")
         numbers = [Numbers(zip(names, lines)) for lines in zip(*found)]
         return [np.mean([test(line) for line in numbers]) for test in (
-            rule.fires, lambda line: line.of(names[0]) > 3 * line.of(names[1]))]
+            rule.fires, lambda line: line.of(names[0]) > 2 * line.of(names[1]))]
 
     called, larger = rates(start, end)
     assert called <= 0.025 < 0.05 < larger
@@ -236,8 +235,8 @@ def test_noise_between_start_and_end_is_no_spreading():
 
 
 def test_the_worst_tenth_is_not_worse_by_being_picked():
-    """400 runs that moved nowhere, chosen's tenths by noise alone: the interval of the tenth that seems to lose most lies
-    below 0 in 2.5 of 100, as an interval should. Chosen and told by the same rows it would in about 20."""
+    """400 runs whose tenths moved by noise alone: the interval of the tenth that seems to lose most lies below 0 in 2.5
+    of 100, as an interval should. Chosen and told by the same rows it would in about 20."""
     moved = np.random.default_rng(0).normal(size=(400, 40, 10))
     row, tenth = (index.ravel() for index in np.indices(moved.shape[1:]))
     start = pandas.DataFrame({"row": row, "problem": [f"{i:08x}" for i in row * 2654435761 % 2**32], "tokens": 9,
@@ -251,18 +250,18 @@ def test_the_worst_tenth_is_not_worse_by_being_picked():
     assert same_rows.mean() > 0.15
 
 
-def seeds(*changes, same: str = "one"):
-    """Tables of runs s0, s1 ... with these changes, and their settings: one recipe, another seed each."""
+def seeds(*changes):
+    """Tables of runs s0, s1 ... with these changes, and their recipes: one, with another seed each."""
     parts = [[table.assign(run=f"s{i}") for table in tables(**change)] for i, change in enumerate(changes)]
-    runs = {f"s{i}": SimpleNamespace(recipe=same, seed=i) for i in range(len(changes))}
-    return [pandas.concat(found, ignore_index=True) for found in zip(*parts)], runs
+    recipes = {f"s{i}": ("one", i) for i in range(len(changes))}
+    return [pandas.concat(found, ignore_index=True) for found in zip(*parts)], recipes
 
 
 def test_runs_of_several_seeds_are_judged_together():
     """Chosen falls by 0.05, 0.06 and 0.07: mean 0.06, sem 0.01 / sqrt(3), t(2) in closed form; displacement holds over
     seeds. Spreading is there in one of three alone, and is no name of the recipe."""
-    parts, runs = seeds(*({"chosen": -0.05 - i / 100, "rejected": -0.3, "mass": 1 + 9 * (i == 1)} for i in range(3)))
-    *each, together = judge(*parts, runs)
+    parts, recipes = seeds(*({"chosen": -0.05 - i / 100, "rejected": -0.3, "mass": 1 + 9 * (i == 1)} for i in range(3)))
+    *each, together = judge(*parts, recipes)
     assert [line["names"] for line in each] == [["displacement"], ["displacement", "spreading"], ["displacement"]]
     reach = 0.95 * (2 / (1 - 0.95**2)) ** 0.5 * 0.01 / 3**0.5
     assert together["names"] == ["displacement"] and together["runs"] == ["s0", "s1", "s2"]
@@ -276,8 +275,8 @@ def test_runs_of_several_seeds_are_judged_together():
 
 def test_a_name_that_flips_from_seed_to_seed_is_none_of_the_recipe():
     """Two seeds are healthy, one is displaced: over seeds chosen's change, 0.05, 0.05 and -0.05, has no sign."""
-    parts, runs = seeds({}, {}, {"chosen": -0.05, "rejected": -0.2})
-    *each, together = judge(*parts, runs)
+    parts, recipes = seeds({}, {}, {"chosen": -0.05, "rejected": -0.2})
+    *each, together = judge(*parts, recipes)
     assert [line["names"] for line in each] == [["healthy"], ["healthy"], ["displacement"]]
     assert together["numbers"]["change of chosen"]["low"] < 0 < together["numbers"]["change of chosen"]["high"]
     assert together["names"] == ["healthy"]  # its gap rises in every seed, and chosen falls in none surely
@@ -285,8 +284,8 @@ def test_a_name_that_flips_from_seed_to_seed_is_none_of_the_recipe():
 
 def test_only_seeds_of_one_recipe_are_judged_together():
     """Not one seed twice, not another recipe, and nothing of runs of which nothing is known."""
-    parts, runs = seeds({}, {})
-    runs["s1"].seed = 0
-    assert len(judge(*parts, runs)) == 2
-    runs["s1"] = SimpleNamespace(recipe="another", seed=1)
-    assert len(judge(*parts, runs)) == len(judge(*parts)) == 2
+    parts, recipes = seeds({}, {})
+    recipes["s1"] = "one", 0
+    assert len(judge(*parts, recipes)) == 2
+    recipes["s1"] = "another", 1
+    assert len(judge(*parts, recipes)) == len(judge(*parts)) == 2

@@ -48,14 +48,18 @@ def pair_weight(loss: str, smoothing: float, margin) -> np.ndarray:
     return np.full_like(margin, np.nan)
 
 
-def summary(table: pandas.DataFrame) -> pandas.DataFrame:
+def summary(table: pandas.DataFrame, answers: pandas.DataFrame | None = None) -> pandas.DataFrame:
     """n, problems, mean, median and standard error of mean_logps over rows of one run, means of the measures; likewise
-    of the gap."""
+    of the gap. Where checkpoints answered, how many greedy answers there are and how many are right, in each line."""
     sides = table.pivot(index=[*KEYS, "row", "problem"], columns="response", values="mean_logps")
     if {"chosen", "rejected"} <= set(sides):
         gap = (sides["chosen"] - sides["rejected"]).dropna().reset_index(name="mean_logps").assign(response="gap")
         table = pandas.concat([table, gap], ignore_index=True)
-    return means(table, [*KEYS, "response"]).sort_values(["run", "dataset", "step"], kind="stable", ignore_index=True)
+    found = means(table, [*KEYS, "response"]).sort_values(["run", "dataset", "step"], kind="stable", ignore_index=True)
+    if answers is None or answers.empty:
+        return found
+    counts = answers.groupby(KEYS)["correct"].agg(right_answers="sum", answers="count")
+    return found.join(counts.astype("Int64"), on=KEYS)
 
 
 def means(table: pandas.DataFrame, keys: list[str]) -> pandas.DataFrame:
@@ -67,6 +71,20 @@ def means(table: pandas.DataFrame, keys: list[str]) -> pandas.DataFrame:
 
 
 def show(table: pandas.DataFrame) -> str:
-    """A table for the screen."""
-    shown = table.pivot_table(index=["run", "step", "dataset"], columns="response", values="mean", sort=False)
-    return f"{shown.to_string(float_format='%.4f')}\n(mean log-prob, nats a token)"
+    """A summary for the screen, and below it what its columns are."""
+    keys = ["run", "step", "dataset"]
+    shown = table.pivot_table(index=keys, columns="response", values="mean", sort=False)
+    shown = shown.map(lambda value: "" if np.isnan(value) else f"{value:.4f}")
+    least, most = table["n"].min(), table["n"].max()
+    notes = [f"mean log-prob, nats a token, over {least if least == most else f'{least} to {most}'} rows of one run"]
+    along = table[table["response"] == "chosen"].set_index(keys).reindex(shown.index)
+    if along["implausible_mass"].notna().any():
+        shown["implausible"] = [f"{start:.2g} -> {here:.2g}" if here == here else "" for start, here in
+                                zip(along["implausible_mass_start"], along["implausible_mass"])]
+        notes.append("implausible: along chosen, the probability of tokens that step 0 or this step gives less than "
+                     "0.001, at step 0 -> here")
+    if "answers" in table:
+        counts = table.drop_duplicates(keys).set_index(keys).reindex(shown.index)
+        shown["right answers"] = ["" if pandas.isna(asked) else f"{right} of {asked}" for right, asked in
+                                  zip(counts["right_answers"], counts["answers"])]
+    return "\n".join([shown.to_string(), *(f"({note})" for note in notes)])

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 from ..errors import UserError
 from ..files import read_text
+from ..identity import FREE
 from ..manifest import check_whole
 
 # What a data set is read with where no run says otherwise.
@@ -131,3 +132,13 @@ def _right(key: str, value) -> bool:
     choices = {"boundary": ("error", "concat"), "overlong": ("error", "drop", "truncate"),
                "on_bad_row": ("error", "drop")}
     return value in choices[key] if key in choices else isinstance(value, str) or value is None and key != "loss"
+
+
+def recipe(record: dict) -> tuple[str, int | None]:
+    """What run.json says of everything that makes a run but its seed, as text, and the seed. Weights that the seed drew
+    and rows that it held out are part of the seed."""
+    given = record["arguments"]
+    kept = {name: value for name, value in given.items() if name not in FREE and name != "seed"}
+    content = ["steps", "max_length", "world_size", *["weights"] * (not given.get("random_init")),
+               *["data"] * (not given.get("eval_size"))]
+    return json.dumps([kept, *(record.get(name) for name in content)], sort_keys=True), given.get("seed")

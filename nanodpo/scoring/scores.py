@@ -17,10 +17,12 @@ errors are over the problems of one run (student.py).
                       mean and standard error of mean_logps, and the means of the measures, over rows of one run
     tokens.parquet    row, response, position, token (text), logp, entropy, argmax_logp, rank, implausible_mass,
                       implausible_mass_start
-    answers.parquet   row, found, expected, correct, ended, tokens, repetition, text: greedy answers of each checkpoint
+    answers.parquet   row, found, expected, correct, ended, tokens, repetition, prompt_end, text: greedy answers of each
+                      checkpoint; answers.txt has the first and the last one's side by side
     failed.jsonl      rows whose log-prob is not finite; they have no number above, and are in no mean
     summary.csv       n, problems, mean, median, standard error of mean_logps, and the means of the other measures, by
-                      response, over rows of one run; likewise of "gap", chosen - rejected of a row
+                      response, over rows of one run; likewise of "gap", chosen - rejected of a row; and
+                      right_answers of so many answers
 """
 
 import contextlib
@@ -78,7 +80,7 @@ def join_parts(folder: Path, parts: list[Path], runs: dict) -> dict[str, pandas.
     the sections' lines of chosen's tenths, row by row."""
     tables = {name: _concat([part / f"{name}.parquet" for part in parts]) for name in TABLES if name != "tokens"}
     tables["pairs"] = add_rewards(tables["pairs"], tables["scores"], runs)
-    tables["summary"] = summary(tables["scores"])
+    tables["summary"] = summary(tables["scores"], tables["answers"])
     tables["tenths"] = pandas.DataFrame()
     if len(tables["sections"]):
         tables["tenths"] = tables["sections"][(tables["sections"]["response"] == "chosen")
@@ -107,9 +109,16 @@ def contents(folder: Path) -> list[str]:
 
 
 def write_json(file: Path, value) -> None:
+    write_text(file, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Puts a text in place of the file; where it is empty no file, and none that an earlier call left."""
+    if not text:
+        return file.unlink(missing_ok=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     with _aside(file) as aside:
-        aside.write_text(json.dumps(value, indent=1) + "\n")
+        aside.write_text(text)
 
 
 def read_json(file: Path):

@@ -20,7 +20,7 @@ import pandas
 from .estimates import ROW, change, change_of_share, mean, over_runs, share
 
 NOTABLE = 0.01  # nats a token: one percent of a token's probability
-SPREAD = 3  # times the implausible mass of the start
+SPREAD = 2  # times what the start gave the same tokens; noise moves it up and down alike
 AT_LEAST = 0.001  # rise of the implausible mass: of a thousand tokens one more
 SATURATED = 0.2  # of the weight that the loss gave a pair at the start
 SURE = 0.9  # reward accuracy of a run that believes in itself
@@ -101,11 +101,12 @@ WORDS = {"change of chosen": "chosen {change} nats a token", "change of chosen t
 
 
 def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.DataFrame, tenths: pandas.DataFrame,
-          runs: dict | None = None) -> list[dict]:
+          recipes: dict[str, tuple[str, int]] | None = None) -> list[dict]:
     """A verdict for each run and data set with two checkpoints or more: names, numbers, rules, and a sentence. Then one
     for each group of runs that differ in their seed alone.
 
-    `tenths`: lines of the chosen responses' tenths, row by row. `runs`: settings of runs by name, with recipe and seed.
+    `tenths`: lines of the chosen responses' tenths, row by row. `recipes`: of runs by name, what they were made with
+    beside their seed, and the seed (runs.py).
     """
     found = []
     for (run, phase, dataset), table in scores.groupby(["run", "phase", "dataset"], sort=False):
@@ -122,19 +123,19 @@ def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.Dat
         rows = next(iter(numbers.values()), {"over": "no rows of one run"})["over"]
         found.append(_named({"run": run, "phase": phase, "dataset": dataset, "first": int(first), "last": int(last),
                              "over": rows, "there": place, "numbers": numbers}))
-    return found + _over_seeds(found, runs or {})
+    return found + _over_seeds(found, recipes or {})
 
 
-def _over_seeds(lines: list[dict], runs: dict) -> list[dict]:
+def _over_seeds(lines: list[dict], recipes: dict) -> list[dict]:
     """A line for each group of lines of one recipe, with two seeds or more; a number is over the runs' means."""
     groups = {}
-    for line in (line for line in lines if line["run"] in runs):
-        key = runs[line["run"]].recipe, line["phase"], line["dataset"], line["first"], line["last"]
+    for line in (line for line in lines if line["run"] in recipes):
+        key = recipes[line["run"]][0], line["phase"], line["dataset"], line["first"], line["last"]
         groups.setdefault(key, []).append(line)
     found = []
     for (_, phase, dataset, first, last), group in groups.items():
         names = [line["run"] for line in group]
-        if len(group) < 2 or len({runs[name].seed for name in names}) < len(group):  # one seed twice says nothing new
+        if len(group) < 2 or len({recipes[name][1] for name in names}) < len(group):  # one seed twice says nothing new
             continue
         over = f"{len(group)} runs of one recipe"
         shared = [name for name in group[0]["numbers"] if all(name in line["numbers"] for line in group)]
@@ -151,12 +152,25 @@ def _named(line: dict) -> dict:
     numbers = Numbers(line["numbers"])
     rules = [rule for rule in RULES if not rule.alone and rule.fires(numbers)]
     rules = rules or [next(rule for rule in RULES if rule.alone and rule.fires(numbers))]
-    shown = {rule.name: [_phrase(name, numbers, line) for name in rule.shown if name in numbers] for rule in rules}
-    parts = [f"{name} ({'; '.join(phrases)})" if phrases else name for name, phrases in shown.items()]
+    line = line | {"names": [rule.name for rule in rules], "rules": {rule.name: rule.words for rule in rules}}
+    head, *parts = _words(line)
+    return line | {"text": f"{head}: {'; '.join(parts)}"}
+
+
+def show(line: dict) -> str:
+    """A verdict for the screen: a heading, and a line for each name with its numbers."""
+    head, *parts = _words(line)
+    return "\n    ".join([f"{head}:", *parts])
+
+
+def _words(line: dict) -> list[str]:
+    """What a verdict is of, then each of its names with the numbers that it is called by."""
     who = line["run"] if "run" in line else ", ".join(line["runs"])
-    head = f"{who} on {line['dataset']}, step {line['first']} to {line['last']}, over {line['over']}"
-    return line | {"names": [*shown], "rules": {rule.name: rule.words for rule in rules},
-                   "text": f"{head}: {'; '.join(parts)}"}
+    words = [f"{who} on {line['dataset']}, step {line['first']} to {line['last']}, over {line['over']}"]
+    for rule in (rule for rule in RULES if rule.name in line["names"]):
+        shown = [_phrase(name, Numbers(line["numbers"]), line) for name in rule.shown if name in line["numbers"]]
+        words.append(f"{rule.name} ({'; '.join(shown)})" if shown else rule.name)
+    return words
 
 
 def _of_scores(table, first, last) -> dict[str, dict]:

@@ -1,0 +1,49 @@
+"""Greedy answers of a run's first and last checkpoint side by side, to be read by a person."""
+
+import pandas
+
+from ..errors import one_line
+
+SHOWN = 3  # rows on the screen; answers.txt has them all
+MOST = 240  # characters of a text on the screen
+
+
+def side_by_side(answers: pandas.DataFrame) -> list[tuple[str, pandas.DataFrame]]:
+    """(how many are right, the lines of answers.parquet at the first and last step) of each run and data set."""
+    found = []
+    for (run, dataset), table in answers.groupby(["run", "dataset"], sort=False) if len(answers) else ():
+        ends = table[table["step"].isin([table["step"].min(), table["step"].max()])]
+        right = [f"{part['correct'].sum()} of {len(part)} right at step {step}" for step, part in ends.groupby("step")]
+        found.append((f"answers of {run} on {dataset}: {', '.join(right)}", ends))
+    return found
+
+
+def to_file(answers: pandas.DataFrame) -> str:
+    """All of them, whole: the text of answers.txt, empty where nobody was asked."""
+    return "\n".join(f"{head}\n\n" + "".join(f"{_row(part, None)}\n" for _, part in ends.groupby("row"))
+                     for head, ends in side_by_side(answers))
+
+
+def to_screen(answers: pandas.DataFrame) -> list[str]:
+    """A few rows of each, their ends; first those that were right and are wrong now, then those that became right."""
+    shown = []
+    for head, ends in side_by_side(answers):
+        right = ends.astype({"correct": int}).sort_values("step").groupby("row")["correct"].agg(["first", "last"])
+        moved = right["last"] - right["first"]
+        rows = sorted(moved.index, key=lambda row: ({-1: 0, 1: 1, 0: 2}[moved[row]], row))[:SHOWN]
+        shown += [head, *(_row(ends[ends["row"] == row], MOST).rstrip("\n") for row in rows)]
+    return shown
+
+
+def _row(lines: pandas.DataFrame, most: int | None) -> str:
+    """One row: the end of its prompt, the expected answer, and what each step answers."""
+    def end(text: str) -> str:
+        text = one_line(text, len(text))
+        return text if most is None or len(text) <= most else f"... {text[-most:]}"
+
+    first = lines.iloc[0]
+    said = [f"row {first['row']}, expected {first['expected']}", f"  asked: {end(first['prompt_end'])}"]
+    for line in lines.sort_values("step").itertuples():
+        found = "no answer" if pandas.isna(line.found) else f"answers {line.found}"
+        said.append(f"  step {line.step}: {'RIGHT' if line.correct else 'WRONG'}, {found}: {end(line.text)}")
+    return "\n".join(said) + "\n"
