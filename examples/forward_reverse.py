@@ -35,6 +35,7 @@ from nanodpo.unknown import parse_known  # noqa: E402
 
 TESTED = 200  # rows of the tiny world: 100 problems, each in both directions
 FLOOR = -0.156  # the best that a model can reach on these rows, since their wording is random; piles.py knows it
+AT_LEAST = 0.001  # rise of a probability that is called one: of a thousand tokens one more
 COLUMNS = ("question", "text", "worse-text", "relevant-question", "sample_type")
 SETS = ("forward", "reverse", "mixed")
 
@@ -269,17 +270,19 @@ def findings(ends: list[tuple[dict, dict]], places: list[dict], answers: list[di
                ("DPO lowers y-", change("dpo", "mixed", "rejected"), -1),
                ("DPO lowers answers to other questions", change("dpo", "mixed", "other"), -1),
                ("DPO raises shuffled answers", change("dpo", "mixed", "shuffled"), 1),
-               ("DPO moves mass to tokens the start found implausible (along y+)",
-                change("dpo", "mixed", "chosen", "implausible_mass"), 1),
+               ("DPO moves mass to tokens that its start or its end finds implausible (along y+)",
+                [seed[1]["dpo", "mixed", "chosen"].implausible_mass
+                 - seed[1]["dpo", "mixed", "chosen"].implausible_mass_start for seed in ends], 1, AT_LEAST),
                ("DPO at an eighth of the learning rate lowers y- as well", change("gentle", "mixed", "rejected"), -1),
                ("... and moves y+ less than DPO does", less(map(abs, change("gentle", "mixed", "chosen")),
                                                             map(abs, change("dpo", "mixed", "chosen"))), -1)]
     for name in ("forward", "reverse"):
+        there = [place[name] for place in places if name in place]
         claims += [(f"DPO lowers y+ on {name} tests", change("dpo", name, "chosen"), -1),
                    (f"DPO lowers y- on {name} tests", change("dpo", name, "rejected"), -1),
-                   (f"... {name} y+ in the tenth that loses most, {' or '.join(sorted({p[name][0] for p in places}))}",
-                    [p[name][1] for p in places], -1),
-                   (f"... where the argmax token rises ({name})", [p[name][2] for p in places], 1),
+                   (f"... {name} y+ in the tenth that loses most, {' or '.join(sorted({place[0] for place in there}))}",
+                    [place[1] for place in there], -1),
+                   (f"... where the argmax token rises ({name})", [place[2] for place in there], 1),
                    (f"DPO lowers the share of right {name} answers", [a["dpo", name][0] for a in answers], -1),
                    (f"DPO raises the share of {name} answers that break off", [a["dpo", name][1] for a in answers], 1),
                    (f"an eighth of the learning rate keeps more {name} answers right",
@@ -289,7 +292,7 @@ def findings(ends: list[tuple[dict, dict]], places: list[dict], answers: list[di
 
 def ends_of(table: pandas.DataFrame) -> tuple[dict, dict]:
     """Means over rows at a run's first and at its last checkpoint, by (run without its seed, data set, response)."""
-    columns = ["mean_logps", "implausible_mass"]
+    columns = ["mean_logps", "implausible_mass", "implausible_mass_start"]
     means = table.groupby(["run", "dataset", "response", "step"])[columns].mean()
     runs = [part for _, part in means.groupby(level=[0, 1, 2])]
     return tuple({(part.index[at][0].rpartition("-")[0], *part.index[at][1:3]): part.iloc[at] for part in runs}
@@ -297,10 +300,12 @@ def ends_of(table: pandas.DataFrame) -> tuple[dict, dict]:
 
 
 def worst_places(verdicts: list[dict]) -> dict[str, tuple[str, float, float]]:
-    """Of DPO, by data set: the tenth of y+ that loses most, and the changes there of y+ and of the argmax token."""
+    """Of DPO, by data set: the tenth of y+ that loses most, and the changes there of y+ and of the argmax token; none
+    of a data set of one problem, which can't both choose the tenth and tell what happens there."""
     return {line["dataset"]: (line["there"], line["numbers"]["change of chosen there"]["mean"],
                               line["numbers"]["change of argmax there"]["mean"])
-            for line in verdicts if line["run"].startswith("dpo-")}
+            for line in verdicts
+            if line.get("run", "").startswith("dpo-") and "change of chosen there" in line["numbers"]}
 
 
 def answered(table: pandas.DataFrame, direction: pandas.Series) -> dict[tuple[str, str], tuple[float, float]]:
@@ -313,14 +318,16 @@ def answered(table: pandas.DataFrame, direction: pandas.Series) -> dict[tuple[st
             for (run, kind), part in shares.groupby(level=[0, 1])}
 
 
-def judged(text: str, values: list[float], sign: int) -> dict:
-    """Holds where the interval over seeds lies on the right side of 0; of a single seed, where the number does."""
+def judged(text: str, values: list[float], sign: int, least: float = 0.0) -> dict:
+    """Holds where the interval over seeds lies on the right side of 0 and the mean is `least` away from it, or more; of
+    a single seed, which has no interval, where the number is."""
     series = pandas.Series([float(value) for value in values])
-    reach = t_quantile(len(series) - 1) * series.sem() if len(series) > 1 else 0.0
-    mean, low, high = series.mean(), series.mean() - reach, series.mean() + reach
-    interval = f" [{low:+.4f}, {high:+.4f}]" if len(series) > 1 else ""
-    return {"text": f"{text}: {mean:+.4f}{interval}", "holds": bool(low > 0 if sign > 0 else high < 0), "mean": mean,
-            "low": low, "high": high, "seeds": series.tolist()}
+    mean, several = series.mean(), len(series) > 1
+    reach = t_quantile(len(series) - 1) * series.sem() if several else 0.0
+    interval = f" [{mean - reach:+.4f}, {mean + reach:+.4f}] over {len(series)} seeds" if several else " in one seed"
+    return {"text": f"{text}: {mean:+.4f}{interval}", "holds": bool(sign * mean > reach and sign * mean >= least),
+            "mean": mean, "low": mean - reach if several else None, "high": mean + reach if several else None,
+            "seeds": series.tolist()}
 
 
 def draw(args, folder: Path) -> None:

@@ -46,7 +46,8 @@ def scored(runs):
     """Two rows a data set: from step 0 to 9, y+ +.1 and y- -.3 whatever the run."""
     return pandas.DataFrame([
         {"run": run.name, "dataset": data, "row": row, "response": response, "step": step,
-         "mean_logps": (-1 if response == "chosen" else -2) + move * (step > 0) + row, "implausible_mass": 0.01 * step}
+         "mean_logps": (-1 if response == "chosen" else -2) + move * (step > 0) + row, "implausible_mass": 0.01 * step,
+         "implausible_mass_start": 0.001 * step}
         for run in runs for data in experiment.SETS for row in (0, 1) for step in (0, 9)
         for response, move in (("chosen", 0.1), ("rejected", -0.3), ("other", 0.0), ("shuffled", 0.0))])
 
@@ -83,6 +84,8 @@ def test_the_whole_of_it(commands, tmp_path, monkeypatch):
     assert found["SFT on forward raises y+ on forward tests"]["mean"] == pytest.approx(0.1)
     assert not found["SFT on forward lowers y+ on reverse tests"]["holds"]
     assert found["DPO widens the gap"]["seeds"] == pytest.approx([0.4, 0.4])
+    assert found["DPO moves mass to tokens that its start or its end finds implausible (along y+)"]["mean"] == (
+        pytest.approx(0.09 - 0.009))
     for name, changed in (("forward", 0), ("reverse", 1)):
         assert found[f"DPO lowers the share of right {name} answers"]["mean"] == -changed
         assert found[f"DPO raises the share of {name} answers that break off"]["mean"] == changed
@@ -127,6 +130,24 @@ def test_intervals_over_seeds():
     assert (found["low"], found["high"]) == (pytest.approx(2 - 4.302653 / 3**0.5), pytest.approx(2 + 4.302653 / 3**0.5))
     assert not found["holds"] and experiment.judged("x", [1.9, 2.0, 2.1], 1)["holds"]
     assert experiment.judged("x", [-1.0], -1)["holds"] and not experiment.judged("x", [-1.0], 1)["holds"]
+    assert found["text"].endswith("] over 3 seeds")
+
+
+def test_one_seed_has_no_interval_and_a_small_rise_is_none():
+    """An interval of no width would look like certainty. 0.00002 is sure over these seeds, and below 0.001."""
+    one = experiment.judged("x", [2.0], 1)
+    assert (one["low"], one["high"], one["text"]) == (None, None, "x: +2.0000 in one seed")
+    assert not experiment.judged("x", [2e-5, 2.1e-5, 2.2e-5], 1, 0.001)["holds"]
+    assert experiment.judged("x", [2e-3, 2.1e-3, 2.2e-3], 1, 0.001)["holds"]
+
+
+def test_one_test_problem_tells_nothing_of_a_place():
+    """It chose the tenth, and nobody is left to say what happens there; a verdict of several seeds is none of a run."""
+    line = {"run": "dpo-1", "dataset": "forward", "there": "tenth 3", "numbers": {}}
+    there = {f"change of {what} there": {"mean": mean} for what, mean in (("chosen", -0.5), ("argmax", 0.1))}
+    several = {"runs": ["dpo-1", "dpo-2"], "dataset": "mixed", "there": "tenth 3", "numbers": there}
+    assert experiment.worst_places([line, several, line | {"dataset": "reverse", "numbers": there}]) == {
+        "reverse": ("tenth 3", -0.5, 0.1)}
 
 
 @pytest.mark.parametrize("flags, words", [
