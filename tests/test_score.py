@@ -462,6 +462,24 @@ def test_a_run_is_scored_from_any_folder(tiny, tmp_path, monkeypatch):
     assert len(scored(tmp_path / "out", tmp_path / "run", "--responses", "chosen")) == 2 * 3
 
 
+def test_runs_of_two_seeds_get_a_verdict_together(run, tmp_path, capsys):
+    """A copy that says that its seed was another: one more verdict, whose numbers are the runs' own, over two runs."""
+    shutil.copytree(run, tmp_path / "again")
+    record = json.loads((run / "run.json").read_text())
+    record["arguments"]["seed"] = 7
+    (tmp_path / "again" / "run.json").write_text(json.dumps(record))
+    ends = [folder / f"checkpoint-{step}" for folder in (run, tmp_path / "again") for step in (0, 3)]
+    scored(tmp_path / "out", *ends, "--responses", "chosen", "rejected", "--answers", "3", "--max_new_tokens", "5")
+    one, other, both = json.loads((tmp_path / "out" / "verdict.json").read_text())
+    assert both["runs"] == [one["run"], other["run"]] and both["over"] == "2 runs of one recipe"
+    assert one["over"] == "11 rows of one run"
+    for name, number in both["numbers"].items():
+        assert [number[what] for what in ("mean", "low", "high")] == pytest.approx([one["numbers"][name]["mean"]] * 3)
+    shown = capsys.readouterr().out
+    assert "over 2 runs of one recipe:" in shown and "of 3 right at step 3" in shown
+    assert "right at step 0" in (tmp_path / "out" / "answers.txt").read_text()
+
+
 def test_what_a_scoring_takes_the_place_of_is_said(run, tiny, tmp_path, capsys):
     scored(tmp_path, run / "checkpoint-0", "--tokens", "--responses", "chosen")
     scored(tmp_path, run / "checkpoint-0", "--dataset_path", f"b={tiny / 'train.jsonl'}", "--responses", "chosen")

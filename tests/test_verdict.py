@@ -6,6 +6,7 @@ import numpy as np
 import pandas
 import pytest
 
+from nanodpo.scoring.runs import recipe
 from nanodpo.scoring.verdict import RULES, Numbers, judge, worst_tenth
 from nanodpo.student import over_problems
 
@@ -289,3 +290,19 @@ def test_only_seeds_of_one_recipe_are_judged_together():
     assert len(judge(*parts, recipes)) == 2
     recipes["s1"] = "another", 1
     assert len(judge(*parts, recipes)) == len(judge(*parts)) == 2
+
+
+def test_what_a_recipe_is():
+    """All of run.json that makes a run but its seed: not where it was written, and not what the seed itself drew."""
+    given = {"seed": 1, "output_dir": "a", "learning_rate": 1e-4, "eval_size": 0, "random_init": False}
+    record = {"arguments": given, "steps": 9, "weights": "w", "data": ["d"], "command": "train.py"}
+
+    def changed(arguments=None, **facts):
+        return recipe(record | facts | {"arguments": given | (arguments or {})})
+
+    same, seed = changed()
+    assert seed == 1 and changed({"seed": 2, "output_dir": "b"}, command="x") == (same, 2)
+    assert all(changed(*other[:1], **dict(other[1:]))[0] != same for other in (
+        [{"learning_rate": 2e-4}], [{}, ("steps", 8)], [{}, ("weights", "v")], [{}, ("data", ["e"])]))
+    for flag, fact in (({"eval_size": 5}, {"data": ["e"]}), ({"random_init": True}, {"weights": "v"})):
+        assert changed(flag)[0] == changed(flag, **fact)[0] != same

@@ -192,14 +192,15 @@ def worst_tenth(tenths: pandas.DataFrame, first, last) -> tuple[str | None, dict
     """(the tenth of chosen from which most log-prob went, by every other problem; its numbers, by the rest)."""
     if not len(tenths) or not {first, last} <= set(tenths["step"]):
         return None, {}
-    problems = sorted(tenths["problem"].unique())  # hashes: their order has nothing to do with the rows
-    choosing = tenths["problem"].isin(problems[::2])
-    total = tenths[choosing]
-    total = total.assign(logps=total["mean_logps"] * total["tokens"])
-    total = total.pivot(index=[*ROW, "section"], columns="step", values="logps")
-    place = (total[last] - total[first]).groupby("section").sum().idxmin()
-    here = tenths[(tenths["section"] == place) & ~choosing]
-    return place, {f"change of {name} there": change(here, column, first, last)
+    start, end = (tenths[tenths["step"] == step].set_index([*ROW, "section"])[["mean_logps", "argmax_logps", "tokens"]]
+                  for step in (first, last))
+    moved = (end - start).dropna()
+    problem, section = (moved.index.get_level_values(name) for name in ("problem", "section"))
+    choosing = problem.isin(sorted(problem.unique())[::2])  # hashes: their order has nothing to do with the rows
+    lost = moved["mean_logps"] * end.loc[moved.index, "tokens"]
+    place = lost[choosing].groupby("section").sum().idxmin()
+    there = moved[~choosing & (section == place)].droplevel("section")
+    return place, {f"change of {name} there": mean(there[column])
                    for name, column in (("chosen", "mean_logps"), ("argmax", "argmax_logps"))}
 
 
