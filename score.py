@@ -88,7 +88,8 @@ class Probe:
     def key(self) -> str:
         """A hash of everything that is scored."""
         digest = hashlib.sha256(data_hash(self.examples).encode())
-        digest.update(json.dumps([self.limit, self.kinds, self.groups, [e.row for e in self.examples]]).encode())
+        rows = [(example.row, example.problem) for example in self.examples]
+        digest.update(json.dumps([self.limit, self.kinds, self.groups, rows]).encode())
         return digest.hexdigest()
 
 
