@@ -129,7 +129,9 @@ def prepare(argv: list[str]) -> Start | None:
         args = parse(argv, HERE / "examples" / "dpo.yaml")
         same |= agreement.flags(dataclasses.asdict(args)) | agreement.program(Path(__file__), args.local_rank)
     if args.print_config:
-        distributed.say(json.dumps(dataclasses.asdict(args), indent=2))
+        # A settings file, from which a run can start: what only this process was told is not part of it.
+        kept = {name: value for name, value in vars(args).items() if name not in ("print_config", "local_rank")}
+        distributed.say(json.dumps(kept, indent=2))
         return None
     with agreement.together() as same:
         settings = engines.read_settings(args, HERE / "ds_config.json")

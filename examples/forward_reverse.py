@@ -26,8 +26,8 @@ import pandas
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
-from nanodpo.errors import RunStopped, UserError, first_line, run_script  # noqa: E402
-from nanodpo.files import check_regular, read_text  # noqa: E402
+from nanodpo.errors import RunStopped, UserError, run_script  # noqa: E402
+from nanodpo.files import check_regular, read_text, why  # noqa: E402
 from nanodpo.progress import Progress  # noqa: E402
 from nanodpo.screen import command_line, put  # noqa: E402
 from nanodpo.student import t_quantile  # noqa: E402
@@ -90,7 +90,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         try:
             read_text(file)
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: {getattr(error, 'strerror', None) or 'not text'}") from error
+            raise UserError(f"{file}: {why(error)}") from error
     args.parallel = args.parallel or (1 if args.models else os.cpu_count() or 1)
     return args
 
@@ -127,7 +127,7 @@ def read_data(path: str | None) -> pandas.DataFrame | None:
         check_regular(path)
         table = pandas.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read as Parquet ({first_line(error)})") from error
+        raise UserError(f"{path}: can't be read as Parquet ({why(error)})") from error
     if missing := [name for name in COLUMNS if name not in table]:
         raise UserError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(map(str, table))}")
     for name in COLUMNS:

@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+from .errors import first_line
+
 MOST = 2**26  # bytes; a settings file has a few hundred, run.json of a large data set a few MB
 
 
@@ -26,6 +28,11 @@ def read_text(path, most: int = MOST, errors: str = "strict") -> str:
     if (size := os.stat(path).st_size) > most:
         raise OSError(errno.EFBIG, f"has {size:,} bytes, more than the {most:,} that such a file can have", str(path))
     return Path(path).read_text(encoding="utf-8", errors=errors)
+
+
+def why(error: Exception) -> str:
+    """What kept a file from being read: the system's words without number and path, or an exception's first line."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def parse_json(text: str, **how):

@@ -454,10 +454,13 @@ def test_help_ends_with_0(main, capsys):
     assert caught.value.code == 0 and "usage: " in capsys.readouterr().out
 
 
-def test_a_printed_config_is_a_settings_file(tmp_path, capsys):
-    """Given back, it prints itself."""
+def test_a_printed_config_is_a_settings_file(tmp_path, capsys, monkeypatch):
+    """Given back, it prints itself; without the flag it would train, on any rank of a launcher."""
     trainer.main([*NEEDED, "--beta", "0.3", "--lora_r", "0", "--assistant_header", r"a\n", "--print_config"])
     first = capsys.readouterr().out
     file = settings(tmp_path, first, "again.json")
-    trainer.main([file])
+    trainer.main([file, "--print_config", "--print_config"])
     assert capsys.readouterr().out == first and json.loads(first)["beta"] == 0.3
+    assert not {"print_config", "local_rank"} & json.loads(first).keys()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert arguments(file).local_rank == 1 and not arguments(file).print_config

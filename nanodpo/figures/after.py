@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..errors import UserError, first_line
+from ..screen import command_line
 from ..source import BROKEN
 
 
@@ -15,7 +16,8 @@ def draw_after(folder: Path) -> str:
     except UserError as error:
         return f"no figure: {error}"
     except BROKEN as error:
-        return f"no figure: {first_line(error)}; `python plot.py {folder}` says more"
+        plot = Path(__file__).resolve().parents[2] / "plot.py"
+        return f"no figure: {first_line(error)}; `{command_line(plot, folder)}` says more"
 
 
 def is_drawn(run: Path) -> bool:

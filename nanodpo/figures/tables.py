@@ -9,8 +9,8 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
-from ..errors import UserError, first_line
-from ..files import check_regular
+from ..errors import UserError
+from ..files import check_regular, why
 
 NUMBERS = ("step", "row", "position", "tokens", "mean_logps", "logp")  # the other columns hold text
 LARGEST = 1e12  # of a step or a log-prob: beyond it, sums and axes overflow
@@ -30,7 +30,7 @@ def read_csv(file: Path) -> pandas.DataFrame:
             columns = next(reader, [])
             lines = dict((reader.line_num, fields) for fields in reader if fields)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: can't be read as csv ({first_line(error)})") from error
+        raise UserError(f"{file}: can't be read as csv ({why(error)})") from error
     if not columns:
         raise UserError(f"{file}: can't be read as csv (it is empty)")
     if uneven := next((number for number, fields in lines.items() if len(fields) != len(columns)), None):
@@ -59,8 +59,7 @@ def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ..
     except FileNotFoundError as error:
         raise UserError(f"{file}: is not there; score.py makes it") from error
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: can't be read as Parquet ({getattr(error, 'strerror', None) or first_line(error)})"
-                        ) from error
+        raise UserError(f"{file}: can't be read as Parquet ({why(error)})") from error
     if table.empty and filters is None:
         raise UserError(f"{file}: has no rows")
     for name in names:
