@@ -59,7 +59,7 @@ def adapter_shape(adapter: str | None) -> dict | None:
 
 
 def add_adapter(model, adapter: str | None, trainable: bool = False):
-    """The model with its adapter, in the model's dtype; without one the model itself. Raises UserError."""
+    """The model with its adapter, in float32; without one the model itself. Raises UserError."""
     if adapter is None:
         return model
     from peft import PeftModel
@@ -70,7 +70,7 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused in a moment
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, autocast_adapter_dtype=False)
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
         _written(model, adapter)
     except BROKEN as error:
         if isinstance(error, UserError):

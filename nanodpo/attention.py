@@ -23,6 +23,7 @@ SHORT = 512  # lines of a mask at most, so that masks grow no faster than rows
 
 def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
     """(1, H, T, E), (1, G, T, E) x 2 -> (1, T, H, E): each response as if its row were [prompt | response] alone."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # positions are turned in float32
     # On CPU the kernel shares key/value heads by itself; on CUDA the one that takes float32 needs them repeated.
     if query.shape[1] != key.shape[1] and (query.device.type != "cpu" or kwargs.get("softcap")):
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
@@ -65,6 +66,7 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     """
     if kwargs.get("softcap") or dropout:
         return loop_attention(module, query, key, value, attention_mask, dropout, scaling, segments=segments, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)
     q = query[0].transpose(0, 1)  # (T, H, E)
     k, v = (x[0].index_select(1, segments.keys).transpose(0, 1) for x in (key, value))  # (K, G, E)
     window = (kwargs.get("sliding_window") or 0) - 1  # -1: no window

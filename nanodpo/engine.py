@@ -11,9 +11,10 @@ from . import distributed, space
 from .errors import UserError, first_line
 from .files import parse_json, read_text
 from .logprobs import SequenceLogProbs
+from .precision import mix, products
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-         "gradient_clipping", "fp16", "bf16")  # settings of the DeepSpeed JSON that are flags of train.py
+         "gradient_clipping", "fp16", "bf16", "torch_autocast")  # settings of the DeepSpeed JSON that are flags of train.py
 # What DeepSpeed takes for granted of its settings, and looks at only when they are used.
 OBJECTS = ("activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "compile", "csv_monitor",
            "data_efficiency", "data_types", "flops_profiler", "fp16", "tensorboard", "timers", "wandb",
@@ -55,10 +56,6 @@ def engine_config(settings: dict, path: str, args) -> dict:
     settings["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     settings["gradient_accumulation_steps"] = 1  # accumulation is train.py's loop, with windows of any size
     settings["gradient_clipping"] = args.max_grad_norm
-    settings["bf16"] = {"enabled": args.bf16, "check_grad_overflow": True}
-    if args.bf16:  # micro-batches, and then ranks, would be summed in bfloat16
-        settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-        settings.setdefault("communication_data_type", "fp32")
     if taken := [key for key in UNKNOWN if key in settings]:
         raise UserError(f"{path}: sets {', '.join(taken)}, which train.py does not support; remove it")
     zero = settings.setdefault("zero_optimization", {})
@@ -71,11 +68,6 @@ def engine_config(settings: dict, path: str, args) -> dict:
     if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
         raise UserError(f"{path}: offload_optimizer with device nvme, or a ratio, keeps AdamW's moments where a state "
                         "to resume from can't have them; use device cpu without a ratio")
-    if args.bf16 and zero.get("stage", 0) < 2:
-        # In bfloat16 DeepSpeed's stage 0 takes one empty Adam step before the first real one, which then is too short,
-        # and its stage 1 has an optimizer of its own, whose state can't be saved here.
-        distributed.say(f"{path}: ZeRO stage 2 instead of {zero.get('stage', 0)}, which is not exact in bfloat16")
-        zero["stage"] = 2
     # Its default, 5e8 numbers, is a buffer of 2 GB, however small the adapter.
     zero.setdefault("reduce_bucket_size", 2 * 10**7)
     settings.setdefault("timers", {}).setdefault("throughput", {"enabled": False})  # waits for the GPU in every forward
@@ -131,6 +123,9 @@ def build(model, args, settings: dict, device, longest: int):
     from .recompute import ByNeed, Recompute, sample
 
     stage, by_need = settings["zero_optimization"].get("stage", 0), None
+    product = products(args.bf16, device)
+    if args.bf16:
+        mix(model, product)
     lora.fuse(model, in_place=stage < 3)
     gated.thin(model)
     if args.gradient_checkpointing or args.activation_memory:
@@ -143,8 +138,7 @@ def build(model, args, settings: dict, device, longest: int):
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
     module = SequenceLogProbs(model)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    layout, attention = selfcheck.choose_layout(module, device, dtype, args.use_flash_attention, longest)
+    layout, attention = selfcheck.choose_layout(module, device, product, args.use_flash_attention, longest)
     distributed.say(selfcheck.describe(layout, attention))
     if args.activation_memory:
         if not selfcheck.grows_with_rows(model.config.get_text_config(), attention, longest):

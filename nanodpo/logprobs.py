@@ -2,9 +2,11 @@
 
 Shapes: B batch, T row length, N scored tokens, S sequences, D hidden size, V vocabulary, C tokens in a chunk.
 
-The head works chunk by chunk, so (N, V) logits never exist. Log-probs are float32 or better from the logits on; sums
-over a response are float64, so that 20,000 terms and any order of them cost no digits.
+The head works chunk by chunk, so (N, V) logits never exist. Log-probs are float32 or better from the logits on, which
+are never rounded to less; sums over a response are float64, so that 20,000 terms and any order of them cost no digits.
 """
+
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.autograd.function import once_differentiable
 # Of float32 logits. Beyond 64 MiB a CPU gains nothing; a GPU reads the whole weight again for each chunk, and by its
 # memory's speed against its arithmetic a few hundred tokens must share that.
 CHUNK_BYTES = (256 if torch.cuda.is_available() else 64) * 2**20
+WIDER = 2**24  # numbers of a bfloat16 weight that are held in float32 at one time, where float32 multiplies: 64 MiB
 
 
 class LogProbHead(nn.Module):
@@ -24,7 +27,7 @@ class LogProbHead(nn.Module):
     def __init__(self, lm_head: nn.Linear, scale: float = 1.0, cap: float | None = None, chunk: int | None = None):
         super().__init__()
         self.weight, self.bias = lm_head.weight, lm_head.bias
-        self.scale, self.cap = scale, cap
+        self.scale, self.cap, self.product = scale, cap, getattr(lm_head, "product", None)
         self.chunk = chunk or max(1, CHUNK_BYTES // (4 * lm_head.out_features))
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -32,31 +35,51 @@ class LogProbHead(nn.Module):
 
         logits = cap * tanh(scale * (W h + b) / cap), or scale * (W h + b) without a cap.
         """
-        return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.scale, self.cap, self.chunk)
+        low = self.low(hidden)
+        return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.scale, self.cap, self.chunk, low)
+
+    def low(self, hidden: Tensor) -> bool:
+        """Whether a GPU multiplies in bfloat16 here."""
+        return hidden.is_cuda and torch.bfloat16 in (hidden.dtype, self.weight.dtype, self.product)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(C, D) -> (C, V), float32 or better: of one chunk, for whoever wants more of it than a log-prob."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
-        return _logits(buffer, hidden, self.weight, self.bias, self.scale, self.cap)
+        return _logits(buffer, hidden, self.weight, self.bias, self.scale, self.cap, self.low(hidden))
 
 
-def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None):
+def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None,
+            low: bool):
     """(C, V), float32 or better: the first C lines of `buffer`, which every chunk writes again."""
     z = buffer[: len(hidden)]
-    if hidden.dtype != z.dtype and hidden.is_cuda:  # float32 out of the product itself, which CPU has not
-        torch.mm(hidden, weight.T, out_dtype=z.dtype, out=z)
+    if low:  # float32 out of the product itself, which CPU has not
+        torch.mm(hidden.bfloat16(), weight.bfloat16().T, out_dtype=z.dtype, out=z)
         if bias is not None:
             z.add_(bias)
-    elif hidden.dtype != z.dtype:
-        z.copy_(nn.functional.linear(hidden, weight, bias))
-    elif bias is None:
-        torch.mm(hidden, weight.T, out=z)
     else:
-        torch.addmm(bias, hidden, weight.T, out=z)
+        for words, wide in _blocks(weight, z.dtype):
+            if bias is None:
+                torch.mm(hidden.to(z.dtype), wide.T, out=z[:, words])
+            else:
+                torch.addmm(bias[words].to(z.dtype), hidden.to(z.dtype), wide.T, out=z[:, words])
     if scale != 1.0:
         z.mul_(scale)
     return z if cap is None else z.div_(cap).tanh_().mul_(cap)
+
+
+def _blocks(weight: Tensor, dtype: torch.dtype):
+    """(words, their lines of the weight in this dtype): all at once, or where they must be converted block by block."""
+    size = len(weight) if weight.dtype == dtype else max(1, WIDER // weight.shape[1])
+    for i in range(0, len(weight), size):
+        yield slice(i, i + size), weight[i : i + size].to(dtype)
+
+
+def _times(dz: Tensor, weight: Tensor, low: bool) -> Tensor:
+    """(C, V) @ (V, D) -> (C, D), in the dtype of dz or where `low` in bfloat16."""
+    if low:
+        return dz.bfloat16() @ weight.bfloat16()
+    return functools.reduce(torch.add, (dz[:, words] @ wide for words, wide in _blocks(weight, dz.dtype)))
 
 
 def _slope(z: Tensor, scale: float, cap: float | None) -> Tensor | float:
@@ -80,7 +103,7 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, cap, chunk):
+    def forward(ctx, hidden, weight, bias, targets, scale, cap, chunk, low):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         lse = torch.empty_like(logps)
@@ -90,7 +113,7 @@ class _TokenLogProbs(torch.autograd.Function):
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
         for i in range(0, len(hidden), chunk):
             here = slice(i, i + chunk)
-            z = _logits(buffer, hidden[here], weight, bias, scale, cap)
+            z = _logits(buffer, hidden[here], weight, bias, scale, cap, low)
             slope = None if kept is None else _slope(z, scale, cap)
             top = z.amax(1)
             picked = z.gather(1, targets[here, None]).squeeze(1)
@@ -99,8 +122,8 @@ class _TokenLogProbs(torch.autograd.Function):
             lse[here] = top + total.log()
             logps[here] = picked - lse[here]
             if kept is not None:
-                kept[here] = _logit_grad(exps, total, targets[here], slope).to(weight.dtype) @ weight
-        ctx.settings = scale, cap, chunk
+                kept[here] = _times(_logit_grad(exps, total, targets[here], slope), weight, low)
+        ctx.settings = scale, cap, chunk, low
         ctx.save_for_backward(*((hidden, weight, bias, targets, lse) if ctx.trainable else (kept,)))
         return logps
 
@@ -109,24 +132,24 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx, grad):
         if not ctx.trainable:
             (kept,) = ctx.saved_tensors
-            return (kept * grad[:, None]).to(kept.dtype), None, None, None, None, None, None
+            return (kept * grad[:, None]).to(kept.dtype), *[None] * 7
         hidden, weight, bias, targets, lse = ctx.saved_tensors
-        scale, cap, chunk = ctx.settings
+        scale, cap, chunk, low = ctx.settings
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=lse.dtype)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=lse.dtype)
         for i in range(0, len(hidden), chunk):
             here = slice(i, i + chunk)
-            z = _logits(buffer, hidden[here], weight, bias, scale, cap)
+            z = _logits(buffer, hidden[here], weight, bias, scale, cap, low)
             slope = _slope(z, scale, cap)
             exps = z.sub_(lse[here, None]).exp_()
             dz = _logit_grad(exps, torch.ones_like(lse[here]), targets[here], slope).mul_(grad[here, None])
-            d_hidden[here] = dz.to(weight.dtype) @ weight
-            d_weight += dz.to(hidden.dtype).T @ hidden[here]
+            d_hidden[here] = _times(dz, weight, low)
+            d_weight += dz.bfloat16().T @ hidden[here].bfloat16() if low else dz.T @ hidden[here].to(dz.dtype)
             if d_bias is not None:
                 d_bias += dz.sum(0)
-        return d_hidden, d_weight.to(weight.dtype), d_bias, None, None, None, None
+        return d_hidden, d_weight.to(weight.dtype), d_bias, *[None] * 5
 
 
 def sum_by_sequence(token_logps: Tensor, seq: Tensor, n_sequences: int) -> Tensor:
@@ -157,8 +180,7 @@ class SequenceLogProbs(nn.Module):
         extra = {} if row.segments is None else {"position_ids": row.position_ids, "segments": row.segments}
         states = inner.base_model(input_ids=row.input_ids, use_cache=False, **extra).last_hidden_state  # (B, T, D)
         scored = states.flatten(0, 1).index_select(0, row.rows)
-        # Mamba and its like keep hidden states in float32 and cast them before the output layer.
-        return scored.to(self.head.weight.dtype)
+        return scored.to(torch.promote_types(scored.dtype, self.head.weight.dtype))
 
     def token_logps(self, row) -> Tensor:
         """Row -> (N,): the log-prob of every scored token, nats, in the order of row.targets."""

@@ -13,13 +13,16 @@ from torch.autograd.function import once_differentiable
 def fuse(model: nn.Module, in_place: bool = True) -> None:
     """Lets every plain LoRA layer of a PEFT model add in one product; names, weights and what is saved stay the same.
 
-    A layer that is more than W x + s B A x (DoRA, biases, several dtypes) stays PEFT's own. Not `in_place` where
+    A layer that is more than W x + s B A x (DoRA, biases) stays PEFT's own. Not `in_place` where
     somebody else holds W x: ZeRO-3 does.
     """
     for layer in [module for module in model.modules() if type(module) is Linear]:
         for name, second in layer.lora_B.items():
-            dtypes = {linear.weight.dtype for linear in (layer.get_base_layer(), layer.lora_A[name], second)}
-            if name not in layer.lora_variant and second.bias is None and len(dtypes) == 1:
+            dtypes = {linear.weight.dtype for linear in (layer.lora_A[name], second)}
+            base = layer.get_base_layer().weight.dtype  # bfloat16 beside LoRA's float32 with --bf16
+            fits = len(dtypes) == 1 and dtypes <= {base, torch.float32 if base == torch.bfloat16 else base}
+            if name not in layer.lora_variant and second.bias is None and fits:
+                layer.cast_input_dtype_enabled = False  # would copy inputs that autocast takes as they are
                 layer.lora_B[name] = Added(second, in_place)
                 layer.lora_variant[name] = OneProduct
 
@@ -56,7 +59,7 @@ class _AddedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, h, weight, in_place):
         ctx.save_for_backward(h, weight)
-        lines, product = y.flatten(0, -2), (h.flatten(0, -2), weight.T)
+        lines, product = y.flatten(0, -2), (h.flatten(0, -2), weight.T.to(h.dtype))
         if not in_place:
             return torch.addmm(lines, *product).view(y.shape)
         ctx.mark_dirty(y)
@@ -68,4 +71,4 @@ class _AddedProduct(torch.autograd.Function):
     def backward(ctx, grad):
         h, weight = ctx.saved_tensors
         d_weight = grad.flatten(0, -2).T @ h.flatten(0, -2) if ctx.needs_input_grad[2] else None
-        return grad, grad @ weight, d_weight, None
+        return grad, grad @ weight.to(grad.dtype), None if d_weight is None else d_weight.to(weight.dtype), None

@@ -11,6 +11,7 @@ from torch import nn
 from .adapters import add_adapter, open_base
 from .distributed import say
 from .errors import UserError, first_line
+from .precision import stored
 from .source import BROKEN, Source, absolute
 
 
@@ -18,7 +19,7 @@ def load_model(source: Source, args) -> nn.Module:
     """The policy at its start: the base model, its adapter where it has one, a fresh LoRA where args ask for one."""
     from transformers import AutoModelForCausalLM
 
-    dtype, remote = torch.bfloat16 if args.bf16 else torch.float32, args.trust_remote_code
+    dtype, remote = stored(args.bf16, frozen=args.use_lora), args.trust_remote_code
     torch.manual_seed(args.seed)  # every rank draws the same weights
     if args.random_init:
         try:
@@ -82,8 +83,7 @@ def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
                         target_modules=names, task_type="CAUSAL_LM")
     head = model.get_output_embeddings()
     try:
-        # The adapter takes the base's dtype; DeepSpeed keeps float32 master weights of it.
-        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        model = get_peft_model(model, config)  # in float32, also where the base is bfloat16
     except ValueError as error:
         raise UserError(f"--lora_target_modules {args.lora_target_modules}: {first_line(error)}") from error
     if model.get_base_model().get_output_embeddings() is not head:

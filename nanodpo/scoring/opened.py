@@ -11,6 +11,7 @@ from ..distributed import say
 from ..logprobs import SequenceLogProbs
 from ..manifest import check_whole
 from ..models import base_hashes, check_base
+from ..precision import mix, products, stored
 from ..source import base_of
 
 
@@ -67,7 +68,7 @@ class Opener:
         if (run, key) in self.checked:
             return
         if key not in self.hashes:  # scored in another precision than it was trained in
-            dtype = torch.bfloat16 if checkpoint.settings.bf16 else torch.float32
+            dtype = stored(checkpoint.settings.bf16, frozen=True)
             self.hashes[key] = base_hashes(open_base(base, dtype, checkpoint.settings.trust_remote_code))
         check_base(self.hashes[key], base, checkpoint.settings.record, run)
         self.checked.add((run, key))
@@ -75,19 +76,21 @@ class Opener:
     def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool) -> Opened:
         from .. import gated, lora, selfcheck  # slow to import, with transformers' models
 
-        dtype = torch.bfloat16 if bf16 else torch.float32
         if adapter:  # else it is the checkpoint itself, which is known to be whole
             check_whole(Path(base))
-        model = open_base(base, dtype, checkpoint.settings.trust_remote_code)
+        product = products(bf16, self.device)
+        model = open_base(base, stored(bf16, frozen=adapter is not None), checkpoint.settings.trust_remote_code)
         if checkpoint.settings.record and adapter:
             self.hashes[base, bf16] = base_hashes(model)
         own = model.config._attn_implementation
         model = add_adapter(model, adapter)
+        if bf16:
+            mix(model, product)
         lora.fuse(model)
         gated.thin(model)
         model.requires_grad_(False)
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         module = SequenceLogProbs(model).to(self.device).eval()
-        layout, attention = selfcheck.choose_layout(module, self.device, dtype, False, self.longest)
+        layout, attention = selfcheck.choose_layout(module, self.device, product, False, self.longest)
         say(f"{base}: {selfcheck.describe(layout, attention)}")
         return Opened(checkpoint, base, shape, bf16, module, layout, attention, own, trained)

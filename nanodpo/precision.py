@@ -1,0 +1,83 @@
+"""--bf16: large matrices in bfloat16; what is trained, norms, and what adds up from layer to layer in float32.
+
+A change of the weights far below bfloat16's last place moves every rounding of a forward pass, and with it a response's
+log-prob by tenths of a nat: as much as the first steps of training (noise.py measures it). So little is rounded. On a
+GPU the inputs and outputs of matrix products, which are many times as fast in bfloat16; on a CPU, where they are not,
+nothing but the frozen matrices themselves. Full fine-tuning freezes none: there --bf16 changes nothing on a CPU.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def products(bf16: bool, device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in."""
+    return torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
+
+
+def stored(bf16: bool, frozen: bool) -> torch.dtype:
+    """What a base's weights are loaded in; trained ones stay float32."""
+    return torch.bfloat16 if bf16 and frozen else torch.float32
+
+
+def mix(model: nn.Module, product: torch.dtype) -> None:
+    """Prepares a model, loaded by `stored`, with its adapter. `product`: of matrices, from `products`."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    held = [layer for layer in _plain_linears(model) if layer.weight.dtype == torch.bfloat16]
+    kept = {id(layer.weight) for layer in [*held, model.get_input_embeddings()]}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.dtype == torch.bfloat16 and (tensor.ndim < 2 or (product == torch.float32 and id(tensor) not in kept)):
+            tensor.data = tensor.data.float()
+    model.get_input_embeddings().register_forward_hook(lambda module, args, states: states.float())
+    if product == torch.float32:
+        for layer in held:
+            layer.__class__ = Held
+        return
+    model.get_output_embeddings().product = product  # the head, which works outside of autocast, looks here
+    for part in {model, model.base_model}:
+        part.forward = _in_autocast(part.forward, model, product)
+    for layer in model.modules():
+        if hasattr(layer, "gradient_checkpointing"):
+            for name, norm in layer.named_children():
+                if name.endswith(("norm", "layernorm")):  # else each of the matrices after it keeps a copy of its own
+                    norm.register_forward_hook(lambda module, args, states: states.to(product))
+
+
+def _plain_linears(model: nn.Module) -> list[nn.Linear]:
+    """Those that are called. A state space layer, told by its convolution, takes the weights of its own uncalled."""
+    odd = {id(part) for module in model.modules() if any(isinstance(child, nn.Conv1d) for child in module.children())
+           for part in module.modules()}
+    return [layer for layer in model.modules() if type(layer) is nn.Linear and id(layer) not in odd]
+
+
+def _in_autocast(forward, model: nn.Module, product: torch.dtype):
+    @functools.wraps(forward)
+    def inside(*args, **kwargs):
+        with torch.autocast(model.device.type, product):
+            return forward(*args, **kwargs)
+    return inside
+
+
+class Held(nn.Linear):
+    """A frozen layer that holds its weight in bfloat16 and multiplies in the dtype of its inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self.weight, self.bias)
+
+
+class _Product(torch.autograd.Function):
+    """W x + b. Keeps W itself, of which backward makes the wider copy again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return nn.functional.linear(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None, None
