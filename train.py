@@ -36,6 +36,7 @@ from nanodpo import (
     space,
 )
 from nanodpo import engine as engines
+from nanodpo import noise as noises
 from nanodpo import state as states
 from nanodpo.arguments import TrainArguments, parse
 from nanodpo.errors import Preempted, RunStopped, UserError, leave, run_script
@@ -172,6 +173,8 @@ def train_from(start: Start, stop: Stop) -> None:
     if args.dry_run:
         dry_run(run)
         return
+    if args.bf16 and not start.old:
+        run.facts["noise"] = measure_noise(run)
     found = open_folder(run, weights, start.old, start.wanted)
     again = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
     again += "" if args.resume == "auto" else " and without --resume"
@@ -310,6 +313,21 @@ def dry_run(run: Run) -> None:
     peaks = distributed.agree(None, metrics.peak_gib(run.device))
     distributed.say(space.estimate(run.engine, run.device, states.shards(run.engine), peaks,
                                    time.perf_counter() - began, disk_needed(run)))
+
+
+def measure_noise(run: Run) -> dict[str, float]:
+    """What rounding does to a pair's numbers, by metric; see nanodpo/noise.py."""
+    examples, args = run.train_set.examples, run.args
+    sides = ["chosen"] if examples[0].rejected is None else ["chosen", "rejected"]
+    pairs = pairs_of_step(len(examples), noises.count(run.steps * run.pairs_per_step), args.seed, 0)
+    batches = deal(pairs, args.per_device_train_batch_size, run.rank, run.world)
+    with shortage_named(run, run.train_set, pairs, "measuring what rounding does"):
+        found = noises.measure(
+            run.engine, run.engine.module.model, lambda indices: score(run, run.train_set, indices, sides), batches,
+            lambda indices: torch.tensor([[len(getattr(examples[i], side)) for side in sides] for i in indices]),
+            None if args.loss == "sft" else args.beta)
+    distributed.say(noises.describe(found, run.pairs_per_step))
+    return found
 
 
 def add_references(run: Run, weights: str) -> None:

@@ -27,8 +27,8 @@ class TrainArguments:
     model_name: str = _flag(None, "Folder or hub id of a causal LM, or folder of a PEFT adapter to train on.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the weights.")
     random_init: bool = _flag(False, "Start from model_name's config with random weights instead of its weights.")
-    bf16: bool = _flag(False, "Frozen matrices, and on a GPU matrix products, in bfloat16; all else, and without it all, in "
-                        "float32.")
+    bf16: bool = _flag(False, "Frozen matrices, and on a GPU matrix products, in bfloat16; all else, and without it "
+                        "all, in float32.")
     use_flash_attention: bool = _flag(False, "Demand the variable-length flash kernel (CUDA); stop where it fails.")
     gradient_checkpointing: bool = _flag(False, "Recompute activations in backward instead of keeping them.")
     activation_memory: float = _flag(None, "GiB a rank has for activations: of each row as many layers are recomputed "

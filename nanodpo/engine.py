@@ -14,7 +14,7 @@ from .logprobs import SequenceLogProbs
 from .precision import mix, products
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-         "gradient_clipping", "fp16", "bf16", "torch_autocast")  # settings of the DeepSpeed JSON that are flags of train.py
+         "gradient_clipping", "fp16", "bf16", "torch_autocast")  # settings of the JSON that are train.py's flags
 # What DeepSpeed takes for granted of its settings, and looks at only when they are used.
 OBJECTS = ("activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "compile", "csv_monitor",
            "data_efficiency", "data_types", "flops_profiler", "fp16", "tensorboard", "timers", "wandb",
@@ -56,6 +56,7 @@ def engine_config(settings: dict, path: str, args) -> dict:
     settings["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     settings["gradient_accumulation_steps"] = 1  # accumulation is train.py's loop, with windows of any size
     settings["gradient_clipping"] = args.max_grad_norm
+    settings["bf16"] = {"enabled": False, "check_grad_overflow": True}  # what is trained is float32, see precision.py
     if taken := [key for key in UNKNOWN if key in settings]:
         raise UserError(f"{path}: sets {', '.join(taken)}, which train.py does not support; remove it")
     zero = settings.setdefault("zero_optimization", {})

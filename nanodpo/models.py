@@ -83,7 +83,8 @@ def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
                         target_modules=names, task_type="CAUSAL_LM")
     head = model.get_output_embeddings()
     try:
-        model = get_peft_model(model, config)  # in float32, also where the base is bfloat16
+        with _drawn_in_float32():
+            model = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"--lora_target_modules {args.lora_target_modules}: {first_line(error)}") from error
     if model.get_base_model().get_output_embeddings() is not head:
@@ -91,6 +92,19 @@ def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
     check_plain_lora(model, f"--lora_target_modules {args.lora_target_modules}")
     model.peft_config["default"].base_model_name_or_path = absolute(source.base)
     return model
+
+
+@contextlib.contextmanager
+def _drawn_in_float32():
+    """Keeps PEFT from rounding a fresh adapter to the dtype of its base: it starts the same with --bf16 and without."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    own = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        BaseTunerLayer._move_adapter_to_device_of_base_layer = own
 
 
 def _remove_dropout(model: nn.Module) -> None:

@@ -29,18 +29,21 @@ def mix(model: nn.Module, product: torch.dtype) -> None:
     held = [layer for layer in _plain_linears(model) if layer.weight.dtype == torch.bfloat16]
     kept = {id(layer.weight) for layer in [*held, model.get_input_embeddings()]}
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.dtype == torch.bfloat16 and (tensor.ndim < 2 or (product == torch.float32 and id(tensor) not in kept)):
+        wider = tensor.ndim < 2 or (product == torch.float32 and id(tensor) not in kept)
+        if wider and tensor.dtype == torch.bfloat16:
             tensor.data = tensor.data.float()
     model.get_input_embeddings().register_forward_hook(lambda module, args, states: states.float())
     if product == torch.float32:
         for layer in held:
             layer.__class__ = Held
         return
+    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
+
     model.get_output_embeddings().product = product  # the head, which works outside of autocast, looks here
     for part in {model, model.base_model}:
         part.forward = _in_autocast(part.forward, model, product)
     for layer in model.modules():
-        if hasattr(layer, "gradient_checkpointing"):
+        if isinstance(layer, GradientCheckpointingLayer):
             for name, norm in layer.named_children():
                 if name.endswith(("norm", "layernorm")):  # else each of the matrices after it keeps a copy of its own
                     norm.register_forward_hook(lambda module, args, states: states.to(product))
@@ -74,7 +77,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(weight)
-        return nn.functional.linear(x, weight.to(x.dtype), bias)
+        y = nn.functional.linear(x, weight.to(x.dtype))
+        return y if bias is None else y.add_(bias)  # in one call it would be a view, to which LoRA can't add in place
 
     @staticmethod
     @once_differentiable

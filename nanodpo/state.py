@@ -1,7 +1,7 @@
 """What an engine needs to go on: float32 weights, AdamW's moments and the random numbers of this rank, as tensors.
 
-At each ZeRO stage DeepSpeed keeps the weights that the optimizer steps in another place. Frozen weights and copies in
-low precision are not part of the state: the first come from the model again, the second from the float32 weights.
+At each ZeRO stage DeepSpeed keeps the weights that the optimizer steps in another place. Frozen weights are not part of
+the state: they come from the model again.
 """
 
 import torch

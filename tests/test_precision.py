@@ -1,0 +1,195 @@
+"""--bf16: what is rounded and what is not, against models rounded by hand."""
+
+import copy
+import json
+
+import pandas
+import pytest
+import torch
+from conftest import ROOT, launch, train
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, naive_token_logps, random_groups, tiny
+
+from nanodpo import gated, lora, noise
+from nanodpo.attention import LOOP
+from nanodpo.logprobs import SequenceLogProbs
+from nanodpo.packing import pack, pad
+from nanodpo.precision import Held, mix, products, stored
+
+CPU = torch.device("cpu")
+
+
+def rounded(model, dtype=torch.float64):
+    """A copy in which every weight is what bfloat16 holds of it."""
+    return copy.deepcopy(model).bfloat16().to(dtype)
+
+
+def mixed(model, product):
+    model = copy.deepcopy(model).bfloat16()
+    mix(model, product)
+    return model
+
+
+def test_where_products_are_rounded():
+    """On a GPU with --bf16; what is trained as a whole is never stored in bfloat16."""
+    cuda = torch.device("cuda")
+    found = [products(bf16, device) for bf16 in (False, True) for device in (CPU, cuda)]
+    assert found == [torch.float32] * 3 + [torch.bfloat16]
+    assert [stored(*how) for how in ((True, True), (True, False), (False, True))] == [
+        torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "falcon_h1"])  # its head is refused
+def test_a_cpu_rounds_nothing_but_frozen_weights(family):
+    """Log-probs are float32's of the model with its weights rounded by hand, as near as any two float32 sums."""
+    model, groups = tiny(family, torch.float32), random_groups()
+    ours = SequenceLogProbs(mixed(model, torch.float32)).token_logps(pad(groups))
+    truth = torch.cat(naive_token_logps(rounded(model, torch.float32), groups))
+    # Gemma's embeddings are scaled in their weight's dtype: one rounding, which no training moves.
+    assert (ours - truth).abs().max() < (0.2 if family.startswith("gemma") else 2e-4)
+
+
+def adapted(model):
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(1)
+    for name, p in sorted(model.named_parameters()):
+        if "lora_" in name:
+            p.data.copy_(0.2 * torch.randn(p.shape))  # the same in every dtype
+    return model
+
+
+def with_lora(base, product):
+    """As train.py has it: loaded in bfloat16, adapter, mix, fuse, thin. In packed rows."""
+    model = adapted(copy.deepcopy(base).bfloat16())
+    mix(model, product)
+    lora.fuse(model)
+    gated.thin(model)
+    model.get_base_model().set_attn_implementation(LOOP)
+    return model
+
+
+def gradients(model, row):
+    logps = SequenceLogProbs(model)(row)
+    logps.sum().backward()
+    return logps.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite", "phi", "gpt2"])
+def test_lora_stays_float32(family):
+    """Log-probs and gradients of LoRA beside bfloat16 weights: on a CPU those of float64 to float32's last digits, with
+    products in bfloat16, as a GPU has them, near; LoRA's weights and gradients are float32."""
+    model = tiny(family, torch.float32)
+    logps, truth = gradients(adapted(rounded(model)).double(), pad(random_groups()))
+    for product, logp_limit, grad_limit in ((torch.float32, 1e-5, 1e-3), (torch.bfloat16, 0.02, 0.2)):
+        ours = with_lora(model, product)
+        assert {p.dtype for p in ours.parameters() if p.requires_grad} == {torch.float32}
+        assert {p.dtype for p in ours.parameters() if p.ndim > 1 and not p.requires_grad} >= {torch.bfloat16}
+        found, grads = gradients(ours, pack(random_groups()))
+        assert ((found - logps) / logps).abs().max() < logp_limit and grads.keys() == truth.keys()
+        distance = sum((grads[name].double() - truth[name]).square().sum() for name in truth).sqrt()
+        assert distance < grad_limit * sum(grad.square().sum() for grad in truth.values()).sqrt()
+        assert {grad.dtype for grad in grads.values()} == {torch.float32}
+
+
+def test_what_adds_up_from_layer_to_layer_is_float32():
+    """Also where products are bfloat16: layers take and give float32, their norms' outputs are rounded once for all
+    that read them, and the last one's are not."""
+    model, seen = mixed(tiny("llama", torch.float32), torch.bfloat16), {}
+    inner = model.model
+    places = {"layer": inner.layers[1], "norm": inner.layers[0].input_layernorm, "last": inner.norm,
+              "product": inner.layers[0].self_attn.q_proj}
+    for name, module in places.items():
+        module.register_forward_hook(
+            lambda module, args, out, name=name: seen.update({name: (args[0].dtype, out.dtype)}))
+    model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert seen == {"layer": (torch.float32, torch.float32), "norm": (torch.float32, torch.bfloat16),
+                    "last": (torch.float32, torch.float32), "product": (torch.bfloat16, torch.bfloat16)}
+
+
+def test_less_noise_than_in_bfloat16_throughout():
+    """The same model and pairs under a change of a part in a million: float32 products leave nothing of it, rounded
+    ones less than a model that is bfloat16 throughout is off."""
+    model, groups = tiny("llama", torch.float32, num_hidden_layers=8), random_groups()
+    truth = torch.cat(naive_token_logps(rounded(model), groups))
+
+    def error(module):
+        with torch.no_grad():
+            return (SequenceLogProbs(module).token_logps(pad(groups)) - truth).square().mean().sqrt().item()
+
+    old, gpu, cpu = error(model.bfloat16()), error(mixed(model, torch.bfloat16)), error(mixed(model, torch.float32))
+    assert cpu < 1e-3 * old and gpu < 0.9 * old
+
+
+def test_held_layers_keep_no_wider_copy():
+    """Of a product with a frozen weight nothing is kept for backward but the weight itself."""
+    layer = torch.nn.Linear(3, 5).bfloat16().requires_grad_(False)
+    layer.bias.data = layer.bias.data.float()
+    layer.__class__ = Held
+    x, kept = torch.randn(2, 3, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert [t.data_ptr() for t in kept] == [layer.weight.data_ptr()] and kept[0].dtype == torch.bfloat16
+    y.backward(torch.ones(2, 5))
+    assert torch.allclose(y, x @ layer.weight.float().T + layer.bias) and x.grad.equal(
+        torch.ones(2, 5) @ layer.weight.float())
+
+
+@pytest.mark.parametrize("more", [(), ("--use_lora", "false")], ids=["lora", "full"])
+def test_scores_are_what_training_logged(more, tiny, tmp_path):
+    """score.py under checkpoint-k gives the means that step k logged, over the same pairs, to float32's last digits."""
+    flags = ("--learning_rate", "1e-3", "--max_steps", "3", "--save_steps", "1", "--per_device_train_batch_size", "11")
+    lines = train(tiny, tmp_path / "run", *flags, "--bf16", *more)
+    launch(ROOT / "score.py", tmp_path / "run", "--output_dir", tmp_path / "scores", "--dataset_path",
+           f"all={tiny / 'train.jsonl'}", launcher="fork")
+    scores = pandas.read_parquet(tmp_path / "scores" / "scores.parquet").groupby(["step", "response"])["logps"].mean()
+    for line in lines:
+        for side in ("chosen", "rejected"):
+            assert scores[line["step"], side] == pytest.approx(line[f"logps/{side}"], rel=1e-6)
+    (weights,) = (tmp_path / "run" / "checkpoint-3").glob("*model.safetensors")
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float32}
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["noise"].keys() == {"rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected"}
+    assert all(0 < value < 1e-4 for value in record["noise"].values())
+
+
+def test_noise_by_hand():
+    """A stand-in for a model whose log-probs are 1,000 times its embedding: a part in 2**20 moves them by known
+    amounts. Margins: beta times the difference of two sides; the mean is of squares, over pairs."""
+    model, lengths = Stub(), torch.tensor([[2, 4], [5, 10]])
+    found = noise.measure(model, model, model.score, [([0, 1], 1.0), ([0], 0.0)], lambda indices: lengths[indices], 0.1)
+    moved = 1000 * 2.0**-20 * torch.tensor([[1.0, 3], [2, 8]], dtype=torch.float64)  # of pair 0 and pair 1
+    margin = 0.1 * (moved[:, 0] - moved[:, 1])
+    truth = {"rewards/margins": margin, "logps_per_token/chosen": moved[:, 0] / lengths[:, 0],
+             "logps_per_token/rejected": moved[:, 1] / lengths[:, 1]}
+    truth = {name: value.square().mean().sqrt().item() for name, value in truth.items()}
+    assert found == pytest.approx(truth, rel=1e-6)
+    assert model.training and not model.embedding._forward_hooks
+    sft = noise.measure(model, model, lambda i: model.score(i)[:, :1], [([0], 1.0)], lambda i: lengths[i][:, :1], None)
+    assert sft == pytest.approx({"logps_per_token/chosen": moved[0, 0].item() / 2}, rel=1e-6)
+
+
+class Stub(torch.nn.Module):
+    device = CPU
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding.from_pretrained(torch.tensor([[1.0, 3], [2, 8]], dtype=torch.float64))
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def score(self, indices):
+        assert not self.training
+        return 1000 * self.embedding(torch.tensor(indices))
+
+
+def test_noise_costs_little_and_is_said():
+    """Two passes over at most 8 pairs; of a run of 100 pairs or more at most 2% of passes, of which training takes
+    three and its reference one."""
+    assert all(2 * noise.count(n) <= 0.02 * 4 * n for n in range(100, 2000)) and noise.count(1) == 2
+    assert noise.count(10**6) == 8
+    line = noise.describe({"rewards/margins": 0.0123, "logps_per_token/chosen": 1e-3}, 16)
+    assert line == ("bfloat16 noise: rewards/margins +-0.01 for one pair, +-0.003 in a step's mean of 16; a change "
+                    "below that means nothing")
+    assert "logps_per_token/chosen +-0.001 for one pair; a" in noise.describe({"logps_per_token/chosen": 1e-3}, 1)
