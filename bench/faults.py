@@ -1,14 +1,25 @@
-"""Kills training again and again, and checks that nothing shows in what it leaves.
+"""Does to training what happens to it, again and again, and checks that nothing shows in what it leaves.
 
     python bench/faults.py --kills 100 --seed 0 --output faults.json
     python bench/faults.py --kills 10 --launcher torchrun
+    python bench/faults.py --kills 30 --kinds file damage --minutes 3
 
 Each configuration (SFT and DPO, ZeRO 0, 2 and 3, one rank and two) is run once undisturbed. Then it is started again
 and, at instants drawn from the seed, one rank or all of them get SIGKILL (sometimes SIGTERM): while the process starts,
 in the reference pass, in steps, in the midst of a save, at the end. The same command goes on until the run is done, and
 every checkpoint byte and every number of metrics.jsonl, times and memory aside, is compared with the undisturbed run.
 Ranks that a dead one leaves behind must end within 30 seconds; `told` are those that waited for its start, and ended
-when they got the SIGTERM that launchers send.
+when they got the SIGTERM that launchers send. --kinds, all of them if not said:
+
+    kill      at an instant
+    file      rank 0, right before one of its first 60 files or folders is renamed, linked or removed
+    pause     SIGSTOP, SIGCONT within 3 seconds, and then a kill: what was paused must have gone on
+    stop      one rank gets SIGSTOP and the others SIGTERM: they must end all the same
+    damage    after one of these a bit of a checkpoint, a state or the cache flips, or half a line is in metrics.jsonl:
+              it is made again, or passed over, or named on the screen
+    base      after one of these the model has other weights: refused, nothing changes, and with the weights put back
+              the run goes on
+    ranks     after one of these the last rank gets another learning rate: refused likewise
 
 The ranks are real processes that run train.py, on CPU. `fork`, the default, makes them from one that has imported the
 libraries already, which saves ten seconds a kill; `torchrun` and `python` start as a user would. Exit code 1 where
@@ -22,6 +33,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,9 +48,11 @@ PILES = ROOT / "examples" / "piles"
 STEPS, PATIENCE = 10, 30
 EXITS: dict[int, int] = {}  # of the processes that have ended
 PHASES = ("start", "reference", "step", "save", "end")
-FLAGS = ("--model_name", PILES / "sft", "--train_file_path", PILES / "train.parquet", "--eval_size", 4, "--max_steps",
+RUNNING, DOWN = ("kill", "file", "pause", "stop"), ("damage", "base", "ranks")
+EVENTS = ("os.rename", "os.link", "os.remove", "os.rmdir", "shutil.rmtree")
+FLAGS = ("--train_file_path", PILES / "train.parquet", "--eval_size", 4, "--max_steps",
          STEPS, "--save_steps", 2, "--resume_steps", 1, "--eval_steps", 4, "--learning_rate", "1e-3", "--lora_dropout",
-         "0.1", "--allow_dropout", "--warmup_steps", 3, "--draw", "false")
+         "0.1", "--allow_dropout", "--warmup_steps", 3, "--save_total_limit", 3, "--draw", "false")
 
 
 def configurations(folder: Path) -> list[dict]:
@@ -59,12 +73,13 @@ def configurations(folder: Path) -> list[dict]:
 def command(config: dict, run: str) -> list[str]:
     # Each of the two runs has its own references: a cache would leave nothing to kill there.
     folder = config["folder"]
-    return [str(x) for x in (*FLAGS, *config["flags"], "--output_dir", folder / run, "--cache_dir",
-                             folder / f"{run}-cache")]
+    return [str(x) for x in ("--model_name", folder / "model", *FLAGS, *config["flags"], "--output_dir", folder / run,
+                             "--cache_dir", folder / f"{run}-cache")]
 
 
-def start(config: dict, run: str, launcher: str) -> list[int]:
-    """The process ids of the ranks, or of the launcher, each the head of its own group."""
+def start(config: dict, run: str, launcher: str, event: int = 0, last: tuple = ()) -> list[int]:
+    """The process ids of the ranks, or of the launcher, each the head of its own group. By fork rank 0 can be killed at
+    a file event of this number, and the last rank have these flags besides."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -72,7 +87,9 @@ def start(config: dict, run: str, launcher: str) -> list[int]:
     EXITS.clear()
     if launcher == "fork":
         argv = [str(ROOT / "train.py"), *command(config, run)]
-        return [fork(argv, log, rank, config["ranks"], port) for rank in range(config["ranks"])]
+        ranks = range(config["ranks"])
+        return [fork([*argv, *(last if rank == ranks[-1] else ())], log, rank, len(ranks), port, not rank and event)
+                for rank in ranks]
     head = [sys.executable]
     if launcher == "torchrun":
         head += ["-m", "torch.distributed.run", "--nproc_per_node", str(config["ranks"]), "--master_port", port]
@@ -81,8 +98,9 @@ def start(config: dict, run: str, launcher: str) -> list[int]:
                                  start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).pid]
 
 
-def fork(argv: list[str], log: Path, rank: int, world: int, port: str) -> int:
-    """A rank that runs the script argv[0], made from this process and what it has imported."""
+def fork(argv: list[str], log: Path, rank: int, world: int, port: str, event: int = 0) -> int:
+    """A rank that runs the script argv[0], made from this process and what it has imported; killed at a file event of
+    its output folder where `event` is above 0."""
     if pid := os.fork():
         return pid
     code = 1
@@ -94,6 +112,8 @@ def fork(argv: list[str], log: Path, rank: int, world: int, port: str) -> int:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=port)
         sys.argv = argv
+        if event:
+            sys.addaudithook(killer(event, str(log.parent)))
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
@@ -103,6 +123,18 @@ def fork(argv: list[str], log: Path, rank: int, world: int, port: str) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def killer(event: int, folder: str):
+    """An audit hook that ends the process right before the file event of this number in `folder`."""
+    left = itertools.count(event - 1, -1)
+
+    def hear(name: str, what: tuple) -> None:
+        # Within shutil.rmtree names are relative to an open folder.
+        if name in EVENTS and (str(what[0]).startswith(folder) or "/" not in str(what[0])) and next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return hear
 
 
 def phase_of(config: dict, run: str) -> str:
@@ -130,10 +162,16 @@ def ended(pids: list[int]) -> list[int | None]:
 
 def disturb(config: dict, launcher: str, draw: random.Random, dice: dict) -> dict | None:
     """Starts the run once and kills it as the dice say; None where it came to its end instead."""
-    pids, began = start(config, "killed", launcher), time.monotonic()
+    kind = dice["kind"]
+    pids, began = start(config, "killed", launcher, dice["event"] if kind == "file" else 0), time.monotonic()
     folder = config["folder"] / "killed"
     lines = count_lines(folder)
-    if dice["phase"] == "start":
+    if kind == "file":
+        wait_until(pids, lambda: any(code is not None for code in ended(pids)))
+        if ended(pids)[0] != 128 + signal.SIGKILL:
+            wait_until(pids, lambda: None not in ended(pids))
+            return finish_off(config, pids) or None
+    elif dice["phase"] == "start":
         wait_until(pids, lambda: time.monotonic() - began > dice["delay"] * (1.5 if launcher == "fork" else 8))
     else:
         more = lines + dice["steps"]
@@ -143,25 +181,87 @@ def disturb(config: dict, launcher: str, draw: random.Random, dice: dict) -> dic
     if None not in ended(pids):
         return finish_off(config, pids) or None
     observed = phase_of(config, "killed")
-    victims = pids if dice["all"] else [draw.choice(pids)]
-    for pid in victims:
+    victims = pids if dice["all"] and kind != "stop" else [draw.choice(pids)]
+    if kind == "pause":
+        send(victims, signal.SIGSTOP)
+        time.sleep(0.5 + 2.5 * dice["delay"])
+        send(victims, signal.SIGCONT)
+        wait_until(pids, lambda: any(ended(pids)), 1)
+        if any(ended(pids)) or None not in ended(pids):
+            return finish_off(config, pids) or None
+    if kind != "file":
+        send(victims, signal.SIGSTOP if kind == "stop" else dice["signal"])
+    hit, left = time.monotonic(), [pid for pid in pids if kind != "stop" or pid not in victims]
+    wait_until(left, lambda: None not in ended(left), 5)
+    told = [pid for pid, code in zip(left, ended(left)) if code is None and launcher == "fork"]
+    send(told, signal.SIGTERM)  # what a launcher does that has lost a rank
+    wait_until(left, lambda: None not in ended(left), PATIENCE - 5)
+    seconds, hanging = time.monotonic() - hit, [pid for pid, code in zip(left, ended(left)) if code is None]
+    send([pid for pid, code in zip(pids, ended(pids)) if code is None], signal.SIGKILL)
+    wait_until(pids, lambda: None not in ended(pids))
+    return {"config": config["name"], "kind": kind, "phase": observed, "signal": dice["signal"].name,
+            "all": dice["all"], "seconds_to_end": round(seconds, 2), "told": bool(told), "hung": bool(hanging),
+            "exit_codes": ended(pids), "step": count_lines(folder)}
+
+
+def send(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
         try:
-            os.killpg(pid, dice["signal"])
+            os.killpg(pid, number)
         except ProcessLookupError:
             pass
-    hit = time.monotonic()
-    wait_until(pids, lambda: None not in ended(pids), 5)
-    told = [pid for pid, code in zip(pids, ended(pids)) if code is None and launcher == "fork"]
-    for pid in told:  # what a launcher does that has lost a rank
-        os.killpg(pid, signal.SIGTERM)
-    wait_until(pids, lambda: None not in ended(pids), PATIENCE - 5)
-    seconds, hanging = time.monotonic() - hit, [pid for pid, code in zip(pids, ended(pids)) if code is None]
-    for pid in hanging:
-        os.killpg(pid, signal.SIGKILL)
+
+
+def damage(config: dict, draw: random.Random) -> None:
+    """Flips a bit of a file that a run can do without, or knows to name, or leaves half a line in metrics.jsonl."""
+    run, cache = config["folder"] / "killed", config["folder"] / "killed-cache"
+    states = sorted(run.glob("resume/step-*"), key=lambda state: int(state.name.removeprefix("step-")))
+    files = [file for place in (*run.glob("checkpoint-*"), *states[1:][-1:], cache) for file in place.glob("*")
+             if file.is_file() and file not in config["damaged"]]
+    if not files or draw.random() < 0.15:
+        with (run / "metrics.jsonl").open("a") as out:
+            out.write('{"step": 3, "lo')
+        return
+    file = draw.choice(sorted(files))
+    content = bytearray(file.read_bytes())
+    config["damaged"][file] = bytes(content)
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+
+
+def mend(config: dict) -> None:
+    """Puts back what was damaged in the run's last folder, where a run has said that it can't make it again."""
+    said = (config["folder"] / "killed.log").read_text()
+    for file, content in config["damaged"].items():
+        if file.is_file() and file.read_bytes() != content and f"resume: {file.parent}: " in said:
+            file.write_bytes(content)
+    config["damaged"].clear()
+
+
+def refused(config: dict, kind: str) -> list[str]:
+    """Starts the run with another base, or with a rank that was given something else; what is wrong in how it ends."""
+    run, weights = config["folder"] / "killed", config["folder"] / "model" / "model.safetensors"
+    log, kept = config["folder"] / "killed.log", weights.read_bytes()
+    size, before = log.stat().st_size, contents(run)
+    if kind == "base":
+        shutil.copy(PILES / "base" / "model.safetensors", weights)
+    pids = start(config, "killed", "fork", last=("--learning_rate", "2e-3") if kind == "ranks" else ())
+    wait_until(pids, lambda: any(code is not None for code in ended(pids)))
+    wait_until(pids, lambda: None not in ended(pids), PATIENCE)
+    codes, said = ended(pids), log.read_bytes()[size:].decode()
+    send([pid for pid, code in zip(pids, codes) if code is None], signal.SIGKILL)
     wait_until(pids, lambda: None not in ended(pids))
-    return {"config": config["name"], "phase": observed, "signal": dice["signal"].name, "all": dice["all"],
-            "seconds_to_end": round(seconds, 2), "told": bool(told), "hung": bool(hanging), "exit_codes": ended(pids),
-            "step": count_lines(folder)}
+    weights.write_bytes(kept)
+    word = "weights: " if kind == "base" else "--learning_rate"
+    wrong = {f"exit codes {codes}": codes != [2] * len(codes), "a traceback": "Traceback" in said,
+             f"no line that names {word}": not any(line.startswith("error: ") and word in line
+                                                   for line in said.splitlines()),
+             "files are others now": contents(run) != before}
+    return [f"{kind}: {what}" for what, is_so in wrong.items() if is_so]
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and ".partial" not in str(file)}
 
 
 def finish_off(config: dict, pids: list[int]) -> None:
@@ -196,12 +296,24 @@ def differences(one: Path, other: Path) -> list[str]:
     return found + [name for name in same if (one / name).read_bytes() != (other / name).read_bytes()]
 
 
-def roll(draw: random.Random) -> dict:
-    return {"phase": draw.choice(PHASES), "all": draw.random() < 0.5, "delay": draw.random(),
+def roll(draw: random.Random, kinds: list[str], ranks: int) -> dict:
+    kinds = [kind for kind in RUNNING if kind in kinds and (ranks > 1 or kind != "stop")]
+    return {"kind": draw.choice(kinds), "event": draw.randrange(1, 61),
+            "phase": draw.choice(PHASES), "all": draw.random() < 0.5, "delay": draw.random(),
             "steps": draw.randrange(1, 6), "signal": signal.SIGTERM if draw.random() < 0.15 else signal.SIGKILL}
 
 
-def try_one(config: dict, kills: int, launcher: str, draw: random.Random) -> tuple[list[dict], list[str]]:
+def go_wrong(config: dict, kinds: list[str], draw: random.Random) -> tuple[str | None, list[str]]:
+    """Does something to a run that has begun and is not under way, now and then: (what, what was wrong then)."""
+    kinds = [kind for kind in DOWN if kind in kinds and (config["ranks"] > 1 or kind != "ranks")]
+    if not kinds or not (config["folder"] / "killed" / "run.json").exists() or draw.random() < 0.5:
+        return None, []
+    kind = draw.choice(kinds)
+    return kind, damage(config, draw) or [] if kind == "damage" else refused(config, kind)
+
+
+def try_one(config: dict, kills: int, launcher: str, kinds: list[str], draw: random.Random
+            ) -> tuple[list[dict], list[str]]:
     """(kills that hit, differences): kills and goes on until the run is done, and once more from the start if it must
     be to have had so many kills."""
     hits, found, again = [], [], 0
@@ -212,7 +324,7 @@ def try_one(config: dict, kills: int, launcher: str, draw: random.Random) -> tup
                 old.rename(old.with_name(f"{old.name}-{again}"))
         done = False
         while not done:
-            hit = disturb(config, launcher, draw, roll(draw)) if len(hits) < kills else None
+            hit = disturb(config, launcher, draw, roll(draw, kinds, config["ranks"])) if len(hits) < kills else None
             if hit is None and not (run / "run.json").exists() or len(hits) >= kills:
                 pids = start(config, "killed", launcher)
                 wait_until(pids, lambda: None not in ended(pids))  # noqa: B023
@@ -220,8 +332,16 @@ def try_one(config: dict, kills: int, launcher: str, draw: random.Random) -> tup
             hits += [hit] if hit else []
             record = run / "run.json"
             done = record.exists() and json.loads(record.read_text()).get("finished", False)
+            if hit and not done:
+                hit["then"], wrong = go_wrong(config, kinds, draw)
+                found += wrong
+        mend(config)
         found += differences(config["folder"] / "undisturbed", run)
     return hits, found
+
+
+def count(hits: list[dict], key: str, values: tuple) -> str:
+    return ", ".join(f"{value} {n}" for value in values if (n := sum(hit.get(key) == value for hit in hits)))
 
 
 def warm_up() -> None:
@@ -238,6 +358,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launcher", choices=("fork", "python", "torchrun"), default="fork")
+    parser.add_argument("--kinds", nargs="+", choices=(*RUNNING, *DOWN), default=[*RUNNING, *DOWN])
     parser.add_argument("--only", default="", help="configurations whose name holds this word")
     parser.add_argument("--minutes", type=float, default=60, help="stop after the configuration that takes longer")
     parser.add_argument("--output", default=None, help="JSON of every kill")
@@ -245,6 +366,10 @@ def main() -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if args.launcher == "fork":
         warm_up()
+    else:  # the launcher is hit, and starts ranks that are all alike
+        args.kinds = [kind for kind in args.kinds if kind in ("kill", "pause", "damage")]
+    if not set(args.kinds) & set(RUNNING):
+        parser.error(f"--kinds: {', '.join(args.kinds)} comes after another: {', '.join(RUNNING)}")
     draw, hits, wrong, began = random.Random(args.seed), [], {}, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         configs = [config for config in configurations(Path(folder)) if args.only in config["name"]]
@@ -252,14 +377,18 @@ def main() -> int:
             configs = [config for config in configs if config["ranks"] == 1]
         for i, config in enumerate(configs):
             config["folder"].mkdir()
+            shutil.copytree(PILES / "sft", config["folder"] / "model")
+            config["damaged"] = {}  # what was in a file
             pids = start(config, "undisturbed", args.launcher)
             wait_until(pids, lambda: None not in ended(pids))  # noqa: B023
             if any(ended(pids)):
                 raise SystemExit(f"{config['name']}: {(config['folder'] / 'undisturbed.log').read_text()[-3000:]}")
-            new, found = try_one(config, (args.kills * (i + 1)) // len(configs) - len(hits), args.launcher, draw)
+            new, found = try_one(config, (args.kills * (i + 1)) // len(configs) - len(hits), args.launcher,
+                                 args.kinds, draw)
             hits, wrong = hits + new, wrong | {config["name"]: found}
-            phases = ", ".join(f"{p} {n}" for p in PHASES if (n := sum(hit["phase"] == p for hit in new)))
-            print(f"{config['name']:<28} {len(new):>3} kills ({phases}), {len(found)} differences", flush=True)
+            print(f"{config['name']:<28} {len(new):>3} kills ({count(new, 'phase', PHASES)}; "
+                  f"{count(new, 'kind', RUNNING)}; then {count(new, 'then', DOWN) or 'nothing'}), {len(found)} "
+                  "differences", *(f"\n  {line}" for line in found[:8]), flush=True)
             if time.monotonic() - began > 60 * args.minutes:
                 break
     hung = sum(hit["hung"] for hit in hits)
