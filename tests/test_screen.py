@@ -9,13 +9,15 @@ import sys
 import warnings
 
 import pytest
-from conftest import ROOT, environment, train
+import torch
+from conftest import ROOT, environment, launch, train
 
 import plot
 import score
 import train as trainer
-from nanodpo import progress
+from nanodpo import progress, tokens
 from nanodpo.errors import run_script
+from nanodpo.scoring import answers
 from nanodpo.screen import command_line, guard, printable, put
 
 EVIL = "\x1b]0;OWNED\x07\x1b[2J\r\x9b31m\u202e"
@@ -99,7 +101,10 @@ def test_run_json_and_manifests(tiny, finished, capfd):
     file = finished / "run.json"
     record = json.loads(file.read_text())
     file.write_text(json.dumps(record | {"steps": EVIL}))
-    assert SHOWN in said(trainer.main, capfd, *again(tiny, finished))
+    assert "run.json" in said(trainer.main, capfd, *again(tiny, finished))
+    file.write_text(json.dumps(record | {"finished": False, "git_commit": EVIL}))
+    shown = launch(ROOT / "train.py", *again(tiny, finished), launcher="fork").stdout
+    assert f"git_commit: {SHOWN} -> " in shown and not acts(shown)
     file.write_text(json.dumps(record | {"world_size": 1, "data": [EVIL]}))
     assert "holds a run with other settings" in said(trainer.main, capfd, *again(tiny, finished))
     manifest = finished / "checkpoint-1" / "manifest.json"
@@ -270,3 +275,26 @@ def test_a_finished_run_says_how_to_train_further(tiny, finished, capfd):
     (last,) = re.findall(r"--model_name (\S+) \(for DPO", found)
     assert last == str(finished / "checkpoint-1")
     train(tiny, finished.parent / "further", "--max_steps", "1", "--eval_size", "2", "--model_name", last)
+
+
+def test_greedy_answers_are_counted_as_they_come():
+    """Every prompt once, those without room for a token included."""
+    class Parrot:
+        device = "cpu"
+
+        def generate(self, input_ids, attention_mask, max_new_tokens):
+            return torch.cat([input_ids, torch.full((len(input_ids), 1), 7)], 1)
+
+    told = []
+    said = answers.greedy(Parrot(), [[1] * n for n in (1, 2, 3, 9, 9)], 4, 9, [7], 12, told.append)
+    assert said == [[7], [7], [7], [], []] and sum(told) == 5 and len(told) > 2
+
+
+def test_texts_are_tokenised_a_thousand_at_a_time(tiny):
+    """With the ids of one call for all."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    texts = [f"{i} is the number" for i in range(2001)]
+    assert tokens._ids(tokenizer, texts) == tokenizer(texts, add_special_tokens=False).input_ids
+    assert tokens._ids(tokenizer, []) == []
