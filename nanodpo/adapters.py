@@ -101,8 +101,11 @@ def _written(model, adapter: str) -> dict:
         raise UserError(f"{adapter}: lacks {len(lacking)} of the weights that its adapter_config.json asks for, such "
                         f"as {min(lacking)}; copy the adapter anew")
     if strange := written.keys() - places.keys():
+        whole = [name for name in strange if ".lora_" not in name]
+        why = ("; it is no LoRA weight (target_modules or modules_to_save name embeddings or a head), and only LoRA on "
+               "linear layers is supported: merge the adapter (PEFT's merge_and_unload), and name the merged model")
         raise UserError(f"{adapter}: has weights that its base or its adapter_config.json has no place for, such as "
-                        f"{min(strange)}")
+                        f"{min(whole or strange)}{why * bool(whole)}")
     return written
 
 

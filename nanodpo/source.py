@@ -79,7 +79,9 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
                                                       trust_remote_code=trust_remote_code)
             tokenizer("a")  # some settings of a wrong type show only here
         except BROKEN as error:
-            raise UserError(f"model {where}: {what} can't be opened: {first_line(error)}") from error
+            moved = (f". If the base has moved, write its place into {Path(name) / 'adapter_config.json'}, "
+                     "base_model_name_or_path") * bool(adapter and what == "config.json")
+            raise UserError(f"model {where}: {what} can't be opened: {first_line(error)}{moved}") from error
         if quantised:
             raise UserError(f"model {where}: its weights are quantised (quantization_config in config.json); log-probs "
                             "and updates are of weights in float32 or bfloat16, so name the model that they come from")
@@ -101,13 +103,17 @@ def check_ids(source: Source, path: str, examples) -> None:
     vocabulary = source.config.get_text_config().vocab_size
     if max(source.tokenizer.get_vocab().values(), default=0) < vocabulary:
         return
+    mend = "put the tokenizer's files of this very model there"
+    if source.adapter:
+        mend = ("an adapter of a model whose vocabulary was grown must be merged where that model is (PEFT's "
+                "merge_and_unload), and the merged model be named; else " + mend)
     for example in examples:
         for ids in (example.prompt, example.chosen, example.rejected or [], *example.more.values()):
             if (largest := max(ids, default=0)) >= vocabulary:
                 token = source.tokenizer.convert_ids_to_tokens(largest)
                 raise UserError(f"model {source.adapter or source.base}: its tokenizer gives {token!r} the id {largest}"
                                 f", and its embedding has {vocabulary} places, from 0 (first used in {path}, row "
-                                f"{example.row}); put the tokenizer's files of this very model there")
+                                f"{example.row}); {mend}")
 
 
 def _check_files(folder: Path) -> None:
