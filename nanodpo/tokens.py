@@ -3,13 +3,13 @@
 import collections
 import dataclasses
 
-from .data import Texts, render_more, render_row
+from .data import REPEATED, Texts, render_more, render_row
 from .errors import UserError, one_line
 from .example import Example, too_long, truncate
 from .problems import with_problems
 from .progress import track
 from .rows import choose_fields, describe_columns, read_rows, unread_parts
-from .template import Template
+from .template import Template, added_tokens
 
 SHOWN = 3  # rows that a message names; dropped_rows.jsonl has them all
 
@@ -51,9 +51,12 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
             values = [row[name] if name else None for name in fields]
             text = render_row(template, number, *values, fields[2] is not None, may_be_equal=alone)
             found = {name: render_more(template, text.prompt, name, row[name]) for name in more}
-            texts.append(dataclasses.replace(text, more={name: said for name, said in found.items() if said}))
+            notes = (*text.notes, *(note for _, notes in found.values() for note in notes))
+            said = {name: response for name, (response, _) in found.items() if response}
+            texts.append(dataclasses.replace(text, notes=notes, more=said))
         except UserError as error:
             _drop(data, number, str(error))
+    _check_repeated(path, texts)
     examples = _tokenize(texts, template.tokenizer, args.boundary, may_be_equal=alone)
     _tokenize_more(texts, examples, template.tokenizer, args.boundary, limit)
     for text, example in zip(texts, examples):
@@ -87,6 +90,15 @@ def _add_notes(data: DataSet, texts: list[Texts]) -> None:
         data.notes["repeats an earlier row"] = duplicates
 
 
+def _check_repeated(path: str, texts: list[Texts]) -> None:
+    """Raises UserError for a column of whole texts beside a prompt column. Single answers may repeat their question."""
+    notes = [note for text in texts for note in dict.fromkeys(text.notes) if note.endswith(REPEATED)]
+    for note, count in collections.Counter(notes).items():
+        if 2 * count >= len(texts):
+            raise UserError(f"{path}: {note}, and its second copy would be scored (in {count} of {_rows(len(texts))}); "
+                            "cut it off, so that the column holds answers alone")
+
+
 def _rows(count: int) -> str:
     return f"{count} row" if count == 1 else f"{count} rows"
 
@@ -107,28 +119,30 @@ def _tokenize(texts: list[Texts], tokenizer, boundary: str, may_be_equal: bool) 
     """An Example for each text, or the reason why there is none."""
     if not texts:
         return []
-    prompts = _encode(tokenizer, [t.prompt for t in texts])
+    prompts = _encode(tokenizer, [t.prompt for t in texts], texts)
     sides = []
     for side in ("chosen", "rejected"):
         responses = [getattr(t, side) for t in texts]
         if responses[0] is None:
             sides.append([None] * len(texts))
-        elif boundary == "concat":
-            sides.append(_ids(tokenizer, responses))
         else:
-            wholes = _encode(tokenizer, [t.prompt + r for t, r in zip(texts, responses)])
-            sides.append([_after(prompt, whole, tokenizer) for prompt, whole in zip(prompts, wholes)])
+            sides.append(_responses(tokenizer, texts, prompts, responses, boundary))
     return [_example(*row, may_be_equal) for row in zip(texts, prompts, *sides)]
+
+
+def _responses(tokenizer, texts: list[Texts], prompts: list[list[int]], responses: list[str], boundary: str) -> list:
+    """Ids of a response to each text's prompt, or what is wrong with it."""
+    if boundary == "concat":
+        return _apart(tokenizer, prompts, responses)
+    wholes = _encode(tokenizer, [t.prompt + r for t, r in zip(texts, responses)], texts)
+    return [_after(prompt, whole, tokenizer) for prompt, whole in zip(prompts, wholes)]
 
 
 def _tokenize_more(texts: list[Texts], examples: list, tokenizer, boundary: str, limit: int) -> None:
     """Gives each Example its further responses; puts a reason in its place where one merges with the prompt."""
     for i, (text, example) in enumerate(zip(texts, examples)):
         for name, response in text.more.items() if isinstance(example, Example) else ():
-            if boundary == "concat":
-                ids = _ids(tokenizer, [response])[0]
-            else:
-                ids = _after(example.prompt, _encode(tokenizer, [text.prompt + response])[0], tokenizer)
+            ids, = _responses(tokenizer, [text], [example.prompt], [response], boundary)
             if isinstance(ids, str):
                 examples[i] = f"column {name}: {ids}"
                 break
@@ -148,13 +162,15 @@ def _example(text: Texts, prompt: list[int], chosen, rejected, may_be_equal: boo
     return Example(text.row, prompt, chosen, rejected)
 
 
-def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids with exactly one BOS in front where the tokenizer uses one, and no other special token added."""
-    ids = _ids(tokenizer, texts)
+def _encode(tokenizer, lines: list[str], texts: list[Texts]) -> list[list[int]]:
+    """Token ids; of plain text with exactly one BOS in front where the tokenizer uses one.
+
+    What the chat template rendered has the BOS that the template wrote, or none, as at inference.
+    """
     bos = tokenizer.bos_token_id
-    # A rendered template may have written its BOS as text already.
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    return [[bos, *line] if adds_bos and line[:1] != [bos] else line for line in ids]
+    return [[bos, *ids] if adds_bos and not text.rendered and ids[:1] != [bos] else ids
+            for ids, text in zip(_ids(tokenizer, lines), texts)]
 
 
 def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -162,6 +178,32 @@ def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
     parts = [texts[i : i + 1000] for i in range(0, len(texts), 1000)]
     return [ids for part in track(parts, "tokenising", "thousand text") for ids in tokenizer(
         part, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids]
+
+
+def _apart(tokenizer, prompts: list[list[int]], responses: list[str]) -> list[list[int] | str]:
+    """Ids of responses by themselves, but as they are within a text: many tokenizers put a space before every text.
+
+    Those are given something that comes first and is taken away again, and that no token joins with what follows: the
+    prompt's last token where it is an added one, else a mark or letter.
+    """
+    if not _puts_in_front(tokenizer):
+        return _ids(tokenizer, responses)
+    added, found = set(added_tokens(tokenizer)), []
+    for prompt, response in zip(prompts, responses):
+        last = tokenizer.convert_ids_to_tokens(prompt[-1]) if prompt else ""
+        for first in [last] if last in added else "\n.a\u4e00":
+            before, whole = _ids(tokenizer, [first, first + response])
+            if whole[: len(before)] == before:
+                found.append(whole[len(before):])
+                break
+        else:
+            found.append("can't be tokenised apart from its prompt; leave out --boundary concat")
+    return found
+
+
+def _puts_in_front(tokenizer) -> bool:
+    line, word, both = _ids(tokenizer, ["\n", "a", "\na"])
+    return both != line + word
 
 
 def _after(prompt: list[int], whole: list[int], tokenizer) -> list[int] | str:

@@ -155,6 +155,12 @@ def test_prompts_of_the_sides_must_be_equal(chatml):
     assert "prompts of chosen and rejected differ: 'user" in message and "'system" in message
 
 
+def test_prompts_that_differ_only_in_white_space_are_named_so(chatml):
+    spaced = {"role": "user", "content": "How many? "}
+    message = error_of(chatml, None, [USER, YES], [spaced, NO])
+    assert "prompts of chosen and rejected differ only in white space; strip the prompts in the data" in message
+
+
 # TRL's formats
 
 
@@ -258,6 +264,11 @@ def test_a_rendered_prompt_stays_when_the_response_has_several_turns(chatml):
     (("Q", None), "chosen is missing"), (("Q", 4), "chosen is of type int"), (("Q", []), "an empty list"),
     (("Q", ["a"]), "of type list"), (("Q", "4", 5), "rejected is of type int"), (("Q", "4", "4"), "equal"),
     (("Q", "4", "4<|im_end|>\n"), "equal"), ((None, ASKED), "chosen is empty"),
+    (("Q", {"from": "gpt", "value": "4"}), "chosen is of type dict with from, value where messages have role and "
+     "content (name them so; ShareGPT's human is user, and its gpt assistant), not text"),
+    (([{"from": "human", "value": "Q"}], "4"), "chosen has a prompt that is of type list with from, value where"),
+    (("Q", YES), "chosen is of type dict, one message: put it into a list"),
+    (("Q", [YES, {"content": "4"}]), "chosen is of type list, some of it without a role"),
 ])
 def test_bad_rows_say_which_side_and_why(values, words):
     """R-A7. A template that joins contents as text shows what a content of another type does."""

@@ -97,6 +97,33 @@ def test_the_boundary_of_rejected_is_checked_too(tmp_path):
     assert "row 0: rejected: " in error_of(tmp_path, tiny.plain(), [row("1+2", "x", "3")])
 
 
+@pytest.mark.parametrize("way", ["prepend", "first", "always", "bytes"])
+def test_apart_a_response_has_the_ids_that_it_has_within_a_text(way, tmp_path):
+    """Tokenizers that put a space before every text put none before what goes on: by hand, and as without the flag. A
+    space of the response's own stays."""
+    tokenizer = tiny.spaced(way)
+    space = "Ġ" if way == "bytes" else "▁"
+    rows = [row("Q:", "Yes.", "No.") | {"third": "Yes"}, row("Q:", " Yes", "Yes"), row("Q?\n", "Yes\n", ".")]
+    line = "Ċ" if way == "bytes" else "\n"
+    said = [["Yes", "."], [space + "Yes"], ["Yes", line]]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for boundary in ("concat", "error"):
+        data = load_dataset(str(path), read_template(tokenizer), tiny.DataArguments(boundary=boundary), 1000, True,
+                            ("third",))
+        assert [tokenizer.convert_ids_to_tokens(e.chosen) for e in data.examples] == [[*x, "</s>"] for x in said]
+        assert tokenizer.convert_ids_to_tokens(data.examples[0].more["third"]) == ["Yes", "</s>"]
+
+
+def test_apart_a_response_after_a_special_token_is_as_it_is_there(tmp_path):
+    """There Llama 2's way puts a space, and Metaspace's first none: apart and together say the same."""
+    for way, first in (("prepend", "▁Yes"), ("always", "▁Yes"), ("first", "Yes")):
+        tokenizer = tiny.spaced(way)
+        for boundary in ("concat", "error"):
+            example, = load(tmp_path, tokenizer, [row("Q<a>", "Yes", "No")], boundary=boundary).examples
+            assert tokenizer.convert_ids_to_tokens(example.chosen) == [first, "</s>"], (way, boundary)
+
+
 # Lengths
 
 
@@ -284,6 +311,31 @@ def test_sft_takes_pairs_that_do_not_differ(tmp_path):
         Example(0, [*b"2?"], [*b"4", 258], [*b"4", 258]), Example(1, [*b"2?"], [*b"thr"], [*b"thr"], (True, True))]
     for loss in ("dpo", ""):  # a run to be scored has its loss in its settings, a bare model none
         assert "equal" in error_of(tmp_path, tiny.plain(), rows, limit=5, **sft | {"loss": loss})
+
+
+REPEATING = {"prompt": "Question: 2+2?\nAnswer:", "chosen": "Question: 2+2?\nAnswer: 4", "rejected": "5"}
+
+
+@pytest.mark.parametrize("changes, column", [
+    ({}, "chosen"), ({"chosen": " Question:  2+2? Answer: 4"}, "chosen"),  # with other white space
+    ({"chosen": "4", "rejected": REPEATING["chosen"]}, "rejected"), ({"chosen": REPEATING["prompt"] + "4"}, "chosen"),
+    ({"chosen": "4", "third": REPEATING["chosen"]}, "column third")])
+def test_a_column_that_repeats_the_prompt_is_refused(changes, column, tmp_path):
+    """The prompt would stand twice, and once be scored."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"third": None} | REPEATING | changes | {"prompt": REPEATING["prompt"]}, row("1+1=", "2", "3")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=f"rows.jsonl: {column} begins with the prompt itself, .*.in 1 of 2 rows.; cut"):
+        load_dataset(str(path), read_template(tiny.plain()), tiny.DataArguments(), 1000, True, ("third",))
+
+
+def test_single_answers_may_begin_as_their_prompts_do(tmp_path):
+    """It is counted. An answer of which the prompt is a part of a word repeats nothing."""
+    rows = [row("Hello", "Hello! Who is there?", "x"), row("2?", "4", "5"), row("3?", "6", "7"), row("1", "12", "13"),
+            row("A", "An answer", "1")]
+    data = load(tmp_path, tiny.plain(), rows)
+    assert len(data.examples) == 5
+    assert data.notes["chosen begins with the prompt itself, which then stands twice"] == 1
 
 
 # --inspect

@@ -43,7 +43,7 @@ RESPONSES = [
     ("messages without roles", [{"content": "a"}], "is of type list"),
     ("a role that is a number", [TALK[0], {"role": 3, "content": "b"}], "is of type list"),
     ("no reply", TALK[:1], "must end with an assistant message, ends with role 'user'"),
-    ("a reply to nothing", TALK[1:], "has no message before the assistant's"),
+    ("a message beside a text", TALK[1:], "prompts of chosen and rejected differ: "),
     ("a null content", [TALK[0], {"role": "assistant", "content": None}], "is empty"),
     ("a content that is a number", [TALK[0], {"role": "assistant", "content": 3}], "a message whose content is of type "
      "int, not text"),

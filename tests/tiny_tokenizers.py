@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 MERGED = {"23": 256, " 3": 257}  # the two merges there are: prompt and response can grow together on them
@@ -63,6 +63,23 @@ def llama() -> PreTrainedTokenizerFast:
 def plain() -> PreTrainedTokenizerFast:
     """No chat template; <|endoftext|> 258 is eos and pad, as in GPT-2."""
     return make(["<|endoftext|>"], eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def spaced(way: str) -> PreTrainedTokenizerFast:
+    """A space before every text, as SentencePiece puts it: "prepend" by a normalizer (Llama 2), "first" or "always" by
+    the Metaspace pre-tokenizer; or "bytes", before words of bytes. A character a token, but for the word Yes."""
+    space, characters = ("Ġ" if way == "bytes" else "▁"), [chr(i) for i in range(33, 127)]
+    merges = [("Y", "e"), ("Ye", "s"), (space, "Yes")]
+    vocabulary = ["<unk>", "\n", "Ċ", space, *characters, *(a + b for a, b in merges)]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges, unk_token="<unk>"))
+    if way == "prepend":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    elif way == "bytes":
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=way, split=False)
+    core.add_special_tokens([AddedToken(token, normalized=False) for token in ("</s>", "<a>")])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>")
 
 
 @dataclasses.dataclass
