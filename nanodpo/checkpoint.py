@@ -16,6 +16,7 @@ from .distributed import is_main, say
 from .errors import RunStopped, UserError, first_line
 from .manifest import aside, clear, publish, remove, steps_of, writing
 from .source import base_of
+from .template import read_template
 
 
 def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
@@ -43,7 +44,7 @@ def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Pa
     clear(place)
     try:
         with writing(folder):
-            _write(model, state, place)
+            _write(model, tokenizer, state, place)
             tokenizer.save_pretrained(place)
             verify(place, _published(model, state))
             publish(folder, facts)
@@ -51,7 +52,7 @@ def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Pa
         clear(place)
 
 
-def _write(model: nn.Module, state, folder: Path) -> None:
+def _write(model: nn.Module, tokenizer, state, folder: Path) -> None:
     folder.mkdir()  # in the run's folder, which must be there still
     if hasattr(model, "peft_config"):
         own = model.peft_config["default"]
@@ -61,6 +62,8 @@ def _write(model: nn.Module, state, folder: Path) -> None:
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
         _mend_generation(model)
+        if ends := other_ends(model, tokenizer):
+            model.generation_config.eos_token_id = ends
         kept = model.state_dict().keys()  # not every buffer is meant to be saved
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
         model.save_pretrained(folder, state_dict=state | buffers)
@@ -80,6 +83,28 @@ def _mend_generation(model: nn.Module) -> None:
     except ValueError as error:
         say(f"the model's generation config is left out, since transformers refuses it: {first_line(error)}")
         model.generation_config = GenerationConfig.from_model_config(model.config)
+
+
+def other_ends(model: nn.Module, tokenizer) -> list[int]:
+    """The tokens that must end what the model writes, where its generation config lacks the one that ends its turns,
+    as that of a base model with a chat template does; else nothing. Turns that end in several tokens have no such one.
+    """
+    known = model.generation_config.eos_token_id
+    known = tokenizer.eos_token_id if known is None else known
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    try:
+        end = tokenizer.get_vocab().get(read_template(tokenizer).end)
+    except UserError:  # a template of which nothing is known, beside an adapter that is only merged
+        return []
+    return [] if end is None or end in known else [*known, end]
+
+
+def say_ends(model: nn.Module, tokenizer) -> str:
+    """A line more about an adapter, which has no generation config, where that of its base does not end its turns."""
+    if not hasattr(model, "peft_config") or not (ends := other_ends(model, tokenizer)):
+        return ""
+    return (f"\nturns end with {tokenizer.convert_ids_to_tokens(ends[-1])}, at which the base does not stop, and an "
+            f"adapter can't say so: generate with eos_token_id={ends} (vLLM: stop_token_ids); merged weights say it")
 
 
 def _published(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny
+from tiny_tokenizers import base_chatml
 
 import train
 from nanodpo import checkpoint, identity, models
@@ -234,6 +235,53 @@ def test_generation_settings_beyond_mending_are_left_out(wrong, tmp_path, capsys
     checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1", {"step": 1})
     assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
     assert "the model's generation config is left out, since transformers refuses it: " in capsys.readouterr().out
+
+
+def test_adapters_that_can_not_be_used_say_why_and_what_to_do(tiny, tmp_path):
+    """A base that has moved, a vocabulary that was grown, embeddings among the layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def adapter(name, *layers):
+        base = AutoModelForCausalLM.from_pretrained(tiny / "untied")
+        get_peft_model(base, LoraConfig(r=2, target_modules=list(layers))).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    moved, grown = adapter("moved", "q_proj"), adapter("grown", "q_proj")
+    embeds = adapter("embeds", "q_proj", "embed_tokens")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/content/base"}))
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(9)])  # 268 entries, and the base has 264
+    tokenizer.save_pretrained(grown)
+    for folder, words in ((moved, f"If the base has moved, write its place into {moved / 'adapter_config.json'}"),
+                          (grown, "268 entries, the model only 264; the adapter is of a model whose vocabulary was"),
+                          (embeds, "target_modules or modules_to_save name embeddings or a head"), (embeds, "merge")):
+        with pytest.raises(UserError) as caught:
+            models.load_model(open_source(str(folder), False), args())
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("known, written", [
+    (258, [258, 260]), ([258, 7], [258, 7, 260]), (None, [258, 260]), (260, 260)])
+def test_what_ends_a_turn_ends_generation(known, written, tmp_path):
+    """A base model with ChatML: its eos is 258, and it is trained to stop with 260. Its generation config gets both."""
+    model = make_model()
+    model.generation_config.eos_token_id = known
+    checkpoint.save(model, base_chatml(), checkpoint.gather(model, False), tmp_path / "checkpoint-1", {"step": 1})
+    config = json.loads((tmp_path / "checkpoint-1" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == written
+
+
+def test_an_adapter_can_not_say_what_ends_a_turn_so_the_run_does(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert "turns end with <|im_end|>" in checkpoint.say_ends(model, base_chatml())
+    assert "eos_token_id=[258, 260]" in checkpoint.say_ends(model, base_chatml())
+    assert checkpoint.say_ends(model, make_tokenizer()) == checkpoint.say_ends(make_model(), base_chatml()) == ""
+    checkpoint.save(model, base_chatml(), checkpoint.gather(model, True), tmp_path / "checkpoint-1", {"step": 1})
+    assert not (tmp_path / "checkpoint-1" / "generation_config.json").exists()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
