@@ -307,9 +307,9 @@ def reader(path: str, source, args):
     known = {}
 
     def read(settings, more: tuple[str, ...] = ()):
-        how = repr([getattr(settings, name) for name in ("loss", *READING)] + [more])
+        how = repr([getattr(settings, name) for name in ("loss", "date", *READING)] + [more])
         if how not in known:
-            template = read_template(source.tokenizer, settings.assistant_header)
+            template = read_template(source.tokenizer, settings.assistant_header, settings.date)
             known[how] = load_dataset(path, template, settings, limit_of(settings, source), pairs=False, more=more)
             check_ids(source, path, known[how].examples)
             if args.own and (held := set(own_rows(settings)[2])):
@@ -327,7 +327,7 @@ def limit_of(settings, source) -> int:
 def open_probe(name: str, read, settings, source, args) -> Probe:
     """A data set as the settings of a run read it, with its responses."""
     limit = limit_of(settings, source)
-    template = read_template(source.tokenizer, settings.assistant_header)
+    template = read_template(source.tokenizer, settings.assistant_header, settings.date)
     kinds = args.responses or list(responses.KINDS)
     columns = tuple(kind for kind in kinds if kind not in responses.KINDS and kind != responses.GREEDY)
     data = read(settings, columns)
@@ -360,8 +360,9 @@ def check_leads(checkpoint: Checkpoint, probe: Probe, args) -> None:
     known = checkpoint.settings.prompt_leads
     found = prompt_leads(probe.template, [example.prompt for example in probe.examples])
     if known and not args.other_prompts and (new := [lead for lead in found if lead not in known]):
-        raise UserError(f"data set {probe.name}: a prompt opens with {new[0]!r}, and run {checkpoint.run} was trained "
-                        f"on {known[0]!r}; --other_prompts scores it all the same")
+        here, there = (repr(lead) if lead is not None else "no user's turn" for lead in (new[0], known[0]))
+        raise UserError(f"data set {probe.name}: a prompt opens with {here}, and run {checkpoint.run} was trained "
+                        f"on {there}; --other_prompts scores it all the same")
 
 
 def open_device(args) -> torch.device:

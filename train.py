@@ -134,15 +134,18 @@ def prepare(argv: list[str]) -> Start | None:
         kept = {name: value for name, value in vars(args).items() if name not in ("print_config", "local_rank")}
         distributed.say(json.dumps(kept, indent=2))
         return None
+    today, old = distributed.from_main(str(datetime.date.today())), None  # one day for all ranks
     with agreement.together() as same:
         settings = engines.read_settings(args, HERE / "ds_config.json")
         distributed.check_device(args)
         source = open_start(args)
-        train, held_out, limit = load_data(inspection.lenient(args) if args.inspect else args, source)
-        sets = [data for data in (train, held_out) if data]
         if not args.inspect:
             folder, old, wanted = identity.find(args, f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
-            facts = identity.facts(args, settings, limit, sets, HERE)
+        date = (old or {}).get("date") or today  # some chat templates write it
+        train, held_out, limit = load_data(inspection.lenient(args) if args.inspect else args, source, date)
+        sets = [data for data in (train, held_out) if data]
+        if not args.inspect:
+            facts = identity.facts(args, settings, limit, sets, HERE) | {"date": date}
             if old:
                 identity.check_same(folder, old, facts, early=bool(source.adapter))
             if args.loss != "sft" and not (old or {}).get("finished"):
@@ -164,7 +167,7 @@ def train_from(start: Start, stop: Stop) -> None:
         model = models.load_model(source, args)
         weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
         same |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
-    distributed.say(models.describe(model))
+    distributed.say(models.describe(model) + checkpoint.say_ends(model, source.tokenizer))
     with space.shortage_named(dist.get_rank(), "loading the model"):
         engine, *how = engines.build(model, args, start.settings, device, longest(start.train_set, start.held_out))
     torch.manual_seed(args.seed + dist.get_rank())  # of dropout, where it is allowed
@@ -193,9 +196,9 @@ def open_start(args) -> Source:
     return open_source(args.model_name, args.trust_remote_code)
 
 
-def load_data(args, source):
-    """(training set, held-out set or None, the longest sequence allowed in tokens)."""
-    template = read_template(source.tokenizer, args.assistant_header)
+def load_data(args, source, date: str | None = None):
+    """(training set, held-out set or None, the longest sequence allowed in tokens). `date`: of the run, ISO."""
+    template = read_template(source.tokenizer, args.assistant_header, date)
     context = source.context or sys.maxsize
     limit = args.max_length or context
     if limit > context:

@@ -20,7 +20,7 @@ from ..manifest import check_whole
 DEFAULTS = {"loss": "", "prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
             "boundary": "error", "max_length": None, "max_prompt_length": None, "overlong": "error",
             "on_bad_row": "error", "beta": 0.1, "label_smoothing": 0.0, "bf16": False, "train_file_path": None,
-            "eval_file_path": None, "prompt_leads": None, "held_out_rows": None}
+            "eval_file_path": None, "prompt_leads": None, "held_out_rows": None, "date": None}
 NOT_A_RUN = {"trust_remote_code": False, "record": {}}  # `record` is all that a run's run.json says
 STEP = re.compile(r"checkpoint-(\d{1,15})")
 
@@ -107,8 +107,8 @@ def _open(target: str) -> list[Checkpoint]:
 def _settings(run: Path) -> SimpleNamespace:
     try:
         record = json.loads(read_text(run / "run.json"))
-        given = record["arguments"] | {"max_length": record["max_length"], "prompt_leads": record.get("prompt_leads"),
-                                       "held_out_rows": record.get("held_out_rows")}
+        given = record["arguments"] | {"max_length": record["max_length"]} | {
+            key: record.get(key) for key in ("prompt_leads", "held_out_rows", "date")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{run / 'run.json'}: is not what train.py writes ({type(error).__name__}: {error})") from error
     given = {key: given[key] for key in DEFAULTS if key in given}

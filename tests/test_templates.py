@@ -1,0 +1,400 @@
+"""Chat templates as published models write them: what went in is found in what comes out, with the ids of inference."""
+
+import datetime
+import json
+
+import pytest
+import tiny_tokenizers as tiny
+from conftest import ROOT, launch, make_model
+
+from nanodpo.errors import UserError
+from nanodpo.template import prompt_leads, read_template
+from nanodpo.tokens import load_dataset
+
+GENERATION = "{% if add_generation_prompt %}"
+# A default system prompt; roles that it does not know are left out.
+QWEN25 = ("{% if messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}"
+          "{% else %}{{ '<|im_start|>system\nYou are Q.<|im_end|>\n' }}{% endif %}"
+          "{% for m in messages %}{% if m.role in ('user', 'assistant') or (m.role == 'system' and not loop.first) %}"
+          "{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+          "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}"
+          "{% endfor %}"
+          "{{ '<|im_end|>\n' }}"
+          "{% elif m.role == 'tool' %}"
+          "{{ '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}"
+          "{% endif %}{% endfor %}" + GENERATION + "{{ '<|im_start|>assistant\n' }}{% endif %}")
+# What was thought is dropped from all turns before the last question, and white space around thoughts is its own.
+QWEN3 = ("{% set ns = namespace(last=0) %}{% for m in messages %}"
+         "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+         "{% for m in messages %}{% set content = m.content or '' %}"
+         "{% if m.role == 'assistant' %}{% set thought = m.reasoning_content or '' %}{% if '</think>' in content %}"
+         "{% set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+         "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+         "{% if loop.index0 > ns.last %}"
+         "{% set content = '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content %}"
+         "{% endif %}{% endif %}{{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{% endfor %}"
+         + GENERATION + "{{ '<|im_start|>assistant\n' }}{% endif %}")
+LLAMA3 = ("{% for m in messages %}{% set content = '<|h|>' + m.role + '<|/h|>\n\n' + m.content | trim + '<|eot|>' %}"
+          "{% if loop.first %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}")
+LLAMA3_ALWAYS, LLAMA3 = (LLAMA3 + "{{ '<|h|>assistant<|/h|>\n\n' }}",
+                         LLAMA3 + GENERATION + "{{ '<|h|>assistant<|/h|>\n\n' }}{% endif %}")
+# The system prompt goes into the first question; there is no header but the end of the question.
+MISTRAL = ("{% if messages[0].role == 'system' %}{% set system, talk = messages[0].content + '\n\n', messages[1:] %}"
+           "{% else %}{% set system, talk = '', messages %}{% endif %}{{ bos_token }}{% for m in talk %}"
+           "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
+           "{% if m.role == 'user' %}{{ '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' }}"
+           "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}")
+GEMMA = ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+         "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+         "{{ '<turn>' + role + '\n' + m.content | trim + '</turn>\n' }}{% endfor %}"
+         + GENERATION + "{{ '<turn>model\n' }}{% endif %}")
+# Two ends, a turn's and the conversation's; its first version left out system prompts.
+PHI3 = ("{% for m in messages %}{% if m.role != 'system' %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}"
+        "{% endif %}{% endfor %}" + GENERATION + "{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
+DEEPSEEK = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+            "{% for m in messages %}{% if m.role == 'user' %}{{ '<User>' + m.content }}{% elif m.role == 'assistant' %}"
+            "{{ '<Assistant>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+            + GENERATION + "{{ '<Assistant>' }}{% endif %}")
+ZEPHYR = ("{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+          + GENERATION + "{{ '<|assistant|>\n' }}{% endif %}")  # marks that are no tokens, and no BOS
+VICUNA = ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content + ' ' }}"
+          "{% else %}{{ 'A chat. ' }}{% endif %}{% for m in messages %}"
+          "{% if m.role == 'user' %}{{ 'USER: ' + m.content }}"
+          "{% elif m.role == 'assistant' %}{{ ' ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+          + GENERATION + "{{ ' ASSISTANT:' }}{% endif %}")
+SWITCH = QWEN25.replace("messages[0].content +", "messages[0].content.replace('/no_think', '').rstrip() +")  # SmolLM3
+IM, H = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<s>", "</s>", "<|h|>", "<|/h|>", "<|eot|>"]
+IDIOMS = {  # special tokens, the first the BOS; does the tokenizer put it in front; what the template is found to write
+    "qwen25": (QWEN25, IM, None, "<|im_end|>", "<|im_start|>assistant\n", "<|im_end|>", "<|im_start|>user", ""),
+    "smollm2": (QWEN25, ["<|im_start|>", "<|im_end|>"], "<|im_start|>", "<|im_end|>", "<|im_start|>assistant\n",
+                "<|im_end|>", "<|im_start|>user", ""),
+    "smollm3": (SWITCH, IM, None, "<|im_end|>", "<|im_start|>assistant\n", "<|im_end|>", "<|im_start|>user", ""),
+    "qwen3": (QWEN3, IM, None, "<|im_end|>", "<|im_start|>assistant\n", "<|im_end|>", "<|im_start|>user", ""),
+    "llama3": (LLAMA3, H, "<s>", "</s>", "<|h|>assistant<|/h|>\n\n", "<|eot|>", "<|h|>user<|/h|>", "<s>"),
+    "llama3_always": (LLAMA3_ALWAYS, H, "<s>", "<|eot|>", "<|h|>assistant<|/h|>\n\n", "<|eot|>", "<|h|>user<|/h|>",
+                      "<s>"),
+    "mistral": (MISTRAL, ["<s>", "</s>"], "<s>", "</s>", "[/INST]", "</s>", "[INST]", "<s>"),
+    "gemma": (GEMMA, ["<bos>", "<eos>", "<turn>", "</turn>"], "<bos>", "<eos>", "<turn>model\n", "</turn>",
+              "<turn>user", "<bos>"),
+    "phi3": (PHI3, ["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>"], None, "<|endoftext|>", "<|assistant|>\n",
+             "<|end|>", "<|user|>", ""),
+    "deepseek": (DEEPSEEK, ["<bos>", "<eos>", "<User>", "<Assistant>"], "<bos>", "<eos>", "<Assistant>", "<eos>",
+                 "<User>", "<bos>"),
+    "zephyr": (ZEPHYR, ["<s>", "</s>"], "<s>", "</s>", "<|assistant|>\n", "</s>", "<|user|>", ""),
+    "vicuna": (VICUNA, ["<s>", "</s>"], "<s>", "</s>", "ASSISTANT:", "</s>", "USER:", "<s>"),
+}
+NO_SYSTEM = ("gemma", "phi3")
+
+
+def tokenizer_of(name, **changes):
+    template, specials, bos, eos = IDIOMS[name][:4]
+    named = {"eos_token": eos, "pad_token": eos} | ({"bos_token": bos} if bos else {}) | changes
+    return tiny.make(specials, bos_first=bool(bos) and name != "smollm2", template=template, **named)
+
+
+def message(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def load(folder, tokenizer, *rows, more=(), **arguments):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_dataset(str(path), read_template(tokenizer), tiny.DataArguments(**arguments), 10000, True, more)
+
+
+def error_of(*values, **how):
+    with pytest.raises(UserError) as caught:
+        load(*values, **how)
+    return str(caught.value)
+
+
+def row(prompt, chosen="4", rejected="5"):
+    return {"prompt": prompt, "chosen": [message("assistant", chosen)], "rejected": [message("assistant", rejected)]}
+
+
+TALK = [message("user", "2+2? \n"), message("assistant", "<think>\nI add.\n</think>\n\nfour"),
+        message("user", 'And "as a digit"?')]
+
+
+# Reading
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_header_end_and_marks_of_published_templates(name):
+    template = read_template(tokenizer_of(name))
+    header, end, user, bos = IDIOMS[name][4:]
+    assert template.header.strip() == header.strip() and template.end == end
+    assert (template.openings[0], template.bos) == (user, bos)
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_ids_are_those_of_inference(name, tmp_path):
+    """Prompt as apply_chat_template gives it, tokenised; then the answer, and exactly one end of turn. The same from
+    messages, from a plain answer to a prompt of messages, from the rendered prompt, and from rendered transcripts."""
+    tokenizer = tokenizer_of(name)
+    talk = TALK if name in NO_SYSTEM else [message("system", "Be 'brief'.\n/no_think"), *TALK]
+    asked = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    text = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([*talk, message("assistant", "4")], tokenize=False)
+    other = tokenizer.apply_chat_template([*talk, message("assistant", "5")], tokenize=False)
+    said = whole[len(text):].partition(IDIOMS[name][5])[0]  # Qwen3 also writes that nothing was thought
+    end = tokenizer.convert_tokens_to_ids(IDIOMS[name][5])
+    rows = {"messages": row(talk), "both": {side: talk + answer for side, answer in row("").items() if answer},
+            "transcripts": {"prompt": "Which?", "chosen": whole, "rejected": other}}
+    if said == "4":
+        rows |= {"plain answers": {"prompt": talk, "chosen": "4", "rejected": "5"},
+                 "a rendered prompt": {"prompt": text, "chosen": "4", "rejected": "5"}}
+    bos = IDIOMS[name][7]
+    if bos:
+        rows["no bos"] = {"chosen": whole.removeprefix(bos), "rejected": other.removeprefix(bos)}
+    for how, data in rows.items():
+        example, = load(tmp_path, tokenizer, data).examples
+        assert example.prompt == asked, how
+        assert example.chosen == [*said.encode(), end] and tokenizer.decode(example.rejected).count("5") == 1, how
+        assert not bos or example.prompt.count(tokenizer.bos_token_id) == 1
+
+
+def test_plain_text_keeps_the_tokenizers_own_bos(tmp_path):
+    """Zephyr's template writes none; text that it did not render is tokenised as this tokenizer tokenises text."""
+    plain = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
+    example, = load(tmp_path, tokenizer_of("zephyr"), plain).examples
+    assert example.prompt == [258, *b"2+2="] and example.chosen == [*b"4", 259]
+
+
+def test_a_template_that_draws_is_refused():
+    for drawn in ("{{ ['a', 'b'] | random }}", "{{ lipsum(1) }}"):
+        tokenizer = tokenizer_of("qwen25")
+        tokenizer.chat_template = QWEN25 + drawn
+        with pytest.raises(UserError, match="draws at random"):
+            read_template(tokenizer)
+
+
+def test_a_template_that_loses_the_question_is_refused():
+    tokenizer = tokenizer_of("qwen25")
+    tokenizer.chat_template = QWEN25.replace("('user', 'assistant')", "('assistant',)")
+    with pytest.raises(UserError, match="loses what the user says in the chat template"):
+        read_template(tokenizer)
+
+
+# What went in is in what comes out
+
+
+LOST = {
+    "a role that is not known": ("qwen25", [message("developer", "In French."), message("user", "2+2?")], "developer"),
+    "the question": ("qwen25", [message("system", "Be brief."), message("human", "2+2?")], "human"),
+    "a question that stands elsewhere by chance": ("qwen25", [message("user", "2+2?"), message("human", "a")], "human"),
+    "a system prompt": ("phi3", [message("system", "Be brief."), message("user", "2+2?")], "system"),
+    "a tool's name": ("phi3", [message("user", "2?"), message("assistant", "", tool_calls=[
+        {"type": "function", "function": {"name": "weather", "arguments": {}}}])], "assistant"),
+}
+
+
+@pytest.mark.parametrize("name, prompt, role", LOST.values(), ids=LOST)
+def test_a_message_that_the_template_leaves_out_makes_a_bad_row(name, prompt, role, tmp_path):
+    """In a prompt column, in lists that hold the prompt, beside plain answers, in further columns."""
+    tokenizer, good = tokenizer_of(name), row([message("user", "1+1?")], "2", "3")
+    words = f"chosen has a message of role '{role}' that the chat template leaves out"
+    answers = [message("assistant", "4")], [message("assistant", "5")]
+    for bad in (row(prompt), {"prompt": prompt, "chosen": "4", "rejected": "5"},
+                {"prompt": "", "chosen": prompt + answers[0], "rejected": prompt + answers[1]}):
+        assert f"row 0: {words}" in error_of(tmp_path, tokenizer, bad, good)
+        data = load(tmp_path, tokenizer, good, bad, on_bad_row="drop")
+        assert [d["row"] for d in data.dropped] == [1] and data.dropped[0]["reason"].startswith(words)
+    said = f"column third has a message of role '{role}'"
+    assert said in error_of(tmp_path, tokenizer, good | {"third": prompt + answers[0]}, good, more=("third",))
+
+
+def test_what_is_scored_must_be_whole(tmp_path):
+    """Thoughts before an earlier answer may go; those of the answer that is trained on may not."""
+    thought = "<think>\nI add.\n</think>\n\n4"
+    words = "chosen has a message of role 'assistant' that the chat template leaves out, or a part of it"
+    assert words in error_of(tmp_path, tokenizer_of("deepseek"), row(TALK, thought))
+    kept, = load(tmp_path, tokenizer_of("qwen3"), row(TALK, thought)).examples
+    assert bytes(kept.chosen[:-1]).decode() == thought
+    reasoned = {"chosen": [*TALK, message("assistant", "4", reasoning_content="I add.")],
+                "rejected": [*TALK, message("assistant", "5", reasoning_content="I do not.")]}
+    kept, = load(tmp_path, tokenizer_of("qwen3"), reasoned).examples
+    assert bytes(kept.chosen[:-1]).decode() == thought
+    assert words in error_of(tmp_path, tokenizer_of("qwen25"), reasoned)
+
+
+def test_contents_that_are_written_as_json_are_there(tmp_path):
+    tokenizer = tokenizer_of("qwen25")
+    tokenizer.chat_template = QWEN25.replace("m.content + '\n</tool", "(m.content | tojson) + '\n</tool")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}
+    prompt = [message("user", "Weather?"), message("assistant", None, tool_calls=[call]),
+              message("tool", 'A "line" \\ é\nand another')]
+    example, = load(tmp_path, tokenizer, row(prompt)).examples
+    assert r'"A \"line\" \\ é\nand another"' in bytes(i for i in example.prompt if i < 256).decode()
+
+
+def test_keys_that_arrow_fills_with_none_are_nobodys_words(tmp_path):
+    """Two calls of tools with other arguments: the same tokens from .jsonl and from Parquet, by hand from the first."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"prompt": [message("user", "Go?")], "rejected": [message("assistant", "No.", tool_calls=None)],
+             "chosen": [message("assistant", None, tool_calls=[
+                 {"type": "function", "function": {"name": name, "arguments": arguments}}])]}
+            for name, arguments in (("f", {"city": "Oslo", "at": [{"day": 1}]}), ("g", {"a": 2, "at": [{"hour": 3}]}))]
+    tokenizer = tokenizer_of("qwen25")
+    first = load(tmp_path, tokenizer, *rows).examples
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    again = load_dataset(str(tmp_path / "rows.parquet"), read_template(tokenizer), tiny.DataArguments(), 1000, True)
+    said = '<tool_call>{"name": "f", "arguments": {"city": "Oslo", "at": [{"day": 1}]}}</tool_call>'
+    assert bytes(first[0].chosen[:-1]).decode() == said
+    assert again.examples[0] == first[0] and tokenizer.decode(again.examples[1].chosen).count("null") == 0
+    assert sorted(again.examples[1].chosen) == sorted(first[1].chosen)  # Arrow has one order of keys for all rows
+
+
+# Other turns, and leads
+
+
+@pytest.mark.parametrize("name", ["smollm2", "zephyr", "vicuna", "mistral"])
+def test_leads_are_found_whatever_the_marks_are(name):
+    """A BOS that is the turns' mark, and marks that are no tokens: what stands before the first question."""
+    tokenizer = tokenizer_of(name)
+    template, user = read_template(tokenizer), [message("user", "2+2?")]
+    prompts = [tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+               for talk in (user, [message("system", "Be brief."), *user])]
+    leads = {"smollm2": ["<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>system\nYou are Q.<|im_end|>\n"],
+             "zephyr": ["", "<|system|>\nBe brief.</s>\n"], "vicuna": ["<s>A chat. ", "<s>Be brief. "],
+             "mistral": ["<s>"]}[name]  # its system prompt is a part of the question
+    assert prompt_leads(template, prompts) == leads
+
+
+@pytest.mark.parametrize("name, tail", [("smollm2", "\n<|im_start|>user\nSure?"), ("zephyr", "\n<|user|>\nSure?"),
+                                        ("llama3", "<|h|>user<|/h|>\n\nSure?")])
+def test_another_turn_within_an_answer_is_found_whatever_the_mark(name, tail, tmp_path):
+    tokenizer = tokenizer_of(name)
+    text = tokenizer.apply_chat_template([message("user", "2+2?")], add_generation_prompt=True, tokenize=False)
+    bad = {"chosen": text + "four" + tail, "rejected": text + "five"}
+    assert "chosen holds a turn that is not the assistant's" in error_of(tmp_path, tokenizer, bad)
+
+
+def test_an_answer_may_speak_of_a_mark_that_is_no_token(tmp_path):
+    """Zephyr's <|user|> is text: within a line it opens nothing."""
+    text = "<|user|>\nWhat opens a turn?</s>\n<|assistant|>\n"
+    rows = [{"chosen": text + "It is <|user|>.", "rejected": text + "No."}]
+    example, = load(tmp_path, tokenizer_of("zephyr"), *rows).examples
+    assert example.chosen == [*b"It is <|user|>.", 259]
+
+
+# Prompts and answers that were rendered apart, or twice
+
+
+@pytest.mark.parametrize("lead", ["<|im_start|>system\nYou are Q.<|im_end|>\n", ""])
+@pytest.mark.parametrize("generation", [True, False])
+def test_prompt_and_answers_rendered_apart_are_put_together(lead, generation, tmp_path):
+    """With the system prompt again before the answer's header, as alignment-handbook wrote them, and without."""
+    tokenizer = tokenizer_of("qwen25")
+    user = [message("user", "2+2?")]
+    prompt = tokenizer.apply_chat_template(user, add_generation_prompt=generation, tokenize=False)
+    sides = [f"{lead}<|im_start|>assistant\n{said}<|im_end|>\n" for said in "45"]
+    example, = load(tmp_path, tokenizer, {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}).examples
+    assert example.prompt == tokenizer.apply_chat_template(user, add_generation_prompt=True, return_dict=False)
+    assert example.chosen == [*b"4", 260] and example.rejected == [*b"5", 260]
+
+
+def test_a_bos_that_stands_again_before_the_answer_goes(tmp_path):
+    tokenizer = tokenizer_of("llama3")
+    user = [message("user", "2+2?")]
+    prompt = tokenizer.apply_chat_template(user, tokenize=False)
+    for first in (prompt, prompt.removeprefix("<s>")):
+        sides = [f"<s><|h|>assistant<|/h|>\n\n{said}<|eot|>" for said in "45"]
+        example, = load(tmp_path, tokenizer, {"prompt": first, "chosen": sides[0], "rejected": sides[1]}).examples
+        assert example.prompt == tokenizer.apply_chat_template(user, add_generation_prompt=True, return_dict=False)
+
+
+@pytest.mark.parametrize("prompt", ["2+2?", "<|im_start|>user\n2+2?<|im_end|>\n"])
+def test_a_question_that_a_transcript_lacks_is_not_lost(prompt, tmp_path):
+    """The transcript has a system prompt, another one than the prompt column, and no question."""
+    sides = [f"<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>\n" for said in "45"]
+    data = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+    assert "so the prompt would be lost" in error_of(tmp_path, tokenizer_of("qwen25"), data)
+
+
+def test_a_prompt_that_messages_repeat_in_part_stands_once(tmp_path):
+    """Its last turn, or all of it with other white space."""
+    tokenizer, answers = tokenizer_of("qwen25"), ([message("assistant", "4")], [message("assistant", "5")])
+    prompt = [message("system", "Be brief."), message("user", "2+2?")]
+    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    for again in (prompt, prompt[1:], []):
+        example, = load(tmp_path, tokenizer, {"prompt": prompt, "chosen": again + answers[0],
+                                              "rejected": again + answers[1]}).examples
+        assert example.prompt == asked
+    spaced = [message("system", "Be brief."), message("user", "2+2? ")]
+    example, = load(tmp_path, tokenizer, {"prompt": spaced, "chosen": prompt + answers[0],
+                                          "rejected": prompt + answers[1]}).examples
+    assert example.prompt == asked
+
+
+@pytest.mark.parametrize("answers", [
+    [message("assistant", "4")],
+    pytest.param([message("system", "You are Q."), message("assistant", "4")], id="system")])
+def test_a_text_prompt_of_message_answers_is_what_the_user_says(answers, tmp_path):
+    tokenizer = tokenizer_of("qwen25")
+    example, = load(tmp_path, tokenizer, {"prompt": "2+2?", "chosen": answers,
+                                          "rejected": [*answers[:-1], message("assistant", "5")]}).examples
+    assert example.prompt == tokenizer.apply_chat_template([message("user", "2+2?")], add_generation_prompt=True,
+                                                           return_dict=False)
+    assert example.chosen == [*b"4", 260]
+    data = row("<|im_start|>user\n2+2?<|im_end|>\n")
+    assert "its prompt is rendered text; give both in one form" in error_of(tmp_path, tokenizer, data)
+    assert "no chat template; put one into the model's folder" in error_of(tmp_path, tiny.plain(), row("2+2?"))
+
+
+def test_a_transcript_of_a_model_without_a_header_says_what_is_missing(tmp_path):
+    """It has a chat template, so that is not what is missing."""
+    tokenizer = tokenizer_of("qwen25")
+    tokenizer.chat_template = QWEN25[: QWEN25.index(GENERATION)]
+    data = {"chosen": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n4<|im_end|>", "rejected": "5"}
+    assert "the model's chat template writes no assistant header; name" in error_of(tmp_path, tokenizer, data)
+
+
+# The date
+
+
+def dated():
+    tokenizer = tokenizer_of("qwen25")
+    tokenizer.chat_template = QWEN25.replace("You are Q.", "Today: ' + strftime_now('%d %b %Y %H') + '")
+    return tokenizer
+
+
+def test_a_template_is_told_the_date_that_it_should_write(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row([message("user", "2+2?")])))
+    for date, words in (("2024-07-26", "Today: 26 Jul 2024 00"), (None, f"Today: {datetime.date.today():%d %b %Y} 00")):
+        template = read_template(dated(), None, date)
+        example, = load_dataset(str(path), template, tiny.DataArguments(), 1000, True).examples
+        assert words in template.tokenizer.decode(example.prompt)
+    assert read_template(tokenizer_of("qwen25"), None, "2024-07-26").date is None
+    with pytest.raises(UserError, match="the run's date, '26 July'"):
+        read_template(dated(), None, "26 July")
+
+
+def test_a_run_keeps_its_date(tmp_path):
+    """Started yesterday, it is told yesterday's date for ever: the same command finds its own data today, and so does
+    score.py, which compares what prompts open with."""
+    tokenizer = dated()
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [row([message("user", f"{i}+{i}?")], str(2 * i), "no") for i in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "yesterday.py").write_text(f"""
+import datetime, runpy, sys
+class Day(datetime.date):
+    today = classmethod(lambda cls: cls.fromordinal(super().today().toordinal() - 1))
+datetime.date = Day
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+""")
+    flags = ["--model_name", tmp_path / "model", "--train_file_path", tmp_path / "rows.jsonl", "--output_dir",
+             tmp_path / "run", "--cache_dir", tmp_path / "cache", "--draw", "false", "--max_steps", "1"]
+    launch(tmp_path / "yesterday.py", *flags, launcher="fork")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    yesterday = datetime.date.today() - datetime.timedelta(1)
+    assert record["date"] == str(yesterday) and f"Today: {yesterday:%d %b %Y} 00" in record["prompt_leads"][0]
+    assert "this run is finished" in launch(ROOT / "train.py", *flags, launcher="fork").stdout
+    scoring = [ROOT / "score.py", tmp_path / "run", "--output_dir", tmp_path / "scores", "--responses", "chosen"]
+    launch(*scoring, launcher="fork")
