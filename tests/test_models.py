@@ -15,7 +15,8 @@ import train
 from nanodpo import checkpoint, identity, models
 from nanodpo.adapters import open_base
 from nanodpo.errors import RunStopped, UserError
-from nanodpo.source import open_source
+from nanodpo.example import Example
+from nanodpo.source import check_ids, open_source
 
 
 def args(**changes):
@@ -255,10 +256,12 @@ def test_adapters_that_can_not_be_used_say_why_and_what_to_do(tiny, tmp_path):
     tokenizer.add_tokens([f"<{i}>" for i in range(9)])  # 268 entries, and the base has 264
     tokenizer.save_pretrained(grown)
     for folder, words in ((moved, f"If the base has moved, write its place into {moved / 'adapter_config.json'}"),
-                          (grown, "268 entries, the model only 264; the adapter is of a model whose vocabulary was"),
+                          (grown, "an adapter of a model whose vocabulary was grown must be merged where"),
                           (embeds, "target_modules or modules_to_save name embeddings or a head"), (embeds, "merge")):
         with pytest.raises(UserError) as caught:
-            models.load_model(open_source(str(folder), False), args())
+            source = open_source(str(folder), False)
+            check_ids(source, "d", [Example(0, [65], [max(source.tokenizer.get_vocab().values())], None)])
+            models.load_model(source, args())
         assert words in str(caught.value)
 
 

@@ -288,7 +288,9 @@ def test_the_report_counts_held_out_rows_where_its_notes_do(tmp_path):
     rows = [row(f"{i}?", "4<|endoftext|><|endoftext|>\n", "5<|endoftext|>\n") for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = TrainArguments(train_file_path=str(path), eval_size=2)
-    data, held_out, _ = train.load_data(args, SimpleNamespace(tokenizer=tiny.plain(), context=100))
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))
+    source = SimpleNamespace(tokenizer=tiny.plain(), context=100, config=config)
+    data, held_out, _ = train.load_data(args, source)
     assert (len(data.examples), len(held_out.examples)) == (10, 2)
     assert data.report() == (f"data {path}: 12 rows, 0 dropped, 2 held out\n"
                              "  columns: prompt, chosen, rejected\n"
