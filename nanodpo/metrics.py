@@ -10,6 +10,7 @@ Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of 
     logps/chosen             log pi(y|x) summed over the tokens of the response, nats; logps/rejected likewise
     logps_per_token/chosen   each pair's logps/chosen by its number of tokens, the end of turn included; .../rejected
     ref_logps/chosen         the reference's sum, as logps/chosen; ref_logps/rejected likewise
+    ref_logps_per_token/chosen  as logps_per_token/chosen: their difference is how far pi moved; .../rejected likewise
 
 SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected.
 A line of metrics.jsonl has besides
@@ -60,6 +61,8 @@ def pair_values(logps: Tensor, tokens: Tensor, ref: Tensor | None, args) -> tupl
         values |= {"rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
                    "rewards/accuracies": (margins > 0).double(), "rewards/ties": (margins == 0).double(),
                    "ref_logps/chosen": ref[:, 0], "ref_logps/rejected": ref[:, 1],
+                   "ref_logps_per_token/chosen": ref[:, 0] / tokens[:, 0],
+                   "ref_logps_per_token/rejected": ref[:, 1] / tokens[:, 1],
                    "ref_gap": ((logps - ref).abs() / tokens).mean(1)}  # a check, not for the log
     return losses, values
 

@@ -35,6 +35,9 @@ def test_the_values_of_three_pairs():
     assert values["logps_per_token/rejected"].tolist() == [-2.0, -3.0, -1.0]
     assert values["ref_logps/chosen"].tolist() == [-12.0, -8.0, -4.0]
     assert values["ref_logps/rejected"].tolist() == [-19.0, -6.0, -6.0]
+    for i, side in enumerate(("chosen", "rejected")):
+        by_hand = [logp / tokens for logp, tokens in zip(REF[:, i].tolist(), TOKENS[:, i].tolist())]
+        assert values[f"ref_logps_per_token/{side}"].tolist() == pytest.approx(by_hand)
     assert values["ref_gap"].tolist() == pytest.approx([(2 / 5 + 1 / 10) / 2, 0.0, (1 + 1 / 5) / 2])
     assert losses.requires_grad and not any(value.requires_grad for value in values.values())
 
