@@ -1,7 +1,8 @@
 """Draws runs: their training, and where they were scored, how the log-probs of responses moved.
 
     python plot.py                                  the newest run under runs/: its training and dynamics
-    python plot.py RUN [RUN ...]                    these run folders, in one figure
+    python plot.py RUN [RUN ...]                    these run folders, in one figure; the dynamics of runs that began
+                                                    from one another's checkpoints one after the other
     python plot.py --scores scores.parquet          the dynamics in files of score.py alone
     python plot.py SFT_RUN DPO_RUN --phases         dynamics of runs that followed one another, on one axis
     python plot.py RUN --heatmap                    every example of a run at every checkpoint
@@ -19,22 +20,13 @@ import os
 import sys
 from pathlib import Path
 
-import pandas
-
 from nanodpo.errors import UserError, run_script
-from nanodpo.figures.drawing import draw_dynamics, house_style, save
-from nanodpo.figures.heatmap import heatmap_figure
-from nanodpo.figures.intervals import levels, with_gaps
-from nanodpo.figures.records import read_metrics, read_scores, read_series, read_tokens
-from nanodpo.figures.selection import in_phases, select, select_beside, series_in_phases
-from nanodpo.figures.strip import strip_figure
-from nanodpo.figures.three_panel import ROLES, three_panel_figure
-from nanodpo.figures.training import training_figure
+from nanodpo.figures.choice import draw
+from nanodpo.figures.drawing import house_style, save
+from nanodpo.figures.three_panel import ROLES
 from nanodpo.scoring.runs import newest_run
 from nanodpo.screen import put
 from nanodpo.unknown import parse_known
-
-TESTS = ["forward", "reverse", "mixed"]
 
 
 def main(argv: list[str]) -> None:
@@ -52,9 +44,11 @@ def main(argv: list[str]) -> None:
     places = list(dict.fromkeys(folders.values())) or [Path(file).parent for file in [*files, args.series][:1]]
     default = places[0] if len(places) == 1 else "runs/figures"
     with house_style(args.style, args.serif, args.usetex):
-        drawn = draw(args, list(folders.values()), files, names)
+        drawn, notes = draw(args, list(folders.values()), files, names)
         for file in save(drawn, home(args.output_dir or default), args.columns):
             put(file)
+    for note in notes:
+        put("note:", note, file=sys.stderr)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -68,7 +62,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
                                         "mean and, as you have them, low, high, dataset, response, phase (sft, dpo).")
     add("--test", nargs="+", metavar="DATASET", help="The data sets to draw. Default: all; in the three-panel figure "
                                                      "forward reverse mixed, and three in this order.")
-    figures = parser.add_argument_group("figures", "Default: training, and dynamics where there are scores.")
+    figures = parser.add_argument_group("figures", "Default: training and, where it was scored, dynamics, mass on "
+                                                   "implausible tokens and right answers.")
     one = figures.add_mutually_exclusive_group()
     one.add_argument("--phases", action="store_true", help="Dynamics of the RUNs one after the other, in this order.")
     one.add_argument("--heatmap", action="store_true", help="Examples x checkpoints: how far each moved.")
@@ -92,6 +87,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     look.add_argument("--usetex", action="store_true", help="Letters set by LaTeX, which must be installed.")
     parser.error = _raise  # argparse would print the whole usage before the one line that matters
     args = parse_known(parser, argv, "plot.py")
+    args.series = args.series and home(args.series)
     check(args)
     return args
 
@@ -99,7 +95,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Flags that contradict one another or would go unused; raises UserError."""
     roles = [role for role in ROLES if getattr(args, role)]
-    if args.three_panel and len(roles) < len(ROLES):
+    if args.three_panel and len(roles) < (1 if args.series else len(ROLES)):
         missing = [f"--{role}" for role in ROLES if role not in roles]
         raise UserError(f"--three_panel: needs runs for {', '.join(missing)}")
     if not args.three_panel and (roles or args.panel_ratios):
@@ -145,54 +141,6 @@ def find_scores(args: argparse.Namespace, folders: list[Path]) -> list[Path]:
         return [home(file) for file in args.scores]
     needed = args.phases or args.heatmap or args.strip is not None or (args.three_panel and not args.series)
     return [file for folder in folders if os.path.exists(file := folder / "scores.parquet") or needed]
-
-
-def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names: list[str]) -> dict:
-    """{a figure's name: (the figure, its caption)}."""
-    if args.strip is not None:
-        tokens = read_tokens([file.with_name("tokens.parquet") for file in files], args.strip)
-        (tokens,) = select([tokens], names if args.scores else [], args.test)
-        return {"strip": strip_figure(tokens, args.strip, args.columns)}
-    scores = read_scores(files) if files else None
-    series = read_series(home(args.series)) if args.series else None
-    if args.three_panel:
-        return {"three_panel": draw_three_panel(args, scores, series)}
-    drawn = {}
-    if folders and not (args.phases or args.heatmap):
-        runs = {name: read_metrics(folder) for name, folder in label(folders).items()}
-        drawn["training"] = training_figure(runs, args.columns)
-    if scores is not None or series is not None:
-        scores, series = select_beside(scores, series, names if args.scores or args.phases else [], args.test)
-    if args.heatmap:
-        return {"heatmap": heatmap_figure(scores, args.columns)}
-    how = {"columns": args.columns, "focus": args.focus, "floor": args.floor}
-    if args.phases:
-        scores, how["phases"] = in_phases(scores, names)
-        series = series_in_phases(series, how["phases"]) if series is not None else None
-    if scores is not None or series is not None:
-        drawn["dynamics"] = draw_dynamics(scores, series, **how)
-    return drawn
-
-
-def draw_three_panel(args: argparse.Namespace, scores, series):
-    roles = {role: [Path(run).name for run in getattr(args, role)] for role in ROLES}
-    tests = args.test or TESTS
-    named = sum(roles.values(), [])
-    if series is not None and (unused := sorted(set(series["run"]) - set(named))):
-        raise UserError(f"--series: {unused[0]} is named by none of --{', --'.join(ROLES)}")
-    tables = [*([levels(scores.assign(at=scores["step"]))] if scores is not None else []),
-              *([with_gaps(series)] if series is not None else [])]
-    tables = select(tables, named, tests)
-    more = {"focus": args.focus, "ratios": args.panel_ratios, "floor": args.floor}
-    return three_panel_figure(pandas.concat(tables, ignore_index=True), roles, tests, args.columns,
-                              **{name: value for name, value in more.items() if value is not None})
-
-
-def label(folders: list[Path]) -> dict[str, Path]:
-    """Runs by their folders' names, or by their paths where two folders have one name."""
-    folders = list(dict.fromkeys(folders))
-    names = [folder.resolve().name for folder in folders]
-    return dict(zip(names if len(set(names)) == len(names) else map(str, folders), folders))
 
 
 if __name__ == "__main__":

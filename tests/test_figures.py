@@ -1,14 +1,17 @@
 """The figures of plot.py beside training and dynamics: their numbers, their axes, their files, and what they refuse."""
 
+import inspect
 import json
 import math
 import re
 import shutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas
 import pytest
 from conftest import ROOT, launch
+from matplotlib.backends.backend_pdf import PdfFile
 from matplotlib.colors import to_hex
 from test_plot import SCORES, boxes, draw, make_run, make_scores, points  # noqa: F401  (draw is a fixture)
 
@@ -263,7 +266,10 @@ def test_skipped_steps_are_gaps(tmp_path, draw):  # noqa: F811
 
 
 def test_what_is_checked_is_what_is_drawn():
-    names = {name for panel in training.PANELS.values() for name in panel.values()}
+    """moved/... is the difference of two metrics of the file."""
+    names = {name for panel in training.PANELS.values() for name in panel.values()} | {"loss"}
+    names = {name for name in names if not name.startswith("moved/")} | {
+        f"ref_logps_per_token/{side}" for side in ("chosen", "rejected")}
     assert records.DRAWN == names | {f"eval_{name}" for name in names}
 
 
@@ -541,7 +547,15 @@ def test_escaped_text_has_no_command_left():
 
 
 def test_parts_of_fonts_are_named_by_what_is_in_them():
-    """matplotlib's own names come from an object's address where LaTeX sets the text."""
+    """Only where LaTeX sets the text: there matplotlib hashes a view of a dict, which is its address, and so another
+    number in every process. Everywhere else it hashes what is in it. Once that is mended, our own name can go."""
+    letters = {1: "x", 2: "y"}
+    assert hash(letters.values()) != hash(dict(letters).values())
+    source = inspect.getsource(PdfFile)
+    assert "self._get_subset_prefix(charmap.values())" in source and "_get_subset_prefix(frozenset(" in source
+    before = PdfFile._get_subset_prefix
+    with drawing.house_style():
+        assert PdfFile._get_subset_prefix is before
     prefixes = [drawing.subset_prefix(letters) for letters in ({"a": "x", "b": "y"}.values(), ["y", "x"], ["x", "z"])]
     assert prefixes[0] == prefixes[1] != prefixes[2] and all(re.fullmatch(r"[A-Z]{6}\+", name) for name in prefixes)
 
@@ -579,6 +593,285 @@ def test_draw_run_draws_what_a_folder_has(tmp_path):
     assert [file.suffix for file in drawing.draw_run(tmp_path / "scored")] == [".png", ".pdf", ".svg", ".tex"]
     with pytest.raises(UserError, match="metrics.jsonl: No such file"):
         drawing.draw_run(tmp_path)
+
+
+RELATIVE = r"$\log(\pi/\pi_{\mathrm{ref}})$ (nats per token)"
+
+
+def write_lines(folder, lines, **record):
+    """A run's folder with these lines of metrics.jsonl and this run.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_log_probs_are_drawn_less_the_references(tmp_path, draw):  # noqa: F811
+    """With one pair a step, chosen is at -1, -3, -2 because other pairs come; pi moved by 0, 0.25, -0.5."""
+    level, moved = (-1.0, -3.0, -2.0), (0.0, 0.25, -0.5)
+    lines = [{"step": k, "loss": 1.0, "rewards/margins": 0.0, "logps_per_token/chosen": level[k],
+              "ref_logps_per_token/chosen": level[k] - moved[k]} for k in range(3)]
+    lines += [{"step": k, "eval_loss": 1.0, "eval_logps_per_token/chosen": -1.5 + k / 8,
+               "eval_ref_logps_per_token/chosen": -1.5} for k in (0, 2)]
+    found = draw(write_lines(tmp_path / "a", lines))
+    fig = found["training"]
+    panel, steps, values = points(fig, "a moved/chosen")
+    assert fig.axes[panel].get_ylabel() == RELATIVE and values == list(moved)
+    assert points(fig, "a eval_moved/chosen")[1:] == ([0, 2], [0.0, 0.25])
+    assert "log-prob (nats per token)" not in [ax.get_ylabel() for ax in fig.axes]
+    assert "log-prob per token less the reference's (nats)" in found["captions"]["training"]
+    drawn = {line.get_label(): line for line in fig.axes[panel].get_lines()}
+    assert drawn["a eval_moved/chosen"].get_linewidth() > drawn["a moved/chosen"].get_linewidth()
+
+
+def test_an_average_lies_over_raw_values_which_all_stay(tmp_path, draw):  # noqa: F811
+    """120 steps: three to either side. By brute force; a step without a value has no mean, and is in nobody's."""
+    values = {k: math.sin(k * k) for k in range(120) if k != 50}
+    lines = [{"step": k, "learning_rate": 1.0} | ({"loss": values[k]} if k in values else {}) for k in range(120)]
+    found = draw(write_lines(tmp_path / "a", lines))
+    _, steps, raw = points(found["training"], "a loss")
+    assert steps == list(range(120)) and {k: v for k, v in zip(steps, raw) if not math.isnan(v)} == values
+    _, steps, means = points(found["training"], "a loss, average")
+    for k, mean in zip(steps, means):
+        near = [values[j] for j in range(int(k) - 3, int(k) + 4) if j in values]
+        assert math.isnan(mean) if k == 50 else mean == pytest.approx(sum(near) / len(near), abs=1e-12)
+    assert "the mean over the steps around each, 3 steps to either side" in found["captions"]["training"]
+    (dots,) = [line for line in found["training"].axes[0].get_lines() if line.get_label() == "a loss"]
+    assert dots.get_marker() == "." and dots.get_linestyle() == "None" and dots.get_alpha() < 0.5
+
+
+def kinds(**arguments):
+    return {"arguments": arguments}
+
+
+@pytest.mark.parametrize("one, other, labels", [
+    (kinds(loss="sft"), kinds(loss="dpo"), ["SFT loss", "DPO loss"]),
+    (kinds(loss="dpo"), kinds(loss="ipo"), ["DPO loss", "IPO loss"]),
+    (kinds(loss="dpo"), kinds(loss="dpo", label_smoothing=0.1), ["DPO loss", "DPO, label smoothing 0.1\nloss"]),
+    (kinds(loss="dpo"), kinds(loss="dpo", beta=0.5), ["loss"]),
+    ({}, {}, ["loss", "loss (runs with rewards)"])], ids=str)
+def test_losses_of_two_kinds_have_two_panels(tmp_path, draw, one, other, labels):  # noqa: F811
+    """-log p a token of SFT and a loss of margins are other quantities; where no run.json says so, rewards do."""
+    more = {} if one or other else {"rewards/margins": 0.5}
+    runs = [write_lines(tmp_path / name, [{"step": k, "loss": 1.0 + k} | extra for k in range(3)], **record)
+            for name, record, extra in (("a", one, {}), ("b", other, more))]
+    fig = draw(*runs)["training"]
+    losses = [ax for ax in fig.axes if "loss" in ax.get_ylabel()]
+    assert [" ".join(ax.get_ylabel().split()) for ax in losses] == [" ".join(label.split()) for label in labels]
+    drawn = [[line.get_label() for line in ax.get_lines()] for ax in losses]
+    assert drawn == ([["a loss", "b loss"]] if len(labels) == 1 else [["a loss"], ["b loss"]])
+
+
+def descend(child, checkpoint):
+    (child / "run.json").write_text(json.dumps(kinds(loss="dpo", model_name=str(checkpoint))))
+
+
+@pytest.mark.parametrize("checkpoint", ["sft/checkpoint-100", "{here}/sft/checkpoint-100", "sft/merged"])
+def test_runs_that_followed_one_another_are_drawn_so_unasked(tmp_path, draw, checkpoint, capsys):  # noqa: F811
+    """In whatever order they are named; a relative path of a checkpoint is one from a folder above the run's."""
+    sft, dpo = make_two_phases(tmp_path)
+    asked = draw(sft, dpo, "--phases")["captions"]["dynamics"]
+    descend(dpo, checkpoint.format(here=tmp_path))
+    found = draw(dpo, sft)
+    assert found["captions"]["dynamics"] == asked and "training" in found
+    assert [text.get_text() for text in found["dynamics"].axes[0].texts] == ["SFT", "DPO"]
+    assert not capsys.readouterr().err
+
+
+def test_what_keeps_runs_from_one_axis_is_said(tmp_path, draw, capsys):  # noqa: F811
+    sft, dpo = make_two_phases(tmp_path)
+    table = pandas.read_parquet(dpo / "scores.parquet")
+    table.loc[table["row"] == 2, "row"] = 7
+    table.to_parquet(dpo / "scores.parquet")
+    descend(dpo, "sft/checkpoint-100")
+    found = draw(sft, dpo)
+    assert not found["dynamics"].axes[0].texts  # beside one another
+    assert re.match("note: sft and dpo followed one another, but their dynamics are drawn beside one another: sft and "
+                    "dpo were scored on different rows", capsys.readouterr().err)
+    shutil.copytree(dpo, tmp_path / "dpo2")
+    pandas.read_parquet(dpo / "scores.parquet").assign(run="dpo2").to_parquet(tmp_path / "dpo2" / "scores.parquet")
+    draw(sft, dpo, tmp_path / "dpo2")
+    assert "dpo and dpo2 all began from sft" in capsys.readouterr().err
+    descend(dpo, "elsewhere/sft/checkpoint-100")
+    draw(sft, dpo)
+    assert not capsys.readouterr().err  # another sft's
+
+
+def test_one_checkpoint_is_bars_from_0_with_intervals(tmp_path, draw):  # noqa: F811
+    """Rows at -1, -2, -3: mean -2, t(2) / sqrt(3) to either side; a single row has no interval."""
+    values = {("test", "chosen", 7): [-1.0, -2.0, -3.0], ("test", "rejected", 7): [-4.0]}
+    found = draw("--scores", make_scores(tmp_path / "s.parquet", values))
+    (ax,) = found["dynamics"].axes
+    assert [(bar.get_y(), bar.get_height()) for bar in ax.patches] == [(0, -2.0), (0, -4.0)]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["chosen", "rejected"]
+    (whisker,) = ax.collections
+    reach = t_quantile(2) / math.sqrt(3)
+    assert whisker.get_segments()[0][:, 1] == pytest.approx([-2 - reach, -2 + reach])
+    assert ax.get_xlabel() == "at DPO step 7" and "under dpo, on test. Lines: 95%" in found["captions"]["dynamics"]
+
+
+def test_bars_of_several_models_stand_side_by_side(tmp_path, draw):  # noqa: F811
+    """Two models, a checkpoint each: other edges, and no change to draw."""
+    values = {("test", "chosen", 0): [-1.0, -2.0]}
+    tables = [make_scores(tmp_path / f"{run}.parquet", values, run=run, phase="") for run in ("one", "two")]
+    (ax,) = draw("--scores", *tables)["dynamics"].axes
+    one, two = ax.patches
+    assert one.get_x() + one.get_width() < two.get_x() and one.get_linestyle() != two.get_linestyle()
+
+
+def test_intervals_of_one_colour_have_their_runs_dash(tmp_path, draw):  # noqa: F811
+    tables = [make_scores(tmp_path / f"{run}.parquet", SCORES, run=run) for run in ("a", "b", "c")]
+    ax = draw("--scores", *tables)["dynamics"].axes[0]
+    found = {}
+    for band in ax.collections:
+        assert band.get_linewidth()[0] > 0 and band.get_facecolor()[0][3] < 0.2
+        found.setdefault(to_hex(band.get_edgecolor()[0]), set()).add(str(band.get_linestyle()))
+    assert [len(dashes) for dashes in found.values()] == [3, 3]  # of chosen and of rejected
+    alone = draw("--scores", tables[0])["dynamics"].axes[0].collections
+    assert {band.get_linewidth()[0] for band in alone} == {0}  # one run needs no edge
+
+
+def make_checked(folder, right, mass=0.001):
+    """scores.parquet with implausible mass, (1 + row) mass at step 0 and ten times that later; and answers.parquet."""
+    make_scores(folder / "scores.parquet", SCORES)
+    table = pandas.read_parquet(folder / "scores.parquet")
+    table["implausible_mass"] = mass * (1 + table["row"]) * (1 + 9 * (table["step"] > 0))
+    table["implausible_mass_start"] = mass * (1 + table["row"])
+    table.to_parquet(folder / "scores.parquet")
+    lines = [{"run": "dpo", "phase": "dpo", "step": step, "dataset": "forward", "row": row, "correct": value}
+             for step, values in right.items() for row, value in enumerate(values)]
+    pandas.DataFrame(lines).to_parquet(folder / "answers.parquet")
+    return folder / "scores.parquet"
+
+
+def test_mass_and_right_answers_are_drawn_where_they_were_scored(tmp_path, draw):  # noqa: F811
+    """Wilson's ends are where |share - p| = z sqrt(p (1 - p) / n), also for 4 of 4, whose interval ends at 1."""
+    scores = make_checked(tmp_path, {0: [True] * 4, 40: [True, False, False, False]})
+    found = draw("--scores", scores)
+    mass, right = found["mass_and_answers"].axes[:2]
+    assert mass.get_lines()[0].get_ydata() == pytest.approx([0, 0.02 - 0.002])
+    assert list(right.get_lines()[0].get_ydata()) == [1.0, 0.25]
+    for (_, low, high), share in zip(bands(right)[0], (1.0, 0.25)):
+        for end in (low, high):
+            assert (share - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / 4, abs=1e-9)
+    assert bands(right)[0][0][2] == pytest.approx(1.0)
+    caption = found["captions"]["mass_and_answers"]
+    assert "less than 0.001" in caption and "answers that are right (95% interval, n = 4, Wilson's)" in caption
+    (tmp_path / "answers.parquet").unlink()
+    assert {ax.get_ylabel() for ax in draw("--scores", scores)["mass_and_answers"].axes} == {
+        "change of mass on\nimplausible tokens"}
+    make_scores(scores, SCORES)
+    assert "mass_and_answers" not in draw("--scores", scores)
+
+
+def test_published_curves_are_drawn_as_far_as_they_go(tmp_path, draw, capsys):  # noqa: F811
+    """(a) F and R on their own sets, (b) M and DPO on mixed, whose sides begin before their gaps, (c) some gaps."""
+    lines = [("F", 0, -1, "forward", "chosen"), ("F", 100, -0.5, "forward", "chosen"),
+             ("R", 0, -1, "reverse", "chosen"), ("R", 50, -0.5, "reverse", "chosen"),
+             *(("M", step, -1 - step / 400, "mixed", side) for step in (0, 200) for side in ("chosen", "rejected")),
+             *(("D", step, -1 - step / 400, "mixed", "chosen") for step in (10, 30, 50)),
+             ("D", 30, 0.25, "mixed", "gap"), ("D", 50, 0.5, "mixed", "gap"), ("F", 0, 0.125, "forward", "gap")]
+    (tmp_path / "p.csv").write_text(PAPER + "\n".join(",".join(map(str, line)) for line in lines))
+    flags = ["--forward", "F", "--reverse", "R", "--mixed", "M", "--dpo", "D", "--series", tmp_path / "p.csv"]
+    found = draw("--three_panel", *flags)
+    a, b, c = found["three_panel"].axes
+    at = {line.get_label(): list(line.get_xdata()) for ax in (a, b, c) for line in ax.get_lines()}
+    assert at["F forward chosen"] == [0, 100] and at["R reverse chosen"] == [0, 50]
+    assert at["M mixed chosen"] == [0, 1] and at["DPO mixed chosen"] == [1, 1.5, 2]  # DPO's own steps, 10 to 50
+    assert at["DPO mixed gap"] == [1.5, 2]
+    assert at["M mixed gap"] == [0, 1] and at["F forward gap"] == [0]
+    assert "R reverse gap" not in at and "DPO mixed rejected" not in at
+    said = "rejected of DPO on mixed"
+    assert said in found["captions"]["three_panel"] and said in capsys.readouterr().err
+    (tmp_path / "p.csv").write_text(PAPER + "\n".join(",".join(map(str, line)) for line in lines[:4]))
+    fig = draw("--three_panel", "--forward", "F", "--reverse", "R", "--series", tmp_path / "p.csv")["three_panel"]
+    assert [ax.get_title() for ax in fig.axes] == ["(a) SFT"]
+    with pytest.raises(UserError, match="--dpo F: has none of the curves"):
+        draw("--three_panel", "--reverse", "R", "--dpo", "F", "--series", tmp_path / "p.csv")
+
+
+def test_gaps_are_added_where_they_are_missing():
+    """A csv that gives one run's gap and not the other's: the second is that of its means."""
+    given = curve("chosen", {0: -1.0}) + curve("rejected", {0: -3.0}) + curve("gap", {0: 7.0})
+    other = curve("chosen", {0: -1.0}, "s") + curve("rejected", {0: -1.5}, "s")
+    found = intervals.with_gaps(pandas.DataFrame(given + other))
+    assert found[found["response"] == "gap"].set_index("run")["mean"].to_dict() == {"r": 7.0, "s": 0.5}
+
+
+ODD = "a\x1b[31mb\x07\ufffe"
+
+
+def test_names_with_characters_that_act_are_shown_escaped(tmp_path, capsys):
+    """A run's folder may be called anything: every SVG is XML, and no file of text has the characters themselves."""
+    run = make_run(tmp_path / ODD)
+    make_checked(run, {0: [True], 40: [False]})
+    make_tokens(run, ["x\x1b[31m", "\x00", "y"], ["z"])
+    plot.main([str(run)])
+    plot.main([str(run), "--strip", "7"])
+    plot.main([str(make_run(tmp_path / f"{ODD}\udcff")), "--output_dir", str(run / "bytes")])  # is no text at all
+    ElementTree.parse(run / "bytes" / "training.svg")
+    for name in ("training", "dynamics", "mass_and_answers", "strip"):
+        ElementTree.parse(run / f"{name}.svg")
+        for kind in ("svg", "tex"):
+            assert not re.search(rb"[\x00-\x08\x0b-\x1f]", (run / f"{name}.{kind}").read_bytes())
+    assert r"\textbackslash{}x1b[31mb" in (run / "training.tex").read_text()
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_the_strip_says_its_extremes(tmp_path, draw):  # noqa: F811
+    """Chosen moves by half a nat, up and down by turns; in one checkpoint its last token is at -1 - 1999 / 8 - 0.5."""
+    scores = make_tokens(tmp_path, WORDS, WORDS[:2])
+    for columns in (1, 2):
+        texts = [text.get_text() for text in draw("--scores", scores, "--strip", 7, "--columns", columns)["strip"]
+                 .axes[0].texts]
+        assert any("lowest \N{MINUS SIGN}0.5 at token 2, [ Ivy]" in text for text in texts)
+        assert any("highest +0.5 at token 1, [So]" in text for text in texts)
+    scores = make_tokens(tmp_path, ["w"] * 2000, WORDS[:2], (40,))
+    texts = [text.get_text() for text in draw("--scores", scores, "--strip", 7)["strip"].axes[0].texts]
+    assert any(text.startswith("lowest \N{MINUS SIGN}251 at token 2,000, [w]") for text in texts)  # is left out
+
+
+def test_a_row_that_is_not_there_is_answered_with_some_that_are(tmp_path):
+    scores = make_tokens(tmp_path, WORDS, WORDS[:2])
+    one = pandas.read_parquet(tmp_path / "tokens.parquet")
+    pandas.concat([one.assign(row=row) for row in range(20, 30)] + [one.assign(dataset="third", row=4)],
+                  ignore_index=True).to_parquet(tmp_path / "tokens.parquet")
+    some = r"there is row 20, 21, 22, 23 \.\.\. 29 of test, 10 rows"
+    for flags, message in ((["7"], some + "; row 4 of third$"), (["4", "--test", "test"], some + "$"),
+                           (["20", "--test", "third"], "in row 20; there is row 4 of third$")):
+        with pytest.raises(UserError, match=message):
+            plot.main(["--scores", str(scores), "--strip", *flags])
+
+
+NOISE = {"rewards/margins": 0.25, "logps_per_token/chosen": 0.125, "logps_per_token/rejected": 0.0625}
+
+
+def hatched(ax):
+    """(low, high) of the bands that are noise."""
+    return [(patch.get_y(), patch.get_y() + patch.get_height()) for patch in ax.patches if patch.get_hatch()]
+
+
+def test_noise_is_a_band_of_two_standard_deviations(tmp_path, draw):  # noqa: F811
+    """Around 0 where what moved is drawn, around the start where levels are; runs that do not know theirs have none.
+    run.json's are of one pair: a mean over n has sqrt(n) times less."""
+    run = make_run(tmp_path / "dpo")
+    make_scores(run / "scores.parquet", SCORES)
+    found = draw(run)
+    assert not any(hatched(ax) for name in ("training", "dynamics") for ax in found[name].axes)
+    record = {"noise": NOISE, "world_size": 2, "arguments": {"per_device_train_batch_size": 4,
+                                                             "gradient_accumulation_steps": 2}}
+    (run / "run.json").write_text(json.dumps(record))
+    found = draw(run)
+    loss, rewards, level = found["training"].axes
+    assert (hatched(loss), hatched(rewards)) == ([], [(-0.125, 0.125)])  # of 16 pairs, a fourth of one's
+    assert hatched(level) == [(4.4375, 4.5625), (5.4375, 5.5625)]  # make_run's held-out log-probs start at 4.5 and 5.5
+    level, change = found["dynamics"].axes[:2]
+    reach = 0.25 / math.sqrt(3)  # of three rows
+    assert np.array(hatched(level)) == pytest.approx(np.array([(-2 - reach, -2 + reach), (-5 - reach, -5 + reach)]))
+    assert np.array(hatched(change)) == pytest.approx(np.array([(-reach, reach)]))
+    for name in ("training", "dynamics"):
+        assert "bfloat16 noise" in [text.get_text() for text in found[name].legends[0].get_texts()]
+        assert "Hatched: what bfloat16's rounding alone does to a" in found["captions"][name]
 
 
 def csv(text):

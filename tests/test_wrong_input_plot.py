@@ -184,7 +184,29 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["@/s.csv"], "@/s.csv/metrics.jsonl: Not a directory"),
     (["~nobody-at-all"], "~nobody-at-all/metrics.jsonl: No such"),
 ]]
-CASES = [*TABLES, *METRICS, *CSV, *FLAGS]
+NOT_OURS = "@/run/run.json: is not what train.py writes"
+RECORDS = [(f"run.json: {text[:60]!r}", written("run/run.json", text), RUN, [NOT_OURS]) for text in (
+    "", "[1]", "{", DEEP, '{"arguments": 3}', '{"noise": [1]}', '{"arguments": {"loss": 3}}',
+    '{"arguments": {"model_name": null}}', '{"arguments": {"label_smoothing": "x"}}', '{"arguments": {"beta": NaN}}',
+    '{"noise": {"rewards/margins": -1}}', '{"noise": {"logps_per_token/chosen": "x"}}',
+    '{"noise": {"logps_per_token/rejected": Infinity}}')]
+RECORDS += [(f"run.json {how}", broken("run/run.json", change), RUN, [NOT_OURS])
+            for how, change in {**BYTES, "a folder": "a folder"}.items()]
+
+
+def answers(**changed):
+    def change(folder):
+        lines = [{"run": "run", "phase": "dpo", "dataset": "forward", "row": row, "step": 0, "correct": True} | changed
+                 for row in range(2)]
+        pandas.DataFrame(lines).dropna(axis=1, how="all").to_parquet(folder / "run" / "answers.parquet")
+    return change
+
+
+RECORDS += [(f"answers: {changed}", answers(**changed), RUN, ["@/run/answers.parquet", words]) for changed, words in [
+    ({"correct": 1}, "column correct must hold true or false, found int64"), ({"correct": None}, "no column correct"),
+    ({"correct": "yes"}, "column correct must hold true or false"), ({"row": 3}, "row 1: is there twice"),
+    ({"run": "x" * 201}, NAME), ({"step": math.inf}, MISSING), ({"step": "0"}, NUMBER)]]
+CASES = [*TABLES, *METRICS, *CSV, *FLAGS, *RECORDS]
 
 
 @pytest.mark.parametrize("change, flags, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])

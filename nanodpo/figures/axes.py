@@ -9,11 +9,14 @@ import textwrap
 
 import numpy as np
 from matplotlib import rcParams
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import UserError
+from ..screen import printable
 
 WIDTHS = {1: 3.3, 2: 6.9}  # inches: one and two columns of a journal
 # Okabe and Ito's colours, which the colour-blind tell apart; not their yellow, too light for a line on white.
@@ -22,6 +25,8 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (5, 1, 1, 1, 1
 MARKERS = "os^DvPX*"
 GREY = "0.35"
 INTERVAL = {"alpha": 0.2, "linewidth": 0}
+OUTLINE = 0.5  # points: of intervals that lie on one another in one colour, in the dash of their curve
+NOISE = {"facecolor": "none", "edgecolor": "0.7", "hatch": "//////", "linewidth": 0}
 CHANGE = {"color": GREY, "linewidth": 0.6, "linestyle": (0, (1, 2))}  # where a scale changes
 ABOVE_GRID = 0.9  # and below what is drawn
 FLOOR = {"color": "black", "linewidth": 0.8, "linestyle": (0, (6, 3))}
@@ -37,14 +42,20 @@ def escape_tex(text: str) -> str:
     return "".join(TEX.get(letter, letter) for letter in text)
 
 
+def shown(text: str) -> str:
+    """Text from outside (a folder's name, say) on one line, with an escape for each character that can't be printed:
+    XML, and so SVG, has no place for those."""
+    return printable(" ".join(text.split()))
+
+
 def plain(text: str) -> str:
     """Text of a figure as it stands: a dollar sign starts no formula, and under LaTeX no character is a command."""
-    return escape_tex(text) if rcParams["text.usetex"] else text.replace("$", r"\$")
+    return escape_tex(shown(text)) if rcParams["text.usetex"] else shown(text).replace("$", r"\$")
 
 
 def wrap(name: str, width: int = 36) -> str:
     """A name as text of a figure: whole, on several lines where it is long."""
-    return "\n".join(map(plain, textwrap.wrap(name, width)))
+    return "\n".join(map(plain, textwrap.wrap(shown(name), width)))
 
 
 def listed(names) -> str:
@@ -82,12 +93,28 @@ def add_legend(fig: Figure, handles: list, title: str | None = None) -> None:
         legend.remove()
 
 
-def draw_curve(ax, curve, look: dict, label: str, shade: dict = INTERVAL) -> None:
-    """A line through columns at and mean, its interval from low to high shaded, which may be missing (NaN)."""
+def draw_curve(ax, curve, look: dict, label: str, shade: dict = INTERVAL, outlined: bool = False) -> None:
+    """A line through columns at and mean, its interval from low to high shaded, which may be missing (NaN).
+
+    `outlined`: the interval gets an edge in the line's dash, and a lighter fill; for a panel in which intervals of one
+    colour lie on one another.
+    """
     ax.plot(curve["at"], curve["mean"], **look, label=label)
     if curve["low"].notna().any():
-        ax.fill_between(curve["at"].astype(float), curve["low"].astype(float), curve["high"].astype(float),
-                        color=look["color"], **shade)
+        fill = {"color": look["color"]} | shade
+        if outlined:
+            fill = {"facecolor": to_rgba(look["color"], shade["alpha"] / 2), "edgecolor": to_rgba(look["color"], 0.8),
+                    "linewidth": OUTLINE, "linestyle": look["linestyle"]}
+        ax.fill_between(curve["at"].astype(float), curve["low"].astype(float), curve["high"].astype(float), **fill)
+
+
+def draw_noise(ax, around: float, deviation: float) -> None:
+    """A hatched band of two standard deviations to either side of a value."""
+    ax.axhspan(around - 2 * deviation, around + 2 * deviation, **NOISE, zorder=ABOVE_GRID)
+
+
+def noise_handle() -> Patch:
+    return Patch(**NOISE, label="bfloat16 noise")
 
 
 def set_focus(ax, low: float, high: float, share: float = 0.25) -> None:

@@ -3,6 +3,7 @@
 matplotlib is imported with this module: who draws only at the end imports it only then.
 """
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -12,17 +13,12 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.style
-import pandas
 from matplotlib.backends.backend_pdf import PdfFile
 
 from ..errors import UserError, first_line
 from ..files import check_regular
-from .axes import escape_tex
-from .dynamics import dynamics_figure
-from .intervals import KEYS, changes, levels, moved
-from .records import read_metrics, read_scores
-from .selection import everywhere
-from .training import training_figure
+from .axes import escape_tex, shown
+from .choice import draw
 
 FORMATS = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}  # metadata that must not be written
 HOUSE = {"font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7, "legend.fontsize": 7, "legend.title_fontsize": 7,
@@ -34,6 +30,9 @@ SERIF = {"font.family": ["STIXGeneral", "DejaVu Sans"], "mathtext.fontset": "sti
 USETEX = {"text.usetex": True, "font.family": "serif"}
 # Whatever the style: the same ids on a rerun, the full width, text that a journal's software can edit.
 FIXED = {"svg.hashsalt": "nanodpo", "savefig.bbox": None, "pdf.fonttype": 42}
+# What draw takes of plot.py's flags, none of them given.
+ASKED = argparse.Namespace(columns=2, **dict.fromkeys((
+    "strip", "three_panel", "phases", "heatmap", "series", "scores", "test", "focus", "floor")))
 SNIPPET = r"""%% In the preamble: \usepackage{graphicx}
 \begin{figure%(star)s}[t]
   \centering
@@ -45,29 +44,12 @@ SNIPPET = r"""%% In the preamble: \usepackage{graphicx}
 
 
 def draw_run(folder: Path) -> list[Path]:
-    """Draws the default figures of a folder into it: training of its metrics.jsonl, dynamics of its scores.parquet,
-    where it has them. Returns the files; raises UserError where there is nothing that can be drawn."""
-    scored, drawn = folder / "scores.parquet", {}
+    """Draws the figures of a folder that nobody has to ask for into it, as plot.py does. Returns the files; raises
+    UserError where there is nothing that can be drawn."""
+    scored = folder / "scores.parquet"
+    runs = [folder] if (folder / "metrics.jsonl").exists() or not scored.exists() else []
     with house_style():
-        if (folder / "metrics.jsonl").exists() or not scored.exists():
-            drawn["training"] = training_figure({folder.resolve().name: read_metrics(folder)}, 2)
-        if scored.exists():
-            drawn["dynamics"] = draw_dynamics(read_scores([scored]))
-        return save(drawn, folder, 2)
-
-
-def draw_dynamics(scores: pandas.DataFrame | None, series: pandas.DataFrame | None = None, columns: int = 2, **how):
-    """dynamics_figure of a table of scores, of a csv's table of series, or of the second beside the first."""
-    tables = []
-    if scores is not None:
-        scores = scores if "at" in scores else scores.assign(at=scores["step"])
-        since = ["dataset", "response"] if how.get("phases") else KEYS
-        tables.append((levels(scores), changes(scores, since)))
-    if series is not None:
-        series = everywhere(series, scores["dataset"].unique() if tables else [])
-        tables.append((series, moved(series)))
-    level, change = (pandas.concat(pair, ignore_index=True) for pair in zip(*tables))
-    return dynamics_figure(level, change, columns, **how)
+        return save(draw(ASKED, runs, [scored] if scored.exists() else [], [])[0], folder, 2)
 
 
 def subset_prefix(letters) -> str:
@@ -90,7 +72,7 @@ def house_style(sheet: str | None = None, serif: bool = False, usetex: bool = Fa
         except (OSError, ValueError) as error:
             raise UserError(f"--style {sheet}: neither a style of matplotlib nor a file with one") from error
         matplotlib.rcParams.update(FIXED | (USETEX if usetex else {}))
-        if hasattr(PdfFile, "_get_subset_prefix"):  # private, and under LaTeX another one in every process
+        if usetex and hasattr(PdfFile, "_get_subset_prefix"):  # private; for Type 1 fonts it hashes an address
             PdfFile._get_subset_prefix = staticmethod(subset_prefix)
         yield
 
@@ -103,7 +85,7 @@ def save(drawn: dict, folder: Path, columns: int) -> list[Path]:
         for kind, metadata in FORMATS.items():
             files[folder / f"{name}.{kind}"] = _render(figure, kind, metadata)
         wide = {"star": "*", "width": r"\textwidth"} if columns == 2 else {"star": "", "width": r"\columnwidth"}
-        snippet = SNIPPET % (wide | {"name": name, "caption": escape_tex(caption)})
+        snippet = SNIPPET % (wide | {"name": name, "caption": escape_tex(shown(caption))})
         files[folder / f"{name}.tex"] = snippet.encode()
     aside = {file: file.with_name(f".{file.name}.partial") for file in files}
     try:

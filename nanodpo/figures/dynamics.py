@@ -1,6 +1,7 @@
 """The figure of dynamics: log-probs of responses over steps, their level and beside it how far they moved."""
 
 import itertools
+import math
 
 import pandas
 from matplotlib.lines import Line2D
@@ -20,29 +21,37 @@ from .axes import (
     add_legend,
     crowd,
     draw_curve,
+    draw_noise,
     grid,
     listed,
+    noise_handle,
     plain,
     set_focus,
     set_phases,
     wrap,
 )
+from .bars import draw_bars
+
+NOISY = " Hatched: what bfloat16's rounding alone does to a mean, two standard deviations to either side."
 
 
 def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns: int, focus=None, floor=None,
-                    phases=None):
-    """Log-prob per token of each response over steps: a line of panels a data set, the level and beside it the change.
+                    phases=None, noise=None):
+    """Log-prob per token of each response over steps: a line of panels a data set, the level and beside it the change;
+    of one checkpoint a run, a bar for each response.
 
     `levels` and `changes` are tables of curves (intervals.py). The band `focus` gets a quarter of the level's height;
     without one, values that lie close together get three quarters where others are far away. `floor` is a level to
-    mark. With `phases`, {run: (name, first step, last step)}, `at` is a place on an axis of these phases.
+    mark. With `phases`, {run: (name, first step, last step)}, `at` is a place on an axis of these phases. `noise` is
+    the standard deviation of one row's log-prob per token under rounding, of each run that knows it.
     """
     levels, changes = (table[table["response"] != "gap"] for table in (levels, changes))
-    sets = list(levels["dataset"].unique())
-    dashes, looks = _dashes(levels, phases), _looks(levels)
-    kinds = ("level", "change") if changes["at"].nunique() > 1 else ("level",)
+    sets, bars = list(levels["dataset"].unique()), has_bars(levels, phases)
+    dashes, looks = dashes_of(levels, phases), looks_of(levels)
+    noise = {run: deviation for run, deviation in (noise or {}).items() if deviation and run in set(levels["run"])}
+    kinds = ("level",) if bars else ("level", "change")
     across = 2 if len(kinds) == 2 else min(len(sets), 3) if columns == 2 else 1
-    fig, axes = grid(len(kinds) * len(sets), across, columns, _xlabel(levels),
+    fig, axes = grid(len(kinds) * len(sets), across, columns, xlabel(levels, bars),
                      sharey="col" if len(kinds) == 2 else True)
     panels = dict(zip(itertools.product(sets, kinds), axes))
     since = _since(changes, phases)
@@ -50,14 +59,15 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
         ax.set_title(wrap(name, 36 if across == 1 else 24), pad=12 if phases else None)
         if kind == "change" or ax.get_subplotspec().is_first_col():
             ax.set_ylabel(f"change since {since}\n(nats per token)" if kind == "change" else LOGPS)
-        _draw(ax, changes if kind == "change" else levels, name, dashes, looks)
+        draw_panel(ax, changes if kind == "change" else levels, name, dashes, looks, bars)
+        _noise(ax, levels[levels["dataset"] == name], noise, kind)
         if phases:
             set_phases(ax, list(phases.values()))
         if kind == "change":
             ax.axhline(0, color=GREY, linewidth=0.6, zorder=ABOVE_GRID)
         elif floor is not None:
             ax.axhline(floor, **FLOOR, zorder=ABOVE_GRID)
-    band = focus or crowd(levels["mean"])
+    band = focus or crowd([*levels["mean"], *([0.0] if bars else [])])
     if band and not focus:  # what is far away gets a narrow part, and would lie on the edge of the panel
         room = 0.12 * (levels["mean"].max() - levels["mean"].min())
         axes[0].set_ylim(axes[0].get_ylim()[0] - room * (levels["mean"].min() < band[0]),
@@ -65,11 +75,14 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
     for (_, kind), ax in panels.items():
         if band and kind == "level":
             set_focus(ax, *band, share=0.25 if focus else 0.75)
-    _legend(fig, levels, dashes, looks, phases, floor, band)
-    return fig, _caption(levels, since if len(kinds) == 2 else None, phases, floor, band)
+    handles = [Line2D([], [], **FLOOR, label="best possible")] if floor is not None else []
+    handles += [noise_handle()] if noise else []
+    handles += [Line2D([], [], **CHANGE, label="scale changes")] if band else []
+    legend_of(fig, levels, dashes, looks, phases, interval(levels), handles)
+    return fig, _caption(levels, None if bars else since, phases, floor, band) + NOISY * bool(noise)
 
 
-def _dashes(levels: pandas.DataFrame, phases) -> dict[tuple[str, str], object]:
+def dashes_of(levels: pandas.DataFrame, phases) -> dict[tuple[str, str], object]:
     """What tells runs apart, by (run, phase); runs that follow one another share the solid line."""
     runs = list(dict.fromkeys(zip(levels["run"], levels["phase"])))
     beside = [run for run in runs if not phases or run[0] not in phases]
@@ -79,7 +92,7 @@ def _dashes(levels: pandas.DataFrame, phases) -> dict[tuple[str, str], object]:
     return {run: DASHES[0] for run in runs} | dict(zip(beside, dashes))
 
 
-def _looks(levels: pandas.DataFrame) -> dict[str, dict]:
+def looks_of(levels: pandas.DataFrame) -> dict[str, dict]:
     """Colour and marker of each response; those of chosen and rejected are always the same."""
     found = set(levels["response"])
     responses = ["chosen", "rejected", *sorted(found - {"chosen", "rejected"})]
@@ -87,17 +100,38 @@ def _looks(levels: pandas.DataFrame) -> dict[str, dict]:
             for i, response in enumerate(responses) if response in found}
 
 
-def _draw(ax, curves: pandas.DataFrame, name: str, dashes, looks) -> None:
-    keys = ["dataset", "run", "phase", "response"]
+def has_bars(levels: pandas.DataFrame, phases) -> bool:
+    """Has every run one checkpoint? A curve of one point would say less than a bar; phases have two points at least."""
+    return not phases and not levels.duplicated(["dataset", "run", "phase", "response"]).any()
+
+
+def draw_panel(ax, curves: pandas.DataFrame, name: str, dashes, looks, bars: bool) -> None:
+    """The curves of a data set, or bars."""
+    keys, outlined = ["dataset", "run", "phase", "response"], len(set(dashes.values())) > 1
+    if bars:
+        return draw_bars(ax, curves[curves["dataset"] == name], dashes, looks)
     for ((run, phase), dash), (response, look) in itertools.product(dashes.items(), looks.items()):
         here = curves[(curves[keys] == [name, run, phase, response]).all(axis=1)].sort_values("at")
         if not here.empty:
-            draw_curve(ax, here, look | {"linestyle": dash}, " ".join(filter(None, (run, phase, response))))
+            draw_curve(ax, here, look | {"linestyle": dash}, " ".join(filter(None, (run, phase, response))),
+                       outlined=outlined)
 
 
-def _xlabel(levels: pandas.DataFrame) -> str:
-    names = set(levels["phase"])
-    return f"{plain(names.pop().upper())} step".strip() if len(names) == 1 else "step"
+def _noise(ax, levels: pandas.DataFrame, noise: dict[str, float], kind: str) -> None:
+    """The band in which rounding alone moves the means of chosen and rejected: around no change, or their starts."""
+    sides = levels[levels["response"].isin(["chosen", "rejected"]) & levels["run"].isin(noise) & (levels["n"] > 0)]
+    starts = sides.sort_values("at", kind="stable").drop_duplicates(["run", "response"])
+    places = [(start.mean, noise[start.run] / math.sqrt(start.n)) for start in starts.itertuples(index=False)]
+    for around, deviation in places if kind == "level" else [(0, max(d for _, d in places))] if places else []:
+        draw_noise(ax, around, deviation)
+
+
+def xlabel(levels: pandas.DataFrame, bars: bool) -> str:
+    names, steps = set(levels["phase"]), levels["step"].unique()
+    text = f"{plain(names.pop().upper())} step".strip() if len(names) == 1 else "step"
+    if bars:
+        return f"at {text} {steps[0]:g}" if len(steps) == 1 else ""
+    return text
 
 
 def _since(changes: pandas.DataFrame, phases) -> str:
@@ -116,23 +150,31 @@ def interval(levels: pandas.DataFrame) -> str:
     return f"95% interval, n = {span}" + (f", {missing:,} scores missing" if missing else "")
 
 
-def _legend(fig, levels, dashes, looks, phases, floor, band) -> None:
-    handles = [Line2D([], [], **look, label=wrap(response or "log-prob")) for response, look in looks.items()]
+def legend_of(fig, levels: pandas.DataFrame, dashes, looks, phases, shaded: str, more: list) -> None:
+    """Responses, runs, the words for what is shaded, and `more`; over it the run's name where there is one alone."""
+    bars = has_bars(levels, phases)
+    steps = levels.groupby("run")["step"].first()
     beside = {run: dash for run, dash in dashes.items() if not phases or run[0] not in phases}
+    handles = [Line2D([], [], **look, linestyle="" if bars else "-", label=wrap(response or "log-prob"))
+               for response, look in looks.items()]
     if len(dashes) > 1:
         alike = len({run for run, _ in dashes}) < len(dashes)
-        handles += [Line2D([], [], color=GREY, linestyle=dash, label=wrap(f"{run} ({phase})" if alike else run))
+        said = {run: f", step {steps[run]:g}" if bars and steps.nunique() > 1 else "" for run, _ in beside}
+        handles += [Line2D([], [], color=GREY, linestyle=dash,
+                           label=wrap((f"{run} ({phase})" if alike else run) + said[run]))
                     for (run, phase), dash in beside.items()]
-    handles += [Patch(color=GREY, **INTERVAL, label=plain(shaded))] if (shaded := interval(levels)) else []
-    handles += [Line2D([], [], **FLOOR, label="best possible")] if floor is not None else []
-    handles += [Line2D([], [], **CHANGE, label="scale changes")] if band else []
-    add_legend(fig, handles, ", then ".join(phases) if phases else next(iter(dashes))[0] if len(dashes) == 1 else None)
+    if shaded:
+        handles.append(Line2D([], [], color="black", linewidth=1, label=plain(shaded)) if bars else
+                       Patch(color=GREY, **INTERVAL, label=plain(shaded)))
+    add_legend(fig, handles + more,
+               ", then ".join(phases) if phases else next(iter(dashes))[0] if len(dashes) == 1 else None)
 
 
 def _caption(levels: pandas.DataFrame, since: str | None, phases, floor, band) -> str:
     runs = f"{', then '.join(phases)}" if phases else listed(levels["run"].unique())
     sets = listed(name for name in levels["dataset"].unique() if name)
-    text = f"Mean log-prob per token (nats) of responses over steps of {runs}" + (f", on {sets}" if sets else "")
+    where = "over steps of" if since else "under"
+    text = f"Mean log-prob per token (nats) of responses {where} {runs}" + (f", on {sets}" if sets else "")
     most = levels.groupby("run", sort=False)["n"].max()
     rows, means = (list(most.index[which]) for which in (most > 0, most == 0))  # a csv has means alone
     how = ["row by row"] * bool(rows)
@@ -141,6 +183,6 @@ def _caption(levels: pandas.DataFrame, since: str | None, phases, floor, band) -
     given = levels.loc[levels["run"].isin(means) & levels["low"].notna(), "run"].unique()
     shaded = [f"{interval(levels)} (mean ± Student's t standard errors over rows)"] * bool(rows)
     shaded += [f"low to high, as given for {listed(given)}"] * bool(len(given))
-    text += f" Shaded: {'; '.join(shaded)}." if shaded else ""
+    text += f" {'Shaded' if since else 'Lines'}: {'; '.join(shaded)}." if shaded else ""
     text += f" Dashed: the best possible value, {floor:g}." if floor is not None else ""
     return text + (" The scale changes at the dotted lines." if band else "")

@@ -9,6 +9,7 @@ import math
 import pandas
 
 from ..student import over_problems, t_quantile
+from ..wilson import wilson
 
 KEYS = ["dataset", "run", "phase", "response"]
 
@@ -35,6 +36,18 @@ def changes(scores: pandas.DataFrame, since: list[str] = KEYS) -> pandas.DataFra
     return _over_rows(moved.assign(mean_logps=moved["mean_logps"] - moved["start"]))
 
 
+def shares(answers: pandas.DataFrame) -> pandas.DataFrame:
+    """Curves of the share of rows whose answer is `correct`, with Wilson's interval over problems; none for a single
+    problem."""
+    keys, lines = ["dataset", "run", "phase", "step", "at"], []
+    for key, group in answers.groupby(keys, sort=False):
+        hits = group["correct"].to_numpy(dtype=float)
+        centre, reach = wilson(hits, group["problem"]) if group["problem"].nunique() > 1 else (math.nan, math.nan)
+        lines.append(dict(zip(keys, key)) | {"mean": hits.mean(), "n": len(hits), "low": centre - reach,
+                                             "high": centre + reach, "response": "right answers", "left_out": 0})
+    return pandas.DataFrame(lines)
+
+
 def over_seeds(curves: pandas.DataFrame) -> pandas.DataFrame:
     """Curves of one role's runs -> their mean, its 95% t-interval over runs; one run keeps its interval over rows."""
     runs = curves["run"].nunique()
@@ -58,10 +71,13 @@ def moved(curves: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def with_gaps(curves: pandas.DataFrame) -> pandas.DataFrame:
-    """Curves of means alone, with the gap, chosen - rejected, where they don't have it; no interval."""
+    """Curves of means alone, with the gap, chosen - rejected, of each run and data set that does not have it; no
+    interval."""
+    curve = ["dataset", "run", "phase"]
+    given = curves[curves["response"] == "gap"].set_index(curve).index
     keys = [name for name in curves if name not in ("response", "mean", "low", "high")]
-    sides = curves.pivot(index=keys, columns="response", values="mean")
-    if not {"chosen", "rejected"} <= set(sides) or "gap" in sides:
+    sides = curves[~curves.set_index(curve).index.isin(given)].pivot(index=keys, columns="response", values="mean")
+    if not {"chosen", "rejected"} <= set(sides):
         return curves
     gap = (sides["chosen"] - sides["rejected"]).dropna().reset_index(name="mean").assign(response="gap")
     return pandas.concat([curves, gap], ignore_index=True)

@@ -5,16 +5,20 @@ import math
 from pathlib import Path
 
 import pandas
+import pyarrow.parquet
 
 from ..errors import UserError
 from ..files import read_text
+from .axes import listed
 from .tables import LARGEST, NAMES, odd, read_csv, read_parquet, refuse
 
 SIDES = ("chosen", "rejected")
-# The metrics that are drawn, of training and under evaluation.
+# The metrics that are drawn or taken from one another, of training and under evaluation.
 DRAWN = {prefix + name for prefix in ("", "eval_") for name in (
-    "loss", "rewards/margins", *(f"{kind}/{side}" for kind in ("rewards", "logps_per_token") for side in SIDES))}
+    "loss", "rewards/margins",
+    *(f"{kind}/{side}" for kind in ("rewards", "logps_per_token", "ref_logps_per_token") for side in SIDES))}
 KEYS = ["run", "phase", "dataset", "row", "response", "step"]
+MASS = ("implausible_mass", "implausible_mass_start")  # the second: of step 0 on the same tokens
 TOKENS = ["run", "dataset", "response", "step", "position", "token", "logp"]
 SERIES = {"series": str, "step": float, "mean": float, "low": float, "high": float, "dataset": str, "response": str,
           "phase": str}  # of a csv of series: its columns, the first three always
@@ -51,16 +55,16 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def read_scores(files: list[Path]) -> pandas.DataFrame:
-    """KEYS, tokens, mean_logps and problem of these files of score.py. A score that is missing (a failed row) stays, as
-    NaN. In a table without problems every row is one of its own.
+    """KEYS, tokens, mean_logps, problem and, where they are there, MASS of these files of score.py. A score that is
+    missing (a failed row) stays, as NaN. In a table without problems every row is one of its own.
 
     Raises UserError, naming file and row, where a table can't be drawn.
     """
     tables = []
     for file in files:
-        table = read_parquet(file, [*KEYS, "tokens", "mean_logps"], more=("problem",))
+        table = read_parquet(file, [*KEYS, "tokens", "mean_logps"], more=("problem", *MASS))
         table["problem"] = table["problem"] if "problem" in table else table["row"].astype(str)
-        infinite = (table[["step", "mean_logps"]].abs() == math.inf).any(axis=1)
+        infinite = (table[table.columns.intersection(["step", "mean_logps", *MASS])].abs() == math.inf).any(axis=1)
         missing = table[[*KEYS, "problem", "tokens"]].isna().any(axis=1)
         refuse(file, table, missing | infinite, "has a value that is missing or not finite")
         refuse(file, table, table.duplicated(KEYS), "is there twice")
@@ -73,8 +77,23 @@ def read_scores(files: list[Path]) -> pandas.DataFrame:
     return pandas.concat(tables, ignore_index=True)
 
 
-def read_tokens(files: list[Path], row: int) -> pandas.DataFrame:
-    """TOKENS of both sides of one row, in order of position; raises UserError where one is missing or there twice."""
+def read_answers(files: list[Path]) -> pandas.DataFrame | None:
+    """run, phase, dataset, row, step, problem and correct of those of these files that are there, or None. Raises UserError,
+    naming file and row, where a table can't be drawn."""
+    names, tables = ["run", "phase", "dataset", "row", "step"], []
+    for file in [file for file in files if file.exists()]:
+        table = read_parquet(file, [*names, "correct"], more=("problem",))
+        table["problem"] = table["problem"] if "problem" in table else table["row"].astype(str)
+        refuse(file, table, table.isna().any(axis=1) | (table["step"].abs() == math.inf), "has a value that is missing "
+               "or not finite")
+        refuse(file, table, table.duplicated(names), "is there twice")
+        tables.append(table)
+    return pandas.concat(tables, ignore_index=True) if tables else None
+
+
+def read_tokens(files: list[Path], row: int, runs=(), sets=()) -> pandas.DataFrame:
+    """TOKENS of both sides of one row, in order of position; raises UserError where one is missing or there twice, and
+    where these runs and data sets (all, where none is named) do not have the row, with some that they have."""
     if not 0 <= row < 2**63:
         raise UserError(f"--strip {row}: must be the number of a row, from 0")
     tables = []
@@ -90,9 +109,29 @@ def read_tokens(files: list[Path], row: int) -> pandas.DataFrame:
         wrong = table["position"] != table.groupby(keys).cumcount()
         refuse(file, table, wrong, "is out of place: positions must be 0, 1, 2 ... once each")
         tables.append(table)
-    if all(table.empty for table in tables):
-        raise UserError(f"{', '.join(map(str, files))}: no tokens of chosen or rejected in row {row}")
-    return pandas.concat(tables, ignore_index=True)
+    tokens = pandas.concat(tables, ignore_index=True)
+    if _of(tokens, runs, sets).empty and (found := rows_of(files, runs, sets)):
+        raise UserError(f"{', '.join(map(str, files))}: no tokens of chosen or rejected in row {row}; there is {found}")
+    return tokens
+
+
+def _of(table: pandas.DataFrame, runs, sets) -> pandas.DataFrame:
+    return table[(table["run"].isin(runs) | (not runs)) & (table["dataset"].isin(sets or ()) | (not sets))]
+
+
+def rows_of(files: list[Path], runs=(), sets=(), most: int = 5) -> str:
+    """The rows of files of tokens by data set, in words: some of them, and how many there are."""
+    found = {}
+    for file in files:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(columns=["run", "dataset", "row"]):
+            for name, part in _of(batch.to_pandas(), runs, sets).groupby("dataset"):
+                found.setdefault(name, set()).update(map(int, part["row"].dropna().unique()))
+    said = []
+    for name, rows in sorted(found.items()):
+        some = sorted(rows)[: most - 1]
+        said.append(f"row {listed(sorted(rows))} of {name}" if len(rows) <= most else
+                    f"row {', '.join(map(str, some))} ... {max(rows)} of {name}, {len(rows):,} rows")
+    return "; ".join(said)
 
 
 def read_series(file: Path) -> pandas.DataFrame:

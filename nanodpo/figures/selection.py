@@ -23,6 +23,12 @@ def select(tables: list[pandas.DataFrame], runs: list[str], sets: list[str] | No
     return kept
 
 
+def select_there(tables: list[pandas.DataFrame], runs: list[str], sets: list[str]) -> list[pandas.DataFrame]:
+    """As select, but some of the data sets may be missing: published curves are what they are."""
+    return select(tables, runs, [name for name in sets if any((table["dataset"] == name).any() for table in tables)]
+                  or sets)
+
+
 def select_beside(scores, series, runs: list[str], sets: list[str] | None) -> list[pandas.DataFrame | None]:
     """Scores of these runs and, beside them, all series of a csv, both on these data sets; either may be None, and a
     table of which nothing is left becomes it."""
@@ -43,10 +49,14 @@ def in_phases(scores: pandas.DataFrame | None, runs: list[str]) -> tuple[pandas.
     spans = scores.groupby("run")["step"].agg(["min", "max"])
     names = scores.groupby("run")["phase"].first()
     phases = {run: (names[run].upper() or run, *spans.loc[run]) for run in runs}
-    number = scores["run"].map(runs.index)
-    first, last = (scores["run"].map(spans[end]) for end in ("min", "max"))
-    steps = (scores["step"] - first) / (last - first).clip(lower=1)
-    return scores.assign(at=number + steps), phases
+    return at_phases(scores, phases), phases
+
+
+def at_phases(table: pandas.DataFrame, phases: dict[str, tuple]) -> pandas.DataFrame:
+    """Lines of runs that followed one another, `at` their places on the axis of phases."""
+    number = {run: i for i, run in enumerate(phases)}
+    at = [place(step, number[run], *phases[run][1:]) for run, step in zip(table["run"], table["step"])]
+    return table.assign(at=at)
 
 
 def _check_same(sides: pandas.DataFrame, runs: list[str]) -> None:

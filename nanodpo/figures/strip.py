@@ -15,6 +15,7 @@ from .axes import WIDTHS, wrap
 SIDES = ("chosen", "rejected")
 SIZE, PITCH, MARGIN = 5.5, 0.13, 0.06  # points; inches from line to line, and around
 LETTER = 0.602 * SIZE / 72  # inches: every letter of matplotlib's monospace font is this wide
+HEAD = {1: 3, 2: 2}  # lines over the tokens of a response, by the columns of the figure
 LINES = 14  # of a response; what does not fit is left out and counted
 SEEN = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\r": "\N{LEFTWARDS ARROW}", "\t": "\N{RIGHTWARDS ARROW}"}
 
@@ -42,13 +43,17 @@ def strip_figure(tokens: pandas.DataFrame, row: int, columns: int):
     colour = ScalarMappable(Normalize(-limit, limit if moved else 0), "RdBu" if moved else "Blues_r")
     letters = int((WIDTHS[columns] - 2 * MARGIN) / LETTER)
     laid = {side: _lay(words, letters) for side, (words, _) in sides.items()}
-    fig, ax = _canvas(1 + sum(2 + places[-1][1] for places in laid.values()) + 0.5 * len(laid), letters, columns)
+    lines = 1 + sum(HEAD[columns] + 1.5 + places[-1][1] for places in laid.values())
+    fig, ax = _canvas(lines, letters, columns)
     ax.text(0, 0.5, f"{wrap(where[0][0], 60)}, {wrap(where[0][1], 40)}, row {row}", va="center", fontsize=7)
     top = 1
     for side, (words, numbers) in sides.items():
         _head(ax, side, len(words), len(words) - len(laid[side]), shared, len(sides), top)
-        _draw(ax, words, numbers, laid[side], top + 1, shared, colour, moved)
-        top += laid[side][-1][1] + 2.5
+        ends = _extremes(words, numbers)
+        for i, line in enumerate(ends if columns == 1 else ["; ".join(ends)]):
+            ax.text(0, top + 1.45 + i, line, va="center", fontsize=6, parse_math=False, usetex=False)
+        _draw(ax, words, numbers, laid[side], top + HEAD[columns], shared, colour, moved)
+        top += laid[side][-1][1] + HEAD[columns] + 1.5
     bar = fig.colorbar(colour, cax=fig.add_axes((0.2, 0.34 / fig.get_figheight(), 0.6, 0.08 / fig.get_figheight())),
                        orientation="horizontal",
                        extend=("both" if moved else "min") if (np.abs(values) > limit).any() else "neither")
@@ -70,6 +75,15 @@ def _values(part: pandas.DataFrame, steps: list, what: str) -> tuple[list[str], 
 def _shared(one: list[str], other: list[str]) -> int:
     """How many tokens both begin with."""
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+def _extremes(words: list[str], values: np.ndarray) -> list[str]:
+    """The lowest and the highest number with their tokens, also of those that are left out."""
+    said = []
+    for name, i in (("lowest", int(values.argmin())), ("highest", int(values.argmax()))):
+        number = f"{values[i]:+.3g}".replace("-", "\N{MINUS SIGN}")
+        said.append(f"{name} {number} at token {i + 1:,}, [{_visible(words[i], 20)}]")
+    return said
 
 
 def _lay(words: list[str], letters: int) -> list[tuple[int, int, int]]:

@@ -12,12 +12,15 @@ import pyarrow.parquet
 from ..errors import UserError
 from ..files import check_regular, why
 
-NUMBERS = ("step", "row", "position", "tokens", "mean_logps", "logp")  # the other columns hold text
+NUMBERS = ("step", "row", "position", "tokens", "mean_logps", "logp", "implausible_mass",
+           "implausible_mass_start")
+TRUTHS = ("correct",)  # the other columns hold text
 LARGEST = 1e12  # of a step or a log-prob: beyond it, sums and axes overflow
 LONGEST = 200  # characters of a name: a longer one fits no figure, and takes minutes to set
 NAMES = f"has a name of more than {LONGEST} characters, or with characters that can't be printed"
 NUMERIC = (pyarrow.types.is_integer, pyarrow.types.is_floating, pyarrow.types.is_null)
 TEXTUAL = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_null)
+TRUE = (pyarrow.types.is_boolean,)
 
 
 def read_csv(file: Path) -> pandas.DataFrame:
@@ -51,14 +54,15 @@ def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ..
             raise UserError(f"{file}: no column {', '.join(missing)}; it has {', '.join(kinds)}")
         names = [*names, *(name for name in more if name in kinds)]
         for name in names:
-            what, right = ("numbers", NUMERIC) if name in NUMBERS else ("text", TEXTUAL)
+            what, right = (("numbers", NUMERIC) if name in NUMBERS else ("true or false", TRUE) if name in TRUTHS
+                           else ("text", TEXTUAL))
             kind = getattr(kinds[name], "value_type", kinds[name])  # of a dictionary, as pandas writes categories
             if pyarrow.types.is_nested(kinds[name]) or not any(test(kind) for test in right):
                 raise UserError(f"{file}: column {name} must hold {what}, found {kinds[name]}")
         table = pyarrow.parquet.read_table(file, columns=names, filters=filters).to_pandas(ignore_metadata=True)
     except FileNotFoundError as error:
         raise UserError(f"{file}: is not there; score.py makes it") from error
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeError, pyarrow.ArrowException) as error:  # a path may be no text, too
         raise UserError(f"{file}: can't be read as Parquet ({why(error)})") from error
     if table.empty and filters is None:
         raise UserError(f"{file}: has no rows")
@@ -67,7 +71,7 @@ def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ..
             table[name] = pandas.to_numeric(table[name])  # a column of nothing but nulls has no numbers' type
             refuse(file, table, (table[name].abs() > LARGEST) & (table[name].abs() < math.inf),
                    f"has a value beyond {LARGEST:g}")
-        elif name != "token":
+        elif name not in ("token", *TRUTHS):
             refuse(file, table, odd(table[name]), NAMES)
     return table
 

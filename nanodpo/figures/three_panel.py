@@ -4,8 +4,6 @@ One meaning a sign, in all three panels: the colour is what was trained, the mar
 hollow markers the rejected side.
 """
 
-import itertools
-
 import pandas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -37,108 +35,148 @@ ZERO = {"color": GREY, "linewidth": 0.6, "linestyle": "-"}
 SIDES = {"chosen": {"linestyle": "-"}, "rejected": {"linestyle": (0, (3, 1.2)), "markerfacecolor": "white"}}
 
 
+Key = tuple[str, str, str]  # of a curve: role, data set, and chosen, rejected or gap
+
+
 def three_panel_figure(curves: pandas.DataFrame, roles: dict[str, list[str]], tests: list[str], columns: int,
                        focus: tuple[float, float] = (0.05, 0.10), ratios=(1, 1, 1.2), floor=None):
-    """`curves` is a table of intervals.py with responses chosen, rejected and gap; `roles` names the runs of each of
-    ROLES, several are seeds; `tests` are the data sets in the order forward, reverse, mixed.
+    """(figure, caption, what is missing in words). `curves` is a table of intervals.py with responses chosen, rejected
+    and gap; `roles` names the runs of each of ROLES, several are seeds; `tests` are the data sets in the order forward,
+    reverse, mixed.
 
     (a) y+ and y- of F and R, each on its own test set; (b) y+ and y- of M and then DPO on the mixed one; (c) the gap
-    y+ - y- of everything on everything, where `focus` gets a quarter of the height.
+    y+ - y- of everything on everything, where `focus` gets a quarter of the height. Curves that a csv lacks are left
+    out, and so is a panel without any.
     """
-    seeds = {key: _seeds(curves, *key, roles[key[0]]) for key in itertools.product(
-        ROLES, tests, ("chosen", "rejected", "gap"))}
-    spans = {role: (seeds[role, tests[2], "gap"]["step"].min(), seeds[role, tests[2], "gap"]["step"].max())
-             for role in ROLES}
-    sft = (min(spans[role][0] for role in ROLES if role != "dpo"), max(spans[r][1] for r in ROLES if r != "dpo"))
-    fig, (a, b, c) = _panels(columns, ratios)
-    for side, (role, test) in itertools.product(SIDES, zip(("forward", "reverse"), tests)):
-        _draw(a, seeds, role, tests, test, side)
-    for phases, ax, shown in (([("SFT", *spans["mixed"]), ("DPO", *spans["dpo"])], b, [tests[2]]),
-                              ([("SFT", *sft), ("DPO", *spans["dpo"])], c, tests)):
-        for role, test in itertools.product(("mixed", "dpo") if ax is b else ROLES, shown):
-            for side in SIDES if ax is b else ("gap",):
-                i = int(role == "dpo")
-                _draw(ax, seeds, role, tests, test, side, lambda steps, i=i, p=phases[i]: place(steps, i, *p[1:]))
-        set_phases(ax, phases)
-        ax.set_xlabel("step")
-    if floor is not None:
-        for ax in (a, b):
-            ax.axhline(floor, **FLOOR, zorder=ABOVE_GRID)
-    c.axhline(0, **ZERO, zorder=ABOVE_GRID)
-    set_focus(c, *focus)
+    plan = {"a": [(role, test, side) for role, test in zip(("forward", "reverse"), tests) for side in SIDES],
+            "b": [(role, tests[2], side) for role in ("mixed", "dpo") for side in SIDES],
+            "c": [(role, test, "gap") for role in ROLES for test in tests]}
+    wanted = [key for keys in plan.values() for key in keys if roles[key[0]]]
+    seeds = {key: found for key in wanted if (found := _seeds(curves, *key, roles[key[0]])) is not None}
+    if unseen := [role for role in ROLES if roles[role] and all(key[0] != role for key in seeds)]:
+        raise UserError(f"--{unseen[0]} {roles[unseen[0]][0]}: has none of the curves that the three panels show; they "
+                        f"are of chosen, rejected and gap on {listed(tests)}")
+    panels = {panel: [key for key in keys if key in seeds] for panel, keys in plan.items()}
+    panels = {panel: keys for panel, keys in panels.items() if keys}
+    fig, axes = _panels(columns, {panel: ratios["abc".index(panel)] for panel in panels})
+    for panel, keys in panels.items():
+        phases = [] if panel == "a" else _phases(seeds, keys)
+        for role, test, side in keys:
+            _draw(axes[panel], seeds[role, test, side], role, tests.index(test), test, side, phases)
+        if phases:
+            set_phases(axes[panel], phases)
+        if floor is not None and panel != "c":
+            axes[panel].axhline(floor, **FLOOR, zorder=ABOVE_GRID)
+    if "c" in panels:
+        axes["c"].axhline(0, **ZERO, zorder=ABOVE_GRID)
+        set_focus(axes["c"], *focus)
     shaded = _interval(seeds, roles)
-    _legend(fig, tests, shaded, floor)
-    return fig, _caption(tests, focus, shaded, floor)
+    _legend(fig, seeds, tests, shaded, floor)
+    missing = [f"{side} of {ROLES[role][0]} on {test}" for role, test, side in
+               (key for key in wanted if key not in seeds)]
+    return fig, _caption(panels, focus, shaded, floor, missing), missing
 
 
-def _seeds(curves: pandas.DataFrame, role: str, test: str, side: str, runs: list[str]) -> pandas.DataFrame:
-    """The curve of a role's runs on a test set; refused where one has no such scores or other steps than the rest."""
+def _seeds(curves: pandas.DataFrame, role: str, test: str, side: str, runs: list[str]) -> pandas.DataFrame | None:
+    """The curve of a role's runs on a test set, None where a csv has none; refused where a run that was scored has no
+    such scores, or one of the seeds others than the rest."""
     found = {}
     for run in runs:
         of_run = curves[curves["run"] == run]
         here = of_run[(of_run["dataset"] == test) & (of_run["response"] == side)]
-        if here.empty:
+        if here.empty and ((of_run["n"] > 0).any() or found):
             raise UserError(f"--{role} {run}: has no scores of {side} on data set {test}; it has "
                             f"{listed(of_run['response'].unique())} on {listed(of_run['dataset'].unique())}")
-        found[run] = here.assign(at=here["step"]).sort_values("step")
-    first = found[runs[0]]
+        if not here.empty:
+            found[run] = here.assign(at=here["step"]).sort_values("step")
+    first = found[next(iter(found))] if found else None
     for run, here in found.items():
         if list(here["step"]) != list(first["step"]):
             raise UserError(f"--{role} {run}: is scored at steps {list(here['step'])} on {test}, {runs[0]} at "
                             f"{list(first['step'])}; seeds need the same")
-    return over_seeds(pandas.concat(found.values())).assign(step=list(first["step"]))
+    return over_seeds(pandas.concat(found.values())).assign(step=list(first["step"])) if found else None
 
 
-def _panels(columns: int, ratios):
+def _phases(seeds: dict[Key, pandas.DataFrame], keys: list[Key]) -> list[tuple[str, float, float]]:
+    """SFT and DPO, as far as a panel has them: each from the first to the last step of all curves of its roles."""
+    there, spans = {role for role, *_ in keys}, []
+    for name, roles in (("SFT", there - {"dpo"}), ("DPO", there & {"dpo"})):
+        steps = [step for (role, *_), curve in seeds.items() if role in roles for step in curve["step"]]
+        spans += [(name, min(steps), max(steps))] if steps else []
+    return spans
+
+
+def _panels(columns: int, ratios: dict[str, float]):
+    """(figure, {panel: axes})."""
     if columns == 2:
         fig = new_figure(2, 2.75)
-        axes = list(fig.subplots(1, 3, width_ratios=ratios))
+        axes = fig.subplots(1, len(ratios), width_ratios=[*ratios.values()], squeeze=False)
     else:
-        fig = new_figure(1, 6.9)
-        axes = list(fig.subplots(3, 1, height_ratios=ratios))
-    for ax, title in zip(axes, ("(a) SFT", "(b) mixed", r"(c) $y^+ - y^-$")):
-        ax.set_title(title, pad=12)
-        ax.set_xlabel("SFT step")
-        ax.set_ylabel("gap (nats per token)" if ax is axes[2] else LOGPS)
+        fig = new_figure(1, 0.7 + 6.2 * len(ratios) / 3)
+        axes = fig.subplots(len(ratios), 1, height_ratios=[*ratios.values()], squeeze=False)
+    axes = dict(zip(ratios, axes.flat))
+    for panel, ax in axes.items():
+        ax.set_title({"a": "(a) SFT", "b": "(b) mixed", "c": r"(c) $y^+ - y^-$"}[panel], pad=12)
+        ax.set_xlabel("SFT step" if panel == "a" else "step")
+        ax.set_ylabel("gap (nats per token)" if panel == "c" else LOGPS)
         ax.xaxis.get_major_locator().set_params(integer=True, nbins=5)
     return fig, axes
 
 
-def _draw(ax, seeds: dict, role: str, tests: list[str], test: str, side: str, at=lambda steps: steps) -> None:
-    curve = seeds[role, test, side]
-    look = {"color": ROLES[role][1], "marker": MARKERS[tests.index(test)]} | SIDES.get(side, {"linestyle": "-"})
-    draw_curve(ax, curve.assign(at=at(curve["step"])), look, f"{ROLES[role][0]} {test} {side}",
+def _draw(ax, curve: pandas.DataFrame, role: str, number: int, test: str, side: str, phases: list) -> None:
+    """A role's curve on the test set of this number; with `phases`, in its own."""
+    look = {"color": ROLES[role][1], "marker": MARKERS[number]} | SIDES.get(side, {"linestyle": "-"})
+    if phases:
+        names = [name for name, *_ in phases]
+        i = names.index("DPO" if role == "dpo" else "SFT")
+        curve = curve.assign(at=place(curve["step"], i, *phases[i][1:]))
+    draw_curve(ax, curve, look, f"{ROLES[role][0]} {test} {side}",
                INTERVAL | ({"alpha": 0.1} if side == "gap" else {}))  # many gaps lie on one another
 
 
 def _interval(seeds: dict, roles: dict) -> str:
-    """What is shaded: intervals over seeds, over rows, or both."""
-    many = sorted({len(runs) for runs in roles.values()} - {1})
+    """What is shaded: intervals over seeds, over rows, or both; or, of a csv alone, what it says."""
+    seeds = {key: curve for key, curve in seeds.items() if curve["low"].notna().any()}
+    many = sorted({len(roles[role]) for role, *_ in seeds} - {1})
     n = pandas.concat([seeds[key]["n"] for key in seeds if len(roles[key[0]]) == 1] or [pandas.Series(dtype=float)])
     over = [f"{listed(many)} seeds"] if many else []
     if (n > 1).any():
         over.append(f"{n.max():,} rows" if n.min() == n.max() else f"{n.min():,} to {n.max():,} rows")
     missing = sum(int(curve["left_out"].sum()) for key, curve in seeds.items() if key[2] != "gap")
-    return f"95% interval over {' or '.join(over)}" + f", {missing:,} scores missing" * (missing > 0) if over else ""
+    if not over:
+        return "low to high, as given" if seeds else ""
+    return f"95% interval over {' or '.join(over)}" + f", {missing:,} scores missing" * (missing > 0)
 
 
-def _legend(fig, tests: list[str], shaded: str, floor) -> None:
-    handles = [Line2D([], [], color=colour, label=label)
-               for label, (_, colour) in zip(("SFT forward", "SFT reverse", "SFT mixed", "DPO"), ROLES.values())]
+def _legend(fig, seeds: dict[Key, pandas.DataFrame], tests: list[str], shaded: str, floor) -> None:
+    """Of what is drawn."""
+    roles, there, sides = ({key[i] for key in seeds} for i in range(3))
+    handles = [Line2D([], [], color=ROLES[role][1], label=label) for role, label in zip(
+        ROLES, ("SFT forward", "SFT reverse", "SFT mixed", "DPO")) if role in roles]
     handles += [Line2D([], [], color=GREY, marker="o", label=label, **look)
-                for label, look in zip(("$y^+$, chosen", "$y^-$, rejected"), SIDES.values())]
+                for (side, look), label in zip(SIDES.items(), ("$y^+$, chosen", "$y^-$, rejected")) if side in sides]
     handles += [Line2D([], [], color=GREY, marker=marker, linestyle="", label=wrap(f"on {test}"))
-                for marker, test in zip(MARKERS, tests)]
+                for marker, test in zip(MARKERS, tests) if test in there]
     handles += [Patch(color=GREY, **INTERVAL, label=plain(shaded))] if shaded else []
     handles += [Line2D([], [], **FLOOR, label="best possible")] if floor is not None else []
-    add_legend(fig, [*handles, Line2D([], [], **ZERO, label="no gap"), Line2D([], [], **CHANGE, label="scale changes")])
+    handles += [Line2D([], [], **ZERO, label="no gap"),
+                Line2D([], [], **CHANGE, label="scale changes")] if "gap" in sides else []
+    add_legend(fig, handles)
 
 
-def _caption(tests: list[str], focus, shaded: str, floor) -> str:
-    forward, reverse, mixed = tests
-    text = ("Mean log-prob per token (nats) of chosen (y+, solid) and rejected responses (y-, dashed, hollow). "
-            f"(a) SFT on forward data, tested on {forward}, and on reverse data, on {reverse}. (b) SFT on mixed data, "
-            f"then DPO from it, on {mixed}. (c) The gap y+ - y- of all four on {listed(tests)}; {focus[0]:g} to "
-            f"{focus[1]:g} take a quarter of the height; the scale changes at the dotted lines, and nowhere else.")
-    text += f" Shaded: {shaded} (mean ± Student's t standard errors)." if shaded else ""
-    return text + (f" Dashed line: the best possible value, {floor:g}." if floor is not None else "")
+def _caption(panels: dict[str, list[Key]], focus, shaded: str, floor, missing: list[str]) -> str:
+    text = "Mean log-prob per token (nats) of chosen (y+, solid) and rejected responses (y-, dashed, hollow)."
+    own = {panel: dict.fromkeys((role, test) for role, test, _ in keys) for panel, keys in panels.items()}
+    if "a" in panels:
+        text += f" (a) SFT on {listed(f'{role} data, tested on {test}' for role, test in own['a'])}."
+    if "b" in panels:
+        names = {"mixed": "SFT on mixed data", "dpo": "DPO from it"}
+        text += f" (b) {', then '.join(names[role] for role, _ in own['b'])}, on {panels['b'][0][1]}."
+    if "c" in panels:
+        roles, tests = (listed(dict.fromkeys(part)) for part in zip(*own["c"]))
+        text += (f" (c) The gap y+ - y- of {roles} on {tests}; {focus[0]:g} to {focus[1]:g} take a quarter of the "
+                 "height; the scale changes at the dotted lines, and nowhere else.")
+    text += f" Shaded: {shaded}" * bool(shaded)
+    text += " (mean ± Student's t standard errors)" * shaded.startswith("95%") + "." * bool(shaded)
+    text += f" Dashed line: the best possible value, {floor:g}." if floor is not None else ""
+    return text + f" Not given: {listed(missing)}." * bool(missing)

@@ -5,56 +5,91 @@ A function that draws takes numbers and gives a Figure and its caption, plain te
 
 import math
 
+import numpy as np
 from matplotlib.lines import Line2D
 
 from ..errors import UserError
-from .axes import COLOURS, DASHES, GREY, LOGPS, MARKERS, add_legend, grid, listed, wrap
+from .axes import COLOURS, DASHES, GREY, LOGPS, MARKERS, add_legend, draw_noise, grid, listed, noise_handle, wrap
+from .runs import MARGIN, Facts
 
-FAINT = {"alpha": 0.4, "linewidth": 0.6, "marker": ""}
+SIDES = ("chosen", "rejected")
+POINTS = {"alpha": 0.3, "linestyle": "", "marker": ".", "markersize": 1.5}  # a step's own value, under its average
+FAINT = {"alpha": 0.4, "linewidth": 0.6, "marker": ""}  # training beside evaluation
+PROMINENT = {"linewidth": 1.2, "markersize": 4, "zorder": 3}
+PART = 40  # the average reaches over this part of the run's steps to each side
 LOOKS = {"loss": {"color": "black", "linestyle": "-", "marker": "o"}} | {
     side: {"color": COLOURS[i], "linestyle": DASHES[i], "marker": MARKERS[i]}
-    for i, side in enumerate(("chosen", "rejected", "margin"))}
-# Of the training figure: a panel's y label, and the metric of each side.
-PANELS = {"loss": {"loss": "loss"},
-          r"reward, $\beta\,\log(\pi/\pi_{\mathrm{ref}})$ (nats)":
-              {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": "rewards/margins"},
-          LOGPS: {"chosen": "logps_per_token/chosen", "rejected": "logps_per_token/rejected"}}
+    for i, side in enumerate((*SIDES, "margin"))}
+REWARDS = r"reward, $\beta\,\log(\pi/\pi_{\mathrm{ref}})$ (nats)"
+MOVED = r"$\log(\pi/\pi_{\mathrm{ref}})$ (nats per token)"
+# Of the training figure: a panel's y label, and the metric of each side. Each kind of loss has a panel of its own.
+# The level of log-probs is drawn where there is no reference: with few pairs a step it tells which pairs came, and not
+# what was learned.
+PANELS = {REWARDS: {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": MARGIN},
+          MOVED: {side: f"moved/{side}" for side in SIDES},
+          LOGPS: {side: f"logps_per_token/{side}" for side in SIDES}}
+WORDS = {LOGPS: "mean log-prob per token (nats)", REWARDS: "rewards (nats)",
+         MOVED: "log-prob per token less the reference's (nats)"}
 
 
-def training_figure(runs: dict[str, list[dict]], columns: int):
+def training_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, Facts] | None = None):
     """Loss, rewards and log-probs of runs, {name: lines of metrics.jsonl}.
 
     The colour is the side, or with several runs the run. Where one of them has evaluation, training is faint in all.
+    Averages of long runs are drawn over the steps' own values, which are points then.
     """
     if len(runs) > len(COLOURS):
         raise UserError(f"{len(runs)} runs: at most {len(COLOURS)} can be told apart in one figure")
+    facts = {run: (facts or {}).get(run, Facts()) for run in runs}
+    runs = {run: [_with_moved(line) for line in lines] for run, lines in runs.items()}
     colours = {run: {"color": colour} for run, colour in zip(runs, COLOURS)} if len(runs) > 1 else {}
-    there = {name for lines in runs.values() for line in lines for name in line}
-    held_out = any(name.startswith("eval_") for name in there)
-    panels = {label: {side: name for side, name in names.items() if there & {name, f"eval_{name}"}}
-              for label, names in PANELS.items()}
-    panels = {label: names for label, names in panels.items() if names}
-    fig, axes = grid(len(panels), min(len(panels), 3) if columns == 2 else 1, columns)
-    for ax, (label, names) in zip(axes, panels.items()):
+    held_out = any(name.startswith("eval_") for lines in runs.values() for line in lines for name in line)
+    reach = {run: len({line["step"] for line in lines}) // PART for run, lines in runs.items()}
+    panels = _panels(runs, facts)
+    kinds = [names for names, _ in panels.values() if "loss" in names]
+    fig, axes = grid(len(panels), min(len(panels), 3) if columns == 2 else 1, columns, sharex=len(kinds) < 2)
+    noisy = False
+    for ax, (label, (names, here)) in zip(axes, panels.items()):
         ax.set_ylabel(label)
-        for run, lines in runs.items():
+        for run in here:
             for side, name in names.items():
-                _curves(ax, run, lines, name, LOOKS[side] | colours.get(run, {}), FAINT if held_out else {})
-    handles = [Line2D([], [], **colour, label=wrap(run)) for run, colour in colours.items()]
-    for side in dict.fromkeys(side for names in panels.values() for side in names if side != "loss"):
-        look = LOOKS[side] | ({"color": GREY} if colours else {}) | ({} if held_out else {"marker": ""})
-        handles.append(Line2D([], [], **look, label=side))
-    if held_out:
-        handles += [Line2D([], [], color=GREY, **FAINT, label="training"),
-                    Line2D([], [], color=GREY, linestyle="", marker="o", label="held-out")]
-    add_legend(fig, handles, None if colours else next(iter(runs)))
-    names = {"loss": "loss", LOGPS: "mean log-prob per token (nats)"}
-    what = listed(names.get(panel, "rewards (nats)") for panel in panels)
-    return fig, (f"Training of {listed(runs)} over steps: {what}; means over the pairs of a step"
-                 + (", and at the markers over held-out pairs." if held_out else "."))
+                look = LOOKS[side] | colours.get(run, {})
+                _curves(ax, run, runs[run], name, look, FAINT if held_out else {}, reach[run])
+        noisy |= _noise(ax, label, [(facts[run], runs[run]) for run in here])
+    sides = dict.fromkeys(side for names, _ in panels.values() for side in names if side != "loss")
+    _legend(fig, runs, colours, sides, held_out, reach, noisy)
+    return fig, _caption(runs, panels, facts, held_out, reach, noisy)
 
 
-def _curves(ax, run: str, lines: list[dict], name: str, look: dict, training: dict) -> None:
+def _with_moved(line: dict) -> dict:
+    """The line with how far its log-probs are from the reference's, in place of their level."""
+    line = dict(line)
+    for prefix in ("", "eval_"):
+        for side in SIDES:
+            name, ref = f"{prefix}logps_per_token/{side}", f"{prefix}ref_logps_per_token/{side}"
+            if name in line and ref in line:
+                line[f"{prefix}moved/{side}"] = line.pop(name) - line[ref]
+    return line
+
+
+def _panels(runs: dict, facts: dict) -> dict[str, tuple[dict[str, str], list[str]]]:
+    """{y label: (metric of each side, the runs that have one)}, a loss for each kind first."""
+    there = {run: {name.removeprefix("eval_") for line in lines for name in line} for run, lines in runs.items()}
+    kinds = {}
+    for run in runs:  # without a run.json, rewards tell SFT from the rest
+        kinds.setdefault((facts[run].kind, not facts[run].kind and MARGIN in there[run]), []).append(run)
+    panels = {}
+    for (kind, _), members in kinds.items():
+        label = f"{wrap(kind, 24)} loss".strip() if len(kinds) > 1 else "loss"
+        label = "loss (runs with rewards)" if label in panels else label
+        panels[label] = {"loss": "loss"}, [run for run in members if "loss" in there[run]]
+    for label, names in PANELS.items():
+        have = {side: name for side, name in names.items() if any(name in metrics for metrics in there.values())}
+        panels[label] = have, [run for run in runs if there[run] & set(have.values())]
+    return {label: (names, members) for label, (names, members) in panels.items() if names and members}
+
+
+def _curves(ax, run: str, lines: list[dict], name: str, look: dict, training: dict, reach: int) -> None:
     """A metric of a run over steps, in training (`training` alters the look) and under evaluation. A step that was
     skipped is a gap: its line lacks what was not finite, while a line of an evaluation never had it."""
     held_out = [(line["step"], line[f"eval_{name}"]) for line in lines if f"eval_{name}" in line]
@@ -64,6 +99,80 @@ def _curves(ax, run: str, lines: list[dict], name: str, look: dict, training: di
         gaps = [True, *(math.isnan(value) for _, value in trained), True]
         alone = [i for i in range(len(trained)) if gaps[i : i + 3] == [True, False, True]]  # a point without a line
         dots = {"marker": ".", "markevery": alone} if alone else {"marker": ""}
-        ax.plot(*zip(*trained), **look | training | dots, label=f"{run} {name}")
+        ax.plot(*zip(*trained), **look | (POINTS if reach else training | dots), label=f"{run} {name}")
+        if reach:
+            ax.plot(*average(trained, reach), **look | {"marker": ""} | training | {"alpha": 0.7} if training else
+                    look | {"marker": ""}, label=f"{run} {name}, average")
     if held_out:
-        ax.plot(*zip(*held_out), **look, label=f"{run} eval_{name}")
+        ax.plot(*zip(*held_out), **look | PROMINENT, label=f"{run} eval_{name}")
+
+
+def average(values: list[tuple[int, float]], reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, at each the mean of the values within `reach` steps to either side); NaN where a step has no value."""
+    steps, numbers = (np.asarray(side, dtype=float) for side in zip(*sorted(values)))
+    there = np.isfinite(numbers)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(there, numbers, 0.0), there))
+    first, last = np.searchsorted(steps, steps - reach), np.searchsorted(steps, steps + reach, side="right")
+    means = (sums[last] - sums[first]) / np.maximum(counts[last] - counts[first], 1)
+    return steps, np.where(there, means, math.nan)
+
+
+def _noise(ax, label: str, runs: list[tuple[Facts, list[dict]]]) -> bool:
+    """Draws the noise of bfloat16 in a step's mean, where runs know theirs: around 0, and in a panel of levels around
+    the start."""
+    if label == REWARDS:
+        places = {0.0: max(facts.noise.get(MARGIN, 0.0) / math.sqrt(facts.pairs) for facts, _ in runs)}
+    elif label == MOVED:
+        places = {0.0: max(facts.noise_of_logps / math.sqrt(facts.pairs) for facts, _ in runs)}
+    elif label == LOGPS:
+        places = {start: facts.noise_of_logps / math.sqrt(facts.pairs)
+                  for facts, lines in runs for start in _starts(lines)}
+    else:
+        places = {}
+    places = {around: deviation for around, deviation in places.items() if deviation}
+    for around, deviation in places.items():
+        draw_noise(ax, around, deviation)
+    return bool(places)
+
+
+def _starts(lines: list[dict]) -> list[float]:
+    """The first log-prob of each side, held-out where there is one."""
+    found = [[line[prefix + name] for prefix in ("eval_", "") for line in lines if prefix + name in line]
+             for name in PANELS[LOGPS].values()]
+    return [values[0] for values in found if values]
+
+
+def _legend(fig, runs: dict, colours: dict, sides, held_out: bool, reach: dict[str, int], noisy: bool) -> None:
+    handles = [Line2D([], [], **colour, label=wrap(run)) for run, colour in colours.items()]
+    for side in sides:
+        look = LOOKS[side] | ({"color": GREY} if colours else {}) | ({} if held_out else {"marker": ""})
+        handles.append(Line2D([], [], **look, label=side))
+    if any(reach.values()):
+        handles.append(Line2D([], [], color=GREY, **POINTS | {"markersize": 3}, label="training, a step"))
+    if held_out or any(reach.values()):
+        label = "training" + ", average" * any(reach.values())
+        look = FAINT | ({"alpha": 0.7} if any(reach.values()) else {}) if held_out else {}
+        handles.append(Line2D([], [], color=GREY, **look, label=label))
+    if held_out:
+        handles.append(Line2D([], [], color=GREY, linestyle="", marker="o", markersize=4, label="held-out"))
+    handles += [noise_handle()] if noisy else []
+    add_legend(fig, handles, None if colours else next(iter(runs)))
+
+
+def _caption(runs: dict, panels: dict, facts: dict[str, Facts], held_out: bool, reach: dict, noisy: bool) -> str:
+    losses = [label for label in panels if label not in PANELS]
+    what = ["loss" if len(losses) == 1 else f"losses of {len(losses)} kinds, which can't be compared"] * bool(losses)
+    what = listed([*what, *(WORDS[panel] for panel in panels if panel in PANELS)])
+    text = f"Training of {listed(runs)} over steps: {what}; means over the pairs of a step"
+    text += ", and at the large markers over all held-out pairs." if held_out else "."
+    if any(reach.values()):
+        of_run = {run: f"{count:,} steps" if count > 1 else "1 step" if count else "no step"
+                  for run, count in reach.items()}
+        each = set(of_run.values())
+        spans = each.pop() if len(each) == 1 else listed(f"{count} of {run}" for run, count in of_run.items())
+        text += (" Faint points are single steps; the line through them is the mean over the steps around each, "
+                 f"{spans} to either side.")
+    betas = {facts[run].beta for run in panels[REWARDS][1]} if REWARDS in panels else set()
+    text += " The rewards of each run have its own beta." if len(betas) > 1 else ""
+    return text + (" Hatched: what bfloat16's rounding alone does to a training step's mean, two standard "
+                   "deviations to either side." if noisy else "")

@@ -10,8 +10,8 @@ import math
 import pandas
 
 from ..student import problem_error, t_quantile
+from ..wilson import Z, wilson, worth
 
-Z = 1.959964
 ROW = ["row", "problem"]
 
 
@@ -24,8 +24,8 @@ def change_of_share(table: pandas.DataFrame, column: str, first, last) -> dict[s
     """Of a column of True and False, row by row: Agresti and Min's interval, which adds half a row to each of the four
     cells of the table before by after, and so has a width where no row changed (Statistics in Medicine 24, 729)."""
     values = differences(table.assign(**{column: table[column].astype(float)}), column, first, last)
-    worth = _worth(values)
-    n, up, down = (worth * count for count in (len(values), (values > 0).sum(), (values < 0).sum()))
+    each = worth(values.to_numpy(), _problems(values)) if len(values) else 1.0
+    n, up, down = (each * count for count in (len(values), (values > 0).sum(), (values < 0).sum()))
     centre = (up - down) / (n + 2)
     reach = Z * math.sqrt(up + down + 1 - (up - down) ** 2 / (n + 2)) / (n + 2)
     return _count(values) | _interval(centre, reach, values)
@@ -44,9 +44,7 @@ def share(hits: pandas.Series) -> dict[str, float]:
     """A share of rows; Wilson's interval (JASA 22, 1927) stays between 0 and 1 and has a width at either end."""
     if hits.empty:
         return _count(hits)
-    p, n = hits.mean(), len(hits) * _worth(hits.astype(float))
-    centre, reach = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + (Z / (2 * n)) ** 2)
-    return _count(hits) | _interval(centre / (1 + Z * Z / n), reach / (1 + Z * Z / n), hits)
+    return _count(hits) | _interval(*wilson(hits.to_numpy(dtype=float), _problems(hits)), hits)
 
 
 def over_runs(means: list[float]) -> dict[str, float]:
@@ -62,20 +60,6 @@ def differences(table: pandas.DataFrame, column: str, first, last) -> pandas.Ser
     if not {first, last} <= set(wide):
         return pandas.Series(dtype=float)
     return (wide[last] - wide[first]).dropna()
-
-
-def _worth(values: pandas.Series) -> float:
-    """How much a row counts, at most 1, for a row of a problem of its own: of a share, the variance that independent
-    rows would have by the one over problems, and fewer degrees of freedom (Korn & Graubard, Survey Methodology 24).
-    Where all values are equal nothing is known, and a problem counts as one row."""
-    if values.empty:
-        return 1.0
-    n, (sem, problems) = len(values), problem_error(values.to_numpy(), _problems(values))
-    if problems in (n, 1):
-        return 1.0
-    if values.var() == 0:
-        return problems / n
-    return (t_quantile(n - 1) / t_quantile(problems - 1)) ** 2 / max(1.0, sem**2 * n / values.var())
 
 
 def _count(values: pandas.Series) -> dict[str, float]:

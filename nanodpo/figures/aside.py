@@ -1,0 +1,66 @@
+"""The figure of what mean log-probs do not show: the mass on implausible tokens, and right answers."""
+
+import itertools
+
+import pandas
+
+from .axes import ABOVE_GRID, GREY, grid, listed, set_phases, wrap
+from .dynamics import dashes_of, draw_panel, has_bars, interval, legend_of, looks_of, xlabel
+from .intervals import levels, shares
+from .records import MASS
+
+SIDES = ["chosen", "rejected"]
+LOOKS = {"right answers": {"color": "black", "marker": "P"}}
+LABELS = {"mass": "change of mass on\nimplausible tokens", "right": "share of right answers"}
+
+
+def aside_figure(scores: pandas.DataFrame, answers: pandas.DataFrame | None, columns: int, phases=None):
+    """(figure, caption), or None where neither was scored: a line of panels a data set, with how much probability went
+    to implausible tokens (scoring/measures.py) since step 0, along chosen and rejected, and the share of right answers.
+
+    `scores` and `answers` have `at`, the place on the x axis; `phases` are as for dynamics_figure.
+    """
+    tables = {}
+    if {*MASS} <= {*scores}:
+        change = scores[MASS[0]] - scores[MASS[1]]
+        mass = levels(scores.assign(mean_logps=change)[scores["response"].isin(SIDES) & change.notna()])
+        tables["mass"] = mass[mass["response"] != "gap"]
+    if answers is not None:
+        tables["right"] = shares(answers)
+    tables = {kind: table for kind, table in tables.items() if len(table)}
+    if not tables:
+        return None
+    every = pandas.concat(tables.values(), ignore_index=True)
+    sets, dashes, bars = list(every["dataset"].unique()), dashes_of(every, phases), has_bars(every, phases)
+    looks = looks_of(every[~every["response"].isin(LOOKS)]) | LOOKS
+    across = 2 if len(tables) == 2 else min(len(sets), 3) if columns == 2 else 1
+    fig, axes = grid(len(tables) * len(sets), across, columns, xlabel(every, bars),
+                     sharex=not bars, sharey="col" if len(tables) == 2 else True)
+    for ax, (name, kind) in zip(axes, itertools.product(sets, tables)):
+        ax.set_title(wrap(name, 36 if across == 1 else 24), pad=12 if phases else None)
+        ax.set_ylabel(LABELS[kind])
+        here = {side: looks[side] for side in looks if (side in LOOKS) == (kind == "right")}
+        draw_panel(ax, tables[kind], name, dashes, here, bars)
+        if phases:
+            set_phases(ax, list(phases.values()))
+    for ax, (_, kind) in zip(axes, itertools.product(sets, tables)):
+        if kind == "right":
+            ax.set_ylim(-0.04, 1.04)
+        else:
+            ax.axhline(0, color=GREY, linewidth=0.6, zorder=ABOVE_GRID)
+    legend_of(fig, every, dashes, {side: looks[side] for side in looks if side in set(every["response"])}, phases,
+              "95% interval", [])
+    return fig, _caption(tables, sets, phases)
+
+
+def _caption(tables: dict[str, pandas.DataFrame], sets: list[str], phases) -> str:
+    runs = ", then ".join(phases) if phases else listed(pandas.concat(tables.values())["run"].unique())
+    text = {}
+    if "mass" in tables:
+        text["mass"] = ("how much more probability than at the run's step 0 goes to tokens to which step 0 or this step "
+                        f"gives less than 0.001, mean over the tokens of a response ({interval(tables['mass'])}, mean ± Student's t standard errors)")
+    if "right" in tables:
+        text["right"] = ("the share of greedy answers that are right "
+                         f"({interval(tables['right'])}, Wilson's)")
+    said = "; ".join(text.values())
+    return f"Of {runs}, on {listed(sets)}: {said}."

@@ -1,0 +1,97 @@
+"""From what plot.py was told to the figures: which there are to draw, of which runs, with what beside them."""
+
+import argparse
+from pathlib import Path
+
+import pandas
+
+from ..errors import UserError
+from .axes import listed
+from .heatmap import heatmap_figure
+from .intervals import levels, with_gaps
+from .records import read_answers, read_metrics, read_scores, read_series, read_tokens
+from .runs import Facts, in_order, read_facts
+from .scored import scored_figures
+from .selection import everywhere, in_phases, select, select_beside, select_there, series_in_phases
+from .strip import strip_figure
+from .three_panel import ROLES, three_panel_figure
+from .training import training_figure
+
+TESTS = ["forward", "reverse", "mixed"]
+
+
+def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names: list[str]) -> tuple[dict, list[str]]:
+    """({a figure's name: (the figure, its caption)}, what the user should be told of them)."""
+    if args.strip is not None:
+        runs = names if args.scores else []
+        tokens = [file.with_name("tokens.parquet") for file in files]
+        (tokens,) = select([read_tokens(tokens, args.strip, runs, args.test)], runs, args.test)
+        return {"strip": strip_figure(tokens, args.strip, args.columns)}, []
+    scores = read_scores(files) if files else None
+    series = read_series(args.series) if args.series else None
+    if args.three_panel:
+        return draw_three_panel(args, scores, series)
+    runs = label(folders)
+    trained = folders and not (args.phases or args.heatmap)
+    lines = {run: read_metrics(folder) for run, folder in runs.items()} if trained else {}
+    facts = {run: read_facts(folder) for run, folder in runs.items()}
+    drawn = {"training": training_figure(lines, args.columns, facts)} if trained else {}
+    if scores is not None or series is not None:
+        scores, series = select_beside(scores, series, names if args.scores or args.phases else [], args.test)
+    if args.heatmap:
+        return {"heatmap": heatmap_figure(scores, args.columns)}, []
+    notes = []
+    if scores is not None or series is not None:
+        how = {"columns": args.columns, "focus": args.focus, "floor": args.floor,
+               "noise": noise_of([*folders, *(file.parent for file in files)])}
+        scores, series, how["phases"], notes = follow(args, scores, series, names, runs, facts)
+        answers = read_answers([file.with_name("answers.parquet") for file in files])
+        drawn |= scored_figures(scores, series, answers, **how)
+    return drawn, notes
+
+
+def follow(args, scores, series, names: list[str], runs: dict[str, Path], facts: dict[str, Facts]):
+    """(scores, series, phases, notes): of runs that followed one another on one axis of phases, where that is asked
+    for or their run.json says that they did; what keeps the second kind from it is a note."""
+    order, why = (names, "") if args.phases else in_order(runs, facts)
+    order = [runs[run].resolve().name if run in runs else run for run in order]
+    if order and scores is not None:
+        try:
+            here, phases = in_phases(scores if args.phases else scores[scores["run"].isin(order)], order)
+            return here, series if series is None else series_in_phases(series, phases), phases, []
+        except UserError as error:
+            if args.phases:
+                raise
+            why = str(error).removeprefix("--phases: ")
+    elif args.phases:
+        in_phases(None, order)  # raises
+    beside = f"{listed(runs)} followed one another, but their dynamics are drawn beside one another: {why}"
+    return scores, series, None, [beside] if why and scores is not None else []
+
+
+def noise_of(folders: list[Path]) -> dict[str, float]:
+    """{run, as scores name it: standard deviation of its log-probs per token under rounding}, of runs' folders."""
+    return {folder.resolve().name: read_facts(folder).noise_of_logps for folder in dict.fromkeys(folders)}
+
+
+def draw_three_panel(args: argparse.Namespace, scores, series) -> tuple[dict, list[str]]:
+    roles = {role: [Path(run).name for run in getattr(args, role)] for role in ROLES}
+    tests = args.test or TESTS
+    named = sum(roles.values(), [])
+    if series is not None and (unused := sorted(set(series["run"]) - set(named))):
+        raise UserError(f"--series: {unused[0]} is named by none of --{', --'.join(ROLES)}")
+    tables = [*([levels(scores.assign(at=scores["step"]))] if scores is not None else []),
+              *([with_gaps(everywhere(series, tests))] if series is not None else [])]
+    tables = select(tables, named, tests) if series is None else select_there(tables, named, tests)
+    more = {"focus": args.focus, "ratios": args.panel_ratios, "floor": args.floor}
+    figure, caption, missing = three_panel_figure(
+        pandas.concat(tables, ignore_index=True), roles, tests, args.columns,
+        **{name: value for name, value in more.items() if value is not None})
+    return {"three_panel": (figure, caption)}, [f"not drawn, since nothing has it: {listed(missing)}"] * bool(missing)
+
+
+def label(folders: list[Path]) -> dict[str, Path]:
+    """Runs by their folders' names, or by their paths where two folders have one name."""
+    folders = list(dict.fromkeys(folders))
+    names = [folder.resolve().name for folder in folders]
+    return dict(zip(names if len(set(names)) == len(names) else map(str, folders), folders))

@@ -1,0 +1,92 @@
+"""What figures take of a run.json: how a run was trained, what it began from, and its noise."""
+
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+
+from ..errors import UserError, first_line
+from ..files import parse_json, read_text
+from .axes import listed
+
+# Of run.json["noise"]: what rounding alone does to these metrics of one pair, standard deviations in nats. A mean over
+# n pairs has sqrt(n) times less.
+MARGIN, LOGPS = "rewards/margins", ("logps_per_token/chosen", "logps_per_token/rejected")
+WEIGHTS = re.compile(r"checkpoint-\d+|merged")  # the folders in a run's folder that another run can begin from
+
+
+@dataclasses.dataclass
+class Facts:
+    """What is not known is empty: a folder of metrics.jsonl alone can be drawn."""
+
+    loss: str = ""
+    smoothing: float = 0.0
+    beta: float | None = None
+    model: str = ""
+    noise: dict[str, float] = dataclasses.field(default_factory=dict)
+    pairs: int = 1  # of a step
+
+    @property
+    def kind(self) -> str:
+        """Names the loss: numbers of two kinds are different quantities."""
+        return self.loss.upper() + (f", label smoothing {self.smoothing:g}" if self.loss and self.smoothing else "")
+
+    @property
+    def noise_of_logps(self) -> float:
+        """Of one pair, nats per token, of the noisier side; 0 where nothing is known."""
+        return max((self.noise.get(name, 0.0) for name in LOGPS), default=0.0)
+
+
+def read_facts(folder: Path) -> Facts:
+    """Of a run's folder. Raises UserError where run.json is not what train.py writes."""
+    file = folder / "run.json"
+    try:
+        record = parse_json(read_text(file))
+    except (FileNotFoundError, NotADirectoryError):
+        return Facts()
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is not what train.py writes ({first_line(error)})") from error
+    given = record.get("arguments", {}) if isinstance(record, dict) else None
+    noise = record.get("noise") or {} if isinstance(record, dict) else None
+    if not isinstance(given, dict) or not isinstance(noise, dict):
+        raise UserError(f"{file}: is not what train.py writes; arguments and noise must be objects")
+    facts = Facts(given.get("loss", ""), given.get("label_smoothing", 0.0), given.get("beta"),
+                  given.get("model_name", ""), {name: noise[name] for name in (MARGIN, *LOGPS) if name in noise},
+                  record.get("world_size", 1))
+    numbers = {"label_smoothing": facts.smoothing, "beta": facts.beta or 0.0} | facts.noise
+    wrong = [name for name, value in numbers.items() if type(value) not in (int, float) or not 0 <= value < math.inf]
+    wrong += [name for name, value in (("loss", facts.loss), ("model_name", facts.model)) if not isinstance(value, str)]
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        facts.pairs = given.get(name, 1) * facts.pairs if type(given.get(name, 1)) is int else 0
+    wrong += [] if type(facts.pairs) is int and facts.pairs > 0 else ["the number of pairs of a step"]
+    if wrong:
+        raise UserError(f"{file}: is not what train.py writes: {wrong[0]} has no value that it could have")
+    return facts
+
+
+def in_order(folders: dict[str, Path], facts: dict[str, Facts]) -> tuple[list[str], str]:
+    """(the runs in their order, "") where each but the first began from a checkpoint of the one before it; ([], "")
+    where none began from another; and ([], the reason) where some did, and yet there is no such order."""
+    parents = {run: next((other for other in folders if other != run
+                          and _began_from(facts[run].model, folders[run], folders[other])), None) for run in folders}
+    roots = [run for run, parent in parents.items() if parent is None]
+    if len(roots) == len(folders):
+        return [], ""
+    if len(roots) != 1:
+        return [], f"{listed(roots)} began from none of the others" if roots else "they all began from one another"
+    order = roots
+    while children := [run for run, parent in parents.items() if parent == order[-1]]:
+        if len(children) > 1:
+            return [], f"{listed(children)} all began from {order[-1]}"
+        order = order + children
+    return order, ""
+
+
+def _began_from(model: str, folder: Path, other: Path) -> bool:
+    """Is `model`, as the run in `folder` was given it, a checkpoint (or merged/) of the run in `other`? A relative
+    path is one from here or from a folder above the run's."""
+    if not WEIGHTS.fullmatch(Path(model).name):
+        return False
+    places = [(above / model).parent for above in (Path.cwd(), *folder.resolve().parents)]
+    return any(os.path.realpath(place) == os.path.realpath(other) for place in places)
