@@ -57,8 +57,9 @@ def _caption(tables: dict[str, pandas.DataFrame], sets: list[str], phases) -> st
     runs = ", then ".join(phases) if phases else listed(pandas.concat(tables.values())["run"].unique())
     text = {}
     if "mass" in tables:
-        text["mass"] = ("how much more probability than at the run's step 0 goes to tokens to which step 0 or this step "
-                        f"gives less than 0.001, mean over the tokens of a response ({interval(tables['mass'])}, mean ± Student's t standard errors)")
+        text["mass"] = ("how much more probability than at the run's step 0 goes to tokens to which that step or this "
+                        "gives less than 0.001, mean over the tokens of a response "
+                        f"({interval(tables['mass'])}, mean ± Student's t standard errors)")
     if "right" in tables:
         text["right"] = ("the share of greedy answers that are right "
                          f"({interval(tables['right'])}, Wilson's)")

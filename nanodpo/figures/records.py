@@ -78,8 +78,8 @@ def read_scores(files: list[Path]) -> pandas.DataFrame:
 
 
 def read_answers(files: list[Path]) -> pandas.DataFrame | None:
-    """run, phase, dataset, row, step, problem and correct of those of these files that are there, or None. Raises UserError,
-    naming file and row, where a table can't be drawn."""
+    """run, phase, dataset, row, step, problem and correct of those of these files that are there, or None. Raises
+    UserError, naming file and row, where a table can't be drawn."""
     names, tables = ["run", "phase", "dataset", "row", "step"], []
     for file in [file for file in files if file.exists()]:
         table = read_parquet(file, [*names, "correct"], more=("problem",))
