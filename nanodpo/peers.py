@@ -7,6 +7,7 @@ and listens to the next rank's. A rank that computes, loads or saves goes on cou
 
 import json
 import threading
+import time
 
 BEAT = 1.0  # seconds
 
@@ -36,8 +37,8 @@ class Peers:
         if self._last_words is None and not self.left:
             self._last_words = json.dumps([code, why])
             self._wake.set()
-            if self._said.wait(2 * BEAT) and self.rank == 0:
-                threading.Event().wait(2 * BEAT)  # the store ends with rank 0
+            if self._said.wait(2 * BEAT):
+                time.sleep(2 * BEAT)  # the store ends with rank 0, and connections with any rank
 
     def leave(self) -> None:
         """From now on nobody waits for anybody."""

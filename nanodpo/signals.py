@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from . import distributed
-from .errors import TEMPFAIL, Preempted
+from .errors import TEMPFAIL, Preempted, RankStopped
 
 GRACE = 5.0  # seconds; Ctrl-C under the deepspeed launcher arrives as SIGINT and, 0.1 s later, as SIGTERM
 REACT = 2.0  # so long may what can be stopped at once take to stop
@@ -49,7 +49,7 @@ class Stop:
         self._thread.start()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind=None, error=None, trace=None) -> None:
         self._over = True
         if self._urgent and (peers := distributed.peers()):
             peers.tell(TEMPFAIL, self.reason)
@@ -61,6 +61,8 @@ class Stop:
             self._thread.join()
             os.close(self._read)
             os.close(self._write)
+        elif self._urgent and isinstance(error, RankStopped):  # the rank that was told is gone already
+            raise Preempted(self.farewell) from error
 
     def wait(self, waiting: bool = True) -> None:
         """From now on (or no longer) a signal waits for the next `check`."""
@@ -124,7 +126,7 @@ class Stop:
             wake.poll(500)
             self._take()
             if not self.name and gone(above):
-                self._tell_main("its launcher's end")
+                self._tell_main("the launcher's end")
             now = time.monotonic()
             self._end_what_waits(now - then)
             then = now

@@ -5,13 +5,14 @@ more    arguments behind the others
 env     of the environment
 join    seconds that ranks may come one after the other
 set     {"module.NAME": value}, of nanodpo's modules
-at      {"meet", "load" or "step": [...]}: what it does when it waits for the others to come, when it has read its data,
-        or in its third step: "stop" like Ctrl-Z, until it is killed 8 seconds later; sleep so many seconds; or get
-        a signal, [name, after so many seconds]
+at      {"meet", "load", "step" or "part": [...]}: what it does when it waits for the others to come, when it has read
+        its data, in its third step, or in its second part of a scoring: "stop" like Ctrl-Z, until it is killed 8 s
+        later; sleep so many seconds; or get a signal, [name, after so many seconds]
 orphan  run as the child of a process that is killed when metrics.jsonl has three lines
 """
 
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -64,6 +65,8 @@ def main() -> None:
     distributed._come_together = lambda *args: (act(at.get("meet", [])), come(*args))
     program.load_dataset = lambda *args, **more: (load(*args, **more), act(at.get("load", [])))[0]
     program.train_step = lambda run, bar: (act(at.get("step", []) if run.step == 2 else []), step(run, bar))
+    part, parts = getattr(program, "score_part", None), itertools.count()
+    program.score_part = lambda *args: (act(at.get("part", []) if next(parts) == 1 else []), part(*args))
     errors.leave(errors.run_script(program.main))
 
 

@@ -226,6 +226,27 @@ def free(record) -> bool:
         return True
 
 
+@pytest.mark.slow
+def test_scoring_ranks_must_be_given_the_same(apart, tiny, tmp_path):
+    given = ["--model_path", tiny / "model", "--dataset_path", tiny / "train.jsonl", "--output_dir", tmp_path / "out"]
+    for more, words in ((["--seed", "7"], "rank 1 has --seed 7, rank 0 42"),
+                        (["--dataset_path", "no.jsonl"], "rank 1 has --dataset_path ")):
+        codes, said = apart({"1": {"more": more}}, *given, script="score")
+        assert codes == [2, 2] and f"error: {words}" in said and not (tmp_path / "out").exists(), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, ranks", [("SIGINT", 1), ("SIGTERM", 2)])
+def test_a_scoring_that_is_told_to_stop(name, ranks, apart, tiny, tmp_path):
+    """All ranks end, whichever was told, and the same command goes on from the parts that are done."""
+    given = [tiny / "model", tiny / "untied", "--dataset_path", tiny / "train.jsonl", "--output_dir", tmp_path / "out"]
+    plan = {str(ranks - 1): {"at": {"part": [[name, 0], 0.2]}}}
+    codes, said = apart(plan, *given, script="score", ranks=ranks)
+    assert codes == [75] * ranks and "what is done is kept, and the same command goes on from there" in said, said
+    codes, said = apart({}, *given, script="score", ranks=ranks)
+    assert codes == [0] * ranks and "2 parts, 1 of them done before" in said, said
+
+
 def test_deepspeed_has_two_processes_above_a_rank(monkeypatch):
     """The command, and launch.py, which goes on without it."""
     chain, names = {os.getpid(): 20, 20: 10, 10: 1}, {20: "python\0-m\0deepspeed.launcher.launch", 10: "bin/deepspeed"}
