@@ -41,12 +41,12 @@ def _from(here: Path, path: Path) -> str:
 
 def printable(text: str) -> str:
     r"""Replaces each character that acts on a terminal (an escape sequence in somebody's data, say) by its escape, so
-    that it is only shown. Lines, tabs and spaces of any width stay.
+    that it is only shown. Lines, tabs, spaces of any width and what joins letters stay.
 
     >>> printable("red \x1b[31m\u202e and \u3000wide\n")
     'red \\x1b[31m\\u202e and \u3000wide\n'
     """
-    return "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs"
+    return "".join(c if c.isprintable() or c in "\n\t\u200c\u200d" or unicodedata.category(c) == "Zs"
                    else c.encode("unicode_escape").decode() for c in text)
 
 

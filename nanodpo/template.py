@@ -5,6 +5,8 @@ import dataclasses
 import datetime
 import os.path
 import re
+import signal
+import threading
 from types import SimpleNamespace
 from unittest import mock
 
@@ -15,6 +17,7 @@ FOREIGN_OPENINGS = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", 
                     "<bos>", "[INST]", "<s>[INST]", "<|system|>", "<|user|>", "<|assistant|>", "<|start|>", "<|turn>",
                     "<｜begin▁of▁sentence｜>", "<｜User｜>")
 QUESTION, PROBE = "nanodpo-question", "nanodpo-probe"  # contents that no template writes on its own
+SECONDS = 10.0  # for one conversation, which takes milliseconds: a template is a program, and may loop for hours
 RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")  # what Jinja offers to draw with
 
 
@@ -146,11 +149,30 @@ def apply(template: Template, messages: list[dict], **options) -> str:
         day = datetime.datetime.combine(template.date, datetime.time())
         clock = mock.patch.object(chat_template_utils, "datetime", SimpleNamespace(now=lambda: day))
     try:
-        with clock:
+        with clock, _time_limit(SECONDS):
             return template.tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
             RecursionError) as error:  # templates compute with contents
         raise UserError(f"cannot be rendered by the chat template: {error}") from error
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float):
+    """Raises UserError within the block where that takes longer. Without a limit in other threads than the main one,
+    which alone can be interrupted."""
+    def late(*_):
+        raise UserError(f"it takes more than {seconds:g} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _present(value):

@@ -2,11 +2,13 @@
 
 import datetime
 import json
+import signal
 
 import pytest
 import tiny_tokenizers as tiny
 from conftest import ROOT, launch, make_model
 
+from nanodpo import template as template_module
 from nanodpo.errors import UserError
 from nanodpo.template import prompt_leads, read_template
 from nanodpo.tokens import load_dataset
@@ -167,6 +169,17 @@ def test_a_template_that_draws_is_refused():
         tokenizer.chat_template = QWEN25 + drawn
         with pytest.raises(UserError, match="draws at random"):
             read_template(tokenizer)
+
+
+def test_a_template_that_takes_hours_is_refused(monkeypatch):
+    """Jinja bounds one loop, not loops in loops; the alarm that ends them is taken back."""
+    monkeypatch.setattr(template_module, "SECONDS", 0.2)
+    tokenizer, before = tiny.chatml(), signal.getsignal(signal.SIGALRM)
+    loop = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = loop + tiny.CHATML
+    with pytest.raises(UserError, match="cannot be rendered by the chat template: it takes more than 0.2 s; mend"):
+        read_template(tokenizer)
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_template_that_loses_the_question_is_refused():
