@@ -29,7 +29,10 @@ def test_the_screen_shows_three_and_first_those_that_went_wrong():
     """Row 4 went wrong and row 2 became right, the others stay; of a long text the end is shown."""
     right = {0: (True, True), 1: (True, True), 2: (False, True), 4: (True, False)}
     table = said(*((row, step, ends[step], "x" * 500 + " end") for row, ends in right.items() for step in (0, 1)))
-    head, *shown = side_by_side.to_screen(table)
+    same = table[table["row"] < 2].assign(run="another")
+    other, head, *shown, last = side_by_side.to_screen(pandas.concat([same, table], ignore_index=True))
+    assert other == "answers of another on d: 2 of 2 right at step 0, 2 of 2 right at step 1"  # nothing to see there
+    assert last == "answers.txt has all of them"
     assert head == "answers of r on d: 3 of 4 right at step 0, 3 of 4 right at step 1"
     assert [text.partition(",")[0] for text in shown] == ["row 4", "row 2", "row 0"]
     assert all("... xxx" in text and text.endswith("x end") and len(text) < 700 for text in shown)

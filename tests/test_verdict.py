@@ -7,8 +7,8 @@ import pandas
 import pytest
 
 from nanodpo.scoring.runs import recipe
-from nanodpo.scoring.verdict import RULES, Numbers, judge, worst_tenth
-from nanodpo.student import over_problems
+from nanodpo.scoring.verdict import RULES, Numbers, choose_place, judge, worst_tenth
+from nanodpo.student import over_problems, t_quantile
 
 KEY = {"run": "r", "phase": "dpo", "dataset": "d"}
 NAMES = {rule.name for rule in RULES}
@@ -154,6 +154,10 @@ def test_failed_rows_and_single_checkpoints():
     (found,) = judge(scores, *others)
     assert found["numbers"]["change of chosen"]["n"] == 39
     assert judge(scores[scores["step"] == 0], *others) == []
+    pairs, answers, tenths = others
+    tenths = tenths[(tenths["row"] < 5) == (tenths["step"] == 9)]  # no row has both ends
+    (found,) = judge(scores, pairs, answers, tenths)
+    assert found["there"] is None and "change of chosen there" not in found["numbers"]
 
 
 def test_the_mass_of_a_pair_needs_both_sides_at_both_ends():
@@ -239,16 +243,31 @@ def test_the_worst_tenth_is_not_worse_by_being_picked():
     """400 runs whose tenths moved by noise alone: the interval of the tenth that seems to lose most lies below 0 in 2.5
     of 100, as an interval should. Chosen and told by the same rows it would in about 20."""
     moved = np.random.default_rng(0).normal(size=(400, 40, 10))
-    row, tenth = (index.ravel() for index in np.indices(moved.shape[1:]))
-    start = pandas.DataFrame({"row": row, "problem": [f"{i:08x}" for i in row * 2654435761 % 2**32], "tokens": 9,
-                              "section": [f"tenth {i + 1}" for i in tenth], "argmax_logps": 0.0, "mean_logps": 0.0,
-                              "step": 0})
-    tables = (pandas.concat([start, start.assign(step=1, mean_logps=run.ravel())]) for run in moved)
-    below = [worst_tenth(table, 0, 1)[1]["change of chosen there"]["high"] < 0 for table in tables]
-    assert 0.005 < sum(below) / 400 < 0.05
-    means, sems = moved.mean(1), moved.std(1, ddof=1) / 40**0.5
-    same_rows = np.take_along_axis(means + 2.0227 * sems, means.argmin(1)[:, None], 1) < 0
-    assert same_rows.mean() > 0.15
+    problems = np.array([f"{row * 2654435761 % 2**32:08x}" for row in range(40)])
+
+    def high(values):
+        return values.mean() + t_quantile(len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+
+    chosen = [choose_place(run, problems) for run in moved]
+    assert all(telling.sum() == 20 for _, telling in chosen)
+    below = [high(run[telling, place]) < 0 for run, (place, telling) in zip(moved, chosen)]
+    assert 0.005 < np.mean(below) < 0.05
+    assert np.mean([high(run[:, run.mean(0).argmin()]) < 0 for run in moved]) > 0.15
+
+
+def test_the_worst_tenth_is_told_by_the_problems_that_did_not_choose_it():
+    """Of problems a, b, c and d the first and the third lose 5 nats a token in the second tenth, the others gain 1
+    there and lose 3 in the fifth: the second is the worst for those that choose, and +1 is what the others tell."""
+    moves = {("a", 2): -5.0, ("c", 2): -5.0, ("b", 2): 1.0, ("d", 2): 1.0, ("b", 5): -3.0, ("d", 5): -3.0}
+    table = pandas.DataFrame([{"step": step, "row": row, "problem": problem, "section": f"tenth {i}", "tokens": 2,
+                               "mean_logps": step * moves.get((problem, i), 0.0), "argmax_logps": 0.25 * step}
+                              for step in (0, 1) for row, problem in enumerate("dcba") for i in range(1, 11)])
+    place, numbers = worst_tenth(table, 0, 1)
+    assert place == "tenth 2" and [numbers["change of chosen there"][key] for key in ("mean", "n")] == [1.0, 2]
+    assert numbers["change of argmax there"]["mean"] == 0.25
+    assert worst_tenth(table[table["problem"] == "a"], 0, 1) == ("tenth 2", {
+        f"change of {name} there": {"mean": pytest.approx(float("nan"), nan_ok=True), "n": 0}
+        for name in ("chosen", "argmax")})
 
 
 def seeds(*changes):

@@ -4,7 +4,7 @@ import pandas
 
 from ..errors import one_line
 
-SHOWN = 3  # rows on the screen; answers.txt has them all
+SHOWN = 3  # rows on the screen
 MOST = 240  # characters of a text on the screen
 
 
@@ -25,14 +25,23 @@ def to_file(answers: pandas.DataFrame) -> str:
 
 
 def to_screen(answers: pandas.DataFrame) -> list[str]:
-    """A few rows of each, their ends; first those that were right and are wrong now, then those that became right."""
+    """How many are right in each; of the first whose answers changed, or else the first, the ends of a few rows: before
+    others those that were right and are wrong now, then those that became right."""
+    parts = [(head, ends, _moved(ends)) for head, ends in side_by_side(answers)]
+    chosen = next((head for head, _, moved in parts if moved.any()), parts[0][0] if parts else None)
     shown = []
-    for head, ends in side_by_side(answers):
-        right = ends.astype({"correct": int}).sort_values("step").groupby("row")["correct"].agg(["first", "last"])
-        moved = right["last"] - right["first"]
-        rows = sorted(moved.index, key=lambda row: ({-1: 0, 1: 1, 0: 2}[moved[row]], row))[:SHOWN]
-        shown += [head, *(_row(ends[ends["row"] == row], MOST).rstrip("\n") for row in rows)]
-    return shown
+    for head, ends, moved in parts:
+        shown.append(head)
+        if head == chosen:
+            rows = sorted(moved.index, key=lambda row: ({-1: 0, 1: 1, 0: 2}[moved[row]], row))[:SHOWN]
+            shown += [_row(ends[ends["row"] == row], MOST).rstrip("\n") for row in rows]
+    return [*shown, "answers.txt has all of them"] if shown else []
+
+
+def _moved(ends: pandas.DataFrame) -> pandas.Series:
+    """-1 for a row that went wrong, 1 for one that became right, else 0."""
+    right = ends.astype({"correct": int}).sort_values("step").groupby("row")["correct"].agg(["first", "last"])
+    return right["last"] - right["first"]
 
 
 def _row(lines: pandas.DataFrame, most: int | None) -> str:

@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pandas
 
 from .estimates import ROW, change, change_of_share, mean, over_runs, share
@@ -122,7 +123,8 @@ def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.Dat
                    | {"over": _over(stats)} for name, stats in numbers.items() if stats["n"]}
         rows = next(iter(numbers.values()), {"over": "no rows of one run"})["over"]
         found.append(_named({"run": run, "phase": phase, "dataset": dataset, "first": int(first), "last": int(last),
-                             "over": rows, "there": place, "numbers": numbers}))
+                             "over": rows, "there": place if "change of chosen there" in numbers else None,
+                             "numbers": numbers}))
     return found + _over_seeds(found, recipes or {})
 
 
@@ -189,19 +191,24 @@ def _of_scores(table, first, last) -> dict[str, dict]:
 
 
 def worst_tenth(tenths: pandas.DataFrame, first, last) -> tuple[str | None, dict[str, dict]]:
-    """(the tenth of chosen from which most log-prob went, by every other problem; its numbers, by the rest)."""
+    """(the tenth of chosen from which most log-prob went, its numbers); see `choose_place`."""
     if not len(tenths) or not {first, last} <= set(tenths["step"]):
         return None, {}
-    start, end = (tenths[tenths["step"] == step].set_index([*ROW, "section"])[["mean_logps", "argmax_logps", "tokens"]]
-                  for step in (first, last))
-    moved = (end - start).dropna()
-    problem, section = (moved.index.get_level_values(name) for name in ("problem", "section"))
-    choosing = problem.isin(sorted(problem.unique())[::2])  # hashes: their order has nothing to do with the rows
-    lost = moved["mean_logps"] * end.loc[moved.index, "tokens"]
-    place = lost[choosing].groupby("section").sum().idxmin()
-    there = moved[~choosing & (section == place)].droplevel("section")
-    return place, {f"change of {name} there": mean(there[column])
-                   for name, column in (("chosen", "mean_logps"), ("argmax", "argmax_logps"))}
+    columns = {"chosen": "mean_logps", "argmax": "argmax_logps"}
+    wide = tenths.pivot(index=ROW, columns=["step", "section"], values=["tokens", *columns.values()])
+    moved = {name: wide[column, last] - wide[column, first] for name, column in columns.items()}
+    lost = moved["chosen"] * wide["tokens", last]
+    problems = lost.index.get_level_values("problem").to_numpy()
+    place, telling = choose_place(lost.to_numpy(), problems)
+    section = lost.columns[place]
+    return section, {f"change of {name} there": mean(change[section][telling]) for name, change in moved.items()}
+
+
+def choose_place(lost: np.ndarray, problems: np.ndarray) -> tuple[int, np.ndarray]:
+    """(rows, places) nats by which the log-prob changed, NaN where that is not known, and (rows,) the rows' problems ->
+    the place that lost most in every other problem, and which rows are of the rest."""
+    choosing = np.isin(problems, np.unique(problems)[::2])  # hashes: their order has nothing to do with the rows
+    return int(np.nansum(lost[choosing], axis=0).argmin()), ~choosing
 
 
 def _of_pairs(pairs, last, phase: str) -> dict[str, dict]:
