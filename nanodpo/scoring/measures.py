@@ -63,7 +63,7 @@ def _measure(z: Tensor, targets: Tensor, plausible: Sets | None) -> tuple[dict[s
     found["entropy"] = -z.sub_(total.log()).clamp_(min=FLOOR).mul_(p).sum(1, keepdim=True)
     if plausible is None:
         kept = p >= IMPLAUSIBLE
-        plausible = kept.sum(1), p.masked_fill(kept, 0).sum(1), kept.nonzero()[:, 1], p[kept]
+        plausible = kept.sum(1), None, kept.nonzero()[:, 1], p[kept]
     counts, rest, ids, before = plausible
     place = torch.arange(len(p), device=p.device).repeat_interleave(counts)
     here = p[place, ids]
@@ -71,5 +71,6 @@ def _measure(z: Tensor, targets: Tensor, plausible: Sets | None) -> tuple[dict[s
     # Summed over what is left, not 1 - the plausible ones': it is small, and would drown in the rounding.
     p[place, ids] = here * faded
     found["implausible_mass"] = p.sum(1, keepdim=True)
+    rest = found["implausible_mass"].squeeze(1) if rest is None else rest
     found["implausible_mass_start"] = rest.index_add(0, place, before * faded)[:, None]
-    return {name: value.squeeze(1) for name, value in found.items()}, plausible
+    return {name: value.squeeze(1) for name, value in found.items()}, (counts, rest, ids, before)
