@@ -178,7 +178,7 @@ def disturb(config: dict, launcher: str, draw: random.Random, dice: dict) -> dic
         wait_until(pids, lambda: phase_of(config, "killed") == dice["phase"]
                    and (dice["phase"] not in ("step", "save") or count_lines(folder) >= more))
         time.sleep(dice["delay"] * {"save": 0.01, "end": 0.02, "reference": 0.3}.get(dice["phase"], 0.1))
-    if None not in ended(pids):
+    if kind != "file" and None not in ended(pids):
         return finish_off(config, pids) or None
     observed = phase_of(config, "killed")
     victims = pids if dice["all"] and kind != "stop" else [draw.choice(pids)]
