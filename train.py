@@ -163,7 +163,7 @@ def prepare(argv: list[str]) -> Start | None:
 def train_from(start: Start, stop: Stop) -> None:
     args, source = start.args, start.source
     device = engines.start(args, start.settings)
-    with agreement.together() as same, space.shortage_named(dist.get_rank(), "loading the model"):
+    with agreement.together() as same, space.shortage_named(distributed.place()[0], "loading the model"):
         model = models.load_model(source, args)
         weights = models.fingerprint(model, fresh_lora=args.use_lora and not source.adapter)
         same |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
