@@ -75,7 +75,9 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
     except BROKEN as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{adapter}: does not fit its base: {first_line(error)}") from error
+        grown = ("; if its model's vocabulary was grown, merge it where that model is (PEFT's merge_and_unload), and "
+                 "name the merged model") * ("embed_tokens" in str(error))
+        raise UserError(f"{adapter}: does not fit its base: {first_line(error)}{grown}") from error
     return model
 
 
