@@ -7,14 +7,15 @@
 
 Leaves scores.parquet, a line for each checkpoint, data set, row and response, summary.csv, their means, verdict.json,
 what became of each run, and the other tables that nanodpo/scoring/scores.py describes. A scoring that was stopped goes
-on where it was: what is done is kept in <output_dir>/parts, a folder a checkpoint and data set.
+on where it was, and another one in the same folder adds to what is there: all that is done is kept in
+<output_dir>/parts, under the contents of checkpoint and data (nanodpo/scoring/parts.py).
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import glob
-import hashlib
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ import os
 import sys
 from pathlib import Path
 
+import pandas
 import torch
 
 from nanodpo import agreement, distributed, space
@@ -32,16 +34,17 @@ from nanodpo.packing import LAYOUTS
 from nanodpo.progress import Progress
 from nanodpo.reference import data_hash
 from nanodpo.rows import SUFFIXES
-from nanodpo.scoring import answers, plausible, responses, scores, side_by_side, verdict
+from nanodpo.scoring import answers, needs, plausible, responses, scores, side_by_side, verdict
 from nanodpo.scoring.describe import describe
 from nanodpo.scoring.means import show
 from nanodpo.scoring.measures import token_measures
 from nanodpo.scoring.opened import Opened, Opener
 from nanodpo.scoring.pairs import gradient_products
-from nanodpo.scoring.runs import Checkpoint, newest_run, open_targets, recipe, settings_of
+from nanodpo.scoring.parts import Parts
+from nanodpo.scoring.runs import Checkpoint, find_bases, newest_run, open_targets, recipe, settings_of
 from nanodpo.settings import local_rank
 from nanodpo.signals import Stop
-from nanodpo.source import base_of, check_ids, open_source
+from nanodpo.source import check_ids, open_source
 from nanodpo.template import Template, prompt_leads, read_template
 from nanodpo.tokens import load_dataset
 from nanodpo.unknown import parse_known
@@ -52,6 +55,7 @@ READING = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "
            "overlong": ["error", "drop", "truncate"], "on_bad_row": ["error", "drop"]}
 OF_TRAIN = {"model_name": "name models as they are", "train_file_path": "--dataset_path names data",
             "eval_file_path": "--dataset_path names data", "per_device_eval_batch_size": "--max_tokens bounds a batch"}
+AT_ONCE = 32  # micro-batches on each rank, or greedy answers, after which what is done is kept
 LESS = ("what is done is kept, and the same command goes on from there. It needs a smaller --max_tokens, or --bf16, or "
         "to be without --gradients")
 
@@ -62,16 +66,12 @@ class Probe:
 
     name: str
     examples: list
-    kinds: list[str]
+    asked: list[str]  # kinds of responses
+    kinds: list[str]  # these, and those that an earlier scoring may have left
     groups: list[responses.Group]
     template: Template
     limit: int  # tokens of prompt and response
-    expected: dict[int, tuple[str, bool]]  # which examples are answered and checked: the answer, does chosen think
-
-    @functools.cached_property
-    def lengths(self) -> list[int]:
-        """Scored tokens of each group."""
-        return [sum(map(len, said.values())) for _, said in self.groups]
+    known: dict = dataclasses.field(default_factory=dict)  # what `said` found
 
     def key_of(self, i: int) -> dict:
         """What tells a row from others in the tables."""
@@ -85,12 +85,52 @@ class Probe:
                       - {None})
 
     @property
-    def key(self) -> str:
-        """A hash of everything that is scored."""
-        digest = hashlib.sha256(data_hash(self.examples).encode())
-        rows = [(example.row, example.problem) for example in self.examples]
-        digest.update(json.dumps([self.limit, self.kinds, self.groups, rows]).encode())
-        return digest.hexdigest()
+    def everything(self) -> str:
+        """A hash of all that is scored, and of how it is read."""
+        keys = [self.key_of(i) for i in range(len(self.examples))]
+        return needs.hash_of([self.limit, self.asked, self.kinds, self.groups, keys])
+
+    @functools.cached_property
+    def pieces(self):
+        """Token ids -> their texts."""
+        piece = functools.lru_cache(None)(lambda i: self.template.tokenizer.decode([i]))
+        return lambda ids: [*map(piece, ids)]
+
+    @functools.cached_property
+    def prompts(self) -> str:
+        """A hash of all prompts and of the numbers of their rows."""
+        return needs.hash_of([[example.row, example.prompt] for example in self.examples])
+
+    def said(self, unit: tuple[str, ...]) -> tuple[dict[int, int], str]:
+        """({row: index} of the examples that have one of these responses, a hash of their prompts and token ids)."""
+        if unit not in self.known:
+            self.known[unit] = self._said(unit)
+        return self.known[unit]
+
+    def _said(self, unit: tuple[str, ...]) -> tuple[dict[int, int], str]:
+        here = {i: {kind: said[kind] for kind in unit if kind in said} for i, (_, said) in enumerate(self.groups)}
+        rows = {self.examples[i].row: i for i, said in here.items() if said}
+        return rows, needs.hash_of([[row, self.examples[i].problem, self.groups[i][0], here[i]]
+                                    for row, i in rows.items()])
+
+
+@dataclasses.dataclass
+class Work:
+    """A checkpoint and a data set: what is asked for, and what is there of it."""
+
+    checkpoint: Checkpoint
+    probe: Probe
+    key: str  # of the checkpoint
+    start: str | None  # that of its run's step 0
+    needs: list[needs.Need]
+
+    def missing(self, *kinds: str) -> dict[int, list[needs.Need]]:
+        """Index of an example -> what is missing of it, of these kinds of results."""
+        found = {}
+        for need in self.needs:
+            for row in need.missing if need.what in kinds else ():
+                found.setdefault(need.rows[row], []).append(need)
+        return dict(sorted(found.items()))
 
 
 def main(argv: list[str]) -> None:
@@ -113,28 +153,31 @@ def score(argv: list[str]) -> None:
         folder = Path(args.output_dir or (args.targets[0] if (Path(args.targets[0]) / "run.json").is_file() else
                                           "scores"))
         scores.check_folder(folder / "parts")
+        find_bases(checkpoints)
         same |= what_is_scored(checkpoints, probes, args)
     device = open_device(args)
     longest = max(example.length for probe in probes for example in probe.examples)
     opener = Opener(device, args.bf16, args.gradients, longest)
-    with shortage_named("scoring"):
-        for probe in probes:
-            if responses.GREEDY in probe.kinds:
-                add_greedy(opener, checkpoints[0], probe, folder / "parts", args)
-        parts = score_all(opener, checkpoints, probes, folder / "parts", args)
-    distributed.leave()
-    if distributed.is_main():
-        before = scores.contents(folder)
-        tables = scores.join_parts(folder, parts, {c.run: c.settings for c in checkpoints if c.phase})
-        recipes = {c.run: recipe(c.settings.record) for c in checkpoints if c.phase}
-        report(folder, tables, recipes, [item for item in before if item not in scores.contents(folder)])
+    with Parts(folder / "parts") as parts:
+        with shortage_named("scoring"):
+            for probe in probes:
+                add_greedy(opener, checkpoints[0], probe, parts, args)
+            work = plan(checkpoints, probes, parts, args)
+            score_all(opener, work, parts, args)
+        distributed.leave()
+        if distributed.is_main():
+            before = scores.contents(folder)
+            tables = scores.join(folder, [found_of(item, parts) for item in work],
+                                 {c.run: c.settings for c in checkpoints if c.phase})
+            recipes = {c.run: recipe(c.settings.record) for c in checkpoints if c.phase}
+            report(folder, tables, recipes, [item for item in before if item not in scores.contents(folder)])
 
 
 def what_is_scored(checkpoints: list[Checkpoint], probes: list[Probe], args) -> dict:
     """What the ranks must have alike: the files of each checkpoint, the responses of each data set."""
-    found = {f"files of {c.path} that hash to": part_key(c, args) for c in checkpoints}
-    found |= {f"responses of data set {p.name} that hash to": f"{p.key} {p.expected}" for p in probes}
-    return {name: hashlib.sha256(key.encode()).hexdigest()[:8] for name, key in found.items()}
+    found = {f"files of {c.path} that hash to": c.key(args.bf16) for c in checkpoints}
+    found |= {f"responses of data set {p.name} that hash to": p.everything for p in probes}
+    return {name: needs.hash_of(key)[:8] for name, key in found.items()}
 
 
 def report(folder: Path, tables: dict, recipes: dict, gone: list[str]) -> None:
@@ -328,31 +371,35 @@ def open_probe(name: str, read, settings, source, args) -> Probe:
     """A data set as the settings of a run read it, with its responses."""
     limit = limit_of(settings, source)
     template = read_template(source.tokenizer, settings.assistant_header, settings.date)
-    kinds = args.responses or list(responses.KINDS)
-    columns = tuple(kind for kind in kinds if kind not in responses.KINDS and kind != responses.GREEDY)
+    asked = args.responses or list(responses.KINDS)
+    columns = tuple(kind for kind in asked if kind not in responses.KINDS and kind != responses.GREEDY)
     data = read(settings, columns)
-    if not args.responses:
-        rows = range(len(data.examples))
-        kinds = [kind for kind in kinds if any(responses.KINDS[kind](data.examples, i, args.seed) for i in rows)]
+    there = [kind for kind, make in responses.KINDS.items()
+             if any(make(data.examples, i, args.seed) for i in range(len(data.examples)))]
+    asked = args.responses or there
     distributed.say(data.report())
+    kinds = [*asked, *(kind for kind in there if kind not in asked)]
     groups = responses.make_groups(data.examples, kinds, args.seed, limit)
-    expected = known_answers(data.examples, source.tokenizer, args.answers)
-    if len(expected) < min(args.answers, len(data.examples)):
-        distributed.say(f"{name}: {len(expected)} of {len(data.examples)} chosen responses are whole and end in an "
-                        "answer that can be checked")
-    return Probe(name, data.examples, kinds, groups, template, limit, expected)
+    probe = Probe(name, data.examples, asked, kinds, groups, template, limit)
+    known = len(first_known(probe, args.answers))
+    if known < min(args.answers, len(data.examples)):
+        distributed.say(f"{name}: {known} of {len(data.examples)} chosen responses are whole and end in an answer that "
+                        "can be checked")
+    return probe
 
 
-def known_answers(examples, tokenizer, most: int) -> dict[int, tuple[str, bool]]:
-    """Of the first examples whose chosen response is whole and answers something: {which: (answer, does it think)}."""
-    found = {}
-    for i, example in enumerate(examples if most else []):
-        chosen = tokenizer.decode(example.chosen)
-        if not example.cut[0] and (answer := answers.final_answer(chosen)) is not None:
-            found[i] = answer, answers.thinks(chosen)
-        if len(found) == most:
-            break
-    return found
+def known_answer(probe: Probe, i: int) -> tuple[str, bool] | None:
+    """What the chosen response of an example answers, where it is whole, and whether it thinks."""
+    chosen = probe.template.tokenizer.decode(probe.examples[i].chosen)
+    if not probe.examples[i].cut[0] and (answer := answers.final_answer(chosen)) is not None:
+        return answer, answers.thinks(chosen)
+    return None
+
+
+def first_known(probe: Probe, most: int) -> dict[int, int]:
+    """{row: index} of the first examples whose answer is known, at most so many."""
+    known = (i for i in range(len(probe.examples)) if known_answer(probe, i))
+    return {probe.examples[i].row: i for i in itertools.islice(known, most)}
 
 
 def check_leads(checkpoint: Checkpoint, probe: Probe, args) -> None:
@@ -381,120 +428,223 @@ def shortage_named(where: str, examples=()):
     return space.shortage_named(distributed.place()[0], where, rows, LESS)
 
 
-def add_greedy(opener: Opener, first: Checkpoint, probe: Probe, folder: Path, args) -> None:
-    """Puts the first checkpoint's own answers among a data set's responses; they are kept, like the parts."""
-    key = f"{part_key(first, args)}/{probe.key}/{args.max_new_tokens}"
-    file = folder / f"greedy-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    said = distributed.from_main(scores.read_json(file) if distributed.is_main() and file.is_file() else None)
-    if said is None:
+def add_greedy(opener: Opener, first: Checkpoint, probe: Probe, parts: Parts, args) -> None:
+    """Puts the first checkpoint's own answers among a data set's responses, where they are asked for or there."""
+    rows = {example.row: i for i, example in enumerate(probe.examples)}
+    need = answers_needed(responses.GREEDY, first, probe, rows, parts, args, responses.GREEDY in probe.asked)
+    if responses.GREEDY not in probe.asked:
+        if need is None or need.missing:
+            return
+        probe.kinds.append(responses.GREEDY)
+    if need.missing:
         distributed.say(f"{probe.name}: greedy answers of {first.path}")
-        said = answer_greedily(opener.open(first), probe, range(len(probe.groups)), args)
-        if distributed.is_main():
-            scores.write_json(file, said)
-    probe.groups = responses.add_greedy(probe.groups, probe.kinds, said)
+        answer(opener.open(first), probe, need, parts, args)
+    said = distributed.from_main(said_in(parts, need) if distributed.is_main() else None)
+    probe.groups = responses.add_greedy(probe.groups, probe.kinds, [said[row] for row in rows])
 
 
-def answer_greedily(opened: Opened, probe: Probe, rows, args) -> list[list[int]]:
-    """Greedy answers to the prompts of these rows, shared by the ranks."""
+def longest_answer(probe: Probe, args) -> int:
+    return args.max_new_tokens or max(len(example.chosen) for example in probe.examples)
+
+
+def answers_needed(what: str, checkpoint: Checkpoint, probe: Probe, rows: dict[int, int], parts: Parts, args,
+                   asked: bool) -> needs.Need | None:
+    """Greedy answers to these rows; where they are not asked for, those that were made last, of whatever length."""
+    need = needs.of_answers(what, checkpoint.key(args.bf16), probe, longest_answer(probe, args), rows)
+    if not asked:
+        if (key := parts.newest(need.family)) is None:
+            return None
+        need.key = key
+    need.missing = need.rows.keys() - parts.rows(need.key)
+    return need
+
+
+def answer(opened: Opened, probe: Probe, need: needs.Need, parts: Parts, args) -> None:
+    """Makes the greedy answers that are missing, and keeps them, some at a time."""
+    left = sorted(need.missing, key=lambda row: (-len(probe.examples[need.rows[row]].prompt), row))
+    size = AT_ONCE * distributed.place()[1]
+    with Progress("greedy answers", len(left), "answer") as bar:
+        for rows in (left[i : i + size] for i in range(0, len(left), size)):
+            said = answer_greedily(opened, probe, [need.rows[row] for row in rows], args, bar)
+            parts.add({need.key: need.holds(rows)}, {need.what: pandas.DataFrame({"row": rows, "ids": said})})
+
+
+def said_in(parts: Parts, need: needs.Need) -> dict[int, list[int]]:
+    """Row -> the greedy answer that was made for it."""
+    table = parts.read(need.key, need.what)
+    return {row: ids.tolist() for row, ids in zip(table["row"], table["ids"])} if len(table) else {}
+
+
+def answer_greedily(opened: Opened, probe: Probe, indices: list[int], args, bar) -> list[list[int]]:
+    """Greedy answers to the prompts of these examples, shared by the ranks."""
     rank, world = distributed.place()
-    most = args.max_new_tokens or max(len(example.chosen) for example in probe.examples)
-    prompts = [probe.examples[i].prompt for i in rows]
+    prompts = [probe.examples[i].prompt for i in indices]
     opened.model.set_attn_implementation(opened.own)  # the layout's has no notion of a cache
     # Of tokens that were generated a model keeps keys and values, and nothing else of what a scored one takes.
-    with (shortage_named(f"the greedy answers of {opened.checkpoint.path}"),
-          Progress("greedy answers", len(prompts), "answer") as bar):
-        mine = answers.greedy(opened.model, prompts[rank::world], most, probe.limit, probe.ends, 4 * args.max_tokens,
-                              lambda count: bar.update(count * world))
+    with shortage_named(f"the greedy answers of {opened.checkpoint.path}"):
+        mine = answers.greedy(opened.model, prompts[rank::world], longest_answer(probe, args), probe.limit, probe.ends,
+                              4 * args.max_tokens, lambda count: bar.update(count * world))
     opened.model.set_attn_implementation(opened.attention)
     parts = distributed.agree(None, dict(zip(range(len(prompts))[rank::world], mine)))
     return [said for _, said in sorted(item for part in parts for item in part.items())]
 
 
-def part_key(checkpoint: Checkpoint, args) -> str:
-    """All of a checkpoint that could change a number; weights by their files' names, sizes and times."""
-    base, _ = base_of(checkpoint.path)
-    folders = [Path(checkpoint.path), Path(base)]
-    kinds = ("*.safetensors", "*.bin", "*.json")
-    found = sorted(file for folder in folders for kind in kinds for file in folder.glob(kind))
-    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
-    return repr((checkpoint.run, checkpoint.path, base, files, checkpoint.settings.bf16 or args.bf16))
-
-
-def plan(checkpoints, probes, folder: Path, args) -> list[tuple[Checkpoint, Probe, Path, Path | None]]:
-    """(checkpoint, data set, folder of the part, that of the same at the run's step 0 or None), in order of work."""
+def plan(checkpoints: list[Checkpoint], probes: list[Probe], parts: Parts, args) -> list[Work]:
+    """All checkpoints on all data sets, in order of work: a run's start comes first."""
     work, starts = [], {}
-    asked = args.tokens, args.gradients, args.answers, args.max_new_tokens, scores.COLUMNS
     for checkpoint in checkpoints:
-        own = part_key(checkpoint, args)
+        if checkpoint.step == 0:
+            starts[checkpoint.run] = checkpoint.key(args.bf16)
         for probe in probes:
-            start = starts.get((checkpoint.run, probe.name))
-            key = repr((own, probe.name, probe.key, probe.expected, asked, start and start.name))
-            part = folder / hashlib.sha256(key.encode()).hexdigest()[:24]
-            if checkpoint.step == 0:
-                start = starts[checkpoint.run, probe.name] = part
-            work.append((checkpoint, probe, part, start))
+            start = starts.get(checkpoint.run)
+            found = needs_of(checkpoint, start, probe, parts, args)
+            asked = first_known(probe, args.answers)
+            if need := answers_needed("answers", checkpoint, probe, asked, parts, args, bool(asked)):
+                found.append(need)
+            work.append(Work(checkpoint, probe, checkpoint.key(args.bf16), start, found))
     return work
 
 
-def score_all(opener: Opener, checkpoints, probes, folder: Path, args) -> list[Path]:
-    """Scores what is not there yet. Returns the folders of all parts, in order."""
-    work = plan(checkpoints, probes, folder, args)
-    done = distributed.from_main([part.is_dir() for _, _, part, _ in work])
-    distributed.say(f"{len(work)} parts, {sum(done)} of them done before")
-    missing = [item for item, there in zip(work, done) if not there]
-    rows = sum(len(probe.groups) for _, probe, _, _ in missing)
+def needs_of(checkpoint: Checkpoint, start: str | None, probe: Probe, parts: Parts, args) -> list[needs.Need]:
+    """What is asked for of the responses, and what earlier calls have found of the same weights and data."""
+    model, found = checkpoint.key(args.bf16), []
+
+    def need_of(what, unit):
+        need = needs.of_responses(what, model, start, probe, unit)
+        need.missing = need.rows.keys() - parts.rows(need.key)
+        return need
+
+    units = needs.units(probe.asked)
+    for unit in needs.units(probe.kinds):
+        if unit not in units and not need_of("scores", unit).missing:
+            units = [other for other in units if not {*other} & {*unit}] + [unit]
+    for unit in units:
+        asked = {"scores": True, "tokens": args.tokens, "gradients": args.gradients}
+        for what in [*asked][: 2 + (unit == needs.PAIR)]:
+            need = need_of(what, unit)
+            if not need.missing or asked[what] and {*unit} & {*probe.asked}:
+                found.append(need)
+    return found
+
+
+def score_all(opener: Opener, work: list[Work], parts: Parts, args) -> None:
+    """Scores what is not there yet."""
+    left = [item for item in work if any(need.missing for need in item.needs)]
+    distributed.say(f"{len(work)} parts, {len(work) - len(left)} of them done before")
+    rows = sum(len(item.missing("scores", "tokens", "gradients")) for item in left)
     with Progress("scoring", rows, "row") as bar:
-        for checkpoint, probe, part, start in missing:
-            bar.update(0, f"{checkpoint.run} step {checkpoint.step} {probe.name}")
-            score_part(opener, checkpoint, probe, part, start, args, bar)
-    return [part for _, _, part, _ in work]
+        for item in left:
+            bar.update(0, f"{item.checkpoint.run} step {item.checkpoint.step} {item.probe.name}")
+            # Nobody else holds what is opened: the next one may need its memory.
+            score_work(opener.open(item.checkpoint), item, parts, args, bar)
+            for need in item.needs:
+                if need.what == "answers" and need.missing:
+                    answer(opener.open(item.checkpoint), item.probe, need, parts, args)
 
 
-def score_part(opener: Opener, checkpoint: Checkpoint, probe: Probe, part: Path, start: Path | None, args, bar) -> None:
-    """One checkpoint's scores of one data set, into the folder `part`; `start` is that of its run's step 0."""
-    opened, is_start = opener.open(checkpoint), start == part
-    known = plausible.read(start, probe.lengths) if start and not is_start else None
-    found, sets = score_probe(opened, probe, known, bool(start), args, bar)
-    if probe.expected:
-        found["answers"] = check_answers(opened, probe, args)
-    with distributed.main_first():  # the others read what it wrote
-        if distributed.is_main():
-            keep = functools.partial(plausible.write, parts=sets) if is_start else lambda folder: None
-            scores.write_part(part, checkpoint, probe.name, found, keep)
+def score_work(opened: Opened, item: Work, parts: Parts, args, bar) -> None:
+    """Scores what is missing of the responses, and keeps it after every so many micro-batches."""
+    by_row, gradients = item.missing("scores", "tokens"), item.missing("gradients")
+    groups = [(prompt, {kind: ids for kind, ids in said.items()
+                        if any(kind in need.responses for need in by_row.get(i, ()))})
+              for i, (prompt, said) in enumerate(item.probe.groups)]
+    tasks = [(True, indices) for indices in responses.batches(groups, args.max_tokens)]
+    tasks += [(False, [i]) for i in gradients]
+    known = known_sets(item, parts) if tasks else None
+    rank, world = distributed.place()
+    for first in range(0, len(tasks), AT_ONCE * world):
+        mine, chunk = {}, tasks[first : first + AT_ONCE * world]
+        for forward, indices in chunk[rank::world]:
+            if forward:
+                mine |= score_groups(opened, item, groups, indices, known, args)
+            else:
+                rows = [item.probe.examples[i] for i in indices]
+                with shortage_named(f"the gradients under {opened.checkpoint.path}", rows):
+                    mine[~indices[0]] = pair_gradients(opened, *item.probe.groups[indices[0]])
+            bar.update(world * sum(forward or i not in by_row for i in indices))
+        found = dict(sorted(one for part in distributed.agree(None, mine) for one in part.items()))
+        keep(parts, item, {i: (by_row[i], *found[i]) for i in found if i >= 0},
+             {~i: (gradients[~i], found[i]) for i in found if i < 0})
+
+
+def known_sets(item: Work, parts: Parts) -> dict | None:
+    """{(row, response): tokens that the run's start found plausible}; None where this is it, or there is none."""
+    if item.start is None or item.start == item.key:
+        return None
+    known = {}
+    for need in item.needs:
+        if need.what in ("scores", "tokens"):
+            for unit in {need.responses, needs.PAIR} if {*need.responses} & {*needs.PAIR} else {need.responses}:
+                start = needs.of_responses("scores", item.start, item.start, item.probe, unit)
+                known |= parts.sets(start.key)
+    return known
 
 
 @torch.no_grad()
-def score_probe(opened: Opened, probe: Probe, known, compared: bool, args, bar) -> tuple[dict[str, list], list]:
-    """({table: lines}, plausible tokens of each group) of a data set, in its order, on all ranks.
+def score_groups(opened: Opened, item: Work, groups: list, indices: list[int], known, args) -> dict[int, tuple]:
+    """{index: ({table: lines}, {response: tokens that were found plausible})} of the responses in these groups.
 
-    `known` are the plausible tokens of the start, None where this is it; `compared`: is there a start at all.
+    `known` are the plausible tokens of the start, None where this is it, or where there is no start.
     """
-    (rank, world), device = distributed.place(), next(opened.module.parameters()).device
-    pieces, mine = functools.lru_cache(None)(lambda i: probe.template.tokenizer.decode([i])), {}
-    for indices in responses.batches(probe.groups, args.max_tokens)[rank::world]:
-        groups = [probe.groups[i] for i in indices]
-        row = LAYOUTS[opened.layout]([(prompt, [*said.values()]) for prompt, said in groups]).to(device)
-        with shortage_named(f"scoring under {opened.checkpoint.path}", [probe.examples[i] for i in indices]):
-            values, sets, states = token_measures(opened.module, row, known and plausible.join(
-                [known[i] for i in indices], device))
-        if not compared:
-            for name in ("implausible_mass", "implausible_mass_start"):
-                values[name].fill_(torch.nan)
-        results = by_response(row, values, states)
-        for i, (prompt, said), own in zip(indices, groups, plausible.split(sets, [probe.lengths[i] for i in indices])):
-            found = {kind: next(results) for kind in said}
-            lines = describe(probe.key_of(i), said, found, lambda ids: [*map(pieces, ids)], args.tokens)
-            if args.gradients and lines["pairs"]:
-                with shortage_named(f"the gradients under {opened.checkpoint.path}", [probe.examples[i]]):
-                    lines["pairs"][0] |= pair_gradients(opened, prompt, said, device)
-            mine[i] = lines, own
-            bar.update(world)
-    parts = distributed.agree(None, mine)
-    every = sorted((item for part in parts for item in part.items()), key=lambda item: item[0])
-    tables = {name: [line for _, (lines, _) in every for line in lines[name]] for name in every[0][1][0]}
-    if all(math.isnan(line["logps"]) for line in tables["scores"]):
-        raise UserError(f"{opened.checkpoint.path}: no log-prob of {probe.name} is finite: the weights are broken")
-    return tables, [own for _, (_, own) in every]
+    probe, device = item.probe, next(opened.module.parameters()).device
+    groups = {i: groups[i] for i in indices}
+    row = LAYOUTS[opened.layout]([(prompt, [*said.values()]) for prompt, said in groups.values()]).to(device)
+    names = [(probe.examples[i].row, kind) for i, (_, said) in groups.items() for kind in said]
+    if known is not None and (lost := [name for name in names if name not in known]):
+        raise UserError(f"row {lost[0][0]}, {lost[0][1]}: nothing is left of what step 0 found plausible there; score "
+                        f"step 0 with --responses {lost[0][1]} first")
+    with shortage_named(f"scoring under {opened.checkpoint.path}", [probe.examples[i] for i in indices]):
+        values, sets, states = token_measures(opened.module, row, known and plausible.join(
+            [known[name] for name in names], device))
+    if item.start is None:
+        for name in ("implausible_mass", "implausible_mass_start"):
+            values[name].fill_(torch.nan)
+    results, found = by_response(row, values, states), {}
+    own = iter(plausible.split(sets, [len(ids) for _, said in groups.values() for ids in said.values()]))
+    for i, (_, said) in groups.items():
+        measured = {kind: next(results) for kind in said}
+        lines = describe(probe.key_of(i), said, measured, probe.pieces, args.tokens)
+        found[i] = lines, {kind: next(own) for kind in said}
+    return found
+
+
+@torch.enable_grad()
+def pair_gradients(opened: Opened, prompt: list[int], said: dict) -> dict[str, float]:
+    row = LAYOUTS[opened.layout]([(prompt, [said["chosen"], said["rejected"]])])
+    return gradient_products(opened.module(row.to(opened.trained[0].device)), opened.trained)
+
+
+def keep(parts: Parts, item: Work, scored: dict[int, tuple], gradients: dict[int, tuple]) -> None:
+    """Keeps what was found of these examples: {index: (what was missing, lines, plausible tokens)}, and of gradients
+    {index: (what was missing, products)}."""
+    tables, sets, holds = collections.defaultdict(list), [], {}
+    for i, (missing, lines, own) in scored.items():
+        row, here = item.probe.examples[i].row, {need.what: set() for need in missing}
+        for need in missing:
+            holds.setdefault(need.key, need.holds([]))["rows"].add(row)
+            here[need.what] |= {*need.responses}
+        wanted = here.get("scores", set())
+        for name in ("scores", "sections", "failed"):
+            tables[name] += [line for line in lines[name] if line["response"] in wanted]
+        tables["pairs"] += lines["pairs"] if {*needs.PAIR} <= wanted else []
+        tables["tokens"] += [part for part in lines["tokens"] if part["response"][0] in here.get("tokens", ())]
+        sets += [own[line["response"]] for line in lines["scores"] if line["response"] in wanted]
+    for i, ((need,), products) in gradients.items():
+        row = item.probe.examples[i].row
+        holds.setdefault(need.key, need.holds([]))["rows"].add(row)
+        tables["gradients"].append({"row": row} | products)
+    first = not any(parts.index.get(key) for key in holds)
+    if first and tables["scores"] and all(math.isnan(line["logps"]) for line in tables["scores"]):
+        raise UserError(f"{item.checkpoint.path}: no log-prob of {item.probe.name} is finite: the weights are broken")
+    tables = {name: pandas.concat(lines) if name == "tokens" else pandas.DataFrame(lines)
+              for name, lines in tables.items() if lines}
+    is_start = item.start == item.key and sets
+    parts.add(holds, tables, functools.partial(plausible.write, parts=sets) if is_start else lambda folder: None)
+
+
+def found_of(item: Work, parts: Parts) -> scores.Found:
+    """All that is there of a checkpoint and data set, for the tables."""
+    return scores.Found(item.checkpoint, item.probe, item.needs, parts, functools.partial(check_answers, item.probe))
 
 
 def by_response(row, values: dict[str, torch.Tensor], states: torch.Tensor):
@@ -506,23 +656,19 @@ def by_response(row, values: dict[str, torch.Tensor], states: torch.Tensor):
         yield {"logps": logps, "states": state, "tokens": {name: parts[s].numpy() for name, parts in columns.items()}}
 
 
-@torch.enable_grad()
-def pair_gradients(opened: Opened, prompt: list[int], said: dict, device) -> dict[str, float]:
-    row = LAYOUTS[opened.layout]([(prompt, [said["chosen"], said["rejected"]])])
-    return gradient_products(opened.module(row.to(device)), opened.trained)
-
-
-def check_answers(opened: Opened, probe: Probe, args) -> list[dict]:
-    """A line for each row whose answer is known: what this checkpoint says, and whether it is right."""
-    lines, said = [], answer_greedily(opened, probe, list(probe.expected), args)
-    for (i, (expected, thinks)), ids in zip(probe.expected.items(), said):
-        text = probe.template.tokenizer.decode(ids)
-        found = answers.final_answer(text, marked=thinks)
-        lines.append(probe.key_of(i) | {
-            "found": found, "expected": expected, "correct": found == expected,
-            "ended": not {*probe.ends}.isdisjoint(ids[-1:]), "tokens": len(ids),
-            "repetition": answers.repetition(ids), "text": text,
-            "prompt_end": probe.template.tokenizer.decode(probe.examples[i].prompt)[-300:]})
+def check_answers(probe: Probe, said: dict[int, list[int]]) -> list[dict]:
+    """A line for each row whose answer is known: what a checkpoint says, and whether it is right."""
+    lines = []
+    for i, example in enumerate(probe.examples):
+        if example.row in said and (known := known_answer(probe, i)):
+            ids, (expected, thinks) = said[example.row], known
+            text = probe.template.tokenizer.decode(ids)
+            found = answers.final_answer(text, marked=thinks)
+            lines.append(probe.key_of(i) | {
+                "found": found, "expected": expected, "correct": found == expected,
+                "ended": not {*probe.ends}.isdisjoint(ids[-1:]), "tokens": len(ids),
+                "repetition": answers.repetition(ids), "text": text,
+                "prompt_end": probe.template.tokenizer.decode(example.prompt)[-300:]})
     return lines
 
 

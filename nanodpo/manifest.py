@@ -107,15 +107,17 @@ def read_manifest(folder: Path) -> dict | str:
     return facts
 
 
-def check_whole(folder: Path) -> None:
-    """Raises UserError where a folder has a manifest of ours and is not what it says; one without is taken as it is."""
+def check_whole(folder: Path) -> dict[str, dict]:
+    """Raises UserError where a folder has a manifest of ours and is not what it says; one without is taken as it is.
+    Returns size and hash of the files in the manifest, by name."""
     try:
         if '"sha256"' not in read_text(folder / MANIFEST, errors="replace"):  # somebody else's
-            return
+            return {}
     except (OSError, ValueError):  # none, or a hub id, or no path at all
-        return
+        return {}
     if isinstance(wrong := read_manifest(folder), str):
         raise UserError(f"{folder}: {wrong}; copy the folder anew, or remove its {MANIFEST} if the change is meant")
+    return wrong["files"]
 
 
 def write_whole(file: Path, text: str) -> None:

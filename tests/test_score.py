@@ -481,8 +481,9 @@ def test_runs_of_two_seeds_get_a_verdict_together(run, tmp_path, capsys):
 
 
 def test_what_a_scoring_takes_the_place_of_is_said(run, tiny, tmp_path, capsys):
+    (tmp_path / "b.jsonl").write_text("".join((tiny / "train.jsonl").read_text().splitlines(keepends=True)[:4]))
     scored(tmp_path, run / "checkpoint-0", "--tokens", "--responses", "chosen")
-    scored(tmp_path, run / "checkpoint-0", "--dataset_path", f"b={tiny / 'train.jsonl'}", "--responses", "chosen")
+    scored(tmp_path, run / "checkpoint-0", "--dataset_path", tmp_path / "b.jsonl", "--responses", "chosen")
     assert (f"no longer in {tmp_path}: data set test, tokens.parquet; the command that scored it brings it back"
             in capsys.readouterr().out)
     assert not (tmp_path / "tokens.parquet").exists()

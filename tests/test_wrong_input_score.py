@@ -1,4 +1,5 @@
-"""score.py on malformed input: runs, checkpoints, data, flags, and what an earlier call left. A case a line."""
+"""score.py on malformed input: runs, checkpoints, data, flags. A case a line. (What an earlier call left:
+tests/test_parts.py.)"""
 
 import json
 import shutil
@@ -167,21 +168,7 @@ PROBES = [(f"data: {what}", jsonl(*rows), [*RUN, *flags], [words]) for what, row
 ]]
 
 
-def part(name: str, how):
-    """A change: this file of the last part through `how`."""
-    def change(folder):
-        (file,) = folder.glob(f"out/parts/*/{name}") if "*" in name else sorted(folder.glob(f"out/parts/*/{name}"))[-1:]
-        broken(str(file.relative_to(folder)), how)(folder)
-    return change
-
-
-PARTS = [(f"a part's {name} {how}", part(name, change), [*RUN, "--tokens"],
-          [f"/{name}: is damaged", "remove @/out/parts/"])
-         for name in ("scores.parquet", "sections.parquet", "tokens.parquet") for how, change in BYTES.items()]
-PARTS += [("a part without its scores", part("scores.parquet", "missing"), [*RUN, "--tokens"],
-           ["scores.parquet: is damag"])]
-
-CASES = [*RUNS, *CHECKPOINTS, *FLAGS, *PROBES, *PARTS]
+CASES = [*RUNS, *CHECKPOINTS, *FLAGS, *PROBES]
 
 
 @pytest.fixture(scope="session")
@@ -216,8 +203,6 @@ def test_malformed_input(scored, tmp_path, change, flags, words, monkeypatch, ca
     folder = settle(copied(scored, tmp_path / "folder"))
     flags = [flag.replace("@", str(folder)) for flag in flags]
     output = [] if any(flag.startswith("--output_dir") for flag in flags) else [f"--output_dir={folder / 'out'}"]
-    if change in [case[1] for case in PARTS]:
-        score.main([*flags, *output])
     change(folder)
     said = refused(score.main, [*flags, *output], folder, monkeypatch, capfd, chatter=r".*")
     for words_ in words:

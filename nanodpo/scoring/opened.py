@@ -9,7 +9,6 @@ from torch import nn
 from ..adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
 from ..distributed import say
 from ..logprobs import SequenceLogProbs
-from ..manifest import check_whole
 from ..models import base_hashes, check_base
 from ..precision import mix, products, stored
 from ..source import base_of
@@ -60,6 +59,8 @@ class Opener:
             self.last = self._load(checkpoint, adapter, *wanted)
         if adapter and checkpoint.settings.record:
             self._check_base(checkpoint, base)
+        for contents in (checkpoint.contents, checkpoint.base):
+            contents.check()  # what was loaded is what the results will be kept as
         return self.last
 
     def _check_base(self, checkpoint, base: str) -> None:
@@ -76,8 +77,6 @@ class Opener:
     def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool) -> Opened:
         from .. import gated, lora, selfcheck  # slow to import, with transformers' models
 
-        if adapter:  # else it is the checkpoint itself, which is known to be whole
-            check_whole(Path(base))
         product = products(bf16, self.device)
         model = open_base(base, stored(bf16, frozen=adapter is not None), checkpoint.settings.trust_remote_code)
         if checkpoint.settings.record and adapter:

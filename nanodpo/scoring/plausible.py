@@ -16,7 +16,7 @@ NAME = "plausible.safetensors"
 
 
 def split(sets: Sets, lengths: list[int]) -> list[Sets]:
-    """The sets of a row -> those of each of its groups, of so many scored tokens, on CPU."""
+    """The sets of a row -> those of each of its responses, of so many tokens, on CPU."""
     counts, rest, ids, before = (side.cpu() for side in sets)
     counts = counts.to(torch.int32).split(lengths)
     sizes = [int(part.sum()) for part in counts]
@@ -25,7 +25,7 @@ def split(sets: Sets, lengths: list[int]) -> list[Sets]:
 
 
 def join(parts: list[Sets], device: torch.device) -> Sets:
-    """The sets of several groups, one after the other."""
+    """The sets of several responses, one after the other."""
     counts, rest, ids, before = (torch.cat(side).to(device) for side in zip(*parts))
     return counts.long(), rest, ids.long(), before
 
@@ -35,7 +35,7 @@ def write(folder: Path, parts: list[Sets]) -> None:
 
 
 def read(folder: Path, lengths: list[int]) -> list[Sets]:
-    """What `write` wrote, for groups of so many scored tokens. Raises UserError for a damaged file."""
+    """What `write` wrote, for responses of so many tokens. Raises UserError for another file."""
     try:
         sets = load_file(folder / NAME)
         return split(tuple(sets[name] for name in PARTS), lengths)

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from ..errors import UserError
 from ..files import read_text
 from ..identity import FREE
-from ..manifest import check_whole
+from ..source import base_of
+from .contents import Contents
 
 # What a data set is read with where no run says otherwise.
 DEFAULTS = {"loss": "", "prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
@@ -35,6 +36,12 @@ class Checkpoint:
     path: str
     settings: SimpleNamespace
     recorded: SimpleNamespace | None = None  # the settings as the run's run.json has them, without the command line's
+    contents: Contents | None = None  # its files as they were when it was named
+    base: Contents | None = None  # the same of the model that it is an adapter on, or itself
+
+    def key(self, bf16: bool) -> str:
+        """What tells these weights from others, wherever they lie; `bf16`: also where no run says so."""
+        return " ".join([self.contents.key, self.base.key, "bf16" * (bf16 or self.settings.bf16)])
 
 
 def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkpoint]:
@@ -54,8 +61,18 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
         run, step = min(twice)
         raise UserError(f"two checkpoints are both called {run}, step {step}; score them in two calls")
     for checkpoint in found:
-        check_whole(Path(checkpoint.path))
+        checkpoint.contents = Contents(checkpoint.path)
     return found
+
+
+def find_bases(checkpoints: list[Checkpoint]) -> None:
+    """Finds out what the base of each checkpoint holds. Raises UserError for one that is not what was written."""
+    bases = {}
+    for checkpoint in checkpoints:
+        base, adapter = base_of(checkpoint.path)
+        if adapter and base not in bases:
+            bases[base] = Contents(base)
+        checkpoint.base = bases[base] if adapter else checkpoint.contents
 
 
 def _tell_apart(found: list[Checkpoint]) -> None:

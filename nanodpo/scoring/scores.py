@@ -26,20 +26,22 @@ errors are over the problems of one run (student.py).
 """
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
-import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pyarrow
 import pyarrow.parquet
-from safetensors import SafetensorError
 
 from ..errors import RunStopped, UserError, first_line
-from ..files import read_text
 from .means import KEYS, MEASURES, add_rewards, means, summary
+from .needs import PAIR
 
 COLUMNS = [*KEYS, "row", "problem", "response", "tokens", "logps", "mean_logps", *MEASURES]
 TABLES = ("scores", "pairs", "sections", "tokens", "answers", "failed")
@@ -54,31 +56,49 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"--output_dir {folder.parent}: can't be written to ({error.strerror})") from error
 
 
-def write_part(folder: Path, checkpoint, dataset: str, found: dict[str, list[dict]], write_more) -> None:
-    """One checkpoint's scores of one data set, whole or not at all. `write_more(folder)` adds files of its own."""
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        for name, lines in ((name, lines) for name, lines in found.items() if lines):
-            table = pandas.concat(lines) if name == "tokens" else pandas.DataFrame(lines)
-            for key in ("run", "phase", "step"):
-                table[key] = getattr(checkpoint, key)
-            table["checkpoint"], table["dataset"] = checkpoint.path, dataset
-            rest = [column for column in table if column not in KEYS]
-            table[[*KEYS, *rest]].to_parquet(aside / f"{name}.parquet", index=False)
-        write_more(aside)
-        os.rename(aside, folder)
-    except (OSError, SafetensorError) as error:
-        raise unwritten(folder, error) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+@dataclasses.dataclass
+class Found:
+    """What is there of a checkpoint and a data set. `check` turns greedy answers by row into lines."""
+
+    checkpoint: object
+    probe: object
+    needs: list
+    parts: object
+    check: Callable[[dict[int, list[int]]], list[dict]]
+
+    def table(self, name: str) -> pandas.DataFrame:
+        """The lines of a table, in the order of rows and responses, with what they are of."""
+        if name == "answers":
+            said = pandas.concat([pandas.DataFrame(), *self._read("answers", "answers")])
+            table = pandas.DataFrame(self.check({row: ids.tolist() for row, ids in said.to_numpy().tolist()}))
+        else:
+            table = pandas.concat([pandas.DataFrame(), *self._read("tokens" if name == "tokens" else "scores", name)])
+        products = self._read("gradients", "gradients") if name == "pairs" else []
+        if products and len(table):
+            table = table.merge(pandas.concat(products), on="row", how="left")
+        return self._labelled(table) if len(table) else table
+
+    def _read(self, what: str, name: str) -> list[pandas.DataFrame]:
+        wanted = [need for need in self.needs if need.what == what and (name != "pairs" or need.responses == PAIR)]
+        found = [self.parts.read(need.key, name) for need in wanted]
+        return [table for table in found if len(table)]
+
+    def _labelled(self, table: pandas.DataFrame) -> pandas.DataFrame:
+        keys = {key: getattr(self.checkpoint, key) for key in ("run", "phase", "step")}
+        table = table.assign(**keys, checkpoint=self.checkpoint.path, dataset=self.probe.name)
+        rows = {example.row: i for i, example in enumerate(self.probe.examples)}
+        order = [table["row"].map(rows)]
+        if "response" in table:
+            order.insert(0, table["response"].map(self.probe.kinds.index))
+        table = table.iloc[np.lexsort(order)]  # keeps the order of tokens, sections
+        return table[[*KEYS, *(column for column in table if column not in KEYS)]]
 
 
-def join_parts(folder: Path, parts: list[Path], runs: dict) -> dict[str, pandas.DataFrame]:
-    """Writes the output files from all parts. Returns the tables, less tokens, which may be larger than memory, and
-    the sections' lines of chosen's tenths, row by row."""
-    tables = {name: _concat([part / f"{name}.parquet" for part in parts]) for name in TABLES if name != "tokens"}
+def join(folder: Path, found: list[Found], runs: dict) -> dict[str, pandas.DataFrame]:
+    """Writes the output files. Returns the tables, less tokens, which may be larger than memory, and as "tenths" the
+    sections' lines of chosen's tenths, row by row."""
+    tables = {name: _concat([item.table(name) for item in found]) for name in TABLES if name != "tokens"}
+    tables["scores"] = tables["scores"][COLUMNS]
     tables["pairs"] = add_rewards(tables["pairs"], tables["scores"], runs)
     tables["summary"] = summary(tables["scores"], tables["answers"])
     tables["tenths"] = pandas.DataFrame()
@@ -92,7 +112,7 @@ def join_parts(folder: Path, parts: list[Path], runs: dict) -> dict[str, pandas.
         _write(folder / f"{name}.csv", tables[name], lambda file, table: table.to_csv(file, index=False))
     _write(folder / "failed.jsonl", tables["failed"],
            lambda file, table: table.to_json(file, orient="records", lines=True))
-    _stream([part / "tokens.parquet" for part in parts], folder / "tokens.parquet")
+    _stream((item.table("tokens") for item in found), folder / "tokens.parquet")
     return tables
 
 
@@ -121,27 +141,9 @@ def write_text(file: Path, text: str) -> None:
         aside.write_text(text)
 
 
-def read_json(file: Path):
-    """What `write_json` wrote. Raises UserError for a damaged file."""
-    with _whole(file, remove=file):
-        return json.loads(read_text(file))
-
-
-def _concat(files: list[Path]) -> pandas.DataFrame:
-    found = []
-    for file in [file for file in files if file.exists() or file.stem == "scores"]:
-        with _whole(file, remove=file.parent):
-            found.append(pandas.read_parquet(file, columns=COLUMNS if file.stem == "scores" else None))
+def _concat(tables: list[pandas.DataFrame]) -> pandas.DataFrame:
+    found = [table for table in tables if len(table)]
     return pandas.concat(found, ignore_index=True) if found else pandas.DataFrame()
-
-
-@contextlib.contextmanager
-def _whole(file: Path, remove: Path):
-    """What goes wrong within with a part's file becomes a UserError that says how to go on."""
-    try:
-        yield
-    except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: is damaged ({first_line(error)}); remove {remove}, and score again") from error
 
 
 def _write(file: Path, table: pandas.DataFrame, write) -> None:
@@ -152,19 +154,16 @@ def _write(file: Path, table: pandas.DataFrame, write) -> None:
         write(aside, table)
 
 
-def _stream(files: list[Path], target: Path) -> None:
-    """All of these files as one, a part at a time."""
-    files = [file for file in files if file.exists()]
-    if not files:
+def _stream(tables, target: Path) -> None:
+    """All of these tables as one file, one in memory at a time."""
+    tables = (table for table in tables if len(table))
+    if (first := next(tables, None)) is None:
         target.unlink(missing_ok=True)
         return
-    with _whole(files[0], remove=files[0].parent):
-        schema = pyarrow.parquet.read_schema(files[0])
+    schema = pyarrow.Schema.from_pandas(first, preserve_index=False)
     with _aside(target) as aside, pyarrow.parquet.ParquetWriter(aside, schema) as writer:
-        for file in files:
-            with _whole(file, remove=file.parent):
-                table = pyarrow.parquet.read_table(file).cast(schema)
-            writer.write_table(table)
+        for table in itertools.chain([first], tables):
+            writer.write_table(pyarrow.Table.from_pandas(table, schema, preserve_index=False))
 
 
 @contextlib.contextmanager

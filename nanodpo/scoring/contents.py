@@ -1,0 +1,58 @@
+"""What lies on disk under a model's name, by its contents: the same weights elsewhere are the same."""
+
+import hashlib
+from pathlib import Path
+
+from ..errors import UserError, first_line
+from ..manifest import check_whole, file_facts
+
+KINDS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.py")  # weights, settings, tokenizer, code
+
+
+class Contents:
+    """The files of a model or adapter as they are now. `key` is a hash of them all; of a hub id, it is its commit."""
+
+    def __init__(self, name: str):
+        """Raises UserError for a folder that is not what its manifest says, or that can't be read."""
+        self.name, self.folder = name, Path(name)
+        self.stamps = self._stamps()
+        facts = check_whole(self.folder)
+        try:
+            self.hashes = {file: facts.get(file) or file_facts(self.folder / file) for file in self.stamps}
+        except OSError as error:
+            raise UserError(f"{name}: can't be read: {first_line(error)}") from error
+        whole = sorted((file, facts["sha256"]) for file, facts in self.hashes.items())
+        self.key = hashlib.sha256(repr(whole or (name, _commit(name))).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Raises UserError where the files are others by now. Only files that were written to are read again."""
+        found = self._stamps()
+        changed = {*found} ^ {*self.stamps} | {file for file in {*found} & {*self.stamps}
+                                              if found[file] != self.stamps[file]}
+        for file in sorted(changed):
+            if file not in found or file_facts(self.folder / file) != self.hashes.get(file):
+                raise UserError(f"{self.folder / file}: has changed while it was scored; what was done before is kept. "
+                                "Give the same command again")
+        self.stamps = found
+
+    def _stamps(self) -> dict[str, tuple]:
+        """What the file system says of each file, which changes when somebody writes to one; empty for no model."""
+        try:
+            if not any((self.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+                return {}
+            files = {file.name: file.stat() for kind in KINDS for file in self.folder.glob(kind) if file.is_file()}
+        except OSError:
+            return {}
+        return {name: (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino) for name, s in files.items()}
+
+
+def _commit(name: str) -> str:
+    """The commit of a hub id's files in the cache, which holds a folder for each."""
+    from huggingface_hub import try_to_load_from_cache  # slow to import
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no hub id; whoever opens it says so
+        file = None
+    return Path(file).parent.name if isinstance(file, str) else ""

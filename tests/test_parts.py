@@ -1,0 +1,253 @@
+"""What score.py keeps: nothing is scored twice, nothing damaged is taken for done, and asking for more adds."""
+
+import json
+import os
+import shutil
+
+import pandas
+import pytest
+import torch
+from conftest import ROOT, launch
+from malformed import cut, flipped
+
+import score
+from nanodpo.errors import RunStopped, UserError
+from nanodpo.manifest import MANIFEST, file_facts
+from nanodpo.scoring import parts as kept
+
+TABLES = ("scores.parquet", "pairs.parquet", "tokens.parquet", "answers.parquet")
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """Two checkpoints, and four rows of its own with a further column."""
+    folder = tmp_path_factory.mktemp("parts")
+    rows = [{"prompt": f"What is {i}+{i}? ", "chosen": f"It is {2 * i}", "rejected": "No idea" + "!" * i,
+             "third": "Well" * (i + 1)} for i in range(4)]
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", folder / "d.jsonl", "--max_steps",
+           "1", "--learning_rate", "1e-2", "--cache_dir", folder / "cache", "--draw", "false", "--output_dir",
+           folder / "run", launcher="fork")
+    return folder / "run"
+
+
+def scored(*flags):
+    """Calls score.py; the last flag is the output folder. Returns its tables by name, and the verdict."""
+    score.main([*map(str, flags[:-1]), "--output_dir", str(flags[-1])])
+    frames = {name: pandas.read_parquet(flags[-1] / name) for name in TABLES if (flags[-1] / name).exists()}
+    return frames, json.loads((flags[-1] / "verdict.json").read_text())
+
+
+def assert_same(one, two):
+    assert one[0].keys() == two[0].keys()
+    for name, table in one[0].items():
+        found = two[0][name].assign(checkpoint=table["checkpoint"])  # a path, which may be another
+        pandas.testing.assert_frame_equal(table, found, rtol=1e-5, atol=1e-6, check_like=True)
+    assert [line["names"] for line in one[1]] == [line["names"] for line in two[1]]
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    monkeypatch.setattr("score.draw_after", lambda folder: "")
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Counts what is computed: tokens that are scored, pairs whose gradients are taken, answers."""
+    done = {"tokens": 0, "pairs": 0, "answers": 0}
+    measures, gradients, greedy = score.token_measures, score.pair_gradients, score.answers.greedy
+
+    def count(name, function, how_many):
+        def counted(*args):
+            done[name] += how_many(args)
+            return function(*args)
+        return counted
+
+    monkeypatch.setattr(score, "token_measures", count("tokens", measures, lambda args: len(args[1].targets)))
+    monkeypatch.setattr(score, "pair_gradients", count("pairs", gradients, lambda args: 1))
+    monkeypatch.setattr(score.answers, "greedy", count("answers", greedy, lambda args: len(args[1])))
+    return done
+
+
+def test_asking_for_more_adds_and_asking_for_less_takes_nothing(run, tmp_path, work):
+    """Each kind of result is computed once, stays in the tables, and is what one call that asks for all gives."""
+    every = ["--tokens", "--gradients", "--answers", "3", "--responses", "chosen", "rejected", "other", "greedy"]
+    once = scored(run, *every, tmp_path / "once")
+    sides, others, said = (once[0]["scores.parquet"].query(f"response in {names}")["tokens"].sum()
+                           for names in (["chosen", "rejected"], ["other"], ["greedy"]))
+    assert work == {"tokens": sides + others + said, "pairs": 2 * 4, "answers": 4 + 2 * 3}
+    one = ["--responses", "chosen"]
+    steps = [([*one, "rejected"], {"tokens": sides}), ([*one, "rejected", "--gradients"], {"pairs": 8}),
+             ([*one, "--answers", "2"], {"answers": 4}), ([*one, "--answers", "3"], {"answers": 2}),
+             (["--responses", "other"], {"tokens": others}),
+             (["--responses", "greedy"], {"answers": 4, "tokens": said}),
+             (one, {}), (every, {"tokens": sides + others + said}), (every, {}), (one, {})]
+    for flags, new in steps:
+        work.update(tokens=0, pairs=0, answers=0)
+        found = scored(run, *flags, tmp_path / "more")
+        assert work == {"tokens": 0, "pairs": 0, "answers": 0} | new, flags
+        assert_same((found[0], []), ({name: once[0][name] for name in found[0]}, [])) if flags == every else None
+    assert_same(found, once)
+
+
+def test_one_response_more_scores_that_one_alone(run, tmp_path, work):
+    before = scored(run, tmp_path)
+    work["tokens"] = 0
+    after = scored(run, "--responses", "third", "chosen", tmp_path)
+    lines = after[0]["scores.parquet"]
+    assert work["tokens"] == lines[lines.response == "third"].tokens.sum() > 0
+    assert set(lines.response) == {"chosen", "rejected", "other", "shuffled", "third"}
+    assert lines[lines.response != "third"].logps.tolist() == pytest.approx(before[0]["scores.parquet"].logps.tolist())
+
+
+@pytest.mark.parametrize("flags, place", [((), "token_measures"), (("--gradients",), "pair_gradients")])
+def test_a_stop_within_a_checkpoint_loses_one_micro_batch(run, tmp_path, work, monkeypatch, flags, place):
+    """Stopped before each row of each checkpoint: as many are scored in all as if nobody had stopped it."""
+    flags = [run, "--responses", "chosen", "rejected", "--max_tokens", "1", *flags]
+    whole = scored(*flags, tmp_path / "whole")
+    needed = dict(work)
+    work.update(tokens=0, pairs=0)
+    monkeypatch.setattr(score, "AT_ONCE", 1)
+    inner, calls = getattr(score, place), []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) % 2 == 0:
+            raise KeyboardInterrupt
+        return inner(*args)
+
+    monkeypatch.setattr(score, place, stopping)
+    for _ in range(20):
+        try:
+            again = scored(*flags, tmp_path / "stopped")
+            break
+        except KeyboardInterrupt:
+            pass
+    assert len(calls) == 2 * 4 + 7 and work == needed
+    assert_same(again, whole)
+
+
+@pytest.mark.parametrize("name, how", [
+    *((name, "missing") for name in ("scores", "sections", "pairs", "plausible", "gradients", "answers")),
+    ("scores", "cut"), ("pairs", "flipped"), ("scores", "no manifest"), ("answers", "an empty manifest")])
+def test_damaged_parts_are_scored_again(scored_all, tmp_path, capsys, name, how):
+    """A file that is lost, cut or changed, or the list of what there is: the same numbers, and a line that says so."""
+    run, folder, before = scored_all
+    shutil.copytree(folder, tmp_path / "out")
+    for file in list((tmp_path / "out" / "parts").glob(f"*/{name}.*")):
+        if "manifest" in how:
+            file = file.with_name(MANIFEST)
+            file.unlink() if how == "no manifest" else file.write_text("{}")
+        elif how == "missing":
+            file.unlink()
+        else:
+            file.write_bytes({"cut": cut, "flipped": flipped}[how](file.read_bytes()))
+    capsys.readouterr()
+    assert_same(scored(run, "--answers", "2", "--gradients", tmp_path / "out"), before)
+    said = capsys.readouterr().out
+    assert ("its rows are scored again" if "manifest" not in how else "damaged, or of another version") in said
+
+
+@pytest.fixture(scope="module")
+def scored_all(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("all") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("score.draw_after", lambda folder: "")
+        return run, folder, scored(run, "--answers", "2", "--gradients", folder)
+
+
+def test_numbers_that_can_not_be_are_neither_kept_nor_read(run, scored_all, tmp_path, monkeypatch):
+    """An entropy that is infinite while the log-prob is not; a part with an infinite log-prob and a right manifest."""
+    shutil.copytree(scored_all[1], tmp_path / "out")
+    (file, *_) = (tmp_path / "out" / "parts").glob("*/scores.parquet")
+    table = pandas.read_parquet(file)
+    table.loc[0, "logps"] = float("inf")
+    table.to_parquet(file)
+    facts = json.loads((file.parent / MANIFEST).read_text())
+    facts["files"]["scores.parquet"] = file_facts(file)
+    (file.parent / MANIFEST).write_text(json.dumps(facts))
+    with pytest.raises(RunStopped, match="scores.parquet: logps of row 0 is inf"):
+        scored(run, tmp_path / "out")
+
+    def broken(*args):
+        values, *rest = measures(*args)
+        values["entropy"][0] = torch.inf
+        return values, *rest
+
+    measures = score.token_measures
+    monkeypatch.setattr(score, "token_measures", broken)
+    with pytest.raises(RunStopped, match="entropy of row . is inf"):
+        scored(run, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_scorings_of_one_folder(run, tmp_path):
+    """The second is told so, before it does anything; when the first is gone, it works."""
+    with kept.Parts(tmp_path / "out" / "parts"):
+        with pytest.raises(UserError, match=f"^--output_dir {tmp_path}/out: another scoring is at work there"):
+            scored(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    scored(run, tmp_path / "out")
+
+
+def test_a_checkpoint_that_is_exchanged_meanwhile(run, tmp_path, monkeypatch):
+    """Its numbers are kept under no name: not under what it was, nor what it is. What was done before stays."""
+    shutil.copytree(run, tmp_path / "run")
+    weights = tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors"
+    first = tmp_path / "run" / "checkpoint-0" / "adapter_model.safetensors"
+    work, before = score.score_work, weights.read_bytes()
+
+    def exchanging(*args):
+        work(*args)
+        shutil.copy(first, weights)
+
+    monkeypatch.setattr(score, "score_work", exchanging)
+    with pytest.raises(UserError, match=f"{weights}: has changed while it was scored; .* the same command again"):
+        scored(tmp_path / "run", tmp_path / "out")
+    assert len(list((tmp_path / "out" / "parts").glob("*/scores.parquet"))) == 1
+    with pytest.raises(UserError, match="checkpoint-1: adapter_model.safetensors is not what was written"):
+        scored(tmp_path / "run", tmp_path / "out")
+    weights.write_bytes(before)
+    monkeypatch.setattr(score, "score_work", work)
+    assert_same(scored(tmp_path / "run", tmp_path / "out"), scored(run, tmp_path / "undisturbed"))
+
+
+def test_parts_belong_to_contents_and_not_to_names(run, tmp_path, work, monkeypatch):
+    """A run that was moved, by another path, with files of another time: done before. Other weights or rows: not."""
+    scored(run, tmp_path / "out")
+    shutil.copytree(run, tmp_path / "moved")
+    work["tokens"] = 0
+    monkeypatch.chdir(tmp_path)
+    for file in (tmp_path / "moved").rglob("*.safetensors"):
+        os.utime(file)
+    table = scored("./moved", tmp_path / "out")[0]["scores.parquet"]
+    assert work["tokens"] == 0 and set(table.run) == {"moved"} and set(table.checkpoint) == {
+        "moved/checkpoint-0", "moved/checkpoint-1"}
+    for name in ("adapter_model.safetensors", MANIFEST):
+        shutil.copy(run / "checkpoint-0" / name, tmp_path / "moved" / "checkpoint-1" / name)
+    again = scored("moved", tmp_path / "out")[0]["scores.parquet"]  # these weights are done, under another number
+    assert work["tokens"] == 0 and again[again.step == 1].logps.tolist() == again[again.step == 0].logps.tolist()
+    rows = (run.parent / "d.jsonl").read_text().replace("It is 6", "It is 7")
+    (tmp_path / "e.jsonl").write_text(rows)
+    changed = scored("moved", "--dataset_path", "e.jsonl", tmp_path / "out")[0]["scores.parquet"]
+    assert work["tokens"] > 0 and set(changed.dataset) == {"e"}
+
+
+def test_parts_of_another_version_are_not_read(run, tmp_path, work, capsys, monkeypatch):
+    scored(run, tmp_path)
+    needed, _ = work["tokens"], work.update(tokens=0)
+    monkeypatch.setattr(kept, "FORMAT", kept.FORMAT + 1)
+    capsys.readouterr()
+    scored(run, tmp_path)
+    assert "2 parts are damaged, or of another version, and not used" in capsys.readouterr().out
+    assert work["tokens"] == needed
+
+
+def test_tables_are_written_anew_from_the_parts(run, tmp_path, work):
+    """What somebody did to scores.parquet is gone after the next call, and counts for nothing."""
+    before = scored(run, tmp_path)
+    table = before[0]["scores.parquet"]
+    table.assign(logps=0.0).to_parquet(tmp_path / "scores.parquet")
+    work["tokens"] = 0
+    assert_same(scored(run, tmp_path), before)
+    assert work["tokens"] == 0
