@@ -37,6 +37,7 @@ class Work:
     batch: int = 1  # pairs in a step: one micro-batch
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    mixed: torch.dtype | None = None  # --bf16, LoRA in float32, with products in this dtype; TRL's is autocast
     spread: float = 0.02  # of the adapter's weights
 
 
@@ -167,10 +168,15 @@ class Nanodpo(Contender):
         from nanodpo.gated import thin
         from nanodpo.logprobs import SequenceLogProbs
         from nanodpo.lora import fuse
+        from nanodpo.precision import mix
         from nanodpo.recompute import ByNeed, Recompute, sample
         from nanodpo.space import room
 
         model, device = adapted(self.work), torch.device(self.work.device)
+        if self.work.mixed:
+            for p in model.parameters():
+                p.data = p.data if p.requires_grad else p.data.bfloat16()
+            mix(model, self.work.mixed)
         fuse(model)
         thin(model)
         if self.layout != "padded":
@@ -262,7 +268,7 @@ class Trl(Contender):
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         self.rows = [dict(zip(names, pair)) for pair in self.work.pairs]
         own, DPOTrainer._prepare_dataset = DPOTrainer._prepare_dataset, lambda self, dataset, *a: dataset
-        bf16 = self.work.dtype == torch.bfloat16
+        bf16 = torch.bfloat16 in (self.work.dtype, self.work.mixed)
         args = DPOConfig(tempfile.mkdtemp(), use_cpu=self.work.device == "cpu", bf16=bf16, max_length=None,
                          per_device_train_batch_size=self.work.batch, beta=BETA, report_to="none", disable_tqdm=True,
                          gradient_checkpointing=self.work.checkpointing == "full",

@@ -15,6 +15,7 @@ import contenders
 import gpu
 import head
 import measure
+import precision
 import prompt_share
 import step
 
@@ -215,6 +216,30 @@ def test_bfloat16_is_trained_as_the_engine_trains_it():
     moved = [(twin - p.float()).abs().max().item() for twin, p in zip(contender.twins, before)]
     assert min(moved) > 1e-6  # two steps of 1e-5, of weights of which most are coarser than that
     assert all(p.equal(twin.bfloat16()) and p.grad is None for p, twin in zip(contender.trained, contender.twins))
+
+
+def test_first_margins_in_each_precision():
+    """bench/precision.py: a fresh adapter has a margin of 0, to float32's last digits; with float32 products later ones
+    are those of float32 but for the base's rounding, and nothing moves them."""
+    found = {}
+    for name in ("nanodpo, float32", "nanodpo --bf16, CPU", "nanodpo --bf16, as on a GPU"):
+        work = contenders.Work(PAIRS, SHAPE, **precision.ROWS[name][1])
+        probe = precision.Probe("nanodpo", work, True, 1e-3)
+        found[name] = [probe.step(k) for k in range(2)] + [probe.noise(0)]
+    exact, cpu, _ = found.values()
+    assert max(abs(margins[0]) for margins in found.values()) < 1e-6 < abs(exact[1])
+    assert abs(cpu[1] - exact[1]) < 0.05 * abs(exact[1]) and abs(cpu[2]) < 1e-6
+
+
+def test_wide_products_are_those_of_bfloat16():
+    """Sums in float32, rounded once: within half of bfloat16's last place of float64's product."""
+    torch.manual_seed(0)
+    a, b = torch.randn(30, 40).bfloat16(), torch.randn(40, 50).bfloat16()
+    with precision.Widen():
+        found = a @ b
+    exact = a.double() @ b.double()
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
 
 
 def test_heads_agree():

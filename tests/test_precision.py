@@ -1,6 +1,7 @@
 """--bf16: what is rounded and what is not, against models rounded by hand."""
 
 import copy
+import functools
 import json
 
 import pandas
@@ -16,6 +17,7 @@ from nanodpo.attention import LOOP
 from nanodpo.logprobs import SequenceLogProbs
 from nanodpo.packing import pack, pad
 from nanodpo.precision import Held, mix, products, stored
+from nanodpo.recompute import ByNeed, Recompute, sample
 
 CPU = torch.device("cpu")
 
@@ -193,3 +195,20 @@ def test_noise_costs_little_and_is_said():
     assert line == ("bfloat16 noise: rewards/margins +-0.01 for one pair, +-0.003 in a step's mean of 16; a change "
                     "below that means nothing")
     assert "logps_per_token/chosen +-0.001 for one pair; a" in noise.describe({"logps_per_token/chosen": 1e-3}, 1)
+
+
+@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16])
+def test_what_is_computed_again_rounds_alike(product):
+    """Layers that backward computes again, with products in either dtype, change no bit of a gradient; and rows' memory
+    is measured."""
+    model = tiny("llama", torch.float32)
+    model, row = with_lora(model, product), pack(random_groups())
+    found, recompute = [], Recompute(model)
+    for mode in ("keep", "full"):
+        recompute.use(mode)
+        model.train().zero_grad()
+        found.append(gradients(model, row))
+    (kept, truth), (again, grads) = found
+    assert again.equal(kept) and all(grads[name].equal(truth[name]) for name in truth) and len(truth) > 20
+    by_need = ByNeed(recompute, SequenceLogProbs(model), functools.partial(sample, "packed", model.config, CPU), 1e6)
+    assert 0 < by_need.per_token["full"] < by_need.per_token["keep"]

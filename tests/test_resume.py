@@ -70,8 +70,8 @@ def whole(tiny, tmp_path_factory, forked):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, ranks, more", [
     (0, 1, ()), (1, 2, ("--use_lora", "false", "--lora_dropout", "0")),
-    (3, 2, ("--use_lora", "false", "--lora_dropout", "0", "--bf16", "--loss", "sft"))],
-    ids=["zero0", "zero1-2-full", "zero3-2-full-bf16-sft"])
+    (3, 2, ("--use_lora", "false", "--lora_dropout", "0", "--bf16", "--loss", "sft")), (1, 1, ("--bf16",))],
+    ids=["zero0", "zero1-2-full", "zero3-2-full-bf16-sft", "zero1-bf16"])
 def test_a_stopped_run_is_an_undisturbed_one(stage, ranks, more, tiny, tmp_path, forked):
     """R-H1, R-H6: killed with -9 in step 3, told to stop in step 4, then left alone; metrics and checkpoints to the
     last bit, no step missing or double. States of both kinds are used: one from a save, one from the signal."""

@@ -1,0 +1,147 @@
+"""What bfloat16 does to the first steps of training: how far the margins are from those in float32, what rounding alone
+moves, and what it costs. The same real pairs, LoRA, learning rate and optimizer for all.
+
+    python bench/precision.py --model_name SmolLM2-135M --train_file_path pairs.parquet
+
+A CPU without bfloat16 instructions multiplies in it many times slower than in float32. Margins are therefore taken with
+--widen: products of bfloat16 matrices computed in float32 and rounded, which is what the slow kernel does as well. Time
+and memory are those of a first step without it, in a fresh process.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import contenders
+import measure
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+LOW, FULL = torch.bfloat16, torch.float32
+# What a row of the table is called: (contender, settings).
+ROWS = {"nanodpo, float32": ("nanodpo", {}), "nanodpo --bf16, CPU": ("nanodpo", {"mixed": FULL}),
+        "nanodpo --bf16, as on a GPU": ("nanodpo", {"mixed": LOW}), "nanodpo, bfloat16 throughout": (
+            "nanodpo", {"dtype": LOW}),
+        "trl, float32 weights, autocast": ("trl", {"mixed": LOW}), "trl, bfloat16 weights": ("trl", {"dtype": LOW})}
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+class Widen(TorchDispatchMode):
+    """Products of bfloat16 matrices in float32, rounded once."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op in PRODUCTS and any(arg.dtype == LOW for arg in args):
+            return op(*(arg.float() for arg in args), **(kwargs or {})).to(LOW)
+        return op(*args, **(kwargs or {}))
+
+
+class Probe:
+    """A contender whose steps give their margin."""
+
+    def __init__(self, name: str, work: contenders.Work, widen: bool, rate: float):
+        self.mode = Widen() if widen else contextlib.nullcontext()
+        contenders.RATE = rate
+        with self.mode:
+            self.contender = contenders.build(name, work)
+        self.start_afresh()
+
+    @torch.no_grad()
+    def start_afresh(self) -> None:
+        """LoRA as it is before training, the same in every dtype: A random, B zero."""
+        for k, (name, p) in enumerate(sorted(self.contender.model.named_parameters())):
+            if p.requires_grad:
+                draw = torch.Generator().manual_seed(k)
+                p.copy_(0.02 * torch.randn(p.shape, generator=draw) * ("lora_A" in name))
+        for p, twin in zip(self.contender.trained, self.contender.twins):
+            twin.copy_(p)
+
+    def step(self, k: int) -> float:
+        """The margin, beta times nats, of the k-th pair before its update; it is read off the DPO loss."""
+        with self.mode:
+            loss, _ = self.contender.step(k)
+        return -torch.tensor(loss, dtype=torch.float64).expm1().log().item()
+
+    def noise(self, k: int) -> float | None:
+        """How far the k-th pair's margin moves when the embeddings change by a part in a million; None where they hold
+        no such change, or the contender gives no log-probs."""
+        work = self.contender.work
+        if work.dtype == LOW or not hasattr(self.contender, "logps"):
+            return None
+        with self.mode, torch.no_grad():
+            first = self._margin(k)
+            hook = self.contender.model.get_input_embeddings().register_forward_hook(
+                lambda module, args, states: states.float() * (1 + 2.0**-20))
+            second = self._margin(k)
+        hook.remove()
+        return second - first
+
+    def _margin(self, k: int) -> float:
+        chosen, rejected = self.contender.logps(self.contender.batch(k)).double()[0]
+        return contenders.BETA * (chosen - rejected).item()
+
+
+def follow(work: contenders.Work, args) -> dict[str, dict]:
+    """name -> margins of the steps and what rounding moves them by; all contenders at once, since no time is taken."""
+    def one(row: str) -> dict:
+        name, settings = ROWS[row]
+        worker = measure.Worker(Probe, args.threads, name=name, work=dataclasses.replace(work, **settings), widen=True,
+                                rate=args.learning_rate)
+        moved = [worker.call("noise", k)[0] for k in range(args.steps)]
+        found = {"margins": [worker.call("step", k)[0] for k in range(args.steps)],
+                 "noise": None if None in moved else math.sqrt(sum(x * x for x in moved) / len(moved))}
+        worker.close()
+        print(row, found, flush=True)
+        return found
+
+    rows = [row for row, (name, _) in ROWS.items() if measure.can_run(name) or name != "trl"]
+    with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
+        found = dict(zip(rows, pool.map(one, rows)))
+    truth = next(iter(found.values()))["margins"]
+    for line in found.values():
+        line["distance"] = [abs(a - b) for a, b in zip(line["margins"], truth)][1:]
+    return found
+
+
+def cost(work: contenders.Work, args) -> dict[str, dict]:
+    """name -> seconds of a step and MiB above the loaded model, without --widen, in turns."""
+    workers = {row: measure.Worker(Probe, args.threads, name=name, work=dataclasses.replace(work, **settings),
+                                   widen=False, rate=args.learning_rate)
+               for row, (name, settings) in ROWS.items() if name != "trl" or measure.can_run("trl")}
+    return measure.contest(workers, [("step", k) for k in range(args.rounds + 1)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name", required=True, help="folder or hub id")
+    parser.add_argument("--train_file_path", required=True, help="real pairs")
+    parser.add_argument("--max_length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=1, help="timed steps, after one that is not; 0: no times")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--json", help="default: bench/results/precision.json")
+    args = parser.parse_args()
+    pairs = contenders.real_pairs(args.model_name, args.train_file_path, args.max_length)
+    work = contenders.Work(pairs[: args.steps], args.model_name)
+    results = follow(work, args)
+    shortest = min(pairs, key=lambda pair: sum(map(len, pair)))  # slow kernels take minutes for longer ones
+    costs = cost(dataclasses.replace(work, pairs=[shortest]), args) if args.rounds else {}
+    rows, base = [], next(iter(costs.values()), None)
+    for row, one in results.items():
+        one |= costs.get(row, {})
+        spent = [measure.ratio(one, base), one["loaded_mib"], one["mib_above_loaded"]] if base else []
+        far = " ".join(f"{x:.4f}" for x in one["distance"])
+        rows.append([row, far, "" if one["noise"] is None else f"{one['noise']:.2g}", *spent])
+    header = ["contender", "margins' distance from float32, by step", "noise of a pair"]
+    header += ["time / float32", "MiB loaded", "MiB above it"] if base else []
+    print(measure.table(header, rows))
+    measure.write("precision", args.json, vars(args) | {"timed_tokens": sum(map(len, shortest))}, results)
+
+
+if __name__ == "__main__":
+    main()
