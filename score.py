@@ -536,13 +536,13 @@ def score_all(opener: Opener, work: list[Work], parts: Parts, args) -> None:
         for item in left:
             bar.update(0, f"{item.checkpoint.run} step {item.checkpoint.step} {item.probe.name}")
             # Nobody else holds what is opened: the next one may need its memory.
-            score_work(opener.open(item.checkpoint), item, parts, args, bar)
+            score_part(opener.open(item.checkpoint), item, parts, args, bar)
             for need in item.needs:
                 if need.what == "answers" and need.missing:
                     answer(opener.open(item.checkpoint), item.probe, need, parts, args)
 
 
-def score_work(opened: Opened, item: Work, parts: Parts, args, bar) -> None:
+def score_part(opened: Opened, item: Work, parts: Parts, args, bar) -> None:
     """Scores what is missing of the responses, and keeps it after every so many micro-batches."""
     by_row, gradients = item.missing("scores", "tokens"), item.missing("gradients")
     groups = [(prompt, {kind: ids for kind, ids in said.items()

@@ -195,20 +195,20 @@ def test_a_checkpoint_that_is_exchanged_meanwhile(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run")
     weights = tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors"
     first = tmp_path / "run" / "checkpoint-0" / "adapter_model.safetensors"
-    work, before = score.score_work, weights.read_bytes()
+    work, before = score.score_part, weights.read_bytes()
 
     def exchanging(*args):
         work(*args)
         shutil.copy(first, weights)
 
-    monkeypatch.setattr(score, "score_work", exchanging)
+    monkeypatch.setattr(score, "score_part", exchanging)
     with pytest.raises(UserError, match=f"{weights}: has changed while it was scored; .* the same command again"):
         scored(tmp_path / "run", tmp_path / "out")
     assert len(list((tmp_path / "out" / "parts").glob("*/scores.parquet"))) == 1
     with pytest.raises(UserError, match="checkpoint-1: adapter_model.safetensors is not what was written"):
         scored(tmp_path / "run", tmp_path / "out")
     weights.write_bytes(before)
-    monkeypatch.setattr(score, "score_work", work)
+    monkeypatch.setattr(score, "score_part", work)
     assert_same(scored(tmp_path / "run", tmp_path / "out"), scored(run, tmp_path / "undisturbed"))
 
 
