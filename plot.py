@@ -24,9 +24,9 @@ from nanodpo.errors import UserError, run_script
 from nanodpo.figures.choice import draw
 from nanodpo.figures.drawing import house_style, save
 from nanodpo.figures.three_panel import ROLES
+from nanodpo.flags.unknown import parse_known
 from nanodpo.scoring.runs import newest_run
 from nanodpo.screen import put
-from nanodpo.unknown import parse_known
 
 
 def main(argv: list[str]) -> None:

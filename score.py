@@ -26,14 +26,22 @@ from pathlib import Path
 import pandas
 import torch
 
-from nanodpo import agreement, distributed, space
+from nanodpo.core.logprobs import sum_by_sequence
+from nanodpo.core.packing import LAYOUTS
+from nanodpo.data.rows import SUFFIXES
+from nanodpo.data.template import Template, prompt_leads, read_template
+from nanodpo.data.tokens import load_dataset
 from nanodpo.errors import UserError, leave, run_script
 from nanodpo.figures.after import draw_after
-from nanodpo.logprobs import sum_by_sequence
-from nanodpo.packing import LAYOUTS
+from nanodpo.flags.settings import local_rank
+from nanodpo.flags.unknown import parse_known
+from nanodpo.folder.reference import data_hash
+from nanodpo.model.source import check_ids, open_source
 from nanodpo.progress import Progress
-from nanodpo.reference import data_hash
-from nanodpo.rows import SUFFIXES
+from nanodpo.ranks import distributed
+from nanodpo.run import agreement
+from nanodpo.run import memory as space
+from nanodpo.run.signals import Stop
 from nanodpo.scoring import answers, needs, plausible, responses, scores, side_by_side, verdict
 from nanodpo.scoring.describe import describe
 from nanodpo.scoring.means import show
@@ -42,12 +50,6 @@ from nanodpo.scoring.opened import Opened, Opener
 from nanodpo.scoring.pairs import gradient_products
 from nanodpo.scoring.parts import Parts
 from nanodpo.scoring.runs import Checkpoint, find_bases, newest_run, open_targets, recipe, settings_of
-from nanodpo.settings import local_rank
-from nanodpo.signals import Stop
-from nanodpo.source import check_ids, open_source
-from nanodpo.template import Template, prompt_leads, read_template
-from nanodpo.tokens import load_dataset
-from nanodpo.unknown import parse_known
 
 # How data is read: as the run did, unless these flags of train.py say otherwise.
 READING = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,

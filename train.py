@@ -22,33 +22,28 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanodpo import (
-    agreement,
-    checkpoint,
-    distributed,
-    identity,
-    inspection,
-    metrics,
-    models,
-    progress,
-    reference,
-    resume,
-    space,
-)
-from nanodpo import engine as engines
-from nanodpo import noise as noises
-from nanodpo import state as states
-from nanodpo.arguments import TrainArguments, parse
+from nanodpo import progress
+from nanodpo.core.packing import LAYOUTS
+from nanodpo.data import inspection
+from nanodpo.data.schedule import deal, epoch_order, learning_rate, pairs_of_step
+from nanodpo.data.template import prompt_leads, read_template
+from nanodpo.data.tokens import DataSet, load_dataset
 from nanodpo.errors import Preempted, RunStopped, UserError, leave, run_script
 from nanodpo.figures.after import draw_after, is_drawn
-from nanodpo.manifest import check_whole, flush, read_manifest, remove, writing
-from nanodpo.packing import LAYOUTS
-from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
+from nanodpo.flags.arguments import TrainArguments, parse
+from nanodpo.folder import checkpoint, reference, resume
+from nanodpo.folder import record as identity
+from nanodpo.folder import state as states
+from nanodpo.folder.atomic import check_whole, flush, read_manifest, remove, writing
+from nanodpo.model import loading as models
+from nanodpo.model.source import Source, base_of, check_ids, open_source
+from nanodpo.ranks import distributed
+from nanodpo.run import agreement, metrics
+from nanodpo.run import engine as engines
+from nanodpo.run import memory as space
+from nanodpo.run import noise as noises
+from nanodpo.run.signals import Stop
 from nanodpo.screen import command_line
-from nanodpo.signals import Stop
-from nanodpo.source import Source, base_of, check_ids, open_source
-from nanodpo.template import prompt_leads, read_template
-from nanodpo.tokens import DataSet, load_dataset
 
 HERE = Path(__file__).resolve().parent
 
@@ -319,7 +314,7 @@ def dry_run(run: Run) -> None:
 
 
 def measure_noise(run: Run) -> dict[str, float]:
-    """What rounding does to a pair's numbers, by metric; see nanodpo/noise.py."""
+    """What rounding does to a pair's numbers, by metric; see nanodpo/run/noise.py."""
     examples, args = run.train_set.examples, run.args
     sides = ["chosen"] if examples[0].rejected is None else ["chosen", "rejected"]
     pairs = pairs_of_step(len(examples), noises.count(run.steps * run.pairs_per_step), args.seed, 0)

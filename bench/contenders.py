@@ -100,7 +100,7 @@ class Contender:
         self.optimizer = torch.optim.AdamW(self.twins, lr=RATE, weight_decay=0.0, fused=True)
 
     def build(self):
-        from nanodpo.recompute import Recompute
+        from nanodpo.model.recompute import Recompute
 
         model = adapted(self.work)
         Recompute(model).use("full" if self.work.checkpointing == "full" else "keep")
@@ -164,13 +164,13 @@ class Nanodpo(Contender):
     layout = "shared"
 
     def build(self):
-        from nanodpo.attention import LOOP, VARLEN
-        from nanodpo.gated import thin
-        from nanodpo.logprobs import SequenceLogProbs
-        from nanodpo.lora import fuse
-        from nanodpo.precision import mix
-        from nanodpo.recompute import ByNeed, Recompute, sample
-        from nanodpo.space import room
+        from nanodpo.core.attention import LOOP, VARLEN
+        from nanodpo.core.logprobs import SequenceLogProbs
+        from nanodpo.model.gated import thin
+        from nanodpo.model.lora import fuse
+        from nanodpo.model.precision import mix
+        from nanodpo.model.recompute import ByNeed, Recompute, sample
+        from nanodpo.run.memory import room
 
         model, device = adapted(self.work), torch.device(self.work.device)
         if self.work.mixed:
@@ -202,7 +202,7 @@ class Nanodpo(Contender):
         return super().step(k)
 
     def logps(self, pairs: list[Pair]):
-        from nanodpo.packing import pack, pad
+        from nanodpo.core.packing import pack, pad
 
         groups = [(prompt, [chosen, rejected]) for prompt, chosen, rejected in pairs]
         if self.layout == "alone":
@@ -212,7 +212,7 @@ class Nanodpo(Contender):
         return self.module(row).view(-1, 2)
 
     def losses(self, pairs, ref):
-        from nanodpo.metrics import Meter, pair_values
+        from nanodpo.run.metrics import Meter, pair_values
 
         settings = SimpleNamespace(loss="dpo", beta=BETA, label_smoothing=0.0)
         tokens = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs], dtype=torch.float64)
@@ -332,10 +332,10 @@ def random_pairs(count: int, prompt: int, chosen: int, rejected: int, vocabulary
 
 def real_pairs(model: str, file: str, max_length: int) -> list[Pair]:
     """A file's pairs as train.py reads them, responses cut to fit."""
-    from nanodpo.arguments import TrainArguments
-    from nanodpo.source import open_source
-    from nanodpo.template import read_template
-    from nanodpo.tokens import load_dataset
+    from nanodpo.data.template import read_template
+    from nanodpo.data.tokens import load_dataset
+    from nanodpo.flags.arguments import TrainArguments
+    from nanodpo.model.source import open_source
 
     args = TrainArguments(model_name=model, train_file_path=file, overlong="truncate", on_bad_row="drop")
     template = read_template(open_source(model, False).tokenizer, None)

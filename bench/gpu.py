@@ -65,7 +65,7 @@ class OnDevice:
     """A contender whose steps end when the device has done them, and tell its peak memory."""
 
     def __init__(self, name: str, work: contenders.Work):
-        from nanodpo.distributed import spare_memory
+        from nanodpo.ranks.distributed import spare_memory
 
         spare_memory()  # for all contenders, as in training
         self.cuda, self.short = work.device == "cuda", False
@@ -73,7 +73,7 @@ class OnDevice:
 
     def step(self, k: int) -> dict | None:
         """What the k-th pair's step took; None where it ran out of memory."""
-        from nanodpo.space import out_of_memory
+        from nanodpo.run.memory import out_of_memory
 
         if self.short and self.cuda:
             torch.cuda.empty_cache()  # of a pair that did not fit; after others training keeps it too
@@ -166,11 +166,11 @@ def count(shape: dict, rank: int, gib: float, pairs: list[contenders.Pair]) -> d
     Counted on tensors that have a shape and no data, with the attention that runs on a GPU. Beside the row stand the
     weights in bfloat16 and LoRA's in float32 with moments and gradients.
     """
-    from nanodpo.attention import VARLEN
-    from nanodpo.gated import thin
-    from nanodpo.logprobs import SequenceLogProbs
-    from nanodpo.lora import fuse
-    from nanodpo.recompute import ByNeed, Recompute, sample
+    from nanodpo.core.attention import VARLEN
+    from nanodpo.core.logprobs import SequenceLogProbs
+    from nanodpo.model.gated import thin
+    from nanodpo.model.lora import fuse
+    from nanodpo.model.recompute import ByNeed, Recompute, sample
 
     model = contenders.adapted(contenders.Work([], shape, rank=rank, device="meta", dtype=torch.bfloat16))
     fuse(model)

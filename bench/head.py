@@ -31,7 +31,7 @@ class Head:
         self.targets = torch.randint(vocabulary, (tokens,))
         self.call = getattr(self, name)
         if name == "nanodpo":
-            from nanodpo.logprobs import LogProbHead
+            from nanodpo.core.logprobs import LogProbHead
 
             self.head = LogProbHead(self.layer)
         elif name == "trl":

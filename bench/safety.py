@@ -24,8 +24,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from nanodpo import distributed, metrics, signals, state
 from nanodpo.errors import run_script
+from nanodpo.folder import state
+from nanodpo.ranks import distributed
+from nanodpo.run import metrics, signals
 
 FLAGS = {"--max_steps": "60", "--resume_steps": "2", "--save_steps": "20", "--eval_steps": "0", "--draw": "false"}
 # Where it is, its name, and what it is called in the table.

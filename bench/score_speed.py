@@ -97,10 +97,10 @@ def responses(args, folder: Path) -> list:
 
     from transformers import AutoTokenizer
 
+    from nanodpo.data.template import read_template
+    from nanodpo.data.tokens import load_dataset
     from nanodpo.scoring.responses import make_groups
     from nanodpo.scoring.runs import DEFAULTS
-    from nanodpo.template import read_template
-    from nanodpo.tokens import load_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_name)
     settings = SimpleNamespace(**DEFAULTS | {"overlong": "truncate"})

@@ -28,10 +28,10 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from nanodpo.errors import RunStopped, UserError, run_script  # noqa: E402
 from nanodpo.files import check_regular, read_text, why  # noqa: E402
+from nanodpo.flags.unknown import parse_known  # noqa: E402
 from nanodpo.progress import Progress  # noqa: E402
 from nanodpo.screen import command_line, put  # noqa: E402
-from nanodpo.student import t_quantile  # noqa: E402
-from nanodpo.unknown import parse_known  # noqa: E402
+from nanodpo.stats import t_quantile  # noqa: E402
 
 TESTED = 200  # rows of the tiny world: 100 problems, each in both directions
 FLOOR = -0.156  # the best that a model can reach on these rows, since their wording is random; piles.py knows it

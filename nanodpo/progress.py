@@ -6,7 +6,7 @@ import time
 
 from tqdm import tqdm
 
-from .distributed import is_main
+from .ranks.distributed import is_main
 from .screen import printable, put
 
 EVERY = 60.0  # seconds from one line to the next

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from .student import problem_error, t_quantile
+from .stats import problem_error, t_quantile
 
 Z = 1.959964  # of the normal distribution at 95%
 

@@ -22,7 +22,9 @@ import threading
 import time
 from pathlib import Path
 
-from nanodpo import distributed, errors, tokens
+from nanodpo import errors
+from nanodpo.data import tokens
+from nanodpo.ranks import distributed
 
 
 def act(place: list) -> None:

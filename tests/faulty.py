@@ -21,7 +21,8 @@ import time
 import torch
 
 import train
-from nanodpo import checkpoint, metrics, resume, signals
+from nanodpo.folder import checkpoint, resume
+from nanodpo.run import metrics, signals
 
 
 def full(*args, **kwargs):

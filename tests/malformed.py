@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 from nanodpo.errors import run_script
-from nanodpo.manifest import MANIFEST, file_facts
+from nanodpo.folder.atomic import MANIFEST, file_facts
 
 LIBRARIES = ("", "transformers", "datasets", "huggingface_hub")  # loggers that hand their records to nobody else
 QUIET = (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning)  # Python shows no user these

@@ -3,8 +3,8 @@
 import json
 
 import train
-from nanodpo.distributed import sum_over_ranks
-from nanodpo.models import reference_policy
+from nanodpo.model.loading import reference_policy
+from nanodpo.ranks.distributed import sum_over_ranks
 
 SIDES = ["chosen", "rejected"]
 
@@ -13,7 +13,7 @@ def compare(run):
     """In place of train.finish: every reference log-prob from the same rows, through the adapter-free model."""
     import torch
 
-    from nanodpo.schedule import deal, pairs_of_step
+    from nanodpo.data.schedule import deal, pairs_of_step
 
     n, again = len(run.train_set.examples), torch.zeros_like(run.ref)
     rows = [row for step in range(run.steps_per_epoch)

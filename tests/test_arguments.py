@@ -14,11 +14,15 @@ import pytest
 import plot
 import score
 import train as trainer
-from nanodpo import engine, files, manifest, source, unknown
-from nanodpo.arguments import TrainArguments, parse
+from nanodpo import files
 from nanodpo.errors import UserError
 from nanodpo.figures import records, tables
-from nanodpo.settings import local_rank
+from nanodpo.flags import unknown
+from nanodpo.flags.arguments import TrainArguments, parse
+from nanodpo.flags.settings import local_rank
+from nanodpo.folder import atomic as manifest
+from nanodpo.model import source
+from nanodpo.run import engine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))

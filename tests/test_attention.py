@@ -7,12 +7,13 @@ import torch
 from tiny_models import KeepDouble, V, naive_token_logps, random_groups, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanodpo import attention, selfcheck
-from nanodpo.attention import LOOP, VARLEN, loop_attention, varlen_attention
+from nanodpo.core import attention
+from nanodpo.core.attention import LOOP, VARLEN, loop_attention, varlen_attention
+from nanodpo.core.logprobs import SequenceLogProbs, sum_by_sequence
+from nanodpo.core.packing import LAYOUTS, pack, pad
 from nanodpo.errors import UserError
-from nanodpo.logprobs import SequenceLogProbs, sum_by_sequence
-from nanodpo.packing import LAYOUTS, pack, pad
-from nanodpo.selfcheck import choose_layout
+from nanodpo.model import selfcheck
+from nanodpo.model.selfcheck import choose_layout
 
 CPU = torch.device("cpu")
 PACKED = ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt_neox",

@@ -19,11 +19,11 @@ import precision
 import prompt_share
 import step
 
-from nanodpo.attention import LOOP
-from nanodpo.gated import thin
-from nanodpo.logprobs import SequenceLogProbs
-from nanodpo.lora import fuse
-from nanodpo.recompute import MODES, ByNeed, Recompute, sample
+from nanodpo.core.attention import LOOP
+from nanodpo.core.logprobs import SequenceLogProbs
+from nanodpo.model.gated import thin
+from nanodpo.model.lora import fuse
+from nanodpo.model.recompute import MODES, ByNeed, Recompute, sample
 
 SHAPE = contenders.tiny_wide(hidden=32, vocabulary=300)
 PAIRS = [([5, 6, 7], [8, 9, 1, 2, 4], [3, 3]), ([9], [1, 2], [2, 1, 9, 9])]

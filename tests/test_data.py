@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_tokenizers as tiny
 
-from nanodpo import rows as rows_module
-from nanodpo.data import render_row
+from nanodpo.data import rows as rows_module
+from nanodpo.data.rows import choose_fields, describe_columns, read_rows, unread_parts
+from nanodpo.data.template import close_turn, prompt_leads, read_template
+from nanodpo.data.texts import render_row
 from nanodpo.errors import UserError
-from nanodpo.rows import choose_fields, describe_columns, read_rows, unread_parts
-from nanodpo.template import close_turn, prompt_leads, read_template
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
 ASKED = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"

@@ -6,11 +6,11 @@ import numpy as np
 import pandas
 import pytest
 
-from nanodpo.example import Example
+from nanodpo.data.example import Example
+from nanodpo.data.problems import with_problems
 from nanodpo.figures import intervals
-from nanodpo.problems import with_problems
 from nanodpo.scoring import estimates, means
-from nanodpo.student import over_problems
+from nanodpo.stats import over_problems
 
 
 def drawn(runs: int, problems: int, rows: int, alike: float, seed: int = 0) -> pandas.DataFrame:

@@ -14,9 +14,11 @@ from faulty import small_files
 from test_resume import FAULTY, TRAIN, assert_same, flags, lines, whole  # noqa: F401 (a fixture)
 from transformers.utils.logging import disable_progress_bar
 
-from nanodpo import checkpoint, identity, resume, space, state
 from nanodpo.errors import RunStopped, UserError, run_script
-from nanodpo.manifest import read_manifest
+from nanodpo.folder import checkpoint, resume, state
+from nanodpo.folder import record as identity
+from nanodpo.folder.atomic import read_manifest
+from nanodpo.run import memory as space
 
 pytestmark = pytest.mark.slow
 

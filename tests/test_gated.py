@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from nanodpo.attention import LOOP
-from nanodpo.gated import thin
-from nanodpo.logprobs import SequenceLogProbs
-from nanodpo.packing import pack
-from nanodpo.recompute import MODES, peak_bytes
+from nanodpo.core.attention import LOOP
+from nanodpo.core.logprobs import SequenceLogProbs
+from nanodpo.core.packing import pack
+from nanodpo.model.gated import thin
+from nanodpo.model.recompute import MODES, peak_bytes
 
 T, D, F = 6, 4, 7
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanodpo.attention import LOOP
-from nanodpo.logprobs import LogProbHead, SequenceLogProbs, sum_by_sequence
-from nanodpo.packing import pack, pad
+from nanodpo.core.attention import LOOP
+from nanodpo.core.logprobs import LogProbHead, SequenceLogProbs, sum_by_sequence
+from nanodpo.core.packing import pack, pad
 
 N, D, V = 23, 12, 31
 SETTINGS = [(1.0, None), (0.25, None), (1.0, 3.0), (2.0, 5.0)]  # scale and cap of the logits
@@ -304,7 +304,7 @@ def plain_dpo(model, groups, ref, beta=0.1):
 
 
 def our_dpo(model, groups, ref, beta=0.1):
-    from nanodpo.losses import dpo
+    from nanodpo.core.losses import dpo
 
     logps = SequenceLogProbs(model, chunk=7)(pack(groups)).view(-1, 2)
     return dpo(*logps.T, *ref.T, beta).mean()

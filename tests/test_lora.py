@@ -11,9 +11,9 @@ from tiny_models import random_groups, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanodpo.logprobs import SequenceLogProbs
-from nanodpo.lora import Added, fuse
-from nanodpo.packing import pad
+from nanodpo.core.logprobs import SequenceLogProbs
+from nanodpo.core.packing import pad
+from nanodpo.model.lora import Added, fuse
 
 PLACES = pytest.mark.parametrize("in_place", [True, False])
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from nanodpo.losses import LOSSES, MEAN_LOGPS, dpo, hinge, ipo, margin, robust, sft
+from nanodpo.core.losses import LOSSES, MEAN_LOGPS, dpo, hinge, ipo, margin, robust, sft
 
 BETAS = [0.05, 0.1, 0.5, 2.0]
 MARGINS = [-7.0, -1.0, -0.1, 0.0, 0.3, 2.0, 11.0]

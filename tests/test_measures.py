@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import make_model
 
-from nanodpo.attention import LOOP
-from nanodpo.logprobs import SequenceLogProbs
-from nanodpo.packing import pack, pad
+from nanodpo.core.attention import LOOP
+from nanodpo.core.logprobs import SequenceLogProbs
+from nanodpo.core.packing import pack, pad
 from nanodpo.scoring import plausible
 from nanodpo.scoring.measures import IMPLAUSIBLE, token_measures
 from nanodpo.scoring.pairs import ches, gradient_products

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanodpo import metrics
-from nanodpo.metrics import Meter, pair_values, write_line
+from nanodpo.run import metrics
+from nanodpo.run.metrics import Meter, pair_values, write_line
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGPS = torch.tensor([[-10.0, -20.0], [-8.0, -6.0], [-5.0, -5.0]], dtype=torch.float64, requires_grad=True)

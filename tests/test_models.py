@@ -12,11 +12,13 @@ from tiny_models import FAMILIES, tiny
 from tiny_tokenizers import base_chatml
 
 import train
-from nanodpo import checkpoint, identity, models
-from nanodpo.adapters import open_base
+from nanodpo.data.example import Example
 from nanodpo.errors import RunStopped, UserError
-from nanodpo.example import Example
-from nanodpo.source import check_ids, open_source
+from nanodpo.folder import checkpoint
+from nanodpo.folder import record as identity
+from nanodpo.model import loading as models
+from nanodpo.model.adapters import open_base
+from nanodpo.model.source import check_ids, open_source
 
 
 def args(**changes):

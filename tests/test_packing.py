@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from nanodpo.packing import Row, Segments, pack, pad
+from nanodpo.core.packing import Row, Segments, pack, pad
 
 # Prompt 7 8 9 with three responses, one of a single token; prompt 4, a single token, with two.
 GROUPS = [([7, 8, 9], [[1, 2], [3], [5, 6]]), ([4], [[2, 2, 2], [1]])]

@@ -12,7 +12,7 @@ from malformed import cut, flipped
 
 import score
 from nanodpo.errors import RunStopped, UserError
-from nanodpo.manifest import MANIFEST, file_facts
+from nanodpo.folder.atomic import MANIFEST, file_facts
 from nanodpo.scoring import parts as kept
 
 TABLES = ("scores.parquet", "pairs.parquet", "tokens.parquet", "answers.parquet")

@@ -12,12 +12,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, naive_token_logps, random_groups, tiny
 
-from nanodpo import gated, lora, noise
-from nanodpo.attention import LOOP
-from nanodpo.logprobs import SequenceLogProbs
-from nanodpo.packing import pack, pad
-from nanodpo.precision import Held, mix, products, stored
-from nanodpo.recompute import ByNeed, Recompute, sample
+from nanodpo.core.attention import LOOP
+from nanodpo.core.logprobs import SequenceLogProbs
+from nanodpo.core.packing import pack, pad
+from nanodpo.model import gated, lora
+from nanodpo.model.precision import Held, mix, products, stored
+from nanodpo.model.recompute import ByNeed, Recompute, sample
+from nanodpo.run import noise
 
 CPU = torch.device("cpu")
 

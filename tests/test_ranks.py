@@ -15,8 +15,10 @@ import torch.distributed as dist
 from conftest import ROOT, environment, make_model, make_tokenizer, zero
 from test_resume import flags
 
-from nanodpo import agreement, distributed, resume, signals
 from nanodpo.errors import Preempted, RankStopped, RunStopped, UserError
+from nanodpo.folder import resume
+from nanodpo.ranks import distributed
+from nanodpo.run import agreement, signals
 
 APART = ROOT / "tests" / "apart.py"
 SMALL = ("--max_steps", "4", "--eval_size", "0", "--save_steps", "0", "--eval_steps", "0")

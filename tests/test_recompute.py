@@ -12,15 +12,15 @@ from tiny_models import random_groups, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from nanodpo.attention import LOOP, VARLEN
-from nanodpo.distributed import spare_memory
+from nanodpo.core.attention import LOOP, VARLEN
+from nanodpo.core.logprobs import CHUNK_BYTES, SequenceLogProbs
+from nanodpo.core.packing import pack, pad
 from nanodpo.errors import UserError
-from nanodpo.gated import thin
-from nanodpo.logprobs import CHUNK_BYTES, SequenceLogProbs
-from nanodpo.lora import fuse
-from nanodpo.packing import pack, pad
-from nanodpo.recompute import MODES, ByNeed, Recompute, _Live, peak_bytes
-from nanodpo.selfcheck import grows_with_rows
+from nanodpo.model.gated import thin
+from nanodpo.model.lora import fuse
+from nanodpo.model.recompute import MODES, ByNeed, Recompute, _Live, peak_bytes
+from nanodpo.model.selfcheck import grows_with_rows
+from nanodpo.ranks.distributed import spare_memory
 
 R = 2
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_resume import BREAKS
 
-from nanodpo import reference
+from nanodpo.data.example import Example
 from nanodpo.errors import Preempted, RunStopped, UserError
-from nanodpo.example import Example
+from nanodpo.folder import reference
 
 STEPS = [[0, 1], [2, 3], [4, 5]]
 TRUTH = torch.arange(12, dtype=torch.float64).view(6, 2) / -7

@@ -19,9 +19,11 @@ from conftest import ROOT, environment, launch, zero
 from safetensors.torch import load_file, save_file
 
 import train
-from nanodpo import identity, resume, signals
 from nanodpo.errors import Preempted, RunStopped, UserError
-from nanodpo.manifest import aside, check_whole, clear_partials, publish, read_manifest, remove
+from nanodpo.folder import record as identity
+from nanodpo.folder import resume
+from nanodpo.folder.atomic import aside, check_whole, clear_partials, publish, read_manifest, remove
+from nanodpo.run import signals
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
 # Saves every two steps, evaluates every three, and has dropout, so that random numbers count.

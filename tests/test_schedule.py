@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import train
-from nanodpo.schedule import deal, epoch_order, learning_rate, pairs_of_step
+from nanodpo.data.schedule import deal, epoch_order, learning_rate, pairs_of_step
 
 
 def test_an_epoch_is_a_permutation_that_does_not_change():

@@ -18,10 +18,10 @@ import torch
 from conftest import ROOT, environment, launch, make_model, make_tokenizer, train
 
 import score
+from nanodpo.core.losses import LOSSES
+from nanodpo.data.example import Example
+from nanodpo.data.schedule import pairs_of_step
 from nanodpo.errors import RankStopped, UserError, run_script
-from nanodpo.example import Example
-from nanodpo.losses import LOSSES
-from nanodpo.schedule import pairs_of_step
 from nanodpo.scoring import means, responses, scores
 from nanodpo.scoring import opened as models_of
 from nanodpo.scoring.runs import open_targets

@@ -15,7 +15,8 @@ from conftest import ROOT, environment, launch, train
 import plot
 import score
 import train as trainer
-from nanodpo import progress, tokens
+from nanodpo import progress
+from nanodpo.data import tokens
 from nanodpo.errors import run_script
 from nanodpo.scoring import answers
 from nanodpo.screen import command_line, guard, printable, put

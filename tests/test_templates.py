@@ -8,10 +8,10 @@ import pytest
 import tiny_tokenizers as tiny
 from conftest import ROOT, launch, make_model
 
-from nanodpo import template as template_module
+from nanodpo.data import template as template_module
+from nanodpo.data.template import prompt_leads, read_template
+from nanodpo.data.tokens import load_dataset
 from nanodpo.errors import UserError
-from nanodpo.template import prompt_leads, read_template
-from nanodpo.tokens import load_dataset
 
 GENERATION = "{% if add_generation_prompt %}"
 # A default system prompt; roles that it does not know are left out.

@@ -9,12 +9,12 @@ import tiny_tokenizers as tiny
 from tokenizers import normalizers
 
 import train
-from nanodpo.arguments import TrainArguments
+from nanodpo.data.example import Example, truncate
+from nanodpo.data.inspection import histogram, inspect
+from nanodpo.data.template import read_template
+from nanodpo.data.tokens import DataSet, load_dataset
 from nanodpo.errors import UserError
-from nanodpo.example import Example, truncate
-from nanodpo.inspection import histogram, inspect
-from nanodpo.template import read_template
-from nanodpo.tokens import DataSet, load_dataset
+from nanodpo.flags.arguments import TrainArguments
 
 CHAT_EOS, START, END = 260, 259, 260  # tiny.chatml's <|im_start|> and <|im_end|>
 ASKED = "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"

@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT, launch, make_model, make_tokenizer, train, zero
 from safetensors.torch import load_file, save_file
 
+from nanodpo.data.schedule import pairs_of_step
 from nanodpo.errors import RunStopped
-from nanodpo.schedule import pairs_of_step
 
 pytestmark = pytest.mark.slow
 LORA = ("--learning_rate", "1e-3", "--lora_r", "4", "--num_train_epochs", "1")

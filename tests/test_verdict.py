@@ -8,7 +8,7 @@ import pytest
 
 from nanodpo.scoring.runs import recipe
 from nanodpo.scoring.verdict import RULES, Numbers, choose_place, judge, worst_tenth
-from nanodpo.student import over_problems, t_quantile
+from nanodpo.stats import over_problems, t_quantile
 
 KEY = {"run": "r", "phase": "dpo", "dataset": "d"}
 NAMES = {rule.name for rule in RULES}

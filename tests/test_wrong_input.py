@@ -13,9 +13,9 @@ import pytest
 import tiny_tokenizers as tiny
 
 import train
-from nanodpo import engine
-from nanodpo.arguments import TrainArguments
 from nanodpo.errors import RunStopped, UserError, run_script
+from nanodpo.flags.arguments import TrainArguments
+from nanodpo.run import engine
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"prompt": "1+1=", "chosen": "2", "rejected": "5"}
@@ -46,7 +46,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def world(tmp_path, models, monkeypatch, capsys):
     """error(rows or bytes, *flags) runs train.py's main in this process and returns its one line."""
-    from nanodpo import distributed
+    from nanodpo.ranks import distributed
 
     def went_on(*_):
         raise AssertionError("the wrong input was not found")

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from ..errors import UserError, first_line
+from ..model.source import BROKEN
 from ..screen import command_line
-from ..source import BROKEN
 
 
 def draw_after(folder: Path) -> str:

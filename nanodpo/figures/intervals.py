@@ -8,7 +8,7 @@ import math
 
 import pandas
 
-from ..student import over_problems, t_quantile
+from ..stats import over_problems, t_quantile
 from ..wilson import wilson
 
 KEYS = ["dataset", "run", "phase", "response"]

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from ..errors import UserError, first_line
-from ..manifest import check_whole, file_facts
+from ..folder.atomic import check_whole, file_facts
 
 KINDS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.py")  # weights, settings, tokenizer, code
 

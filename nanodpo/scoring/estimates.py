@@ -9,7 +9,7 @@ import math
 
 import pandas
 
-from ..student import problem_error, t_quantile
+from ..stats import problem_error, t_quantile
 from ..wilson import Z, wilson, worth
 
 ROW = ["row", "problem"]

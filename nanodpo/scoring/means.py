@@ -3,7 +3,7 @@
 import numpy as np
 import pandas
 
-from ..student import over_problems
+from ..stats import over_problems
 
 KEYS = ["run", "phase", "checkpoint", "step", "dataset"]
 MEASURES = ["argmax_logps", "entropy", "argmax_mass", "implausible_mass", "implausible_mass_start", "accuracy"]

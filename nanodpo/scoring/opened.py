@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
-from ..distributed import say
-from ..logprobs import SequenceLogProbs
-from ..models import base_hashes, check_base
-from ..precision import mix, products, stored
-from ..source import base_of
+from ..core.logprobs import SequenceLogProbs
+from ..model.adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
+from ..model.loading import base_hashes, check_base
+from ..model.precision import mix, products, stored
+from ..model.source import base_of
+from ..ranks.distributed import say
 
 
 @dataclasses.dataclass
@@ -75,7 +75,7 @@ class Opener:
         self.checked.add((run, key))
 
     def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool) -> Opened:
-        from .. import gated, lora, selfcheck  # slow to import, with transformers' models
+        from ..model import gated, lora, selfcheck  # slow to import, with transformers' models
 
         product = products(bf16, self.device)
         model = open_base(base, stored(bf16, frozen=adapter is not None), checkpoint.settings.trust_remote_code)

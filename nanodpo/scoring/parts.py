@@ -17,10 +17,10 @@ import numpy as np
 import pandas
 import pyarrow
 
-from ..distributed import from_main, is_main, main_first, say
 from ..errors import RunStopped, UserError
 from ..files import read_text
-from ..manifest import MANIFEST, aside, clear_partials, publish, read_manifest, remove, writing
+from ..folder.atomic import MANIFEST, aside, clear_partials, publish, read_manifest, remove, writing
+from ..ranks.distributed import from_main, is_main, main_first, say
 from . import plausible
 
 FORMAT = 1  # of the tables; another one is not read

@@ -5,8 +5,8 @@ Every kind of response is a function of the data set and a seed alone: asking fo
 
 import random
 
+from ..data.example import Example
 from ..errors import UserError
-from ..example import Example
 
 Group = tuple[list[int], dict[str, list[int]]]  # prompt ids, {kind: response ids}
 

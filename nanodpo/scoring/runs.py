@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 from ..errors import UserError
 from ..files import read_text
-from ..identity import FREE
-from ..source import base_of
+from ..folder.record import FREE
+from ..model.source import base_of
 from .contents import Contents
 
 # What a data set is read with where no run says otherwise.

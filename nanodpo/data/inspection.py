@@ -1,0 +1,80 @@
+"""`train.py --inspect`: what the model will be trained on, token by token, before any training."""
+
+import dataclasses
+import sys
+
+from ..errors import UserError
+
+BINS, HEAD, TAIL = 12, 200, 60
+
+
+def lenient(args):
+    """The same settings, but for rows that would stop a run: they are left out, since one wants to look at all."""
+    overlong = "drop" if args.overlong == "error" else args.overlong
+    return dataclasses.replace(args, on_bad_row="drop", overlong=overlong)
+
+
+def inspect(data, tokenizer, limit: int, row: int | None = None, held_out=None) -> str:
+    """One example with its scored tokens in brackets, the ids around the boundary, and the lengths of all.
+
+    `row` is the number of a row in the training file, None takes the first example; `held_out` is the set that was
+    drawn from that file, if one was. Raises UserError for a row that is not used.
+    """
+    example = data.examples[0] if row is None else _find(data, held_out, row)
+    note = ["  dropped rows stop a run, but for --on_bad_row drop, --overlong drop or truncate"] * bool(data.dropped)
+    parts = [data.report(), *note, f"\nrow {example.row}; [scored tokens] in brackets"]
+    for side, cut in zip(("chosen", "rejected"), example.cut):
+        response = getattr(example, side)
+        if response is None:
+            continue
+        near = [(i, "") for i in example.prompt[-5:]] + [(i, "*") for i in response[:5]]
+        ids = "  ".join(f"{star}{i}:{tokenizer.decode([i])!r}" for i, star in near)
+        parts += [f"\n--- {side}: {len(example.prompt)} prompt + {len(response)} scored tokens" + ", cut" * cut,
+                  tokenizer.decode(example.prompt) + _scored(tokenizer, response),
+                  f"boundary, scored ids starred: {ids}"]
+    return "\n".join([*parts, "", histogram(data.lengths, limit)])
+
+
+def _find(data, held_out, row: int):
+    examples = {example.row: example for example in [*data.examples, *(held_out.examples if data.held_out else ())]}
+    if row in examples:
+        return examples[row]
+    reasons = {dropped["row"]: dropped["reason"] for dropped in data.dropped}
+    if row in reasons:
+        raise UserError(f"--inspect_row {row}: {data.path}: this row is left out: {reasons[row]}")
+    raise UserError(f"--inspect_row {row}: {data.path} has rows 0 to {max(examples | reasons)}")
+
+
+def _scored(tokenizer, ids: list[int]) -> str:
+    """The tokens in brackets; of a long response its beginning and end."""
+    hidden = len(ids) - HEAD - TAIL
+    if hidden > 0:
+        head, tail = _brackets(tokenizer, ids[:HEAD]), _brackets(tokenizer, ids[-TAIL:])
+        return f"{head}\n... {hidden} more tokens ...\n{tail}"
+    return _brackets(tokenizer, ids)
+
+
+def _brackets(tokenizer, ids: list[int]) -> str:
+    """Each token's text; tokens that hold only part of a character share a bracket."""
+    pieces, part = [], []
+    for i in ids:
+        part.append(i)
+        text = tokenizer.decode(part)
+        if not text.endswith("\ufffd") or len(part) == 4:  # no character has more than four bytes
+            pieces.append(text)
+            part = []
+    return "".join(f"[{piece}]" for piece in pieces + [tokenizer.decode(part)] * bool(part))
+
+
+def histogram(lengths: list[int], limit: int) -> str:
+    """Text bars of sequence lengths in tokens, before any cut, with the share over the limit."""
+    low, high = min(lengths), max(lengths)
+    width = max(1, -(-(high - low + 1) // BINS))
+    counts = [0] * ((high - low) // width + 1)
+    for length in lengths:
+        counts[(length - low) // width] += 1
+    lines = [f"{low + i * width:>7}-{low + (i + 1) * width - 1:<7}{'#' * round(50 * c / max(counts)):<51}{c}"
+             for i, c in enumerate(counts)]
+    over = sum(length > limit for length in lengths) / len(lengths)
+    bound = "no limit" if limit == sys.maxsize else f"{over:.1%} over the limit of {limit}"
+    return "\n".join([f"prompt + longest response, tokens, before any cut ({bound})", *lines])

@@ -1,0 +1,88 @@
+"""What a user may have meant by a flag that is not there: it was mistyped, or it is the name of another trainer."""
+
+import difflib
+
+from ..errors import UserError
+
+# Flags of TRL, transformers and others that are here under another name ...
+RENAMED = {name: ours for ours, names in {
+    "model_name": "model_name_or_path model model_path model_id base_model pretrained_model_name_or_path",
+    "train_file_path": "dataset_name dataset dataset_path data_path train_file train_data train_dataset data",
+    "eval_file_path": "eval_dataset eval_dataset_name validation_file eval_file test_file eval_data",
+    "max_length": "max_seq_length max_seq_len model_max_length cutoff_len max_tokens",
+    "use_lora": "use_peft peft use_qlora", "lora_r": "lora_rank peft_lora_r", "lora_alpha": "peft_lora_alpha",
+    "lora_dropout": "peft_lora_dropout", "lora_target_modules": "target_modules lora_target",
+    "num_train_epochs": "epochs num_epochs n_epochs", "learning_rate": "lr",
+    "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size per_gpu_train_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size",
+    "gradient_accumulation_steps": "grad_accum gradient_accumulation accumulate_grad_batches",
+    "lr_scheduler_type": "lr_scheduler scheduler", "max_grad_norm": "gradient_clipping clip_grad max_norm",
+    "label_smoothing": "label_smoothing_factor", "seed": "data_seed random_seed", "deepspeed": "deepspeed_config",
+    "output_dir": "output output_path save_dir", "use_flash_attention": "flash_attn use_flash_attn",
+    "beta": "dpo_beta pref_beta", "merge_weights": "merge_adapter merge_lora",
+}.items() for name in names.split()}
+# ... and those that are not needed, or have another meaning here.
+OTHERWISE = {name: what for what, names in {
+    "it is --loss here, and TRL's sigmoid is dpo": "loss_type pref_loss objective",
+    "it is --warmup_steps here, a number of steps": "warmup_ratio",
+    "not needed: metrics.jsonl in --output_dir has every step, and training.png shows it":
+        "report_to logging_dir run_name logging_strategy logging_first_step use_wandb wandb_project tracker_name",
+    "not needed: train.py trains, and evaluates where there is --eval_file_path or --eval_size":
+        "do_train do_eval do_predict stage",
+    "not needed: --eval_steps evaluates every so many steps, besides before and after training":
+        "eval_strategy evaluation_strategy eval_on_start",
+    "not needed: --save_steps saves every so many steps, besides the first and the last": "save_strategy",
+    "not needed: the same command goes on with a run; --resume names another folder": "resume_from_checkpoint",
+    "no folder is written over; name a new --output_dir": "overwrite_output_dir overwrite_cache",
+    "there is --bf16, else float32; no fp16, and no weights of 4 or 8 bits":
+        "fp16 torch_dtype dtype tf32 load_in_4bit load_in_8bit quantization_bit bnb_4bit_quant_type",
+    "not needed: each run finds out what is right for its model; --use_flash_attention demands the kernel":
+        "attn_implementation padding_free packing group_by_length use_liger_kernel use_liger_loss",
+    "AdamW is the only optimizer; leave it out": "optim optimizer optim_args",
+    "the reference is --model_name as training finds it; its log-probs are computed once, before training":
+        "ref_model ref_model_name_or_path precompute_ref_log_probs precompute_ref_batch_size reference_free "
+        "sync_ref_model model_init_kwargs ref_model_init_kwargs",
+    "not needed: dropout is off unless --allow_dropout": "disable_dropout",
+    "--overlong truncate cuts the end of a response to --max_length; a prompt is never cut":
+        "truncation_mode max_completion_length max_target_length max_response_length",
+    "a part of --train_file_path, which may be NAME:CONFIG:SPLIT of the hub":
+        "dataset_config dataset_config_name dataset_split dataset_train_split dataset_test_split",
+    "all checkpoints of --save_steps stay; score.py compares them": "load_best_model_at_end metric_for_best_model",
+    "nothing is uploaded; leave it out": "push_to_hub hub_model_id hub_token hub_strategy",
+    "ZeRO shares a model among GPUs: a stage in the file of --deepspeed": "fsdp fsdp_config",
+    "not needed: leave it out": "remove_unused_columns dataloader_num_workers dataloader_drop_last dataset_num_proc "
+        "dataloader_pin_memory preprocessing_num_workers ddp_find_unused_parameters ddp_timeout disable_tqdm log_level "
+        "gradient_checkpointing_kwargs use_cache lora_task_type peft_type use_fast_tokenizer",
+}.items() for name in names.split()}
+
+
+def hint(typed: str, known, otherwise: dict[str, str] | None = None, dashes: str = "--") -> str:
+    """A few words about a flag or setting that is none of those `known`; empty where there is nothing to say.
+
+    `otherwise`: what is said of names of other programs.
+    """
+    name = typed.lstrip("-").partition("=")[0].replace("-", "_")
+    if name in (otherwise or {}):
+        return otherwise[name]
+    ours = next((ours for ours in [RENAMED.get(name)] if ours in known), None)
+    if ours:
+        return f"it is {dashes}{ours} here"
+    close = difflib.get_close_matches(name, known, 1, 0.7)
+    return f"did you mean {dashes}{close[0]}?" if close else ""
+
+
+def parse_known(parser, argv: list[str], script: str, otherwise: dict[str, str] | None = None):
+    """What the parser makes of a command line. Raises UserError for flags that it does not know, with a hint each."""
+    args, rest = parser.parse_known_intermixed_args(argv)
+    if rest:
+        raise UserError(unknown_arguments(rest, vars(args), script, otherwise))
+    return args
+
+
+def unknown_arguments(rest: list[str], known, script: str, otherwise: dict[str, str] | None = None) -> str:
+    """The error message for what a parser left over; what follows an unknown flag is its value."""
+    flags = [word for word in rest if word.startswith("--")] or rest[:1]
+    said = [(word.partition("=")[0], hint(word, known, otherwise)) for word in dict.fromkeys(flags)]
+    named = "; ".join(f"{word}: {words}" if words else word for word, words in said)
+    help = "" if all(words for _, words in said) else f"; `{script} --help` lists them all"
+    return f"unknown argument{'s' * (len(said) > 1)} {named}{help}"

@@ -1,0 +1,168 @@
+"""Folders that can be trusted: written aside, flushed, with a manifest of their files, then renamed into place.
+
+A folder with the right name is whole, and its manifest tells what happened to it since. A disk that won't take them
+ends the run in one line.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..errors import RunStopped, UserError, first_line
+from ..files import read_text
+from ..ranks.distributed import say
+
+MANIFEST = "manifest.json"
+
+
+class writing:
+    """Within this, what keeps `place` from being written is raised as RunStopped."""
+
+    def __init__(self, place: Path):
+        self.place = place
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is Exception or isinstance(error, (OSError, SafetensorError)):  # tokenizers raises nothing better
+            raise RunStopped(f"{self.place}: can't be written ({first_line(error)}); what was written before is whole, "
+                             "and the same command goes on from there") from error
+
+
+def aside(folder: Path) -> Path:
+    """Where `folder` is made before it is one."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def steps_of(folder: Path, kind: str = "checkpoint") -> list[int]:
+    """Steps k of the <kind>-<k> in a folder, the newest first. A name that we write in no such way (checkpoint-007, or
+    digits of another script) is somebody else's."""
+    found = (re.fullmatch(rf"{kind}-(0|[1-9][0-9]{{0,17}})", place.name) for place in folder.glob(f"{kind}-*"))
+    return sorted((int(name[1]) for name in found if name), reverse=True)
+
+
+def remove(folder: Path) -> None:
+    """Takes a folder away: first its name, so that no half of it is ever taken for a whole one. What a killed process
+    leaves is removed when the run goes on. Of a link only the link goes: what somebody has put elsewhere stays there.
+
+    Raises RunStopped where the folder can't be renamed.
+    """
+    place = folder.with_name(f".{folder.name}.old.partial")
+    try:
+        if folder.is_symlink():
+            say(f"{folder}: is a link; it is removed, and {folder.readlink()} stays")
+            folder.unlink()
+        elif folder.exists():
+            clear(place)
+            os.rename(folder, place)
+    except OSError as error:
+        raise RunStopped(f"{folder}: can't be removed ({first_line(error)}); remove it, and the same command goes on"
+                         ) from error
+    clear(place)
+
+
+def file_facts(file: Path) -> dict:
+    """Size in bytes and sha256 of a file."""
+    with file.open("rb") as opened:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def publish(folder: Path, facts: dict, known: dict[str, dict] | None = None) -> None:
+    """Gives aside(folder) its manifest and its name. `known` holds facts of files that need no second reading."""
+    place, known = aside(folder), known or {}
+    files = sorted(file for file in place.rglob("*") if file.is_file())
+    for file in files:
+        settle(file)
+    names = [str(file.relative_to(place)) for file in files]
+    facts = facts | {"files": {name: known.get(name) or file_facts(place / name) for name in names}}
+    write_whole(place / MANIFEST, json.dumps(facts, indent=1) + "\n")
+    remove(folder)  # a damaged one of the same name
+    os.rename(place, folder)
+    flush(folder.parent)
+
+
+def read_manifest(folder: Path) -> dict | str:
+    """The facts of a folder, or in words what is wrong with it: every file is read again."""
+    try:
+        facts = json.loads(read_text(folder / MANIFEST))
+        for name, expected in facts["files"].items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes of {expected['bytes']}"
+            if file_facts(file) != expected:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is damaged"
+    return facts
+
+
+def check_whole(folder: Path) -> dict[str, dict]:
+    """Raises UserError where a folder has a manifest of ours and is not what it says; one without is taken as it is.
+    Returns size and hash of the files in the manifest, by name."""
+    try:
+        if '"sha256"' not in read_text(folder / MANIFEST, errors="replace"):  # somebody else's
+            return {}
+    except (OSError, ValueError):  # none, or a hub id, or no path at all
+        return {}
+    if isinstance(wrong := read_manifest(folder), str):
+        raise UserError(f"{folder}: {wrong}; copy the folder anew, or remove its {MANIFEST} if the change is meant")
+    return wrong["files"]
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replaces a file by `text`: a reader, or a run after a crash, finds the old one or the new one."""
+    place = file.with_name(f".{file.name}.partial")
+    try:
+        place.write_text(text)
+        flush(place)
+        os.replace(place, file)
+    finally:
+        place.unlink(missing_ok=True)
+    flush(file.parent)
+
+
+def settle(file: Path) -> None:
+    """Gives a new file the permissions that files have here, and hands it to the disk."""
+    file.chmod(0o666 & ~_umask())  # safetensors writes for the owner's eyes only
+    flush(file)
+
+
+def flush(path: Path) -> None:
+    """Hands a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def clear_partials(folder: Path) -> None:
+    """Removes what a process that is gone left half-written."""
+    for place in folder.glob(".*.partial"):
+        clear(place)
+
+
+def clear(place: Path) -> None:
+    """Removes what has no name of its own any more. What can't be removed now is tried again when the run goes on."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            place.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,175 @@
+"""Checkpoints for analysis and for going on from: what plain PEFT and transformers open, nothing of ours around it.
+
+A checkpoint is written beside its place, read back and compared with the weights in memory, then renamed into place.
+Its manifest.json tells the step, and the size and hash of every file.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ..data.template import read_template
+from ..errors import RunStopped, UserError, first_line
+from ..model.adapters import add_adapter, open_base
+from ..model.source import base_of
+from ..ranks.distributed import is_main, say
+from .atomic import aside, clear, publish, remove, steps_of, writing
+
+
+def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
+    """Weights by name, whole and on CPU, on rank 0; nothing on the others. With ZeRO-3 all ranks must call it."""
+    import deepspeed
+
+    state = {}
+    for name, parameter in model.named_parameters():
+        if only_trained and not parameter.requires_grad:
+            continue
+        sharded = [parameter] if hasattr(parameter, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+            if is_main():
+                state[name] = parameter.detach().cpu().clone()
+    return state
+
+
+def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Path, facts: dict) -> None:
+    """Writes model (or adapter) and tokenizer to `folder`, on one rank; raises RunStopped where the disk won't take it.
+
+    Nothing half-written is left, whatever happens. `state` is what `gather` gave: the weights of the adapter, or of
+    the whole model. `facts` go into the manifest.
+    """
+    place = aside(folder)
+    clear(place)
+    try:
+        with writing(folder):
+            _write(model, tokenizer, state, place)
+            tokenizer.save_pretrained(place)
+            verify(place, _published(model, state))
+            publish(folder, facts)
+    finally:
+        clear(place)
+
+
+def _write(model: nn.Module, tokenizer, state, folder: Path) -> None:
+    folder.mkdir()  # in the run's folder, which must be there still
+    if hasattr(model, "peft_config"):
+        own = model.peft_config["default"]
+        if isinstance(own.target_modules, set):
+            own.target_modules = sorted(own.target_modules)  # the order of a set is another one in each process
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    else:
+        _mend_generation(model)
+        if ends := other_ends(model, tokenizer):
+            model.generation_config.eos_token_id = ends
+        kept = model.state_dict().keys()  # not every buffer is meant to be saved
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+        model.save_pretrained(folder, state_dict=state | buffers)
+
+
+def _mend_generation(model: nn.Module) -> None:
+    """Many published models have sampling settings without sampling, or worse, and transformers saves none of them."""
+    from transformers import GenerationConfig
+
+    try:
+        model.generation_config.validate(strict=True)
+        return
+    except ValueError:
+        model.generation_config.do_sample = True
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        say(f"the model's generation config is left out, since transformers refuses it: {first_line(error)}")
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+
+
+def other_ends(model: nn.Module, tokenizer) -> list[int]:
+    """The tokens that must end what the model writes, where its generation config lacks the one that ends its turns,
+    as that of a base model with a chat template does; else nothing. Turns that end in several tokens have no such one.
+    """
+    known = model.generation_config.eos_token_id
+    known = tokenizer.eos_token_id if known is None else known
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    try:
+        end = tokenizer.get_vocab().get(read_template(tokenizer).end)
+    except UserError:  # a template of which nothing is known, beside an adapter that is only merged
+        return []
+    return [] if end is None or end in known else [*known, end]
+
+
+def say_ends(model: nn.Module, tokenizer) -> str:
+    """A line more about an adapter, which has no generation config, where that of its base does not end its turns."""
+    if not hasattr(model, "peft_config") or not (ends := other_ends(model, tokenizer)):
+        return ""
+    return (f"\nturns end with {tokenizer.convert_ids_to_tokens(ends[-1])}, at which the base does not stop, and an "
+            f"adapter can't say so: generate with eos_token_id={ends} (vLLM: stop_token_ids); merged weights say it")
+
+
+def _published(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights under the names, and in the shapes, of the family's published files: transformers saves those."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return state if hasattr(model, "peft_config") else revert_weight_conversion(model, dict(state))
+
+
+def verify(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Opens the written weights again. Raises RunStopped unless every tensor is there, bit for bit, and finite."""
+    expected = {name.replace(".default.", "."): tensor for name, tensor in state.items()}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as written:
+            for name in written.keys():
+                found = written.get_tensor(name)
+                tensor = expected.pop(name, found)
+                if not found.isfinite().all():
+                    raise RunStopped(f"{folder}: {name} holds values that are not finite")
+                if not found.numel() or found.shape != tensor.shape or not torch.equal(found, tensor):
+                    raise RunStopped(f"{folder}: {name} was not written as it is in memory")
+    if expected:
+        raise RunStopped(f"{folder}: {next(iter(expected))} was not written")
+
+
+def check_trained(state: dict[str, torch.Tensor]) -> None:
+    """Raises RunStopped for an adapter that is nothing: after an update no LoRA has all of its B at zero."""
+    second = [tensor for name, tensor in state.items() if ".lora_B." in name]
+    if second and not any(tensor.any() for tensor in second):
+        raise RunStopped("every lora_B is zero after training: no update reached the adapter")
+
+
+def rotate(run: Path, keep: int | None) -> None:
+    """Removes the oldest checkpoints beyond `keep`; the starting point, checkpoint-0, always stays."""
+    for step in [s for s in steps_of(run) if s > 0][keep:] if keep else ():
+        remove(run / f"checkpoint-{step}")
+
+
+def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bool, check=lambda model, base: None
+          ) -> None:
+    """Adds an adapter into its base and saves the whole model, in one process, on CPU. `check(model, base's name)` may
+    refuse the base before."""
+    from transformers import AutoTokenizer
+
+    base, _ = base_of(str(adapter))
+    model = open_base(base, dtype, trust_remote_code)
+    check(model, base)
+    model = add_adapter(model, str(adapter))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()  # the product B A is rounded once, when it is added
+    model = model.merge_and_unload()
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
+    save(model, tokenizer, dict(model.named_parameters()), folder, {"merged": adapter.name})
+
+
+def claim(folder: Path) -> None:
+    """Raises UserError unless `folder` can become a run's: new or empty, in a place that can be written."""
+    try:
+        # A process killed in its first moment leaves no more than a file that was not yet renamed.
+        if folder.is_dir() and any(not file.name.endswith(".partial") for file in folder.iterdir()):
+            raise UserError(f"--output_dir {folder}: is in use; name a new folder")
+        parent = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+        if not parent.is_dir():
+            raise UserError(f"--output_dir {folder}: {parent} is a file")
+        tempfile.TemporaryFile(dir=parent).close()  # permission bits don't tell of read-only and odd file systems
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: can't be written to ({error.strerror})") from error

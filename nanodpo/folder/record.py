@@ -1,0 +1,240 @@
+"""Which run a folder holds, and whether it is this one."""
+
+import contextlib
+import dataclasses
+import fcntl
+import glob
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ..errors import RunStopped, UserError
+from ..files import read_text
+from .atomic import clear_partials, flush, steps_of, write_whole, writing
+from .checkpoint import claim
+from .reference import data_hash
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
+# Flags that may differ between a run and its continuation. None of them can change a number that is written ...
+FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
+        "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "inspect_row", "print_config", "dry_run",
+        "gradient_checkpointing", "activation_memory"}
+# ... or what they name is compared itself: weights, token ids, DeepSpeed settings.
+BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "deepspeed"}
+ADAPTERS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}  # an adapter that is trained on decides
+# A machine may be updated between the two; that is said, since to the last bit it is another run then.
+SAID = ("versions", "git_commit", "device", "threads")
+COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "layout", "attention")
+
+
+def facts(args, settings: dict, limit: int, data_sets: list, program: Path) -> dict:
+    """What can be told of a run before its model is loaded, for run.json and to know it again."""
+    return {
+        "command": shlex.join(sys.argv), "arguments": arguments(args), "max_length": limit,
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)), "deepspeed": json.loads(json.dumps(settings)),
+        "versions": versions(), "git_commit": git_commit(program), "threads": torch.get_num_threads(),
+        "data": [data_hash(data.examples) for data in data_sets],
+        "data_report": [data.report() for data in data_sets],
+    }
+
+
+def arguments(args) -> dict:
+    """The settings, with what they name by its full path, so that it is found again from any folder. What is not here
+    is a hub id, and stays."""
+    named = {name: value for name in BY_CONTENT if (value := getattr(args, name))}
+    there = {name: os.path.abspath(value) for name, value in named.items()
+             if os.path.exists(value) or glob.glob(value, recursive=True)}
+    return dataclasses.asdict(args) | there
+
+
+def find(args, name: str) -> tuple[Path, dict | None, int | None]:
+    """(folder of the run, what its run.json says or None for a new run, the step asked for or None). Raises UserError.
+
+    `name` is the folder of a run that has no --output_dir; `take` makes it. --resume may name a run's folder or one of
+    its states.
+    """
+    if args.resume in ("auto", "never"):
+        if not args.output_dir:
+            claim(folder := _free(Path(name)))
+            return folder, None, None
+        folder = Path(args.output_dir)
+        if args.resume == "auto" and (folder / "run.json").is_file():
+            return folder, read(folder), None
+        claim(folder)
+        return folder, None, None
+    path, step = Path(args.resume), None
+    place = Path(os.path.abspath(path))  # as it is named: states may be links
+    if place.parent.name == "resume" and place.name.startswith("step-"):
+        folder, step = place.parent.parent, place.name.removeprefix("step-")
+        if not path.is_dir() or step not in map(str, steps_of(place.parent, "step")):
+            raise UserError(f"--resume {path}: no such state; the run's are in {path.parent}")
+    else:
+        folder = path
+    if not (folder / "run.json").is_file():
+        raise UserError(f"--resume {path}: is no run (run.json is missing)")
+    record = read(folder)
+    trained = record.get("finished") or (folder / f"checkpoint-{record.get('steps')}").is_dir()  # needs no state
+    if not trained and not (folder / "resume").is_dir():
+        raise UserError(f"--resume {path}: holds no state to go on from (the folder resume/ is missing)")
+    if args.output_dir and Path(args.output_dir).resolve() != folder.resolve():
+        raise UserError(f"--resume {path} and --output_dir {args.output_dir} are two runs; leave --output_dir out")
+    return folder, record, step and int(step)
+
+
+def _free(folder: Path) -> Path:
+    """This folder, or where something is there <folder>-2, <folder>-3 ..."""
+    more = (folder.with_name(f"{folder.name}-{k}") for k in itertools.count(2))
+    return next(place for place in itertools.chain([folder], more) if not os.path.lexists(place))
+
+
+def take(folder: Path) -> Path:
+    """Makes a new folder under this name, or under the next that is free where another run of the same second has it.
+    Raises RunStopped where no folder can be made."""
+    while True:
+        place = _free(folder)
+        with writing(place), contextlib.suppress(FileExistsError):  # somebody was first
+            place.mkdir(parents=True)
+            return place
+
+
+def read(folder: Path) -> dict:
+    """What a run's run.json says. Raises UserError where train.py has not written it."""
+    try:
+        record = json.loads(read_text(folder / "run.json"))
+        if (isinstance(record["arguments"], dict) and type(record["world_size"]) is type(record["steps"]) is int
+                and record["steps"] > 0 and type(record.get("finished", False)) is bool):
+            return record
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{folder / 'run.json'}: is not what train.py writes; name another --output_dir")
+
+
+def check_same(folder: Path, old: dict, new: dict, early: bool = False) -> None:
+    """Raises UserError listing every difference between the run of this folder and this one.
+
+    `new` may be a part of what there is to know; `early`, an adapter that is trained on has not told its settings yet.
+    """
+    free = FREE | BY_CONTENT | (ADAPTERS if early else set())
+    new = json.loads(json.dumps(new))  # as the old one went
+    found = [(name, old.get(name), new[name]) for name in COMPARED if name in new and name != "arguments"]
+    before, now = old["arguments"], new["arguments"]
+    flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
+    different = [(name, was, is_now) for name, was, is_now in flags + found if was != is_now]
+    if different:
+        different += [(f"--{name}", before.get(name), now[name]) for name in sorted(BY_CONTENT)
+                      if before.get(name) != now[name]]
+        changes = ", ".join(f"{name}: {_short(was)} -> {_short(is_now)}" for name, was, is_now in different)
+        advice = "give it the same ones to go on with it, or name a new folder"
+        if {name for name, *_ in different} <= {"--max_steps", "--num_train_epochs", "steps"} and old.get("finished"):
+            last = folder / f"checkpoint-{old['steps']}"
+            advice = ("it is finished, and in a longer run each step has another learning rate. To train further, "
+                      f"start from its end in a new --output_dir: --model_name {shlex.quote(str(last))} (for DPO that "
+                      "is then the reference, too); for one longer run, name a new --output_dir alone")
+        raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); {advice}")
+
+
+def changed_machine(old: dict, new: dict) -> str:
+    """What may keep the last bits from being the same, in words; empty where all is as it was."""
+    changes = [f"{name}: {_short(old.get(name))} -> {_short(new[name])}" for name in SAID if old.get(name) != new[name]]
+    return ", ".join(changes)
+
+
+def _short(value) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:30]}...{text[-20:]}"
+
+
+def fingerprint(known: dict) -> str:
+    """One short word for all that makes a run this very one."""
+    kept = {name: known[name] for name in COMPARED}
+    kept["arguments"] = {name: value for name, value in known["arguments"].items() if name not in FREE | BY_CONTENT}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def create(folder: Path, record: dict) -> None:
+    """Makes the folder with its run.json. Raises UserError where another run was first, RunStopped for a full disk."""
+    place = folder / f".run.json.{os.getpid()}.partial"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with writing(folder), place.open("w") as out:
+            out.write(json.dumps(record | {"output_dir": str(folder)}, indent=2) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.link(place, folder / "run.json")  # all of it at once, and only if it is not there
+    except (FileExistsError, FileNotFoundError) as error:  # the other one has cleared ours away
+        raise UserError(f"--output_dir {folder}: is in use by another run") from error
+    except OSError:  # a file system without hard links
+        os.replace(place, folder / "run.json")
+    finally:
+        place.unlink(missing_ok=True)
+    flush(folder)
+
+
+def list_dropped(folder: Path, rows: list[dict]) -> None:
+    """Writes down the rows that were dropped, unless that was done: a run may have been killed before it could."""
+    file = folder / "dropped_rows.jsonl"
+    if rows and not file.exists():
+        with writing(file):
+            write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lock(folder: Path):
+    """Keeps a second process out of the run for as long as this one lives; the file must be kept open."""
+    file = (folder / "run.json").open("r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--output_dir {folder}: is in use by another run") from error
+    except OSError:  # a file system without locks
+        pass
+    clear_partials(folder)
+    clear_partials(folder / "resume")
+    return file
+
+
+def check_held(folder: Path, file) -> None:
+    """Raises RunStopped where the folder is no longer the one that `lock` gave `file` of: what is written now would
+    begin half a run in another, or in none."""
+    try:
+        there = os.stat(folder / "run.json")
+        # The same file, or, on a file system that numbers its files anew, one that says the same.
+        held = os.path.samestat(there, os.fstat(file.fileno())) or (folder / "run.json").read_bytes() == _said(file)
+    except OSError:
+        held = False
+    if not held:
+        raise RunStopped(f"{folder}: was removed, renamed or replaced while this run wrote to it; put it back, and the "
+                         "same command goes on")
+
+
+def _said(file) -> bytes:
+    file.seek(0)
+    return file.read().encode()
+
+
+def finish(folder: Path) -> None:
+    """Writes down that nothing is left to do."""
+    with writing(folder / "run.json"):
+        write_whole(folder / "run.json", json.dumps(read(folder) | {"finished": True}, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": sys.version.split()[0]} | found | {"torch": str(torch.__version__)}  # which names its CUDA, too
+
+
+def git_commit(program: Path) -> str | None:
+    """Of the program in this folder, where it is a clone and git is there."""
+    try:
+        done = subprocess.run(["git", "-C", str(program), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,149 @@
+"""Reference log-probs: computed once, before the first step, for the pairs that the run will visit, and kept on disk.
+
+The file is named by a fingerprint of everything that could change a number in it. Another fingerprint is another file,
+so a stale one is never read; where weights, data or versions changed under the same names the run says so.
+"""
+
+import array
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import Preempted, RunStopped, UserError, first_line
+from ..progress import Progress
+from ..ranks.distributed import from_main, is_main, main_first, say, sum_over_ranks
+from .atomic import flush, settle
+
+SAVE_EVERY = 100
+STALE = ("weights", "data", "versions")  # what changes under the same names and settings
+
+
+def data_hash(examples) -> str:
+    """A hash of the token ids of all examples, in order: data, tokenizer, template and limits in one."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for ids in (example.prompt, example.chosen, example.rejected or []):
+            digest.update(array.array("q", [len(ids), *ids]).tobytes())
+    return digest.hexdigest()
+
+
+def reference_logps(examples, steps, deal, score, fingerprint: dict, cache_dir: str, device, check) -> Tensor:
+    """(n, 2) float64 on CPU: the reference's summed log-probs of chosen and rejected; NaN for pairs not visited.
+
+    `steps` are lists of indices, the same on every rank; `deal` gives this rank's micro-batches of one, (indices,
+    weight) each, as many on every rank; `score` maps indices to (P, 2). What is known is kept every SAVE_EVERY steps,
+    so a pass that was killed goes on; where `check` raises Preempted, told to stop, nothing is lost. Raises UserError
+    for a cache that can't be read, and RunStopped for a log-prob that is not finite.
+    """
+    file, known = cache_file(cache_dir, fingerprint), None
+    with main_first():
+        if is_main():
+            known = _load(file, fingerprint, len(examples))
+    known = from_main(known)
+    missing = [pairs for pairs in steps if known[pairs].isnan().any()]
+    with Progress("reference", len(missing), "step") as bar:
+        for i in range(0, len(missing), SAVE_EVERY):
+            stopped = _fill(known, missing[i : i + SAVE_EVERY], deal, score, device, bar, check)
+            with main_first():
+                if is_main():
+                    _save(file, known, fingerprint)
+            if stopped:
+                raise stopped
+    total, new = (len({i for pairs in lists for i in pairs}) for lists in (steps, missing))
+    say(f"reference: {new} pairs computed, {total - new} from the cache, {file}")
+    return known
+
+
+def _fill(known: Tensor, steps, deal, score, device, bar, check) -> Preempted | None:
+    """Computes the pairs of these steps on all ranks and writes them into `known`; what `check` raised, if it did."""
+    sums, counts = torch.zeros_like(known), torch.zeros(len(known), 1, dtype=torch.float64)
+    stopped = None
+    for pairs in steps:
+        try:
+            check()
+        except Preempted as told:
+            stopped = told
+            break
+        for indices, weight in deal(pairs):
+            sums[indices] += weight * score(indices).cpu()
+            counts[indices] += weight
+        bar.update()
+    sums, counts = sum_over_ranks(sums.to(device)).cpu(), sum_over_ranks(counts.to(device)).cpu()
+    known[:] = torch.where(counts > 0, sums / counts, known)
+    computed = (counts > 0).flatten()
+    if bad := (~known[computed].isfinite().all(1)).sum().item():
+        raise RunStopped(f"{bad} reference log-probs are not finite: the starting model is broken")
+    return stopped
+
+
+def cache_file(cache_dir: str, fingerprint: dict) -> Path:
+    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    return Path(cache_dir) / f"reference-{key[:24]}.safetensors"
+
+
+def check_writable(cache_dir: str) -> None:
+    """Raises UserError before any work is done for a cache that could not be kept."""
+    try:
+        there = next(place for place in (Path(cache_dir), *Path(cache_dir).absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(f"--cache_dir {cache_dir}: can't be written to ({error.strerror})") from error
+
+
+def _load(file: Path, fingerprint: dict, n: int) -> Tensor:
+    """What the cache knows, (n, 2); NaN elsewhere. Says why it starts anew where a cache of this data is there."""
+    try:
+        with safe_open(file, "pt") as cache:
+            logps, written = cache.get_tensor("logps"), (cache.metadata() or {}).get("sha256")
+        if logps.shape == (n, 2) and written == _digest(logps):
+            return logps
+        say(f"reference: {file} is damaged (not what was written), computing it again")
+    except FileNotFoundError:
+        if changed := _changed(file.parent, fingerprint):
+            say(f"reference: the cached one is stale ({', '.join(changed)} changed), computing it again")
+    except SafetensorError as error:
+        say(f"reference: {file} is damaged ({first_line(error)}), computing it again")
+    except OSError as error:
+        raise UserError(f"--cache_dir: {file}: can't be read ({first_line(error)}); remove it, or name another folder"
+                        ) from error
+    return torch.full((n, 2), torch.nan, dtype=torch.float64)
+
+
+def _changed(folder: Path, fingerprint: dict) -> list[str]:
+    """Which of the things that make a cache stale changed since the newest one of this model, this data file and these
+    settings. Nothing where there is none: a cache of other settings is another run's."""
+    files = [file for file in folder.glob("reference-*.safetensors") if file.is_file()]
+    for file in sorted(files, key=os.path.getmtime, reverse=True):
+        try:
+            with safe_open(file, "pt") as cache:
+                other = json.loads(cache.metadata()["fingerprint"])
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):  # damaged, or somebody else's
+            continue
+        changed = [key for key in fingerprint if other.get(key) != fingerprint[key]]
+        if {*changed} <= {*STALE}:
+            return changed
+    return []
+
+
+def _digest(logps: Tensor) -> str:
+    return hashlib.sha256(logps.numpy().tobytes()).hexdigest()
+
+
+def _save(file: Path, logps: Tensor, fingerprint: dict) -> None:
+    aside = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"logps": logps}, aside, {"fingerprint": json.dumps(fingerprint), "sha256": _digest(logps)})
+        settle(aside)
+        os.replace(aside, file)  # a reader, or a run after a crash, sees the old file or the new one
+        flush(file.parent)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise RunStopped(f"{file}: can't be written ({first_line(error)})") from error

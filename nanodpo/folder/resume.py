@@ -1,0 +1,168 @@
+"""Going on: the state of a run at a step, from which it computes to the last bit what it would have computed.
+
+    <run>/resume/step-<k>/rank<r>.safetensors    float32 weights, AdamW's moments, random numbers of rank r
+    <run>/resume/step-<k>/manifest.json          sizes, hashes, the step, the counters, the run it belongs to
+
+Written by every rank for itself, without pickles; the two newest are kept, so that one may be damaged. What belongs to
+step k is metrics.jsonl up to step k - 1. A file holds the shard of one rank of so many, so a run goes on with as many
+ranks as it started with; with another number its sums would round otherwise, and it would be another run.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import RankStopped, RunStopped, UserError
+from ..files import read_text
+from ..ranks.distributed import agree, is_main, main_first, say
+from .atomic import aside, clear, file_facts, flush, publish, read_manifest, remove, steps_of, write_whole, writing
+
+KEEP = 2
+
+
+def begin(run: Path, steps: int, world: int, wanted: int | None) -> tuple[dict, set[int]]:
+    """(facts of the state to go on from, steps with an evaluation); cuts the run's folder back to it. On one rank.
+
+    The facts have the step, 0 where the run was stopped before its first state; of a run that only wants its end, all
+    `steps`, and no state is needed. Raises UserError where the run can't go on.
+    """
+    written = {line["step"] for _, line in _lines(run / "metrics.jsonl") if not _is_eval(line)}
+    if (wanted is None and sum(0 <= step < steps for step in written) == steps
+            and isinstance(read_manifest(run / f"checkpoint-{steps}"), dict)):
+        facts = {"step": steps, "complete": True}  # the last thing that training writes
+    else:
+        facts = find(run, world, wanted) or {"step": 0}
+    evaluated = go_back(run, facts["step"])
+    # The first checkpoint and the one of this step will be made again where they are damaged.
+    for place in [run / f"checkpoint-{k}" for k in steps_of(run) if 0 < k < facts["step"]]:
+        if isinstance(wrong := read_manifest(place), str):
+            say(f"resume: {place}: {wrong}; only a run into a new --output_dir would make it "
+                "again")
+    return facts, evaluated
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "resume" / f"step-{step}"
+
+
+def steps_in(run: Path) -> list[int]:
+    """Steps of the run's states, the newest first."""
+    return steps_of(run / "resume", "step")
+
+
+def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: int) -> None:
+    """Writes resume/step-<step>, all ranks together. Raises RunStopped on all of them where one can't write.
+
+    The state counts once it has its name: every rank has read its file back and rank 0 has seen them all. `facts` go
+    into the manifest.
+    """
+    folder, place = folder_of(run, step), aside(folder_of(run, step))
+    file, error, known = place / f"rank{rank}.safetensors", None, None
+    with main_first():
+        if is_main():
+            clear(place)
+            with writing(folder):
+                place.parent.mkdir(exist_ok=True)  # in the run's folder, which must be there still
+                place.mkdir()
+    try:
+        with writing(folder):
+            known = _write(file, tensors)
+    except RunStopped as caught:
+        error = caught
+    try:
+        known = agree(error, known)
+        with main_first():
+            if is_main():
+                names = {f"rank{i}.safetensors": facts for i, facts in enumerate(known)}
+                if unseen := [name for name in names if not (place / name).is_file()]:
+                    raise UserError(f"{run}: {unseen[0]} was written, but can't be seen by rank 0; --output_dir must "
+                                    "be a folder that all machines share")
+                with writing(folder):
+                    flush(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else None
+                    publish(folder, {"step": step, **facts}, names)
+                for old in [s for s in steps_in(run) if s < step][KEEP - 1 :]:
+                    remove(folder_of(run, old))
+    finally:
+        if is_main():
+            clear(place)
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> dict:
+    save_file(tensors, file)
+    flush(file)
+    for name, found in load_file(file).items():
+        if not torch.equal(found, tensors[name]) or not found.isfinite().all():
+            raise RankStopped(f"{file}: {name} is not finite, or not as it is in memory")
+    return file_facts(file)
+
+
+def find(run: Path, world: int, wanted: int | None = None) -> dict | None:
+    """The facts of the newest state that is whole and that metrics.jsonl reaches, or of the one `wanted`. On one rank.
+
+    None where the run was stopped before its first state. Says what it passes over; raises UserError where nothing is
+    left, or `wanted` is broken: starting again from step 0 would throw away what the run has done.
+    """
+    steps, passed = steps_in(run) if wanted is None else [wanted], []
+    written = {line["step"] for _, line in _lines(run / "metrics.jsonl") if not _is_eval(line)}
+    for step in steps:
+        facts = read_manifest(folder_of(run, step))
+        if isinstance(facts, dict):
+            missing = {f"rank{r}.safetensors" for r in range(world)} - facts["files"].keys()
+            lost = next((k for k in range(step) if k not in written), None)
+            if not missing and lost is None and facts.get("step") == step:
+                return facts
+            lost = "misnamed" if lost is None else f"metrics.jsonl lacks step {lost}"
+            facts = f"no {min(missing)}" if missing else lost
+        passed.append(f"step-{step}: {facts}")
+        say(f"resume: passing over {folder_of(run, step)}: {facts}")
+    done = [step for step in steps_of(run) if step > 0]
+    if passed or done:
+        broken = "; ".join(passed) or f"there is none, but checkpoint-{done[0]} is there"
+        raise UserError(f"{run}: no state to go on from ({broken}); train again into a new --output_dir")
+    return None
+
+
+def load(run: Path, step: int, rank: int, replicated: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights and moments, random numbers) of this rank. Without ZeRO the first rank's weights are everybody's."""
+    own = load_file(folder_of(run, step) / f"rank{rank}.safetensors")
+    random = {name: tensor for name, tensor in own.items() if name.startswith("random.")}
+    shared = load_file(folder_of(run, step) / "rank0.safetensors") if replicated and rank else own
+    return {name: tensor for name, tensor in shared.items() if name not in random}, random
+
+
+def go_back(run: Path, step: int) -> set[int]:
+    """Leaves in the run's folder what belongs before step `step`; returns the steps whose evaluation is there.
+
+    What comes after is computed again, to the same numbers.
+    """
+    metrics, kept = run / "metrics.jsonl", []
+    for text, line in _lines(metrics):
+        if line["step"] < step or (_is_eval(line) and line["step"] == step):
+            kept.append((text, line))
+    if metrics.exists() and read_text(metrics, 2**32, "replace") != "".join(text for text, _ in kept):
+        with writing(metrics):
+            write_whole(metrics, "".join(text for text, _ in kept))
+    for folder, kind in ((run / "resume", "step"), (run, "checkpoint")):
+        for later in [s for s in steps_of(folder, kind) if s > step]:
+            remove(folder / f"{kind}-{later}")
+    return {line["step"] for _, line in kept if _is_eval(line)}
+
+
+def _lines(metrics: Path) -> list[tuple[str, dict]]:
+    """(text, values) of each line that is whole: a killed process may leave half of the last one."""
+    found = []
+    for text in read_text(metrics, 2**32, "replace").splitlines(keepends=True) if metrics.exists() else ():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
+            found.append((text, line))
+    return found
+
+
+def _is_eval(line: dict) -> bool:
+    return any(name.startswith("eval_") for name in line)

@@ -1,0 +1,121 @@
+"""Weights of models and adapters, opened with nothing missing, and adapters exchanged for those of the next checkpoint.
+
+Transformers and PEFT only warn of weights that a file lacks, and draw random ones in their place; they leave out those
+that the model has no place for.
+"""
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+from ..errors import UserError, first_line
+from ..files import read_text
+from .source import BROKEN, one_voice
+
+PLACES = ("base_model_name_or_path", "peft_version", "inference_mode", "revision")  # say nothing of the shape
+
+# What models of old releases have in their files beside their weights: tables that every model makes anew, of causal
+# masks and of rotations. Transformers passes over others by itself: what a family has that is not of the language model
+# (heads that predict several tokens, towers for images), and an output layer that is tied.
+TABLES = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)$")
+
+
+def open_base(name: str, dtype, trust_remote_code: bool):
+    """A causal LM with its weights. Raises UserError for files that are broken, lack a weight, have another shape or a
+    weight too many."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with one_voice():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
+                ignore_mismatched_sizes=True)  # refused here, by name
+            if found["mismatched_keys"]:
+                key, written, wanted = sorted(found["mismatched_keys"])[0]
+                raise UserError(f"{name}: does not fit its config.json: {key} is {list(written)} in the weights, and "
+                                f"{list(wanted)} by the config")
+            if found["missing_keys"]:
+                raise UserError(f"{name}: lacks {len(found['missing_keys'])} of the model's weights, such as "
+                                f"{min(found['missing_keys'])}; copy them anew, or mend config.json")
+            if strange := [key for key in found["unexpected_keys"] if not TABLES.search(key)]:
+                raise UserError(f"{name}: has {len(strange)} weights that its config.json has no place for, such as "
+                                f"{min(strange)}; mend config.json, or save the model without them")
+    except UserError:
+        raise
+    except BROKEN as error:
+        raise UserError(f"{name}: the weights can't be loaded: {first_line(error)}") from error
+    return model
+
+
+def adapter_shape(adapter: str | None) -> dict | None:
+    """An adapter's config without the entries that only say where things lie; None for a whole model."""
+    if adapter is None:
+        return None
+    config = json.loads(read_text(Path(adapter) / "adapter_config.json"))
+    targets = config.get("target_modules")
+    config["target_modules"] = sorted(targets) if isinstance(targets, list) else targets
+    return {key: value for key, value in config.items() if key not in PLACES}
+
+
+def add_adapter(model, adapter: str | None, trainable: bool = False):
+    """The model with its adapter, in float32; without one the model itself. Raises UserError."""
+    if adapter is None:
+        return model
+    from peft import PeftModel
+
+    kind = adapter_shape(adapter).get("peft_type")
+    if trainable and kind != "LORA":
+        raise UserError(f"{adapter}: is a {kind} adapter; only LoRA can be trained on")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused in a moment
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        _written(model, adapter)
+    except BROKEN as error:
+        if isinstance(error, UserError):
+            raise
+        grown = ("; if its model's vocabulary was grown, merge it where that model is (PEFT's merge_and_unload), and "
+                 "name the merged model") * ("embed_tokens" in str(error))
+        raise UserError(f"{adapter}: does not fit its base: {first_line(error)}{grown}") from error
+    return model
+
+
+def exchange_adapter(model, adapter: str) -> None:
+    """Puts another adapter's weights in place of the present ones, which have the same shape. Raises UserError."""
+    from peft.utils import set_peft_model_state_dict
+
+    try:
+        set_peft_model_state_dict(model, _written(model, adapter))
+    except BROKEN as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{adapter}: can't be opened: {first_line(error)}") from error
+
+
+def _written(model, adapter: str) -> dict:
+    """An adapter's weights as they are on disk. Raises UserError unless they are what the model has places for."""
+    from peft.utils import get_peft_model_state_dict, load_peft_weights
+
+    written = load_peft_weights(adapter, device="cpu")
+    places = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if lacking := places.keys() - written.keys():
+        raise UserError(f"{adapter}: lacks {len(lacking)} of the weights that its adapter_config.json asks for, such "
+                        f"as {min(lacking)}; copy the adapter anew")
+    if strange := written.keys() - places.keys():
+        whole = [name for name in strange if ".lora_" not in name]
+        why = ("; it is no LoRA weight (target_modules or modules_to_save name embeddings or a head), and only LoRA on "
+               "linear layers is supported: merge the adapter (PEFT's merge_and_unload), and name the merged model")
+        raise UserError(f"{adapter}: has weights that its base or its adapter_config.json has no place for, such as "
+                        f"{min(whole or strange)}{why * bool(whole)}")
+    return written
+
+
+def adapter_weights(model, path: str) -> list:
+    """The adapter's parameters, made ready for gradients. Raises UserError for a model without one."""
+    found = [p for name, p in model.named_parameters() if ".lora_" in name]
+    if not found:
+        raise UserError(f"--gradients: are by the weights of a LoRA adapter, and {path} has none")
+    for parameter in found:
+        parameter.requires_grad_(True)
+    return found

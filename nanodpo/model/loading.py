@@ -1,0 +1,191 @@
+"""Loads a model, adds LoRA, and says which policy is the reference."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+
+import torch
+from torch import nn
+
+from ..errors import UserError, first_line
+from ..ranks.distributed import say
+from .adapters import add_adapter, open_base
+from .precision import stored
+from .source import BROKEN, Source, absolute
+
+
+def load_model(source: Source, args) -> nn.Module:
+    """The policy at its start: the base model, its adapter where it has one, a fresh LoRA where args ask for one."""
+    from transformers import AutoModelForCausalLM
+
+    dtype, remote = stored(args.bf16, frozen=args.use_lora), args.trust_remote_code
+    torch.manual_seed(args.seed)  # every rank draws the same weights
+    if args.random_init:
+        try:
+            model = AutoModelForCausalLM.from_config(source.config, dtype=dtype, trust_remote_code=remote)
+        except BROKEN as error:
+            raise UserError(f"{source.base}: no model can be made of its config: {first_line(error)}") from error
+    else:
+        model = open_base(source.base, dtype, remote)
+    if source.adapter:
+        model = _open_adapter(model, source, args)
+    elif args.use_lora:
+        model = _add_lora(model, source, args)
+    if not args.allow_dropout:
+        _remove_dropout(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("no parameter is trainable")
+    return model
+
+
+def _open_adapter(model: nn.Module, source: Source, args) -> nn.Module:
+    if not args.use_lora:
+        raise UserError(f"--model_name {source.adapter} is an adapter; merge it into its base for full fine-tuning")
+    model = add_adapter(model, source.adapter, trainable=True)
+    own = model.peft_config["default"]
+    check_plain_lora(model, source.adapter)
+    _take_over(args, own, source.adapter)
+    return model
+
+
+def _take_over(args, own, adapter: str) -> None:
+    """Writes the adapter's own LoRA settings into args. Raises UserError where a flag asked for others."""
+    targets = ",".join(sorted(own.target_modules)) if isinstance(own.target_modules, set) else own.target_modules
+    theirs = {"lora_r": own.r, "lora_alpha": own.lora_alpha, "lora_dropout": own.lora_dropout,
+              "lora_target_modules": targets}
+    for name, value in theirs.items():
+        if getattr(args, name) not in (value, type(args).__dataclass_fields__[name].default):
+            raise UserError(f"--{name} {getattr(args, name)}: the adapter {adapter} has {value}; leave the flag out")
+        setattr(args, name, value)
+
+
+def check_plain_lora(model: nn.Module, where: str) -> None:
+    """Raises UserError for an adapter that is more than LoRA on linear layers (embeddings, heads, DoRA ...)."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if odd := [name for name in trained if not name.endswith((".lora_A.default.weight", ".lora_B.default.weight"))]:
+        raise UserError(f"{where}: trains {odd[0]}, and only LoRA on linear layers is supported")
+
+
+def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    names = args.lora_target_modules.split(",") if args.lora_target_modules != "all-linear" else "all-linear"
+    if names != "all-linear":
+        names = [name.strip() for name in names if name.strip()]
+        modules = [name for name, _ in model.named_modules()]
+        if unknown := [n for n in names if not any(m == n or m.endswith("." + n) for m in modules)]:
+            layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+            linear = sorted({name.rpartition(".")[2] for name in layers})
+            raise UserError(f"--lora_target_modules: the model has no module {', '.join(unknown)}; its linear layers "
+                            f"are {', '.join(linear)}")
+    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+                        target_modules=names, task_type="CAUSAL_LM")
+    head = model.get_output_embeddings()
+    try:
+        with _drawn_in_float32():
+            model = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules {args.lora_target_modules}: {first_line(error)}") from error
+    if model.get_base_model().get_output_embeddings() is not head:
+        raise UserError("--lora_target_modules: the output layer can't be adapted; leave it out")
+    check_plain_lora(model, f"--lora_target_modules {args.lora_target_modules}")
+    model.peft_config["default"].base_model_name_or_path = absolute(source.base)
+    return model
+
+
+@contextlib.contextmanager
+def _drawn_in_float32():
+    """Keeps PEFT from rounding a fresh adapter to the dtype of its base: it starts the same with --bf16 and without."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    own = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        BaseTunerLayer._move_adapter_to_device_of_base_layer = own
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """Sets every dropout rate to 0: modules, the floats that attention layers hand on, the noise of MoE routers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if ("dropout" in name or "jitter" in name) and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def describe(model: nn.Module) -> str:
+    """One line on what is trained, in which dtype."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    count, total = sum(p.numel() for _, p in trained), sum(p.numel() for p in model.parameters())
+    dtype = str(trained[0][1].dtype).removeprefix("torch.")
+    line = f"model: {total:,} parameters, {count:,} of them trained ({count / total:.2%}), {dtype}"
+    adapted = sorted({name.split(".lora_")[0].rpartition(".")[2] for name, _ in trained if ".lora_" in name})
+    return line + (f"; LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning")
+
+
+def fingerprint(model: nn.Module, fresh_lora: bool) -> str:
+    """Hashes of the reference, one after the other: the base's weights, its config, and the adapter where it has one.
+
+    A fresh LoRA is not part of the reference, so runs that differ in its rank or seed have the same one.
+    """
+    hashes = base_hashes(model)
+    if not fresh_lora and hasattr(model, "peft_config"):
+        own = model.peft_config["default"]
+        digest = hashlib.sha256(
+            repr((own.r, own.lora_alpha, own.use_rslora, own.rank_pattern, own.alpha_pattern)).encode())
+        _add_tensors(digest, {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name})
+        hashes.append(digest.hexdigest())
+    return " ".join(hashes)
+
+
+def base_hashes(model: nn.Module) -> list[str]:
+    """Hashes of a base's weights and of its config, which says how they are used; the same with an adapter on it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in inner.state_dict().items()
+               if ".lora_" not in name}
+    _add_tensors(weights := hashlib.sha256(), tensors)
+    config = {key: value for key, value in inner.config.to_dict().items()
+              if key not in ("_name_or_path", "transformers_version")}
+    return [weights.hexdigest(), hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()]
+
+
+def _add_tensors(digest, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def check_base(hashes: list[str], base: str, record: dict, run) -> None:
+    """Raises UserError where a base is not the one that a run started from: `hashes` are those of `base_hashes`, in the
+    run's precision, and `record` is what the run's run.json says."""
+    known = str(record.get("weights", "")).split()
+    if len(known) < 2:
+        return say(f"{run}/run.json: has no hash of its base's weights; {base} is taken as it is")
+    back = f"put back what was there, or copy it to another folder and name that in {run}'s adapter_config.json files"
+    if hashes[0] != known[0]:
+        raise UserError(f"{base}: holds other weights than those that {run} was trained on; {back}")
+    if hashes[1] != known[1]:
+        then, now = record.get("versions", {}).get("transformers"), importlib.metadata.version("transformers")
+        if then == now:
+            raise UserError(f"{base}: its config.json is not the one that {run} was trained with; {back}")
+        say(f"{base}: transformers {now} reads its config otherwise than {then}, under which {run} was trained")
+
+
+@contextlib.contextmanager
+def reference_policy(model: nn.Module, fresh_lora: bool):
+    """The policy as it was before training: eval mode and, for LoRA that started from nothing, the adapter off.
+
+    Full fine-tuning and a trained adapter *are* their reference only until the first step. Modes come back whatever
+    happens inside.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter() if fresh_lora else contextlib.nullcontext():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,163 @@
+"""Where a run starts: a model or an adapter on one, opened far enough to check everything but the weights."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pickle
+import re
+import struct
+import warnings
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UserError, first_line
+from ..files import check_regular, read_text
+
+# What libraries raise where a file of a model is broken or a setting in it makes no sense.
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
+          AssertionError, EOFError, struct.error, pickle.UnpicklingError, re.error, SafetensorError,
+          StrictDataclassError)
+
+
+@dataclasses.dataclass
+class Source:
+    """Where a run starts: a base model and, perhaps, an adapter on it."""
+
+    base: str
+    adapter: str | None
+    config: object
+    tokenizer: object
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence the model's config allows, in tokens."""
+        config = self.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            # Past this length these scale positions by the longest sequence of the row, so a log-prob would depend on
+            # its neighbours.
+            return rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        return getattr(config, "max_position_embeddings", None)
+
+
+@contextlib.contextmanager
+def one_voice():
+    """What transformers logs within comes at the end, and not at all where an error ends it: that says it all."""
+    logger = logging.getLogger("transformers")
+    handlers, held = logger.handlers, MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
+    passed_on, logger.propagate = logger.propagate, False  # transformers passes it on where the environment says CI
+    logger.handlers = [held]
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, passed_on
+    for record in held.buffer:
+        logger.handle(record)
+
+
+def open_source(name: str, trust_remote_code: bool) -> Source:
+    """Reads config and tokenizer of a model or adapter, without its weights. Raises UserError for what is not there."""
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for every file read or written, on every rank
+    # Names that transformers 6 will drop; PEFT and the range of releases supported here still need them.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+    base, adapter = base_of(name)
+    has_tokenizer = adapter and (Path(adapter) / "tokenizer_config.json").is_file()
+    where, what = name if base == name else f"{name}: its base {base}", "config.json"
+    with one_voice():
+        try:
+            config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+            vocabulary, what = config.get_text_config().vocab_size, "the tokenizer"
+            quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+            tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base,
+                                                      trust_remote_code=trust_remote_code)
+            tokenizer("a")  # some settings of a wrong type show only here
+        except BROKEN as error:
+            moved = (f". If the base has moved, write its place into {Path(name) / 'adapter_config.json'}, "
+                     "base_model_name_or_path") * bool(adapter and what == "config.json")
+            raise UserError(f"model {where}: {what} can't be opened: {first_line(error)}{moved}") from error
+        if quantised:
+            raise UserError(f"model {where}: its weights are quantised (quantization_config in config.json); log-probs "
+                            "and updates are of weights in float32 or bfloat16, so name the model that they come from")
+        _check_files(Path(adapter or base))
+        if adapter and not any(Path(adapter).glob("adapter_model.*")):
+            raise UserError(f"model {name}: has adapter_config.json, but no adapter_model.safetensors")
+        if vocabulary < 1:
+            raise UserError(f"model {where}: config.json says vocab_size {vocabulary}; it must be above 0")
+        source = Source(base, adapter, config, tokenizer)
+        if source.context is not None and source.context < 1:
+            raise UserError(f"model {where}: config.json says max_position_embeddings {source.context}; it must "
+                            "be above 0")
+    return source
+
+
+def check_ids(source: Source, path: str, examples) -> None:
+    """Raises UserError for a token of the data that has no place in the model's embedding. Entries of the tokenizer
+    that no row uses may lie beyond it, as those for images do in published models of text."""
+    vocabulary = source.config.get_text_config().vocab_size
+    if max(source.tokenizer.get_vocab().values(), default=0) < vocabulary:
+        return
+    mend = "put the tokenizer's files of this very model there"
+    if source.adapter:
+        mend = ("an adapter of a model whose vocabulary was grown must be merged where that model is (PEFT's "
+                "merge_and_unload), and the merged model be named; else " + mend)
+    for example in examples:
+        for ids in (example.prompt, example.chosen, example.rejected or [], *example.more.values()):
+            if (largest := max(ids, default=0)) >= vocabulary:
+                token = source.tokenizer.convert_ids_to_tokens(largest)
+                raise UserError(f"model {source.adapter or source.base}: its tokenizer gives {token!r} the id {largest}"
+                                f", and its embedding has {vocabulary} places, from 0 (first used in {path}, row "
+                                f"{example.row}); {mend}")
+
+
+def _check_files(folder: Path) -> None:
+    """Raises UserError for a file of weights that is cut short or none at all, as its header says how long it must be,
+    and for weights that are there twice."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            check_regular(file)
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: can't be read: {first_line(error)}; copy it anew") from error
+    if all((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        raise UserError(f"model {folder}: has its weights twice, in model.safetensors and in the files that "
+                        "model.safetensors.index.json lists; remove those that are not meant")
+
+
+def base_of(name: str) -> tuple[str, str | None]:
+    """(model, adapter or None) of what may be either. Raises UserError for a folder that is neither."""
+    file = Path(name) / "adapter_config.json"
+    try:
+        if not file.is_file():
+            _check_model(Path(name), name)
+            return name, None
+        base = json.loads(read_text(file))["base_model_name_or_path"]
+    except OSError as error:
+        raise UserError(f"model {name}: can't be opened: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: no base_model_name_or_path can be read from it: {first_line(error)}") from error
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{file}: base_model_name_or_path is {base!r}, not a model's name")
+    return base, name
+
+
+def _check_model(path: Path, name: str) -> None:
+    """Raises UserError for a folder that is no model, and for one that isn't there; a hub id passes."""
+    if (path / "run.json").is_file():
+        raise UserError(f"model {name}: is a run; name one of its checkpoints, {path / 'checkpoint-<step>'}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"model {name}: has neither config.json nor adapter_config.json")
+    if name.startswith(("/", "./", "../")) and not path.exists():
+        raise UserError(f"model {name}: no such folder")
+
+
+def absolute(name: str) -> str:
+    """A local folder by its full path, so that a checkpoint finds its base from anywhere; a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

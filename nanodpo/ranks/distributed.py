@@ -1,0 +1,231 @@
+"""Ranks: starting them under any launcher, and the few things they tell each other."""
+
+import contextlib
+import datetime
+import itertools
+import os
+import pickle
+import socket
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from ..errors import RankStopped, RunStopped, UserError, first_line
+from ..flags.settings import check_meeting
+from ..screen import put
+from .peers import Peers
+
+# What gloo, NCCL and PyTorch's store say of a rank that is gone, and of a network that is.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
+        "NCCL communicator was aborted", "Connection was likely closed", "Connection refused")
+CUT = ("No route to host", "Network is unreachable", "Host is unreachable", "Connection timed out", "Timed out waiting",
+       "Socket Timeout")
+JOIN = datetime.timedelta(minutes=2)  # so long may ranks come one after the other
+# So long may a rank that lives (peers.py) keep the others waiting: for rows that are longer, or for rank 0 to save.
+PATIENCE = datetime.timedelta(hours=6)
+
+_host = {"group": None}  # ranks of the CPU, where they tell each other things; None: those of the device serve
+_met = {"store": None, "peers": None, "calls": None, "alone": False}  # where several ranks were started
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(*text) -> None:
+    """Prints on rank 0, with no character that acts on the terminal."""
+    if is_main():
+        put(*text)
+
+
+def check_device(args) -> None:
+    """Raises UserError for settings that this machine can't honour."""
+    if args.use_flash_attention and not (torch.cuda.is_available() and args.bf16):
+        raise UserError("--use_flash_attention needs a CUDA device and --bf16; leave it out, rows are packed anyway")
+    if args.activation_memory == -1 and not torch.cuda.is_available():
+        raise UserError("--activation_memory -1: only a GPU says what it has left; give a number of GiB")
+
+
+def spare_memory() -> None:
+    """Lets CUDA's allocator map memory behind what it has. Rows come in all lengths: blocks of their own sizes would
+    leave holes between them that fit no other row. Before the first tensor there; a user's own setting stays."""
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def meet() -> None:
+    """Finds the other ranks where a launcher started several, and from then on knows whether they live.
+
+    Raises UserError for an environment that no launcher leaves, and RunStopped where a rank has not come within JOIN.
+    """
+    told = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    if not (told[0].isdecimal() and told[1].isdecimal()) or int(told[1]) == 1:
+        return  # one process, or one that reading the flags will refuse
+    check_meeting()
+    rank, world, host, port = int(told[0]), int(told[1]), told[2], int(told[3])
+    # torchrun holds a store of its own there, and keeps it when it starts the ranks anew.
+    held, again = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("USE_AGENT_STORE", "RESTART_COUNT"))
+    try:
+        store = dist.TCPStore(host, port, None, rank == 0 and held != "True", JOIN, False, multi_tenant=True)
+        store = dist.PrefixStore(f"nanodpo {again}", store)
+        _come_together(store, rank, world)
+        beats = dist.TCPStore(host, 0 if rank == 0 else int(store.get("beats")), None, rank == 0, JOIN, False)
+        if rank == 0:
+            store.set("beats", str(beats.port))
+    except dist.DistError as error:
+        raise RunStopped(f"rank {rank} can't join the others at {host}:{port} ({first_line(error)[:200]})") from error
+    store.set_timeout(PATIENCE)
+    _met.update(store=store, calls=itertools.count(), peers=Peers(beats, rank, world))
+
+
+def _come_together(store, rank: int, world: int) -> None:
+    """Returns when all ranks are there. Raises RunStopped for those that are not, UserError for two of one number."""
+    if store.add(f"came {rank}", 1) > 1:
+        raise UserError(f"two processes were started with RANK {rank}, or MASTER_PORT is that of another run")
+    store.set(f"here {rank}", "")
+    try:
+        store.wait([f"here {i}" for i in range(world)], JOIN)
+    except dist.DistError as error:
+        missing = [str(i) for i in range(world) if not store.check([f"here {i}"])]
+        raise RunStopped(f"of {world} ranks {', '.join(missing[:8])} did not come within {JOIN.seconds} s; see there "
+                         "why") from error
+
+
+def peers() -> Peers | None:
+    """Whether the other ranks live; None where there are none, or this one has left them."""
+    return _met["peers"]
+
+
+def works_alone() -> bool:
+    """Whether the others wait for this rank, and it for none of them."""
+    return _met["alone"]
+
+
+def start(local_rank: int) -> torch.device:
+    """Joins the ranks of whatever launched this process and returns its device."""
+    spare_memory()
+    if "RANK" not in os.environ:  # plain python: without these DeepSpeed goes looking for MPI
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not guess and warn
+    import deepspeed  # slow to import
+
+    # DeepSpeed calls collectives by names that newer releases of PyTorch want changed: nothing a user can do.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # On CPU DeepSpeed would compile a shared-memory op, and die where there is no compiler; gloo serves as well here.
+    if not cuda and "deepspeed_shm_comm" in getattr(deepspeed.ops, "__compatible_ops__", {}):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    backend, rank, world = "nccl" if cuda else "gloo", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if _met["store"]:
+        dist.init_process_group(backend, timeout=PATIENCE, store=_met["store"], rank=rank, world_size=world)
+    deepspeed.init_distributed(backend, verbose=False, timeout=PATIENCE)
+    if cuda and dist.get_world_size() > 1:
+        _host["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """What rounds as this device does: the GPU by its product name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The elementwise sum over all ranks, on all ranks; without ranks the values themselves."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def place() -> tuple[int, int]:
+    """(this rank, number of ranks); (0, 1) where no ranks were started."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def from_main(value):
+    """Rank 0's value on all ranks."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def leave() -> None:
+    """Ends what `meet` and `start` began; ranks that have left need not live. A rank that just exits may be aborted by
+    threads that still wait for the others."""
+    if peers():
+        peers().leave()
+        _met["peers"] = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def ask(flag: bool):
+    """Begins to ask whether one rank at least says so; the function returned waits for the answer, the same on all
+    ranks. Never waits for a GPU."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return lambda: flag
+    box = torch.tensor([flag], dtype=torch.int32)
+    work = dist.all_reduce(box, dist.ReduceOp.MAX, group=_host["group"], async_op=True)
+
+    def answer() -> bool:
+        work.wait()
+        return bool(box.item())
+
+    return answer
+
+
+def agree(error: Exception | None, fact=None) -> list:
+    """Every rank's `fact`, on all ranks; where one of them has an error it is raised on all, and nobody waits."""
+    everyone = [(error, fact)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (error, fact), group=_host["group"])
+    elif store := _met["store"]:  # before `start`
+        call, rank, world = next(_met["calls"]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store.set(f"{call} {rank}", pickle.dumps((error, fact)))
+        everyone = [pickle.loads(store.get(f"{call} {i}")) for i in range(world)]
+        if store.add(f"{call} read", 1) == world:
+            store.set(f"{call} done", "")
+        if rank == 0:  # the store ends with it
+            store.wait([f"{call} done"])
+    if first := next((error for error, _ in everyone if error), None):
+        raise first
+    return [fact for _, fact in everyone]
+
+
+@contextlib.contextmanager
+def main_first():
+    """Keeps the other ranks until rank 0 has done the block, and stops them with its error where it can't."""
+    error, _met["alone"] = None, is_main()
+    try:
+        yield
+    except (UserError, RunStopped) as caught:
+        error = caught
+    finally:
+        _met["alone"] = False
+    agree(error)
+
+
+@contextlib.contextmanager
+def lost_peers_named():
+    """One line instead of a traceback where another rank ended in the midst of a collective, or can't be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, (UserError, RunStopped)):
+            raise
+        said, rank = first_line(error)[-120:], os.environ.get("RANK", 0)
+        if any(sign in str(error) for sign in LOST):
+            raise RankStopped(f"rank {rank} stops because another rank did, see there ({said})") from error
+        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in CUT):
+            raise RankStopped(f"rank {rank} stops because it does not reach another rank; is the network between the "
+                              f"machines there? ({said})") from error
+        raise

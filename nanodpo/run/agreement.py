@@ -1,0 +1,118 @@
+"""Ranks that make one run must have been given the same.
+
+Each rank reads its own command line, files and libraries. Where these differ, gradients of different runs would be
+averaged, references of other weights would be kept for later runs, and ranks that count other steps would wait for each
+other. So before anything is written all ranks lay open what they have, and a difference ends them all.
+"""
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from ..errors import RankStopped, RunStopped, UserError
+from ..folder.record import BY_CONTENT, versions
+from ..ranks import distributed
+
+# Flags that may differ: a rank's place on its machine, and folders that machines may see under other names. What is
+# read from the latter is compared itself; the cache is rank 0's alone.
+FREE = BY_CONTENT | {"local_rank", "output_dir", "resume", "cache_dir"}
+# Settings that change how numbers are rounded.
+ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ATEN_CPU_CAPABILITY")
+
+
+@contextlib.contextmanager
+def together():
+    """Yields a dict for what must be the same on all ranks, {what: value or (value, how to show it)}.
+
+    At the end of the block all ranks wait for each other. Raises UserError on all of them where they differ, and the
+    error of the block on all of them where one has failed there.
+    """
+    facts, error = {}, None
+    try:
+        yield facts
+    except (UserError, RunStopped) as caught:
+        error = caught
+    everyone = distributed.agree(None, (error, facts))
+    errors = [error for error, _ in everyone]
+    for rank, first in enumerate(errors):
+        if first and len({str(error) for error in errors}) == 1:
+            raise first
+        if first:  # the others may have no such file
+            who = "" if isinstance(first, RankStopped) else f"rank {rank}: "
+            raise (UserError if isinstance(first, UserError) else RunStopped)(f"{who}{first}")
+    if found := differences([facts for _, facts in everyone]):
+        raise UserError(f"{'; '.join(found)}. All ranks of a run must be given the same")
+
+
+def differences(everyone: list[dict]) -> list[str]:
+    """What the ranks' facts differ in, in words; `everyone` has those of each rank.
+
+    >>> differences([{"--beta": 0.1}, {"--beta": 0.2}, {"--beta": 0.2}])
+    ['ranks 1, 2 have --beta 0.2, rank 0 0.1']
+    """
+    found = []
+    for name in dict.fromkeys(name for facts in everyone for name in facts):
+        values = [facts.get(name) for facts in everyone]
+        shown = {}
+        for rank, value in enumerate(values):
+            if _compared(value) != _compared(values[0]):
+                shown.setdefault(_shown(value), []).append(rank)
+        for value, ranks in shown.items():
+            who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} ha{'ve' if len(ranks) > 1 else 's'}"
+            found.append(f"{who} {name} {value}, rank 0 {_shown(values[0])}")
+    return found
+
+
+def _compared(value):
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _shown(value) -> str:
+    return value[1] if isinstance(value, tuple) else "nothing" if value is None else str(value)
+
+
+def flags(arguments: dict) -> dict:
+    """The command line, in which a settings file's values are flags too."""
+    return {f"--{name}": value for name, value in arguments.items() if name not in FREE}
+
+
+def program(script: Path, local_rank: int) -> dict:
+    """The code that runs and what it runs on: its files, the libraries, the device, and what rounds numbers."""
+    files = sorted([script, *(script.parent / "nanodpo").rglob("*.py")])
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(script.parent)} {file.stat().st_size} ".encode() + file.read_bytes())
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(f"LOCAL_RANK is {local_rank}, and this machine has {torch.cuda.device_count()} CUDA devices, "
+                        "from 0")
+    return {"files of this program that hash to": _hashed(digest.hexdigest()), **versions(),
+            "the device": distributed.device_name(device), "threads (OMP_NUM_THREADS):": torch.get_num_threads(),
+            "float32 matmul precision": torch.get_float32_matmul_precision(),
+            **{name: os.environ.get(name) for name in ROUNDING}}
+
+
+def inputs(args, facts: dict, old: dict | None, step: int | None) -> dict:
+    """What a run reads, by content, of `facts` as run.json has them; and whether it goes on, `old` being what it is
+    that it goes on with, from the state of this step where one was named."""
+    paths = dict(zip(("train_file_path", "eval_file_path"), (args.train_file_path, args.eval_file_path)))
+    found = {f"token ids of --{name}": (ids, f"{ids[:8]} ({path})") for (name, path), ids in
+             zip(paths.items(), [*facts["data"], None]) if ids}
+    found |= {f"DeepSpeed's {name}": value for name, value in _leaves(facts["deepspeed"])}
+    state = "finished run" if old and old.get("finished") else "run to go on with" if old else "new run"
+    return found | {"max_length": facts["max_length"], "in --output_dir a": state, "a state of step": step}
+
+
+def _hashed(digest: str) -> tuple[str, str]:
+    return digest, digest[:8]
+
+
+def _leaves(value, name: str = ""):
+    """(path.of.keys, value) of everything in nested dicts."""
+    if not isinstance(value, dict):
+        yield name, value
+    for key in sorted(value) if isinstance(value, dict) else ():
+        yield from _leaves(value[key], f"{name}.{key}" if name else key)

@@ -1,0 +1,172 @@
+"""The DeepSpeed engine around the log-prob module: its settings, its making, its update."""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from ..core.logprobs import SequenceLogProbs
+from ..errors import UserError, first_line
+from ..files import parse_json, read_text
+from ..model.precision import mix, products
+from ..ranks import distributed
+from . import memory as space
+
+OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+         "gradient_clipping", "fp16", "bf16", "torch_autocast")  # settings of the JSON that are train.py's flags
+# What DeepSpeed takes for granted of its settings, and looks at only when they are used.
+OBJECTS = ("activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "compile", "csv_monitor",
+           "data_efficiency", "data_types", "flops_profiler", "fp16", "tensorboard", "timers", "wandb",
+           "zero_optimization")
+SWITCHES = ("disable_allgather", "dump_state", "memory_breakdown", "prescale_gradients", "wall_clock_breakdown",
+            "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+NUMBERS = ("steps_per_print", "gradient_predivide_factor")
+UNKNOWN = ("sequence_parallel_size", "tensor_parallel", "pipeline", "autotuning")  # ranks would not be data ranks
+
+
+def read_settings(args, default: Path) -> dict:
+    """The DeepSpeed JSON with train.py's own numbers in it. Raises UserError."""
+    path = Path(args.deepspeed or default)
+    try:
+        settings = parse_json(read_text(path))
+    except OSError as error:
+        raise UserError(f"--deepspeed {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--deepspeed {path}: not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--deepspeed {path}: expected an object, found {type(settings).__name__}")
+    return engine_config(settings, str(path), args)
+
+
+def engine_config(settings: dict, path: str, args) -> dict:
+    """The DeepSpeed JSON with train.py's own settings written in. Raises UserError where the JSON sets one of those.
+
+    "auto", as other trainers' files have it, means that train.py decides.
+    """
+    settings = _without_auto(settings)
+    _check_kinds(settings, path)
+    for name, on in (("fp16", False), ("bf16", args.bf16)):  # what says the same as the flag contradicts nobody
+        if name in settings and settings[name].get("enabled", on) == on:
+            del settings[name]
+    if taken := [key for key in OWNED if key in settings]:
+        raise UserError(f"{path}: sets {', '.join(taken)}, which train.py owns: remove it there and use the flags "
+                            "(--learning_rate, --lr_scheduler_type, --per_device_train_batch_size, "
+                            "--gradient_accumulation_steps, --max_grad_norm, --bf16)")
+    settings["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
+    settings["gradient_accumulation_steps"] = 1  # accumulation is train.py's loop, with windows of any size
+    settings["gradient_clipping"] = args.max_grad_norm
+    settings["bf16"] = {"enabled": False, "check_grad_overflow": True}  # what is trained is float32, see precision.py
+    if taken := [key for key in UNKNOWN if key in settings]:
+        raise UserError(f"{path}: sets {', '.join(taken)}, which train.py does not support; remove it")
+    zero = settings.setdefault("zero_optimization", {})
+    if type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f'{path}: zero_optimization must be like {{"stage": 0}}, with a stage of 0 to 3')
+    if args.activation_memory and zero.get("stage") == 3:
+        raise UserError(f"{path}: stage 3 gathers weights within the layers, which --activation_memory would take for "
+                        "a row's own; use --gradient_checkpointing, or stage 2")
+    offload = zero.get("offload_optimizer") or {}
+    if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
+        raise UserError(f"{path}: offload_optimizer with device nvme, or a ratio, keeps AdamW's moments where a state "
+                        "to resume from can't have them; use device cpu without a ratio")
+    # Its default, 5e8 numbers, is a buffer of 2 GB, however small the adapter.
+    zero.setdefault("reduce_bucket_size", 2 * 10**7)
+    settings.setdefault("timers", {}).setdefault("throughput", {"enabled": False})  # waits for the GPU in every forward
+    settings.setdefault("steps_per_print", 10**9)
+    # DeepSpeed calls an optimizer it did not make itself "untested"; AdamW of PyTorch is the plainest there is.
+    settings.setdefault("zero_allow_untested_optimizer", True)
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading works with it too, and compiles nothing
+    return settings
+
+
+def _check_kinds(settings: dict, path: str) -> None:
+    for name, value in settings.items():
+        kind = next((kind for kind, names in (("an object", OBJECTS), ("true or false", SWITCHES),
+                                              ("a number above 0", NUMBERS)) if name in names), None)
+        fits = {"an object": isinstance(value, dict), "true or false": isinstance(value, bool),
+                "a number above 0": type(value) in (int, float) and value > 0}
+        if kind and not fits[kind]:
+            like = ', like {"stage": 0}, with a stage of 0 to 3' if name == "zero_optimization" else ""
+            raise UserError(f"{path}: {name} is {json.dumps(value)[:100]}; it must be {kind}{like}")
+
+
+def start(args, settings: dict) -> torch.device:
+    """Joins the ranks. Raises UserError for settings that DeepSpeed, imported now, will not take."""
+    device = distributed.start(args.local_rank)
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
+
+    try:
+        DeepSpeedConfig(json.loads(json.dumps(settings)))
+        for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
+            if (dtype := settings.get("data_types", {}).get(name)) is not None:
+                DtypeEnum(dtype)
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
+        said = first_line(error)
+        if hasattr(error, "errors"):  # pydantic's
+            first = error.errors()[0]
+            said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"{args.deepspeed or 'ds_config.json'}: DeepSpeed does not take it: {said}") from error
+    return device
+
+
+def _without_auto(value):
+    if isinstance(value, dict):
+        return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
+    return value
+
+
+def build(model, args, settings: dict, device, longest: int):
+    """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention, what is to be called with
+    each row's tokens before it is trained on or None)."""
+    import deepspeed  # all slow to import, and --help and wrong input don't need them
+
+    from ..model import gated, lora, selfcheck
+    from ..model.recompute import ByNeed, Recompute, sample
+
+    stage, by_need = settings["zero_optimization"].get("stage", 0), None
+    product = products(args.bf16, device)
+    if args.bf16:
+        mix(model, product)
+    lora.fuse(model, in_place=stage < 3)
+    gated.thin(model)
+    if args.gradient_checkpointing or args.activation_memory:
+        recompute = Recompute(model, stage)
+        recompute.use("full")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate,
+                                  betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
+    module = SequenceLogProbs(model)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    layout, attention = selfcheck.choose_layout(module, device, product, args.use_flash_attention, longest)
+    distributed.say(selfcheck.describe(layout, attention))
+    if args.activation_memory:
+        if not selfcheck.grows_with_rows(model.config.get_text_config(), attention, longest):
+            raise UserError("--activation_memory: this model's attention takes memory by the square of a row's length, "
+                            "which is not foreseen; use --gradient_checkpointing")
+        room = space.room(device, args.activation_memory, space.waiting(module, stage))
+        by_need = ByNeed(recompute, module, functools.partial(sample, layout, model.config, device), room)
+        distributed.say(f"activations: {space.gib(room)}; {by_need}")
+    return engine, layout, attention, by_need
+
+
+def take_step(engine) -> tuple[float, bool]:
+    """(the gradient's global norm before clipping, over all ranks; whether the update was made)."""
+    if engine.zero_optimization_stage():
+        engine.step()  # leaves weights and moments as they are where the norm is not finite
+        return float(engine.get_global_grad_norm()), engine.was_step_applied()
+    # Without ZeRO DeepSpeed keeps no norm, and steps whatever it is.
+    grads = [p.grad.double().square().sum() for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.stack(grads).sum().sqrt().item()
+    engine.step() if math.isfinite(norm) else engine.zero_grad()
+    return norm, math.isfinite(norm)
+
+
+def settle(engine) -> None:
+    """Puts away what ZeRO-3 fetched ahead for a backward pass: an evaluation has none, and a weight that is still on
+    its way can't be gathered. All ranks must call it."""
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.checkpoint_event_prologue()
+        engine.optimizer.checkpoint_event_epilogue()

@@ -1,0 +1,113 @@
+"""Memory and disk: what a run takes, and what to say where there is not enough."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import torch
+
+from ..core.logprobs import CHUNK_BYTES
+from ..errors import RankStopped, UserError
+from ..ranks.distributed import place
+
+LESS = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), a smaller "
+        "--activation_memory or --gradient_checkpointing, --bf16, a --max_length with --overlong, or a higher ZeRO "
+        "stage or offloading in --deepspeed")
+
+
+# Allocators of the CPU raise a plain RuntimeError; cuBLAS and NCCL take memory of their own, and say so their own way.
+SHORTAGE = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+@contextlib.contextmanager
+def shortage_named(rank: int, where: str, rows=None, advice: str = f"no update was made with it. It needs {LESS}"):
+    """Says which rows were too much for this rank's memory, and what to change; `rows` gives their description."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(error, RankStopped) or not out_of_memory(error):
+            raise
+        raise RankStopped(f"rank {rank} ran out of memory in {where}{f' on {rows()}' if rows else ''}; {advice}"
+                          ) from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in SHORTAGE)
+
+
+def describe(examples) -> str:
+    """"rows 3 (12+40/38 tokens), ...": prompt, chosen and rejected of each, the first few."""
+    some = [f"{e.row} ({len(e.prompt)}+{len(e.chosen)}/{len(e.rejected or ())} tokens)" for e in examples[:16]]
+    return f"rows {', '.join(some)}" + (f" and {len(examples) - 16} more" if len(examples) > 16 else "")
+
+
+def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
+    """Bytes by what they are for: checkpoints (all that will stay), states to resume from, the merged model."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    saved = trained if args.use_lora else list(model.parameters())
+    weights, whole = (sum(_numel(p) * p.element_size() for p in kept) for kept in (saved, model.parameters()))
+    extra = len(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else 0
+    times = saves(args.save_steps, steps)
+    kept = min(times, args.save_total_limit + 1) if args.save_total_limit else times  # one more while it is written
+    needs = {"checkpoints": (kept + 1) * (weights + extra)}  # and checkpoint-0
+    # The float32 weights and AdamW's two moments; two states stay and a third is being written.
+    needs["states to resume from"] = 3 * 12 * sum(map(_numel, trained))
+    return needs | ({"the merged model": whole + extra} if args.merge_weights else {})
+
+
+def waiting(module, zero_stage: int) -> float:
+    """Bytes that will stand beside a row's activations and do not yet: gradients in float32, AdamW's moments, and while
+    it is made the gradient of a head that is trained."""
+    head, ranks = module.head.weight, place()[1] if zero_stage else 1  # the moments are shared by the ranks
+    trained = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
+    return trained * (4 + 8 / ranks) + 8 * head.numel() * head.requires_grad
+
+
+def room(device: torch.device, gib: float, waiting: int) -> float:
+    """Bytes for activations: those asked for, or what the GPU will have left beside those `waiting`.
+
+    A part is left free, since blocks that come and go in all sizes leave holes. The head's chunks have their own.
+    """
+    if gib > 0:
+        return gib * 2**30
+    total, taken = torch.cuda.get_device_properties(device).total_memory, torch.cuda.memory_allocated(device)
+    return max(0.0, 0.92 * total - taken - waiting - 3 * CHUNK_BYTES)
+
+
+def saves(every: int, steps: int) -> int:
+    """How many checkpoints follow the first: one after every so many steps, and one after the last."""
+    return -(-steps // every) if every else 1
+
+
+def check_disk(folder: Path, needs: dict[str, int]) -> None:
+    """Raises UserError where the disk of `folder`, which may not exist yet, can't hold the rest of the run."""
+    place = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # of the run that is going on
+    free, need = shutil.disk_usage(place).free, sum(needs.values()) - there
+    if need > free:
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())
+        raise UserError(f"--output_dir {folder}: the run needs {gib(need)} ({parts}), and {gib(free)} are free there; "
+                        "save less often (--save_steps), keep fewer (--save_total_limit), or name another folder")
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: dict[str, int]) -> str:
+    """What a dry run measured, `peaks` in GiB by rank, and what the run will take."""
+    model = sum(_numel(p) * p.element_size() for p in engine.module.parameters())
+    state = sum(p.numel() for p in shards)
+    spread = " shared by all ranks" if engine.zero_optimization_stage() == 3 else ""
+    lines = [f"peak memory by rank: {', '.join(f'{peak:.2f}' for peak in peaks)} GiB, of which weights {gib(model)}"
+             f"{spread}, float32 weights and AdamW's moments {gib(12 * state)}, gradients at least {gib(4 * state)}; "
+             "the rest are activations"]
+    if device.type == "cuda":
+        lines.append(f"the GPU has {gib(torch.cuda.get_device_properties(device).total_memory)}")
+    lines.append(f"the longest micro-batch took {seconds:.2f} s, forward, backward and update")
+    lines.append("disk: " + ", ".join(f"{name} {gib(size)}" for name, size in needs.items()))
+    return "\n".join(lines)
+
+
+def _numel(parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # whole, where ZeRO-3 has taken it apart

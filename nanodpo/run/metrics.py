@@ -1,0 +1,114 @@
+"""What a step reports: means over all its pairs, on all ranks and in all micro-batches, every pair once.
+
+Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of a step is their mean over its pairs:
+
+    loss                     of dpo, ipo ...: the pair's; of sft: -log pi a token, over all tokens of the step
+    rewards/chosen           beta * (logps - ref_logps) of the chosen response, nats; rewards/rejected likewise
+    rewards/margins          rewards/chosen - rewards/rejected
+    rewards/accuracies       share of pairs with a margin above 0; a tie counts as 0
+    rewards/ties             share of pairs with a margin of exactly 0; at step 0 usually all
+    logps/chosen             log pi(y|x) summed over the tokens of the response, nats; logps/rejected likewise
+    logps_per_token/chosen   each pair's logps/chosen by its number of tokens, the end of turn included; .../rejected
+    ref_logps/chosen         the reference's sum, as logps/chosen; ref_logps/rejected likewise
+    ref_logps_per_token/chosen  as logps_per_token/chosen: their difference is how far pi moved; .../rejected likewise
+
+SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected.
+A line of metrics.jsonl has besides
+
+    step                     the update's number, from 0; its numbers are those under the weights of checkpoint-<step>
+    epoch                    passes over the training data at the beginning of the step
+    grad_norm                of the whole step's gradient, over all ranks and before clipping
+    learning_rate            of this step's update
+    num_tokens               prompts and responses trained on, this step's included, all ranks; a shared prompt once
+    skipped_steps            updates that were left out up to and including this one, see --skip_nonfinite
+    perf/step_seconds        from the step's first forward pass to its update, on rank 0; no evaluation, no saving
+    perf/tokens_per_second   this step's part of num_tokens by step_seconds
+    mem/peak_gib             rank 0's most so far: what torch had allocated on the GPU, or the process's memory on CPU
+
+Lines of an evaluation have step, epoch and the means above as eval_<name>, over the whole held-out set under
+checkpoint-<step>'s weights. Values that are not finite, those of a step that was left out, are absent.
+"""
+
+import json
+import resource
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.losses import LOSSES, MEAN_LOGPS
+from ..errors import RankStopped
+from ..ranks.distributed import sum_over_ranks
+
+
+def pair_values(logps: Tensor, tokens: Tensor, ref: Tensor | None, args) -> tuple[Tensor, dict[str, Tensor]]:
+    """(P, R) summed log-probs and token counts -> (P,) losses, which carry the gradient, and (P,) values for the log.
+
+    R is 2, chosen and rejected, or 1 for SFT data without rejected. `ref` is (P, 2), the reference's sums, or None.
+    """
+    sides = ["chosen", "rejected"][: logps.shape[1]]
+    # Losses take four tensors; those that SFT has no use for are absent here and ignored there.
+    inputs = [*logps.unbind(1), *(ref.unbind(1) if ref is not None else ())] + [None] * 3
+    if args.loss in MEAN_LOGPS:
+        inputs = [x / n for x, n in zip(inputs, [*tokens.unbind(1)] * 2)]
+    losses = LOSSES[args.loss](*inputs[:4], args.beta, args.label_smoothing)
+    values, logps = {}, logps.detach()
+    for side, sums, counts in zip(sides, logps.unbind(1), tokens.unbind(1)):
+        values |= {f"logps/{side}": sums, f"logps_per_token/{side}": sums / counts}
+    if ref is not None:
+        rewards = args.beta * (logps - ref)
+        margins = rewards[:, 0] - rewards[:, 1]
+        values |= {"rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
+                   "rewards/accuracies": (margins > 0).double(), "rewards/ties": (margins == 0).double(),
+                   "ref_logps/chosen": ref[:, 0], "ref_logps/rejected": ref[:, 1],
+                   "ref_logps_per_token/chosen": ref[:, 0] / tokens[:, 0],
+                   "ref_logps_per_token/rejected": ref[:, 1] / tokens[:, 1],
+                   "ref_gap": ((logps - ref).abs() / tokens).mean(1)}  # a check, not for the log
+    return losses, values
+
+
+class Meter:
+    """Adds up (P,) values of micro-batches; `means` joins the ranks, once a step."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.sums, self.pairs, self.seen = device, {}, 0.0, []
+
+    def add(self, values: dict[str, Tensor], weight: float) -> None:
+        """`weight` is 1, or 0 for a micro-batch that only keeps ranks in step."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + weight * value.sum()
+        self.pairs += weight * len(value)
+
+    def watch(self, indices: list[int], values: Tensor) -> None:
+        """Remembers (P, R) values of the pairs `indices`, to tell later which of them went wrong; waits for no GPU."""
+        self.seen.append((indices, values.isfinite()))
+
+    def wrong(self) -> dict[int, list[int]]:
+        """The pairs of this rank with values that are not finite: index -> columns."""
+        return {i: [side for side, fine in enumerate(row) if not fine] for indices, finite in self.seen
+                for i, row in zip(indices, finite.tolist()) if not all(row)}
+
+    def means(self) -> dict[str, float]:
+        """Every name's mean over the pairs of all ranks. The same on every rank."""
+        names = list(self.sums)
+        sums = torch.stack([torch.as_tensor(self.sums[name], device=self.device) for name in names]).double()
+        pairs = torch.tensor([self.pairs], dtype=torch.float64, device=self.device)
+        *sums, pairs = sum_over_ranks(torch.cat([sums, pairs])).tolist()
+        return {name: value / pairs for name, value in zip(names, sums)}
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this rank so far, GiB: of the GPU, or of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def write_line(file: Path, line: dict) -> None:
+    """Appends one JSON line and hands it to the operating system at once. Raises RankStopped where it can't."""
+    try:
+        with file.open("a") as out:
+            out.write(json.dumps(line, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RankStopped(f"{file}: can't be written ({error.strerror}); what was written before is whole, and the "
+                          "same command goes on from there") from error

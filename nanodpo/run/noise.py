@@ -1,0 +1,68 @@
+"""What rounding alone does to the numbers of a --bf16 run, measured before its first step.
+
+The embeddings are changed by a part in a million, eight units in float32's last place, which changes the model by
+nothing that matters; but every rounding to bfloat16 after it comes out anew. What log-probs then differ by is noise,
+and so is as much of what training seems to change.
+"""
+
+import contextlib
+import math
+
+import torch
+
+from ..ranks.distributed import sum_over_ranks
+
+PART, PAIRS = 2.0**-20, 8
+
+
+def count(pairs: int) -> int:
+    """Of so many pairs trained on in all, those to measure with: two passes over them take at most 2% of the run's time
+    where it trains on 100 or more."""
+    return max(2, min(PAIRS, pairs // 25))
+
+
+@torch.no_grad()
+def measure(engine, model, score, batches, lengths, beta: float | None) -> dict[str, float]:
+    """Of one pair, by metric: the standard deviation of the difference between two passes that should not differ, nats.
+    A mean over n pairs has sqrt(n) times less. All ranks must call it, with as many batches.
+
+    `score` maps indices to (P, R) log-probs, `lengths` to (P, R) token counts; `batches` are (indices, weight) of this
+    rank. `beta`: None without a reference.
+    """
+    names = ["rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected"]
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+    was_training = engine.training
+    engine.eval()
+    for indices, weight in batches:
+        first = score(indices).double().cpu()
+        with _nudged(model):
+            change = score(indices).double().cpu() - first
+        values = [beta * (change[:, 0] - change[:, 1])] if beta is not None else [torch.zeros(len(change))]
+        values += [*(change / lengths(indices)).unbind(1)]
+        for i, value in enumerate(values):
+            sums[i] += weight * value.square().sum()
+        sums[-1] += weight * len(change)
+        sides = change.shape[1]
+    engine.train(was_training)
+    *squares, pairs = sum_over_ranks(sums.to(model.device)).tolist()
+    found = {name: math.sqrt(square / pairs) for name, square in zip(names, squares[: 1 + sides])}
+    if beta is None:
+        del found["rewards/margins"]
+    return found
+
+
+@contextlib.contextmanager
+def _nudged(model):
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, states: states * (1 + PART))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def describe(noise: dict[str, float], pairs_per_step: int) -> str:
+    """One line of it: of the metric that a run is judged by, for one pair and for a step's mean."""
+    name = "rewards/margins" if "rewards/margins" in noise else "logps_per_token/chosen"
+    step = f", +-{noise[name] / math.sqrt(pairs_per_step):.1g} in a step's mean of {pairs_per_step}"
+    return (f"bfloat16 noise: {name} +-{noise[name]:.1g} for one pair{step if pairs_per_step > 1 else ''}; a change "
+            "below that means nothing")

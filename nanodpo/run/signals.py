@@ -1,0 +1,209 @@
+"""Being told to stop: a run ends where it can go on, with the exit code 75.
+
+Slurm sends SIGTERM before it kills (`--signal=TERM@120`; also USR1 and USR2, which many job scripts name), batch
+systems SIGXCPU for time that is used up, a terminal SIGINT, and SIGHUP when it closes; all of these are heard, SIGHUP
+not where it was ignored at the start (nohup), while SIGQUIT keeps its meaning, an end at once. A launcher that is gone
+is heard of as well, since nobody would end its ranks any more.
+
+Launchers hand on what they get, some of them twice, and not to all ranks at once. So a first signal is only noted,
+ranks compare notes in every micro-batch, and one that comes more than GRACE seconds later ends the process at once.
+While code in C waits for other ranks, Python's own handlers do not run: a thread reads the signals, and ends the
+process where the rest of it can't.
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+from pathlib import Path
+
+from ..errors import TEMPFAIL, Preempted, RankStopped
+from ..ranks import distributed
+
+GRACE = 5.0  # seconds; Ctrl-C under the deepspeed launcher arrives as SIGINT and, 0.1 s later, as SIGTERM
+REACT = 2.0  # so long may what can be stopped at once take to stop
+SILENCE = 60.0  # so long may another rank be silent (peers.py) ...
+SOON = 20.0  # ... and so long once this one was told to stop
+ALWAYS = (signal.SIGTERM, signal.SIGINT)
+UNLESS_IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+
+class Stop:
+    """What this process was told. Until `wait` is called, a signal ends it at once: there is nothing to save yet."""
+
+    def __init__(self):
+        self.name, self.since, self.waiting, self.before, self.answer = None, 0.0, False, {}, None
+        self.outlook = lambda: "; the same command starts again"
+        self._urgent, self._raised, self._over = False, False, False
+        self._overdue, self._lock = 0.0, threading.RLock()
+
+    def __enter__(self):
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        heard = ALWAYS + tuple(n for n in UNLESS_IGNORED if signal.getsignal(n) == signal.SIG_DFL)
+        self.before = {number: signal.signal(number, self._told) for number in heard}
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind=None, error=None, trace=None) -> None:
+        self._over = True
+        if self._urgent and (peers := distributed.peers()):
+            peers.tell(TEMPFAIL, self.reason)
+        if self.name is None:  # told twice is still one end
+            signal.set_wakeup_fd(self._wakeup)
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+            os.write(self._write, b"\0")  # wakes the thread
+            self._thread.join()
+            os.close(self._read)
+            os.close(self._write)
+        elif self._urgent and isinstance(error, RankStopped):  # the rank that was told is gone already
+            raise Preempted(self.farewell) from error
+
+    def wait(self, waiting: bool = True) -> None:
+        """From now on (or no longer) a signal waits for the next `check`."""
+        self.waiting = waiting
+
+    @property
+    def reason(self) -> str:
+        return f"stopped by {self.name or 'a signal to another rank'}"
+
+    @property
+    def farewell(self) -> str:
+        return f"{self.reason}{self.outlook()}"
+
+    def check(self) -> None:
+        """Raises Preempted on all ranks where one was told to stop. All ranks must call it."""
+        self.ask()
+        self.hear()
+
+    def ask(self) -> None:
+        """Begins a check that `hear` ends: ranks that are not at the same place need not wait for each other yet."""
+        self.answer = distributed.ask(self.name is not None)
+
+    def hear(self) -> None:
+        """Raises Preempted where the answer is yes."""
+        if self.answer():
+            raise Preempted(self.farewell)
+
+    def _told(self, number: int, frame) -> None:
+        """Python's handler, in the main thread as soon as that runs Python code."""
+        self._take()
+        self._note(signal.Signals(number).name, 0) if self.name is None else None  # a library reads the signals instead
+        if self._urgent and not self._raised:
+            self._raised = True
+            raise Preempted(self.farewell)
+
+    def _take(self) -> None:
+        """Notes the signals that have come, in whichever thread is first."""
+        with self._lock:
+            try:
+                numbers = os.read(self._read, 64)
+            except BlockingIOError:
+                return
+            for number in filter(None, numbers):
+                if number in self.before:
+                    self._note(signal.Signals(number).name, 128 + number)
+
+    def _note(self, name: str, code: int) -> None:
+        if self.name is None:
+            self.name, self.since, self._urgent = name, time.monotonic(), not self.waiting
+            release_closed()
+            if self.waiting:  # A print may be under way. In a run's last save nothing remains to be stopped.
+                os.write(2, f"{name}: ends as soon as what is done is saved\n".encode())
+        elif time.monotonic() - self.since > GRACE:
+            os._exit(code)
+
+    def _watch(self) -> None:
+        """The thread: takes signals at once, and looks every second for a launcher or ranks that are gone."""
+        wake, above, then = select.poll(), launchers(), time.monotonic()
+        wake.register(self._read, select.POLLIN)
+        while not self._over:
+            wake.poll(500)
+            self._take()
+            if not self.name and gone(above):
+                self._tell_main("the launcher's end")
+            now = time.monotonic()
+            self._end_what_waits(now - then)
+            then = now
+
+    def _tell_main(self, name: str) -> None:
+        with self._lock:
+            if self.name is None:
+                self._note(name, 0)
+        os.kill(os.getpid(), signal.SIGTERM)  # within GRACE: not a second one
+
+    def _end_what_waits(self, seconds: float) -> None:
+        """Ends the process where it waits for what will not come; `seconds` since the last call."""
+        peers = distributed.peers()
+        silent = peers.listen(seconds) if peers else 0.0
+        if self._urgent:
+            self._overdue += seconds
+            if self._overdue > REACT and not self._over:
+                self._end(TEMPFAIL, self.farewell if os.environ.get("LOCAL_RANK", "0") == "0" else "")
+        if not peers or distributed.works_alone():
+            return
+        code, why = peers.ended or (1, f"rank {peers.asked} has not been heard of for {silent:.0f} s; it is stopped, "
+                                    "or its machine or network is gone")
+        if code == TEMPFAIL and not self.name:
+            self._tell_main("a signal to another rank")
+        elif code != TEMPFAIL and (peers.ended or silent > (SOON if self.name else SILENCE)):
+            if self.name:
+                self._end(TEMPFAIL, f"{self.reason}; {why}; the same command goes on from the last state", code, why)
+            self._end(1, f"error: rank {peers.rank} stops because {why}", code, why)
+
+    def _end(self, code: int, text: str, told: int = TEMPFAIL, why: str = "") -> None:
+        if peers := distributed.peers():
+            peers.tell(told, why or self.reason)
+        if text:
+            os.write(2, f"{text}\n".encode())
+        os._exit(code)
+
+
+def release_closed() -> None:
+    """Lets go of a terminal or pipe that is gone: a line for it must not keep a run from being saved."""
+    for number in (1, 2):
+        poll = select.poll()
+        poll.register(number, 0)
+        if any(what & (select.POLLERR | select.POLLHUP) for _, what in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+
+
+def launchers() -> list[tuple[int, int]]:
+    """(process, its parent) for each step up from this process to the launcher it must not outlive; none without one.
+
+    torchrun is a rank's parent. Under deepspeed that is deepspeed's launch.py, whose parent in turn is the command.
+    A parent that is no launcher, as the shell that started one process with nohup, may go away.
+    """
+    if not {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():
+        return []
+    parent = os.getppid()
+    above = _parent(parent) if "deepspeed.launcher.launch" in _command(parent) else None
+    return [(os.getpid(), parent)] + ([(parent, above)] if above and "deepspeed" in _command(above) else [])
+
+
+def gone(above: list[tuple[int, int]]) -> bool:
+    """Whether one of these has another parent than it had."""
+    return any(_parent(process) != parent for process, parent in above)
+
+
+def _command(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _parent(process: int) -> int | None:
+    if process == os.getpid():
+        return os.getppid()
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    except OSError:
+        return None
