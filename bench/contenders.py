@@ -13,7 +13,6 @@ import functools
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -212,13 +211,14 @@ class Nanodpo(Contender):
         return self.module(row).view(-1, 2)
 
     def losses(self, pairs, ref):
-        from nanodpo.run.metrics import Meter, pair_values
+        from nanodpo.core.losses import pair_losses
+        from nanodpo.run.metrics import Meter, pair_metrics
 
-        settings = SimpleNamespace(loss="dpo", beta=BETA, label_smoothing=0.0)
         tokens = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs], dtype=torch.float64)
-        losses, values = pair_values(self.logps(pairs), tokens.to(ref.device), ref, settings)
+        logps, tokens = self.logps(pairs), tokens.to(ref.device)
+        losses = pair_losses("dpo", logps, ref, tokens, BETA)
         self.meter = Meter(ref.device)
-        self.meter.add({"loss": losses.detach(), **values}, 1.0)
+        self.meter.add({"loss": losses.detach(), **pair_metrics(logps, ref, tokens, BETA)}, 1.0)
         return losses
 
     def update(self, loss):

@@ -4,13 +4,13 @@ import ast
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nanodpo.core.losses import pair_losses
 from nanodpo.run import metrics
-from nanodpo.run.metrics import Meter, pair_values, write_line
+from nanodpo.run.metrics import Meter, pair_metrics, write_line
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGPS = torch.tensor([[-10.0, -20.0], [-8.0, -6.0], [-5.0, -5.0]], dtype=torch.float64, requires_grad=True)
@@ -18,13 +18,9 @@ REF = torch.tensor([[-12.0, -19.0], [-8.0, -6.0], [-4.0, -6.0]], dtype=torch.flo
 TOKENS = torch.tensor([[5.0, 10.0], [4.0, 2.0], [1.0, 5.0]], dtype=torch.float64)
 
 
-def args(loss, beta=0.5, label_smoothing=0.0):
-    return SimpleNamespace(loss=loss, beta=beta, label_smoothing=label_smoothing)
-
-
 def test_the_values_of_three_pairs():
     """R-E3, R-E4: margins 3, 0 and -2 nats; a tie is no success; sums and means a token both."""
-    losses, values = pair_values(LOGPS, TOKENS, REF, args("dpo"))
+    losses, values = pair_losses("dpo", LOGPS, REF, TOKENS, 0.5), pair_metrics(LOGPS, REF, TOKENS, 0.5)
     assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.5 * m)) for m in (3, 0, -2)])
     assert values["rewards/chosen"].tolist() == [1.0, 0.0, -0.5]
     assert values["rewards/rejected"].tolist() == [-0.5, 0.0, 0.5]
@@ -44,15 +40,15 @@ def test_the_values_of_three_pairs():
 
 def test_ipo_takes_means_and_the_others_sums():
     """arXiv 2310.12036 on means over tokens: margins 2/5+1/10, 0, -1-1/5; its zero is at 1/(2 beta)."""
-    losses, _ = pair_values(LOGPS, TOKENS, REF, args("ipo"))
+    losses = pair_losses("ipo", LOGPS, REF, TOKENS, 0.5)
     assert losses.tolist() == pytest.approx([(m - 1.0) ** 2 for m in (0.5, 0.0, -1.2)])
-    hinge, _ = pair_values(LOGPS, TOKENS, REF, args("hinge"))
+    hinge = pair_losses("hinge", LOGPS, REF, TOKENS, 0.5)
     assert hinge.tolist() == pytest.approx([0.0, 1.0, 2.0])
 
 
 def test_sft_with_and_without_a_rejected_side():
-    both, values = pair_values(LOGPS, TOKENS, None, args("sft"))
-    one, fewer = pair_values(LOGPS[:, :1], TOKENS[:, :1], None, args("sft"))
+    both, one = (pair_losses("sft", logps, None, TOKENS, 0.5) for logps in (LOGPS, LOGPS[:, :1]))
+    values, fewer = (pair_metrics(LOGPS[:, :r], None, TOKENS[:, :r], 0.5) for r in (2, 1))
     assert both.tolist() == one.tolist() == [10.0, 8.0, 5.0]
     assert "logps/rejected" in values and "logps/rejected" not in fewer and "rewards/chosen" not in values
 
@@ -81,7 +77,7 @@ def test_the_docstring_says_what_every_name_is():
     written = {key.value for step in steps for node in ast.walk(step) if isinstance(node, ast.Dict)
                for key in node.keys if isinstance(key, ast.Constant)}
     assert {"grad_norm", "num_tokens", "perf/step_seconds", "mem/peak_gib"} <= written
-    values = pair_values(LOGPS, TOKENS, REF, args("dpo"))[1].keys() - {"ref_gap"}
+    values = pair_metrics(LOGPS, REF, TOKENS, 0.5).keys() - {"ref_gap"}
     explained = {line.split()[0] for line in metrics.__doc__.splitlines() if line.startswith("    ")}
     chosen = {name.replace("rejected", "chosen") for name in values}
     assert written | chosen | {"loss"} == explained

@@ -65,3 +65,16 @@ def _no_label_smoothing(name: str, label_smoothing: float) -> None:
 
 LOSSES = {"dpo": dpo, "ipo": ipo, "hinge": hinge, "robust": robust, "sft": sft}
 MEAN_LOGPS = {"ipo"}  # fed with means over tokens instead of sums
+
+
+def pair_losses(loss: str, logps: Tensor, ref: Tensor | None, tokens: Tensor, beta: float,
+                label_smoothing: float = 0.0) -> Tensor:
+    """(P, 2) summed log-probs of policy and reference, nats, and token counts -> (P,): the loss of each pair.
+
+    Columns are chosen and rejected. Only `sft` does without the second column, and without a reference.
+    """
+    if loss in MEAN_LOGPS:
+        logps, ref = logps / tokens, ref / tokens
+    chosen, rejected = logps[:, 0], logps[:, 1] if logps.shape[1] > 1 else None
+    ref_chosen, ref_rejected = (None, None) if ref is None else ref.unbind(1)
+    return LOSSES[loss](chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing)

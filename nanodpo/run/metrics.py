@@ -36,27 +36,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.losses import LOSSES, MEAN_LOGPS
 from ..errors import RankStopped
 from ..ranks.distributed import sum_over_ranks
 
 
-def pair_values(logps: Tensor, tokens: Tensor, ref: Tensor | None, args) -> tuple[Tensor, dict[str, Tensor]]:
-    """(P, R) summed log-probs and token counts -> (P,) losses, which carry the gradient, and (P,) values for the log.
+def pair_metrics(logps: Tensor, ref: Tensor | None, tokens: Tensor, beta: float) -> dict[str, Tensor]:
+    """(P, R) summed log-probs, nats, and token counts -> (P,) values by name, without gradients.
 
     R is 2, chosen and rejected, or 1 for SFT data without rejected. `ref` is (P, 2), the reference's sums, or None.
     """
-    sides = ["chosen", "rejected"][: logps.shape[1]]
-    # Losses take four tensors; those that SFT has no use for are absent here and ignored there.
-    inputs = [*logps.unbind(1), *(ref.unbind(1) if ref is not None else ())] + [None] * 3
-    if args.loss in MEAN_LOGPS:
-        inputs = [x / n for x, n in zip(inputs, [*tokens.unbind(1)] * 2)]
-    losses = LOSSES[args.loss](*inputs[:4], args.beta, args.label_smoothing)
     values, logps = {}, logps.detach()
-    for side, sums, counts in zip(sides, logps.unbind(1), tokens.unbind(1)):
+    for side, sums, counts in zip(("chosen", "rejected"), logps.unbind(1), tokens.unbind(1)):
         values |= {f"logps/{side}": sums, f"logps_per_token/{side}": sums / counts}
     if ref is not None:
-        rewards = args.beta * (logps - ref)
+        rewards = beta * (logps - ref)
         margins = rewards[:, 0] - rewards[:, 1]
         values |= {"rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
                    "rewards/accuracies": (margins > 0).double(), "rewards/ties": (margins == 0).double(),
@@ -64,7 +57,7 @@ def pair_values(logps: Tensor, tokens: Tensor, ref: Tensor | None, args) -> tupl
                    "ref_logps_per_token/chosen": ref[:, 0] / tokens[:, 0],
                    "ref_logps_per_token/rejected": ref[:, 1] / tokens[:, 1],
                    "ref_gap": ((logps - ref).abs() / tokens).mean(1)}  # a check, not for the log
-    return losses, values
+    return values
 
 
 class Meter:
