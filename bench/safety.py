@@ -27,7 +27,7 @@ import train
 from nanodpo.errors import run_script
 from nanodpo.folder import state
 from nanodpo.ranks import distributed
-from nanodpo.run import metrics, signals
+from nanodpo.run import lifecycle, metrics, signals
 
 FLAGS = {"--max_steps": "60", "--resume_steps": "2", "--save_steps": "20", "--eval_steps": "0", "--draw": "false"}
 # Where it is, its name, and what it is called in the table.
@@ -54,14 +54,14 @@ def timed(place, name: str, seconds: dict, key: str) -> None:
 
 def weighed(sizes: dict) -> None:
     """sizes["state"] will be the bytes of the last state, which the run's end removes."""
-    whole = train.save_state
+    whole = lifecycle.save_state
 
     def call(run):
         whole(run)
         if distributed.is_main() and run.step:
             sizes["state"] = size(run.folder / "resume" / f"step-{run.step}")
 
-    train.save_state = call
+    lifecycle.save_state = call
 
 
 def size(folder: Path) -> int:

@@ -21,8 +21,9 @@ import time
 import torch
 
 import train
+from nanodpo.core import step as core_step
 from nanodpo.folder import checkpoint, resume
-from nanodpo.run import metrics, signals
+from nanodpo.run import engine, metrics, passes, signals
 
 
 def full(*args, **kwargs):
@@ -64,9 +65,9 @@ def plant_in(what: str, kind: str, step: int, mine: bool) -> None:
     """A fault after so many micro-batches of the reference pass, in the evaluation before step `step`, when its
     checkpoint or state is half made, when it is merged, or when the engine is made."""
     place, name, here = {
-        "engine": (train.engines, "build", lambda *_: True),
-        "reference": (train, "score", lambda calls, run, *_: calls == step),
-        "evaluation": (train, "losses_of", lambda calls, run, *_: run.step == step and not run.engine.module.training),
+        "engine": (engine, "build", lambda *_: True),
+        "reference": (passes, "logps_of", lambda calls, run, *_: calls == step),
+        "evaluation": (train, "pair_losses", lambda calls, *_: inside("evaluate", step)),
         "checkpoint": (checkpoint, "verify", lambda calls, folder, _: f"checkpoint-{step}." in str(folder)),
         "merge": (checkpoint, "save", lambda calls, *args: args[3].name == "merged"),
         "state": (resume, "save_file", lambda calls, _, file: f"step-{step}." in str(file))}[what]
@@ -78,6 +79,26 @@ def plant_in(what: str, kind: str, step: int, mine: bool) -> None:
         return whole(*args, **kwargs)
 
     setattr(place, name, act)
+
+
+NOW: dict = {}  # the function of train.py that runs, and its run
+
+
+def inside(name: str, step: int) -> bool:
+    return NOW.get("name") == name and NOW["run"].step == step
+
+
+def remember(name: str, before=lambda run: None) -> None:
+    """Lets `inside` know when train.py's function `name` runs; `before` is called first."""
+    whole = getattr(train, name)
+
+    def call(run, *args):
+        NOW.update(name=name, run=run)
+        before(run)
+        whole(run, *args)
+        NOW.clear()
+
+    setattr(train, name, call)
 
 
 def kill_in_removal(name: str) -> None:
@@ -102,20 +123,13 @@ def plant(fault: str) -> None:
         return kill_in_removal(place)
     step, _, rank = place.partition(":")
     mine = os.environ.get("RANK", "0") == (rank or os.environ.get("RANK", "0"))
-    now, pairs = {"hit": False}, metrics.pair_values
-    old, write, save = train.losses_of, metrics.write_line, resume.save_file
-    write_files = checkpoint._write
+    pairs, write, save, write_files = train.pair_losses, metrics.write_line, resume.save_file, checkpoint._write
 
-    def losses_of(run, data, ref, indices, weight, meter, gradient):
-        now["hit"] = mine and gradient and run.step == int(step)
-        if what == "weight" and now["hit"]:
-            hit(what, run, None)
-        losses = old(run, data, ref, indices, weight, meter, gradient)
-        return hit(what, run, losses) if now["hit"] and what != "weight" else losses
-
-    def pair_values(*args):
-        losses, values = pairs(*args)
-        return losses * torch.inf if what == "loss" and now["hit"] else losses, values
+    def pair_losses(*args):
+        losses = pairs(*args)
+        if not (mine and inside("train_step", int(step))) or what == "weight":
+            return losses
+        return losses * torch.inf if what == "loss" else hit(what, NOW["run"], losses)
 
     def write_line(file, line):
         if line["step"] >= int(step):
@@ -134,11 +148,14 @@ def plant(fault: str) -> None:
         with small_files(3000 if f"checkpoint-{step}." in str(folder) else resource.RLIM_INFINITY):
             write_files(model, state, folder)
 
+    remember("evaluate")
+    remember("train_step", lambda run: hit("weight", run, None)
+             if what == "weight" and mine and run.step == int(step) else None)
     if "-" in what:
         plant_in(*reversed(what.split("-")), int(step), mine)
     elif what == "slow":
-        score = train.score
-        train.score = lambda *args, **kwargs: (time.sleep(float(step)), score(*args, **kwargs))[1]
+        batch = core_step.make_batch
+        core_step.make_batch = train.make_batch = lambda *args: (time.sleep(float(step)), batch(*args))[1]
     elif what == "metrics":
         metrics.write_line = write_line
     elif what == "link":
@@ -149,9 +166,9 @@ def plant(fault: str) -> None:
         resume.save_file = save_file
     elif what == "twice":
         signals.GRACE = 0  # what comes later than the first was meant
-        what, train.losses_of, resume.save_file = "term", losses_of, save_file
+        what, train.pair_losses, resume.save_file = "term", pair_losses, save_file
     else:
-        train.losses_of, metrics.pair_values = losses_of, pair_values
+        train.pair_losses = pair_losses
 
 
 if __name__ == "__main__":

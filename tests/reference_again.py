@@ -5,12 +5,16 @@ import json
 import train
 from nanodpo.model.loading import reference_policy
 from nanodpo.ranks.distributed import sum_over_ranks
+from nanodpo.run import lifecycle
+from nanodpo.run.passes import PAIR, logps_of
 
-SIDES = ["chosen", "rejected"]
+
+def score(run, indices):
+    return logps_of(run, [run.train_set.examples[i] for i in indices], PAIR, "the reference")
 
 
 def compare(run):
-    """In place of train.finish: every reference log-prob from the same rows, through the adapter-free model."""
+    """In place of lifecycle.finish: every reference log-prob from the same rows, through the adapter-free model."""
     import torch
 
     from nanodpo.data.schedule import deal, pairs_of_step
@@ -21,8 +25,8 @@ def compare(run):
     trained = torch.zeros_like(run.ref)
     for indices, weight in rows:
         with reference_policy(run.engine.module.model, fresh_lora=True):
-            again[indices] += weight * train.score(run, run.train_set, indices, SIDES)
-        trained[indices] += weight * train.score(run, run.train_set, indices, SIDES)
+            again[indices] += weight * score(run, indices)
+        trained[indices] += weight * score(run, indices)
     again, trained = sum_over_ranks(again), sum_over_ranks(trained)
     if run.rank == 0:
         result = {"largest_difference": (again - run.ref).abs().max().item(),
@@ -31,5 +35,5 @@ def compare(run):
 
 
 if __name__ == "__main__":  # pytest looks for doctests here too
-    train.finish = compare
+    lifecycle.finish = compare
     train.leave(train.run_script(train.main))

@@ -18,12 +18,13 @@ import torch
 from conftest import ROOT, environment, launch, zero
 from safetensors.torch import load_file, save_file
 
-import train
 from nanodpo.errors import Preempted, RunStopped, UserError
+from nanodpo.flags.arguments import TrainArguments
 from nanodpo.folder import record as identity
 from nanodpo.folder import resume
 from nanodpo.folder.atomic import aside, check_whole, clear_partials, publish, read_manifest, remove
-from nanodpo.run import signals
+from nanodpo.run import lifecycle, signals
+from nanodpo.run.start import Run
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
 # Saves every two steps, evaluates every three, and has dropout, so that random numbers count.
@@ -482,18 +483,17 @@ def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch)
     def held(folder):
         raise UserError("is in use by another run")
 
-    monkeypatch.setattr(train.identity, "lock", held)
-    monkeypatch.setattr(train.identity, "check_same", lambda *_: None)
-    monkeypatch.setattr(train.space, "check_disk", lambda *_: pytest.fail("looked at the disk"))
-    monkeypatch.setattr(train, "prompt_leads", lambda *_: [])
-    monkeypatch.setattr(train, "read_template", lambda *_: None)
+    monkeypatch.setattr(identity, "lock", held)
+    monkeypatch.setattr(identity, "check_same", lambda *_: None)
+    monkeypatch.setattr(lifecycle.memory, "check_disk", lambda *_: pytest.fail("looked at the disk"))
+    monkeypatch.setattr(lifecycle, "prompt_leads", lambda *_: [])
+    monkeypatch.setattr(lifecycle, "read_template", lambda *_: None)
     data = SimpleNamespace(examples=[], dropped=[])
-    args = train.TrainArguments("model", train_file_path="data", max_steps=1)
+    args = TrainArguments("model", train_file_path="data", max_steps=1)
     source = SimpleNamespace(tokenizer=None)
-    run = train.Run(args, None, tmp_path, {}, source, None, torch.device("cpu"), 1, 0, "packed", "sdpa", None, data,
-                    None)
+    run = Run(args, {}, source, data, None, tmp_path, {}, {"arguments": {}}, None, device=torch.device("cpu"))
     with pytest.raises(UserError, match="is in use by another run"):
-        train.open_folder(run, "weights", {"arguments": {}}, None)
+        lifecycle.open_folder(run)
 
 
 # What is not this run

@@ -8,13 +8,13 @@ import pytest
 import tiny_tokenizers as tiny
 from tokenizers import normalizers
 
-import train
 from nanodpo.data.example import Example, truncate
 from nanodpo.data.inspection import histogram, inspect
 from nanodpo.data.template import read_template
 from nanodpo.data.tokens import DataSet, load_dataset
 from nanodpo.errors import UserError
 from nanodpo.flags.arguments import TrainArguments
+from nanodpo.run.start import load_data
 
 CHAT_EOS, START, END = 260, 259, 260  # tiny.chatml's <|im_start|> and <|im_end|>
 ASKED = "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
@@ -290,7 +290,7 @@ def test_the_report_counts_held_out_rows_where_its_notes_do(tmp_path):
     args = TrainArguments(train_file_path=str(path), eval_size=2)
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))
     source = SimpleNamespace(tokenizer=tiny.plain(), context=100, config=config)
-    data, held_out, _ = train.load_data(args, source)
+    data, held_out, _ = load_data(args, source)
     assert (len(data.examples), len(held_out.examples)) == (10, 2)
     assert data.report() == (f"data {path}: 12 rows, 0 dropped, 2 held out\n"
                              "  columns: prompt, chosen, rejected\n"

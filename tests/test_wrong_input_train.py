@@ -22,6 +22,10 @@ from malformed import (
 )
 
 import train
+from nanodpo.flags.arguments import TrainArguments
+from nanodpo.model.source import open_source
+from nanodpo.run import engine
+from nanodpo.run.start import load_data
 
 GOOD = {"prompt": "1+1=", "chosen": "2", "rejected": "5"}
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -565,9 +569,9 @@ def test_an_id_beyond_the_embedding_that_no_row_uses(token, id, good, tmp_path):
     """The embedding's last place, and an entry that only the tokenizer has: both are as good as any."""
     folder = copied(good, tmp_path / "folder")
     beyond(token, id)(folder)
-    source = train.open_source(str(folder / "model"), False)
-    args = train.TrainArguments(model_name="m", train_file_path=str(folder / "rows.jsonl"))
-    data, _, _ = train.load_data(args, source)
+    source = open_source(str(folder / "model"), False)
+    args = TrainArguments(model_name="m", train_file_path=str(folder / "rows.jsonl"))
+    data, _, _ = load_data(args, source)
     assert max(data.examples[0].chosen) < 300 and max(source.tokenizer.get_vocab().values()) == max(id, 260)
 
 
@@ -581,7 +585,7 @@ def test_malformed_input(good, tmp_path, change, flags, words, monkeypatch, capf
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr("nanodpo.ranks.distributed.start", lambda rank: torch.device("cpu"))
-    monkeypatch.setattr(train.engines, "build", went_on)
+    monkeypatch.setattr(engine, "build", went_on)
     folder = copied(good, tmp_path / "folder")
     edited("adapter/adapter_config.json", base_model_name_or_path=str(folder / "model"))(folder)
     change(folder)

@@ -78,3 +78,8 @@ def pair_losses(loss: str, logps: Tensor, ref: Tensor | None, tokens: Tensor, be
     chosen, rejected = logps[:, 0], logps[:, 1] if logps.shape[1] > 1 else None
     ref_chosen, ref_rejected = (None, None) if ref is None else ref.unbind(1)
     return LOSSES[loss](chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing)
+
+
+def loss_divisor(loss: str, chosen_tokens: list[int]) -> int:
+    """By what the summed loss of these pairs is divided: by their number, of `sft` by their scored tokens."""
+    return sum(chosen_tokens) if loss == "sft" else len(chosen_tokens)

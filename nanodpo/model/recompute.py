@@ -71,6 +71,12 @@ class ByNeed:
         self.recompute.use(*modes)
         return modes
 
+    def before_forward(self, module, arguments) -> None:
+        """A hook of the module: a batch that is trained on gets the modes that it needs."""
+        if torch.is_grad_enabled():
+            (batch,) = arguments
+            self(batch.input_ids.numel())
+
     def modes(self, tokens: int) -> list[str]:
         """Two neighbouring modes share the layers. The leaner has the first ones: backward comes to them last, when
         the others have let go of theirs."""

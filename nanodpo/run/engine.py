@@ -1,5 +1,6 @@
 """The DeepSpeed engine around the log-prob module: its settings, its making, its update."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -116,15 +117,24 @@ def _without_auto(value):
     return value
 
 
-def build(model, args, settings: dict, device, longest: int):
-    """(DeepSpeed engine around the log-prob module, layout of rows, name of the attention, what is to be called with
-    each row's tokens before it is trained on or None)."""
+@dataclasses.dataclass
+class Built:
+    """DeepSpeed's engine around a SequenceLogProbs, and how batches are made for it."""
+
+    engine: object
+    layout: str  # of core/packing.py
+    attention: str  # its name, as transformers knows it
+
+
+def build(model, args, settings: dict, device, longest: int) -> Built:
+    """The engine of a run, its model prepared: precision, LoRA in one product, MLPs that keep less, recomputation, and
+    the layout that gives this model's own log-probs. `longest`: tokens of the longest sequence."""
     import deepspeed  # all slow to import, and --help and wrong input don't need them
 
     from ..model import gated, lora, selfcheck
     from ..model.recompute import ByNeed, Recompute, sample
 
-    stage, by_need = settings["zero_optimization"].get("stage", 0), None
+    stage = settings["zero_optimization"].get("stage", 0)
     product = products(args.bf16, device)
     if args.bf16:
         mix(model, product)
@@ -148,8 +158,15 @@ def build(model, args, settings: dict, device, longest: int):
                             "which is not foreseen; use --gradient_checkpointing")
         room = space.room(device, args.activation_memory, space.waiting(module, stage))
         by_need = ByNeed(recompute, module, functools.partial(sample, layout, model.config, device), room)
+        module.register_forward_pre_hook(by_need.before_forward)
         distributed.say(f"activations: {space.gib(room)}; {by_need}")
-    return engine, layout, attention, by_need
+    return Built(engine, layout, attention)
+
+
+def set_learning_rate(engine, rate: float) -> None:
+    """Of the next update."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
 
 
 def take_step(engine) -> tuple[float, bool]:

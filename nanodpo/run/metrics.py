@@ -64,22 +64,13 @@ class Meter:
     """Adds up (P,) values of micro-batches; `means` joins the ranks, once a step."""
 
     def __init__(self, device: torch.device):
-        self.device, self.sums, self.pairs, self.seen = device, {}, 0.0, []
+        self.device, self.sums, self.pairs = device, {}, 0.0
 
     def add(self, values: dict[str, Tensor], weight: float) -> None:
         """`weight` is 1, or 0 for a micro-batch that only keeps ranks in step."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + weight * value.sum()
         self.pairs += weight * len(value)
-
-    def watch(self, indices: list[int], values: Tensor) -> None:
-        """Remembers (P, R) values of the pairs `indices`, to tell later which of them went wrong; waits for no GPU."""
-        self.seen.append((indices, values.isfinite()))
-
-    def wrong(self) -> dict[int, list[int]]:
-        """The pairs of this rank with values that are not finite: index -> columns."""
-        return {i: [side for side, fine in enumerate(row) if not fine] for indices, finite in self.seen
-                for i, row in zip(indices, finite.tolist()) if not all(row)}
 
     def means(self) -> dict[str, float]:
         """Every name's mean over the pairs of all ranks. The same on every rank."""

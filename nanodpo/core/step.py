@@ -1,0 +1,32 @@
+"""From token ids to log-probabilities, for whoever asks: training, the reference, evaluation. Torch only.
+
+A group is a prompt with its responses, as packing.py takes it; every group of a call has as many responses.
+
+Shapes: P groups, R responses of each.
+"""
+
+import torch
+from torch import Tensor
+
+from .packing import LAYOUTS, Group, Row
+
+
+def make_batch(groups: list[Group], layout: str, device: torch.device) -> Row:
+    """One forward pass for all groups, in a layout of packing.py, on `device`; a copy to a GPU does not wait."""
+    batch = LAYOUTS[layout](groups)
+    return (batch.pin() if device.type == "cuda" else batch).to(device)
+
+
+def token_counts(groups: list[Group], device: torch.device) -> Tensor:
+    """(P, R) float64: how many tokens each response has."""
+    counts = [[len(response) for response in responses] for _, responses in groups]
+    return torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def response_logps(model, groups: list[Group], layout: str, device: torch.device) -> Tensor:
+    """(P, R) float64: log pi(y|x) of each response, summed over its tokens, nats; without gradients.
+
+    `model` is a SequenceLogProbs or DeepSpeed's engine around one.
+    """
+    return model(make_batch(groups, layout, device)).view(len(groups), -1)

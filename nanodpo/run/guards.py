@@ -1,0 +1,69 @@
+"""Safety around a step, so that it does not stand between the step's lines: requests to stop, rows that are too large
+for the memory, numbers that are not finite, updates that are left out."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import RunStopped
+from ..ranks import distributed
+from .memory import describe, shortage_named
+
+
+class StepGuard:
+    """Stands around the micro-batches of a step. `examples` are those of the data set, `where` names the step."""
+
+    def __init__(self, examples, stop, rank: int, where: str):
+        self.examples, self.stop, self.indices, self.seen = examples, stop, [], []
+        self.shortage = shortage_named(rank, where, lambda: describe([examples[i] for i in self.indices]))
+
+    def __enter__(self):
+        self.shortage.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.shortage.__exit__(*error)
+
+    def each(self, micro_batches):
+        """The micro-batches, one by one. Raises Preempted on all ranks where one was told to stop: the question goes
+        out before a micro-batch and is answered while it is computed."""
+        for indices, weight in micro_batches:
+            self.indices = indices
+            self.stop.ask()
+            yield indices, weight
+            self.stop.hear()
+
+    def finite(self, indices: list[int], logps: Tensor, losses: Tensor) -> Tensor:
+        """(P,) losses as they are. A pair whose log-probs or loss are not finite is remembered and made NaN: so is the
+        whole gradient then, which DeepSpeed discards. Waits for no GPU."""
+        fine = torch.cat([logps.detach(), losses.detach()[:, None]], 1).isfinite()
+        self.seen.append((indices, fine))
+        return losses * torch.where(fine.all(1), 1.0, torch.nan)
+
+    def wrong(self) -> dict[int, list[int]]:
+        """The pairs of this rank with numbers that are not finite: index -> columns (each side, then the loss)."""
+        return {i: [column for column, fine in enumerate(row) if not fine] for indices, finite in self.seen
+                for i, row in zip(indices, finite.tolist()) if not all(row)}
+
+    def wrong_rows(self) -> str:
+        """The rows of all ranks that went wrong, with their lengths and the side. All ranks must call it."""
+        wrong = {i: columns for found in distributed.agree(None, self.wrong()) for i, columns in found.items()}
+        sides = {("chosen", "rejected", "loss")[column] for columns in wrong.values() for column in columns}
+        return f"{describe([self.examples[i] for i in sorted(wrong)])} in {', '.join(sorted(sides))}"
+
+
+def not_finite(means: dict[str, float], guard: StepGuard) -> str | None:
+    """What is not finite in a step's means, in words; None where all is well. The same on all ranks."""
+    bad = [name for name, value in means.items() if not math.isfinite(value)]
+    return f"{', '.join(bad)} not finite; {guard.wrong_rows()}" if bad else None
+
+
+def check_start(means: dict[str, float], gap: float, bf16: bool, cache_dir: str) -> None:
+    """Raises RunStopped where the policy of step 0 isn't its reference: they are one model then, and their
+    micro-batches are the same. `gap`: by how much their log-probs differ, nats a token."""
+    if gap > (1e-3 if bf16 else 1e-4) or abs(means.get("rewards/margins", 0.0)) > 0.01:
+        raise RunStopped(
+            f"step 0: policy and reference should be equal, but their log-probs differ by {gap:.2g} nats a token (loss "
+            f"{means['loss']:.4f}, rewards/margins {means['rewards/margins']:.4f}). Likely causes: dropout, a cache of "
+            f"other weights' references (empty {cache_dir}), an adapter that was already trained, another attention")

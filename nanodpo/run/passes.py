@@ -1,0 +1,100 @@
+"""Passes over data without an update: the reference's, what rounding does, a dry run."""
+
+import time
+
+import torch
+
+from ..core.losses import pair_losses
+from ..core.step import make_batch, response_logps, token_counts
+from ..data.example import Example, count_tokens, groups_of
+from ..data.schedule import deal, pairs_of_step
+from ..data.tokens import DataSet
+from ..folder import record, reference, state
+from ..model.loading import reference_policy
+from ..ranks import distributed
+from . import memory, metrics, noise
+from .lifecycle import disk_needed
+from .start import Run
+
+PAIR = ["chosen", "rejected"]
+
+
+def logps_of(run: Run, examples: list[Example], sides: list[str], where: str) -> torch.Tensor:
+    """(P, R) summed log-probs of these sides, nats, without gradients. A row that does not fit the memory is named."""
+    with memory.shortage_named(run.rank, where, lambda: memory.describe(examples)):
+        return response_logps(run.engine, groups_of(examples, sides), run.layout, run.device)
+
+
+def add_references(run: Run) -> None:
+    """Fills run.ref and run.held_ref: log-probs under the policy as it is now, before the first step."""
+    n, batch = len(run.train_set.examples), run.args.per_device_train_batch_size
+    # The micro-batches are those of training's first epoch: at step 0 policy and reference agree to the last bit.
+    steps = [pairs_of_step(n, run.pairs_per_step, run.args.seed, step)
+             for step in range(min(run.steps, run.steps_per_epoch))]
+    run.ref = _references(run, run.train_set, steps, batch)
+    if run.held_out:
+        run.held_ref = _references(run, run.held_out, eval_steps(run), run.args.per_device_eval_batch_size)
+
+
+def _references(run: Run, data: DataSet, steps: list[list[int]], batch: int) -> torch.Tensor:
+    """(n, 2): from the cache, where everything that could change a number is as it was; else computed."""
+    args = run.args
+    fingerprint = {"model_name": args.model_name, "data_path": data.path, "weights": run.weights, "bf16": args.bf16,
+                   "data": reference.data_hash(data.examples), "layout": run.layout, "attention": run.attention,
+                   # Stage 3 multiplies matrices by code of its own, which rounds otherwise.
+                   "zero": run.engine.zero_optimization_stage(), "device": distributed.device_name(run.device),
+                   "versions": record.versions()}
+    if args.bf16:  # its rounding depends on what else is in the micro-batch
+        fingerprint |= {"batches": [args.seed, batch, len(steps[0])]}
+
+    def score(indices):
+        return logps_of(run, [data.examples[i] for i in indices], PAIR, "the reference pass")
+
+    with reference_policy(run.engine.module.model, run.fresh_lora):
+        return reference.reference_logps(data.examples, steps, lambda pairs: deal(pairs, batch, run.rank, run.world),
+                                         score, fingerprint, args.cache_dir, run.device, run.stop.check)
+
+
+def eval_steps(run: Run) -> list[list[int]]:
+    """The held-out pairs in order, as many at a time as all ranks take in one micro-batch."""
+    n, size = len(run.held_out.examples), run.args.per_device_eval_batch_size * run.world
+    return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+
+
+def measure_noise(run: Run) -> dict[str, float]:
+    """What rounding does to a pair's numbers, by metric; see noise.py."""
+    examples, args = run.train_set.examples, run.args
+    sides = PAIR if examples[0].rejected is not None else PAIR[:1]
+    pairs = pairs_of_step(len(examples), noise.count(run.steps * run.pairs_per_step), args.seed, 0)
+
+    def score(indices):
+        return logps_of(run, [examples[i] for i in indices], sides, "measuring what rounding does")
+
+    def lengths(indices):
+        return token_counts(groups_of([examples[i] for i in indices], sides), torch.device("cpu"))
+
+    found = noise.measure(run.engine, run.engine.module.model, score,
+                          deal(pairs, args.per_device_train_batch_size, run.rank, run.world), lengths,
+                          None if args.loss == "sft" else args.beta)
+    distributed.say(noise.describe(found, run.pairs_per_step))
+    return found
+
+
+def dry_run(run: Run) -> None:
+    """The longest micro-batch forward, backward and an update, with nothing written; says what the run will take."""
+    args, sides = run.args, PAIR[:1] if run.args.loss == "sft" else PAIR
+    longest = sorted(run.train_set.examples, key=lambda example: -count_tokens([example], sides))
+    examples = longest[: args.per_device_train_batch_size]
+    groups, began = groups_of(examples, sides), time.perf_counter()
+    distributed.say(f"dry run on {memory.describe(examples)}")
+    run.engine.train()
+    with memory.shortage_named(run.rank, "the dry run", lambda: memory.describe(examples)):
+        logps = run.engine(make_batch(groups, run.layout, run.device)).view(len(groups), -1)
+        ref = None if args.loss == "sft" else torch.zeros_like(logps)
+        losses = pair_losses(args.loss, logps, ref, token_counts(groups, run.device), args.beta, args.label_smoothing)
+        run.engine.set_gradient_accumulation_boundary(True)
+        run.engine.backward(losses.mean(), scale_wrt_gas=False)
+        run.engine.step()
+    peaks = distributed.agree(None, metrics.peak_gib(run.device))
+    distributed.say(memory.estimate(run.engine, run.device, state.shards(run.engine), peaks,
+                                    time.perf_counter() - began, disk_needed(run)))

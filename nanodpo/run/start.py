@@ -1,0 +1,165 @@
+"""A run before its first step: what was asked for, checked and read, and what the parts of a run then share."""
+
+import dataclasses
+import datetime
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from ..data import inspection
+from ..data.schedule import epoch_order
+from ..data.template import read_template
+from ..data.tokens import DataSet, load_dataset
+from ..errors import UserError
+from ..flags.arguments import TrainArguments, parse
+from ..folder import record, reference
+from ..folder.atomic import check_whole
+from ..model.source import Source, base_of, check_ids, open_source
+from ..ranks import distributed
+from . import agreement, engine
+from .signals import Stop
+
+
+@dataclasses.dataclass
+class Start:
+    """A run before its model is loaded."""
+
+    args: TrainArguments
+    settings: dict  # DeepSpeed's
+    source: Source
+    train_set: DataSet
+    held_out: DataSet | None
+    folder: Path
+    facts: dict  # what makes it this very run; run.json
+    old: dict | None  # the run.json of the run to go on with
+    wanted: int | None  # the step to go on from, where one was asked for
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.old and self.old.get("finished"))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest [prompt | response]."""
+        return max(example.length for data in (self.train_set, self.held_out) if data for example in data.examples)
+
+
+@dataclasses.dataclass
+class Run(Start):
+    """A run with its engine. `ref` and `held_ref` are (n, 2) reference log-probs, None for SFT."""
+
+    stop: Stop = None
+    weights: str = ""  # hashes of the model that it starts from
+    engine: object = None  # DeepSpeed's
+    device: torch.device = None
+    world: int = 1
+    rank: int = 0
+    layout: str = ""  # of packing.py
+    attention: str = ""
+    ref: torch.Tensor | None = None
+    held_ref: torch.Tensor | None = None
+    step: int = 0  # updates made, skipped ones included
+    tokens: int = 0  # trained on so far
+    skipped: int = 0
+    evaluated: set[int] = dataclasses.field(default_factory=set)  # steps whose evaluation is in metrics.jsonl
+    random: dict | None = None  # random numbers as they were before this step
+    lock: object = None  # an open file
+
+    @property
+    def pairs_per_step(self) -> int:
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train_set.examples) / self.pairs_per_step)
+
+    @property
+    def steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(round(self.args.num_train_epochs * self.steps_per_epoch, 6))  # 1.1 * 50 is a little above 55
+
+    @property
+    def fresh_lora(self) -> bool:
+        """Whether the reference is the model without its adapter."""
+        return self.args.use_lora and not self.source.adapter
+
+
+def prepare(argv: list[str], script: Path) -> Start | None:
+    """Reads the flags and the data, and finds what is wrong with them, or not the same on all ranks, before a weight is
+    loaded or a folder made. None where nothing is to be trained."""
+    with agreement.together() as same:
+        args = parse(argv, script.parent / "examples" / "dpo.yaml")
+        same |= agreement.flags(dataclasses.asdict(args)) | agreement.program(script, args.local_rank)
+    if args.print_config:
+        # A settings file, from which a run can start: what only this process was told is not part of it.
+        kept = {name: value for name, value in vars(args).items() if name not in ("print_config", "local_rank")}
+        distributed.say(json.dumps(kept, indent=2))
+        return None
+    if args.inspect:
+        look(args, script.parent / "ds_config.json")
+        return None
+    today = distributed.from_main(str(datetime.date.today()))  # one day for all ranks
+    with agreement.together() as same:
+        settings = engine.read_settings(args, script.parent / "ds_config.json")
+        distributed.check_device(args)
+        source = open_start(args)
+        folder, old, wanted = record.find(args, f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+        date = (old or {}).get("date") or today  # some chat templates write it
+        train, held_out, limit = load_data(args, source, date)
+        sets = [data for data in (train, held_out) if data]
+        facts = record.facts(args, settings, limit, sets, script.parent) | {"date": date}
+        if old:
+            record.check_same(folder, old, facts, early=bool(source.adapter))
+        start = Start(args, settings, source, train, held_out, folder, facts, old, wanted)
+        if args.loss != "sft" and not start.finished:
+            reference.check_writable(args.cache_dir)
+        same |= agreement.inputs(args, facts, old, wanted)
+    if not start.finished:
+        distributed.say("\n".join(data.report() for data in sets))
+    return start
+
+
+def look(args, deepspeed: Path) -> None:
+    """--inspect. Settings that a run would refuse are refused here, too; rows are left out and named."""
+    with agreement.together():
+        engine.read_settings(args, deepspeed)
+        distributed.check_device(args)
+        source = open_start(args)
+        train, held_out, limit = load_data(inspection.lenient(args), source)
+    distributed.say(inspection.inspect(train, source.tokenizer, limit, args.inspect_row, held_out))
+
+
+def open_start(args) -> Source:
+    """The model or adapter to start from; a checkpoint of another run must be what that run wrote."""
+    for place in filter(None, base_of(args.model_name)):
+        check_whole(Path(place))
+    return open_source(args.model_name, args.trust_remote_code)
+
+
+def load_data(args, source, date: str | None = None):
+    """(training set, held-out set or None, the longest sequence allowed in tokens). `date`: of the run, ISO."""
+    template = read_template(source.tokenizer, args.assistant_header, date)
+    context = source.context or sys.maxsize
+    limit = args.max_length or context
+    if limit > context:
+        raise UserError(f"--max_length {limit}: the model's context is {context} tokens (max_position_embeddings)")
+    pairs = args.loss != "sft"
+    train = load_dataset(args.train_file_path, template, args, limit, pairs)
+    check_ids(source, train.path, train.examples)
+    if args.eval_file_path:
+        held_out = load_dataset(args.eval_file_path, template, args, limit, pairs)
+        check_ids(source, held_out.path, held_out.examples)
+        return train, held_out, limit
+    if not args.eval_size:
+        return train, None, limit
+    n = len(train.examples)
+    if args.eval_size >= n:
+        raise UserError(f"--eval_size {args.eval_size}: {args.train_file_path} has {n} usable row{'s' * (n > 1)}")
+    held = set(epoch_order(n, args.seed, -1)[: args.eval_size])
+    held_out = DataSet(f"{args.eval_size} rows of {train.path}", [train.examples[i] for i in sorted(held)], [], {}, [])
+    train.examples, train.held_out = [e for i, e in enumerate(train.examples) if i not in held], args.eval_size
+    return train, held_out, limit

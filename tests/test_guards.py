@@ -1,0 +1,72 @@
+"""What stands around a step: requests to stop, and numbers that are not finite."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanodpo.errors import Preempted, RunStopped
+from nanodpo.run.guards import StepGuard, check_start, not_finite
+
+EXAMPLES = [SimpleNamespace(row=10 + i, prompt=[0] * 3, chosen=[0] * 4, rejected=[0] * 5) for i in range(10)]
+
+
+class Stop:
+    """Told to stop in the micro-batch `when`; remembers what it was asked."""
+
+    def __init__(self, when: int = -1):
+        self.when, self.heard = when, []
+
+    def ask(self):
+        self.heard.append("ask")
+
+    def hear(self):
+        self.heard.append("hear")
+        if self.heard.count("hear") == self.when:
+            raise Preempted("told")
+
+
+def test_a_step_is_asked_before_each_micro_batch_and_stops_after_the_one_in_which_it_was_told():
+    done, stop = [], Stop(2)
+    with pytest.raises(Preempted), StepGuard(EXAMPLES, stop, 0, "step 5") as guard:
+        for indices, weight in guard.each([([1], 1.0), ([2], 1.0), ([3], 0.0)]):
+            done.append((indices, weight))
+    assert done == [([1], 1.0), ([2], 1.0)] and stop.heard == ["ask", "hear"] * 2
+
+
+def test_rows_that_do_not_fit_the_memory_are_named():
+    with pytest.raises(RunStopped, match=r"rank 3 ran out of memory in step 5 on rows 12 \(3\+4/5 tokens\); no update"):
+        with StepGuard(EXAMPLES, Stop(), 3, "step 5") as guard:
+            for _ in guard.each([([1], 1.0), ([2], 1.0)]):
+                if guard.indices == [2]:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_pairs_that_went_wrong_are_remembered_by_side():
+    """Over all micro-batches of a step, not the last one alone."""
+    guard = StepGuard(EXAMPLES, Stop(), 0, "step 5")
+    for indices, logps, losses in (([7, 3], [[-1.0, math.nan], [-1.0, -2.0]], [0.5, 0.5]),
+                                   ([9], [[-math.inf, -2.0]], [math.inf]), ([4], [[-1.0, -2.0]], [0.5])):
+        guard.finite(indices, torch.tensor(logps), torch.tensor(losses))
+    assert guard.wrong() == {7: [1], 9: [0, 2]}
+    assert guard.wrong_rows() == "rows 17 (3+4/5 tokens), 19 (3+4/5 tokens) in chosen, loss, rejected"
+    assert not_finite({"loss": 0.5}, guard) is None
+    assert not_finite({"loss": math.inf, "x": 1.0}, guard).startswith("loss not finite; rows 17")
+
+
+def test_one_pair_that_is_not_finite_makes_the_whole_gradient_nan_and_finite_ones_change_no_bit():
+    """A log-prob of -inf can have a loss of 0 with a gradient of 0: its step must not be taken all the same."""
+    logps = torch.tensor([[-1.0, -2.0], [-3.0, -math.inf]], dtype=torch.float64, requires_grad=True)
+    guard = StepGuard(EXAMPLES, Stop(), 0, "step 5")
+    plain = -torch.nn.functional.logsigmoid(logps[:, 0] - logps[:, 1])
+    assert plain[1] == 0.0 and guard.finite([1, 2], logps, plain)[0] == plain[0]
+    (gradient,) = torch.autograd.grad(guard.finite([1, 2], logps, plain).sum(), logps)
+    assert gradient[0].isfinite().all() and gradient[1].isnan().all()
+
+
+def test_a_policy_that_is_not_its_reference_at_step_0_is_refused():
+    check_start({"loss": math.log(2), "rewards/margins": 0.0}, 9e-5, False, "cache")
+    for gap, margin, bf16 in ((2e-4, 0.0, False), (0.0, 0.02, False), (0.0, -0.02, True), (2e-3, 0.0, True)):
+        with pytest.raises(RunStopped, match="policy and reference should be equal.*empty cache"):
+            check_start({"loss": 0.7, "rewards/margins": margin}, gap, bf16, "cache")
