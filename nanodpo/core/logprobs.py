@@ -1,5 +1,10 @@
 """From hidden states to log-probabilities: the one path of policy, reference, evaluation and scoring. Torch only.
 
+What it must equal, for a sequence of T tokens whose last n are the response, is two lines over all logits:
+
+    token_logps = logits[:-1].log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)     # (T - 1,)
+    logps = token_logps[-n:].sum()
+
 Shapes: B batch, T row length, N scored tokens, S sequences, D hidden size, V vocabulary, C tokens in a chunk.
 
 The head works chunk by chunk, so (N, V) logits never exist. Log-probs are float32 or better from the logits on, which
@@ -7,6 +12,7 @@ are never rounded to less; sums over a response are float64, so that 20,000 term
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +88,28 @@ def _times(dz: Tensor, weight: Tensor, low: bool) -> Tensor:
     return functools.reduce(torch.add, (dz[:, words] @ wide for words, wide in _blocks(weight, dz.dtype)))
 
 
+class Chunk(NamedTuple):
+    """A chunk of tokens under the model: (C,) each, nats, but for `exps`."""
+
+    logps: Tensor  # of each target
+    lse: Tensor  # logsumexp of the logits
+    top: Tensor  # the largest logit
+    exps: Tensor  # (C, V): exp(logits - top)
+    total: Tensor  # the sum of `exps`
+
+
+def chunk_logps(z: Tensor, targets: Tensor, keep: bool = False) -> Chunk:
+    """(C, V) logits, (C,) -> the log-probs of the targets. The only log-softmax there is: training takes a gradient
+    beside it, scoring its measures. Leaves `exps` in z, or where `keep` z - top, from which more can be computed."""
+    top = z.amax(1)
+    picked = z.gather(1, targets[:, None]).squeeze(1)
+    z.sub_(top[:, None])
+    exps = z.exp() if keep else z.exp_()
+    total = exps.sum(1)
+    lse = top + total.log()
+    return Chunk(picked - lse, lse, top, exps, total)
+
+
 def _slope(z: Tensor, scale: float, cap: float | None) -> Tensor | float:
     """dz / d(W h + b), from z itself: (C, V), or the same everywhere."""
     return scale if cap is None else (z / cap).square_().neg_().add_(1).mul_(scale)
@@ -115,14 +143,10 @@ class _TokenLogProbs(torch.autograd.Function):
             here = slice(i, i + chunk)
             z = _logits(buffer, hidden[here], weight, bias, scale, cap, low)
             slope = None if kept is None else _slope(z, scale, cap)
-            top = z.amax(1)
-            picked = z.gather(1, targets[here, None]).squeeze(1)
-            exps = z.sub_(top[:, None]).exp_()
-            total = exps.sum(1)
-            lse[here] = top + total.log()
-            logps[here] = picked - lse[here]
+            found = chunk_logps(z, targets[here])
+            logps[here], lse[here] = found.logps, found.lse
             if kept is not None:
-                kept[here] = _times(_logit_grad(exps, total, targets[here], slope), weight, low)
+                kept[here] = _times(_logit_grad(found.exps, found.total, targets[here], slope), weight, low)
         ctx.settings = scale, cap, chunk, low
         ctx.save_for_backward(*((hidden, weight, bias, targets, lse) if ctx.trainable else (kept,)))
         return logps

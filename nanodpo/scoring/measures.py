@@ -21,6 +21,8 @@ changes nothing, and one that spreads its probability over what was and is unlik
 import torch
 from torch import Tensor
 
+from ..core.logprobs import chunk_logps
+
 IMPLAUSIBLE = 1e-3
 FLOOR = -1e4  # below it exp is 0 in any precision, and 0 times it is 0, where 0 times -inf would be NaN
 # Of the start: (N,) how many plausible tokens a place has, (N,) the probability of all others; (K,) the ids and (K,)
@@ -53,14 +55,11 @@ def token_measures(module, row, plausible: Sets | None) -> tuple[dict[str, Tenso
 
 def _measure(z: Tensor, targets: Tensor, plausible: Sets | None) -> tuple[dict[str, Tensor], Sets]:
     """(C, V) logits, which it overwrites, and (C,) targets -> measures, and the plausible tokens."""
-    at, top = z.gather(1, targets[:, None]), z.amax(1, keepdim=True)
-    rank = 1 + (z > at).sum(1, keepdim=True, dtype=torch.int32)
-    p = z.sub_(top).exp()
-    total = p.sum(1, keepdim=True)
-    lse = top + total.log()  # in the kernel's own steps, for its own bits
-    found = {"logps": at - lse, "argmax_logps": top - lse, "rank": rank}
-    p.div_(total)
-    found["entropy"] = -z.sub_(total.log()).clamp_(min=FLOOR).mul_(p).sum(1, keepdim=True)
+    rank = 1 + (z > z.gather(1, targets[:, None])).sum(1, dtype=torch.int32)
+    chunk = chunk_logps(z, targets, keep=True)  # from here on z is less the largest logit
+    p, total = chunk.exps.div_(chunk.total[:, None]), chunk.total[:, None]
+    found = {"logps": chunk.logps, "argmax_logps": chunk.top - chunk.lse, "rank": rank}
+    found["entropy"] = -z.sub_(total.log()).clamp_(min=FLOOR).mul_(p).sum(1)
     if plausible is None:
         kept = p >= IMPLAUSIBLE
         plausible = kept.sum(1), None, kept.nonzero()[:, 1], p[kept]
@@ -70,7 +69,7 @@ def _measure(z: Tensor, targets: Tensor, plausible: Sets | None) -> tuple[dict[s
     faded = here < IMPLAUSIBLE  # plausible at the start alone
     # Summed over what is left, not 1 - the plausible ones': it is small, and would drown in the rounding.
     p[place, ids] = here * faded
-    found["implausible_mass"] = p.sum(1, keepdim=True)
-    rest = found["implausible_mass"].squeeze(1) if rest is None else rest
-    found["implausible_mass_start"] = rest.index_add(0, place, before * faded)[:, None]
-    return {name: value.squeeze(1) for name, value in found.items()}, (counts, rest, ids, before)
+    found["implausible_mass"] = p.sum(1)
+    rest = found["implausible_mass"] if rest is None else rest
+    found["implausible_mass_start"] = rest.index_add(0, place, before * faded)
+    return found, (counts, rest, ids, before)
