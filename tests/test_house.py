@@ -13,7 +13,11 @@ MODULES = {".".join(file.relative_to(HOUSE).with_suffix("").parts): file for fil
            if file.stem != "__init__"}
 SCRIPTS = [*(ROOT / f"{name}.py" for name in ("train", "score", "plot")),
            *sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "bench").glob("*.py"))]
-CORE = ("losses", "packing", "logprobs", "attention")
+CORE = [name for name in MODULES if name.startswith("core.")]
+# From the ground up: a folder, or a module that lies beside them, imports those before it alone.
+ORDER = ("screen", "errors", "files", "stats", "wilson", "flags", "ranks", "progress", "core", "data", "model", "folder",
+         "run", "scoring", "figures")
+LENGTHS = {"train.py": 300}
 
 
 def imports(file: Path) -> set[str]:
@@ -35,7 +39,32 @@ def imports(file: Path) -> set[str]:
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_needs_torch_alone(name):
     """attention.py also knows transformers, where it registers its names."""
-    assert imports(MODULES[name]) <= {"torch"} | ({"transformers"} if name == "attention" else set())
+    outside = {found for found in imports(MODULES[name]) if not found.startswith("nanodpo.core.")}
+    assert outside <= {"torch"} | ({"transformers"} if name == "core.attention" else set())
+
+
+def test_the_core_is_read_in_an_hour():
+    assert sum(len(MODULES[name].read_text().splitlines()) for name in CORE) <= 640
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_scripts_are_short(name):
+    assert len((ROOT / name).read_text().splitlines()) <= LENGTHS[name]
+
+
+def test_folders_import_those_below_them_alone():
+    assert {name.partition(".")[0] for name in MODULES} == {*ORDER}
+    for name, file in MODULES.items():
+        own = name.partition(".")[0]
+        for found in (found.split(".")[1] for found in imports(file) if found.startswith("nanodpo.")):
+            assert ORDER.index(found) <= ORDER.index(own), f"{name} imports {found}"
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in HOUSE.glob("*/__init__.py")))
+def test_every_folder_says_what_it_holds(folder):
+    """Each of its modules is named."""
+    text = ast.get_docstring(ast.parse((HOUSE / folder / "__init__.py").read_text()))
+    assert not [name for name in MODULES if name.startswith(f"{folder}.") and name.partition(".")[2] not in text]
 
 
 def test_imports_go_in_no_circle():
@@ -51,14 +80,6 @@ def test_imports_go_in_no_circle():
     for name, file in MODULES.items():
         follow(name)
         assert not imports(file) & {"train", "score", "plot", "examples", "bench", "tests"}, name
-
-
-def test_what_trains_knows_nothing_of_what_comes_after():
-    """nanodpo/ itself needs neither scoring nor figures, and scoring no figures; figures read tables alone."""
-    for name, file in MODULES.items():
-        folder = name.rpartition(".")[0]
-        strange = {"": ("scoring", "figures"), "scoring": ("figures",), "figures": ("scoring",)}[folder]
-        assert not [i for i in imports(file) if i.startswith(tuple(f"nanodpo.{other}." for other in strange))], name
 
 
 @pytest.mark.parametrize("file", [*MODULES.values(), *SCRIPTS], ids=lambda file: file.stem)

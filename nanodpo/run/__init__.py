@@ -1,1 +1,6 @@
-"""run."""
+"""A run while it is under way.
+
+Read start (flags and data, and the record of a run), engine (DeepSpeed's), guards (what stands around a step), metrics,
+passes (the reference and other passes without an update) and lifecycle (the run's folder). Beside them stand signals,
+memory, noise (of bfloat16) and agreement (ranks that were given the same).
+"""
