@@ -1,4 +1,9 @@
-"""What plot.py adds: tables read back and checked, a figure each, and the files they become."""
+"""What plot.py adds: tables read back and checked, a figure each, and the files they become.
+
+Read tables, records and runs (what is read back), selection and choice (what is drawn of it), intervals; then a figure
+each: training, dynamics, bars, aside, heatmap, strip, three_panel; axes and drawing make the figures and files, scored
+and after the ones that nobody asks for.
+"""
 
 import os
 
