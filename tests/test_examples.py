@@ -34,10 +34,22 @@ def test_shipped_models_are_small_and_of_one_shape():
     assert all(v.isfinite().all() for v in [*base.values(), *sft.values()])
 
 
-def test_the_readme_names_every_module_and_no_other():
-    tree = README[README.index("## The files"):]
-    named = set(re.findall(r"\b(\w+\.py)\b", tree.partition("## Limits")[0]))
-    there = {file.name for file in (ROOT / "nanodpo").rglob("*.py")} - {"__init__.py"}
-    assert there <= named
-    assert named - there <= {"train.py", "score.py", "plot.py", "piles.py", "check_logprobs.py",
-                             "forward_reverse.py"}
+def test_the_readme_names_every_folder_and_page_and_is_short():
+    """The modules of a folder are named where it says what it holds."""
+    for folder in (ROOT / "nanodpo").glob("*/__init__.py"):
+        assert f"{folder.parent.name}/" in README
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in README
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+                                  ROOT / "bench" / "README.md"], ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page):
+    """Links, and paths in code spans; a bare name is found somewhere below nanodpo/."""
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    known = {file.name for file in ROOT.rglob("*.py")}
+    for name in re.findall(r"`([\w/]+\.py)`", text):
+        assert (ROOT / name).exists() or ("/" not in name and name in known), name
