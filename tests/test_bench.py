@@ -286,3 +286,12 @@ def test_what_safety_costs_at_toy_size(tmp_path):
     assert 12 * weights < found["state"]["bytes"] < 12 * weights + 50_000
     assert found["checkpoint"]["bytes"] > 4 * weights
     assert 0 < found["share"] < 0.2 and 0.3 < found["after_a_save"] < 3
+
+
+@pytest.mark.slow
+def test_the_files_of_a_step_are_those_that_the_page_on_internals_names():
+    done = launch(ROOT / "bench" / "trace_step.py", launcher="fork")
+    entered = {line.split()[0] for line in done.stdout.splitlines() if " lines  " in line}
+    assert {"train.py", "nanodpo/core/logprobs.py", "nanodpo/core/losses.py"} <= entered
+    page = (ROOT / "docs" / "internals.md").read_text()
+    assert not [name for name in entered if f"`{name}`" not in page]
