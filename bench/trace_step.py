@@ -1,4 +1,4 @@
-"""Traces the second step of the example run: which files of this project it enters, in which order, and which functions.
+"""Traces the second step of the example run: which files of this project it enters, and which functions.
 
     python bench/trace_step.py [flags of train.py]
 
