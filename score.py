@@ -49,7 +49,7 @@ from nanodpo.scoring.measures import token_measures
 from nanodpo.scoring.opened import Opened, Opener
 from nanodpo.scoring.pairs import gradient_products
 from nanodpo.scoring.parts import Parts
-from nanodpo.scoring.runs import Checkpoint, find_bases, newest_run, open_targets, recipe, settings_of
+from nanodpo.scoring.runs import Checkpoint, find_bases, newest_run, noise_of, open_targets, recipe, settings_of
 
 # How data is read: as the run did, unless these flags of train.py say otherwise.
 READING = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
@@ -172,7 +172,8 @@ def score(argv: list[str]) -> None:
             tables = scores.join(folder, [found_of(item, parts) for item in work],
                                  {c.run: c.settings for c in checkpoints if c.phase})
             recipes = {c.run: recipe(c.settings.record) for c in checkpoints if c.phase}
-            report(folder, tables, recipes, [item for item in before if item not in scores.contents(folder)])
+            noises = {c.run: noise_of(c) for c in checkpoints if c.phase}
+            report(folder, tables, recipes, noises, [item for item in before if item not in scores.contents(folder)])
 
 
 def what_is_scored(checkpoints: list[Checkpoint], probes: list[Probe], args) -> dict:
@@ -182,9 +183,9 @@ def what_is_scored(checkpoints: list[Checkpoint], probes: list[Probe], args) -> 
     return {name: needs.hash_of(key)[:8] for name, key in found.items()}
 
 
-def report(folder: Path, tables: dict, recipes: dict, gone: list[str]) -> None:
+def report(folder: Path, tables: dict, recipes: dict, noises: dict, gone: list[str]) -> None:
     """The verdict, and what is on the screen at the end; `gone` is what an earlier scoring had in this folder."""
-    found = verdict.judge(tables["scores"], tables["pairs"], tables["answers"], tables["tenths"], recipes)
+    found = verdict.judge(tables["scores"], tables["pairs"], tables["answers"], tables["tenths"], recipes, noises)
     scores.write_json(folder / "verdict.json", found)
     scores.write_text(folder / "answers.txt", side_by_side.to_file(tables["answers"]))
     distributed.say(show(tables["summary"]))

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -14,6 +15,7 @@ import score
 from nanodpo.errors import RunStopped, UserError
 from nanodpo.folder.atomic import MANIFEST, file_facts
 from nanodpo.scoring import parts as kept
+from nanodpo.scoring import runs
 
 TABLES = ("scores.parquet", "pairs.parquet", "tokens.parquet", "answers.parquet")
 
@@ -251,3 +253,16 @@ def test_tables_are_written_anew_from_the_parts(run, tmp_path, work):
     work["tokens"] = 0
     assert_same(scored(run, tmp_path), before)
     assert work["tokens"] == 0
+
+
+def test_what_another_device_or_library_computed_is_not_taken(monkeypatch):
+    """It rounds otherwise: tables of both would be a mix."""
+    settings, files = SimpleNamespace(bf16=False), SimpleNamespace(key="weights")
+    keys = []
+    for device, version in (("cpu", "1"), ("cpu", "2"), ("cuda", "2")):
+        monkeypatch.setattr(runs, "device_name", lambda _, name=device: name)
+        monkeypatch.setattr(runs, "versions", lambda number=version: {"torch": number})
+        runs.machine.cache_clear()
+        keys.append(runs.Checkpoint("r", "dpo", 0, "r/checkpoint-0", settings, contents=files, base=files).key(False))
+    runs.machine.cache_clear()
+    assert len({*keys}) == 3

@@ -325,3 +325,20 @@ def test_what_a_recipe_is():
         [{"learning_rate": 2e-4}], [{}, ("steps", 8)], [{}, ("weights", "v")], [{}, ("data", ["e"])]))
     for flag, fact in (({"eval_size": 5}, {"data": ["e"]}), ({"random_init": True}, {"weights": "v"})):
         assert changed(flag)[0] == changed(flag, **fact)[0] != same
+
+
+def test_a_change_within_bfloat16s_noise_is_no_change():
+    """One pair moves by 0.19 nats a token by rounding alone, a mean over 40 rows by 0.03; twice that is 0.06. Chosen
+    falls by 0.05, rejected by 0.2: rejected alone falls, and the gap, whose noise is sqrt(2) times as large, rises."""
+    noise = {"r": {"logps_per_token/chosen": 0.19, "logps_per_token/rejected": 0.19, "rewards/margins": 3.0}}
+    (plain,), (found,) = (judge(*tables(chosen=-0.05, rejected=-0.2), None, noises) for noises in ({}, noise))
+    assert plain["names"] == ["displacement"] and "noise" not in plain["numbers"]["change of chosen"]
+    numbers = found["numbers"]
+    assert numbers["change of chosen"]["noise"] == pytest.approx(2 * 0.19 / 40**0.5)
+    assert numbers["change of gap"]["noise"] == pytest.approx(2 * 2**0.5 * 0.19 / 40**0.5)
+    assert found["names"] == ["healthy"]  # the gap, by 0.15
+    assert "chosen -0.05 [" in found["text"] and "within bfloat16's noise of 0.06" in found["text"]
+    (still,) = judge(*tables(chosen=-0.05, rejected=-0.1), None, noise)
+    assert still["names"] == ["no notable change"] and still["text"].count("within bfloat16's noise") == 2
+    (louder,) = judge(*tables(chosen=-0.07, rejected=-0.2), None, noise)
+    assert louder["names"] == ["displacement"] and "noise" not in louder["text"]

@@ -5,16 +5,20 @@ never decides that code is run: only the command line says trust_remote_code.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from ..errors import UserError
 from ..files import read_text
-from ..folder.record import FREE
+from ..folder.record import FREE, versions
 from ..model.source import base_of
+from ..ranks.distributed import device_name
 from .contents import Contents
 
 # What a data set is read with where no run says otherwise.
@@ -40,8 +44,16 @@ class Checkpoint:
     base: Contents | None = None  # the same of the model that it is an adapter on, or itself
 
     def key(self, bf16: bool) -> str:
-        """What tells these weights from others, wherever they lie; `bf16`: also where no run says so."""
-        return " ".join([self.contents.key, self.base.key, "bf16" * (bf16 or self.settings.bf16)])
+        """All of a checkpoint that could change a number, wherever it lies: weights, precision, device, libraries.
+        `bf16`: also where no run says so."""
+        return " ".join([self.contents.key, self.base.key, "bf16" * (bf16 or self.settings.bf16), machine()])
+
+
+@functools.cache
+def machine() -> str:
+    """The device and the libraries, of which another one rounds otherwise."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return f"{device_name(device)} {json.dumps(versions())}"
 
 
 def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkpoint]:
@@ -149,6 +161,16 @@ def _right(key: str, value) -> bool:
     choices = {"boundary": ("error", "concat"), "overlong": ("error", "drop", "truncate"),
                "on_bad_row": ("error", "drop")}
     return value in choices[key] if key in choices else isinstance(value, str) or value is None and key != "loss"
+
+
+def noise_of(checkpoint: Checkpoint) -> dict[str, float]:
+    """What bfloat16's rounding does to one pair of a run, by metric, nats; empty where run.json says nothing of it.
+    Raises UserError where that is not what train.py writes."""
+    found = checkpoint.settings.record.get("noise") or {}
+    if not isinstance(found, dict) or not all(type(x) in (int, float) and 0 <= x < math.inf for x in found.values()):
+        file = Path(checkpoint.path).parent / "run.json"
+        raise UserError(f"{file}: is not what train.py writes: noise is {json.dumps(found)[:100]}")
+    return found
 
 
 def recipe(record: dict) -> tuple[str, int | None]:

@@ -30,16 +30,20 @@ SILENT = 0.1  # rise of the share of answers that give no answer
 
 
 class Numbers(dict):
-    """{name: {"mean", "low", "high", "n"}}. A number that is missing neither falls nor rises."""
+    """{name: {"mean", "low", "high", "n"}}. A number that is missing neither falls nor rises, nor does one within its
+    "noise"."""
 
     def of(self, name: str, what: str = "mean") -> float:
         return self.get(name, {}).get(what, math.nan)
 
     def falls(self, name: str, by: float = 0.0) -> bool:
-        return self.of(name, "high") < 0 and self.of(name) <= -by
+        return self.of(name, "high") < 0 and self.of(name) <= -by and not self.is_noise(name)
 
     def rises(self, name: str, by: float = 0.0) -> bool:
-        return self.of(name, "low") > 0 and self.of(name) >= by
+        return self.of(name, "low") > 0 and self.of(name) >= by and not self.is_noise(name)
+
+    def is_noise(self, name: str) -> bool:
+        return abs(self.of(name)) <= self.of(name, "noise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +106,13 @@ WORDS = {"change of chosen": "chosen {change} nats a token", "change of chosen t
 
 
 def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.DataFrame, tenths: pandas.DataFrame,
-          recipes: dict[str, tuple[str, int]] | None = None) -> list[dict]:
+          recipes: dict[str, tuple[str, int]] | None = None, noises: dict[str, dict] | None = None) -> list[dict]:
     """A verdict for each run and data set with two checkpoints or more: names, numbers, rules, and a sentence. Then one
     for each group of runs that differ in their seed alone.
 
     `tenths`: lines of the chosen responses' tenths, row by row. `recipes`: of runs by name, what they were made with
-    beside their seed, and the seed (runs.py).
+    beside their seed, and the seed (runs.py). `noises`: of runs in bfloat16 by name, what rounding alone does to one
+    pair's metrics, nats (run/noise.py).
     """
     found = []
     for (run, phase, dataset), table in scores.groupby(["run", "phase", "dataset"], sort=False):
@@ -121,11 +126,21 @@ def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.Dat
             here[1], first, last)
         numbers = {name: {key: int(value) if key in ("n", "problems") else float(value) for key, value in stats.items()}
                    | {"over": _over(stats)} for name, stats in numbers.items() if stats["n"]}
+        _add_noise(numbers, (noises or {}).get(run, {}))
         rows = next(iter(numbers.values()), {"over": "no rows of one run"})["over"]
         found.append(_named({"run": run, "phase": phase, "dataset": dataset, "first": int(first), "last": int(last),
                              "over": rows, "there": place if "change of chosen there" in numbers else None,
                              "numbers": numbers}))
     return found + _over_seeds(found, recipes or {})
+
+
+def _add_noise(numbers: dict[str, dict], noise: dict[str, float]) -> None:
+    """Gives changes of log-probs their "noise": twice the standard deviation that rounding alone gives such a mean."""
+    sides = {side: noise.get(f"logps_per_token/{side}") for side in ("chosen", "rejected")}
+    of = {f"change of {side}": value for side, value in sides.items()}
+    of["change of gap"] = None if None in sides.values() else math.hypot(*sides.values())
+    for name in (name for name, value in of.items() if value and name in numbers):
+        numbers[name]["noise"] = 2 * of[name] / math.sqrt(numbers[name]["n"])
 
 
 def _over_seeds(lines: list[dict], recipes: dict) -> list[dict]:
@@ -248,6 +263,8 @@ def _phrase(name: str, numbers: Numbers, line: dict) -> str:
     counts = [f"{end * asked:.0f} of {asked}" if "run" in line else f"{end:.3g}" for end in ends]
     text = WORDS[name].format(change=_number(stats, "+"), level=_number(stats), mean=stats["mean"], start=start,
                               there=line["there"], times=ratio, share=ratio, counts=" -> ".join(counts))
+    if numbers.is_noise(name):
+        text += f", within bfloat16's noise of {stats['noise']:.2g}"
     return text + f", over {stats['n']} rows" * (stats["over"] != line["over"])
 
 
