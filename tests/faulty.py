@@ -66,7 +66,7 @@ def plant_in(what: str, kind: str, step: int, mine: bool) -> None:
     checkpoint or state is half made, when it is merged, or when the engine is made."""
     place, name, here = {
         "engine": (engine, "build", lambda *_: True),
-        "reference": (passes, "logps_of", lambda calls, run, *_: calls == step),
+        "reference": (passes, "response_logps", lambda calls, *_: calls == step),
         "evaluation": (train, "pair_losses", lambda calls, *_: inside("evaluate", step)),
         "checkpoint": (checkpoint, "verify", lambda calls, folder, _: f"checkpoint-{step}." in str(folder)),
         "merge": (checkpoint, "save", lambda calls, *args: args[3].name == "merged"),
@@ -144,9 +144,9 @@ def plant(fault: str) -> None:
             full() if what == "disk" else hit("term", None, None)
         save(tensors, file, *rest)
 
-    def write_checkpoint(model, state, folder):
-        with small_files(3000 if f"checkpoint-{step}." in str(folder) else resource.RLIM_INFINITY):
-            write_files(model, state, folder)
+    def write_checkpoint(*args):
+        with small_files(3000 if f"checkpoint-{step}." in str(args[-1]) else resource.RLIM_INFINITY):
+            write_files(*args)
 
     remember("evaluate")
     remember("train_step", lambda run: hit("weight", run, None)
@@ -169,6 +169,7 @@ def plant(fault: str) -> None:
         what, train.pair_losses, resume.save_file = "term", pair_losses, save_file
     else:
         train.pair_losses = pair_losses
+        passes.pair_losses = lambda *args: hit(what, None, pairs(*args))  # of a dry run
 
 
 if __name__ == "__main__":
