@@ -25,6 +25,7 @@ from pathlib import Path
 from nanodpo import errors
 from nanodpo.data import tokens
 from nanodpo.ranks import distributed
+from nanodpo.run import start
 
 
 def act(place: list) -> None:
@@ -54,7 +55,7 @@ def main() -> None:
     plan = plans.get(os.environ["RANK"], plans.get("all", {}))
     os.environ |= plan.get("env", {})
     for name, value in plan.get("set", {}).items():
-        module, _, constant = name.partition(".")
+        module, _, constant = name.rpartition(".")
         setattr(importlib.import_module(f"nanodpo.{module}"), constant, value)
     if "join" in plan:
         distributed.JOIN = type(distributed.JOIN)(seconds=plan["join"])
@@ -65,7 +66,8 @@ def main() -> None:
     at = plan.get("at", {})
     load, come, step = tokens.load_dataset, distributed._come_together, getattr(program, "train_step", None)
     distributed._come_together = lambda *args: (act(at.get("meet", [])), come(*args))
-    program.load_dataset = lambda *args, **more: (load(*args, **more), act(at.get("load", [])))[0]
+    reader = start if script == "train" else program
+    reader.load_dataset = lambda *args, **more: (load(*args, **more), act(at.get("load", [])))[0]
     program.train_step = lambda run, bar: (act(at.get("step", []) if run.step == 2 else []), step(run, bar))
     part, parts = getattr(program, "score_part", None), itertools.count()
     program.score_part = lambda *args: (act(at.get("part", []) if next(parts) == 1 else []), part(*args))

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny
 from tiny_tokenizers import base_chatml
 
-import train
 from nanodpo.data.example import Example
 from nanodpo.errors import RunStopped, UserError
 from nanodpo.folder import checkpoint
@@ -19,6 +18,7 @@ from nanodpo.folder import record as identity
 from nanodpo.model import loading as models
 from nanodpo.model.adapters import open_base
 from nanodpo.model.source import check_ids, open_source
+from nanodpo.run import lifecycle
 
 
 def args(**changes):
@@ -171,15 +171,15 @@ def test_a_base_that_has_changed_is_not_merged_into(tiny, tmp_path):
         checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, True), run / "checkpoint-1", {"step": 1})
         make_model(seed=1).save_pretrained(base)
         with pytest.raises(UserError, match="base: holds other weights than those that .* was trained on; put back"):
-            train.merge(args(bf16=bf16), run, 1)
+            lifecycle.merge(args(bf16=bf16), run, 1)
         shutil.copy(tiny / "model" / "model.safetensors", base)
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
         with pytest.raises(UserError, match="base: its config.json is not the one that"):
-            train.merge(args(bf16=bf16), run, 1)
+            lifecycle.merge(args(bf16=bf16), run, 1)
         assert sorted(place.name for place in run.iterdir()) == ["checkpoint-1", "run.json"]
         shutil.copy(tiny / "model" / "config.json", base)
-        train.merge(args(bf16=bf16), run, 1)
+        lifecycle.merge(args(bf16=bf16), run, 1)
         assert (run / "merged" / "model.safetensors").is_file()
 
 
@@ -188,7 +188,7 @@ def test_an_adapter_that_is_damaged_is_not_merged(tiny, tmp_path):
     checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, True), tmp_path / "checkpoint-1", {"step": 1})
     (tmp_path / "checkpoint-1" / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="checkpoint-1: adapter_config.json has 2 bytes of "):
-        train.merge(args(), tmp_path, 1)
+        lifecycle.merge(args(), tmp_path, 1)
     assert not (tmp_path / "merged").exists()
 
 

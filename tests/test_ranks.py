@@ -144,7 +144,7 @@ def test_a_signal_to_one_rank_before_the_first_step_ends_all(told, apart):
 def test_a_stopped_rank_is_not_waited_for(where, told, code, words, apart, tmp_path):
     """A process that is stopped keeps its connections: the silence of SILENCE seconds tells, of SOON seconds where this
     rank was told to stop."""
-    limits = {"signals.SOON": 2.0} if told else {"signals.SILENCE": 3.0}
+    limits = {"run.signals.SOON": 2.0} if told else {"run.signals.SILENCE": 3.0}
     plans = {"0": {"set": limits, "at": {"step": told}}, "1": {"at": {where: ["stop"]}}}
     codes, said = apart(plans, "--save_steps", "1")
     assert codes[0] == code and codes[1] == 137 and words in said and "Traceback" not in said
@@ -155,14 +155,14 @@ def test_a_stopped_rank_is_not_waited_for(where, told, code, words, apart, tmp_p
 @pytest.mark.slow
 def test_a_rank_that_takes_long_is_waited_for(apart):
     """It lives, however long it computes: no silence."""
-    limits = {"signals.SILENCE": 2.5, "signals.SOON": 2.5}
+    limits = {"run.signals.SILENCE": 2.5, "run.signals.SOON": 2.5}
     codes, said = apart({"0": {"set": limits}, "1": {"at": {"step": [6]}}})
     assert codes == [0, 0], said
 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_a_rank_within_a_collective(apart):
-    told = {"set": {"signals.GRACE": 1.0}, "at": {"step": [["SIGTERM", 0.5], ["SIGTERM", 2]]}}
+    told = {"set": {"run.signals.GRACE": 1.0}, "at": {"step": [["SIGTERM", 0.5], ["SIGTERM", 2]]}}
     codes, said = apart({"0": told, "1": {"at": {"step": [6]}}})
     assert codes[0] == 128 + signal.SIGTERM and "SIGTERM: ends as soon as what is done is saved" in said
 
@@ -291,7 +291,7 @@ def test_other_errors_stay_what_they_are(error):
 
 def test_a_terminal_that_is_gone_keeps_nothing_from_being_saved(tmp_path):
     """What a process writes to a terminal that has closed would end it; after SIGHUP there is none to write to."""
-    code = ("import os, signal, sys, time; sys.path.insert(0, sys.argv[1]); from nanodpo import signals\n"
+    code = ("import os, signal, sys, time; sys.path.insert(0, sys.argv[1]); from nanodpo.run import signals\n"
             "with signals.Stop() as stop:\n"
             "    stop.wait(); os.write(1, b'ready'); before = time.monotonic()\n"
             "    while stop.name is None and time.monotonic() < before + 20: time.sleep(0.01)\n"

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import math
-from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.errors import RunStopped
+from nanodpo.run.guards import check_start
 
 pytestmark = pytest.mark.slow
 LORA = ("--learning_rate", "1e-3", "--lora_r", "4", "--num_train_epochs", "1")
@@ -213,12 +213,8 @@ def test_a_run_that_does_not_start_at_its_reference_stops(tiny, tmp_path):
     (9e-5, 0.38, False, True), (9e-4, -3.8, True, True)])
 def test_long_responses_can_not_hide_a_wrong_reference(gap, margin, bf16, stops):
     """R-C5: what is little a token is a lot over 20,000 of them, and shows in the margin."""
-    from train import check_numbers
-
-    args = SimpleNamespace(bf16=bf16, allow_dropout=False, cache_dir="cache")
-    means = {"loss": 0.6, "ref_gap": gap, "rewards/margins": margin}
     with pytest.raises(RunStopped, match="step 0: policy and") if stops else contextlib.nullcontext():
-        assert check_numbers(SimpleNamespace(step=0, args=args), [], means, None) is None
+        check_start({"loss": 0.6, "rewards/margins": margin}, gap, bf16, "cache")
 
 
 def test_reference_after_training_equals_the_cache(tiny, tmp_path):

@@ -141,8 +141,8 @@ CSV += [(f"s.csv {how}", broken("s.csv", change), SERIES, [f"@/s.csv{words}"])
         for (how, change), words in zip({**BYTES, "a folder": "a folder", "missing": "missing"}.items(), [
             ", line 3: has 1 fields", ": can't be read as csv ('utf-8' codec", ": can't be read as csv (it is empty)",
             ": can't be read as csv ('utf-8' codec", ": no column series, step, mean",
-            ": can't be read as csv ([Errno 21]",
-            ": can't be read as csv ([Errno 2]"])]
+            ": can't be read as csv (Is a directory)",
+            ": can't be read as csv (No such file or directory)"])]
 FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for flags, words in [
     (["--columns=0"], "--columns: invalid choice: 0"), (["--columns=1.0"], "--columns: invalid int value: '1.0'"),
     (["--focus", "x", "y"], "--focus: invalid float value: 'x'"), (["--focus", "1"], "--focus: expected 2 arguments"),

@@ -472,9 +472,9 @@ FLAGS += [(f"{what} for {flag}", nothing_changed, [f"--{flag}={value}"], [f"--{f
     ("cache_dir", "a device", "/dev/null/x", "can't be wr"),
     ("cache_dir", "a name too long", "@/" + "x" * 300, "File name too long"),
     ("cache_dir", "a file", "@/rows.jsonl", "can't be written to"),
-    *((name, "a name too long", folder + "x" * 300, "File name too long")
+    *((name, what, folder + "x" * 300, "File name too long")
       for name in ("output_dir", "resume", "deepspeed", "model_name", "train_file_path", "eval_file_path")
-      for folder in ("@/", "")),
+      for what, folder in (("a name too long", "@/"), ("a bare name too long", ""))),
     *((name, "NUL", "@/a\0b", "a\\x00b: no such file can be, since the name holds NUL or half")
       for name in ("output_dir", "resume", "deepspeed", "model_name", "eval_file_path", "cache_dir")),
     ("deepspeed", "a long name", "x" * 5000, "too long"),
@@ -490,7 +490,7 @@ FLAGS += [(f"settings: {text[:40]!r}", written(name, text), [f"@/{name}"], [f"@/
     ("s.json", "null", "found NoneType"), ("s.json", '{"seed": [1]}', "seed must be a single value, found list"),
     ("s.json", '{"": 1}', "unknown setting"),
 ]]
-FLAGS += [(f"settings of a name with {what}", written("s.json", text), ["@/s.json"], [words])
+FLAGS += [(f"settings of {name} with {what}", written("s.json", text), ["@/s.json"], [words])
           for name in ("resume", "eval_file_path") for what, text, words in [
     ("NUL", f'{{"{name}": "a\\u0000b"}}', f"--{name} a\\x00b: no such file can be"),
     ("half a character", f'{{"{name}": "a\\ud800"}}', f"--{name} a\\ud800: no such file can be"),
