@@ -90,12 +90,11 @@ def test_every_flag_of_the_papers_script_exists(name):
     assert name in FIELDS
 
 
-# R-J1: every flag counts
+# Every flag counts
 
 
 @pytest.mark.parametrize("name", [n for n in FIELDS if n != "local_rank"])  # that one has its own tests, at the end
 def test_every_flag_changes_the_settings(name):
-    """R-J1."""
     beside = BESIDE.get(name, [])
     base = [f"--{n}=x" for n in ("model_name", "train_file_path")]
     value = other_value(FIELDS[name])
@@ -125,7 +124,7 @@ def readers():
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_flag_is_read_by_somebody(name):
-    """R-J1: the flag of the published code that nobody read cost it a result."""
+    """The flag of the published code that nobody read cost it a result."""
     assert name in readers()
 
 

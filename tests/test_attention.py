@@ -40,7 +40,7 @@ def compare(model, layout, attention_name, groups):
 
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_is_separate(name, record_property):
-    """R-C2: in float64 to 1e-12, in float32 to 1e-5 nats a token and 1e-5 of the gradient; four groups in a row."""
+    """In float64 to 1e-12, in float32 to 1e-5 nats a token and 1e-5 of the gradient; four groups in a row."""
     with KeepDouble():
         exact = compare(tiny(name), pack, LOOP, random_groups())
     single = compare(tiny(name, torch.float32), pack, LOOP, random_groups())
@@ -51,7 +51,7 @@ def test_packed_is_separate(name, record_property):
 
 @pytest.mark.parametrize("name", [*PACKED, "bloom", "lfm2", "mamba"])
 def test_plain_is_separate(name):
-    """R-C2: a sequence a line, padded on the right, under the model's own attention; to 1e-12 in float64."""
+    """A sequence a line, padded on the right, under the model's own attention; to 1e-12 in float64."""
     model = tiny(name)
     with KeepDouble():
         assert max(compare(model, pad, model.config._attn_implementation, random_groups())) < 1e-12
@@ -79,7 +79,7 @@ def test_a_response_is_blind_to_its_siblings_and_neighbours(name):
 
 
 def test_row_mates_come_and_go_unnoticed():
-    """R-C2: alone, in front, behind, as one pair of many: the same sums to 1e-12 in float64."""
+    """Alone, in front, behind, as one pair of many: the same sums to 1e-12 in float64."""
     model, groups = tiny("llama"), random_groups()
     model.set_attn_implementation(LOOP)
     module = SequenceLogProbs(model)
@@ -178,7 +178,7 @@ def test_how_the_kernel_is_called(monkeypatch):
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("window", [None, 3, 45])
 def test_cuda_kernel_is_as_exact_as_the_loop(window, kv_heads):
-    """R-C2: PyTorch's kernel in bfloat16 against float64, its error within twice the loop's own, output and gradients.
+    """PyTorch's kernel in bfloat16 against float64, its error within twice the loop's own, output and gradients.
     """
     row = pack(random_groups()).to(torch.device("cuda"))
     length = row.input_ids.shape[1]
@@ -258,7 +258,7 @@ def test_self_check_in_bfloat16(name):
 
 @pytest.mark.parametrize("name", PLAIN[:3])
 def test_plain_rows_after_the_self_check_are_right(name):
-    """R-C2: for a model that was sent to plain rows, sums and gradients are those of separate forward passes."""
+    """For a model that was sent to plain rows, sums and gradients are those of separate forward passes."""
     model, groups = tiny(name, torch.float32), random_groups(7)
     module = SequenceLogProbs(model)
     truth = naive_token_logps(model, groups)
@@ -304,7 +304,7 @@ def test_packed_attention_without_segments_says_so():
 
 
 def test_flash_attention_on_demand_only_where_it_can_run():
-    """R-J1: --use_flash_attention without CUDA stops with one line, before any forward pass."""
+    """--use_flash_attention without CUDA stops with one line, before any forward pass."""
     model = tiny("llama", torch.float32)
     model.forward = None  # would fail if called
     with pytest.raises(UserError, match="--use_flash_attention: the flash kernel needs a CUDA device"):

@@ -86,7 +86,6 @@ def test_a_template_that_refuses_system_turns_is_read_all_the_same():
     ("four<e>\n<e> \n", "four<e>"), ("four \n", "four \n<e>"), (" four<e>", " four<e>"),
 ])
 def test_exactly_one_end_of_turn(text, closed):
-    """R-A2."""
     assert close_turn(text, "<e>")[0] == closed
 
 
@@ -108,14 +107,13 @@ def test_transcripts_split_at_the_last_assistant_header(chatml):
 
 
 def test_a_question_that_is_not_the_transcripts_is_noted(chatml):
-    """R-A6: half of the paper's rows."""
+    """Half of the paper's rows."""
     text = render_row(chatml, 0, "Which number?", ASKED + "four<|im_end|>", ASKED + "five<|im_end|>", True)
     assert text.prompt == ASKED
     assert set(text.notes) == {"prompt column differs from the transcript's prompt (the transcript is used)"}
 
 
 def test_of_several_assistant_turns_only_the_last_is_scored(chatml):
-    """R-A6."""
     first = ASKED + "four<|im_end|>\n" + ASKED
     assert render(chatml, None, first + "4<|im_end|>", first + "5<|im_end|>") == (first, "4<|im_end|>", "5<|im_end|>")
 
@@ -125,7 +123,6 @@ def test_of_several_assistant_turns_only_the_last_is_scored(chatml):
                                   "\n<|im_start|>user\nSure?<|im_end|>",  # the assistant's turn is not even closed
                                   "\n<|im_start|>system\nBe brief.<|im_end|>\n"])
 def test_no_other_turn_is_ever_scored(chatml, tail):
-    """R-A6."""
     assert "chosen" in error_of(chatml, None, ASKED + "four" + tail, ASKED + "five<|im_end|>")
     assert "rejected" in error_of(chatml, None, ASKED + "four<|im_end|>", ASKED + "five" + tail)
     assert "chosen" in error_of(chatml, ASKED, "four" + tail, "five<|im_end|>")
@@ -150,7 +147,6 @@ def test_a_transcript_must_ask_something(chatml):
 
 
 def test_prompts_of_the_sides_must_be_equal(chatml):
-    """R-A5."""
     message = error_of(chatml, None, ASKED + "four<|im_end|>", SYSTEM + ASKED + "five<|im_end|>")
     assert "prompts of chosen and rejected differ: 'user" in message and "'system" in message
 
@@ -166,12 +162,10 @@ def test_prompts_that_differ_only_in_white_space_are_named_so(chatml):
 
 @pytest.mark.parametrize("ending", ["", "<|im_end|>", "<|im_end|>\n"])
 def test_strings_get_an_end_only_where_they_have_none(chatml, ending):
-    """R-A2."""
     assert render(chatml, "2+2=", "4" + ending, "5" + ending) == ("2+2=", "4<|im_end|>", "5<|im_end|>")
 
 
 def test_a_base_models_plain_strings_end_with_eos_and_its_chats_with_the_templates_end():
-    """R-A2."""
     base = read_template(tiny.base_chatml())
     assert render(base, "2+2=", "4")[1] == "4<|endoftext|>"
     assert render(base, "2+2=", "4<|im_end|>\n")[1] == "4<|im_end|>"
@@ -202,7 +196,7 @@ def test_every_format_gives_the_same_texts(chatml, prompt, chosen, rejected):
     ("four<|im_end|>", True), ("four<|im_end|>\n", True),  # the template closes it once more
 ])
 def test_of_messages_only_what_the_user_wrote_is_noted(chatml, said, noted):
-    """R-A7: a note about every row of conversational data would say nothing about any."""
+    """A note about every row of conversational data would say nothing about any."""
     talk = [USER, {"role": "assistant", "content": said}]
     for values in ((None, talk, [USER, NO]), ([USER], talk[1:], [NO])):
         text = render_row(chatml, 0, *values, True)
@@ -249,7 +243,7 @@ def test_nothing_may_follow_the_end_of_turn(chatml):
 
 
 def test_a_rendered_prompt_stays_when_the_response_has_several_turns(chatml):
-    """R-A6: the reply's own first turn goes to the prompt, nothing of the prompt is lost."""
+    """The reply's own first turn goes to the prompt, nothing of the prompt is lost."""
     more = "four<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
     assert render(chatml, ASKED, more)[:2] == (ASKED + more[: -len("yes<|im_end|>")], "yes<|im_end|>")
 
@@ -271,7 +265,7 @@ def test_a_rendered_prompt_stays_when_the_response_has_several_turns(chatml):
     (("Q", [YES, {"content": "4"}]), "chosen is of type list, some of it without a role"),
 ])
 def test_bad_rows_say_which_side_and_why(values, words):
-    """R-A7. A template that joins contents as text shows what a content of another type does."""
+    """A template that joins contents as text shows what a content of another type does."""
     tokenizer = tiny.chatml()
     tokenizer.chat_template = tiny.CHATML.replace("{{ m['content'] }}", "{{ m['content'] + '' }}")
     assert words in error_of(read_template(tokenizer), *values)
@@ -287,7 +281,7 @@ def test_a_template_that_rewrites_the_reply_is_refused():
 
 
 def test_the_leads_of_prompts_end_at_their_first_user_turn(chatml):
-    """R-A9: every form once, plain text last; later turns are no lead."""
+    """Every form once, plain text last; later turns are no lead."""
     talk = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\nWhich?<|im_end|>\n"
     texts = [SYSTEM + talk + ASKED, talk + ASKED, "How many?", SYSTEM + ASKED]
     assert prompt_leads(chatml, [chatml.tokenizer(text).input_ids for text in texts]) == ["", SYSTEM, None]

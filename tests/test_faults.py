@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
     ("gradient", 0, 2, ["gradient is not finite"]), ("gradient", 2, 2, ["gradient is not finite"]),
     ("gradient", 3, 2, ["gradient is not finite"]), ("weight", 3, 2, ["logps/chosen", "in chosen, loss, rejected"])])
 def test_what_is_not_finite_stops_all_ranks_before_the_update(fault, stage, ranks, words, tiny, tmp_path, forked):
-    """R-G7: wrong on one rank only; step, rows, lengths and side are named in one line; no line of metrics."""
+    """Wrong on one rank only; step, rows, lengths and side are named in one line; no line of metrics."""
     more = ("--deepspeed", zero(tiny, stage), "--resume_steps", "1")
     codes, said = forked(FAULTY, f"{fault}@3:{ranks - 1}", *flags(tiny, tmp_path / "run", *more), ranks=ranks)
     assert codes == [1] * ranks and "Traceback" not in said
@@ -40,7 +40,7 @@ def test_what_is_not_finite_stops_all_ranks_before_the_update(fault, stage, rank
 
 @pytest.mark.parametrize("stage, fault", [(0, "loss"), (2, "loss"), (3, "gradient")])
 def test_a_step_that_is_not_finite_can_be_left_out(stage, fault, tiny, tmp_path, forked):
-    """R-G7: counted in the metrics, which stay JSON; weights and moments do not move in it, so the next step's loss is
+    """Counted in the metrics, which stay JSON; weights and moments do not move in it, so the next step's loss is
     the one of a run whose learning rate was 0 there: a fresh LoRA that skipped step 0 is still its reference."""
     run = tmp_path / "run"
     more = ("--deepspeed", zero(tiny, stage), "--skip_nonfinite", "1", "--lora_dropout", "0", "--max_steps", "3")
@@ -58,7 +58,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(stage, fault, tiny, tmp_path,
     ("raise", 1, "LookupError: a fault for the test"),
     ("memory", 1, "rank 1 ran out of memory in step 2 on rows"), ("kill", 137, "")])
 def test_a_rank_that_fails_ends_the_others(fault, code, words, tiny, tmp_path, forked):
-    """R-F5, R-H8: with its own error first; the other one says in a line that it lost it."""
+    """With its own error first; the other one says in a line that it lost it."""
     began = time.monotonic()
     codes, said = forked(FAULTY, f"{fault}@2:1", *flags(tiny, tmp_path / "run"), ranks=2)
     assert codes == [1, code] and time.monotonic() - began < 60
@@ -73,7 +73,7 @@ def test_a_rank_that_fails_ends_the_others(fault, code, words, tiny, tmp_path, f
     ("memory-engine@0", "rank 0 ran out of memory in loading the model; "),
     ("memory-reference@2", "rank 0 ran out of memory in the reference pass on rows ")])
 def test_memory_that_is_short_before_the_first_step(fault, words, tiny, tmp_path, forked):
-    """R-F5: one line there too, with what would help."""
+    """One line there too, with what would help."""
     codes, said = forked(FAULTY, fault, *flags(tiny, tmp_path / "run"))
     assert codes == [1] and f"error: {words}" in said and "a higher ZeRO stage" in said and "Traceback" not in said
 
@@ -89,7 +89,7 @@ def test_words_for_memory_that_is_short(error, short):
 
 
 def test_a_launcher_ends_soon_and_shows_why(tiny, tmp_path):
-    """R-H8: under the deepspeed launcher, from the fault to the end in less than 30 s, with the cause at the end."""
+    """Under the deepspeed launcher, from the fault to the end in less than 30 s, with the cause at the end."""
     run = tmp_path / "run"
     process = launch(FAULTY, "memory@2:1", *flags(tiny, run), ranks=2, launcher="deepspeed", check=False)
     seconds = time.time() - (run / "metrics.jsonl").stat().st_mtime
@@ -101,7 +101,7 @@ def test_a_launcher_ends_soon_and_shows_why(tiny, tmp_path):
     ("disk@4", "No space left on device", 2), ("metrics@3", "No space left on device", 2),
     ("checkpoint@4", "File too large", 4)])
 def test_a_disk_that_fills_loses_nothing(fault, error, step, whole, tiny, tmp_path, forked):  # noqa: F811
-    """R-H4: in the midst of a state, a line or a checkpoint; one line, exit code 1, and the same command goes on to the
+    """In the midst of a state, a line or a checkpoint; one line, exit code 1, and the same command goes on to the
     bytes of an undisturbed run."""
     codes, said = forked(FAULTY, fault, *flags(tiny, tmp_path / "run"))
     assert codes == [1] and "Traceback" not in said
@@ -114,7 +114,7 @@ def test_a_disk_that_fills_loses_nothing(fault, error, step, whole, tiny, tmp_pa
 
 @pytest.mark.parametrize("weights", [True, False], ids=["weights first", "tokenizer alone"])
 def test_wherever_a_file_is_cut_the_disk_is_named(weights, tmp_path, monkeypatch):
-    """R-H4: every file of a checkpoint and of a state, at its start, in its midst and one byte before its end: one
+    """Every file of a checkpoint and of a state, at its start, in its midst and one byte before its end: one
     line, what was there before is whole, and nothing half-written is left."""
     model, tokenizer = make_model(), make_tokenizer()
     disable_progress_bar()
@@ -140,7 +140,7 @@ def test_wherever_a_file_is_cut_the_disk_is_named(weights, tmp_path, monkeypatch
 
 
 def test_a_full_disk_at_the_start_and_at_the_end(tmp_path):
-    """R-H4: run.json is whole or not there, and metrics.jsonl is cut back as a whole or not at all."""
+    """run.json is whole or not there, and metrics.jsonl is cut back as a whole or not at all."""
     run = tmp_path / "run"
     with pytest.raises(RunStopped, match="run: can't be written"), small_files(100):
         identity.create(run, {"arguments": {}, "world_size": 1, "steps": 20, "long": "x" * 200})
@@ -159,7 +159,7 @@ def test_a_full_disk_at_the_start_and_at_the_end(tmp_path):
 
 
 def test_a_small_file_system(small_disk):
-    """R-H4: a checkpoint and a state that do not fit leave the ones before whole, and nothing of themselves."""
+    """A checkpoint and a state that do not fit leave the ones before whole, and nothing of themselves."""
     (small_disk / "filler").write_bytes(bytes((4096 - 256) * 1024))
     model, tokenizer = make_model(), make_tokenizer()  # 31,000 weights, 125 KB
     tensors = checkpoint.gather(model, only_trained=False)
@@ -199,7 +199,7 @@ def test_what_waits_beside_the_activations():
 
 
 def test_a_dry_run_writes_nothing(tiny, tmp_path, forked):
-    """R-F4: the longest pair first; memory, time and disk."""
+    """The longest pair first; memory, time and disk."""
     codes, said = forked(TRAIN, *flags(tiny, tmp_path / "run", "--dry_run"), ranks=2)
     assert codes == [0, 0], said
     assert "dry run on rows" in said and "peak memory by rank: " in said and "disk: checkpoints " in said

@@ -30,7 +30,7 @@ def mlp(dtype=torch.float64, kind=LlamaMLP) -> nn.Module:
     *((family, lora, 2) for family in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "olmo2")
       for lora in (True, False)), ("phi3", True, 0), ("gpt2", False, 0), ("qwen3_moe", False, 0)])
 def test_to_the_last_bit(family, lora, thinned, dtype):
-    """R-G5: log-probs and every gradient are those of the MLP as it came. Another kind of MLP stays as it came."""
+    """Log-probs and every gradient are those of the MLP as it came. Another kind of MLP stays as it came."""
     row, found = pack(random_groups()), []
     for whole in (True, False):
         model = prepared(family, "keep", lora).to(dtype)

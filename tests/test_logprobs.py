@@ -49,7 +49,7 @@ def by_hand(hidden, layer, targets, scale, cap) -> list[float]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("chunk", [1, 7, N, N + 1])
 def test_kernel_is_the_loop(chunk, bias, scale, cap):
-    """R-C1, R-C2: token by token equal to Python floats, whatever the chunk; sums over ragged responses too."""
+    """Token by token equal to Python floats, whatever the chunk; sums over ragged responses too."""
     layer, (hidden, targets) = linear(bias), inputs()
     truth = by_hand(hidden, layer, targets, scale, cap)
     logps = LogProbHead(layer, scale, cap, chunk)(hidden, targets)
@@ -178,7 +178,7 @@ def errors(values, truth) -> torch.Tensor:
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_bfloat16_is_no_worse_than_full_logits(trainable):
-    """R-C4: against float64 truth, values within the error of full float32 log_softmax, far within that of bfloat16.
+    """Against float64 truth, values within the error of full float32 log_softmax, far within that of bfloat16.
 
     Gradients get half as much again: ours are rounded once more, as a kept product or as a chunk's share of dW.
     """
@@ -210,7 +210,7 @@ def test_bfloat16_is_no_worse_than_full_logits(trainable):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA multiplies bfloat16 into float32")
 def test_on_a_gpu_logits_are_never_bfloat16():
-    """R-C4: from bfloat16 states and weights the log-probs are those of float64 to 1e-4 nats, with and without bias."""
+    """From bfloat16 states and weights the log-probs are those of float64 to 1e-4 nats, with and without bias."""
     for bias in (False, True):
         layer = linear(bias, torch.bfloat16, trainable=False, std=3.0, vocabulary=1000, width=64).cuda()
         hidden, targets = (x.cuda() for x in inputs(3000, torch.bfloat16, vocabulary=1000, width=64))
@@ -222,7 +222,7 @@ def test_on_a_gpu_logits_are_never_bfloat16():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("std", [0.1, 3.0, 300.0])
 def test_no_log_prob_is_positive(std, dtype):
-    """R-C4: flat, sharp and one-hot distributions; in the sharpest a sure token has log-prob 0 and not a bit more."""
+    """Flat, sharp and one-hot distributions; in the sharpest a sure token has log-prob 0 and not a bit more."""
     layer, (hidden, _) = linear(dtype=dtype, std=std), inputs(4000, dtype)
     bias = None if layer.bias is None else layer.bias.double()
     best = F.linear(hidden.double(), layer.weight.double(), bias).argmax(1)  # bfloat16's own may be another word
@@ -233,7 +233,7 @@ def test_no_log_prob_is_positive(std, dtype):
 
 @pytest.mark.parametrize("scale", [2.0**-6, 2.0**-14])
 def test_twenty_thousand_terms_lose_nothing(scale):
-    """R-C4: bfloat16-sized terms sum exactly in float64, whatever the order; float32 and bfloat16 would be off."""
+    """Bfloat16-sized terms sum exactly in float64, whatever the order; float32 and bfloat16 would be off."""
     draw = torch.Generator().manual_seed(0)
     terms = -torch.randint(1, 2**8, (20_000,), generator=draw) * scale - 7 * (torch.arange(20_000) % 3 == 0)
     seq = torch.arange(20_000) % 2
@@ -244,7 +244,7 @@ def test_twenty_thousand_terms_lose_nothing(scale):
 
 
 def test_a_broken_token_spoils_its_own_response_alone():
-    """R-G7: what is not finite in one response must not hide which one it was."""
+    """What is not finite in one response must not hide which one it was."""
     token_logps = torch.tensor([-1.0, -math.inf, -2.0, math.nan, -3.0])
     sums = sum_by_sequence(token_logps, torch.tensor([0, 1, 1, 2, 3]), 4)
     assert sums[[0, 3]].tolist() == [-1.0, -3.0] and not sums[1:3].isfinite().any()
@@ -271,7 +271,7 @@ class PositionsOnly(nn.Module):
 
 @pytest.mark.parametrize("layout", [pack, pad])
 def test_only_response_tokens_are_labels(layout):
-    """R-C8: a prompt token as label changes nothing; any token of chosen or rejected changes its own sum alone."""
+    """A prompt token as label changes nothing; any token of chosen or rejected changes its own sum alone."""
     model = PositionsOnly()
     prompt, chosen, rejected = [3, 14, 15], [9, 2, 6, 5], [30, 5, 8]
     logps = model.lm_head(model.table).log_softmax(1)
@@ -329,7 +329,7 @@ def trained(kind: str, dtype):
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 @pytest.mark.parametrize("kind", ["lora", "tied", "untied"])
 def test_gradients_of_a_whole_model_are_those_of_plain_dpo(kind, checkpointing, dtype, tolerance):
-    """R-G5: loss and the gradient of every parameter, frozen head and trained, tied and not, checkpointed or not."""
+    """Loss and the gradient of every parameter, frozen head and trained, tied and not, checkpointed or not."""
     model, groups = trained(kind, dtype), random_groups()
     model.train()
     inner = model.get_base_model() if kind == "lora" else model
@@ -354,7 +354,7 @@ def test_gradients_of_a_whole_model_are_those_of_plain_dpo(kind, checkpointing, 
 
 
 def test_an_adapted_output_layer_is_refused():
-    """R-G9: LoRA on the head would be ignored, since the kernel reads the base weight."""
+    """LoRA on the head would be ignored, since the kernel reads the base weight."""
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))

@@ -37,7 +37,7 @@ def test_margin_counts_each_of_its_four_parts_once():
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_dpo_is_ln_2_where_the_policy_is_the_reference(beta):
-    """R-C5: nothing learned yet means loss ln 2, whatever beta and the log-probs."""
+    """Nothing learned yet means loss ln 2, whatever beta and the log-probs."""
     chosen, rejected = torch.tensor([-3.0, -8000.5]), torch.tensor([-700.25, -0.5])
     assert dpo(chosen, rejected, chosen, rejected, beta).tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7)
 
@@ -71,7 +71,7 @@ def test_swapping_chosen_and_rejected_turns_the_margin_around(beta, m):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.25])
 @pytest.mark.parametrize("loss", [dpo, robust])
 def test_finite_where_long_responses_lead(loss, label_smoothing, m, slope, dtype):
-    """R-C7: margins of +-1e4; there log(1 + e^(-m)) is max(0, -m) to the last digit, and so is each mixture of two."""
+    """Margins of +-1e4; there log(1 + e^(-m)) is max(0, -m) to the last digit, and so is each mixture of two."""
     e, chosen = label_smoothing, torch.tensor([m], dtype=dtype, requires_grad=True)
     zero = torch.zeros(1, dtype=dtype)
     out = loss(chosen, zero, zero, zero, 1.0, e)
@@ -140,7 +140,7 @@ def test_sft_is_the_chosen_likelihood_and_nothing_else():
 
 @pytest.mark.parametrize("name", ["ipo", "hinge", "sft"])
 def test_label_smoothing_is_refused_where_it_means_nothing(name):
-    """R-J1: a setting that a loss would ignore is an error."""
+    """A setting that a loss would ignore is an error."""
     with pytest.raises(ValueError, match=f"{name} has no label smoothing, got 0.1"):
         LOSSES[name](*at(1.0), 0.1, label_smoothing=0.1)
 

@@ -34,7 +34,7 @@ def places(*targets):
 
 
 def test_known_distributions():
-    """R-I3: the uniform distribution over 8, and a certain token: every measure is what it must be, and finite."""
+    """The uniform distribution over 8, and a certain token: every measure is what it must be, and finite."""
     certain = torch.full((8,), -1e4, dtype=torch.float64)
     certain[3] = 1e4
     never = torch.zeros(8, dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_jitter_does_not_look_like_spreading():
 
 @pytest.mark.parametrize("layout", [pack, pad])
 def test_a_models_measures_whatever_the_layout(layout):
-    """R-F2, R-C2: logps are the kernel's bit for bit; the rest is that of plain float64 forward passes."""
+    """Logps are the kernel's bit for bit; the rest is that of plain float64 forward passes."""
     module = SequenceLogProbs(make_model(dtype=torch.float64).eval(), chunk=4)
     flat, truth, sums = [(p, r) for p, rs in GROUPS for r in rs], {"entropy": [], "rank": [], "argmax_logps": []}, []
     with torch.no_grad():

@@ -19,7 +19,7 @@ TOKENS = torch.tensor([[5.0, 10.0], [4.0, 2.0], [1.0, 5.0]], dtype=torch.float64
 
 
 def test_the_values_of_three_pairs():
-    """R-E3, R-E4: margins 3, 0 and -2 nats; a tie is no success; sums and means a token both."""
+    """Margins 3, 0 and -2 nats; a tie is no success; sums and means a token both."""
     losses, values = pair_losses("dpo", LOGPS, REF, TOKENS, 0.5), pair_metrics(LOGPS, REF, TOKENS, 0.5)
     assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.5 * m)) for m in (3, 0, -2)])
     assert values["rewards/chosen"].tolist() == [1.0, 0.0, -0.5]
@@ -54,7 +54,7 @@ def test_sft_with_and_without_a_rejected_side():
 
 
 def test_means_weigh_every_pair_once():
-    """R-E2, R-E3: micro-batches of 3 and 1, and one of weight 0 that only keeps ranks in step."""
+    """Micro-batches of 3 and 1, and one of weight 0 that only keeps ranks in step."""
     meter = Meter(torch.device("cpu"))
     for values, weight in (([1.0, 2.0, 3.0], 1.0), ([6.0], 1.0), ([100.0, 100.0], 0.0)):
         meter.add({"x": torch.tensor(values)}, weight)

@@ -47,13 +47,12 @@ def test_the_papers_lora_is_expressible(tiny):
     ("q_proj,w_proj", "no module w_proj; its linear layers are down_proj"), ("lm_head", "output layer"),
     ("embed_tokens", "only LoRA on linear layers")])
 def test_modules_that_cannot_be_adapted(tiny, names, words):
-    """R-F6, R-G9."""
     with pytest.raises(UserError, match=words):
         load(tiny, lora_target_modules=names)
 
 
 def test_dropout_is_off_unless_allowed(tiny):
-    """R-D4: modules, and the rates that attention layers hold."""
+    """Modules, and the rates that attention layers hold."""
     for allowed in (False, True):
         model = load(tiny, lora_dropout=0.5, allow_dropout=allowed).train()
         rates = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
@@ -67,7 +66,7 @@ def test_dropout_is_off_unless_allowed(tiny):
 
 
 def test_the_reference_is_left_as_it_was_found(tiny):
-    """R-D2: adapters on again and the mode restored, also where the pass raised."""
+    """Adapters on again and the mode restored, also where the pass raised."""
     model = load(tiny).train()
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -85,7 +84,7 @@ def test_the_reference_is_left_as_it_was_found(tiny):
 
 
 def test_the_fingerprint_sees_every_weight_and_setting(tiny):
-    """R-D5: one changed number, or another rope, is another reference; another fresh LoRA is the same one."""
+    """One changed number, or another rope, is another reference; another fresh LoRA is the same one."""
     model = load(tiny)
     first = models.fingerprint(model, fresh_lora=True)
     assert models.fingerprint(load(tiny, seed=7, lora_r=2), fresh_lora=True) == first
@@ -99,7 +98,7 @@ def test_the_fingerprint_sees_every_weight_and_setting(tiny):
 
 
 def test_a_checkpoint_is_verified_before_it_counts(tmp_path):
-    """R-G2: what was written is compared with memory; a difference, a NaN or a hole leaves no folder behind."""
+    """What was written is compared with memory; a difference, a NaN or a hole leaves no folder behind."""
     model, tokenizer = make_model(), make_tokenizer()
     state = checkpoint.gather(model, only_trained=False)
     checkpoint.save(model, tokenizer, state, tmp_path / "checkpoint-1", {"step": 1})
@@ -121,7 +120,7 @@ def test_a_checkpoint_is_verified_before_it_counts(tmp_path):
 
 
 def test_an_adapter_that_learned_nothing_is_refused():
-    """R-G1: one B that is not zero is enough; a fresh adapter has none, a whole model has no B at all."""
+    """One B that is not zero is enough; a fresh adapter has none, a whole model has no B at all."""
     zero, one = torch.zeros(2, 2), torch.ones(2, 2)
     checkpoint.check_trained({"a.lora_A.default.weight": one, "a.lora_B.default.weight": zero,
                               "b.lora_B.default.weight": one})
@@ -220,7 +219,7 @@ def test_buffers_are_saved_as_the_model_means_it(tmp_path):
 
 
 def test_sampling_settings_do_not_lose_a_model(tmp_path):
-    """R-H7: a generation config that transformers refuses to save is mended, not the end of the run."""
+    """A generation config that transformers refuses to save is mended, not the end of the run."""
     model = make_model()
     model.generation_config.temperature = 0.5  # without do_sample
     with pytest.raises(ValueError):
@@ -232,7 +231,7 @@ def test_sampling_settings_do_not_lose_a_model(tmp_path):
 @pytest.mark.parametrize("wrong", [{"early_stopping": True, "length_penalty": 2.0}, {"pad_token_id": -1},
                                    {"max_new_tokens": 0}, {"temperature": 0.5, "cache_implementation": "no such"}])
 def test_generation_settings_beyond_mending_are_left_out(wrong, tmp_path, capsys):
-    """R-H7: said, and the weights are saved."""
+    """Said, and the weights are saved."""
     model = make_model()
     vars(model.generation_config).update(wrong)
     checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1", {"step": 1})
@@ -291,7 +290,7 @@ def test_an_adapter_can_not_say_what_ends_a_turn_so_the_run_does(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_saved_as_it_is_published(family, tmp_path):
-    """R-G2: transformers saves some families under other names than they have in memory (gpt_neox, experts); what it
+    """Transformers saves some families under other names than they have in memory (gpt_neox, experts); what it
     opens again is the model, to the last bit."""
     from transformers import AutoModelForCausalLM
 

@@ -20,7 +20,7 @@ def random_groups(draw: random.Random) -> list:
 
 
 def test_pack_literally():
-    """R-C3: every token in its place; no padding, no shift, positions restart at len(prompt) for each response."""
+    """Every token in its place; no padding, no shift, positions restart at len(prompt) for each response."""
     row = pack(GROUPS)
     #                            0  1  2  3  4  5  6  7  8  9 10 11 12
     assert row.input_ids.tolist() == [[7, 8, 9, 1, 2, 3, 5, 6, 4, 2, 2, 2, 1]]
@@ -43,7 +43,7 @@ def test_segments_literally():
 
 
 def test_pad_literally():
-    """R-C3: the same groups, a sequence a line, padded on the right; rows count through the flattened lines of 5."""
+    """The same groups, a sequence a line, padded on the right; rows count through the flattened lines of 5."""
     row = pad(GROUPS)
     assert row.input_ids.tolist() == [[7, 8, 9, 1, 2], [7, 8, 9, 3, 0], [7, 8, 9, 5, 6], [4, 2, 2, 2, 0],
                                       [4, 1, 0, 0, 0]]
@@ -57,7 +57,7 @@ def test_pad_literally():
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("layout", [pack, pad])
 def test_every_scored_token_once_after_what_came_before_it(layout, seed):
-    """R-C1, R-A8: following `rows` back through the row finds, for each token of each response, its true context."""
+    """Following `rows` back through the row finds, for each token of each response, its true context."""
     groups = random_groups(random.Random(seed))
     row = layout(groups)
     expected, number = [], 0
@@ -115,7 +115,7 @@ def test_groups_are_left_as_they_were(layout):
 @pytest.mark.parametrize("layout", [pack, pad])
 @pytest.mark.parametrize("group", [([], [[1]]), ([1], []), ([1], [[2], []])])
 def test_nothing_is_scored_without_a_prompt_or_a_token(layout, group):
-    """R-B4: an empty side would take its hidden state from a neighbour, or shift the others' targets."""
+    """An empty side would take its hidden state from a neighbour, or shift the others' targets."""
     with pytest.raises(AssertionError, match="group 1: empty prompt, no response, or an empty one"):
         layout([([1, 2], [[3]]), group])
 

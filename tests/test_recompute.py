@@ -54,7 +54,7 @@ def gradients(model, row):
     *((family, True) for family in ("llama", "qwen2", "qwen3_moe", "gemma2", "phi", "olmo2")),
     *((family, False) for family in ("llama", "qwen3_moe", "gpt2", "mamba"))])
 def test_to_the_last_bit(family, lora):
-    """R-G5: log-probs and every gradient, whatever is kept: biased and Conv1D layers, experts, caps, no attention."""
+    """Log-probs and every gradient, whatever is kept: biased and Conv1D layers, experts, caps, no attention."""
     row, found = (pad if family == "mamba" else pack)(random_groups()), {}
     for mode in MODES:
         model = prepared(family, mode, lora)

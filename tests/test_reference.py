@@ -51,7 +51,7 @@ def run(tmp_path):
 
 
 def test_it_is_computed_once_and_goes_on(run, capsys):
-    """R-H1: told to stop after a step, then left alone, then asked again: every pair is scored once."""
+    """Told to stop after a step, then left alone, then asked again: every pair is scored once."""
     with pytest.raises(Preempted):
         run(told_after=2)
     assert run.scored == [0, 1] and load_file(run.file)["logps"].isfinite().all(1).tolist() == [True] * 2 + [False] * 4
@@ -64,7 +64,7 @@ def test_it_is_computed_once_and_goes_on(run, capsys):
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_pass_that_was_killed_goes_on(every, run, monkeypatch):
-    """R-H1: in the third step of three; the first two are kept, whatever share of them is kept at a time."""
+    """In the third step of three; the first two are kept, whatever share of them is kept at a time."""
     def killed(pairs):
         return [([i], 1.0) for i in pairs] if 4 not in pairs else 1 / 0
 
@@ -75,7 +75,7 @@ def test_a_pass_that_was_killed_goes_on(every, run, monkeypatch):
 
 
 def test_a_micro_batch_that_only_keeps_ranks_in_step_counts_for_nothing(run):
-    """R-G8: the step's first once more, with weight 0."""
+    """The step's first once more, with weight 0."""
     assert torch.equal(run(deal=lambda pairs: [(pairs, 1.0), (pairs[:1], 0.0)]), TRUTH)
 
 
@@ -87,7 +87,6 @@ def test_a_step_that_is_known_in_part_is_computed(run):
 
 
 def test_numbers_that_are_not_finite_are_not_kept(run):
-    """R-G7."""
     run.truth = TRUTH.clone()
     run.truth[3, 1] = -torch.inf
     with pytest.raises(RunStopped, match="1 reference log-probs are not finite"):
@@ -96,7 +95,7 @@ def test_numbers_that_are_not_finite_are_not_kept(run):
 
 
 def test_the_hash_of_the_data_sees_every_token_in_its_place():
-    """R-D5: what is prompt, chosen or rejected, and in which row, of the same tokens all told."""
+    """What is prompt, chosen or rejected, and in which row, of the same tokens all told."""
     sets = [[([1, 2], [3], [4])], [([1], [2, 3], [4])], [([1, 2], [3, 4], None)], [([1, 2], [3], [5])],
             [([2, 1], [3], [4])], [([1, 2], [3], [4])] * 2, [([1, 2], [3], [4]), ([1, 2], [4], [3])],
             [([1, 2], [4], [3]), ([1, 2], [3], [4])]]
@@ -177,7 +176,7 @@ def test_a_link_to_nowhere_is_no_cache(run):
 
 @pytest.mark.parametrize("name", ["save_file", "settle", "flush"])
 def test_a_disk_that_fills_keeps_what_was_known(name, run, monkeypatch):
-    """R-H4: one line, the file of before, and nothing half-written beside it."""
+    """One line, the file of before, and nothing half-written beside it."""
     with pytest.raises(Preempted):
         run(told_after=2)
     before = run.file.read_bytes()

@@ -76,7 +76,7 @@ def whole(tiny, tmp_path_factory, forked):
     (3, 2, ("--use_lora", "false", "--lora_dropout", "0", "--bf16", "--loss", "sft")), (1, 1, ("--bf16",))],
     ids=["zero0", "zero1-2-full", "zero3-2-full-bf16-sft", "zero1-bf16"])
 def test_a_stopped_run_is_an_undisturbed_one(stage, ranks, more, tiny, tmp_path, forked):
-    """R-H1, R-H6: killed with -9 in step 3, told to stop in step 4, then left alone; metrics and checkpoints to the
+    """Killed with -9 in step 3, told to stop in step 4, then left alone; metrics and checkpoints to the
     last bit, no step missing or double. States of both kinds are used: one from a save, one from the signal."""
     more = (*more, "--deepspeed", zero(tiny, stage))
     whole, run = (flags(tiny, tmp_path / name, *more) for name in ("whole", "run"))
@@ -96,7 +96,7 @@ def test_a_stopped_run_is_an_undisturbed_one(stage, ranks, more, tiny, tmp_path,
     ("term-reference@4", 0, 1), ("term-evaluation@3", 3, 1), ("term-evaluation@6", 6, 1), ("term-checkpoint@4", 4, 1),
     ("term-state@4", 4, 1), ("term-state@4:1", 4, 2)])
 def test_told_to_stop_whatever_it_is_doing(fault, step, ranks, whole, tiny, tmp_path, forked):
-    """R-H1: SIGTERM in the reference pass, an evaluation, the last one, a checkpoint, a state, and above in a step:
+    """SIGTERM in the reference pass, an evaluation, the last one, a checkpoint, a state, and above in a step:
     what is done is kept, exit code 75, and the run that goes on is the undisturbed one to the last bit."""
     run = tmp_path / "run"
     codes, said = forked(FAULTY, fault, *flags(tiny, run), ranks=ranks)
@@ -137,7 +137,7 @@ def test_told_to_stop_when_every_step_is_done(whole, tiny, tmp_path, forked):
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_made_again_or_named(whole, tiny, tmp_path, forked):
-    """R-H2: the starting point, and the checkpoint of the step that the run goes on from, are written again to the last
+    """The starting point, and the checkpoint of the step that the run goes on from, are written again to the last
     bit; one in between can't be, and is named."""
     run = tmp_path / "run"
     assert forked(FAULTY, "term@4", *flags(tiny, run))[0] == [75]
@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_made_again_or_named(whole, tiny, tmp_path, fork
 @pytest.mark.parametrize("name", ["weights.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("how", ["cut", "emptied", "flipped", "removed", "a folder"])
 def test_a_checkpoint_is_what_its_manifest_says(name, how, tmp_path):
-    """R-H2: every file in turn; a folder without a manifest, or with another program's, is taken as it is."""
+    """Every file in turn; a folder without a manifest, or with another program's, is taken as it is."""
     place = tmp_path / "checkpoint-2"
     aside(place).mkdir()
     for file, size in (("weights.safetensors", 100), ("tokenizer.json", 50)):
@@ -224,7 +224,7 @@ def stopped(tmp_path):
 
 
 def test_a_run_goes_back_to_its_newest_state(stopped):
-    """R-H6: metrics lose what comes after it, a half-written line too, and so do the checkpoints."""
+    """Metrics lose what comes after it, a half-written line too, and so do the checkpoints."""
     facts, evaluated = resume.begin(stopped, 8, 2, None)
     assert (facts["step"], facts["tokens"], evaluated) == (4, 7, {4})
     left = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
@@ -299,7 +299,7 @@ BREAKS = {"cut": lambda f: f.write_bytes(f.read_bytes()[:-3]), "emptied": lambda
 @pytest.mark.parametrize("name", ["rank0.safetensors", "rank1.safetensors", "manifest.json"])
 @pytest.mark.parametrize("how", BREAKS)
 def test_a_broken_state_is_passed_over(name, how, stopped, capsys):
-    """R-H2: every file in turn; the run goes on from the state before and says so; with both broken it refuses."""
+    """Every file in turn; the run goes on from the state before and says so; with both broken it refuses."""
     BREAKS[how](resume.folder_of(stopped, 4) / name)
     assert resume.find(stopped, 2)["step"] == 2
     said = capsys.readouterr().out
@@ -341,7 +341,7 @@ def test_a_run_is_done_with_its_last_line_and_its_last_checkpoint(steps, wanted,
 
 
 def test_a_last_line_without_its_end_is_not_whole(tmp_path):
-    """R-H6: what is appended later would stand behind it in the same line."""
+    """What is appended later would stand behind it in the same line."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 1.0}')
     resume.go_back(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n'
@@ -388,7 +388,7 @@ def test_two_states_are_kept(tmp_path):
 
 
 def test_a_state_is_read_back_before_it_counts(tmp_path, monkeypatch):
-    """R-H2: weights that are not finite, a disk that kept other numbers, a folder that rank 0 does not see."""
+    """Weights that are not finite, a disk that kept other numbers, a folder that rank 0 does not see."""
     with pytest.raises(RunStopped, match="weight.0 is not finite"):
         resume.save(tmp_path, 1, {"weight.0": torch.tensor([1.0, torch.inf])}, {}, 0)
     with monkeypatch.context() as patch, pytest.raises(RunStopped, match="weight.0 .*not as it is in memory"):
@@ -412,7 +412,7 @@ def test_what_a_rank_takes_from_a_state(tmp_path):
 
 
 def test_what_resume_may_name(tmp_path):
-    """R-H3: a run that has states, or needs none; one that was stopped before its first state is no state."""
+    """A run that has states, or needs none; one that was stopped before its first state is no state."""
     def find():
         return identity.find(SimpleNamespace(resume=str(tmp_path / "run"), output_dir=None), "new")
 
@@ -501,7 +501,7 @@ def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_another_run_is_refused_and_a_finished_one_is_left_alone(tiny, tmp_path, forked):
-    """R-H3: a list of what differs, exit code 2, not a byte changed; a path that isn't there is no fresh start."""
+    """A list of what differs, exit code 2, not a byte changed; a path that isn't there is no fresh start."""
     run = tmp_path / "run"
 
     def files():

@@ -29,7 +29,7 @@ def test_each_epoch_visits_every_pair_once(n, per_step):
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_get_equal_counts_and_every_pair_counts_once(n, batch, world):
-    """R-G8: the same number of forward passes on every rank; the extra ones weigh nothing."""
+    """The same number of forward passes on every rank; the extra ones weigh nothing."""
     dealt = [deal(list(range(n)), batch, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in dealt}) == 1
     counted = [i for batches in dealt for indices, weight in batches for i in indices if weight == 1.0]

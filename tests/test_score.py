@@ -49,7 +49,7 @@ def table(run, tmp_path_factory):
 
 
 def test_scores_are_those_of_plain_transformers(run, table, tiny):
-    """R-I1: each response under each checkpoint, opened by plain PEFT, one sequence at a time, to 1e-6."""
+    """Each response under each checkpoint, opened by plain PEFT, one sequence at a time, to 1e-6."""
     pairs = oracle.read_pairs(tiny / "train.jsonl")
     assert len(table) == 4 * 11 * 4 and list(table.columns) == scores.COLUMNS
     for step in (0, 3):
@@ -65,7 +65,7 @@ def test_scores_are_those_of_plain_transformers(run, table, tiny):
 
 
 def test_scores_reproduce_what_training_logged(run, table):
-    """R-I1: the pairs of step k under checkpoint-k have the logps and rewards of line k, and so has each evaluation."""
+    """The pairs of step k under checkpoint-k have the logps and rewards of line k, and so has each evaluation."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     start = table[table.step == 0].set_index(["row", "response"]).logps
     for line in lines:
@@ -81,7 +81,7 @@ def test_scores_reproduce_what_training_logged(run, table):
 
 
 def test_packing_order_and_ranks_change_nothing(run, table, tmp_path):
-    """R-C2, R-D7: one group a micro-batch, and two ranks for 11 rows, give the same table."""
+    """One group a micro-batch, and two ranks for 11 rows, give the same table."""
     one = scored(tmp_path / "one", run, "--max_tokens", "1")
     launch(ROOT / "score.py", run, "--output_dir", tmp_path / "two", ranks=2)
     two = pandas.read_parquet(tmp_path / "two" / "scores.parquet")
@@ -91,7 +91,6 @@ def test_packing_order_and_ranks_change_nothing(run, table, tmp_path):
 
 
 def test_one_response_more_changes_no_other(run, table, tmp_path):
-    """R-I2."""
     few = scored(tmp_path, run, "--responses", "shuffled", "chosen")
     both = few.merge(table, on=KEYS, suffixes=("", "_all"))
     assert len(both) == len(few) == 4 * 11 * 2
@@ -118,7 +117,7 @@ def test_a_killed_scoring_goes_on(run, table, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("free", [4, 600, 900, 1100])
 def test_a_disk_that_fills(free, run, table, small_disk, monkeypatch, capsys):
-    """R-H4: one line and exit code 1, parts whole, nothing else left; with room again the same command ends it."""
+    """One line and exit code 1, parts whole, nothing else left; with room again the same command ends it."""
     filler = small_disk / "filler"
     filler.write_bytes(bytes((4096 - free) * 1024))
     monkeypatch.setattr(sys, "argv", ["score.py", str(run), "--output_dir", str(small_disk / "out")])
@@ -150,7 +149,7 @@ def full(run, tiny, tmp_path_factory):
 
 
 def test_two_ranks_write_the_same_tables(full):
-    """R-D7: 11 rows on two ranks, every table of every measure."""
+    """11 rows on two ranks, every table of every measure."""
     for name in ("scores", "pairs", "tokens", "answers"):
         one, two = (pandas.read_parquet(full / side / f"{name}.parquet") for side in ("one", "two"))
         # A sum of gradients that nearly cancel keeps fewer digits.
@@ -164,7 +163,7 @@ def test_two_ranks_write_the_same_tables(full):
 
 
 def test_tokens_add_up(full):
-    """R-I1: the tokens of a response add up to its log-prob; means of the measures are those of its tokens."""
+    """The tokens of a response add up to its log-prob; means of the measures are those of its tokens."""
     scores_, tokens = (pandas.read_parquet(full / "one" / f"{name}.parquet") for name in ("scores", "tokens"))
     groups = tokens.groupby(["step", "row", "response"])
     line = scores_.set_index(["step", "row", "response"]).loc[groups.size().index]
@@ -226,7 +225,7 @@ def test_pairs_by_an_independent_computation(run, full, tiny):
 
 
 def test_rows_that_fail_are_listed_and_in_no_mean(run, tiny, tmp_path, monkeypatch):
-    """R-I5: one log-prob is made infinite on its way out of the kernel; all others keep theirs."""
+    """One log-prob is made infinite on its way out of the kernel; all others keep theirs."""
     def broken(*args):
         values, *rest = score_measures(*args)
         values["logps"][-1] = -float("inf")
@@ -249,7 +248,7 @@ def test_rows_that_fail_are_listed_and_in_no_mean(run, tiny, tmp_path, monkeypat
     ("answer_greedily", ("--answers", "2"), "scoring; "),
     ("answers.greedy", ("--answers", "2"), "the greedy answers of .*checkpoint-0; ")])
 def test_memory_that_is_short(place, flags, words, run, tiny, tmp_path, monkeypatch):
-    """R-F5: one line that names the rows and what would help; what is done stays."""
+    """One line that names the rows and what would help; what is done stays."""
     def short(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -512,7 +511,7 @@ def test_runs_of_one_name_are_told_apart(run, tmp_path):
 
 
 def test_prompts_that_open_otherwise_are_refused(run, tiny, tmp_path):
-    """R-A9: data with a system prompt that training did not have; asked for, it is scored."""
+    """Data with a system prompt that training did not have; asked for, it is scored."""
     other = tmp_path / "dpo"
     shutil.copytree(run, other)
     record = json.loads((other / "run.json").read_text())
@@ -551,7 +550,7 @@ def test_batches_hold_every_group_once_within_the_budget():
 
 
 def test_summary_by_hand():
-    """R-I5: means 1, 3 and 8 -> mean 4, median 3, sem sqrt(13) / sqrt(3); the gap is taken row by row, and a row that
+    """Means 1, 3 and 8 -> mean 4, median 3, sem sqrt(13) / sqrt(3); the gap is taken row by row, and a row that
     failed is in neither."""
     line = {"run": "r", "phase": "dpo", "checkpoint": "c", "step": 0, "dataset": "d"}
     table = pandas.DataFrame([line | {"row": row, "problem": str(row), "response": response, "mean_logps": value}
@@ -624,7 +623,7 @@ def test_label_smoothing_is_read_from_the_run(run, tmp_path):
 
 
 def test_wrong_input_is_one_line(run, tiny, tmp_path, capsys, monkeypatch):
-    """R-J5: a clear line, exit code 2, no output."""
+    """A clear line, exit code 2, no output."""
     broken = tmp_path / "broken"
     shutil.copytree(run, broken)
     (broken / "run.json").write_text("{")

@@ -41,7 +41,7 @@ def error_of(*values, **arguments):
 
 
 def test_a_chat_row_by_hand(tmp_path):
-    """R-A1 (no BOS: no None), R-A2, R-A5."""
+    """Without a BOS there is no None among the ids; one end of turn; both sides have the same prompt."""
     transcripts = {"question": "2?", "text": ASKED + "4<|im_end|>\n", "worse-text": ASKED + "five<|im_end|>"}
     messages = {"prompt": [{"role": "user", "content": "2?"}], "chosen": [{"role": "assistant", "content": "4"}],
                 "rejected": [{"role": "assistant", "content": "five"}]}
@@ -52,7 +52,7 @@ def test_a_chat_row_by_hand(tmp_path):
 
 
 def test_bos_is_there_once_at_the_front(tmp_path):
-    """R-A1: added to plain text, not doubled where the template wrote it, never before a response."""
+    """Added to plain text, not doubled where the template wrote it, never before a response."""
     tokenizer = tiny.llama()
     plain, written = load(tmp_path, tokenizer, [row("2?", "4", "five"), row("<s>2?", "4", "five")]).examples
     assert plain.prompt == written.prompt == [258, *b"2?"]
@@ -67,7 +67,6 @@ def test_bos_is_there_once_at_the_front(tmp_path):
 
 @pytest.mark.parametrize("tokenizer", [tiny.pad_is_eos(), tiny.base_chatml(), tiny.plain()])
 def test_where_pad_is_eos_the_eos_is_still_scored(tmp_path, tokenizer):
-    """R-A8."""
     eos = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == eos
     example, = load(tmp_path, tokenizer, [row("2?", "4", "five")]).examples
@@ -81,7 +80,6 @@ def test_where_pad_is_eos_the_eos_is_still_scored(tmp_path, tokenizer):
     ("1+2", "3", "['2'] alone", "['23', '<|endoftext|>'] together"),
     ("1+ ", "3", "['Ġ'] alone", "['Ġ3', '<|endoftext|>'] together")])
 def test_a_boundary_inside_a_token_is_an_error_or_cut_apart(tmp_path, prompt, response, alone, together):
-    """R-A4."""
     rows = [row("1+1=", "2", "4"), row(prompt, response, "x"), row("1+1=", "5", "6")]
     message = error_of(tmp_path, tiny.plain(), rows)
     assert "1 of 3 rows" in message and "row 1: chosen: " in message and "--boundary concat" in message
@@ -93,7 +91,6 @@ def test_a_boundary_inside_a_token_is_an_error_or_cut_apart(tmp_path, prompt, re
 
 
 def test_the_boundary_of_rejected_is_checked_too(tmp_path):
-    """R-A4."""
     assert "row 0: rejected: " in error_of(tmp_path, tiny.plain(), [row("1+2", "x", "3")])
 
 
@@ -128,7 +125,7 @@ def test_apart_a_response_after_a_special_token_is_as_it_is_there(tmp_path):
 
 
 def test_lengths_are_tokens_not_characters(tmp_path):
-    """R-B1: a response of 20,000 characters is cut nowhere where its tokens fit, and measured by them where not."""
+    """A response of 20,000 characters is cut nowhere where its tokens fit, and measured by them where not."""
     latex = "\\frac{1}{2}+" * 1666  # 19,992 characters, one token each
     rows = [row("2?", latex, "数" * 6665)]  # 19,995 tokens, three each
     data = load(tmp_path, tiny.plain(), rows, limit=20000)
@@ -143,7 +140,6 @@ ROWS = [row("2?", "four", "x"), row("2?", "y", "fives"), row("2?", "threes", "th
 
 
 def test_overlong_rows_stop_the_run_and_are_listed(tmp_path):
-    """R-B2."""
     message = error_of(tmp_path, tiny.plain(), ROWS, limit=6)
     assert "3 of 4 rows (75.0%) are too long" in message
     assert "row 2: 9 tokens" in message and "row 1: 8 tokens" in message and "--overlong drop" in message
@@ -154,7 +150,6 @@ def test_overlong_rows_stop_the_run_and_are_listed(tmp_path):
 
 
 def test_overlong_rows_are_dropped_with_reasons(tmp_path):
-    """R-B2, R-A7."""
     data = load(tmp_path, tiny.plain(), ROWS, limit=7, overlong="drop")
     assert [e.row for e in data.examples] == [0, 3]
     assert [(d["row"], d["reason"]) for d in data.dropped] == [
@@ -163,7 +158,6 @@ def test_overlong_rows_are_dropped_with_reasons(tmp_path):
 
 
 def test_truncation_cuts_each_side_by_its_own_length_and_closes_nothing(tmp_path):
-    """R-B3, R-B4, R-B5."""
     data = load(tmp_path, tiny.plain(), ROWS, limit=5, overlong="truncate")
     assert data.examples == [
         Example(0, [*b"2?"], [*b"fou"], [*b"x", 258], (True, False)),
@@ -175,7 +169,7 @@ def test_truncation_cuts_each_side_by_its_own_length_and_closes_nothing(tmp_path
 
 
 def test_a_prompt_that_fills_the_limit_is_the_reason_why_its_row_is_dropped(tmp_path):
-    """R-B4, R-A7: no cut of the responses could help."""
+    """No cut of the responses could help."""
     rows = [row("1234567", "4", "five"), row("2?", "4", "five")]
     data = load(tmp_path, tiny.plain(), rows, limit=6, overlong="truncate")
     assert [e.row for e in data.examples] == [1]
@@ -193,7 +187,6 @@ def test_a_prompt_is_never_cut(tmp_path):
 
 
 def test_no_grid_point_gives_an_empty_side():
-    """R-B4, R-B5."""
     for prompt, chosen, rejected, limit in itertools.product(range(1, 6), range(1, 6), range(1, 6), range(1, 12)):
         example = Example(0, [1] * prompt, [2] * chosen, [3] * rejected)
         cut = truncate(example, limit)
@@ -211,7 +204,6 @@ def test_no_grid_point_gives_an_empty_side():
 
 
 def test_bad_rows_are_all_counted_before_the_run_stops(tmp_path):
-    """R-A7, R-J5."""
     rows = [row("2?", "4", "4"), row("2?", "4", "5"), row("", "4", "5"), row("2?", "5", "5"), row("2?", None, "5")]
     message = error_of(tmp_path, tiny.plain(), rows)
     assert "rows.jsonl: 4 of 5 rows can't be used; row 0: chosen and rejected are equal; row 2: chosen has an empty " \
@@ -230,7 +222,7 @@ def test_no_usable_row_is_an_error(tmp_path):
 
 
 def test_what_a_tokenizer_makes_equal_or_empty_is_no_row(tmp_path):
-    """R-B4, R-A7: texts may differ where their tokens don't, and a text need have none."""
+    """Texts may differ where their tokens don't, and a text need have none."""
     tokenizer = tiny.plain()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
     data = load(tmp_path, tokenizer, [row("2?", "4~", "4"), row("~", "4", "5"), row("2?", "4", "5")], on_bad_row="drop")
@@ -239,7 +231,7 @@ def test_what_a_tokenizer_makes_equal_or_empty_is_no_row(tmp_path):
 
 
 def test_further_columns_are_cut_to_fit_and_never_lead_with_bos(tmp_path):
-    """R-A1, R-A4, R-B1: at most what is left of the limit after the prompt; apart from it where told so."""
+    """At most what is left of the limit after the prompt; apart from it where told so."""
     path = tmp_path / "rows.jsonl"
     rows = [row("2?", "4", "five") | {"third": third} for third in ("four", "a long answer", None)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -260,7 +252,6 @@ def test_dropped_rows_come_in_the_order_of_the_file(tmp_path):
 
 
 def test_notes_count_rows_once(tmp_path):
-    """R-A3, R-A6, R-A7."""
     differs = {"question": "9?", "text": ASKED + "4<|im_end|>\n", "worse-text": ASKED + "5<|im_end|>"}
     agrees = {"question": "2?", "text": ASKED + "4<|im_end|>\n", "worse-text": ASKED + "6<|im_end|>"}
     data = load(tmp_path, tiny.chatml(), [differs, agrees, agrees, agrees])
@@ -270,7 +261,7 @@ def test_notes_count_rows_once(tmp_path):
 
 
 def test_notes_are_of_the_rows_that_stay(tmp_path):
-    """R-A7: of two equal rows that are too long none stays, so none was closed and none is a repetition."""
+    """Of two equal rows that are too long none stays, so none was closed and none is a repetition."""
     rows = [row("2?", "a" * 9, "b"), row("2?", "a" * 9, "b"), row("2?", "a", "b")]
     data = load(tmp_path, tiny.plain(), rows, limit=8, overlong="drop")
     assert len(data.examples) == 1 and set(data.notes.values()) == {1}, data.notes
@@ -283,7 +274,7 @@ def test_plain_rows_of_a_chat_model_are_counted_once(tmp_path):
 
 
 def test_the_report_counts_held_out_rows_where_its_notes_do(tmp_path):
-    """R-A7: the notes are about all rows of the file, so its line is too."""
+    """The notes are about all rows of the file, so its line is too."""
     path = tmp_path / "rows.jsonl"
     rows = [row(f"{i}?", "4<|endoftext|><|endoftext|>\n", "5<|endoftext|>\n") for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -344,7 +335,6 @@ def test_single_answers_may_begin_as_their_prompts_do(tmp_path):
 
 
 def test_inspect_shows_what_is_scored_and_the_boundary(tmp_path):
-    """R-A10."""
     tokenizer = tiny.chatml()
     text = inspect(load(tmp_path, tokenizer, [row(ASKED, "4!", "23数")]), tokenizer, 26)
     lines = text.splitlines()
@@ -375,7 +365,6 @@ def test_inspect_elides_the_middle_of_a_long_response(tmp_path):
 
 
 def test_histogram_counts_every_length_once():
-    """R-A10."""
     lines = histogram([10, 10, 11, 20, 34], 19).splitlines()
     assert lines[0].endswith("before any cut (40.0% over the limit of 19)")
     assert [line.split()[-1] for line in lines[1:]][:1] == ["3"]

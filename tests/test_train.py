@@ -76,7 +76,7 @@ def weights(folder):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_equals_an_independent_trainer(name, runs, tiny):
-    """R-E1, R-E2, R-E5, R-G5, R-G8, R-G10: losses, norms, log-probs and weights of plain full-logits DPO, however the
+    """Losses, norms, log-probs and weights of plain full-logits DPO, however the
     step is cut, sharded and checkpointed; the last window is uneven."""
     folder, lines = runs(name)
     base = tiny / ("untied" if "untied" in name else "model")
@@ -97,7 +97,7 @@ def test_equals_an_independent_trainer(name, runs, tiny):
 
 @pytest.mark.parametrize("name", ["accumulate", "ranks", "ranks-zero1", "ranks-zero2", "ranks-zero3"])
 def test_the_cut_of_a_step_changes_nothing(name, runs):
-    """R-E1: micro 4 x 1 x 1 rank = 1 x 4 x 1 = 1 x 2 x 2 in loss, grad norm and weights to 1e-6."""
+    """Micro 4 x 1 x 1 rank = 1 x 4 x 1 = 1 x 2 x 2 in loss, grad norm and weights to 1e-6."""
     (one, first), (other, second) = runs("micro"), runs(name)
     for a, b in zip(first, second, strict=True):
         for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logps/rejected", "rewards/accuracies"):
@@ -108,7 +108,7 @@ def test_the_cut_of_a_step_changes_nothing(name, runs):
 
 
 def test_step_0_is_ln_2(runs):
-    """R-C5: a fresh LoRA is its reference, bit for bit."""
+    """A fresh LoRA is its reference, bit for bit."""
     for name in ("micro", "ranks-zero3", "full-tied"):
         line = runs(name)[1][0]
         assert line["loss"] == pytest.approx(math.log(2), abs=1e-12)
@@ -117,7 +117,7 @@ def test_step_0_is_ln_2(runs):
 
 
 def test_an_adapter_of_zero3_opens_in_plain_peft(tiny, tmp_path):
-    """R-G1, R-G3: saved by two ranks under ZeRO-3, opened by PEFT on CPU, it gives the live model's log-probs, and so
+    """Saved by two ranks under ZeRO-3, opened by PEFT on CPU, it gives the live model's log-probs, and so
     does merged/, which generates."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -155,7 +155,7 @@ def test_sft_is_the_mean_over_all_tokens(tiny, tmp_path):
 
 
 def test_dpo_on_an_sft_adapter_keeps_it_as_reference(tiny, tmp_path):
-    """R-D1: the reference of a run that starts from an adapter is that adapter, not the bare model."""
+    """The reference of a run that starts from an adapter is that adapter, not the bare model."""
     train(tiny, tmp_path / "sft", *LORA, *MICRO4, "--loss", "sft")
     start = tmp_path / "sft" / "checkpoint-3"
     done = launch(ROOT / "train.py", "--model_name", start, "--train_file_path", tiny / "train.jsonl", "--output_dir",
@@ -171,7 +171,7 @@ def test_dpo_on_an_sft_adapter_keeps_it_as_reference(tiny, tmp_path):
 
 
 def test_reference_is_cached_and_a_stale_one_is_not_used(tiny, tmp_path):
-    """R-D5: the same run reads the cache, a longer one computes what is new; other weights do not, and it says why."""
+    """The same run reads the cache, a longer one computes what is new; other weights do not, and it says why."""
     again = [ROOT / "train.py", "--train_file_path", tiny / "train.jsonl", "--cache_dir", tmp_path / "cache", *MICRO4]
     from conftest import make_model, make_tokenizer
 
@@ -189,7 +189,7 @@ def test_reference_is_cached_and_a_stale_one_is_not_used(tiny, tmp_path):
 
 
 def test_a_run_that_does_not_start_at_its_reference_stops(tiny, tmp_path):
-    """R-C5: references of the wrong pairs, right in their mean, end the run before the first update, with likely
+    """References of the wrong pairs, right in their mean, end the run before the first update, with likely
     causes."""
     run = [ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--cache_dir",
            tmp_path / "cache", "--max_steps", "1", *MICRO4]
@@ -212,13 +212,13 @@ def test_a_run_that_does_not_start_at_its_reference_stops(tiny, tmp_path):
     (0.0, 0.0, True, False), (9e-5, 0.0, False, False), (2e-4, 0.0, False, True), (9e-4, 0.009, True, False),
     (9e-5, 0.38, False, True), (9e-4, -3.8, True, True)])
 def test_long_responses_can_not_hide_a_wrong_reference(gap, margin, bf16, stops):
-    """R-C5: what is little a token is a lot over 20,000 of them, and shows in the margin."""
+    """What is little a token is a lot over 20,000 of them, and shows in the margin."""
     with pytest.raises(RunStopped, match="step 0: policy and") if stops else contextlib.nullcontext():
         check_start({"loss": 0.6, "rewards/margins": margin}, gap, bf16, "cache")
 
 
 def test_reference_after_training_equals_the_cache(tiny, tmp_path):
-    """R-D3: after five steps under ZeRO-3 on two ranks the adapter-free model still gives the cached numbers."""
+    """After five steps under ZeRO-3 on two ranks the adapter-free model still gives the cached numbers."""
     launch(ROOT / "tests" / "reference_again.py", "--model_name", tiny / "model", "--train_file_path",
            tiny / "train.jsonl", "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", *LORA, *RANKS2,
            "--max_steps", "5", "--deepspeed", zero(tiny, 3), ranks=2, launcher="fork")
@@ -253,7 +253,7 @@ def test_what_a_run_leaves(tiny, tmp_path):
 
 
 def test_numbers_that_are_not_finite_stop_the_run(tiny, tmp_path):
-    """R-G7: weights beyond float32 after step 0 end step 1 before its update, on all ranks, with the rows named."""
+    """Weights beyond float32 after step 0 end step 1 before its update, on all ranks, with the rows named."""
     done = launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
                   "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", *MICRO4, "--max_steps", "3",
                   "--learning_rate", "1e38", ranks=2, check=False, launcher="fork")
@@ -265,7 +265,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tiny, tmp_path):
 
 
 def test_bfloat16_is_close_to_float32_under_every_stage(tiny, tmp_path):
-    """R-G4, R-G10: what is trained is float32, and a CPU multiplies in it: 3 steps of 11 accumulated micro-batches are
+    """What is trained is float32, and a CPU multiplies in it: 3 steps of 11 accumulated micro-batches are
     those in float32 of a base that bfloat16 holds exactly, under the stage that was asked for."""
     make_model(dtype=torch.bfloat16).save_pretrained(tiny / "rounded")
     make_tokenizer().save_pretrained(tiny / "rounded")
@@ -284,7 +284,7 @@ def test_bfloat16_is_close_to_float32_under_every_stage(tiny, tmp_path):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_ranks_are_summed_in_float32(stage, tiny, tmp_path):
-    """R-G4: in bfloat16 too, two ranks are two micro-batches of one rank: halving is exact there, so all numbers are
+    """In bfloat16 too, two ranks are two micro-batches of one rank: halving is exact there, so all numbers are
     the same but for the order of the norm's terms. Summed in bfloat16 the first norm would be off by 2e-4."""
     flags = (*LORA[:4], "--max_steps", "3", "--bf16", "--deepspeed", zero(tiny, stage))
     one = train(tiny, tmp_path / "one", *flags, "--gradient_accumulation_steps", "2")
@@ -294,7 +294,7 @@ def test_ranks_are_summed_in_float32(stage, tiny, tmp_path):
 
 
 def test_an_adapter_keeps_its_own_settings(tiny, tmp_path):
-    """R-D1, R-F6: flags that contradict the adapter trained on are refused, and run.json has the adapter's."""
+    """Flags that contradict the adapter trained on are refused, and run.json has the adapter's."""
     train(tiny, tmp_path / "sft", *LORA, "--loss", "sft", "--max_steps", "1")
     run = [ROOT / "train.py", "--model_name", tmp_path / "sft" / "checkpoint-1", "--train_file_path",
            tiny / "train.jsonl", "--cache_dir", tmp_path / "cache", "--max_steps", "1"]

@@ -53,7 +53,6 @@ def tables(rows=40, **changes):
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_rule_fires_on_its_case_alone(case):
-    """R-I4."""
     (found,) = judge(*tables(**CASES[case]))
     assert found["names"] == [case]
     assert set(found["rules"]) == {case} <= NAMES

@@ -102,7 +102,7 @@ def world(tmp_path, models, monkeypatch, capsys):
     ([GOOD], ["--eval_file_path", "none.parquet"], "none.parquet: no such file"),
 ])
 def test_wrong_rows(world, rows, flags, words):
-    """R-A4 to R-A7, R-B2, R-J5."""
+    """Empty, equal and overlong rows, and limits that leave none: one line that names the row and the limit."""
     assert words in world(rows, *flags)
 
 
@@ -171,7 +171,6 @@ def test_wrong_models(world, model, words):
     ('{"bf16": {"enabled": true}}', "sets bf16"),
 ])
 def test_wrong_deepspeed_files(world, tmp_path, text, words):
-    """R-G6."""
     (tmp_path / "ds.json").write_text(text)
     message = world([GOOD], f"--deepspeed={tmp_path / 'ds.json'}")
     assert words in message and "ds.json" in message
@@ -182,7 +181,7 @@ def test_wrong_deepspeed_files(world, tmp_path, text, words):
     ({"bf16": {"enabled": "auto"}}, False), ({"fp16": {"enabled": False, "loss_scale": 0}}, False),
     ({"bf16": {"enabled": True}, "train_batch_size": "auto", "zero_optimization": {"stage": "auto"}}, True)])
 def test_a_precision_that_agrees_with_the_flag_is_no_mistake(settings, bf16):
-    """R-G6: as files of other trainers have it; what the engine gets is the flag's."""
+    """As files of other trainers have it; what the engine gets is the flag's."""
     args = TrainArguments(model_name="m", train_file_path="d", bf16=bf16, per_device_train_batch_size=3)
     found = engine.engine_config(settings, "ds.json", args)
     assert not found["bf16"]["enabled"] and not found.get("fp16") and "train_batch_size" not in found
@@ -269,7 +268,6 @@ def test_the_real_script_says_one_line(tmp_path, models):
 
 @pytest.mark.slow
 def test_inspect_prints_and_leaves_nothing(tmp_path, models):
-    """R-A10."""
     (tmp_path / "good.jsonl").write_text(json.dumps(GOOD) + "\n")
     code, out, err = real(tmp_path, f"--model_name={models / 'good'}", "--train_file_path=good.jsonl", "--inspect")
     assert (code, err) == (0, "")
@@ -278,7 +276,7 @@ def test_inspect_prints_and_leaves_nothing(tmp_path, models):
 
 
 def test_inspect_shows_what_a_run_would_stop_at(tmp_path, models):
-    """R-A10: one looks before one knows what to leave out."""
+    """One looks before one knows what to leave out."""
     rows = [GOOD, GOOD | {"chosen": "x" * 200}, GOOD | {"rejected": ""}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = f"--model_name={models / 'good'}", "--train_file_path=rows.jsonl"

@@ -197,7 +197,7 @@ def settle(folder):
 
 @pytest.mark.parametrize("change, flags, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_malformed_input(scored, tmp_path, change, flags, words, monkeypatch, capfd):
-    """R-J5, R-J1: each is said in one line; no folder is made, and one that is there stays as it was."""
+    """Each is said in one line; no folder is made, and one that is there stays as it was."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     folder = settle(copied(scored, tmp_path / "folder"))

@@ -577,7 +577,7 @@ def test_an_id_beyond_the_embedding_that_no_row_uses(token, id, good, tmp_path):
 
 @pytest.mark.parametrize("change, flags, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_malformed_input(good, tmp_path, change, flags, words, monkeypatch, capfd):
-    """R-J5: each is found before training begins, said in one line with its place, and leaves nothing behind."""
+    """Each is found before training begins, said in one line with its place, and leaves nothing behind."""
     def went_on(*_):
         raise AssertionError("the wrong input was not found")
 
