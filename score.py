@@ -39,8 +39,7 @@ from nanodpo.folder.reference import data_hash
 from nanodpo.model.source import check_ids, open_source
 from nanodpo.progress import Progress
 from nanodpo.ranks import distributed
-from nanodpo.run import agreement
-from nanodpo.run import memory as space
+from nanodpo.run import agreement, memory
 from nanodpo.run.signals import Stop
 from nanodpo.scoring import answers, needs, plausible, responses, scores, side_by_side, verdict
 from nanodpo.scoring.describe import describe
@@ -427,8 +426,8 @@ def open_device(args) -> torch.device:
 
 
 def shortage_named(where: str, examples=()):
-    rows = (lambda: space.describe(examples)) if examples else None
-    return space.shortage_named(distributed.place()[0], where, rows, LESS)
+    rows = (lambda: memory.describe(examples)) if examples else None
+    return memory.shortage_named(distributed.rank_and_world()[0], where, rows, LESS)
 
 
 def add_greedy(opener: Opener, first: Checkpoint, probe: Probe, parts: Parts, args) -> None:
@@ -465,7 +464,7 @@ def answers_needed(what: str, checkpoint: Checkpoint, probe: Probe, rows: dict[i
 def answer(opened: Opened, probe: Probe, need: needs.Need, parts: Parts, args) -> None:
     """Makes the greedy answers that are missing, and keeps them, some at a time."""
     left = sorted(need.missing, key=lambda row: (-len(probe.examples[need.rows[row]].prompt), row))
-    size = AT_ONCE * distributed.place()[1]
+    size = AT_ONCE * distributed.rank_and_world()[1]
     with Progress("greedy answers", len(left), "answer") as bar:
         for rows in (left[i : i + size] for i in range(0, len(left), size)):
             said = answer_greedily(opened, probe, [need.rows[row] for row in rows], args, bar)
@@ -480,7 +479,7 @@ def said_in(parts: Parts, need: needs.Need) -> dict[int, list[int]]:
 
 def answer_greedily(opened: Opened, probe: Probe, indices: list[int], args, bar) -> list[list[int]]:
     """Greedy answers to the prompts of these examples, shared by the ranks."""
-    rank, world = distributed.place()
+    rank, world = distributed.rank_and_world()
     prompts = [probe.examples[i].prompt for i in indices]
     opened.model.set_attn_implementation(opened.own)  # the layout's has no notion of a cache
     # Of tokens that were generated a model keeps keys and values, and nothing else of what a scored one takes.
@@ -488,7 +487,7 @@ def answer_greedily(opened: Opened, probe: Probe, indices: list[int], args, bar)
         mine = answers.greedy(opened.model, prompts[rank::world], longest_answer(probe, args), probe.limit, probe.ends,
                               4 * args.max_tokens, lambda count: bar.update(count * world))
     opened.model.set_attn_implementation(opened.attention)
-    parts = distributed.agree(None, dict(zip(range(len(prompts))[rank::world], mine)))
+    parts = distributed.gather_or_raise(None, dict(zip(range(len(prompts))[rank::world], mine)))
     return [said for _, said in sorted(item for part in parts for item in part.items())]
 
 
@@ -554,7 +553,7 @@ def score_part(opened: Opened, item: Work, parts: Parts, args, bar) -> None:
     tasks = [(True, indices) for indices in responses.batches(groups, args.max_tokens)]
     tasks += [(False, [i]) for i in gradients]
     known = known_sets(item, parts) if tasks else None
-    rank, world = distributed.place()
+    rank, world = distributed.rank_and_world()
     for first in range(0, len(tasks), AT_ONCE * world):
         mine, chunk = {}, tasks[first : first + AT_ONCE * world]
         for forward, indices in chunk[rank::world]:
@@ -565,7 +564,7 @@ def score_part(opened: Opened, item: Work, parts: Parts, args, bar) -> None:
                 with shortage_named(f"the gradients under {opened.checkpoint.path}", rows):
                     mine[~indices[0]] = pair_gradients(opened, *item.probe.groups[indices[0]])
             bar.update(world * sum(forward or i not in by_row for i in indices))
-        found = dict(sorted(one for part in distributed.agree(None, mine) for one in part.items()))
+        found = dict(sorted(one for part in distributed.gather_or_raise(None, mine) for one in part.items()))
         keep(parts, item, {i: (by_row[i], *found[i]) for i in found if i >= 0},
              {~i: (gradients[~i], found[i]) for i in found if i < 0})
 
@@ -652,8 +651,8 @@ def found_of(item: Work, parts: Parts) -> scores.Found:
 
 def by_response(row, values: dict[str, torch.Tensor], states: torch.Tensor):
     """Cuts what was found along a row into its responses, in order: what `describe` takes of each."""
-    lengths = row.seq.bincount(minlength=row.n_sequences).tolist()
-    sums = sum_by_sequence(values["logps"], row.seq, row.n_sequences).tolist()
+    lengths = row.sequence.bincount(minlength=row.n_sequences).tolist()
+    sums = sum_by_sequence(values["logps"], row.sequence, row.n_sequences).tolist()
     columns = {name: value.cpu().split(lengths) for name, value in values.items()}
     for s, (logps, state) in enumerate(zip(sums, states.cpu())):
         yield {"logps": logps, "states": state, "tokens": {name: parts[s].numpy() for name, parts in columns.items()}}

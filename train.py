@@ -20,7 +20,7 @@ from nanodpo import progress
 from nanodpo.core.losses import loss_divisor, pair_losses
 from nanodpo.core.step import make_batch, token_counts
 from nanodpo.data.example import count_tokens, groups_of
-from nanodpo.data.schedule import deal, learning_rate, pairs_of_step
+from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
 from nanodpo.errors import Preempted, RunStopped, leave, run_script
 from nanodpo.figures.after import draw_after, is_drawn
 from nanodpo.folder import checkpoint, state
@@ -30,7 +30,7 @@ from nanodpo.run import agreement, lifecycle, memory
 from nanodpo.run import engine as engines
 from nanodpo.run.guards import StepGuard, check_start, not_finite
 from nanodpo.run.metrics import Meter, pair_metrics, peak_gib
-from nanodpo.run.passes import PAIR, add_references, dry_run, eval_steps, logps_of, measure_noise
+from nanodpo.run.passes import PAIR, add_references, dry_run, eval_batches, logps_of, measure_noise
 from nanodpo.run.signals import Stop
 from nanodpo.run.start import Run, Start, prepare
 from nanodpo.screen import command_line
@@ -62,10 +62,10 @@ def build(start: Start, stop: Stop) -> Run:
     """Joins the ranks, loads the model and makes the engine around it."""
     args = start.args
     device = engines.start(args, start.settings)
-    rank, world = distributed.place()
+    rank, world = distributed.rank_and_world()
     with agreement.together() as same, memory.shortage_named(rank, "loading the model"):
         model = loading.load_model(start.source, args)
-        weights = loading.fingerprint(model, fresh_lora=args.use_lora and not start.source.adapter)
+        weights = loading.weights_hash(model, fresh_lora=args.use_lora and not start.source.adapter)
         same |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
     distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
     with memory.shortage_named(rank, "loading the model"):
@@ -125,7 +125,8 @@ def train_step(run: Run, bar) -> None:
     share = run.world / divisor
 
     engine.train()
-    meter, micro_batches = Meter(run.device), deal(pairs, args.per_device_train_batch_size, run.rank, run.world)
+    meter = Meter(run.device)
+    micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world)
     with StepGuard(examples, run.stop, run.rank, f"step {run.step}") as guard:
         for i, (indices, weight) in enumerate(guard.each(micro_batches)):  # weight 0 only keeps ranks in step
             groups = groups_of([examples[k] for k in indices], sides)
@@ -202,9 +203,9 @@ def evaluate(run: Run) -> None:
     run.engine.eval()
     examples, meter = run.held_out.examples, Meter(run.device)
     sides = PAIR if examples[0].rejected is not None else PAIR[:1]
-    for pairs in progress.track(eval_steps(run), "evaluation", "batch"):
+    for pairs in progress.track(eval_batches(run), "evaluation", "batch"):
         run.stop.check()
-        for indices, weight in deal(pairs, args.per_device_eval_batch_size, run.rank, run.world):
+        for indices, weight in micro_batches_of(pairs, args.per_device_eval_batch_size, run.rank, run.world):
             here = [examples[k] for k in indices]
             tokens = token_counts(groups_of(here, sides), run.device)
             ref = None if run.held_ref is None else run.held_ref[indices].to(run.device, non_blocking=True)

@@ -165,11 +165,11 @@ class Nanodpo(Contender):
     def build(self):
         from nanodpo.core.attention import LOOP, VARLEN
         from nanodpo.core.logprobs import SequenceLogProbs
-        from nanodpo.model.gated import thin
+        from nanodpo.model.gated import keep_less
         from nanodpo.model.lora import fuse
         from nanodpo.model.precision import mix
         from nanodpo.model.recompute import ByNeed, Recompute, sample
-        from nanodpo.run.memory import room
+        from nanodpo.run.memory import memory_budget
 
         model, device = adapted(self.work), torch.device(self.work.device)
         if self.work.mixed:
@@ -177,7 +177,7 @@ class Nanodpo(Contender):
                 p.data = p.data if p.requires_grad else p.data.bfloat16()
             mix(model, self.work.mixed)
         fuse(model)
-        thin(model)
+        keep_less(model)
         if self.layout != "padded":
             on_gpu = self.work.device == "cuda" and self.work.dtype == torch.bfloat16
             model.get_base_model().set_attn_implementation(VARLEN if on_gpu else LOOP)
@@ -186,7 +186,7 @@ class Nanodpo(Contender):
             # Twins, moments and gradients, all float32, are still to come.
             waiting = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
             self.by_need = ByNeed(recompute, self.module, functools.partial(sample, "packed", model.config, device),
-                                  room(device, self.work.activation_memory, waiting))
+                                  memory_budget(device, self.work.activation_memory, waiting))
         else:
             recompute.use(self.work.checkpointing)
         return model

@@ -17,11 +17,12 @@ def compare(run):
     """In place of lifecycle.finish: every reference log-prob from the same rows, through the adapter-free model."""
     import torch
 
-    from nanodpo.data.schedule import deal, pairs_of_step
+    from nanodpo.data.schedule import micro_batches_of, pairs_of_step
 
     n, again = len(run.train_set.examples), torch.zeros_like(run.ref)
     rows = [row for step in range(run.steps_per_epoch)
-            for row in deal(pairs_of_step(n, run.pairs_per_step, run.args.seed, step), 1, run.rank, run.world)]
+            for row in micro_batches_of(pairs_of_step(n, run.pairs_per_step, run.args.seed, step), 1, run.rank,
+                                        run.world)]
     trained = torch.zeros_like(run.ref)
     for indices, weight in rows:
         with reference_policy(run.engine.module.model, fresh_lora=True):

@@ -20,7 +20,7 @@ from nanodpo.figures import records, tables
 from nanodpo.flags import unknown
 from nanodpo.flags.arguments import TrainArguments, parse
 from nanodpo.flags.settings import local_rank
-from nanodpo.folder import atomic as manifest
+from nanodpo.folder import atomic
 from nanodpo.model import source
 from nanodpo.run import engine
 
@@ -374,8 +374,8 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path, kind):
     with pytest.raises(UserError, match=f"model.safetensors: can't be read: .*{said}"):
         source._check_files(tmp_path / "model")
     odd_file(tmp_path / "model" / "manifest.json", kind)
-    assert manifest.read_manifest(tmp_path / "model") == f"manifest.json: {said}"
-    manifest.check_whole(tmp_path / "model")  # a folder without a manifest of ours
+    assert atomic.read_manifest(tmp_path / "model") == f"manifest.json: {said}"
+    atomic.check_whole(tmp_path / "model")  # a folder without a manifest of ours
 
 
 def test_a_small_file_that_is_not_small(tmp_path):

@@ -21,7 +21,7 @@ import step
 
 from nanodpo.core.attention import LOOP
 from nanodpo.core.logprobs import SequenceLogProbs
-from nanodpo.model.gated import thin
+from nanodpo.model.gated import keep_less
 from nanodpo.model.lora import fuse
 from nanodpo.model.recompute import MODES, ByNeed, Recompute, sample
 
@@ -182,7 +182,7 @@ def test_what_rows_take_is_counted_without_data(monkeypatch, tmp_path, capsys):
     found = counted["rows"]
     model = contenders.adapted(contenders.Work([], shape, rank=8, dtype=torch.bfloat16))
     fuse(model)
-    thin(model)
+    keep_less(model)
     model.get_base_model().set_attn_implementation(LOOP)
     rows = functools.partial(sample, "packed", model.config, torch.device("cpu"))
     need = ByNeed(Recompute(model), SequenceLogProbs(model), rows, 1.0)

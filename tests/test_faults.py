@@ -15,10 +15,9 @@ from test_resume import FAULTY, TRAIN, assert_same, flags, lines, whole  # noqa:
 from transformers.utils.logging import disable_progress_bar
 
 from nanodpo.errors import RunStopped, UserError, run_script
-from nanodpo.folder import checkpoint, resume, state
-from nanodpo.folder import record as identity
+from nanodpo.folder import checkpoint, record, resume, state
 from nanodpo.folder.atomic import read_manifest
-from nanodpo.run import memory as space
+from nanodpo.run import memory
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +84,7 @@ def test_memory_that_is_short_before_the_first_step(fault, words, tiny, tmp_path
     (RuntimeError("ncclUnhandledCudaError: Call to CUDA function failed. Cuda failure 2 'out of memory'"), True),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), False)])
 def test_words_for_memory_that_is_short(error, short):
-    assert space.out_of_memory(error) == short
+    assert memory.out_of_memory(error) == short
 
 
 def test_a_launcher_ends_soon_and_shows_why(tiny, tmp_path):
@@ -143,9 +142,9 @@ def test_a_full_disk_at_the_start_and_at_the_end(tmp_path):
     """run.json is whole or not there, and metrics.jsonl is cut back as a whole or not at all."""
     run = tmp_path / "run"
     with pytest.raises(RunStopped, match="run: can't be written"), small_files(100):
-        identity.create(run, {"arguments": {}, "world_size": 1, "steps": 20, "long": "x" * 200})
+        record.create(run, {"arguments": {}, "world_size": 1, "steps": 20, "long": "x" * 200})
     assert list(run.iterdir()) == []
-    identity.create(run, {"arguments": {}, "world_size": 1, "steps": 20})
+    record.create(run, {"arguments": {}, "world_size": 1, "steps": 20})
     metrics = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in range(20))
     (run / "metrics.jsonl").write_text(metrics)
     before = (run / "run.json").read_bytes()
@@ -153,7 +152,7 @@ def test_a_full_disk_at_the_start_and_at_the_end(tmp_path):
         with pytest.raises(RunStopped, match="metrics.jsonl: can't be written"):
             resume.go_back(run, 19)
         with pytest.raises(RunStopped, match="run.json: can't be written"):
-            identity.finish(run)
+            record.finish(run)
     assert (run / "metrics.jsonl").read_text() == metrics and (run / "run.json").read_bytes() == before
     assert sorted(file.name for file in run.iterdir()) == ["metrics.jsonl", "run.json"]
 
@@ -171,7 +170,7 @@ def test_a_small_file_system(small_disk):
         resume.save(small_disk, 2, {"weight.0": torch.ones(60000)}, {}, 0)
     assert {f: f.read_bytes() for f in small_disk.rglob("*") if f.is_file()} == before
     with pytest.raises(UserError, match="the run needs 1.0 GiB .checkpoints 1.0 GiB.*are free there"):
-        space.check_disk(small_disk / "run", {"checkpoints": 2**30})
+        memory.check_disk(small_disk / "run", {"checkpoints": 2**30})
 
 
 def test_the_disk_a_run_needs():
@@ -180,10 +179,10 @@ def test_the_disk_a_run_needs():
     args = SimpleNamespace(use_lora=True, save_steps=3, save_total_limit=None, resume_steps=0, merge_weights=False)
     for every in range(12):  # counted one by one
         for steps in range(1, 25):
-            assert space.saves(every, steps) == len({k for k in range(1, steps) if every and k % every == 0} | {steps})
-    assert space.disk_needed(model, args, None, 10) == {"checkpoints": 5 * 400, "states to resume from": 3 * 1200}
+            assert memory.saves(every, steps) == len({k for k in range(1, steps) if every and k % every == 0} | {steps})
+    assert memory.disk_needed(model, args, None, 10) == {"checkpoints": 5 * 400, "states to resume from": 3 * 1200}
     args.save_total_limit, args.merge_weights = 1, True
-    assert space.disk_needed(model, args, None, 10) == {
+    assert memory.disk_needed(model, args, None, 10) == {
         "checkpoints": 3 * 400, "states to resume from": 3 * 1200, "the merged model": 400}
 
 
@@ -192,10 +191,10 @@ def test_what_waits_beside_the_activations():
     module = torch.nn.Module()
     module.model = torch.nn.Linear(10, 10, bias=False)
     module.head = torch.nn.Linear(3, 10, bias=False).requires_grad_(False)
-    assert space.waiting(module, 0) == space.waiting(module, 2) == 1200
+    assert memory.bytes_to_come(module, 0) == memory.bytes_to_come(module, 2) == 1200
     module.head.requires_grad_(True)
-    assert space.waiting(module, 2) == 1200 + 30 * 8
-    assert space.room(torch.device("cpu"), 0.5, 1e9) == 2**29  # what was asked for
+    assert memory.bytes_to_come(module, 2) == 1200 + 30 * 8
+    assert memory.memory_budget(torch.device("cpu"), 0.5, 1e9) == 2**29  # what was asked for
 
 
 def test_a_dry_run_writes_nothing(tiny, tmp_path, forked):
@@ -252,16 +251,16 @@ def test_a_folder_is_held_by_what_it_says(tmp_path):
     """One of another run, or of none, is not the one that was locked; a copy on the way to another disk is."""
     run, other = tmp_path / "run", tmp_path / "other"
     for folder, steps in ((run, 20), (other, 30)):
-        identity.create(folder, {"arguments": {}, "world_size": 1, "steps": steps})
-    held = identity.lock(run)
-    identity.check_held(run, held)
+        record.create(folder, {"arguments": {}, "world_size": 1, "steps": steps})
+    held = record.lock(run)
+    record.check_held(run, held)
     run.rename(tmp_path / "away")
     for fill in (lambda: None, run.mkdir, lambda: shutil.copy(other / "run.json", run)):
         fill()
         with pytest.raises(RunStopped, match="run: was removed, renamed or replaced"):
-            identity.check_held(run, held)
+            record.check_held(run, held)
     shutil.copy(tmp_path / "away" / "run.json", run)
-    identity.check_held(run, held)
+    record.check_held(run, held)
     held.close()
 
 

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from nanodpo.core.attention import LOOP
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pack
-from nanodpo.model.gated import thin
+from nanodpo.model.gated import keep_less
 from nanodpo.model.recompute import MODES, peak_bytes
 
 T, D, F = 6, 4, 7
@@ -35,10 +35,10 @@ def test_to_the_last_bit(family, lora, thinned, dtype):
     for whole in (True, False):
         model = prepared(family, "keep", lora).to(dtype)
         (model.get_base_model() if lora else model).set_attn_implementation(LOOP)
-        layers = [module for module in model.modules() if hasattr(module, "thin")]
+        layers = [module for module in model.modules() if hasattr(module, "keeps_less")]
         assert len(layers) == thinned
         for layer in layers:
-            layer.thin = not whole
+            layer.keeps_less = not whole
         found.append(gradients(model, row))
     (logps, truth), (same, grads) = found
     assert len(truth) > 3 and all(g.norm() > 0 for g in truth.values())
@@ -50,7 +50,7 @@ def test_gradients_are_finite_differences(act):
     """Of inputs and of all weights, in float64; torch's own check, to 1e-6."""
     module = mlp()
     module.act_fn = {"silu": nn.SiLU(), "gelu_pytorch_tanh": nn.GELU("tanh")}[act]
-    thin(module)
+    keep_less(module)
     names, weights = zip(*module.named_parameters())
     x = torch.randn(2, T // 2, D, dtype=torch.float64, requires_grad=True)
 
@@ -86,7 +86,7 @@ def test_two_tensors_are_kept(trained, as_it_came):
     for thinned in (False, True):
         module = mlp()
         if thinned:
-            thin(module)
+            keep_less(module)
         for name, p in module.named_parameters():
             p.requires_grad_(trained in name or "gate_proj.bias" in name or "up_proj.bias" in name)
         assert len(kept(module, torch.randn(T, D, dtype=torch.float64))) == (2 if thinned else as_it_came)
@@ -103,7 +103,7 @@ def test_a_transposed_product_is_no_product_of_that_shape():
         module = mlp()
         module.down_proj = Left(F, D, bias=False, dtype=torch.float64)
         torch.nn.init.constant_(module.down_proj.weight, 0.1)
-        thin(module) if thinned else None
+        keep_less(module) if thinned else None
         module(torch.arange(T * D, dtype=torch.float64).view(T, D).cos()).square().sum().backward()
         found.append(module.down_proj.weight.grad)
     assert found[0].norm() > 0 and found[1].equal(found[0])
@@ -113,7 +113,7 @@ def test_nothing_is_kept_without_a_gradient():
     """Evaluation and the reference pass are transformers' own forward."""
     module = mlp()
     truth = module(torch.ones(T, D, dtype=torch.float64))
-    thin(module)
+    keep_less(module)
     with torch.no_grad(), saved_tensors_hooks(lambda x: pytest.fail("kept"), lambda x: x):
         assert module(torch.ones(T, D, dtype=torch.float64)).equal(truth)
 
@@ -138,15 +138,16 @@ def test_another_forward_stays_as_it_is():
     for kind, thinned in ((Sum, False), (Swapped, False), (Scaled, False), (Inherited, True), (LlamaMLP, True)):
         module = mlp(kind=kind)
         truth = module(torch.ones(1, D, dtype=torch.float64))
-        thin(module)
-        assert hasattr(module, "thin") == thinned and module(torch.ones(1, D, dtype=torch.float64)).equal(truth)
+        keep_less(module)
+        assert hasattr(module, "keeps_less") == thinned and module(torch.ones(1, D, dtype=torch.float64)).equal(truth)
 
 
 def test_off_where_a_layer_is_computed_again():
     """Hooks of its own would keep what a checkpoint's throw away."""
     for mode in MODES:
         model = prepared("llama", mode)
-        assert [module.thin for module in model.modules() if hasattr(module, "thin")] == [mode == "keep"] * 2
+        less = [module.keeps_less for module in model.modules() if hasattr(module, "keeps_less")]
+        assert less == [mode == "keep"] * 2
 
 
 def test_what_a_token_takes():
@@ -157,8 +158,8 @@ def test_what_a_token_takes():
         model = prepared("llama", "keep")
         model.get_base_model().set_attn_implementation(LOOP)
         for module in model.modules():
-            if hasattr(module, "thin"):
-                module.thin = thinned
+            if hasattr(module, "keeps_less"):
+                module.keeps_less = thinned
         module, rows = SequenceLogProbs(model), [rows_of(tokens) for tokens in (256, 512)]
         found.append((peak_bytes(module, rows[1]) - peak_bytes(module, rows[0])) / 256)
     assert 4 * 2 * 48 <= found[0] - found[1] <= 2 * 4 * 2 * 48

@@ -49,8 +49,8 @@ def test_pairs_that_went_wrong_are_remembered_by_side():
     for indices, logps, losses in (([7, 3], [[-1.0, math.nan], [-1.0, -2.0]], [0.5, 0.5]),
                                    ([9], [[-math.inf, -2.0]], [math.inf]), ([4], [[-1.0, -2.0]], [0.5])):
         guard.finite(indices, torch.tensor(logps), torch.tensor(losses))
-    assert guard.wrong() == {7: [1], 9: [0, 2]}
-    assert guard.wrong_rows() == "rows 17 (3+4/5 tokens), 19 (3+4/5 tokens) in chosen, loss, rejected"
+    assert guard.nonfinite_pairs() == {7: [1], 9: [0, 2]}
+    assert guard.nonfinite_rows() == "rows 17 (3+4/5 tokens), 19 (3+4/5 tokens) in chosen, loss, rejected"
     assert not_finite({"loss": 0.5}, guard) is None
     assert not_finite({"loss": math.inf, "x": 1.0}, guard).startswith("loss not finite; rows 17")
 

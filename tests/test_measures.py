@@ -30,7 +30,7 @@ class Distribution:
 
 def places(*targets):
     """Every place a sequence of its own."""
-    return SimpleNamespace(targets=torch.tensor(targets), seq=torch.arange(len(targets)), n_sequences=len(targets))
+    return SimpleNamespace(targets=torch.tensor(targets), sequence=torch.arange(len(targets)), n_sequences=len(targets))
 
 
 def test_known_distributions():
@@ -74,7 +74,7 @@ def test_implausible_mass_by_brute_force(chunk):
 def test_states_are_summed_in_float64():
     """2^24 + 1 + 1: float32 cannot count past 2^24 in ones. Two responses, of three states and of one."""
     states = torch.tensor([[2.0**24, 0.0], [1.0, 1.0], [1.0, 2.0], [5.0, 6.0]])
-    row = SimpleNamespace(targets=torch.tensor([0, 0, 0, 0]), seq=torch.tensor([0, 0, 0, 1]), n_sequences=2)
+    row = SimpleNamespace(targets=torch.tensor([0, 0, 0, 0]), sequence=torch.tensor([0, 0, 0, 1]), n_sequences=2)
     _, _, sums = token_measures(Distribution(states), row, None)
     assert sums.tolist() == [[2.0**24 + 2, 3.0], [5.0, 6.0]]
 

@@ -14,8 +14,8 @@ from tiny_tokenizers import base_chatml
 from nanodpo.data.example import Example
 from nanodpo.errors import RunStopped, UserError
 from nanodpo.folder import checkpoint
-from nanodpo.folder import record as identity
-from nanodpo.model import loading as models
+from nanodpo.folder import record as run_record
+from nanodpo.model import loading
 from nanodpo.model.adapters import open_base
 from nanodpo.model.source import check_ids, open_source
 from nanodpo.run import lifecycle
@@ -28,7 +28,7 @@ def args(**changes):
 
 
 def load(tiny, **changes):
-    return models.load_model(open_source(str(tiny / "model"), False), args(**changes))
+    return loading.load_model(open_source(str(tiny / "model"), False), args(**changes))
 
 
 def test_the_papers_lora_is_expressible(tiny):
@@ -40,7 +40,7 @@ def test_the_papers_lora_is_expressible(tiny):
     assert trained == 2 * 256 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 2 * (32 + 64) + (64 + 32))
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (256, 512, 0.05)
-    assert "LoRA on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in models.describe(model)
+    assert "LoRA on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in loading.describe(model)
 
 
 @pytest.mark.parametrize("names, words", [
@@ -74,10 +74,10 @@ def test_the_reference_is_left_as_it_was_found(tiny):
     ids = torch.tensor([[5, 6, 7]])
     on = model(input_ids=ids).logits
     base = make_model().eval()
-    with models.reference_policy(model, fresh_lora=True):
+    with loading.reference_policy(model, fresh_lora=True):
         assert not model.training
         assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
-    with pytest.raises(KeyError), models.reference_policy(model, fresh_lora=True):
+    with pytest.raises(KeyError), loading.reference_policy(model, fresh_lora=True):
         raise KeyError
     assert model.training and torch.equal(model(input_ids=ids).logits, on) and not torch.equal(on, base(ids).logits)
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
@@ -86,15 +86,15 @@ def test_the_reference_is_left_as_it_was_found(tiny):
 def test_the_fingerprint_sees_every_weight_and_setting(tiny):
     """One changed number, or another rope, is another reference; another fresh LoRA is the same one."""
     model = load(tiny)
-    first = models.fingerprint(model, fresh_lora=True)
-    assert models.fingerprint(load(tiny, seed=7, lora_r=2), fresh_lora=True) == first
+    first = loading.weights_hash(model, fresh_lora=True)
+    assert loading.weights_hash(load(tiny, seed=7, lora_r=2), fresh_lora=True) == first
     weight = model.get_input_embeddings().weight
     weight.data[200, 3] += 1e-3
-    assert models.fingerprint(model, fresh_lora=True) != first
+    assert loading.weights_hash(model, fresh_lora=True) != first
     weight.data[200, 3] = make_model().get_input_embeddings().weight.data[200, 3]
-    assert models.fingerprint(model, fresh_lora=True) == first
+    assert loading.weights_hash(model, fresh_lora=True) == first
     model.get_base_model().config.rope_parameters["rope_theta"] = 5e5
-    assert models.fingerprint(model, fresh_lora=True) != first
+    assert loading.weights_hash(model, fresh_lora=True) != first
 
 
 def test_a_checkpoint_is_verified_before_it_counts(tmp_path):
@@ -163,9 +163,9 @@ def test_a_base_that_has_changed_is_not_merged_into(tiny, tmp_path):
         run = tmp_path / f"run-{bf16}"
         run.mkdir()
         shutil.copytree(tiny / "model", base, dirs_exist_ok=True)
-        model = models.load_model(open_source(str(base), False), args(bf16=bf16))
-        record = {"arguments": {}, "world_size": 1, "steps": 1, "finished": True, "versions": identity.versions(),
-                  "weights": models.fingerprint(model, fresh_lora=True)}
+        model = loading.load_model(open_source(str(base), False), args(bf16=bf16))
+        record = {"arguments": {}, "world_size": 1, "steps": 1, "finished": True, "versions": run_record.versions(),
+                  "weights": loading.weights_hash(model, fresh_lora=True)}
         (run / "run.json").write_text(json.dumps(record))
         checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, True), run / "checkpoint-1", {"step": 1})
         make_model(seed=1).save_pretrained(base)
@@ -193,7 +193,7 @@ def test_an_adapter_that_is_damaged_is_not_merged(tiny, tmp_path):
 
 def test_a_merged_weight_is_rounded_once(tiny, tmp_path):
     """In bfloat16 W + (alpha / r) B A is computed in float32, and the sum alone is rounded."""
-    model = models.load_model(open_source(str(tiny / "model"), False), args(bf16=True))
+    model = loading.load_model(open_source(str(tiny / "model"), False), args(bf16=True))
     torch.manual_seed(1)
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -262,7 +262,7 @@ def test_adapters_that_can_not_be_used_say_why_and_what_to_do(tiny, tmp_path):
         with pytest.raises(UserError) as caught:
             source = open_source(str(folder), False)
             check_ids(source, "d", [Example(0, [65], [max(source.tokenizer.get_vocab().values())], None)])
-            models.load_model(source, args())
+            loading.load_model(source, args())
         assert words in str(caught.value)
 
 

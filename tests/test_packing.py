@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from nanodpo.core.packing import Row, Segments, pack, pad
+from nanodpo.core.packing import Batch, Segments, pack, pad
 
 # Prompt 7 8 9 with three responses, one of a single token; prompt 4, a single token, with two.
 GROUPS = [([7, 8, 9], [[1, 2], [3], [5, 6]]), ([4], [[2, 2, 2], [1]])]
@@ -21,14 +21,14 @@ def random_groups(draw: random.Random) -> list:
 
 def test_pack_literally():
     """Every token in its place; no padding, no shift, positions restart at len(prompt) for each response."""
-    row = pack(GROUPS)
+    batch = pack(GROUPS)
     #                            0  1  2  3  4  5  6  7  8  9 10 11 12
-    assert row.input_ids.tolist() == [[7, 8, 9, 1, 2, 3, 5, 6, 4, 2, 2, 2, 1]]
-    assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 3, 4, 0, 1, 2, 3, 1]]
-    assert row.rows.tolist() == [2, 3, 2, 2, 6, 8, 9, 10, 8]
-    assert row.targets.tolist() == [1, 2, 3, 5, 6, 2, 2, 2, 1]
-    assert row.seq.tolist() == [0, 0, 1, 2, 2, 3, 3, 3, 4]
-    assert row.n_sequences == 5
+    assert batch.input_ids.tolist() == [[7, 8, 9, 1, 2, 3, 5, 6, 4, 2, 2, 2, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 3, 4, 0, 1, 2, 3, 1]]
+    assert batch.predictors.tolist() == [2, 3, 2, 2, 6, 8, 9, 10, 8]
+    assert batch.targets.tolist() == [1, 2, 3, 5, 6, 2, 2, 2, 1]
+    assert batch.sequence.tolist() == [0, 0, 1, 2, 2, 3, 3, 3, 4]
+    assert batch.n_sequences == 5
 
 
 def test_segments_literally():
@@ -44,42 +44,42 @@ def test_segments_literally():
 
 def test_pad_literally():
     """The same groups, a sequence a line, padded on the right; rows count through the flattened lines of 5."""
-    row = pad(GROUPS)
-    assert row.input_ids.tolist() == [[7, 8, 9, 1, 2], [7, 8, 9, 3, 0], [7, 8, 9, 5, 6], [4, 2, 2, 2, 0],
+    batch = pad(GROUPS)
+    assert batch.input_ids.tolist() == [[7, 8, 9, 1, 2], [7, 8, 9, 3, 0], [7, 8, 9, 5, 6], [4, 2, 2, 2, 0],
                                       [4, 1, 0, 0, 0]]
-    assert row.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 5
-    assert row.rows.tolist() == [2, 3, 7, 12, 13, 15, 16, 17, 20]
-    assert row.targets.tolist() == [1, 2, 3, 5, 6, 2, 2, 2, 1]
-    assert row.seq.tolist() == [0, 0, 1, 2, 2, 3, 3, 3, 4]
-    assert (row.n_sequences, row.segments) == (5, None)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 5
+    assert batch.predictors.tolist() == [2, 3, 7, 12, 13, 15, 16, 17, 20]
+    assert batch.targets.tolist() == [1, 2, 3, 5, 6, 2, 2, 2, 1]
+    assert batch.sequence.tolist() == [0, 0, 1, 2, 2, 3, 3, 3, 4]
+    assert (batch.n_sequences, batch.segments) == (5, None)
 
 
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("layout", [pack, pad])
 def test_every_scored_token_once_after_what_came_before_it(layout, seed):
-    """Following `rows` back through the row finds, for each token of each response, its true context."""
+    """Following `predictors` back through the row finds, for each token of each response, its true context."""
     groups = random_groups(random.Random(seed))
-    row = layout(groups)
+    batch = layout(groups)
     expected, number = [], 0
     for prompt, responses in groups:
         for response in responses:
             expected += [(number, token, (prompt + response[:k])) for k, token in enumerate(response)]
             number += 1
-    found = [(s, t, context_of(row, r, s)) for r, t, s in zip(row.rows.tolist(), row.targets.tolist(),
-                                                              row.seq.tolist())]
+    found = [(s, t, context_of(batch, r, s)) for r, t, s in zip(batch.predictors.tolist(), batch.targets.tolist(),
+                                                              batch.sequence.tolist())]
     assert found == expected
-    assert row.n_sequences == number
+    assert batch.n_sequences == number
 
 
-def context_of(row: Row, at: int, seq: int) -> list[int]:
+def context_of(batch: Batch, at: int, seq: int) -> list[int]:
     """The ids that flattened position `at` may see, in order of position, by the layout's own rule."""
-    width = row.input_ids.shape[1]
+    width = batch.input_ids.shape[1]
     line, column = divmod(at, width)
-    ids, positions = row.input_ids[line].tolist(), row.position_ids[line].tolist()
-    if row.segments is None:
+    ids, positions = batch.input_ids[line].tolist(), batch.position_ids[line].tolist()
+    if batch.segments is None:
         seen = range(column + 1)
     else:
-        p0, p1, r0, r1 = row.segments.spans[seq]
+        p0, p1, r0, r1 = batch.segments.spans[seq]
         seen = [i for i in [*range(p0, p1), *range(r0, r1)] if i <= column]
     assert [positions[i] for i in seen] == list(range(len(seen)))
     return [ids[i] for i in seen]
@@ -89,8 +89,8 @@ def context_of(row: Row, at: int, seq: int) -> list[int]:
 def test_queries_and_keys_line_up_at_the_end(seed):
     """Stretch by stretch: queries are the last keys, in order, and together they are the row, each position once."""
     groups = random_groups(random.Random(seed))
-    row = pack(groups)
-    s, length = row.segments, row.input_ids.shape[1]
+    batch = pack(groups)
+    s, length = batch.segments, batch.input_ids.shape[1]
     assert length == sum(len(p) + sum(map(len, rs)) for p, rs in groups)
     queries = []
     for i, (p0, p1, r0, r1) in enumerate(s.spans):
@@ -123,19 +123,19 @@ def test_nothing_is_scored_without_a_prompt_or_a_token(layout, group):
 def test_rows_can_be_pinned():
     """Pinned memory takes no tensor whose elements share a place."""
     for layout in (pack, pad):
-        row = layout([([7, 8], [[1, 2], [3]])])
-        assert all(tensor.is_contiguous() for tensor in vars(row).values() if isinstance(tensor, torch.Tensor))
+        batch = layout([([7, 8], [[1, 2], [3]])])
+        assert all(tensor.is_contiguous() for tensor in vars(batch).values() if isinstance(tensor, torch.Tensor))
 
 
 def test_moving_a_row_moves_every_tensor_and_changes_none():
     """`to` reaches the tensors inside `segments`; the meta device shows which ones it took."""
-    row = pack(GROUPS)
-    moved, same = row.to(torch.device("meta")), row.to(torch.device("cpu"))
-    for record, other, kept in [(moved, row, same), (moved.segments, row.segments, same.segments)]:
+    batch = pack(GROUPS)
+    moved, same = batch.to(torch.device("meta")), batch.to(torch.device("cpu"))
+    for record, other, kept in [(moved, batch, same), (moved.segments, batch.segments, same.segments)]:
         tensors = [name for name, value in vars(other).items() if isinstance(value, torch.Tensor)]
-        assert tensors == {Row: ["input_ids", "position_ids", "rows", "targets", "seq"],
+        assert tensors == {Batch: ["input_ids", "position_ids", "predictors", "targets", "sequence"],
                            Segments: ["cu_q", "cu_k", "keys"]}[type(other)]
         for name in tensors:
             assert getattr(record, name).device.type == "meta"
             assert torch.equal(getattr(kept, name), getattr(other, name))
-    assert moved.segments.spans == row.segments.spans and moved.n_sequences == 5
+    assert moved.segments.spans == batch.segments.spans and moved.n_sequences == 5

@@ -63,11 +63,11 @@ def adapted(model):
 
 
 def with_lora(base, product):
-    """As train.py has it: loaded in bfloat16, adapter, mix, fuse, thin. In packed rows."""
+    """As train.py has it: loaded in bfloat16, adapter, mix, fuse, keep_less. In packed rows."""
     model = adapted(copy.deepcopy(base).bfloat16())
     mix(model, product)
     lora.fuse(model)
-    gated.thin(model)
+    gated.keep_less(model)
     model.get_base_model().set_attn_implementation(LOOP)
     return model
 

@@ -23,7 +23,7 @@ class Pass:
     def __init__(self, folder: Path):
         self.folder, self.scored, self.truth = folder, [], TRUTH
 
-    def __call__(self, told_after: int = 99, steps=STEPS, deal=lambda pairs: [([i], 1.0) for i in pairs],
+    def __call__(self, told_after: int = 99, steps=STEPS, micro_batches_of=lambda pairs: [([i], 1.0) for i in pairs],
                  **fingerprint) -> torch.Tensor:
         self.scored = []
 
@@ -36,8 +36,8 @@ class Pass:
                 raise Preempted("stopped")
 
         known = {"model_name": "m", "data_path": "d", "weights": "w"} | fingerprint
-        return reference.reference_logps(range(6), steps, deal, score, known, str(self.folder), torch.device("cpu"),
-                                         check)
+        return reference.reference_logps(range(6), steps, micro_batches_of, score, known, str(self.folder),
+                                         torch.device("cpu"), check)
 
     @property
     def file(self) -> Path:
@@ -70,13 +70,13 @@ def test_a_pass_that_was_killed_goes_on(every, run, monkeypatch):
 
     monkeypatch.setattr(reference, "SAVE_EVERY", every)
     with pytest.raises(ZeroDivisionError):
-        run(deal=killed)
+        run(micro_batches_of=killed)
     assert torch.equal(run(), TRUTH) and run.scored == [4, 5]
 
 
 def test_a_micro_batch_that_only_keeps_ranks_in_step_counts_for_nothing(run):
     """The step's first once more, with weight 0."""
-    assert torch.equal(run(deal=lambda pairs: [(pairs, 1.0), (pairs[:1], 0.0)]), TRUTH)
+    assert torch.equal(run(micro_batches_of=lambda pairs: [(pairs, 1.0), (pairs[:1], 0.0)]), TRUTH)
 
 
 def test_a_step_that_is_known_in_part_is_computed(run):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from nanodpo.errors import Preempted, RunStopped, UserError
 from nanodpo.flags.arguments import TrainArguments
-from nanodpo.folder import record as identity
+from nanodpo.folder import record as run_record
 from nanodpo.folder import resume
 from nanodpo.folder.atomic import aside, check_whole, clear_partials, publish, read_manifest, remove
 from nanodpo.run import lifecycle, signals
@@ -395,7 +395,7 @@ def test_a_state_is_read_back_before_it_counts(tmp_path, monkeypatch):
         patch.setattr(resume, "save_file", lambda tensors, file: save_file({"weight.0": torch.ones(3)}, file))
         resume.save(tmp_path, 1, {"weight.0": torch.zeros(3)}, {}, 0)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="rank1.safetensors was .* can't be seen"):
-        patch.setattr(resume, "agree", lambda error, known: [known, known])
+        patch.setattr(resume, "gather_or_raise", lambda error, known: [known, known])
         resume.save(tmp_path, 1, {"weight.0": torch.zeros(3)}, {}, 0)
     assert not list((tmp_path / "resume").iterdir())
 
@@ -414,7 +414,7 @@ def test_what_a_rank_takes_from_a_state(tmp_path):
 def test_what_resume_may_name(tmp_path):
     """A run that has states, or needs none; one that was stopped before its first state is no state."""
     def find():
-        return identity.find(SimpleNamespace(resume=str(tmp_path / "run"), output_dir=None), "new")
+        return run_record.find(SimpleNamespace(resume=str(tmp_path / "run"), output_dir=None), "new")
 
     with pytest.raises(UserError, match="run: is no run .run.json is missing"):
         find()
@@ -445,23 +445,23 @@ def test_a_damaged_record(changes, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(record if isinstance(changes, dict) else changes))
     for where in ({"resume": "auto", "output_dir": str(tmp_path)}, {"resume": str(tmp_path), "output_dir": None}):
         with pytest.raises(UserError, match="run.json: is not what train.py writes"):
-            identity.find(SimpleNamespace(**where), "new")
+            run_record.find(SimpleNamespace(**where), "new")
 
 
 def test_runs_of_one_second_take_folders_of_their_own(tmp_path):
     """Eight at once without --output_dir, and a file that has the name already: nobody gets what another has."""
     args = SimpleNamespace(resume="auto", output_dir=None)
     name = tmp_path / "runs" / "dpo-2026-01-01-000000"
-    assert identity.find(args, str(name)) == (name, None, None)
+    assert run_record.find(args, str(name)) == (name, None, None)
     name.parent.mkdir()
     name.write_text("")
     together = threading.Barrier(8)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        taken = list(pool.map(lambda _: (together.wait(), identity.take(name))[1], range(8)))
+        taken = list(pool.map(lambda _: (together.wait(), run_record.take(name))[1], range(8)))
     assert sorted(taken) == [name.with_name(f"{name.name}-{k}") for k in range(2, 10)]
     # Whoever reads the clock in that second later finds no run to go on with, whatever its seed.
     (name.with_name(f"{name.name}-2") / "run.json").write_text("{}")
-    assert identity.find(args, str(name)) == (name.with_name(f"{name.name}-10"), None, None)
+    assert run_record.find(args, str(name)) == (name.with_name(f"{name.name}-10"), None, None)
 
 
 def test_a_state_that_is_a_link_can_be_named(tmp_path):
@@ -473,9 +473,9 @@ def test_a_state_that_is_a_link_can_be_named(tmp_path):
     for name in ("step-4", "step-04"):
         (tmp_path / "run" / "resume" / name).symlink_to(tmp_path / "disk")
     args = SimpleNamespace(resume=str(tmp_path / "run" / "resume" / "step-4"), output_dir=None)
-    assert identity.find(args, "new") == (tmp_path / "run", record, 4)
+    assert run_record.find(args, "new") == (tmp_path / "run", record, 4)
     with pytest.raises(UserError, match="step-04: no such state"):
-        identity.find(SimpleNamespace(resume=str(tmp_path / "run/resume/step-04"), output_dir=None), "new")
+        run_record.find(SimpleNamespace(resume=str(tmp_path / "run/resume/step-04"), output_dir=None), "new")
 
 
 def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch):
@@ -483,8 +483,8 @@ def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch)
     def held(folder):
         raise UserError("is in use by another run")
 
-    monkeypatch.setattr(identity, "lock", held)
-    monkeypatch.setattr(identity, "check_same", lambda *_: None)
+    monkeypatch.setattr(run_record, "lock", held)
+    monkeypatch.setattr(run_record, "check_same", lambda *_: None)
     monkeypatch.setattr(lifecycle.memory, "check_disk", lambda *_: pytest.fail("looked at the disk"))
     monkeypatch.setattr(lifecycle, "prompt_leads", lambda *_: [])
     monkeypatch.setattr(lifecycle, "read_template", lambda *_: None)

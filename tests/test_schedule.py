@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import train
-from nanodpo.data.schedule import deal, epoch_order, learning_rate, pairs_of_step
+from nanodpo.data.schedule import epoch_order, learning_rate, micro_batches_of, pairs_of_step
 
 
 def test_an_epoch_is_a_permutation_that_does_not_change():
@@ -30,7 +30,7 @@ def test_each_epoch_visits_every_pair_once(n, per_step):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_get_equal_counts_and_every_pair_counts_once(n, batch, world):
     """The same number of forward passes on every rank; the extra ones weigh nothing."""
-    dealt = [deal(list(range(n)), batch, rank, world) for rank in range(world)]
+    dealt = [micro_batches_of(list(range(n)), batch, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in dealt}) == 1
     counted = [i for batches in dealt for indices, weight in batches for i in indices if weight == 1.0]
     assert sorted(counted) == list(range(n))

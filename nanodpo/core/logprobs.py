@@ -198,18 +198,18 @@ class SequenceLogProbs(nn.Module):
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.head = LogProbHead(lm_head, scale, getattr(config, "final_logit_softcapping", None), chunk)
 
-    def states(self, row) -> Tensor:
-        """Row -> (N, D): the hidden state that predicts each scored token, as the output layer takes it."""
+    def states(self, batch) -> Tensor:
+        """Batch -> (N, D): the hidden state that predicts each scored token, as the output layer takes it."""
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        extra = {} if row.segments is None else {"position_ids": row.position_ids, "segments": row.segments}
-        states = inner.base_model(input_ids=row.input_ids, use_cache=False, **extra).last_hidden_state  # (B, T, D)
-        scored = states.flatten(0, 1).index_select(0, row.rows)
+        extra = {} if batch.segments is None else {"position_ids": batch.position_ids, "segments": batch.segments}
+        states = inner.base_model(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state  # (B, T, D)
+        scored = states.flatten(0, 1).index_select(0, batch.predictors)
         return scored.to(torch.promote_types(scored.dtype, self.head.weight.dtype))
 
-    def token_logps(self, row) -> Tensor:
-        """Row -> (N,): the log-prob of every scored token, nats, in the order of row.targets."""
-        return self.head(self.states(row), row.targets)
+    def token_logps(self, batch) -> Tensor:
+        """Batch -> (N,): the log-prob of every scored token, nats, in the order of batch.targets."""
+        return self.head(self.states(batch), batch.targets)
 
-    def forward(self, row) -> Tensor:
-        """Row -> (S,): the summed log-prob of each response, nats, float64."""
-        return sum_by_sequence(self.token_logps(row), row.seq, row.n_sequences)
+    def forward(self, batch) -> Tensor:
+        """Batch -> (S,): the summed log-prob of each response, nats, float64."""
+        return sum_by_sequence(self.token_logps(batch), batch.sequence, batch.n_sequences)

@@ -4,8 +4,8 @@ Shapes: S sequences (a prompt with one response), N scored tokens, T row length,
 
 A group is a prompt with any number of responses. In a packed row the prompt stands once, its responses follow, the next
 group follows them; positions restart at len(prompt) for each response. Nothing is padded, shifted or masked: for each
-scored token a row says where it is predicted (`rows`), what it is (`targets`) and whose it is (`seq`). The first token
-of *every* response is predicted by the last token of the prompt.
+scored token a batch says where it is predicted (`predictors`), what it is (`targets`) and whose it is (`sequence`). The
+first token of *every* response is predicted by the last token of the prompt.
 """
 
 import dataclasses
@@ -29,25 +29,25 @@ class Segments:
 
 
 @dataclasses.dataclass
-class Row:
+class Batch:
     """One forward pass: a micro-batch.
 
-    `rows` index the B*T hidden states, flattened; `segments` is None in a plain row (one sequence a line).
+    `predictors` index the B*T hidden states, flattened; `segments` is None in a plain layout (one sequence a line).
     """
 
     input_ids: Tensor  # (B, T)
     position_ids: Tensor  # (B, T)
-    rows: Tensor  # (N,)
+    predictors: Tensor  # (N,)
     targets: Tensor  # (N,)
-    seq: Tensor  # (N,)
+    sequence: Tensor  # (N,)
     n_sequences: int
     segments: Segments | None
 
-    def to(self, device: torch.device) -> "Row":
-        """The same row on `device`; from pinned memory the copy does not wait."""
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`; from pinned memory the copy does not wait."""
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin(self) -> "Row":
+    def pin(self) -> "Batch":
         return _map_tensors(self, Tensor.pin_memory)
 
 
@@ -62,33 +62,34 @@ def _map_tensors(record, change):
     return dataclasses.replace(record, **changed)
 
 
-def pack(groups: list[Group]) -> Row:
+def pack(groups: list[Group]) -> Batch:
     """All groups in one row without padding, each prompt once.
 
-    >>> row = pack([([7, 8], [[1, 2], [3]])])     # prompt 7 8, responses "1 2" and "3"
-    >>> row.input_ids.tolist(), row.position_ids.tolist()
+    >>> batch = pack([([7, 8], [[1, 2], [3]])])     # prompt 7 8, responses "1 2" and "3"
+    >>> batch.input_ids.tolist(), batch.position_ids.tolist()
     ([[7, 8, 1, 2, 3]], [[0, 1, 2, 3, 2]])
-    >>> row.rows.tolist(), row.targets.tolist(), row.seq.tolist()     # 8 predicts 1, 1 predicts 2, 8 predicts 3
-    ([1, 2, 1], [1, 2, 3], [0, 0, 1])
-    >>> row.segments.spans, row.segments.keys.tolist()
-    ([(0, 2, 2, 4), (0, 2, 4, 5)], [0, 1, 2, 3, 0, 1, 4])
+    >>> batch.predictors.tolist(), batch.targets.tolist()     # 8 predicts 1, 1 predicts 2, 8 predicts 3
+    ([1, 2, 1], [1, 2, 3])
+    >>> batch.sequence.tolist(), batch.segments.spans
+    ([0, 0, 1], [(0, 2, 2, 4), (0, 2, 4, 5)])
     """
     _check(groups)
-    ids, positions, rows, targets, seq, spans = [], [], [], [], [], []
+    ids, positions, predictors, targets, sequence, spans = [], [], [], [], [], []
     for prompt, responses in groups:
         start, end = len(ids), len(ids) + len(prompt)
         ids += prompt
         positions += range(len(prompt))
         for response in responses:
             at = len(ids)
-            rows += [end - 1, *range(at, at + len(response) - 1)]
+            predictors += [end - 1, *range(at, at + len(response) - 1)]
             targets += response
-            seq += [len(spans)] * len(response)
+            sequence += [len(spans)] * len(response)
             spans.append((start, end, at, at + len(response)))
             ids += response
             positions += range(len(prompt), len(prompt) + len(response))
     line = torch.tensor([ids]), torch.tensor([positions])
-    return Row(*line, torch.tensor(rows), torch.tensor(targets), torch.tensor(seq), len(spans), _segments(spans))
+    return Batch(*line, torch.tensor(predictors), torch.tensor(targets), torch.tensor(sequence), len(spans),
+                 _segments(spans))
 
 
 def _check(groups: list[Group]) -> None:
@@ -108,7 +109,7 @@ def _borders(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def pad(groups: list[Group]) -> Row:
+def pad(groups: list[Group]) -> Batch:
     """One sequence a line, the prompt repeated, padded on the right: for models that can't share a row.
 
     The padding needs no mask: no token of a causal model sees what follows it, and no padding is scored.
@@ -117,15 +118,16 @@ def pad(groups: list[Group]) -> Row:
     lines = [(prompt, response) for prompt, responses in groups for response in responses]
     width = max(len(prompt) + len(response) for prompt, response in lines)
     input_ids = torch.zeros(len(lines), width, dtype=torch.long)
-    rows, targets, seq = [], [], []
+    predictors, targets, sequence = [], [], []
     for i, (prompt, response) in enumerate(lines):
         input_ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         first = i * width + len(prompt) - 1
-        rows += range(first, first + len(response))
+        predictors += range(first, first + len(response))
         targets += response
-        seq += [i] * len(response)
+        sequence += [i] * len(response)
     positions = torch.arange(width).repeat(len(lines), 1)  # not expand: what shares memory can't be pinned
-    return Row(input_ids, positions, torch.tensor(rows), torch.tensor(targets), torch.tensor(seq), len(lines), None)
+    return Batch(input_ids, positions, torch.tensor(predictors), torch.tensor(targets), torch.tensor(sequence),
+                 len(lines), None)
 
 
 LAYOUTS = {"packed": pack, "plain": pad}

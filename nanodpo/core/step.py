@@ -8,10 +8,10 @@ Shapes: P groups, R responses of each.
 import torch
 from torch import Tensor
 
-from .packing import LAYOUTS, Group, Row
+from .packing import LAYOUTS, Batch, Group
 
 
-def make_batch(groups: list[Group], layout: str, device: torch.device) -> Row:
+def make_batch(groups: list[Group], layout: str, device: torch.device) -> Batch:
     """One forward pass for all groups, in a layout of packing.py, on `device`; a copy to a GPU does not wait."""
     batch = LAYOUTS[layout](groups)
     return (batch.pin() if device.type == "cuda" else batch).to(device)

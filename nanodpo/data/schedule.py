@@ -22,15 +22,15 @@ def pairs_of_step(n: int, pairs_per_step: int, seed: int, step: int) -> list[int
     return list(epoch_order(n, seed, epoch)[window * pairs_per_step : (window + 1) * pairs_per_step])
 
 
-def deal(pairs: list[int], batch: int, rank: int, world: int) -> list[tuple[list[int], float]]:
+def micro_batches_of(pairs: list[int], batch: int, rank: int, world: int) -> list[tuple[list[int], float]]:
     """This rank's micro-batches of a step's pairs: (indices, weight) each. Every rank gets the same number.
 
     Where a rank would go short it repeats the step's first micro-batch with weight 0: ranks that run different numbers
     of forward passes wait for each other for ever under ZeRO-3.
 
-    >>> deal([5, 6, 7], 2, rank=0, world=2), deal([5, 6, 7], 2, rank=1, world=2)
+    >>> micro_batches_of([5, 6, 7], 2, rank=0, world=2), micro_batches_of([5, 6, 7], 2, rank=1, world=2)
     ([([5, 6], 1.0)], [([7], 1.0)])
-    >>> deal([5, 6, 7], 1, rank=1, world=2)
+    >>> micro_batches_of([5, 6, 7], 1, rank=1, world=2)
     [([6], 1.0), ([5], 0.0)]
     """
     rows = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]

@@ -79,7 +79,7 @@ def publish(folder: Path, facts: dict, known: dict[str, dict] | None = None) -> 
     place, known = aside(folder), known or {}
     files = sorted(file for file in place.rglob("*") if file.is_file())
     for file in files:
-        settle(file)
+        finish_file(file)
     names = [str(file.relative_to(place)) for file in files]
     facts = facts | {"files": {name: known.get(name) or file_facts(place / name) for name in names}}
     write_whole(place / MANIFEST, json.dumps(facts, indent=1) + "\n")
@@ -132,7 +132,7 @@ def write_whole(file: Path, text: str) -> None:
     flush(file.parent)
 
 
-def settle(file: Path) -> None:
+def finish_file(file: Path) -> None:
     """Gives a new file the permissions that files have here, and hands it to the disk."""
     file.chmod(0o666 & ~_umask())  # safetensors writes for the owner's eyes only
     flush(file)

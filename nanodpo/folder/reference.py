@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import Preempted, RunStopped, UserError, first_line
 from ..progress import Progress
 from ..ranks.distributed import from_main, is_main, main_first, say, sum_over_ranks
-from .atomic import flush, settle
+from .atomic import finish_file, flush
 
 SAVE_EVERY = 100
 STALE = ("weights", "data", "versions")  # what changes under the same names and settings
@@ -34,13 +34,14 @@ def data_hash(examples) -> str:
     return digest.hexdigest()
 
 
-def reference_logps(examples, steps, deal, score, fingerprint: dict, cache_dir: str, device, check) -> Tensor:
+def reference_logps(examples, steps, micro_batches_of, score, fingerprint: dict, cache_dir: str, device,
+                    check) -> Tensor:
     """(n, 2) float64 on CPU: the reference's summed log-probs of chosen and rejected; NaN for pairs not visited.
 
-    `steps` are lists of indices, the same on every rank; `deal` gives this rank's micro-batches of one, (indices,
-    weight) each, as many on every rank; `score` maps indices to (P, 2). What is known is kept every SAVE_EVERY steps,
-    so a pass that was killed goes on; where `check` raises Preempted, told to stop, nothing is lost. Raises UserError
-    for a cache that can't be read, and RunStopped for a log-prob that is not finite.
+    `steps` are lists of indices, the same on every rank; `micro_batches_of` gives this rank's micro-batches of one,
+    (indices, weight) each, as many on every rank; `score` maps indices to (P, 2). What is known is kept every
+    SAVE_EVERY steps, so a pass that was killed goes on; where `check` raises Preempted, told to stop, nothing is lost.
+    Raises UserError for a cache that can't be read, and RunStopped for a log-prob that is not finite.
     """
     file, known = cache_file(cache_dir, fingerprint), None
     with main_first():
@@ -50,7 +51,7 @@ def reference_logps(examples, steps, deal, score, fingerprint: dict, cache_dir: 
     missing = [pairs for pairs in steps if known[pairs].isnan().any()]
     with Progress("reference", len(missing), "step") as bar:
         for i in range(0, len(missing), SAVE_EVERY):
-            stopped = _fill(known, missing[i : i + SAVE_EVERY], deal, score, device, bar, check)
+            stopped = _fill(known, missing[i : i + SAVE_EVERY], micro_batches_of, score, device, bar, check)
             with main_first():
                 if is_main():
                     _save(file, known, fingerprint)
@@ -61,7 +62,7 @@ def reference_logps(examples, steps, deal, score, fingerprint: dict, cache_dir: 
     return known
 
 
-def _fill(known: Tensor, steps, deal, score, device, bar, check) -> Preempted | None:
+def _fill(known: Tensor, steps, micro_batches_of, score, device, bar, check) -> Preempted | None:
     """Computes the pairs of these steps on all ranks and writes them into `known`; what `check` raised, if it did."""
     sums, counts = torch.zeros_like(known), torch.zeros(len(known), 1, dtype=torch.float64)
     stopped = None
@@ -71,7 +72,7 @@ def _fill(known: Tensor, steps, deal, score, device, bar, check) -> Preempted | 
         except Preempted as told:
             stopped = told
             break
-        for indices, weight in deal(pairs):
+        for indices, weight in micro_batches_of(pairs):
             sums[indices] += weight * score(indices).cpu()
             counts[indices] += weight
         bar.update()
@@ -141,7 +142,7 @@ def _save(file: Path, logps: Tensor, fingerprint: dict) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"logps": logps}, aside, {"fingerprint": json.dumps(fingerprint), "sha256": _digest(logps)})
-        settle(aside)
+        finish_file(aside)
         os.replace(aside, file)  # a reader, or a run after a crash, sees the old file or the new one
         flush(file.parent)
     except (OSError, SafetensorError) as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import RankStopped, RunStopped, UserError
 from ..files import read_text
-from ..ranks.distributed import agree, is_main, main_first, say
+from ..ranks.distributed import gather_or_raise, is_main, main_first, say
 from .atomic import aside, clear, file_facts, flush, publish, read_manifest, remove, steps_of, write_whole, writing
 
 KEEP = 2
@@ -73,7 +73,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
     except RunStopped as caught:
         error = caught
     try:
-        known = agree(error, known)
+        known = gather_or_raise(error, known)
         with main_first():
             if is_main():
                 names = {f"rank{i}.safetensors": facts for i, facts in enumerate(known)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError, first_line
 from ..files import read_text
-from .source import BROKEN, one_voice
+from .source import BROKEN, hold_logs
 
 PLACES = ("base_model_name_or_path", "peft_version", "inference_mode", "revision")  # say nothing of the shape
 
@@ -27,7 +27,7 @@ def open_base(name: str, dtype, trust_remote_code: bool):
     from transformers import AutoModelForCausalLM
 
     try:
-        with one_voice():
+        with hold_logs():
             model, found = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
                 ignore_mismatched_sizes=True)  # refused here, by name

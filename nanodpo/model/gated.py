@@ -13,14 +13,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 
-def thin(model: nn.Module) -> None:
+def keep_less(model: nn.Module) -> None:
     """Lets every MLP keep less whose forward is Llama's, instruction for instruction; any other stays as it is. No bit
-    of a number changes. Set a module's `thin` to False within a layer that is computed again as a whole: its hooks
-    would keep what those of the checkpoint throw away."""
+    of a number changes. Set a module's `keeps_less` to False within a layer that is computed again as a whole: its
+    hooks would keep what those of the checkpoint throw away."""
     llama = _instructions(LlamaMLP)
     for module in model.modules():
         if llama and _instructions(type(module)) == llama:
-            module.thin, module.forward = True, functools.partial(_forward, module)
+            module.keeps_less, module.forward = True, functools.partial(_forward, module)
 
 
 def _instructions(kind: type) -> tuple | None:
@@ -29,7 +29,7 @@ def _instructions(kind: type) -> tuple | None:
 
 
 def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    if not (mlp.thin and torch.is_grad_enabled()):
+    if not (mlp.keeps_less and torch.is_grad_enabled()):
         return type(mlp).forward(mlp, x)
     gate, up, act = mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn.forward  # without the hooks of a module's call
     y = _Gated.apply(gate, up, act)

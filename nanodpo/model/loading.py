@@ -127,7 +127,7 @@ def describe(model: nn.Module) -> str:
     return line + (f"; LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning")
 
 
-def fingerprint(model: nn.Module, fresh_lora: bool) -> str:
+def weights_hash(model: nn.Module, fresh_lora: bool) -> str:
     """Hashes of the reference, one after the other: the base's weights, its config, and the adapter where it has one.
 
     A fresh LoRA is not part of the reference, so runs that differ in its rank or seed have the same one.

@@ -46,8 +46,8 @@ class Recompute:
             layer.gradient_checkpointing = mode != "keep"
             layer._gradient_checkpointing_func = self.functions.get(mode)
             for module in layer.modules():
-                if hasattr(module, "thin"):  # its hooks would keep what checkpoint's throw away
-                    module.thin = mode == "keep"
+                if hasattr(module, "keeps_less"):  # its hooks would keep what checkpoint's throw away
+                    module.keeps_less = mode == "keep"
 
 
 class ByNeed:

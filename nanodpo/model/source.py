@@ -45,7 +45,7 @@ class Source:
 
 
 @contextlib.contextmanager
-def one_voice():
+def hold_logs():
     """What transformers logs within comes at the end, and not at all where an error ends it: that says it all."""
     logger = logging.getLogger("transformers")
     handlers, held = logger.handlers, MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
@@ -70,7 +70,7 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
     base, adapter = base_of(name)
     has_tokenizer = adapter and (Path(adapter) / "tokenizer_config.json").is_file()
     where, what = name if base == name else f"{name}: its base {base}", "config.json"
-    with one_voice():
+    with hold_logs():
         try:
             config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
             vocabulary, what = config.get_text_config().vocab_size, "the tokenizer"

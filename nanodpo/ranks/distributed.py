@@ -143,7 +143,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(this rank, number of ranks); (0, 1) where no ranks were started."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -182,7 +182,7 @@ def ask(flag: bool):
     return answer
 
 
-def agree(error: Exception | None, fact=None) -> list:
+def gather_or_raise(error: Exception | None, fact=None) -> list:
     """Every rank's `fact`, on all ranks; where one of them has an error it is raised on all, and nobody waits."""
     everyone = [(error, fact)]
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -211,7 +211,7 @@ def main_first():
         error = caught
     finally:
         _met["alone"] = False
-    agree(error)
+    gather_or_raise(error)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def together():
         yield facts
     except (UserError, RunStopped) as caught:
         error = caught
-    everyone = distributed.agree(None, (error, facts))
+    everyone = distributed.gather_or_raise(None, (error, facts))
     errors = [error for error, _ in everyone]
     for rank, first in enumerate(errors):
         if first and len({str(error) for error in errors}) == 1:

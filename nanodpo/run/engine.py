@@ -13,7 +13,7 @@ from ..errors import UserError, first_line
 from ..files import parse_json, read_text
 from ..model.precision import mix, products
 from ..ranks import distributed
-from . import memory as space
+from . import memory
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
          "gradient_clipping", "fp16", "bf16", "torch_autocast")  # settings of the JSON that are train.py's flags
@@ -139,7 +139,7 @@ def build(model, args, settings: dict, device, longest: int) -> Built:
     if args.bf16:
         mix(model, product)
     lora.fuse(model, in_place=stage < 3)
-    gated.thin(model)
+    gated.keep_less(model)
     if args.gradient_checkpointing or args.activation_memory:
         recompute = Recompute(model, stage)
         recompute.use("full")
@@ -156,10 +156,10 @@ def build(model, args, settings: dict, device, longest: int) -> Built:
         if not selfcheck.grows_with_rows(model.config.get_text_config(), attention, longest):
             raise UserError("--activation_memory: this model's attention takes memory by the square of a row's length, "
                             "which is not foreseen; use --gradient_checkpointing")
-        room = space.room(device, args.activation_memory, space.waiting(module, stage))
+        room = memory.memory_budget(device, args.activation_memory, memory.bytes_to_come(module, stage))
         by_need = ByNeed(recompute, module, functools.partial(sample, layout, model.config, device), room)
         module.register_forward_pre_hook(by_need.before_forward)
-        distributed.say(f"activations: {space.gib(room)}; {by_need}")
+        distributed.say(f"activations: {memory.gib(room)}; {by_need}")
     return Built(engine, layout, attention)
 
 
@@ -181,7 +181,7 @@ def take_step(engine) -> tuple[float, bool]:
     return norm, math.isfinite(norm)
 
 
-def settle(engine) -> None:
+def end_prefetch(engine) -> None:
     """Puts away what ZeRO-3 fetched ahead for a backward pass: an evaluation has none, and a weight that is still on
     its way can't be gathered. All ranks must call it."""
     if engine.zero_optimization_stage() == 3:

@@ -41,14 +41,15 @@ class StepGuard:
         self.seen.append((indices, fine))
         return losses * torch.where(fine.all(1), 1.0, torch.nan)
 
-    def wrong(self) -> dict[int, list[int]]:
+    def nonfinite_pairs(self) -> dict[int, list[int]]:
         """The pairs of this rank with numbers that are not finite: index -> columns (each side, then the loss)."""
         return {i: [column for column, fine in enumerate(row) if not fine] for indices, finite in self.seen
                 for i, row in zip(indices, finite.tolist()) if not all(row)}
 
-    def wrong_rows(self) -> str:
+    def nonfinite_rows(self) -> str:
         """The rows of all ranks that went wrong, with their lengths and the side. All ranks must call it."""
-        wrong = {i: columns for found in distributed.agree(None, self.wrong()) for i, columns in found.items()}
+        everyone = distributed.gather_or_raise(None, self.nonfinite_pairs())
+        wrong = {i: columns for found in everyone for i, columns in found.items()}
         sides = {("chosen", "rejected", "loss")[column] for columns in wrong.values() for column in columns}
         return f"{describe([self.examples[i] for i in sorted(wrong)])} in {', '.join(sorted(sides))}"
 
@@ -56,7 +57,7 @@ class StepGuard:
 def not_finite(means: dict[str, float], guard: StepGuard) -> str | None:
     """What is not finite in a step's means, in words; None where all is well. The same on all ranks."""
     bad = [name for name, value in means.items() if not math.isfinite(value)]
-    return f"{', '.join(bad)} not finite; {guard.wrong_rows()}" if bad else None
+    return f"{', '.join(bad)} not finite; {guard.nonfinite_rows()}" if bad else None
 
 
 def check_start(means: dict[str, float], gap: float, bf16: bool, cache_dir: str) -> None:

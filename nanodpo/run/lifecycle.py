@@ -71,7 +71,7 @@ def _check_shared(run: Run) -> None:
     seen = file.read_bytes() if file.is_file() else None
     error = UserError(f"--output_dir {run.folder}: rank {run.rank} does not see what rank 0 wrote there; it must be a "
                       "folder that all machines share")
-    distributed.agree(None if seen == distributed.from_main(seen) else error)
+    distributed.gather_or_raise(None if seen == distributed.from_main(seen) else error)
 
 
 def go_on(run: Run, found: dict) -> None:
@@ -102,7 +102,7 @@ def save_checkpoint(run: Run) -> None:
     folder, model = run.folder / f"checkpoint-{run.step}", run.engine.module.model
     if distributed.from_main(distributed.is_main() and isinstance(read_manifest(folder), dict)):
         return
-    engine.settle(run.engine)
+    engine.end_prefetch(run.engine)
     tensors = checkpoint.gather(model, only_trained=run.args.use_lora)
     with distributed.main_first():
         if distributed.is_main():

@@ -8,7 +8,7 @@ import torch
 
 from ..core.logprobs import CHUNK_BYTES
 from ..errors import RankStopped, UserError
-from ..ranks.distributed import place
+from ..ranks.distributed import rank_and_world
 
 LESS = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), a smaller "
         "--activation_memory or --gradient_checkpointing, --bf16, a --max_length with --overlong, or a higher ZeRO "
@@ -55,15 +55,15 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     return needs | ({"the merged model": whole + extra} if args.merge_weights else {})
 
 
-def waiting(module, zero_stage: int) -> float:
+def bytes_to_come(module, zero_stage: int) -> float:
     """Bytes that will stand beside a row's activations and do not yet: gradients in float32, AdamW's moments, and while
     it is made the gradient of a head that is trained."""
-    head, ranks = module.head.weight, place()[1] if zero_stage else 1  # the moments are shared by the ranks
+    head, ranks = module.head.weight, rank_and_world()[1] if zero_stage else 1  # the moments are shared by the ranks
     trained = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
     return trained * (4 + 8 / ranks) + 8 * head.numel() * head.requires_grad
 
 
-def room(device: torch.device, gib: float, waiting: int) -> float:
+def memory_budget(device: torch.device, gib: float, waiting: int) -> float:
     """Bytes for activations: those asked for, or what the GPU will have left beside those `waiting`.
 
     A part is left free, since blocks that come and go in all sizes leave holes. The head's chunks have their own.

@@ -7,7 +7,7 @@ import torch
 from ..core.losses import pair_losses
 from ..core.step import make_batch, response_logps, token_counts
 from ..data.example import Example, count_tokens, groups_of
-from ..data.schedule import deal, pairs_of_step
+from ..data.schedule import micro_batches_of, pairs_of_step
 from ..data.tokens import DataSet
 from ..folder import record, reference, state
 from ..model.loading import reference_policy
@@ -33,7 +33,7 @@ def add_references(run: Run) -> None:
              for step in range(min(run.steps, run.steps_per_epoch))]
     run.ref = _references(run, run.train_set, steps, batch)
     if run.held_out:
-        run.held_ref = _references(run, run.held_out, eval_steps(run), run.args.per_device_eval_batch_size)
+        run.held_ref = _references(run, run.held_out, eval_batches(run), run.args.per_device_eval_batch_size)
 
 
 def _references(run: Run, data: DataSet, steps: list[list[int]], batch: int) -> torch.Tensor:
@@ -50,12 +50,15 @@ def _references(run: Run, data: DataSet, steps: list[list[int]], batch: int) -> 
     def score(indices):
         return logps_of(run, [data.examples[i] for i in indices], PAIR, "the reference pass")
 
+    def mine(pairs):
+        return micro_batches_of(pairs, batch, run.rank, run.world)
+
     with reference_policy(run.engine.module.model, run.fresh_lora):
-        return reference.reference_logps(data.examples, steps, lambda pairs: deal(pairs, batch, run.rank, run.world),
-                                         score, fingerprint, args.cache_dir, run.device, run.stop.check)
+        return reference.reference_logps(data.examples, steps, mine, score, fingerprint, args.cache_dir, run.device,
+                                         run.stop.check)
 
 
-def eval_steps(run: Run) -> list[list[int]]:
+def eval_batches(run: Run) -> list[list[int]]:
     """The held-out pairs in order, as many at a time as all ranks take in one micro-batch."""
     n, size = len(run.held_out.examples), run.args.per_device_eval_batch_size * run.world
     return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
@@ -74,7 +77,7 @@ def measure_noise(run: Run) -> dict[str, float]:
         return token_counts(groups_of([examples[i] for i in indices], sides), torch.device("cpu"))
 
     found = noise.measure(run.engine, run.engine.module.model, score,
-                          deal(pairs, args.per_device_train_batch_size, run.rank, run.world), lengths,
+                          micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world), lengths,
                           None if args.loss == "sft" else args.beta)
     distributed.say(noise.describe(found, run.pairs_per_step))
     return found
@@ -95,6 +98,6 @@ def dry_run(run: Run) -> None:
         run.engine.set_gradient_accumulation_boundary(True)
         run.engine.backward(losses.mean(), scale_wrt_gas=False)
         run.engine.step()
-    peaks = distributed.agree(None, metrics.peak_gib(run.device))
+    peaks = distributed.gather_or_raise(None, metrics.peak_gib(run.device))
     distributed.say(memory.estimate(run.engine, run.device, state.shards(run.engine), peaks,
                                     time.perf_counter() - began, disk_needed(run)))

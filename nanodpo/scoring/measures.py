@@ -48,7 +48,7 @@ def token_measures(module, row, plausible: Sets | None) -> tuple[dict[str, Tenso
         parts.append(found)
         sets.append(own)
     measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    lengths = row.seq.bincount(minlength=row.n_sequences).tolist()
+    lengths = row.sequence.bincount(minlength=row.n_sequences).tolist()
     sums = torch.stack([part.double().sum(0) for part in states.split(lengths)])
     return measures, tuple(map(torch.cat, zip(*sets))), sums
 

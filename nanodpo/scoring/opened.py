@@ -86,7 +86,7 @@ class Opener:
         if bf16:
             mix(model, product)
         lora.fuse(model)
-        gated.thin(model)
+        gated.keep_less(model)
         model.requires_grad_(False)
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         module = SequenceLogProbs(model).to(self.device).eval()
