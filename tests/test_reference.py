@@ -174,7 +174,7 @@ def test_a_link_to_nowhere_is_no_cache(run):
     assert torch.equal(run(), TRUTH)
 
 
-@pytest.mark.parametrize("name", ["save_file", "settle", "flush"])
+@pytest.mark.parametrize("name", ["save_file", "finish_file", "flush"])
 def test_a_disk_that_fills_keeps_what_was_known(name, run, monkeypatch):
     """One line, the file of before, and nothing half-written beside it."""
     with pytest.raises(Preempted):
