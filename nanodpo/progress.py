@@ -1,4 +1,4 @@
-"""How far a long work is: a bar on a terminal, and a line a minute where there is none."""
+"""Shows how far a long work is: a bar on a terminal, and a line a minute where there is none."""
 
 import datetime
 import sys

@@ -1,4 +1,4 @@
-"""What reaches the terminal. One function prints, and characters that act on a terminal are shown instead of sent."""
+"""Prints to the terminal: one function does, and shows characters that would act on it instead of sending them."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Which rows are of one problem: what varies by chance is the problem, and its rows vary together."""
+"""Finds the rows of one problem. They vary together, so an interval counts problems, not rows."""
 
 import dataclasses
 import hashlib

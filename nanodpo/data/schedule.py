@@ -1,4 +1,4 @@
-"""What happens at which step: the order of the data, the rows of a step, the learning rate.
+"""The schedule of a run: the order of the data, the rows of each step, the learning rate.
 
 All are pure functions of the step and the settings, so a run can go on from the step number alone.
 """

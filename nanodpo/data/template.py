@@ -1,4 +1,4 @@
-"""What a model's chat template says about turns: where the assistant begins, what ends it, which text holds turns."""
+"""Reads a model's chat template: where the assistant's turn begins, what ends it, which text holds turns."""
 
 import contextlib
 import dataclasses

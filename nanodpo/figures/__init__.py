@@ -1,4 +1,4 @@
-"""What plot.py adds: tables read back and checked, a figure each, and the files they become.
+"""Draws runs and scorings: tables read back and checked, a figure each, and their files.
 
 Read tables, records and runs (what is read back), selection and choice (what is drawn of it), intervals; then a figure
 each: training, dynamics, bars, aside, heatmap, strip, three_panel; axes and drawing make the figures and files, scored

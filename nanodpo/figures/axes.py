@@ -1,4 +1,4 @@
-"""What every figure is made of: widths, colours, grids of panels, legends, names as text, and two special axes.
+"""The parts of every figure: widths, colours, grids of panels, legends, names as text, and two special axes.
 
 What tells two curves apart is never colour alone: dash, marker or place differs too. Legends stand above the panels,
 where no curve can be.

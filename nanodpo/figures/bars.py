@@ -1,4 +1,4 @@
-"""What has one checkpoint: a bar and an interval for each response, in place of a curve of one point."""
+"""Draws a single checkpoint: a bar and an interval for each response, in place of a curve of one point."""
 
 import itertools
 

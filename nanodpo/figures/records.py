@@ -1,4 +1,4 @@
-"""What runs and scorings left, read back to be drawn, and refused where a number in it can't be trusted."""
+"""Reads what runs and scorings left, and refuses numbers that can't be trusted."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What figures take of a run.json: how a run was trained, what it began from, and its noise."""
+"""Reads what figures need of a run.json: how a run was trained, what it began from, and its noise."""
 
 import dataclasses
 import math

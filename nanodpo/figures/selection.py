@@ -1,4 +1,4 @@
-"""Which lines of the tables are drawn, and where they lie on the x axis."""
+"""Selects the lines of the tables that are drawn, and places them on the x axis."""
 
 import pandas
 

@@ -1,4 +1,4 @@
-"""What train.py's arguments may be, each by itself and together. Found before anything is loaded."""
+"""Checks the values of train.py's arguments, each by itself and together, before anything is loaded."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What tells a run its settings besides its flags: a YAML or JSON file, and the launcher's environment."""
+"""Settings that do not come as flags: a YAML or JSON file, and the launcher's environment."""
 
 import errno
 import os

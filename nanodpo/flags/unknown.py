@@ -1,4 +1,4 @@
-"""What a user may have meant by a flag that is not there: it was mistyped, or it is the name of another trainer."""
+"""Says what a user may have meant by an unknown flag: it was mistyped, or it is the name of another trainer."""
 
 import difflib
 

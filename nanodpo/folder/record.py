@@ -1,4 +1,4 @@
-"""Which run a folder holds, and whether it is this one."""
+"""The record of a run, run.json: it tells which run a folder holds, and whether it is this one."""
 
 import contextlib
 import dataclasses

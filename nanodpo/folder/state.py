@@ -1,4 +1,4 @@
-"""What an engine needs to go on: float32 weights, AdamW's moments and the random numbers of this rank, as tensors.
+"""The state from which an engine goes on: float32 weights, AdamW's moments and this rank's random numbers, as tensors.
 
 At each ZeRO stage DeepSpeed keeps the weights that the optimizer steps in another place. Frozen weights are not part of
 the state: they come from the model again.

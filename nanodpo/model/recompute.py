@@ -1,4 +1,4 @@
-"""Which layers backward computes again instead of keeping their activations, row by row.
+"""Chooses, row by row, the layers that backward computes again instead of keeping their activations.
 
 The numbers are the same to the last bit whichever they are; memory and time are not (bench/README.md). So each row may
 have its own: the fastest choice that fits. Slow to import, with PEFT.

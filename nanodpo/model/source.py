@@ -1,4 +1,4 @@
-"""Where a run starts: a model or an adapter on one, opened far enough to check everything but the weights."""
+"""The start of a run: a model or an adapter on one, opened far enough to check everything but the weights."""
 
 import contextlib
 import dataclasses

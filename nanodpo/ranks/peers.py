@@ -1,4 +1,4 @@
-"""Whether the other ranks still live.
+"""Finds out whether the other ranks still live.
 
 A rank that is stopped, or whose network is cut, looks to the others like one that has much to do: they would wait for
 it in a collective for hours. So every rank counts up a number of its own once a second, in a store that rank 0 holds,

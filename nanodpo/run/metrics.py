@@ -1,4 +1,4 @@
-"""What a step reports: means over all its pairs, on all ranks and in all micro-batches, every pair once.
+"""The metrics of a step: means over all its pairs, on all ranks and in all micro-batches, every pair once.
 
 Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of a step is their mean over its pairs:
 

@@ -1,4 +1,4 @@
-"""What rounding alone does to the numbers of a --bf16 run, measured before its first step.
+"""Measures, before the first step of a --bf16 run, how far rounding alone moves its numbers.
 
 The embeddings are changed by a part in a million, eight units in float32's last place, which changes the model by
 nothing that matters; but every rounding to bfloat16 after it comes out anew. What log-probs then differ by is noise,

@@ -1,4 +1,4 @@
-"""What score.py adds: log-probs of responses under checkpoints, their tables, and a verdict.
+"""Scores responses under checkpoints: log-probs, their tables, and a verdict.
 
 Read runs (which checkpoints there are), responses (what is scored beside the data's own answers), opened (checkpoints
 in memory), measures and plausible (what is taken along a response), sections and pairs (of its parts, of two

@@ -1,4 +1,4 @@
-"""What lies on disk under a model's name, by its contents: the same weights elsewhere are the same."""
+"""Hashes the files under a model's name: the same weights in another place are the same."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a model's distribution looks like along a response, taken in the kernel's own chunks. Torch only.
+"""Measures a model's distribution along a response, in the kernel's own chunks. Torch only.
 
 Shapes: N scored tokens, S sequences, C tokens in a chunk, V vocabulary, D hidden size; the largest
 tensor is (C, V).

@@ -1,4 +1,4 @@
-"""What a scoring asks for, in pieces that are kept and found again one by one.
+"""The pieces that a scoring asks for; each is kept and found again by itself.
 
 A piece is one kind of result (scores, tokens, gradients, answers, greedy) of one checkpoint and of responses that are
 scored for each other: chosen and rejected are one piece, every other response is its own. Asking for one more scores

@@ -1,4 +1,4 @@
-"""What is said of a pair: how alike the model finds its two responses, and what training on it would do."""
+"""Measures a pair: how alike the model finds its two responses, and what training on it would do."""
 
 import torch
 from torch import Tensor

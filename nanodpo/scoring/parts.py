@@ -1,4 +1,4 @@
-"""What a scoring has found, kept in <output_dir>/parts, so that the next one goes on from it.
+"""Keeps the results of a scoring in <output_dir>/parts, so that the next one goes on from them.
 
 A part is a folder with the tables of some rows under one checkpoint. Its manifest.json has the size and hash of every
 file, and what it holds: {key: rows}, where a key is a hash of everything that could change a number (needs.py). A part

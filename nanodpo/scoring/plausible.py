@@ -1,5 +1,5 @@
-"""Which tokens the starting checkpoint found plausible, place by place, and their probabilities: kept on disk, so that
-later checkpoints can be compared with it (measures.py)."""
+"""Keeps on disk the tokens that the starting checkpoint found plausible, place by place, and their probabilities, so
+that later checkpoints can be compared with it (measures.py)."""
 
 from pathlib import Path
 

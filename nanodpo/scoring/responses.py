@@ -1,4 +1,4 @@
-"""What is scored beside a data set's own answers, and how it is laid into micro-batches. No torch.
+"""Makes the responses that are scored beside a data set's own, and cuts them into micro-batches. No torch.
 
 Every kind of response is a function of the data set and a seed alone: asking for one more changes no other's numbers.
 """

@@ -1,4 +1,4 @@
-"""What there is to score: runs and their checkpoints, or any model or adapter, and the settings they were made with.
+"""Finds the checkpoints to score: those of runs, or any model or adapter, and the settings they were made with.
 
 A run's folder may come from somebody else. It decides how data are read and which base and data files are opened; it
 never decides that code is run: only the command line says trust_remote_code.

@@ -1,4 +1,4 @@
-"""What became of a run, in names and numbers: simple rules over the first and the last checkpoint that were scored.
+"""Says in names and numbers what became of a run: simple rules over the first and the last scored checkpoint.
 
 A number is a mean over rows of one run with its 95% interval (estimates.py); a change is taken row by row. A rise is a
 change whose interval lies above 0, a fall one whose interval lies below. NOTABLE keeps the names for what matters: with
