@@ -1,4 +1,4 @@
-"""Wilson's interval of a share (JASA 22, 1927), over problems: rows of one problem count for less (student.py)."""
+"""Wilson's interval of a share (JASA 22, 1927), over problems: rows of one problem count for less (stats.py)."""
 
 import math
 

@@ -1,6 +1,7 @@
 """The rules of the house, held by machine: who may import whom, and how long a function may be."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,13 @@ def test_functions_fit_a_screen(file):
             assert node.end_lineno - node.lineno < 50, f"{file.name}: {node.name}"
         if isinstance(node, ast.ExceptHandler):
             assert node.type and getattr(node.type, "id", "") not in ("Exception", "BaseException"), file.name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_that_a_comment_names_are_there(name):
+    """A module that was renamed is named anew everywhere; launch.py is deepspeed's."""
+    known = {file.name for file in [*MODULES.values(), *SCRIPTS]} | {"launch.py"}
+    assert {*re.findall(r"(?<![\w/.{}])(\w+\.py)\b", MODULES[name].read_text())} <= known
 
 
 PRINTED = [*MODULES.values(), *(file for file in SCRIPTS if file.parent.name != "bench")]

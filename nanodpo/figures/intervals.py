@@ -16,7 +16,7 @@ KEYS = ["dataset", "run", "phase", "response"]
 
 def levels(scores: pandas.DataFrame) -> pandas.DataFrame:
     """Curves of mean_logps; of the gap, chosen - rejected of a row, too. The interval is mean +- t sem over rows,
-    those of one problem taken together (student.py); none for a single problem. Scores that are missing (NaN) are left
+    those of one problem taken together (stats.py); none for a single problem. Scores that are missing (NaN) are left
     out."""
     rows = ["dataset", "run", "phase", "step", "at", "row", "problem"]
     sides = [scores[scores["response"] == side].set_index(rows)["mean_logps"] for side in ("chosen", "rejected")]

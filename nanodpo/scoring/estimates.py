@@ -1,7 +1,7 @@
 """Means, shares and their changes over rows, with 95% intervals: {"mean", "low", "high", "n", "problems"}.
 
 Values are a Series by row and problem (index levels); n counts rows. Rows of one problem are alike, so that intervals
-are over problems: of means by standard errors that are robust to it (student.py), of shares by counting the rows as
+are over problems: of means by standard errors that are robust to it (stats.py), of shares by counting the rows as
 fewer. A single problem has no interval. Over runs: {"mean", "low", "high", "n"}, and n counts runs.
 """
 

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import pyarrow
 
 from ..errors import RunStopped, UserError
 from ..files import read_text
-from ..folder.atomic import MANIFEST, aside, clear_partials, publish, read_manifest, remove, writing
+from ..folder.atomic import MANIFEST, aside, clear, clear_partials, publish, read_manifest, remove, writing
 from ..ranks.distributed import from_main, is_main, main_first, say
 from . import plausible
 
@@ -113,7 +112,7 @@ class Parts:
 
     def _write(self, place: Path, holds: dict, tables: dict[str, pandas.DataFrame], write_more) -> None:
         written = {key: held | {"rows": sorted(held["rows"])} for key, held in holds.items()}
-        shutil.rmtree(aside(place), ignore_errors=True)
+        clear(aside(place))
         try:
             with writing(place):
                 aside(place).mkdir(parents=True)
@@ -123,7 +122,7 @@ class Parts:
                 write_more(aside(place))
                 publish(place, {"format": FORMAT, "holds": written})
         finally:
-            shutil.rmtree(aside(place), ignore_errors=True)
+            clear(aside(place))
         self.whole.add(place.name)
 
     def read(self, key: str, table: str) -> pandas.DataFrame:

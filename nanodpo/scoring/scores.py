@@ -2,7 +2,7 @@
 
 All begin with run, phase (the run's loss), checkpoint (path), step and dataset. Log-probs are in nats. What has a row
 has a problem beside it: a short hash that rows with one prompt, or of one question and its reverse, share. Standard
-errors are over the problems of one run (student.py).
+errors are over the problems of one run (stats.py).
 
     scores.parquet    row, response, tokens, logps (the sum, float64), mean_logps (logps / tokens), and means over the
                       response's tokens: argmax_logps, entropy, argmax_mass, implausible_mass and
