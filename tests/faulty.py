@@ -116,6 +116,20 @@ def kill_in_removal(name: str) -> None:
     sys.addaudithook(hear)
 
 
+def half_a_line(step: int):
+    """metrics.write_line with a disk that fills in the line of this step."""
+    write = metrics.write_line
+
+    def write_line(file, line):
+        if line["step"] >= step:
+            with file.open("a") as out:
+                out.write('{"step": ')  # half of it still fitted
+            file = type("Full", (), {"open": full, "__str__": lambda self: "metrics.jsonl"})()
+        write(file, line)
+
+    return write_line
+
+
 def plant(fault: str) -> None:
     """Puts the fault into its place."""
     what, _, place = fault.partition("@")
@@ -123,20 +137,13 @@ def plant(fault: str) -> None:
         return kill_in_removal(place)
     step, _, rank = place.partition(":")
     mine = os.environ.get("RANK", "0") == (rank or os.environ.get("RANK", "0"))
-    pairs, write, save, write_files = train.pair_losses, metrics.write_line, resume.save_file, checkpoint._write
+    pairs, save, write_files = train.pair_losses, resume.save_file, checkpoint._write
 
     def pair_losses(*args):
         losses = pairs(*args)
         if not (mine and inside("train_step", int(step))) or what == "weight":
             return losses
         return losses * torch.inf if what == "loss" else hit(what, NOW["run"], losses)
-
-    def write_line(file, line):
-        if line["step"] >= int(step):
-            with file.open("a") as out:
-                out.write('{"step": ')  # half of it still fitted
-            file = type("Full", (), {"open": full, "__str__": lambda self: "metrics.jsonl"})()
-        write(file, line)
 
     def save_file(tensors, file, *rest):
         if mine and f"step-{step}." in str(file):
@@ -157,7 +164,7 @@ def plant(fault: str) -> None:
         batch = core_step.make_batch
         core_step.make_batch = train.make_batch = lambda *args: (time.sleep(float(step)), batch(*args))[1]
     elif what == "metrics":
-        metrics.write_line = write_line
+        metrics.write_line = half_a_line(int(step))
     elif what == "link":
         link, os.link = os.link, lambda *names: (int(step) and link(*names), hit("kill", None, None))
     elif what == "checkpoint":
