@@ -8,8 +8,7 @@ import math
 
 import pandas
 
-from ..stats import over_problems, t_quantile
-from ..wilson import wilson
+from ..stats import over_problems, t_quantile, wilson
 
 KEYS = ["dataset", "run", "phase", "response"]
 

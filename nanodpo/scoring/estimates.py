@@ -9,8 +9,7 @@ import math
 
 import pandas
 
-from ..stats import problem_error, t_quantile
-from ..wilson import Z, wilson, worth
+from ..stats import Z, problem_error, t_quantile, wilson, worth
 
 ROW = ["row", "problem"]
 
