@@ -35,6 +35,7 @@ from nanodpo.errors import UserError, leave, run_script
 from nanodpo.figures.after import draw_after
 from nanodpo.flags.settings import local_rank
 from nanodpo.flags.unknown import parse_known
+from nanodpo.folder.atomic import check_writable
 from nanodpo.folder.reference import data_hash
 from nanodpo.model.source import check_ids, open_source
 from nanodpo.progress import Progress
@@ -153,7 +154,7 @@ def score(argv: list[str]) -> None:
         probes = open_probes(checkpoints, args)
         folder = Path(args.output_dir or (args.targets[0] if (Path(args.targets[0]) / "run.json").is_file() else
                                           "scores"))
-        scores.check_folder(folder / "parts")
+        check_writable(folder / "parts", f"--output_dir {folder}")
         find_bases(checkpoints)
         same |= what_is_scored(checkpoints, probes, args)
     device = open_device(args)

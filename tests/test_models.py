@@ -322,12 +322,12 @@ def test_tables_of_old_files_are_no_weights(tmp_path):
 def test_a_run_takes_no_folder_that_holds_anything(tmp_path):
     """New, empty, or left by a process that was killed in its first moment; another program's file is not ours."""
     for name in (".run.json.partial", "notes.txt"):
-        checkpoint.claim(tmp_path / "run")
+        run_record.claim(tmp_path / "run")
         (tmp_path / "run").mkdir(exist_ok=True)
-        checkpoint.claim(tmp_path / "run")
+        run_record.claim(tmp_path / "run")
         (tmp_path / "run" / name).touch()
     with pytest.raises(UserError, match="run: is in use; name a new folder"):
-        checkpoint.claim(tmp_path / "run")
+        run_record.claim(tmp_path / "run")
 
 
 def test_rotation_keeps_the_start_and_what_is_not_its_own(tmp_path):

@@ -22,7 +22,17 @@ from nanodpo.errors import Preempted, RunStopped, UserError
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.folder import record as run_record
 from nanodpo.folder import resume
-from nanodpo.folder.atomic import aside, check_whole, clear_partials, publish, read_manifest, remove
+from nanodpo.folder.atomic import (
+    aside,
+    check_whole,
+    check_writable,
+    clear_partials,
+    new_file,
+    new_folder,
+    publish,
+    read_manifest,
+    remove,
+)
 from nanodpo.run import lifecycle, signals
 from nanodpo.run.start import Run
 
@@ -170,6 +180,50 @@ def test_a_checkpoint_is_what_its_manifest_says(name, how, tmp_path):
         check_whole(place)
     (place / "manifest.json").unlink()
     check_whole(place)
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+    """Whatever ends the writing; with permissions like any file's, and without a name in the way of another process."""
+    file = tmp_path / "a.txt"
+    for error in (OSError, ValueError, KeyboardInterrupt):
+        with pytest.raises(error), new_file(file) as place:
+            place.write_text("half")
+            raise error
+    assert not list(tmp_path.iterdir())
+    file.write_text("old")
+    with new_file(file, 1) as one, new_file(file, 2) as other:
+        other.write_text("by another")
+        one.touch(0o600)
+        one.write_text("new")
+        assert file.read_text() == "old" and one.name.endswith(".partial")
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+    (plain := tmp_path / "plain").touch()
+    assert file.stat().st_mode == plain.stat().st_mode
+
+
+def test_a_folder_is_new_or_not_there(tmp_path):
+    """As files are; and one stays away from a folder that is gone."""
+    with pytest.raises(ValueError), new_folder(tmp_path / "a", {}) as place:
+        (place / "x").write_text("half")
+        raise ValueError
+    assert not list(tmp_path.iterdir())
+    with new_folder(tmp_path / "a", {"step": 3}) as place:
+        (place / "x").write_text("whole")
+    assert read_manifest(tmp_path / "a")["step"] == 3 and list(tmp_path.iterdir()) == [tmp_path / "a"]
+    with pytest.raises(RunStopped, match="none/b: can't be written .*No such file"), new_folder(
+            tmp_path / "none" / "b", {}):
+        pass
+
+
+def test_what_can_not_be_written_to_is_said_before_the_work(tmp_path):
+    """For a cache, a run and a scoring alike: a file stands in the way, or there is no such place; nothing is made."""
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "new" / "deep", "--cache_dir")
+    for place, words in ((tmp_path / "file" / "x", "file is a file"), (tmp_path / "file", "file is a file"),
+                         (Path("/proc/new"), "No such file or directory"), (tmp_path / ("x" * 300), "File name too long")):
+        with pytest.raises(UserError, match=rf"^--cache_dir: can't be written to \(.*{words}\)$"):
+            check_writable(place, "--cache_dir")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 @pytest.mark.slow

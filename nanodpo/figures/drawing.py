@@ -17,6 +17,7 @@ from matplotlib.backends.backend_pdf import PdfFile
 
 from ..errors import UserError, first_line
 from ..files import check_regular
+from ..folder.atomic import new_file
 from .axes import escape_tex, shown
 from .choice import draw
 
@@ -87,17 +88,12 @@ def save(drawn: dict, folder: Path, columns: int) -> list[Path]:
         wide = {"star": "*", "width": r"\textwidth"} if columns == 2 else {"star": "", "width": r"\columnwidth"}
         snippet = SNIPPET % (wide | {"name": name, "caption": escape_tex(shown(caption))})
         files[folder / f"{name}.tex"] = snippet.encode()
-    aside = {file: file.with_name(f".{file.name}.partial") for file in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            aside[file].write_bytes(content)
-        for file in files:
-            os.replace(aside[file], file)
+        with contextlib.ExitStack() as all_whole:
+            for file, content in files.items():
+                all_whole.enter_context(new_file(file)).write_bytes(content)
     except OSError as error:
-        for file in aside.values():
-            with contextlib.suppress(OSError):
-                file.unlink()
         raise UserError(f"--output_dir {folder}: can't be written ({first_line(error)})") from error
     return list(files)
 

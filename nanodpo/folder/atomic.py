@@ -1,6 +1,6 @@
-"""Folders that can be trusted: written aside, flushed, with a manifest of their files, then renamed into place.
+"""Files and folders that are whole or not there: written under another name, flushed, then renamed.
 
-A folder with the right name is whole, and its manifest tells what happened to it since. A disk that won't take them
+A folder has a manifest of its files, too, which tells whether it is still what was written. A disk that won't take them
 ends the run in one line.
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ MANIFEST = "manifest.json"
 
 
 class writing:
-    """Within this, what keeps `place` from being written is raised as RunStopped."""
+    """Raises RunStopped, which names `place`, for an error of the disk within the block."""
 
     def __init__(self, place: Path):
         self.place = place
@@ -36,9 +37,58 @@ class writing:
                              "and the same command goes on from there") from error
 
 
-def aside(folder: Path) -> Path:
-    """Where `folder` is made before it is one."""
-    return folder.with_name(f".{folder.name}.partial")
+def aside(place: Path, owner: int | None = None) -> Path:
+    """The name under which a file or folder is written until it is whole. `owner`, a process, has one of its own."""
+    return place.with_name(f".{place.name}{f'.{owner}' if owner else ''}.partial")
+
+
+@contextlib.contextmanager
+def new_file(file: Path, owner: int | None = None):
+    """Yields a path to write to, which takes the file's place after the block: a reader, or a run after a crash, finds
+    the old file or the new one. After an error the old one stays, and nothing else.
+
+    `owner`: this process's id, where another process may write the same file at the same time.
+    """
+    place = aside(file, owner)
+    try:
+        yield place
+        finish_file(place)
+        os.replace(place, file)
+    finally:
+        place.unlink(missing_ok=True)
+    flush(file.parent)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, facts: dict):
+    """Yields a new folder to write into, which takes the place of `folder` after the block, with a manifest that holds
+    `facts`. The folder above must be there. Raises RunStopped where the disk won't take it; then nothing stays of it.
+    """
+    place = aside(folder)
+    clear(place)
+    try:
+        with writing(folder):
+            place.mkdir()
+            yield place
+            publish(folder, facts)
+    finally:
+        clear(place)
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the first of those above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Raises UserError where no file can be made in `folder`, or in the nearest folder above it that is there; `flag`
+    is the flag and its value, for the message. Makes nothing that stays."""
+    try:
+        if not (place := nearest(folder)).is_dir():
+            raise UserError(f"{flag}: can't be written to ({place} is a file)")
+        tempfile.TemporaryFile(dir=place).close()  # permission bits don't tell of read-only and odd file systems
+    except OSError as error:
+        raise UserError(f"{flag}: can't be written to ({error.strerror})") from error
 
 
 def steps_of(folder: Path, kind: str = "checkpoint") -> list[int]:
@@ -82,7 +132,8 @@ def publish(folder: Path, facts: dict, known: dict[str, dict] | None = None) -> 
         finish_file(file)
     names = [str(file.relative_to(place)) for file in files]
     facts = facts | {"files": {name: known.get(name) or file_facts(place / name) for name in names}}
-    write_whole(place / MANIFEST, json.dumps(facts, indent=1) + "\n")
+    with new_file(place / MANIFEST) as manifest:
+        manifest.write_text(json.dumps(facts, indent=1) + "\n")
     remove(folder)  # a damaged one of the same name
     os.rename(place, folder)
     flush(folder.parent)
@@ -118,18 +169,6 @@ def check_whole(folder: Path) -> dict[str, dict]:
     if isinstance(wrong := read_manifest(folder), str):
         raise UserError(f"{folder}: {wrong}; copy the folder anew, or remove its {MANIFEST} if the change is meant")
     return wrong["files"]
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Replaces a file by `text`: a reader, or a run after a crash, finds the old one or the new one."""
-    place = file.with_name(f".{file.name}.partial")
-    try:
-        place.write_text(text)
-        flush(place)
-        os.replace(place, file)
-    finally:
-        place.unlink(missing_ok=True)
-    flush(file.parent)
 
 
 def finish_file(file: Path) -> None:

@@ -4,7 +4,6 @@ A checkpoint is written beside its place, read back and compared with the weight
 Its manifest.json tells the step, and the size and hash of every file.
 """
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from ..errors import RunStopped, UserError, first_line
 from ..model.adapters import add_adapter, open_base
 from ..model.source import base_of
 from ..ranks.distributed import is_main, say
-from .atomic import aside, clear, publish, remove, steps_of, writing
+from .atomic import new_folder, remove, steps_of
 
 
 def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
@@ -40,20 +39,13 @@ def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Pa
     Nothing half-written is left, whatever happens. `state` is what `gather` gave: the weights of the adapter, or of
     the whole model. `facts` go into the manifest.
     """
-    place = aside(folder)
-    clear(place)
-    try:
-        with writing(folder):
-            _write(model, tokenizer, state, place)
-            tokenizer.save_pretrained(place)
-            verify(place, _published(model, state))
-            publish(folder, facts)
-    finally:
-        clear(place)
+    with new_folder(folder, facts) as place:
+        _write(model, tokenizer, state, place)
+        tokenizer.save_pretrained(place)
+        verify(place, _published(model, state))
 
 
 def _write(model: nn.Module, tokenizer, state, folder: Path) -> None:
-    folder.mkdir()  # in the run's folder, which must be there still
     if hasattr(model, "peft_config"):
         own = model.peft_config["default"]
         if isinstance(own.target_modules, set):
@@ -159,17 +151,3 @@ def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bo
     model = model.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
     save(model, tokenizer, dict(model.named_parameters()), folder, {"merged": adapter.name})
-
-
-def claim(folder: Path) -> None:
-    """Raises UserError unless `folder` can become a run's: new or empty, in a place that can be written."""
-    try:
-        # A process killed in its first moment leaves no more than a file that was not yet renamed.
-        if folder.is_dir() and any(not file.name.endswith(".partial") for file in folder.iterdir()):
-            raise UserError(f"--output_dir {folder}: is in use; name a new folder")
-        parent = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-        if not parent.is_dir():
-            raise UserError(f"--output_dir {folder}: {parent} is a file")
-        tempfile.TemporaryFile(dir=parent).close()  # permission bits don't tell of read-only and odd file systems
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: can't be written to ({error.strerror})") from error

@@ -18,8 +18,7 @@ import torch
 
 from ..errors import RunStopped, UserError
 from ..files import read_text
-from .atomic import clear_partials, flush, steps_of, write_whole, writing
-from .checkpoint import claim
+from .atomic import aside, check_writable, clear_partials, flush, new_file, steps_of, writing
 from .reference import data_hash
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
@@ -87,6 +86,17 @@ def find(args, name: str) -> tuple[Path, dict | None, int | None]:
     if args.output_dir and Path(args.output_dir).resolve() != folder.resolve():
         raise UserError(f"--resume {path} and --output_dir {args.output_dir} are two runs; leave --output_dir out")
     return folder, record, step and int(step)
+
+
+def claim(folder: Path) -> None:
+    """Raises UserError unless `folder` can become a run's: new or empty, in a place that can be written."""
+    try:
+        # A process killed in its first moment leaves no more than a file that was not yet renamed.
+        if folder.is_dir() and any(not file.name.endswith(".partial") for file in folder.iterdir()):
+            raise UserError(f"--output_dir {folder}: is in use; name a new folder")
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: can't be read ({error.strerror})") from error
+    check_writable(folder, f"--output_dir {folder}")
 
 
 def _free(folder: Path) -> Path:
@@ -161,15 +171,14 @@ def fingerprint(known: dict) -> str:
 
 def create(folder: Path, record: dict) -> None:
     """Makes the folder with its run.json. Raises UserError where another run was first, RunStopped for a full disk."""
-    place = folder / f".run.json.{os.getpid()}.partial"
+    place = aside(folder / "run.json", os.getpid())
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        with writing(folder), place.open("w") as out:
-            out.write(json.dumps(record | {"output_dir": str(folder)}, indent=2) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.link(place, folder / "run.json")  # all of it at once, and only if it is not there
+        with writing(folder):
+            place.write_text(json.dumps(record | {"output_dir": str(folder)}, indent=2) + "\n")
+            flush(place)
+        os.link(place, folder / "run.json")  # all of it at once, and, unlike `new_file`, only if it is not there
     except (FileExistsError, FileNotFoundError) as error:  # the other one has cleared ours away
         raise UserError(f"--output_dir {folder}: is in use by another run") from error
     except OSError:  # a file system without hard links
@@ -183,8 +192,8 @@ def list_dropped(folder: Path, rows: list[dict]) -> None:
     """Writes down the rows that were dropped, unless that was done: a run may have been killed before it could."""
     file = folder / "dropped_rows.jsonl"
     if rows and not file.exists():
-        with writing(file):
-            write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+        with writing(file), new_file(file) as place:
+            place.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def lock(folder: Path):
@@ -222,8 +231,8 @@ def _said(file) -> bytes:
 
 def finish(folder: Path) -> None:
     """Writes down that nothing is left to do."""
-    with writing(folder / "run.json"):
-        write_whole(folder / "run.json", json.dumps(read(folder) | {"finished": True}, indent=2) + "\n")
+    with writing(folder / "run.json"), new_file(folder / "run.json") as place:
+        place.write_text(json.dumps(read(folder) | {"finished": True}, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

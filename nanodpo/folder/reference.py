@@ -8,7 +8,6 @@ import array
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from ..errors import Preempted, RunStopped, UserError, first_line
 from ..progress import Progress
 from ..ranks.distributed import from_main, is_main, main_first, say, sum_over_ranks
-from .atomic import finish_file, flush
+from .atomic import new_file
 
 SAVE_EVERY = 100
 STALE = ("weights", "data", "versions")  # what changes under the same names and settings
@@ -89,15 +88,6 @@ def cache_file(cache_dir: str, fingerprint: dict) -> Path:
     return Path(cache_dir) / f"reference-{key[:24]}.safetensors"
 
 
-def check_writable(cache_dir: str) -> None:
-    """Raises UserError before any work is done for a cache that could not be kept."""
-    try:
-        there = next(place for place in (Path(cache_dir), *Path(cache_dir).absolute().parents) if place.exists())
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise UserError(f"--cache_dir {cache_dir}: can't be written to ({error.strerror})") from error
-
-
 def _load(file: Path, fingerprint: dict, n: int) -> Tensor:
     """What the cache knows, (n, 2); NaN elsewhere. Says why it starts anew where a cache of this data is there."""
     try:
@@ -138,13 +128,9 @@ def _digest(logps: Tensor) -> str:
 
 
 def _save(file: Path, logps: Tensor, fingerprint: dict) -> None:
-    aside = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logps": logps}, aside, {"fingerprint": json.dumps(fingerprint), "sha256": _digest(logps)})
-        finish_file(aside)
-        os.replace(aside, file)  # a reader, or a run after a crash, sees the old file or the new one
-        flush(file.parent)
+        with new_file(file, os.getpid()) as place:  # other runs may fill the same cache
+            save_file({"logps": logps}, place, {"fingerprint": json.dumps(fingerprint), "sha256": _digest(logps)})
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
         raise RunStopped(f"{file}: can't be written ({first_line(error)})") from error

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import RankStopped, RunStopped, UserError
 from ..files import read_text
 from ..ranks.distributed import gather_or_raise, is_main, main_first, say
-from .atomic import aside, clear, file_facts, flush, publish, read_manifest, remove, steps_of, write_whole, writing
+from .atomic import aside, clear, file_facts, flush, new_file, publish, read_manifest, remove, steps_of, writing
 
 KEEP = 2
 
@@ -143,8 +143,8 @@ def go_back(run: Path, step: int) -> set[int]:
         if line["step"] < step or (_is_eval(line) and line["step"] == step):
             kept.append((text, line))
     if metrics.exists() and read_text(metrics, 2**32, "replace") != "".join(text for text, _ in kept):
-        with writing(metrics):
-            write_whole(metrics, "".join(text for text, _ in kept))
+        with writing(metrics), new_file(metrics) as place:
+            place.write_text("".join(text for text, _ in kept))
     for folder, kind in ((run / "resume", "step"), (run, "checkpoint")):
         for later in [s for s in steps_of(folder, kind) if s > step]:
             remove(folder / f"{kind}-{later}")

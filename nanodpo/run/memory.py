@@ -8,6 +8,7 @@ import torch
 
 from ..core.logprobs import CHUNK_BYTES
 from ..errors import RankStopped, UserError
+from ..folder.atomic import nearest
 from ..ranks.distributed import rank_and_world
 
 LESS = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), a smaller "
@@ -81,9 +82,8 @@ def saves(every: int, steps: int) -> int:
 
 def check_disk(folder: Path, needs: dict[str, int]) -> None:
     """Raises UserError where the disk of `folder`, which may not exist yet, can't hold the rest of the run."""
-    place = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # of the run that is going on
-    free, need = shutil.disk_usage(place).free, sum(needs.values()) - there
+    free, need = shutil.disk_usage(nearest(folder)).free, sum(needs.values()) - there
     if need > free:
         parts = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())
         raise UserError(f"--output_dir {folder}: the run needs {gib(need)} ({parts}), and {gib(free)} are free there; "

@@ -15,8 +15,8 @@ from ..data.template import read_template
 from ..data.tokens import DataSet, load_dataset
 from ..errors import UserError
 from ..flags.arguments import TrainArguments, parse
-from ..folder import record, reference
-from ..folder.atomic import check_whole
+from ..folder import record
+from ..folder.atomic import check_whole, check_writable
 from ..model.source import Source, base_of, check_ids, open_source
 from ..ranks import distributed
 from . import agreement, engine
@@ -116,7 +116,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
             record.check_same(folder, old, facts, early=bool(source.adapter))
         start = Start(args, settings, source, train, held_out, folder, facts, old, wanted)
         if args.loss != "sft" and not start.finished:
-            reference.check_writable(args.cache_dir)
+            check_writable(Path(args.cache_dir), f"--cache_dir {args.cache_dir}")
         same |= agreement.inputs(args, facts, old, wanted)
     if not start.finished:
         distributed.say("\n".join(data.report() for data in sets))

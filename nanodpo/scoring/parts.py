@@ -18,7 +18,7 @@ import pyarrow
 
 from ..errors import RunStopped, UserError
 from ..files import read_text
-from ..folder.atomic import MANIFEST, aside, clear, clear_partials, publish, read_manifest, remove, writing
+from ..folder.atomic import MANIFEST, clear_partials, new_folder, read_manifest, remove, writing
 from ..ranks.distributed import from_main, is_main, main_first, say
 from . import plausible
 
@@ -112,17 +112,11 @@ class Parts:
 
     def _write(self, place: Path, holds: dict, tables: dict[str, pandas.DataFrame], write_more) -> None:
         written = {key: held | {"rows": sorted(held["rows"])} for key, held in holds.items()}
-        clear(aside(place))
-        try:
-            with writing(place):
-                aside(place).mkdir(parents=True)
-                for name, table in tables.items():
-                    check_finite(table, f"{place.parent}, {name}")
-                    table.to_parquet(aside(place) / f"{name}.parquet", index=False)
-                write_more(aside(place))
-                publish(place, {"format": FORMAT, "holds": written})
-        finally:
-            clear(aside(place))
+        with new_folder(place, {"format": FORMAT, "holds": written}) as new:
+            for name, table in tables.items():
+                check_finite(table, f"{place.parent}, {name}")
+                table.to_parquet(new / f"{name}.parquet", index=False)
+            write_more(new)
         self.whole.add(place.name)
 
     def read(self, key: str, table: str) -> pandas.DataFrame:

@@ -29,8 +29,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,21 +37,13 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
-from ..errors import RunStopped, UserError, first_line
+from ..errors import RunStopped, first_line
+from ..folder.atomic import new_file
 from .means import KEYS, MEASURES, add_rewards, means, summary
 from .needs import PAIR
 
 COLUMNS = [*KEYS, "row", "problem", "response", "tokens", "logps", "mean_logps", *MEASURES]
 TABLES = ("scores", "pairs", "sections", "tokens", "answers", "failed")
-
-
-def check_folder(folder: Path) -> None:
-    """Raises UserError before the work where its result could not be written. Makes nothing that then stays empty."""
-    try:
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise UserError(f"--output_dir {folder.parent}: can't be written to ({error.strerror})") from error
 
 
 @dataclasses.dataclass
@@ -137,8 +127,8 @@ def write_text(file: Path, text: str) -> None:
     if not text:
         return file.unlink(missing_ok=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _aside(file) as aside:
-        aside.write_text(text)
+    with _new_file(file) as place:
+        place.write_text(text)
 
 
 def _concat(tables: list[pandas.DataFrame]) -> pandas.DataFrame:
@@ -150,8 +140,8 @@ def _write(file: Path, table: pandas.DataFrame, write) -> None:
     """A table in place of the file; without rows no file, and none that an earlier call left."""
     if table.empty:
         return file.unlink(missing_ok=True)
-    with _aside(file) as aside:
-        write(aside, table)
+    with _new_file(file) as place:
+        write(place, table)
 
 
 def _stream(tables, target: Path) -> None:
@@ -161,22 +151,18 @@ def _stream(tables, target: Path) -> None:
         target.unlink(missing_ok=True)
         return
     schema = pyarrow.Schema.from_pandas(first, preserve_index=False)
-    with _aside(target) as aside, pyarrow.parquet.ParquetWriter(aside, schema) as writer:
+    with _new_file(target) as place, pyarrow.parquet.ParquetWriter(place, schema) as writer:
         for table in itertools.chain([first], tables):
             writer.write_table(pyarrow.Table.from_pandas(table, schema, preserve_index=False))
 
 
 @contextlib.contextmanager
-def _aside(file: Path):
-    """A name to write to; what is there at the end takes the file's place."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+def _new_file(file: Path):
     try:
-        yield aside
-        os.replace(aside, file)
+        with new_file(file) as place:
+            yield place
     except OSError as error:
         raise unwritten(file, error) from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def unwritten(place: Path, error: Exception) -> RunStopped:
