@@ -219,8 +219,9 @@ def test_what_can_not_be_written_to_is_said_before_the_work(tmp_path):
     """For a cache, a run and a scoring alike: a file stands in the way, or there is no such place; nothing is made."""
     (tmp_path / "file").touch()
     check_writable(tmp_path / "new" / "deep", "--cache_dir")
-    for place, words in ((tmp_path / "file" / "x", "file is a file"), (tmp_path / "file", "file is a file"),
-                         (Path("/proc/new"), "No such file or directory"), (tmp_path / ("x" * 300), "File name too long")):
+    there, long = tmp_path / "file", tmp_path / ("x" * 300)
+    for place, words in ((there / "x", "file is a file"), (there, "file is a file"), (long, "File name too long"),
+                         (Path("/proc/new"), "No such file or directory")):
         with pytest.raises(UserError, match=rf"^--cache_dir: can't be written to \(.*{words}\)$"):
             check_writable(place, "--cache_dir")
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
