@@ -15,6 +15,7 @@ import plot
 import score
 import train as trainer
 from nanodpo import files
+from nanodpo.core.losses import LOSSES
 from nanodpo.errors import UserError
 from nanodpo.figures import records, tables
 from nanodpo.flags import unknown
@@ -88,6 +89,12 @@ def test_the_papers_lora_can_be_said():
 @pytest.mark.parametrize("name", PAPER)
 def test_every_flag_of_the_papers_script_exists(name):
     assert name in FIELDS
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_a_choice(name):
+    """A new one needs no second list."""
+    assert arguments(*NEEDED, "--loss", name).loss == name
 
 
 # Every flag counts

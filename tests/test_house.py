@@ -16,7 +16,7 @@ SCRIPTS = [*(ROOT / f"{name}.py" for name in ("train", "score", "plot")),
            *sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "bench").glob("*.py"))]
 CORE = [name for name in MODULES if name.startswith("core.")]
 # From the ground up: a folder, or a module that lies beside them, imports those before it alone.
-ORDER = ("screen", "errors", "files", "stats", "flags", "ranks", "progress", "core", "data", "model",
+ORDER = ("core", "screen", "errors", "files", "stats", "flags", "ranks", "progress", "data", "model",
          "folder", "run", "scoring", "figures")
 LENGTHS = {"train.py": 300}
 

@@ -9,16 +9,15 @@ from dataclasses import dataclass, field, fields
 from os.path import expanduser
 from pathlib import Path
 
+from ..core.losses import LOSSES
 from ..errors import UserError
-from .limits import check
+from .limits import ABOVE_0, BELOW_1, BELOW_HALF, GIB, NOT_NEGATIVE, SEED, STEPS, Limit, check
 from .settings import check_path, local_rank, read_settings
 from .unknown import OTHERWISE, unknown_arguments
 
 
-def _flag(default, help: str, choices=None):
-    factory = {"default_factory": default} if default is list else {"default": default}
-    metadata = {"help": help} | ({"choices": choices} if choices else {})
-    return field(**factory, metadata=metadata)
+def _flag(default, help: str, limit: Limit | None = None, choices=None):
+    return field(default=default, metadata={"help": help, "limit": limit} | ({"choices": choices} if choices else {}))
 
 
 @dataclass
@@ -32,11 +31,13 @@ class TrainArguments:
     use_flash_attention: bool = _flag(False, "Demand the variable-length flash kernel (CUDA); stop where it fails.")
     gradient_checkpointing: bool = _flag(False, "Recompute activations in backward instead of keeping them.")
     activation_memory: float = _flag(None, "GiB a rank has for activations: of each row as many layers are recomputed "
-                                     "as it needs. -1: what the GPU has left.")
+                                     "as it needs. -1: what the GPU has left.",
+                                     GIB)
     use_lora: bool = _flag(True, "Train a LoRA adapter; false is full fine-tuning, as is --lora_r 0.")
-    lora_r: int = _flag(16, "LoRA rank.")
-    lora_alpha: int = _flag(32, "LoRA scale times rank.")
-    lora_dropout: float = _flag(0.0, "Dropout before LoRA; needs --allow_dropout, since step 0 is then not ln 2.")
+    lora_r: int = _flag(16, "LoRA rank.", NOT_NEGATIVE)
+    lora_alpha: int = _flag(32, "LoRA scale times rank.", ABOVE_0)
+    lora_dropout: float = _flag(0.0, "Dropout before LoRA; needs --allow_dropout, since step 0 is then not ln 2.",
+                                BELOW_1)
     lora_target_modules: str = _flag("all-linear", "Comma-separated module names, or all-linear.")
     allow_dropout: bool = _flag(False, "Keep dropout (LoRA's and the model's own) on in training passes.")
 
@@ -44,58 +45,65 @@ class TrainArguments:
     train_file_path: str = _flag(None, ".parquet, .jsonl, .json or .csv file, glob, save_to_disk folder, or hub "
                                "id[:config[:split]].")
     eval_file_path: str = _flag(None, "The same for evaluation.")
-    eval_size: int = _flag(0, "Without eval_file_path: hold out this many training rows, drawn by seed.")
+    eval_size: int = _flag(0, "Without eval_file_path: hold out this many training rows, drawn by seed.", NOT_NEGATIVE)
     prompt_field: str = _flag(None, "Column of prompts. Default: prompt, or question.")
     chosen_field: str = _flag(None, "Column of preferred responses. Default: chosen, text, completion or messages.")
     rejected_field: str = _flag(None, "Column of dispreferred responses. Default: rejected, or worse-text.")
     assistant_header: str = _flag(None, "What opens an assistant turn. Default: read off the chat template.")
     boundary: str = _flag("error", "Where prompt and response merge in one token: stop, or tokenise them apart.",
-                          ["error", "concat"])
-    max_length: int = _flag(None, "Longest prompt + response, in tokens. Default: the model's context.")
-    max_prompt_length: int = _flag(None, "Longest prompt, in tokens. A prompt is never cut.")
+                          choices=["error", "concat"])
+    max_length: int = _flag(None, "Longest prompt + response, in tokens. Default: the model's context.", ABOVE_0)
+    max_prompt_length: int = _flag(None, "Longest prompt, in tokens. A prompt is never cut.", ABOVE_0)
     overlong: str = _flag("error", "Rows over a limit: stop, drop them, or cut the end of the response.",
-                          ["error", "drop", "truncate"])
-    on_bad_row: str = _flag("error", "Empty, mistyped or mismatched rows: stop, or drop them.", ["error", "drop"])
+                          choices=["error", "drop", "truncate"])
+    on_bad_row: str = _flag("error", "Empty, mistyped or mismatched rows: stop, or drop them.",
+                            choices=["error", "drop"])
 
     # Loss
-    loss: str = _flag("dpo", "What to minimise.", ["dpo", "ipo", "hinge", "robust", "sft"])
-    beta: float = _flag(0.1, "How strongly the reference holds the policy.")
-    label_smoothing: float = _flag(0.0, "Chance that a label is flipped, for dpo and robust: 0 to below 0.5.")
+    loss: str = _flag("dpo", "What to minimise.", choices=[*LOSSES])
+    beta: float = _flag(0.1, "How strongly the reference holds the policy.", ABOVE_0)
+    label_smoothing: float = _flag(0.0, "Chance that a label is flipped, for dpo and robust: 0 to below 0.5.",
+                                   BELOW_HALF)
 
     # Optimisation
-    max_steps: int = _flag(-1, "Optimizer steps; -1: num_train_epochs decides.")
-    num_train_epochs: float = _flag(1.0, "Passes over the data, where max_steps is -1.")
-    per_device_train_batch_size: int = _flag(1, "Pairs in a micro-batch on each rank.")
-    per_device_eval_batch_size: int = _flag(None, "The same in evaluation. Default: as in training.")
-    gradient_accumulation_steps: int = _flag(1, "Micro-batches a step on each rank.")
-    learning_rate: float = _flag(1e-5, "Peak learning rate of AdamW.")
-    lr_scheduler_type: str = _flag("cosine", "Shape of the decay after warm-up.", ["cosine", "linear", "constant"])
-    warmup_steps: int = _flag(0, "Steps from 0 up to the learning rate.")
-    weight_decay: float = _flag(0.0, "AdamW's, on matrices; vectors (norms, biases) are never decayed.")
-    adam_beta1: float = _flag(0.9, "AdamW's.")
-    adam_beta2: float = _flag(0.999, "AdamW's.")
-    adam_epsilon: float = _flag(1e-8, "AdamW's.")
-    max_grad_norm: float = _flag(1.0, "Gradients of a larger global norm are scaled down to it; 0: never.")
-    skip_nonfinite: int = _flag(0, "Leave out so many steps whose loss or gradient is not finite before stopping.")
-    seed: int = _flag(42, "Of the data order, LoRA's weights, random_init and dropout.")
+    max_steps: int = _flag(-1, "Optimizer steps; -1: num_train_epochs decides.", STEPS)
+    num_train_epochs: float = _flag(1.0, "Passes over the data, where max_steps is -1.", ABOVE_0)
+    per_device_train_batch_size: int = _flag(1, "Pairs in a micro-batch on each rank.", ABOVE_0)
+    per_device_eval_batch_size: int = _flag(None, "The same in evaluation. Default: as in training.", ABOVE_0)
+    gradient_accumulation_steps: int = _flag(1, "Micro-batches a step on each rank.", ABOVE_0)
+    learning_rate: float = _flag(1e-5, "Peak learning rate of AdamW.", NOT_NEGATIVE)
+    lr_scheduler_type: str = _flag("cosine", "Shape of the decay after warm-up.",
+                                   choices=["cosine", "linear", "constant"])
+    warmup_steps: int = _flag(0, "Steps from 0 up to the learning rate.", NOT_NEGATIVE)
+    weight_decay: float = _flag(0.0, "AdamW's, on matrices; vectors (norms, biases) are never decayed.", NOT_NEGATIVE)
+    adam_beta1: float = _flag(0.9, "AdamW's.", BELOW_1)
+    adam_beta2: float = _flag(0.999, "AdamW's.", BELOW_1)
+    adam_epsilon: float = _flag(1e-8, "AdamW's.", ABOVE_0)
+    max_grad_norm: float = _flag(1.0, "Gradients of a larger global norm are scaled down to it; 0: never.",
+                                 NOT_NEGATIVE)
+    skip_nonfinite: int = _flag(0, "Leave out so many steps whose loss or gradient is not finite before stopping.",
+                                NOT_NEGATIVE)
+    seed: int = _flag(42, "Of the data order, LoRA's weights, random_init and dropout.", SEED)
     deepspeed: str = _flag(None, "JSON file for DeepSpeed: ZeRO and the like. Default: ds_config.json beside train.py.")
     local_rank: int = _flag(-1, "Set by the deepspeed launcher.")
 
     # Output
     output_dir: str = _flag(None, "Folder of the run: new, empty or this very run's. Default: runs/<loss>-<date-time>.")
     resume: str = _flag("auto", "auto: go on if output_dir holds this very run; never; or the folder to go on from.")
-    resume_steps: int = _flag(0, "Keep a state to resume from every so many steps, besides those of save_steps.")
-    logging_steps: int = _flag(1, "Print the means every so many steps; metrics.jsonl has every step.")
-    eval_steps: int = _flag(0, "Evaluate every so many steps, and at the end; 0: only before and after.")
-    save_steps: int = _flag(0, "Save a checkpoint every so many steps; 0: only step 0 and the last.")
-    save_total_limit: int = _flag(None, "Keep so many checkpoints besides step 0, the newest. Default: all.")
+    resume_steps: int = _flag(0, "Keep a state to resume from every so many steps, besides those of save_steps.",
+                              NOT_NEGATIVE)
+    logging_steps: int = _flag(1, "Print the means every so many steps; metrics.jsonl has every step.", ABOVE_0)
+    eval_steps: int = _flag(0, "Evaluate every so many steps, and at the end; 0: only before and after.", NOT_NEGATIVE)
+    save_steps: int = _flag(0, "Save a checkpoint every so many steps; 0: only step 0 and the last.", NOT_NEGATIVE)
+    save_total_limit: int = _flag(None, "Keep so many checkpoints besides step 0, the newest. Default: all.", ABOVE_0)
     merge_weights: bool = _flag(False, "At the end also save the adapter merged into its base, in merged/.")
     draw: bool = _flag(True, "Draw the run's figures at its end.")
     cache_dir: str = _flag("~/.cache/nanodpo", "Folder for reference log-probs.")
 
     # Looking without training
     inspect: bool = _flag(False, "Print one tokenised pair, the boundary and the lengths, and stop.")
-    inspect_row: int = _flag(None, "The row of the file that --inspect prints. Default: the first that can be used.")
+    inspect_row: int = _flag(None, "The row of the file that --inspect prints. Default: the first that can be used.",
+                             NOT_NEGATIVE)
     dry_run: bool = _flag(False, "Run the longest micro-batch forward and backward, print memory and disk, and stop.")
     print_config: bool = _flag(False, "Print the resolved settings as JSON and stop.")
 
@@ -114,11 +122,17 @@ class TrainArguments:
 
 
 PATHS = ("model_name", "train_file_path", "eval_file_path", "deepspeed", "output_dir", "cache_dir", "resume")
+
+
 def parse(argv: list[str], default_file: Path) -> TrainArguments:
     """Command line -> arguments. Raises UserError for unknown flags or keys, wrong types and wrong values."""
     from transformers import HfArgumentParser  # slow to import
 
-    parser = HfArgumentParser(TrainArguments, description="SFT and DPO training.", allow_abbrev=False)
+    class Parser(HfArgumentParser):
+        def add_argument(self, *names, limit=None, **known):  # argparse has no limits; limits.check reads them
+            return super().add_argument(*names, **known)
+
+    parser = Parser(TrainArguments, description="SFT and DPO training.", allow_abbrev=False)
     parser.error = _raise  # argparse would print the whole usage before the one line that matters
     for action in parser._actions:  # the parser gives --no_X the words of --X
         if action.option_strings[0].startswith("--no_"):
