@@ -190,6 +190,27 @@ def test_a_precision_that_agrees_with_the_flag_is_no_mistake(settings, bf16):
         engine.engine_config({"bf16": {"enabled": not bf16}}, "ds.json", args)
 
 
+def test_deepspeed_reads_every_setting_that_it_may_be_given():
+    """A name that it does not know would be handed on for nothing: the list is that of the release installed here."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    asked = set()
+
+    class Settings(dict):
+        def get(self, name, *default):
+            asked.add(name)
+            return super().get(name, *default)
+
+        def __getitem__(self, name):
+            asked.add(name)
+            return super().__getitem__(name)
+
+    objects = {name: {} for name, limit in engine.SETTINGS.items() if limit.holds({}) and limit.words}
+    DeepSpeedConfig(Settings(objects, train_micro_batch_size_per_gpu=1))
+    refused = {"amp", "sparse_gradients"}
+    assert engine.SETTINGS.keys() - refused <= asked, engine.SETTINGS.keys() - asked
+
+
 def test_a_deepspeed_file_that_is_not_there_or_not_text(world, tmp_path):
     assert "No such file" in world([GOOD], f"--deepspeed={tmp_path / 'none.json'}")
     assert "directory" in world([GOOD], f"--deepspeed={tmp_path}")

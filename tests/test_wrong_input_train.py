@@ -533,6 +533,11 @@ FLAGS += [(f"DeepSpeed: {text[:80]!r}", written("ds.json", text), ["--deepspeed=
     ('{"amp": {}}', "AMP integration has been removed"),
     ('{"compile": {"a": []}}', "a: Extra inputs"), ('{"sparse_gradients": true}', "Sparse compression"),
     ('{"tensor_parallel": {}}', "sets tensor_parallel, which train.py does not support"),
+    # DeepSpeed would pass over these in silence, and train without ZeRO, or print at another step.
+    ('{"zero_optimisation": {"stage": 2}}', "sets zero_optimisation, which train.py does not support; did you mean "
+     "zero_optimization?"),
+    ('{"steps_per_prnt": 10}', "did you mean steps_per_print?"), ('{"_comment": "x"}', "sets _comment, which"),
+    ('{"timers": []}', "timers is []; it must be an object"), ('{"dump_state": "no"}', 'is "no"; it must be true or'),
 ]]
 
 CASES = [*VALUES, *FILES, *MODELS, *ADAPTERS, *FLAGS]

@@ -11,24 +11,41 @@ import torch
 from ..core.logprobs import SequenceLogProbs
 from ..errors import UserError, first_line
 from ..files import parse_json, read_text
+from ..flags.limits import Limit
+from ..flags.unknown import hint
 from ..model.precision import mix, products
 from ..ranks import distributed
 from . import memory
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
          "gradient_clipping", "fp16", "bf16", "torch_autocast")  # settings of the JSON that are train.py's flags
-# What DeepSpeed takes for granted of its settings, and looks at only when they are used.
-OBJECTS = ("activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "compile", "csv_monitor",
-           "data_efficiency", "data_types", "flops_profiler", "fp16", "tensorboard", "timers", "wandb",
-           "zero_optimization")
-SWITCHES = ("disable_allgather", "dump_state", "memory_breakdown", "prescale_gradients", "wall_clock_breakdown",
-            "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
-NUMBERS = ("steps_per_print", "gradient_predivide_factor")
-UNKNOWN = ("sequence_parallel_size", "tensor_parallel", "pipeline", "autotuning")  # ranks would not be data ranks
+
+
+def _settings(words: str, holds, names: str) -> dict[str, Limit]:
+    return dict.fromkeys(names.split(), Limit(words, holds))
+
+
+# All others that the JSON may have. DeepSpeed checks what is within zero_optimization, the monitors and a few more. Of
+# the rest it takes a value of any kind, and it passes over a name that it does not know: without this list a slip of
+# the pen would train another run than was asked for, and no word would say so.
+SETTINGS = (
+    _settings("must be an object", lambda value: isinstance(value, dict),
+              "activation_checkpointing aio bf16 checkpoint comet comms_logger compile csv_monitor data_types "
+              "flops_profiler fp16 tensorboard timers wandb")
+    | _settings('must be an object, like {"stage": 0}, with a stage of 0 to 3', lambda value: isinstance(value, dict)
+                and type(value.get("stage", 0)) is int and 0 <= value.get("stage", 0) <= 3, "zero_optimization")
+    | _settings("must be true or false", lambda value: isinstance(value, bool),
+                "disable_allgather dump_state memory_breakdown prescale_gradients wall_clock_breakdown "
+                "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer")
+    | _settings("must be a number above 0", lambda value: type(value) in (int, float) and value > 0,
+                "steps_per_print gradient_predivide_factor")
+    # Checked by DeepSpeed; the last two it refuses, and says why.
+    | _settings("", lambda value: True, "communication_data_type amp sparse_gradients"))
 
 
 def read_settings(args, default: Path) -> dict:
-    """The DeepSpeed JSON with train.py's own numbers in it. Raises UserError."""
+    """The settings in the file of --deepspeed, or in `default`, with train.py's own written in. Raises UserError where
+    the file can't be read, or a setting is not one that train.py can hand on to DeepSpeed."""
     path = Path(args.deepspeed or default)
     try:
         settings = parse_json(read_text(path))
@@ -42,12 +59,15 @@ def read_settings(args, default: Path) -> dict:
 
 
 def engine_config(settings: dict, path: str, args) -> dict:
-    """The DeepSpeed JSON with train.py's own settings written in. Raises UserError where the JSON sets one of those.
+    """The settings of `path` with train.py's own written in. Raises UserError, which names the setting, for one that is
+    train.py's, or unknown, or has a value that it can't have.
 
     "auto", as other trainers' files have it, means that train.py decides.
     """
     settings = _without_auto(settings)
-    _check_kinds(settings, path)
+    for name, value in settings.items():
+        if name in SETTINGS and not SETTINGS[name].holds(value):
+            raise UserError(f"{path}: {name} is {json.dumps(value)[:100]}; it {SETTINGS[name].words}")
     for name, on in (("fp16", False), ("bf16", args.bf16)):  # what says the same as the flag contradicts nobody
         if name in settings and settings[name].get("enabled", on) == on:
             del settings[name]
@@ -55,15 +75,14 @@ def engine_config(settings: dict, path: str, args) -> dict:
         raise UserError(f"{path}: sets {', '.join(taken)}, which train.py owns: remove it there and use the flags "
                             "(--learning_rate, --lr_scheduler_type, --per_device_train_batch_size, "
                             "--gradient_accumulation_steps, --max_grad_norm, --bf16)")
+    if unknown := [key for key in settings if key not in SETTINGS]:
+        hints = "".join(f"; {words}" for key in unknown if (words := hint(key, SETTINGS, dashes="")))
+        raise UserError(f"{path}: sets {', '.join(unknown)}, which train.py does not support{hints}; remove it")
     settings["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     settings["gradient_accumulation_steps"] = 1  # accumulation is train.py's loop, with windows of any size
     settings["gradient_clipping"] = args.max_grad_norm
     settings["bf16"] = {"enabled": False, "check_grad_overflow": True}  # what is trained is float32, see precision.py
-    if taken := [key for key in UNKNOWN if key in settings]:
-        raise UserError(f"{path}: sets {', '.join(taken)}, which train.py does not support; remove it")
     zero = settings.setdefault("zero_optimization", {})
-    if type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise UserError(f'{path}: zero_optimization must be like {{"stage": 0}}, with a stage of 0 to 3')
     if args.activation_memory and zero.get("stage") == 3:
         raise UserError(f"{path}: stage 3 gathers weights within the layers, which --activation_memory would take for "
                         "a row's own; use --gradient_checkpointing, or stage 2")
@@ -79,17 +98,6 @@ def engine_config(settings: dict, path: str, args) -> dict:
     settings.setdefault("zero_allow_untested_optimizer", True)
     settings.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading works with it too, and compiles nothing
     return settings
-
-
-def _check_kinds(settings: dict, path: str) -> None:
-    for name, value in settings.items():
-        kind = next((kind for kind, names in (("an object", OBJECTS), ("true or false", SWITCHES),
-                                              ("a number above 0", NUMBERS)) if name in names), None)
-        fits = {"an object": isinstance(value, dict), "true or false": isinstance(value, bool),
-                "a number above 0": type(value) in (int, float) and value > 0}
-        if kind and not fits[kind]:
-            like = ', like {"stage": 0}, with a stage of 0 to 3' if name == "zero_optimization" else ""
-            raise UserError(f"{path}: {name} is {json.dumps(value)[:100]}; it must be {kind}{like}")
 
 
 def start(args, settings: dict) -> torch.device:
