@@ -18,8 +18,7 @@ import torch
 
 from nanodpo import progress
 from nanodpo.core.losses import loss_divisor, pair_losses
-from nanodpo.core.step import make_batch, token_counts
-from nanodpo.data.example import count_tokens, groups_of
+from nanodpo.core.step import count_tokens, groups_of, make_batch, token_counts
 from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
 from nanodpo.errors import Preempted, RunStopped, leave, run_script
 from nanodpo.figures.after import draw_after, is_drawn
@@ -91,7 +90,9 @@ def train(run: Run) -> None:
         try:
             between_steps(run)
             while run.step < run.steps:
-                train_step(run, bar)
+                with StepGuard(run.train_set.examples, run.stop, run.rank, f"step {run.step}") as guard:
+                    line = train_step(run, guard)
+                log_step(run, bar, line)
                 run.step += 1
                 between_steps(run)
         except Preempted:
@@ -113,43 +114,60 @@ def between_steps(run: Run) -> None:
         lifecycle.save_checkpoint(run)
 
 
-def train_step(run: Run, bar) -> None:
-    """One update. Every pair of a step weighs the same, however the step is cut into micro-batches and ranks."""
+def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
+    """One update; returns its line of metrics.jsonl.
+
+    Every pair of a step weighs the same, however the step is cut into micro-batches and ranks.
+    """
     args, engine, examples, began = run.args, run.engine, run.train_set.examples, time.perf_counter()
     pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step)
-    rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
-    engines.set_learning_rate(engine, rate)
     sides = PAIR[:1] if args.loss == "sft" else PAIR  # SFT trains on chosen alone
     # The loss of a step is the sum over its pairs by their number. DeepSpeed averages over ranks, hence world.
     divisor = loss_divisor(args.loss, [len(examples[k].chosen) for k in pairs])
     share = run.world / divisor
+    rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
 
     engine.train()
     meter = Meter(run.device)
     micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world)
-    with StepGuard(examples, run.stop, run.rank, f"step {run.step}") as guard:
-        for i, (indices, weight) in enumerate(guard.each(micro_batches)):  # weight 0 only keeps ranks in step
-            groups = groups_of([examples[k] for k in indices], sides)
-            tokens = token_counts(groups, run.device)  # (P, 2)
-            ref = None if run.ref is None else run.ref[indices].to(run.device, non_blocking=True)  # (P, 2)
-            batch = make_batch(groups, run.layout, run.device)  # [prompt | chosen | rejected] ..., no padding
-            logps = engine(batch).view(-1, len(sides))  # (P, 2): log pi(y|x), summed over the tokens of y
-            losses = pair_losses(args.loss, logps, ref, tokens, args.beta, args.label_smoothing)  # (P,)
-            meter.add({"loss": losses.detach(), **pair_metrics(logps, ref, tokens, args.beta)}, weight)
-            engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            losses = guard.finite(indices, logps, losses)
-            engine.backward(losses.sum() * weight * share, scale_wrt_gas=False)
-        means, wrong = check_means(run, meter, len(pairs) / divisor, guard)
-        norm, applied = engines.take_step(engine)
+    for i, (indices, weight) in enumerate(guard.each(micro_batches)):  # weight 0 only keeps ranks in step
+        groups = groups_of([examples[k] for k in indices], sides)
+        tokens = token_counts(groups, run.device)  # (P, 2)
+        ref = None if run.ref is None else run.ref[indices].to(run.device, non_blocking=True)  # (P, 2)
+        batch = make_batch(groups, run.layout, run.device)  # [prompt | chosen | rejected] ..., no padding
+        logps = engine(batch).view(-1, len(sides))  # (P, 2): log pi(y|x), summed over the tokens of y
+        losses = pair_losses(args.loss, logps, ref, tokens, args.beta, args.label_smoothing)  # (P,)
+        meter.add({"loss": losses.detach(), **pair_metrics(logps, ref, tokens, args.beta)}, weight)
+        engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+        losses = guard.finite(indices, logps, losses)
+        engine.backward(losses.sum() * weight * share, scale_wrt_gas=False)
+    means, wrong = check_means(run, meter, len(pairs) / divisor, guard)
+    norm, applied = update(engine)
 
     if not applied:
         why = f"the gradient is not finite (norm {norm})" if not math.isfinite(norm) else "DeepSpeed skipped the update"
         skip_or_stop(run, wrong or f"{why}; {memory.describe([examples[k] for k in pairs])}")
-    new = count_tokens([examples[k] for k in pairs], sides)
-    run.tokens += new
-    log_step(run, bar, {"step": run.step, "epoch": run.step / run.steps_per_epoch, **means, "grad_norm": norm,
-                        "learning_rate": rate, "num_tokens": run.tokens, "skipped_steps": run.skipped},
-             new, time.perf_counter() - began)
+    tokens = count_tokens(groups_of([examples[k] for k in pairs], sides))
+    seconds = time.perf_counter() - began
+    run.tokens += tokens
+    return {"step": run.step, "epoch": run.step / run.steps_per_epoch, **means, "grad_norm": norm,
+            "learning_rate": rate, "num_tokens": run.tokens, "skipped_steps": run.skipped,
+            "perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds,
+            "mem/peak_gib": peak_gib(run.device)}
+
+
+def update(engine) -> tuple[float, bool]:
+    """(the gradient's global norm before clipping, over all ranks; whether the update was made)."""
+    if engine.zero_optimization_stage():
+        engine.step()  # leaves weights and moments as they are where the norm is not finite
+        return float(engine.get_global_grad_norm()), engine.was_step_applied()
+    # Without ZeRO DeepSpeed keeps no norm, and steps whatever it is.
+    grads = [p.grad.double().square().sum() for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.stack(grads).sum().sqrt().item()
+    engine.step() if math.isfinite(norm) else engine.zero_grad()
+    return norm, math.isfinite(norm)
 
 
 def check_means(run: Run, meter: Meter, scale: float, guard: StepGuard) -> tuple[dict[str, float], str | None]:
@@ -157,7 +175,8 @@ def check_means(run: Run, meter: Meter, scale: float, guard: StepGuard) -> tuple
 
     Raises RunStopped where that can't be passed over, and at step 0 where the policy isn't its reference.
     """
-    means = step_means(meter, scale)
+    means = meter.means()
+    means["loss"] *= scale  # the meter divided by the pairs
     gap = means.pop("ref_gap", 0.0)
     wrong = not_finite(means, guard)
     if wrong and run.skipped >= run.args.skip_nonfinite:
@@ -165,12 +184,6 @@ def check_means(run: Run, meter: Meter, scale: float, guard: StepGuard) -> tuple
     if run.step == 0 and not wrong and not run.args.allow_dropout:
         check_start(means, gap, run.args.bf16, run.args.cache_dir)
     return means, wrong
-
-
-def step_means(meter: Meter, scale: float) -> dict[str, float]:
-    means = meter.means()
-    means["loss"] *= scale  # Meter divided by the pairs
-    return means
 
 
 def skip_or_stop(run: Run, why: str) -> None:
@@ -181,10 +194,8 @@ def skip_or_stop(run: Run, why: str) -> None:
     distributed.say(f"step {run.step:>5}  left out, {run.skipped} of {run.args.skip_nonfinite} allowed: {why}")
 
 
-def log_step(run: Run, bar, line: dict, tokens: int, seconds: float) -> None:
-    """One line in metrics.jsonl a step; on the screen one every logging_steps."""
-    line |= {"perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds,
-             "mem/peak_gib": peak_gib(run.device)}
+def log_step(run: Run, bar, line: dict[str, float]) -> None:
+    """A line in metrics.jsonl for each step, on the screen one every --logging_steps."""
     if run.rank == 0:
         # JSON has no word for what is not finite: a step that was left out lacks those values.
         lifecycle.write_line(run, {k: v for k, v in line.items() if math.isfinite(v)})
@@ -212,7 +223,8 @@ def evaluate(run: Run) -> None:
             logps = ref if step == 0 and ref is not None else logps_of(run, here, sides, f"step {step}")
             losses = pair_losses(args.loss, logps, ref, tokens, args.beta, args.label_smoothing)
             meter.add({"loss": losses, **pair_metrics(logps, ref, tokens, args.beta)}, weight)
-    means = step_means(meter, len(examples) / loss_divisor(args.loss, [len(e.chosen) for e in examples]))
+    means = meter.means()
+    means["loss"] *= len(examples) / loss_divisor(args.loss, [len(e.chosen) for e in examples])
     means.pop("ref_gap", None)
     if bad := [name for name, value in means.items() if not math.isfinite(value)]:
         raise RunStopped(f"evaluation under checkpoint-{step}: {', '.join(bad)} not finite")

@@ -165,8 +165,7 @@ class Nanodpo(Contender):
     def build(self):
         from nanodpo.core.attention import LOOP, VARLEN
         from nanodpo.core.logprobs import SequenceLogProbs
-        from nanodpo.model.gated import keep_less
-        from nanodpo.model.lora import fuse
+        from nanodpo.model.layers import fuse_lora, keep_less
         from nanodpo.model.precision import mix
         from nanodpo.model.recompute import ByNeed, Recompute, sample
         from nanodpo.run.memory import memory_budget
@@ -176,7 +175,7 @@ class Nanodpo(Contender):
             for p in model.parameters():
                 p.data = p.data if p.requires_grad else p.data.bfloat16()
             mix(model, self.work.mixed)
-        fuse(model)
+        fuse_lora(model)
         keep_less(model)
         if self.layout != "padded":
             on_gpu = self.work.device == "cuda" and self.work.dtype == torch.bfloat16
@@ -207,7 +206,7 @@ class Nanodpo(Contender):
         if self.layout == "alone":
             groups = [(prompt, [response]) for prompt, responses in groups for response in responses]
         row = (pad if self.layout == "padded" else pack)(groups)
-        row = (row.pin() if self.work.device == "cuda" else row).to(torch.device(self.work.device))
+        row = row.to(torch.device(self.work.device))
         return self.module(row).view(-1, 2)
 
     def losses(self, pairs, ref):

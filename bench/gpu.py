@@ -168,12 +168,11 @@ def count(shape: dict, rank: int, gib: float, pairs: list[contenders.Pair]) -> d
     """
     from nanodpo.core.attention import VARLEN
     from nanodpo.core.logprobs import SequenceLogProbs
-    from nanodpo.model.gated import keep_less
-    from nanodpo.model.lora import fuse
+    from nanodpo.model.layers import fuse_lora, keep_less
     from nanodpo.model.recompute import ByNeed, Recompute, sample
 
     model = contenders.adapted(contenders.Work([], shape, rank=rank, device="meta", dtype=torch.bfloat16))
-    fuse(model)
+    fuse_lora(model)
     keep_less(model)
     model.get_base_model().set_attn_implementation(VARLEN)
     weights = sum(p.numel() * (18 if p.requires_grad else 2) for p in model.parameters())

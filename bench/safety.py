@@ -27,12 +27,12 @@ import train
 from nanodpo.errors import run_script
 from nanodpo.folder import state
 from nanodpo.ranks import distributed
-from nanodpo.run import guards, lifecycle, metrics, signals
+from nanodpo.run import guards, lifecycle, metrics
 
 FLAGS = {"--max_steps": "60", "--resume_steps": "2", "--save_steps": "20", "--eval_steps": "0", "--draw": "false"}
 # Where it is, its name, and what it is called in the table.
 SAVES = [(lifecycle, "save_checkpoint", "checkpoint"), (lifecycle, "save_state", "state")]
-WITHIN = [(signals.Stop, "ask", "asking whether to stop"), (signals.Stop, "hear", "the answer, from all ranks"),
+WITHIN = [(distributed, "ask", "asking whether to stop"),
           (train, "check_means", "looking for what is not finite"),
           (guards.StepGuard, "finite", "remembering what is not finite"), (state, "random_state", "random numbers"),
           (metrics, "write_line", "a line of metrics")]

@@ -68,7 +68,7 @@ def main() -> None:
     distributed._come_together = lambda *args: (act(at.get("meet", [])), come(*args))
     reader = start if script == "train" else program
     reader.load_dataset = lambda *args, **more: (load(*args, **more), act(at.get("load", [])))[0]
-    program.train_step = lambda run, bar: (act(at.get("step", []) if run.step == 2 else []), step(run, bar))
+    program.train_step = lambda run, guard: (act(at.get("step", []) if run.step == 2 else []), step(run, guard))[1]
     part, parts = getattr(program, "score_part", None), itertools.count()
     program.score_part = lambda *args: (act(at.get("part", []) if next(parts) == 1 else []), part(*args))
     errors.leave(errors.run_script(program.main))

@@ -95,8 +95,9 @@ def remember(name: str, before=lambda run: None) -> None:
     def call(run, *args):
         NOW.update(name=name, run=run)
         before(run)
-        whole(run, *args)
+        found = whole(run, *args)
         NOW.clear()
+        return found
 
     setattr(train, name, call)
 

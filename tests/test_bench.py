@@ -21,8 +21,7 @@ import step
 
 from nanodpo.core.attention import LOOP
 from nanodpo.core.logprobs import SequenceLogProbs
-from nanodpo.model.gated import keep_less
-from nanodpo.model.lora import fuse
+from nanodpo.model.layers import fuse_lora, keep_less
 from nanodpo.model.recompute import MODES, ByNeed, Recompute, sample
 
 SHAPE = contenders.tiny_wide(hidden=32, vocabulary=300)
@@ -181,7 +180,7 @@ def test_what_rows_take_is_counted_without_data(monkeypatch, tmp_path, capsys):
     counted = gpu.count(shape, 8, 1.0, PAIRS)
     found = counted["rows"]
     model = contenders.adapted(contenders.Work([], shape, rank=8, dtype=torch.bfloat16))
-    fuse(model)
+    fuse_lora(model)
     keep_less(model)
     model.get_base_model().set_attn_implementation(LOOP)
     rows = functools.partial(sample, "packed", model.config, torch.device("cpu"))
@@ -291,7 +290,8 @@ def test_what_safety_costs_at_toy_size(tmp_path):
 @pytest.mark.slow
 def test_the_files_of_a_step_are_those_that_the_page_on_internals_names():
     done = launch(ROOT / "bench" / "trace_step.py", launcher="fork")
-    entered = {line.split()[0] for line in done.stdout.splitlines() if " lines  " in line}
-    assert {"train.py", "nanodpo/core/logprobs.py", "nanodpo/core/losses.py"} <= entered
+    entered = {line.split()[0]: len(line.split(", ")) for line in done.stdout.splitlines() if " lines  " in line}
+    assert {"train.py", "nanodpo/core/logprobs.py", "nanodpo/core/losses.py"} <= entered.keys()
+    assert len(entered) <= 11 and sum(entered.values()) <= 54  # a step stays as small as it is
     page = (ROOT / "docs" / "internals.md").read_text()
     assert not [name for name in entered if f"`{name}`" not in page]

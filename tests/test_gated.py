@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from nanodpo.core.attention import LOOP
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pack
-from nanodpo.model.gated import keep_less
+from nanodpo.model.layers import keep_less
 from nanodpo.model.recompute import MODES, peak_bytes
 
 T, D, F = 6, 4, 7

@@ -7,32 +7,28 @@ import pytest
 import torch
 
 from nanodpo.errors import Preempted, RunStopped
+from nanodpo.ranks import distributed
 from nanodpo.run.guards import StepGuard, check_start, not_finite
+from nanodpo.run.signals import Stop
 
 EXAMPLES = [SimpleNamespace(row=10 + i, prompt=[0] * 3, chosen=[0] * 4, rejected=[0] * 5) for i in range(10)]
 
 
-class Stop:
-    """Told to stop in the micro-batch `when`; remembers what it was asked."""
-
-    def __init__(self, when: int = -1):
-        self.when, self.heard = when, []
-
-    def ask(self):
-        self.heard.append("ask")
-
-    def hear(self):
-        self.heard.append("hear")
-        if self.heard.count("hear") == self.when:
-            raise Preempted("told")
-
-
-def test_a_step_is_asked_before_each_micro_batch_and_stops_after_the_one_in_which_it_was_told():
-    done, stop = [], Stop(2)
-    with pytest.raises(Preempted), StepGuard(EXAMPLES, stop, 0, "step 5") as guard:
+def test_ranks_are_asked_before_each_micro_batch_and_stop_after_the_one_before_which_one_was_told():
+    done, stop = [], Stop()
+    with pytest.raises(Preempted, match="stopped by SIGTERM"), StepGuard(EXAMPLES, stop, 0, "step 5") as guard:
         for indices, weight in guard.each([([1], 1.0), ([2], 1.0), ([3], 0.0)]):
             done.append((indices, weight))
-    assert done == [([1], 1.0), ([2], 1.0)] and stop.heard == ["ask", "hear"] * 2
+            stop.name = "SIGTERM"
+    assert done == [([1], 1.0), ([2], 1.0)]
+
+
+def test_the_answer_of_the_ranks_is_awaited_after_the_micro_batch_not_before_it(monkeypatch):
+    heard = []
+    monkeypatch.setattr(distributed, "ask", lambda flag: heard.append("asked") or (lambda: heard.append("answered")))
+    for indices, _ in StepGuard(EXAMPLES, Stop(), 0, "step 5").each([([1], 1.0), ([2], 1.0)]):
+        heard.append(f"micro-batch {indices[0]}")
+    assert heard == ["asked", "micro-batch 1", "answered", "asked", "micro-batch 2", "answered"]
 
 
 def test_rows_that_do_not_fit_the_memory_are_named():

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pad
-from nanodpo.model.lora import Added, fuse
+from nanodpo.model.layers import Added, fuse_lora
 
 PLACES = pytest.mark.parametrize("in_place", [True, False])
 
@@ -44,7 +44,7 @@ def test_by_hand(in_place):
     d A = s (B^T g) x = 42 x.
     """
     model = layer()
-    fuse(model, in_place)
+    fuse_lora(model, in_place)
     inner = model.base_model.model[0]
     assert isinstance(inner.lora_B["default"], Added)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_as_peft_has_it(family, in_place):
     """Log-probs and every gradient of whole models: biased layers, Conv1D, layers beside experts."""
     peft, row = adapted(tiny(family)), pad(random_groups())
     fused = copy.deepcopy(peft)
-    fuse(fused, in_place)
+    fuse_lora(fused, in_place)
     (logps, truth), (theirs, grads) = gradients(peft, row), gradients(fused, row)
     kinds = [type(module) for module in fused.modules()]
     assert kinds.count(Added) == kinds.count(Linear) > 3
@@ -87,7 +87,7 @@ def test_as_peft_has_it(family, in_place):
 def test_a_fresh_adapter_adds_nothing(dtype, in_place):
     """B = 0: the last bit of W x stays, so that policy and reference agree at step 0."""
     model, x = layer(dtype, bias=True), torch.randn(3, 5, 2, dtype=dtype)
-    fuse(model, in_place)
+    fuse_lora(model, in_place)
     with model.disable_adapter():
         base = model(x)
     assert model(x).equal(base)
@@ -101,7 +101,7 @@ def test_bfloat16_rounds_once():
     peft = copy.deepcopy(exact).bfloat16()
     exact.load_state_dict(peft.state_dict())
     fused = copy.deepcopy(peft)
-    fuse(fused)
+    fuse_lora(fused)
     x = torch.randn(1000, 2, dtype=torch.bfloat16)
     ours, theirs = ((model(x) - exact(x.double())).abs().mean() for model in (fused, peft))
     assert 0 < ours < 0.9 * theirs
@@ -112,7 +112,7 @@ def test_dropout_stays():
     peft, x = layer(lora_dropout=0.5, r=2), torch.randn(4, 2, dtype=torch.float64)
     nn.init.ones_(peft.base_model.model[0].lora_B["default"].weight)
     fused = copy.deepcopy(peft)
-    fuse(fused)
+    fuse_lora(fused)
     found = []
     for model, trains in ((peft, True), (fused, True), (peft, False), (fused, False)):
         torch.manual_seed(3)
@@ -129,7 +129,7 @@ def test_what_is_more_stays_pefts(more):
     if more == "float32":
         model.base_model.model[0].lora_A.float()
     before = dict(model.base_model.model[0].lora_variant)
-    fuse(model)
+    fuse_lora(model)
     assert not any(isinstance(module, Added) for module in model.modules())
     assert model.base_model.model[0].lora_variant == before
 
@@ -140,7 +140,7 @@ def test_what_is_saved_stays():
     model = adapted(tiny("llama"))
     names = [name for name, _ in model.named_parameters()]
     before = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
-    fuse(model)
+    fuse_lora(model)
     after = get_peft_model_state_dict(model)
     assert [name for name, _ in model.named_parameters()] == names and before.keys() == after.keys()
     assert all(after[name].equal(before[name]) for name in before)
@@ -167,7 +167,7 @@ def test_passes_that_are_saved():
     """Forward and backward of PEFT's sum: s * (B h), its addition to y, s * grad; here none."""
     peft = get_peft_model(nn.Sequential(nn.Linear(3, 7)), LoraConfig(r=2, lora_alpha=3, target_modules=["0"]))
     fused, x = copy.deepcopy(peft), torch.randn(5, 3)
-    fuse(fused)
+    fuse_lora(fused)
     counts = []
     for model in (peft, fused):
         with Written(7) as written:

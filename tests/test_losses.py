@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from nanodpo.core.losses import LOSSES, MEAN_LOGPS, dpo, hinge, ipo, margin, robust, sft
+from nanodpo.core.losses import LOSSES, MEAN_LOGPS, dpo, hinge, ipo, logratio, pair_losses, robust, sft
 
 BETAS = [0.05, 0.1, 0.5, 2.0]
 MARGINS = [-7.0, -1.0, -0.1, 0.0, 0.3, 2.0, 11.0]
@@ -32,7 +32,7 @@ def sigmoid(x: float) -> float:
 def test_margin_counts_each_of_its_four_parts_once():
     """(chosen - ref_chosen) - (rejected - ref_rejected), with four different numbers in each of two pairs."""
     parts = (torch.tensor(x) for x in ([-1.0, -30.0], [-8.0, -5.0], [-3.0, -10.0], [-16.0, -2.0]))
-    assert margin(*parts).tolist() == [(-1 + 3) - (-8 + 16), (-30 + 10) - (-5 + 2)]
+    assert logratio(*parts).tolist() == [(-1 + 3) - (-8 + 16), (-30 + 10) - (-5 + 2)]
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -142,7 +142,7 @@ def test_sft_is_the_chosen_likelihood_and_nothing_else():
 def test_label_smoothing_is_refused_where_it_means_nothing(name):
     """A setting that a loss would ignore is an error."""
     with pytest.raises(ValueError, match=f"{name} has no label smoothing, got 0.1"):
-        LOSSES[name](*at(1.0), 0.1, label_smoothing=0.1)
+        pair_losses(name, torch.zeros(3, 2), torch.zeros(3, 2), torch.ones(3, 2), 0.1, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])

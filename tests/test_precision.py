@@ -15,7 +15,7 @@ from tiny_models import FAMILIES, naive_token_logps, random_groups, tiny
 from nanodpo.core.attention import LOOP
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pack, pad
-from nanodpo.model import gated, lora
+from nanodpo.model import layers
 from nanodpo.model.precision import Held, mix, products, stored
 from nanodpo.model.recompute import ByNeed, Recompute, sample
 from nanodpo.run import noise
@@ -66,8 +66,8 @@ def with_lora(base, product):
     """As train.py has it: loaded in bfloat16, adapter, mix, fuse, keep_less. In packed rows."""
     model = adapted(copy.deepcopy(base).bfloat16())
     mix(model, product)
-    lora.fuse(model)
-    gated.keep_less(model)
+    layers.fuse_lora(model)
+    layers.keep_less(model)
     model.get_base_model().set_attn_implementation(LOOP)
     return model
 

@@ -16,8 +16,7 @@ from nanodpo.core.attention import LOOP, VARLEN
 from nanodpo.core.logprobs import CHUNK_BYTES, SequenceLogProbs
 from nanodpo.core.packing import pack, pad
 from nanodpo.errors import UserError
-from nanodpo.model.gated import keep_less
-from nanodpo.model.lora import fuse
+from nanodpo.model.layers import fuse_lora, keep_less
 from nanodpo.model.recompute import MODES, ByNeed, Recompute, _Live, peak_bytes
 from nanodpo.model.selfcheck import grows_with_rows
 from nanodpo.ranks.distributed import spare_memory
@@ -38,7 +37,7 @@ def prepared(family: str, mode: str, lora: bool = True):
                 torch.nn.init.normal_(p, 0, 0.1)
     else:
         model.requires_grad_(True)
-    fuse(model)
+    fuse_lora(model)
     keep_less(model)
     Recompute(model).use(mode)
     return model.train()
@@ -195,7 +194,7 @@ def test_the_head_hides_nothing(lora):
         model = LlamaForCausalLM(config)
         if lora:
             model = get_peft_model(model, LoraConfig(r=R, target_modules="all-linear", task_type="CAUSAL_LM"))
-            fuse(model)
+            fuse_lora(model)
         keep_less(model)
         (model.get_base_model() if lora else model).set_attn_implementation(LOOP)
         found.append(ByNeed(Recompute(model), SequenceLogProbs(model), rows_of, 1.0).per_token)
@@ -265,7 +264,7 @@ def test_a_row_takes_what_was_measured_on_a_gpu(mode):
     config = LlamaConfig(vocab_size=150_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
                          num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=2**17)
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear")).cuda().bfloat16()
-    fuse(model)
+    fuse_lora(model)
     keep_less(model)
     model.get_base_model().set_attn_implementation(VARLEN)
     module, room = SequenceLogProbs(model).train(), 2.0 * 2**30

@@ -1,12 +1,10 @@
 """Order, cut and learning rate are functions of the step; here against their definitions."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 
-import train
-from nanodpo.data.schedule import epoch_order, learning_rate, micro_batches_of, pairs_of_step
+from nanodpo.data.schedule import epoch_order, learning_rate, micro_batches_of, pairs_of_step, steps_of
 
 
 def test_an_epoch_is_a_permutation_that_does_not_change():
@@ -48,5 +46,4 @@ def test_learning_rates_by_hand():
 @pytest.mark.parametrize("epochs, per_epoch, steps", [(1.1, 50, 55), (2.2, 25, 55), (1.0, 7, 7), (0.5, 7, 4)])
 def test_epochs_come_to_steps_without_rounding_up_dust(epochs, per_epoch, steps):
     """1.1 * 50 is 55.00000000000001 in binary; half of seven steps is four."""
-    run = SimpleNamespace(args=SimpleNamespace(max_steps=-1, num_train_epochs=epochs), steps_per_epoch=per_epoch)
-    assert train.Run.steps.fget(run) == steps
+    assert steps_of(-1, epochs, per_epoch) == steps and steps_of(3, epochs, per_epoch) == 3

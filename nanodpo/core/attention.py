@@ -1,7 +1,7 @@
-"""Attention for packed rows: every response sees its own prompt and itself, nothing else. Torch only, but for the names
-registered with transformers.
+"""Attention for packed batches: every response sees its own prompt and itself, nothing else. Torch only, but for the
+names registered with transformers.
 
-Shapes: H heads, G key/value heads, T row length, E head size, S sequences.
+Shapes: H heads, G key/value heads, T tokens of the batch, E head size, S sequences.
 
 Two implementations of one definition, chosen by name (`config._attn_implementation`): "nanodpo_loop" calls causal SDPA
 once a sequence and runs anywhere; "nanodpo_varlen" is a single variable-length call on CUDA. No T x T mask is built by
@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 LOOP, VARLEN = "nanodpo_loop", "nanodpo_varlen"
-SHORT = 512  # lines of a mask at most, so that masks grow no faster than rows
+SHORT = 512  # lines of a mask at most, so that masks grow no faster than batches
 
 
 def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
-    """(1, H, T, E), (1, G, T, E) x 2 -> (1, T, H, E): each response as if its row were [prompt | response] alone."""
+    """(1, H, T, E), (1, G, T, E) x 2 -> (1, T, H, E): each response as if its [prompt | response] stood alone."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # positions are turned in float32
     # On CPU the kernel shares key/value heads by itself; on CUDA the one that takes float32 needs them repeated.
     if query.shape[1] != key.shape[1] and (query.device.type != "cpu" or kwargs.get("softcap")):
@@ -61,8 +61,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) 
 
 
 def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
-    """The same in one call. Queries lie in row order; keys are gathered so that a shared prompt stands before each of
-    its responses. The kernel aligns its causal mask to the last key: just what a response after a prompt needs.
+    """The same in one call. Queries lie in the batch's order; keys are gathered so that a shared prompt stands before
+    each of its responses. The kernel aligns its causal mask to the last key: just what a response after a prompt needs.
     """
     if kwargs.get("softcap") or dropout:
         return loop_attention(module, query, key, value, attention_mask, dropout, scaling, segments=segments, **kwargs)

@@ -5,7 +5,8 @@ What it must equal, for a sequence of T tokens whose last n are the response, is
     token_logps = logits[:-1].log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)     # (T - 1,)
     logps = token_logps[-n:].sum()
 
-Shapes: B batch, T row length, N scored tokens, S sequences, D hidden size, V vocabulary, C tokens in a chunk.
+Shapes: B lines of a batch, T their length, N scored tokens, S sequences, D hidden size, V vocabulary, C tokens of a
+chunk.
 
 The head works chunk by chunk, so (N, V) logits never exist. Log-probs are float32 or better from the logits on, which
 are never rounded to less; sums over a response are float64, so that 20,000 terms and any order of them cost no digits.
@@ -24,6 +25,14 @@ CHUNK_BYTES = (256 if torch.cuda.is_available() else 64) * 2**20
 WIDER = 2**24  # numbers of a bfloat16 weight that are held in float32 at one time, where float32 multiplies: 64 MiB
 
 
+class Form(NamedTuple):
+    """How logits follow from the product W h + b."""
+
+    scale: float
+    cap: float | None  # logits = cap tanh(scale (W h + b) / cap), or scale (W h + b) without a cap
+    low: bool  # a GPU multiplies in bfloat16; what comes out of the product is float32
+
+
 class LogProbHead(nn.Module):
     """Token log-probs from hidden states, through the model's own output layer, whose parameters it shares.
 
@@ -37,45 +46,40 @@ class LogProbHead(nn.Module):
         self.chunk = chunk or max(1, CHUNK_BYTES // (4 * lm_head.out_features))
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """(N, D), (N,) -> (N,): log softmax(logits)[target], nats, float32 (float64 for float64 hidden states).
+        """(N, D), (N,) -> (N,): log softmax(logits)[target], nats, float32 (float64 for float64 hidden states)."""
+        return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.chunk, self.form(hidden))
 
-        logits = cap * tanh(scale * (W h + b) / cap), or scale * (W h + b) without a cap.
-        """
-        low = self.low(hidden)
-        return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.scale, self.cap, self.chunk, low)
-
-    def low(self, hidden: Tensor) -> bool:
-        """Whether a GPU multiplies in bfloat16 here."""
-        return hidden.is_cuda and torch.bfloat16 in (hidden.dtype, self.weight.dtype, self.product)
+    def form(self, hidden: Tensor) -> Form:
+        low = hidden.is_cuda and torch.bfloat16 in (hidden.dtype, self.weight.dtype, self.product)
+        return Form(self.scale, self.cap, low)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(C, D) -> (C, V), float32 or better: of one chunk, for whoever wants more of it than a log-prob."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
-        return _logits(buffer, hidden, self.weight, self.bias, self.scale, self.cap, self.low(hidden))
+        return _logits(buffer, hidden, self.weight, self.bias, self.form(hidden))
 
 
-def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None,
-            low: bool):
+def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> Tensor:
     """(C, V), float32 or better: the first C lines of `buffer`, which every chunk writes again."""
     z = buffer[: len(hidden)]
-    if low:  # float32 out of the product itself, which CPU has not
+    if form.low:  # float32 out of the product itself, which CPU has not
         torch.mm(hidden.bfloat16(), weight.bfloat16().T, out_dtype=z.dtype, out=z)
         if bias is not None:
             z.add_(bias)
-    else:
+    else:  # both factors in float32: a CPU's bfloat16 product would round each logit
         for words, wide in _blocks(weight, z.dtype):
             if bias is None:
                 torch.mm(hidden.to(z.dtype), wide.T, out=z[:, words])
             else:
                 torch.addmm(bias[words].to(z.dtype), hidden.to(z.dtype), wide.T, out=z[:, words])
-    if scale != 1.0:
-        z.mul_(scale)
-    return z if cap is None else z.div_(cap).tanh_().mul_(cap)
+    if form.scale != 1.0:
+        z.mul_(form.scale)
+    return z if form.cap is None else z.div_(form.cap).tanh_().mul_(form.cap)
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype):
-    """(words, their lines of the weight in this dtype): all at once, or where they must be converted block by block."""
+    """(words, their lines of the weight in this dtype): all at once, or block by block where they are converted."""
     size = len(weight) if weight.dtype == dtype else max(1, WIDER // weight.shape[1])
     for i in range(0, len(weight), size):
         yield slice(i, i + size), weight[i : i + size].to(dtype)
@@ -103,16 +107,16 @@ def chunk_logps(z: Tensor, targets: Tensor, keep: bool = False) -> Chunk:
     beside it, scoring its measures. Leaves `exps` in z, or where `keep` z - top, from which more can be computed."""
     top = z.amax(1)
     picked = z.gather(1, targets[:, None]).squeeze(1)
-    z.sub_(top[:, None])
+    z.sub_(top[:, None])  # no exponential is above 1 then, none overflows
     exps = z.exp() if keep else z.exp_()
     total = exps.sum(1)
     lse = top + total.log()
     return Chunk(picked - lse, lse, top, exps, total)
 
 
-def _slope(z: Tensor, scale: float, cap: float | None) -> Tensor | float:
+def _slope(z: Tensor, form: Form) -> Tensor | float:
     """dz / d(W h + b), from z itself: (C, V), or the same everywhere."""
-    return scale if cap is None else (z / cap).square_().neg_().add_(1).mul_(scale)
+    return form.scale if form.cap is None else (z / form.cap).square_().neg_().add_(1).mul_(form.scale)
 
 
 def _logit_grad(exps: Tensor, total: Tensor, targets: Tensor, slope: Tensor | float) -> Tensor:
@@ -131,7 +135,7 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, cap, chunk, low):
+    def forward(ctx, hidden, weight, bias, targets, chunk, form):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         lse = torch.empty_like(logps)
@@ -141,13 +145,13 @@ class _TokenLogProbs(torch.autograd.Function):
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
         for i in range(0, len(hidden), chunk):
             here = slice(i, i + chunk)
-            z = _logits(buffer, hidden[here], weight, bias, scale, cap, low)
-            slope = None if kept is None else _slope(z, scale, cap)
+            z = _logits(buffer, hidden[here], weight, bias, form)
+            slope = None if kept is None else _slope(z, form)  # before exponentials overwrite z
             found = chunk_logps(z, targets[here])
             logps[here], lse[here] = found.logps, found.lse
             if kept is not None:
-                kept[here] = _times(_logit_grad(found.exps, found.total, targets[here], slope), weight, low)
-        ctx.settings = scale, cap, chunk, low
+                kept[here] = _times(_logit_grad(found.exps, found.total, targets[here], slope), weight, form.low)
+        ctx.chunk, ctx.form = chunk, form
         ctx.save_for_backward(*((hidden, weight, bias, targets, lse) if ctx.trainable else (kept,)))
         return logps
 
@@ -156,24 +160,25 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx, grad):
         if not ctx.trainable:
             (kept,) = ctx.saved_tensors
-            return (kept * grad[:, None]).to(kept.dtype), *[None] * 7
+            return (kept * grad[:, None]).to(kept.dtype), *[None] * 5
         hidden, weight, bias, targets, lse = ctx.saved_tensors
-        scale, cap, chunk, low = ctx.settings
+        chunk, form = ctx.chunk, ctx.form
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=lse.dtype)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=lse.dtype)
         for i in range(0, len(hidden), chunk):
             here = slice(i, i + chunk)
-            z = _logits(buffer, hidden[here], weight, bias, scale, cap, low)
-            slope = _slope(z, scale, cap)
-            exps = z.sub_(lse[here, None]).exp_()
+            z = _logits(buffer, hidden[here], weight, bias, form)
+            slope = _slope(z, form)
+            exps = z.sub_(lse[here, None]).exp_()  # probabilities already: their sum is 1
             dz = _logit_grad(exps, torch.ones_like(lse[here]), targets[here], slope).mul_(grad[here, None])
-            d_hidden[here] = _times(dz, weight, low)
-            d_weight += dz.bfloat16().T @ hidden[here].bfloat16() if low else dz.T @ hidden[here].to(dz.dtype)
+            d_hidden[here] = _times(dz, weight, form.low)
+            # The weight's gradient is a sum over all chunks: bfloat16 would lose what the later ones add.
+            d_weight += dz.bfloat16().T @ hidden[here].bfloat16() if form.low else dz.T @ hidden[here].to(dz.dtype)
             if d_bias is not None:
                 d_bias += dz.sum(0)
-        return d_hidden, d_weight.to(weight.dtype), d_bias, *[None] * 5
+        return d_hidden, d_weight.to(weight.dtype), d_bias, *[None] * 3
 
 
 def sum_by_sequence(token_logps: Tensor, seq: Tensor, n_sequences: int) -> Tensor:
@@ -184,7 +189,7 @@ def sum_by_sequence(token_logps: Tensor, seq: Tensor, n_sequences: int) -> Tenso
 
 
 class SequenceLogProbs(nn.Module):
-    """A causal language model that answers a row with log-probabilities instead of logits."""
+    """A causal language model that answers a batch with log-probabilities instead of logits."""
 
     def __init__(self, model: nn.Module, chunk: int | None = None):
         """`model`: a transformers causal LM, bare or wrapped by PEFT. Raises ValueError for an adapted output layer."""

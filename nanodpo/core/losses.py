@@ -3,7 +3,7 @@
 Shapes: P pairs. chosen, rejected, ref_chosen, ref_rejected are (P,), in nats: log pi(y|x) summed over the tokens of a
 response, under the policy and under the frozen reference. `ipo` alone takes means over tokens (see MEAN_LOGPS).
 
-    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    m = (chosen - ref_chosen) - (rejected - ref_rejected)         the logratio, nats; beta m is the margin of rewards
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
+def logratio(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
     """How much more the policy prefers chosen over rejected than the reference does: (P,), nats."""
     return (chosen - ref_chosen) - (rejected - ref_rejected)
 
@@ -22,7 +22,7 @@ def dpo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing
     label_smoothing e in [0, 0.5) is the chance that a label is flipped ("conservative DPO", Eq. 3 of Mitchell's note
     of 2023): -(1-e) log sigmoid(beta m) - e log sigmoid(-beta m), smallest at beta m = logit(1-e).
     """
-    logits = beta * margin(chosen, rejected, ref_chosen, ref_rejected)
+    logits = beta * logratio(chosen, rejected, ref_chosen, ref_rejected)
     # logsigmoid stays finite where log(sigmoid(x)) is -inf: long responses reach margins of thousands of nats.
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
@@ -32,52 +32,49 @@ def robust(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smooth
 
     Unbiased: where labels are flipped with chance e = label_smoothing, its expectation is the clean DPO loss.
     """
-    kept = dpo(chosen, rejected, ref_chosen, ref_rejected, beta)
+    kept = dpo(chosen, rejected, ref_chosen, ref_rejected, beta)  # the label as it is
     flipped = dpo(rejected, chosen, ref_rejected, ref_chosen, beta)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def ipo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def ipo(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
     """(m - 1/(2 beta))^2: (P,). Eq. 17 of arXiv 2310.12036, beta being its tau; 0 at m = 1/(2 beta).
 
     m is of *mean* log-probs a token: with sums a long response would have to move less a token than a short one.
     """
-    _no_label_smoothing("ipo", label_smoothing)
-    return (margin(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * beta)) ** 2
+    return (logratio(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * beta)) ** 2
 
 
-def hinge(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def hinge(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
     """max(0, 1 - beta m): (P,). Sec. 3 of arXiv 2305.10425 (SLiC) on DPO's rewards; 0 from m = 1/beta on."""
-    _no_label_smoothing("hinge", label_smoothing)
-    return torch.relu(1 - beta * margin(chosen, rejected, ref_chosen, ref_rejected))
+    return torch.relu(1 - beta * logratio(chosen, rejected, ref_chosen, ref_rejected))
 
 
-def sft(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def sft(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
     """-chosen: (P,), the negative log-likelihood of the chosen response. Ignores everything else."""
-    _no_label_smoothing("sft", label_smoothing)
     return -chosen
-
-
-def _no_label_smoothing(name: str, label_smoothing: float) -> None:
-    if label_smoothing:
-        raise ValueError(f"{name} has no label smoothing, got {label_smoothing}; dpo and robust have")
 
 
 LOSSES = {"dpo": dpo, "ipo": ipo, "hinge": hinge, "robust": robust, "sft": sft}
 MEAN_LOGPS = {"ipo"}  # fed with means over tokens instead of sums
+SMOOTHED = {"dpo", "robust"}  # take label smoothing
 
 
 def pair_losses(loss: str, logps: Tensor, ref: Tensor | None, tokens: Tensor, beta: float,
                 label_smoothing: float = 0.0) -> Tensor:
     """(P, 2) summed log-probs of policy and reference, nats, and token counts -> (P,): the loss of each pair.
 
-    Columns are chosen and rejected. Only `sft` does without the second column, and without a reference.
+    Columns are chosen and rejected. Only `sft` does without the second column, and without a reference. Raises
+    ValueError for label smoothing of a loss that has none.
     """
+    if label_smoothing and loss not in SMOOTHED:
+        raise ValueError(f"{loss} has no label smoothing, got {label_smoothing}; {' and '.join(sorted(SMOOTHED))} have")
     if loss in MEAN_LOGPS:
         logps, ref = logps / tokens, ref / tokens
     chosen, rejected = logps[:, 0], logps[:, 1] if logps.shape[1] > 1 else None
     ref_chosen, ref_rejected = (None, None) if ref is None else ref.unbind(1)
-    return LOSSES[loss](chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing)
+    smoothing = (label_smoothing,) if loss in SMOOTHED else ()
+    return LOSSES[loss](chosen, rejected, ref_chosen, ref_rejected, beta, *smoothing)
 
 
 def loss_divisor(loss: str, chosen_tokens: list[int]) -> int:

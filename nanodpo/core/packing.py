@@ -1,11 +1,11 @@
-"""Lays groups of [prompt | response | response ...] into padding-free rows. Torch only.
+"""Lays groups of [prompt | response | response ...] into batches without padding. Torch only.
 
-Shapes: S sequences (a prompt with one response), N scored tokens, T row length, B batch (1 when packed).
+Shapes: S sequences (a prompt with one response), N scored tokens, B lines of a batch (1 when packed), T their length.
 
-A group is a prompt with any number of responses. In a packed row the prompt stands once, its responses follow, the next
-group follows them; positions restart at len(prompt) for each response. Nothing is padded, shifted or masked: for each
-scored token a batch says where it is predicted (`predictors`), what it is (`targets`) and whose it is (`sequence`). The
-first token of *every* response is predicted by the last token of the prompt.
+A group is a prompt with any number of responses. In a packed batch the prompt stands once, its responses follow, the
+next group follows them; positions restart at len(prompt) for each response. Nothing is padded, shifted or masked: for
+each scored token a batch says where it is predicted (`predictors`), what it is (`targets`) and whose it is
+(`sequence`). The first token of *every* response is predicted by the last token of the prompt.
 """
 
 import dataclasses
@@ -16,20 +16,35 @@ from torch import Tensor
 Group = tuple[list[int], list[list[int]]]  # prompt ids, ids of each response
 
 
+class OnDevice:
+    """A record of tensors, and of records like this one, that moves as a whole."""
+
+    def to(self, device: torch.device):
+        """The same record on `device`. A copy to a GPU starts from pinned memory, so that nobody waits for it."""
+        moved = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                pinned = value.pin_memory() if device.type == "cuda" and not value.is_cuda else value
+                moved[name] = pinned.to(device, non_blocking=True)
+            elif isinstance(value, OnDevice):
+                moved[name] = value.to(device)
+        return dataclasses.replace(self, **moved)
+
+
 @dataclasses.dataclass
-class Segments:
-    """Where the sequences of a packed row lie, for attention. Tensors are int32 or int64 on the row's device."""
+class Segments(OnDevice):
+    """Where the sequences of a packed batch lie, for attention. Tensors are int32 or int64."""
 
     spans: list[tuple[int, int, int, int]]  # a sequence each: prompt start, prompt end, response start, response end
     cu_q: Tensor  # (S+1,) borders of the queries: prompt and first response are one stretch, any other response its own
     cu_k: Tensor  # (S+1,) borders of the keys: each stretch sees its prompt and itself
-    keys: Tensor  # (K,) row positions of the keys in that order
+    keys: Tensor  # (K,) positions of the keys in the batch, in that order
     max_q: int
     max_k: int
 
 
 @dataclasses.dataclass
-class Batch:
+class Batch(OnDevice):
     """One forward pass: a micro-batch.
 
     `predictors` index the B*T hidden states, flattened; `segments` is None in a plain layout (one sequence a line).
@@ -43,27 +58,9 @@ class Batch:
     n_sequences: int
     segments: Segments | None
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; from pinned memory the copy does not wait."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin(self) -> "Batch":
-        return _map_tensors(self, Tensor.pin_memory)
-
-
-def _map_tensors(record, change):
-    changed = {}
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        if isinstance(value, Tensor):
-            changed[field.name] = change(value)
-        elif isinstance(value, Segments):
-            changed[field.name] = _map_tensors(value, change)
-    return dataclasses.replace(record, **changed)
-
 
 def pack(groups: list[Group]) -> Batch:
-    """All groups in one row without padding, each prompt once.
+    """All groups in one line without padding, each prompt once.
 
     >>> batch = pack([([7, 8], [[1, 2], [3]])])     # prompt 7 8, responses "1 2" and "3"
     >>> batch.input_ids.tolist(), batch.position_ids.tolist()
@@ -102,15 +99,12 @@ def _segments(spans) -> Segments:
     keys = [torch.cat([torch.arange(*span[:2]), torch.arange(*span[2:])]) for span in spans]
     q_lengths = [r1 - (p0 if r0 == p1 else r0) for p0, p1, r0, r1 in spans]  # the first response brings the prompt
     k_lengths = [len(k) for k in keys]
-    return Segments(spans, _borders(q_lengths), _borders(k_lengths), torch.cat(keys), max(q_lengths), max(k_lengths))
-
-
-def _borders(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (q_lengths, k_lengths))
+    return Segments(spans, cu_q, cu_k, torch.cat(keys), max(q_lengths), max(k_lengths))
 
 
 def pad(groups: list[Group]) -> Batch:
-    """One sequence a line, the prompt repeated, padded on the right: for models that can't share a row.
+    """One sequence a line, the prompt repeated, padded on the right: for models that can't share a line.
 
     The padding needs no mask: no token of a causal model sees what follows it, and no padding is scored.
     """

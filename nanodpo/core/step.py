@@ -11,10 +11,19 @@ from torch import Tensor
 from .packing import LAYOUTS, Batch, Group
 
 
+def groups_of(examples: list, sides: list[str]) -> list[Group]:
+    """The group of each example: its `prompt` ids, and the ids of these sides of it, e.g. its `chosen`."""
+    return [(example.prompt, [getattr(example, side) for side in sides]) for example in examples]
+
+
+def count_tokens(groups: list[Group]) -> int:
+    """Prompts and responses, together; a prompt that responses share counts once."""
+    return sum(len(prompt) + sum(map(len, responses)) for prompt, responses in groups)
+
+
 def make_batch(groups: list[Group], layout: str, device: torch.device) -> Batch:
-    """One forward pass for all groups, in a layout of packing.py, on `device`; a copy to a GPU does not wait."""
-    batch = LAYOUTS[layout](groups)
-    return (batch.pin() if device.type == "cuda" else batch).to(device)
+    """One forward pass for all groups, in a layout of packing.py, on `device`."""
+    return LAYOUTS[layout](groups).to(device)
 
 
 def token_counts(groups: list[Group], device: torch.device) -> Tensor:

@@ -21,16 +21,6 @@ class Example:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected or ()))
 
 
-def groups_of(examples: list[Example], sides: list[str]) -> list[tuple[list[int], list[list[int]]]]:
-    """(prompt ids, [ids of each side]) of each example: what core/packing.py takes."""
-    return [(example.prompt, [getattr(example, side) for side in sides]) for example in examples]
-
-
-def count_tokens(examples: list[Example], sides: list[str]) -> int:
-    """Prompts and these sides, together; a prompt that sides share counts once."""
-    return sum(len(prompt) + sum(map(len, responses)) for prompt, responses in groups_of(examples, sides))
-
-
 def too_long(example: Example, max_prompt: int | None, limit: int, max_length: int | None) -> str | None:
     """Which limit an example breaks, or None. `limit` is max_length or, without one, the model's context."""
     if max_prompt and len(example.prompt) > max_prompt:

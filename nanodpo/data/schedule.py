@@ -16,6 +16,12 @@ def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
+def steps_of(max_steps: int, epochs: float, steps_per_epoch: int) -> int:
+    """How many steps a run has: `max_steps`, or where that is not above 0 so many epochs, the last step begun."""
+    # 1.1 * 50 is a little above 55 in floating point.
+    return max_steps if max_steps > 0 else math.ceil(round(epochs * steps_per_epoch, 6))
+
+
 def pairs_of_step(n: int, pairs_per_step: int, seed: int, step: int) -> list[int]:
     """Indices of step `step`, from 0. The last step of an epoch takes what is left: no pair comes twice in one."""
     epoch, window = divmod(step, math.ceil(n / pairs_per_step))

@@ -1,6 +1,6 @@
 """Models: opened with nothing missing, adapted, made cheaper without another number, and checked.
 
 Read source (a model or adapter, before its weights), loading (weights and LoRA, and which policy is the reference) and
-adapters. What runs in every step is precision (--bf16), lora (its term in one product), gated (MLPs that keep less) and
+adapters. What runs in every step is precision (--bf16), layers (LoRA's term in one product, MLPs that keep less) and
 recompute (layers that backward computes again); selfcheck compares the result with the model as it came.
 """

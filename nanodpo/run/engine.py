@@ -1,9 +1,8 @@
-"""The DeepSpeed engine around the log-prob module: its settings, its making, its update."""
+"""The DeepSpeed engine around the log-prob module: its settings and its making."""
 
 import dataclasses
 import functools
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -139,15 +138,15 @@ def build(model, args, settings: dict, device, longest: int) -> Built:
     the layout that gives this model's own log-probs. `longest`: tokens of the longest sequence."""
     import deepspeed  # all slow to import, and --help and wrong input don't need them
 
-    from ..model import gated, lora, selfcheck
+    from ..model import layers, selfcheck
     from ..model.recompute import ByNeed, Recompute, sample
 
     stage = settings["zero_optimization"].get("stage", 0)
     product = products(args.bf16, device)
     if args.bf16:
         mix(model, product)
-    lora.fuse(model, in_place=stage < 3)
-    gated.keep_less(model)
+    layers.fuse_lora(model, in_place=stage < 3)
+    layers.keep_less(model)
     if args.gradient_checkpointing or args.activation_memory:
         recompute = Recompute(model, stage)
         recompute.use("full")
@@ -169,24 +168,6 @@ def build(model, args, settings: dict, device, longest: int) -> Built:
         module.register_forward_pre_hook(by_need.before_forward)
         distributed.say(f"activations: {memory.gib(room)}; {by_need}")
     return Built(engine, layout, attention)
-
-
-def set_learning_rate(engine, rate: float) -> None:
-    """Of the next update."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-
-
-def take_step(engine) -> tuple[float, bool]:
-    """(the gradient's global norm before clipping, over all ranks; whether the update was made)."""
-    if engine.zero_optimization_stage():
-        engine.step()  # leaves weights and moments as they are where the norm is not finite
-        return float(engine.get_global_grad_norm()), engine.was_step_applied()
-    # Without ZeRO DeepSpeed keeps no norm, and steps whatever it is.
-    grads = [p.grad.double().square().sum() for p in engine.module.parameters() if p.grad is not None]
-    norm = torch.stack(grads).sum().sqrt().item()
-    engine.step() if math.isfinite(norm) else engine.zero_grad()
-    return norm, math.isfinite(norm)
 
 
 def end_prefetch(engine) -> None:

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import RunStopped
+from ..errors import Preempted, RunStopped
 from ..ranks import distributed
 from .memory import describe, shortage_named
 
@@ -30,9 +30,10 @@ class StepGuard:
         out before a micro-batch and is answered while it is computed."""
         for indices, weight in micro_batches:
             self.indices = indices
-            self.stop.ask()
+            answer = distributed.ask(self.stop.name is not None)
             yield indices, weight
-            self.stop.hear()
+            if answer():
+                raise Preempted(self.stop.farewell)
 
     def finite(self, indices: list[int], logps: Tensor, losses: Tensor) -> Tensor:
         """(P,) losses as they are. A pair whose log-probs or loss are not finite is remembered and made NaN: so is the

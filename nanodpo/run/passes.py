@@ -5,8 +5,8 @@ import time
 import torch
 
 from ..core.losses import pair_losses
-from ..core.step import make_batch, response_logps, token_counts
-from ..data.example import Example, count_tokens, groups_of
+from ..core.step import count_tokens, groups_of, make_batch, response_logps, token_counts
+from ..data.example import Example
 from ..data.schedule import micro_batches_of, pairs_of_step
 from ..data.tokens import DataSet
 from ..folder import record, reference, state
@@ -86,7 +86,7 @@ def measure_noise(run: Run) -> dict[str, float]:
 def dry_run(run: Run) -> None:
     """The longest micro-batch forward, backward and an update, with nothing written; says what the run will take."""
     args, sides = run.args, PAIR[:1] if run.args.loss == "sft" else PAIR
-    longest = sorted(run.train_set.examples, key=lambda example: -count_tokens([example], sides))
+    longest = sorted(run.train_set.examples, key=lambda example: -count_tokens(groups_of([example], sides)))
     examples = longest[: args.per_device_train_batch_size]
     groups, began = groups_of(examples, sides), time.perf_counter()
     distributed.say(f"dry run on {memory.describe(examples)}")

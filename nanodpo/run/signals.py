@@ -33,7 +33,7 @@ class Stop:
     """What this process was told. Until `wait` is called, a signal ends it at once: there is nothing to save yet."""
 
     def __init__(self):
-        self.name, self.since, self.waiting, self.before, self.answer = None, 0.0, False, {}, None
+        self.name, self.since, self.waiting, self.before = None, 0.0, False, {}
         self.outlook = lambda: "; the same command starts again"
         self._urgent, self._raised, self._over = False, False, False
         self._overdue, self._lock = 0.0, threading.RLock()
@@ -78,16 +78,7 @@ class Stop:
 
     def check(self) -> None:
         """Raises Preempted on all ranks where one was told to stop. All ranks must call it."""
-        self.ask()
-        self.hear()
-
-    def ask(self) -> None:
-        """Begins a check that `hear` ends: ranks that are not at the same place need not wait for each other yet."""
-        self.answer = distributed.ask(self.name is not None)
-
-    def hear(self) -> None:
-        """Raises Preempted where the answer is yes."""
-        if self.answer():
+        if distributed.ask(self.name is not None)():
             raise Preempted(self.farewell)
 
     def _told(self, number: int, frame) -> None:

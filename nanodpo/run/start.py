@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..data import inspection
-from ..data.schedule import epoch_order
+from ..data.schedule import epoch_order, steps_of
 from ..data.template import read_template
 from ..data.tokens import DataSet, load_dataset
 from ..errors import UserError
@@ -68,19 +69,17 @@ class Run(Start):
     random: dict | None = None  # random numbers as they were before this step
     lock: object = None  # an open file
 
-    @property
+    @functools.cached_property
     def pairs_per_step(self) -> int:
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.world
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.train_set.examples) / self.pairs_per_step)
 
-    @property
+    @functools.cached_property
     def steps(self) -> int:
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return math.ceil(round(self.args.num_train_epochs * self.steps_per_epoch, 6))  # 1.1 * 50 is a little above 55
+        return steps_of(self.args.max_steps, self.args.num_train_epochs, self.steps_per_epoch)
 
     @property
     def fresh_lora(self) -> bool:

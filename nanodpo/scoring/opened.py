@@ -75,7 +75,7 @@ class Opener:
         self.checked.add((run, key))
 
     def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool) -> Opened:
-        from ..model import gated, lora, selfcheck  # slow to import, with transformers' models
+        from ..model import layers, selfcheck  # slow to import, with transformers' models
 
         product = products(bf16, self.device)
         model = open_base(base, stored(bf16, frozen=adapter is not None), checkpoint.settings.trust_remote_code)
@@ -85,8 +85,8 @@ class Opener:
         model = add_adapter(model, adapter)
         if bf16:
             mix(model, product)
-        lora.fuse(model)
-        gated.keep_less(model)
+        layers.fuse_lora(model)
+        layers.keep_less(model)
         model.requires_grad_(False)
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         module = SequenceLogProbs(model).to(self.device).eval()
