@@ -71,7 +71,7 @@ def launch(*arguments, ranks: int = 1, launcher: str = "python", check: bool = T
     """Runs a script as a user would ("python", which is torchrun for several ranks, "deepspeed", "torchrun"), or by
     "fork". Returns the finished process, its output as text; of forks both kinds of it in both."""
     if launcher == "fork":
-        codes, said = fork(*arguments, ranks=ranks)
+        codes, said = fork(*arguments, ranks=ranks, cwd=cwd)
         done = subprocess.CompletedProcess(arguments, max(codes), said, said)
     else:
         port = str(20000 + (os.getpid() * 7 + next(NUMBERS) * 13) % 20000)  # side by side with other test processes
@@ -99,11 +99,11 @@ def fork_server() -> tuple[subprocess.Popen, Path]:
     return server, Path(folder.name)
 
 
-def fork(*arguments, ranks: int = 1) -> tuple[list[int], str]:
+def fork(*arguments, ranks: int = 1, cwd=ROOT) -> tuple[list[int], str]:
     """A script on ranks that are forks, which start ten times as fast: exit codes by rank, and what all printed."""
     server, folder = fork_server()
     log = folder / f"{next(NUMBERS)}.log"
-    server.stdin.write(json.dumps([[str(x) for x in arguments], ranks, str(log)]) + "\n")
+    server.stdin.write(json.dumps([[str(x) for x in arguments], ranks, str(log), str(cwd)]) + "\n")
     server.stdin.flush()
     return json.loads(server.stdout.readline()), log.read_text()
 

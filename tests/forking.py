@@ -1,5 +1,6 @@
-"""Starts ranks by fork for the tests: a line of JSON in, [arguments, ranks, log]; a line of exit codes out."""
+"""Starts ranks by fork for the tests: a line of JSON in, [arguments, ranks, log, folder]; a line of exit codes out."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,14 +11,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
 
-def run(arguments: list[str], ranks: int, log: str) -> list[int]:
+def run(arguments: list[str], ranks: int, log: str, folder: str) -> list[int]:
     from faults import EXITS, ended, fork, wait_until
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     EXITS.clear()
-    pids = [fork(arguments, Path(log), rank, ranks, port) for rank in range(ranks)]
+    with contextlib.chdir(folder):
+        pids = [fork(arguments, Path(log), rank, ranks, port) for rank in range(ranks)]
     wait_until(pids, lambda: any(ended(pids)), 300)
     wait_until(pids, lambda: None not in ended(pids), 20)
     for pid in (pid for pid, code in zip(pids, ended(pids)) if code is None):  # as a launcher would

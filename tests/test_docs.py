@@ -1,11 +1,14 @@
-"""The pages of docs/ are true: their code runs, and prints what they show."""
+"""The pages are true: their code and their commands run, and print what they show."""
 
 import contextlib
 import io
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
+import pandas
 import pytest
 from conftest import launch
 
@@ -15,9 +18,25 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+# Commands that other tests run as they stand: the default run, the page on one step, the experiment.
+ELSEWHERE = {"deepspeed train.py": "tests/test_examples.py", "python -m pytest": "all of them",
+             "python examples/forward_reverse.py --output_dir out --seeds 3": "tests/test_forward_reverse.py",
+             "ruff check .": "the linter itself"}
+SHORT = {"train.py": ["--max_steps", "1", "--draw", "false", "--cache_dir", "cache"],
+         "score.py": ["--max_new_tokens", "3"]}
+
+
 def blocks(page: str) -> list[tuple[str, str]]:
     """(language, text) of each fenced block."""
-    return BLOCK.findall((ROOT / "docs" / page).read_text())
+    return BLOCK.findall((ROOT / page).read_text())
+
+
+def commands(page: str) -> list[str]:
+    """The command lines of a page, without comments, environment and what is chained before them."""
+    lines = [line for kind, text in blocks(page) if kind == "bash" for line in text.replace("\\\n", " ").splitlines()]
+    plain = [shlex.join(shlex.split(line.rpartition(" && ")[2], comments=True)) for line in lines if line.strip()]
+    return [line.removeprefix(".venv/bin/") for line in plain]
 
 
 def same_but_for_rounding(printed: str, shown: str) -> bool:
@@ -31,7 +50,7 @@ def same_but_for_rounding(printed: str, shown: str) -> bool:
 def test_one_step_prints_what_it_shows_and_is_what_training_does(tmp_path, monkeypatch):
     """The page's own update of one pair, and train.py's, give the same numbers."""
     monkeypatch.chdir(ROOT)
-    names, page = {}, blocks("one_step.md")
+    names, page = {}, blocks("docs/one_step.md")
     for (kind, code), (below, shown) in zip(page, page[1:]):
         if kind == "python":
             assert not below, "a block of Python without what it prints"
@@ -50,3 +69,21 @@ def test_one_step_prints_what_it_shows_and_is_what_training_does(tmp_path, monke
     expected = pair_metrics(names["after"], names["ref"], names["tokens"], names["beta"])
     for name in expected.keys() - {"ref_gap"}:
         assert second[name] == pytest.approx(expected[name].item(), rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_every_command_runs_as_it_stands(tiny, tmp_path):
+    """In one folder, one after the other: M is a model there, pairs.parquet its data, and a run is cut to one step."""
+    shutil.copytree(tiny / "model", tmp_path / "M")
+    pandas.read_json(tiny / "train.jsonl", lines=True).to_parquet(tmp_path / "pairs.parquet")
+    launch(ROOT / "train.py", "--model_name", "M", "--train_file_path", "pairs.parquet", "--eval_size", "4",
+           *SHORT["train.py"], launcher="fork", cwd=tmp_path)
+    found = dict.fromkeys(command for page in PAGES for command in commands(page) if page != "docs/one_step.md")
+    assert len(found) > 8
+    for program, *words in (shlex.split(command) for command in found.keys() - ELSEWHERE.keys()):
+        if words[:2] == ["-m", "pytest"]:
+            assert launch("-m", "pytest", "--collect-only", *words[2:], "tests/test_packing.py").stdout
+            continue
+        script, *flags = words
+        assert program in ("python", "deepspeed") and (ROOT / script).is_file(), words
+        launch(ROOT / script, *flags, *SHORT.get(script, ()), launcher="fork", cwd=tmp_path)
