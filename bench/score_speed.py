@@ -130,7 +130,7 @@ def plainly(args, adapters: list[Path], groups: list) -> tuple[float, dict]:
 
 def by_score(args, adapters: list[Path], out: Path, folder: Path) -> tuple[float, None]:
     """Seconds of score.py's own work in a process of its own, from its last import to its last file."""
-    code = ("import sys, time, transformers, peft, datasets, score, nanodpo.selfcheck, nanodpo.figures.drawing; "
+    code = ("import sys, time, transformers, peft, datasets, score, nanodpo.model.selfcheck, nanodpo.figures.drawing; "
             "began = time.perf_counter(); "
             "score.main(sys.argv[1:]); print('seconds', time.perf_counter() - began)")
     done = subprocess.run([sys.executable, "-c", code, *map(str, adapters), "--dataset_path",

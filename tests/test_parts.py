@@ -57,7 +57,7 @@ def no_figures(monkeypatch):
 def work(monkeypatch):
     """Counts what is computed: tokens that are scored, pairs whose gradients are taken, answers."""
     done = {"tokens": 0, "pairs": 0, "answers": 0}
-    measures, gradients, greedy = score.token_measures, score.pair_gradients, score.answers.greedy
+    measures, gradients, greedy = score.token_measures, score.gradient_products, score.answers.greedy
 
     def count(name, function, how_many):
         def counted(*args):
@@ -66,7 +66,7 @@ def work(monkeypatch):
         return counted
 
     monkeypatch.setattr(score, "token_measures", count("tokens", measures, lambda args: len(args[1].targets)))
-    monkeypatch.setattr(score, "pair_gradients", count("pairs", gradients, lambda args: 1))
+    monkeypatch.setattr(score, "gradient_products", count("pairs", gradients, lambda args: 1))
     monkeypatch.setattr(score.answers, "greedy", count("answers", greedy, lambda args: len(args[1])))
     return done
 
@@ -102,7 +102,7 @@ def test_one_response_more_scores_that_one_alone(run, tmp_path, work):
     assert lines[lines.response != "third"].logps.tolist() == pytest.approx(before[0]["scores.parquet"].logps.tolist())
 
 
-@pytest.mark.parametrize("flags, place", [((), "token_measures"), (("--gradients",), "pair_gradients")])
+@pytest.mark.parametrize("flags, place", [((), "token_measures"), (("--gradients",), "gradient_products")])
 def test_a_stop_within_a_checkpoint_loses_one_micro_batch(run, tmp_path, work, monkeypatch, flags, place):
     """Stopped before each row of each checkpoint: as many are scored in all as if nobody had stopped it."""
     flags = [run, "--responses", "chosen", "rejected", "--max_tokens", "1", *flags]
@@ -263,6 +263,6 @@ def test_what_another_device_or_library_computed_is_not_taken(monkeypatch):
         monkeypatch.setattr(runs, "device_name", lambda _, name=device: name)
         monkeypatch.setattr(runs, "versions", lambda number=version: {"torch": number})
         runs.machine.cache_clear()
-        keys.append(runs.Checkpoint("r", "dpo", 0, "r/checkpoint-0", settings, contents=files, base=files).key(False))
+        keys.append(runs.Checkpoint("r", "dpo", 0, "r/checkpoint-0", settings, contents=files, base=files).key)
     runs.machine.cache_clear()
     assert len({*keys}) == 3

@@ -22,7 +22,7 @@ from nanodpo.core.losses import LOSSES
 from nanodpo.data.example import Example
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.errors import RankStopped, UserError, run_script
-from nanodpo.scoring import means, responses, scores
+from nanodpo.scoring import means, responses, tables
 from nanodpo.scoring import opened as models_of
 from nanodpo.scoring.runs import open_targets
 
@@ -51,7 +51,7 @@ def table(run, tmp_path_factory):
 def test_scores_are_those_of_plain_transformers(run, table, tiny):
     """Each response under each checkpoint, opened by plain PEFT, one sequence at a time, to 1e-6."""
     pairs = oracle.read_pairs(tiny / "train.jsonl")
-    assert len(table) == 4 * 11 * 4 and list(table.columns) == scores.COLUMNS
+    assert len(table) == 4 * 11 * 4 and list(table.columns) == tables.COLUMNS
     for step in (0, 3):
         model = oracle.load(run / f"checkpoint-{step}", tiny / "model").eval()
         here = table[table.step == step].set_index(["row", "response"])
@@ -244,7 +244,7 @@ def test_rows_that_fail_are_listed_and_in_no_mean(run, tiny, tmp_path, monkeypat
 
 @pytest.mark.parametrize("place, flags, words", [
     ("token_measures", (), "scoring under .*checkpoint-0 on rows 7 .13.26.30 tokens., .*"),
-    ("pair_gradients", ("--gradients",), "the gradients under .*checkpoint-0 on rows .*tokens"),
+    ("gradient_products", ("--gradients",), "the gradients under .*checkpoint-0 on rows .*tokens"),
     ("answer_greedily", ("--answers", "2"), "scoring; "),
     ("answers.greedy", ("--answers", "2"), "the greedy answers of .*checkpoint-0; ")])
 def test_memory_that_is_short(place, flags, words, run, tiny, tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_libraries_use_the_gpu_that_was_named(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", named.append)
-    assert score.open_device(SimpleNamespace(gpu_id=1)) == torch.device("cuda", 1) and named == [1]
+    assert models_of.open_device(-1, gpu_id=1) == torch.device("cuda", 1) and named == [1]
 
 
 def test_a_bare_model_reads_data_as_told(tiny, tmp_path):

@@ -1,4 +1,4 @@
-"""Greedy answers, and whether they are right: what the model says, beside how likely it finds what others said."""
+"""Makes greedy answers, and checks them: a model's own words, beside how likely it finds those of others."""
 
 import re
 
@@ -14,8 +14,8 @@ NAMED = re.compile(r"answer(?:s?\s+(?:is|are))?[^\w<.]*?" + NUMBER + r"(?!\w)", 
 @torch.no_grad()
 def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[int], budget: int,
            told=lambda count: None) -> list[list[int]]:
-    """The likeliest token after each prompt, again and again: to one of `ends`, which is included, to `most` tokens, or
-    to `limit` tokens with the prompt.
+    """Takes the likeliest token after each prompt, again and again: to one of `ends`, which is included, to `most`
+    tokens, or to `limit` tokens with the prompt.
 
     Prompts of one batch are padded on the left; a batch holds about `budget` tokens. `told` hears how many prompts
     were answered just now.
@@ -53,7 +53,7 @@ def thinks(text: str) -> bool:
 
 
 def final_answer(text: str, marked: bool = False) -> str | None:
-    r"""What a response answers, after its thinking: its last \boxed{...}; else the number that it ends with; else the
+    r"""The answer of a response, after its thinking: its last \boxed{...}; else the number that it ends with; else the
     number right after its last "answer" ("The answer is 12 apples"); else None, since any other number may be anything.
 
     `marked`: thinking that never ends is no answer.
@@ -81,7 +81,7 @@ def final_answer(text: str, marked: bool = False) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    """What is in the \\boxed{...} that opens last, of those that are closed."""
+    """The content of the \\boxed{...} that opens last, of those that are closed."""
     opened, found = [], None
     for mark in re.finditer(r"\\boxed\{|(?<!\\)[{}]", text):
         if mark[0] != "}":
@@ -99,3 +99,19 @@ def repetition(ids: list[int], n: int = 4) -> float:
     """
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def check_answers(data, answers: dict[int, list[int]]) -> list[dict]:
+    """A line for each row of a ResponseSet whose answer is known: a checkpoint's answer, by row, and whether it is
+    right."""
+    lines, decode = [], data.template.tokenizer.decode
+    for i, example in enumerate(data.examples):
+        if example.row in answers and (known := data.expected(i)):
+            ids, (expected, marked) = answers[example.row], known
+            text = decode(ids)
+            found = final_answer(text, marked)
+            lines.append(data.key_of(i) | {
+                "found": found, "expected": expected, "correct": found == expected,
+                "ended": not {*data.ends}.isdisjoint(ids[-1:]), "tokens": len(ids), "repetition": repetition(ids),
+                "text": text, "prompt_end": decode(example.prompt)[-300:]})
+    return lines

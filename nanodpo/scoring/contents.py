@@ -1,12 +1,18 @@
-"""Hashes the files under a model's name: the same weights in another place are the same."""
+"""Hashes what a number depends on: the files of a model, wherever they lie, and any values."""
 
 import hashlib
+import json
 from pathlib import Path
 
 from ..errors import UserError, first_line
 from ..folder.atomic import check_whole, file_facts
 
 KINDS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.py")  # weights, settings, tokenizer, code
+
+
+def hash_of(value) -> str:
+    """A hash of lists, texts and numbers."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 class Contents:
@@ -36,7 +42,7 @@ class Contents:
         self.stamps = found
 
     def _stamps(self) -> dict[str, tuple]:
-        """What the file system says of each file, which changes when somebody writes to one; empty for no model."""
+        """Each file's size, times and number, which change when somebody writes to it; empty for no model."""
         try:
             if not any((self.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
                 return {}

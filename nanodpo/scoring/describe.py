@@ -13,11 +13,12 @@ MEASURED = ("logps", "argmax_logps", "entropy", "argmax_mass", "implausible_mass
 NAMES = ("mean_logps", *MEASURED[1:])
 
 
-def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict], pieces, tokens: bool) -> dict:
-    """{table: lines} of one row; of "tokens" a table a response. `row` has what tells it from others: row and problem.
+def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict], token_texts, tokens: bool) -> dict:
+    """{table: lines} of one row; of "tokens", where asked for, a table a response. `row` has the columns that tell it
+    from others, row and problem.
 
-    `found[kind]` has "logps" (the sum, nats), "states" (D,) and "tokens", {measure: (n,)}. `pieces` turns
-    token ids into their texts. A response whose sum is not finite keeps its place without numbers.
+    `found[kind]` has "logps" (the sum, nats), "states" (D,) and "tokens", {measure: (n,)}. `token_texts` turns token
+    ids into their texts. A response whose sum is not finite keeps its place without numbers.
     """
     out = {"scores": [], "sections": [], "tokens": [], "failed": [], "pairs": []}
     pair = "chosen" in responses and "rejected" in responses
@@ -31,7 +32,7 @@ def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict],
         more = {"argmax_mass": np.exp(measures["argmax_logps"]), "accuracy": measures["rank"] == 1}
         table = np.zeros((len(MEASURED), len(ids) + 1))
         table[:, :-1] = [(measures | more)[name] for name in MEASURED]
-        texts = pieces(ids)
+        texts = token_texts(ids)
         parts = sections(len(ids), shared if kind in ("chosen", "rejected") else None, answer_start(texts))
         whole, *means = _means(table, [range(len(ids)), *parts.values()])
         out["scores"].append(key | {"tokens": len(ids), "logps": logps} | whole)

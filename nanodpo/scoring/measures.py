@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..core.logprobs import chunk_logps
+from ..core.packing import Batch
 
 IMPLAUSIBLE = 1e-3
 FLOOR = -1e4  # below it exp is 0 in any precision, and 0 times it is 0, where 0 times -inf would be NaN
@@ -31,12 +32,12 @@ Sets = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def token_measures(module, row, plausible: Sets | None) -> tuple[dict[str, Tensor], Sets, Tensor]:
-    """A row -> (measures by name, (N,) each), the plausible tokens of each place, (S, D) float64 sums of states.
+def token_measures(module, batch: Batch, plausible: Sets | None) -> tuple[dict[str, Tensor], Sets, Tensor]:
+    """A batch -> (measures by name, (N,) each), the plausible tokens of each place, (S, D) float64 sums of states.
 
     Without `plausible` this model is the starting checkpoint: the sets are its own. `module` is a SequenceLogProbs.
     """
-    states, parts, sets = module.states(row), [], []
+    states, parts, sets = module.states(batch), [], []
     borders = None if plausible is None else torch.cat([plausible[0].new_zeros(1), plausible[0].cumsum(0)])
     for i in range(0, len(states), module.head.chunk):
         here = slice(i, i + module.head.chunk)
@@ -44,11 +45,11 @@ def token_measures(module, row, plausible: Sets | None) -> tuple[dict[str, Tenso
         if plausible is not None:
             counts, rest = plausible[0][here], plausible[1][here]
             known = counts, rest, *(side[borders[i] : borders[i + len(counts)]] for side in plausible[2:])
-        found, own = _measure(module.head.logits(states[here]), row.targets[here], known)
+        found, own = _measure(module.head.logits(states[here]), batch.targets[here], known)
         parts.append(found)
         sets.append(own)
     measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    lengths = row.sequence.bincount(minlength=row.n_sequences).tolist()
+    lengths = batch.sequence.bincount(minlength=batch.n_sequences).tolist()
     sums = torch.stack([part.double().sum(0) for part in states.split(lengths)])
     return measures, tuple(map(torch.cat, zip(*sets))), sums
 

@@ -1,6 +1,7 @@
-"""Checkpoints in memory, one at a time: a base is loaded once, and the adapters on it take turns."""
+"""Opens checkpoints, one at a time: a base is loaded once, and the adapters on it take turns. And the device for it."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from ..model.adapters import adapter_shape, adapter_weights, add_adapter, exchan
 from ..model.loading import base_hashes, check_base
 from ..model.precision import mix, products, stored
 from ..model.source import base_of
-from ..ranks.distributed import say
+from ..ranks import distributed
 
 
 @dataclasses.dataclass
@@ -29,6 +30,10 @@ class Opened:
     trained: list[nn.Parameter]  # LoRA weights, where gradients are wanted
 
     @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
     def model(self) -> nn.Module:
         """The transformers model, with the adapter inside."""
         model = self.module.model
@@ -38,9 +43,9 @@ class Opened:
 class Opener:
     """Opens checkpoints one after the other and keeps the last: its base serves the next adapter."""
 
-    def __init__(self, device: torch.device, bf16: bool, gradients: bool, longest: int):
-        """`bf16`: also where no run says so; `longest`: tokens of the longest sequence to be scored."""
-        self.device, self.bf16, self.gradients, self.longest = device, bf16, gradients, longest
+    def __init__(self, device: torch.device, gradients: bool, longest: int):
+        """`gradients`: LoRA weights are wanted; `longest`: tokens of the longest sequence to be scored."""
+        self.device, self.gradients, self.longest = device, gradients, longest
         self.last: Opened | None = None
         self.hashes: dict = {}  # of bases, by name and precision
         self.checked: set = set()  # runs and their bases
@@ -50,7 +55,7 @@ class Opener:
         if self.last and self.last.checkpoint is checkpoint:
             return self.last
         base, adapter = base_of(checkpoint.path)
-        wanted = base, adapter_shape(adapter), checkpoint.settings.bf16 or self.bf16
+        wanted = base, adapter_shape(adapter), checkpoint.settings.bf16
         if self.last and adapter and (self.last.base, self.last.shape, self.last.bf16) == wanted:
             exchange_adapter(self.last.module.model, adapter)
             self.last = dataclasses.replace(self.last, checkpoint=checkpoint)
@@ -65,11 +70,12 @@ class Opener:
 
     def _check_base(self, checkpoint, base: str) -> None:
         """Raises UserError where the base under a run's adapter is not the one that it was trained on."""
-        key, run = (base, checkpoint.settings.bf16), Path(checkpoint.path).parent
+        trained_in = checkpoint.recorded.bf16
+        key, run = (base, trained_in), Path(checkpoint.path).parent
         if (run, key) in self.checked:
             return
         if key not in self.hashes:  # scored in another precision than it was trained in
-            dtype = stored(checkpoint.settings.bf16, frozen=True)
+            dtype = stored(trained_in, frozen=True)
             self.hashes[key] = base_hashes(open_base(base, dtype, checkpoint.settings.trust_remote_code))
         check_base(self.hashes[key], base, checkpoint.settings.record, run)
         self.checked.add((run, key))
@@ -91,5 +97,16 @@ class Opener:
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         module = SequenceLogProbs(model).to(self.device).eval()
         layout, attention = selfcheck.choose_layout(module, self.device, product, False, self.longest)
-        say(f"{base}: {selfcheck.describe(layout, attention)}")
+        distributed.say(f"{base}: {selfcheck.describe(layout, attention)}")
         return Opened(checkpoint, base, shape, bf16, module, layout, attention, own, trained)
+
+
+def open_device(local_rank: int, gpu_id: int | None) -> torch.device:
+    """This rank's device; ranks only meet where a launcher started them."""
+    if "RANK" in os.environ:
+        return distributed.start(local_rank)
+    distributed.spare_memory()
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(gpu_id or 0)  # what libraries put on "cuda" goes there too
+    return torch.device("cuda", gpu_id or 0)

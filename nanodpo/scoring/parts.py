@@ -1,8 +1,8 @@
 """Keeps the results of a scoring in <output_dir>/parts, so that the next one goes on from them.
 
 A part is a folder with the tables of some rows under one checkpoint. Its manifest.json has the size and hash of every
-file, and what it holds: {key: rows}, where a key is a hash of everything that could change a number (needs.py). A part
-that is no longer what was written counts as not done.
+file, and what it holds: {key: rows}, where a key is a hash of everything that could change a number (plan.py). It may
+have lines of more rows than that. A part that is no longer what was written counts as not done.
 """
 
 import contextlib
@@ -130,6 +130,11 @@ class Parts:
                     here &= lines["response"].isin(held["responses"])
                 found.append(lines[here])
         return pandas.concat(found, ignore_index=True) if found else pandas.DataFrame()
+
+    def answers(self, key: str, table: str) -> dict[int, list[int]]:
+        """{row: token ids of its greedy answer}."""
+        lines = self.read(key, table)
+        return {row: ids.tolist() for row, ids in zip(lines["row"], lines["ids"])} if len(lines) else {}
 
     def sets(self, key: str) -> dict[tuple[int, str], plausible.Sets]:
         """{(row, response): tokens that were found plausible}, kept beside the scores of a run's start."""

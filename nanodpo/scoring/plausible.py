@@ -35,7 +35,7 @@ def write(folder: Path, parts: list[Sets]) -> None:
 
 
 def read(folder: Path, lengths: list[int]) -> list[Sets]:
-    """What `write` wrote, for responses of so many tokens. Raises UserError for another file."""
+    """Reads a file of `write`, for responses of so many tokens. Raises UserError for another file."""
     try:
         sets = load_file(folder / NAME)
         return split(tuple(sets[name] for name in PARTS), lengths)

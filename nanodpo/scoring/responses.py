@@ -56,12 +56,6 @@ def make_groups(examples: list[Example], kinds: list[str], seed: int, limit: int
     return groups
 
 
-def add_greedy(groups: list[Group], kinds: list[str], answers: list[list[int]]) -> list[Group]:
-    """The groups with the greedy answers in their place among the kinds."""
-    both = [(prompt, responses | {GREEDY: ids}) for (prompt, responses), ids in zip(groups, answers)]
-    return [(prompt, {kind: said[kind] for kind in kinds if said.get(kind)}) for prompt, said in both]
-
-
 def batches(groups: list[Group], budget: int) -> list[list[int]]:
     """Indices of groups, longest first, cut into micro-batches of at most `budget` tokens and at least a group.
 

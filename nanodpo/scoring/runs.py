@@ -1,4 +1,5 @@
-"""Finds the checkpoints to score: those of runs, or any model or adapter, and the settings they were made with.
+"""Finds the checkpoints to score: those of runs, or any model or adapter, the settings they were made with, and a
+run's own data.
 
 A run's folder may come from somebody else. It decides how data are read and which base and data files are opened; it
 never decides that code is run: only the command line says trust_remote_code.
@@ -6,14 +7,17 @@ never decides that code is run: only the command line says trust_remote_code.
 
 import dataclasses
 import functools
+import glob
 import json
 import math
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+from ..data.rows import SUFFIXES
 from ..errors import UserError
 from ..files import read_text
 from ..folder.record import FREE, versions
@@ -21,7 +25,11 @@ from ..model.source import base_of
 from ..ranks.distributed import device_name
 from .contents import Contents
 
-# What a data set is read with where no run says otherwise.
+# Flags that say how data are read, with their choices; without them data are read as the run read its own.
+READING = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
+           "boundary": ["error", "concat"], "max_length": None, "max_prompt_length": None,
+           "overlong": ["error", "drop", "truncate"], "on_bad_row": ["error", "drop"]}
+# The settings of a model that comes from no run.
 DEFAULTS = {"loss": "", "prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
             "boundary": "error", "max_length": None, "max_prompt_length": None, "overlong": "error",
             "on_bad_row": "error", "beta": 0.1, "label_smoothing": 0.0, "bf16": False, "train_file_path": None,
@@ -38,20 +46,20 @@ class Checkpoint:
     phase: str  # the run's loss; empty for a bare model
     step: int
     path: str
-    settings: SimpleNamespace
-    recorded: SimpleNamespace | None = None  # the settings as the run's run.json has them, without the command line's
+    settings: SimpleNamespace  # those of the run, and what the command line says instead
+    recorded: SimpleNamespace | None = None  # those of the run alone
     contents: Contents | None = None  # its files as they were when it was named
     base: Contents | None = None  # the same of the model that it is an adapter on, or itself
 
-    def key(self, bf16: bool) -> str:
-        """All of a checkpoint that could change a number, wherever it lies: weights, precision, device, libraries.
-        `bf16`: also where no run says so."""
-        return " ".join([self.contents.key, self.base.key, "bf16" * (bf16 or self.settings.bf16), machine()])
+    @property
+    def key(self) -> str:
+        """All of a checkpoint that could change a number, wherever it lies: weights, precision, device, libraries."""
+        return " ".join([self.contents.key, self.base.key, "bf16" * self.settings.bf16, machine()])
 
 
 @functools.cache
 def machine() -> str:
-    """The device and the libraries, of which another one rounds otherwise."""
+    """The device and the libraries: another device or library rounds otherwise."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return f"{device_name(device)} {json.dumps(versions())}"
 
@@ -78,7 +86,7 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
 
 
 def find_bases(checkpoints: list[Checkpoint]) -> None:
-    """Finds out what the base of each checkpoint holds. Raises UserError for one that is not what was written."""
+    """Hashes the base of each checkpoint. Raises UserError for one that is not what was written."""
     bases = {}
     for checkpoint in checkpoints:
         base, adapter = base_of(checkpoint.path)
@@ -106,11 +114,6 @@ def newest_run(folder: Path) -> str:
     if not runs:
         raise UserError(f"{folder}/ holds no run; name one, or make one with train.py")
     return str(max(runs, key=lambda run: ((run / "run.json").stat().st_mtime, run.name)))
-
-
-def settings_of(target: str) -> SimpleNamespace:
-    """The settings of a run, or of a checkpoint's run; without a data file for a bare model. Raises UserError."""
-    return _open(target)[0].settings
 
 
 def _open(target: str) -> list[Checkpoint]:
@@ -158,14 +161,50 @@ def _right(key: str, value) -> bool:
         return value is None or isinstance(value, list) and all(type(row) is int for row in value)
     if key in ("beta", "label_smoothing"):
         return type(value) in (int, float) and (math.isfinite(value) if key == "beta" else 0 <= value < 0.5)
-    choices = {"boundary": ("error", "concat"), "overlong": ("error", "drop", "truncate"),
-               "on_bad_row": ("error", "drop")}
-    return value in choices[key] if key in choices else isinstance(value, str) or value is None and key != "loss"
+    if choices := READING.get(key):
+        return value in choices
+    return isinstance(value, str) or value is None and key != "loss"
+
+
+def own_rows(settings: SimpleNamespace) -> tuple[str, str | None, tuple[int, ...]]:
+    """(name, file, rows) of a run's own data; no rows are all rows. The file is None for a bare model."""
+    if settings.eval_file_path:
+        return "test", settings.eval_file_path, ()
+    return "test" if settings.held_out_rows else "train", settings.train_file_path, tuple(settings.held_out_rows or ())
+
+
+def own_data(target: str) -> tuple[str, str]:
+    """(name, file) of a run's held-out data, else of what it trained on. Raises UserError for a bare model."""
+    name, file, _ = own_rows(_open(target)[0].settings)
+    if not file:
+        why = "is no run, so --dataset_path is needed" if os.path.exists(target) else "no such run or folder"
+        raise UserError(f"{target}: {why}")
+    if file.endswith(SUFFIXES) and not os.path.isabs(file) and not glob.glob(file, recursive=True):
+        raise UserError(f"{file}: no such file; {target} names its data as seen from the folder where it was started: "
+                        "call score.py there")
+    return name, file
+
+
+def check_own(checkpoints: list[Checkpoint]) -> None:
+    """Raises UserError for runs with other data of their own: what one held out, another may have trained on.
+
+    Of bare models nothing is known; they are scored on the data of the run beside them.
+    """
+    found = {}
+    for checkpoint in checkpoints:
+        name, file, rows = own_rows(checkpoint.settings)
+        if file:
+            words = f"run {checkpoint.run}", f"{name}: {f'{len(rows)} held-out rows of ' if rows else ''}{file}"
+            found.setdefault((name, os.path.abspath(file), rows), words)
+    if len(found) > 1:
+        (first, its), (second, others) = list(found.values())[:2]
+        raise UserError(f"{first}'s own data ({its}) are not those of {second} ({others}): name data with "
+                        "--dataset_path, or score the runs in two calls")
 
 
 def noise_of(checkpoint: Checkpoint) -> dict[str, float]:
-    """What bfloat16's rounding does to one pair of a run, by metric, nats; empty where run.json says nothing of it.
-    Raises UserError where that is not what train.py writes."""
+    """How much bfloat16's rounding moves one pair of a run, by metric, nats; empty where run.json has no such numbers.
+    Raises UserError where train.py does not write such."""
     found = checkpoint.settings.record.get("noise") or {}
     if not isinstance(found, dict) or not all(type(x) in (int, float) and 0 <= x < math.inf for x in found.values()):
         file = Path(checkpoint.path).parent / "run.json"
@@ -174,8 +213,8 @@ def noise_of(checkpoint: Checkpoint) -> dict[str, float]:
 
 
 def recipe(record: dict) -> tuple[str, int | None]:
-    """What run.json says of everything that makes a run but its seed, as text, and the seed. Weights that the seed drew
-    and rows that it held out are part of the seed."""
+    """(everything in run.json that makes a run, but its seed, as text; the seed). Weights that the seed drew and rows
+    that it held out are part of the seed."""
     given = record["arguments"]
     kept = {name: value for name, value in given.items() if name not in FREE and name != "seed"}
     content = ["steps", "max_length", "world_size", *["weights"] * (not given.get("random_init")),

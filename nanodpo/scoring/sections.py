@@ -1,6 +1,6 @@
 """Parts of a response: tenths of its length, what a pair shares, thinking and answer. Positions are in tokens."""
 
-ANSWERS = ("<|im_start|>answer", "</think>")  # what ends the thinking in a transcript
+ANSWERS = ("<|im_start|>answer", "</think>")  # marks that end the thinking in a transcript
 
 
 def sections(length: int, shared: int | None, answer: int | None) -> dict[str, range]:
@@ -26,19 +26,19 @@ def shared_prefix(chosen: list[int], rejected: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
 
 
-def answer_start(pieces: list[str]) -> int | None:
+def answer_start(texts: list[str]) -> int | None:
     """Tokens as text -> the first one after the last mark of an answer.
 
     >>> answer_start(["two", "<|im_start|>", "answer", " 2"]), answer_start(["two"])
     (3, None)
     """
-    text = "".join(pieces)
+    text = "".join(texts)
     at = max(text.rfind(mark) + len(mark) if mark in text else -1 for mark in ANSWERS)
     if at < 0:
         return None
     done = 0
-    for i, piece in enumerate(pieces):
+    for i, token in enumerate(texts):
         if done >= at:
             return i
-        done += len(piece)
+        done += len(token)
     return None

@@ -181,7 +181,7 @@ def show(line: dict) -> str:
 
 
 def _words(line: dict) -> list[str]:
-    """What a verdict is of, then each of its names with the numbers that it is called by."""
+    """A heading (run, data set, steps, rows), then each of the verdict's names with the numbers behind it."""
     who = line["run"] if "run" in line else ", ".join(line["runs"])
     words = [f"{who} on {line['dataset']}, step {line['first']} to {line['last']}, over {line['over']}"]
     for rule in (rule for rule in RULES if rule.name in line["names"]):
@@ -249,7 +249,7 @@ def _of_answers(answers, first, last) -> dict[str, dict]:
 
 
 def _over(stats: dict) -> str:
-    """What an interval is over, in words."""
+    """The rows that an interval is over, in words."""
     rows = f"{stats['n']} row{'s' * (stats['n'] > 1)}"
     return rows + f" ({stats['problems']} problems)" * (stats["problems"] < stats["n"]) + " of one run"
 

@@ -1,4 +1,4 @@
-"""The tables of a scoring: what score.py keeps of a checkpoint and data set, and how the parts become its output.
+"""The tables of a scoring: how the lines of a checkpoint and a data set are kept in parts, and how these become files.
 
 All begin with run, phase (the run's loss), checkpoint (path), step and dataset. Log-probs are in nats. What has a row
 has a problem beside it: a short hash that rows with one prompt, or of one question and its reverse, share. Standard
@@ -25,11 +25,11 @@ errors are over the problems of one run (stats.py).
                       right_answers of so many answers
 """
 
-import contextlib
-import dataclasses
+import collections
+import functools
 import itertools
 import json
-from collections.abc import Callable
+import math
 from pathlib import Path
 
 import numpy as np
@@ -37,57 +37,65 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
-from ..errors import RunStopped, first_line
-from ..folder.atomic import new_file
+from ..errors import UserError
+from ..folder.atomic import new_file, writing
+from . import plausible
+from .answers import check_answers
 from .means import KEYS, MEASURES, add_rewards, means, summary
-from .needs import PAIR
+from .parts import Parts
+from .plan import PAIR, Result, Work
 
 COLUMNS = [*KEYS, "row", "problem", "response", "tokens", "logps", "mean_logps", *MEASURES]
-TABLES = ("scores", "pairs", "sections", "tokens", "answers", "failed")
+TABLES = ("scores", "pairs", "sections", "answers", "failed")
 
 
-@dataclasses.dataclass
-class Found:
-    """What is there of a checkpoint and a data set. `check` turns greedy answers by row into lines."""
-
-    checkpoint: object
-    probe: object
-    needs: list
-    parts: object
-    check: Callable[[dict[int, list[int]]], list[dict]]
-
-    def table(self, name: str) -> pandas.DataFrame:
-        """The lines of a table, in the order of rows and responses, with what they are of."""
-        if name == "answers":
-            said = pandas.concat([pandas.DataFrame(), *self._read("answers", "answers")])
-            table = pandas.DataFrame(self.check({row: ids.tolist() for row, ids in said.to_numpy().tolist()}))
-        else:
-            table = pandas.concat([pandas.DataFrame(), *self._read("tokens" if name == "tokens" else "scores", name)])
-        products = self._read("gradients", "gradients") if name == "pairs" else []
-        if products and len(table):
-            table = table.merge(pandas.concat(products), on="row", how="left")
-        return self._labelled(table) if len(table) else table
-
-    def _read(self, what: str, name: str) -> list[pandas.DataFrame]:
-        wanted = [need for need in self.needs if need.what == what and (name != "pairs" or need.responses == PAIR)]
-        found = [self.parts.read(need.key, name) for need in wanted]
-        return [table for table in found if len(table)]
-
-    def _labelled(self, table: pandas.DataFrame) -> pandas.DataFrame:
-        keys = {key: getattr(self.checkpoint, key) for key in ("run", "phase", "step")}
-        table = table.assign(**keys, checkpoint=self.checkpoint.path, dataset=self.probe.name)
-        rows = {example.row: i for i, example in enumerate(self.probe.examples)}
-        order = [table["row"].map(rows)]
-        if "response" in table:
-            order.insert(0, table["response"].map(self.probe.kinds.index))
-        table = table.iloc[np.lexsort(order)]  # keeps the order of tokens, sections
-        return table[[*KEYS, *(column for column in table if column not in KEYS)]]
+def keep(parts: Parts, work: Work, done: list[tuple[list[Result], int, dict[str, list]]]) -> None:
+    """Keeps what was computed: (the results in which an example is done now, its index, {table: its lines})."""
+    held, lines = {}, collections.defaultdict(list)
+    for results, i, tables in done:
+        for result in results:
+            held.setdefault(result.key, result.held([]))["rows"].add(work.data.examples[i].row)
+        for name, its in tables.items():
+            lines[name] += its
+    if not any(parts.index.get(key) for key in held) and lines["scores"] and all(
+            math.isnan(line["logps"]) for line in lines["scores"]):
+        raise UserError(f"{work.checkpoint.path}: no log-prob of {work.data.name} is finite: the weights are broken")
+    sets = lines.pop("plausible", [])
+    frames = {name: pandas.concat(its) if name == "tokens" else pandas.DataFrame(its)
+              for name, its in lines.items() if its}
+    parts.add(held, frames, functools.partial(plausible.write, parts=sets) if sets else lambda folder: None)
 
 
-def join(folder: Path, found: list[Found], runs: dict) -> dict[str, pandas.DataFrame]:
-    """Writes the output files. Returns the tables, less tokens, which may be larger than memory, and as "tenths" the
-    sections' lines of chosen's tenths, row by row."""
-    tables = {name: _concat([item.table(name) for item in found]) for name in TABLES if name != "tokens"}
+def table_of(work: Work, parts: Parts, name: str) -> pandas.DataFrame:
+    """All lines that are there of a checkpoint and a data set, in the order of rows and responses."""
+    if name == "answers":
+        said = [parts.answers(result.key, result.kind) for result in work.of_kind("answers")]
+        table = _concat([pandas.DataFrame(check_answers(work.data, answers)) for answers in said])
+    else:
+        results = work.of_kind("tokens" if name == "tokens" else "scores")
+        table = _concat([parts.read(result.key, name) for result in results
+                         if name != "pairs" or result.responses == PAIR])
+    if name == "pairs" and len(table):
+        products = _concat([parts.read(result.key, "gradients") for result in work.of_kind("gradients")])
+        table = table.merge(products, on="row", how="left") if len(products) else table
+    return _labelled(table, work) if len(table) else table
+
+
+def _labelled(table: pandas.DataFrame, work: Work) -> pandas.DataFrame:
+    keys = {key: getattr(work.checkpoint, key) for key in ("run", "phase", "step")}
+    table = table.assign(**keys, checkpoint=work.checkpoint.path, dataset=work.data.name)
+    rows = {example.row: i for i, example in enumerate(work.data.examples)}
+    order = [table["row"].map(rows)]
+    if "response" in table:
+        order.insert(0, table["response"].map(work.data.kinds.index))
+    table = table.iloc[np.lexsort(order)]  # keeps the order of tokens, sections
+    return table[[*KEYS, *(column for column in table if column not in KEYS)]]
+
+
+def join(folder: Path, work: list[Work], parts: Parts, runs: dict) -> dict[str, pandas.DataFrame]:
+    """Writes the output files; `runs` are the settings of each run by name. Returns the tables, less tokens, which may
+    be larger than memory, and as "tenths" the sections' lines of chosen's tenths, row by row."""
+    tables = {name: _concat([table_of(item, parts, name) for item in work]) for name in TABLES}
     tables["scores"] = tables["scores"][COLUMNS]
     tables["pairs"] = add_rewards(tables["pairs"], tables["scores"], runs)
     tables["summary"] = summary(tables["scores"], tables["answers"])
@@ -102,12 +110,12 @@ def join(folder: Path, found: list[Found], runs: dict) -> dict[str, pandas.DataF
         _write(folder / f"{name}.csv", tables[name], lambda file, table: table.to_csv(file, index=False))
     _write(folder / "failed.jsonl", tables["failed"],
            lambda file, table: table.to_json(file, orient="records", lines=True))
-    _stream((item.table("tokens") for item in found), folder / "tokens.parquet")
+    _stream((table_of(item, parts, "tokens") for item in work), folder / "tokens.parquet")
     return tables
 
 
 def contents(folder: Path) -> list[str]:
-    """What the tables of a folder hold, in words; nothing where there are none that can be read."""
+    """Names what the tables of a folder hold; nothing where there are none that can be read."""
     found = [f"{name}.parquet" for name in ("tokens", "answers") if (folder / f"{name}.parquet").exists()]
     try:
         table = pandas.read_parquet(folder / "scores.parquet", columns=["run", "step", "dataset", "response"])
@@ -127,7 +135,7 @@ def write_text(file: Path, text: str) -> None:
     if not text:
         return file.unlink(missing_ok=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _new_file(file) as place:
+    with writing(file), new_file(file) as place:
         place.write_text(text)
 
 
@@ -140,7 +148,7 @@ def _write(file: Path, table: pandas.DataFrame, write) -> None:
     """A table in place of the file; without rows no file, and none that an earlier call left."""
     if table.empty:
         return file.unlink(missing_ok=True)
-    with _new_file(file) as place:
+    with writing(file), new_file(file) as place:
         write(place, table)
 
 
@@ -151,21 +159,6 @@ def _stream(tables, target: Path) -> None:
         target.unlink(missing_ok=True)
         return
     schema = pyarrow.Schema.from_pandas(first, preserve_index=False)
-    with _new_file(target) as place, pyarrow.parquet.ParquetWriter(place, schema) as writer:
+    with writing(target), new_file(target) as place, pyarrow.parquet.ParquetWriter(place, schema) as writer:
         for table in itertools.chain([first], tables):
             writer.write_table(pyarrow.Table.from_pandas(table, schema, preserve_index=False))
-
-
-@contextlib.contextmanager
-def _new_file(file: Path):
-    try:
-        with new_file(file) as place:
-            yield place
-    except OSError as error:
-        raise unwritten(file, error) from error
-
-
-def unwritten(place: Path, error: Exception) -> RunStopped:
-    """A full disk, mostly."""
-    return RunStopped(f"{place}: can't be written ({first_line(error)}); the parts that are done are whole, the same "
-                      "command goes on from them")

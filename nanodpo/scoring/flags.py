@@ -1,0 +1,104 @@
+"""score.py's command line."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+from ..flags.settings import local_rank
+from ..flags.unknown import parse_known
+from .responses import GREEDY, KINDS
+from .runs import READING, newest_run, own_data
+
+OF_TRAIN = {"model_name": "name models as they are", "train_file_path": "--dataset_path names data",
+            "eval_file_path": "--dataset_path names data", "per_device_eval_batch_size": "--max_tokens bounds a batch"}
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("targets", nargs="*", help="run folders, checkpoints, adapters or models")
+    parser.add_argument("--model_path", help="one more of these")
+    parser.add_argument("--dataset_path", nargs="+", default=[], help="files, with a name: NAME=FILE")
+    parser.add_argument("--responses", nargs="+", metavar="KIND", help=f"of {', '.join(KINDS)}, {GREEDY} (the first "
+                        "checkpoint's own answer) and further columns of the data, by name; default: the first four, "
+                        "as far as the data has them")
+    parser.add_argument("--output_dir", help="default: the first run's folder, or scores/")
+    parser.add_argument("--tokens", action="store_true", help="also keep every token's numbers: tokens.parquet")
+    parser.add_argument("--gradients", action="store_true",
+                        help="also the inner product and cosine of a pair's gradients by the LoRA weights")
+    parser.add_argument("--answers", type=int, default=0, metavar="ROWS",
+                        help="also let each checkpoint answer the first so many rows of each data set whose chosen "
+                        r"response ends in a \boxed{...} or a number, greedily, and check that")
+    parser.add_argument("--max_new_tokens", type=int, help="of a greedy answer; default: as the data's longest chosen")
+    parser.add_argument("--other_prompts", action="store_true",
+                        help="score prompts that open (system prompt) as none did in training")
+    parser.add_argument("--max_tokens", type=int, default=16384 if torch.cuda.is_available() else 2048,
+                        help="in a micro-batch")
+    parser.add_argument("--seed", type=int, default=42, help="of drawn and shuffled responses")
+    parser.add_argument("--bf16", action="store_true", help="also for models that no run says it of")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
+    for name, choices in READING.items():
+        parser.add_argument(f"--{name}", choices=choices, type=int if name.startswith("max_") else str,
+                            help="as in train.py; default: as the run read its data")
+    parser.add_argument("--gpu_id", type=int, help="the CUDA device to use")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+
+    def refuse(message):
+        raise UserError(message)
+
+    parser.error = refuse
+    return parser
+
+
+def parse(argv: list[str], description: str) -> argparse.Namespace:
+    """Command line -> settings; fills in the newest run and its own data set.
+
+    `changes` are the settings that hold for every checkpoint instead of its run's, `own` says that no data were named.
+    Raises UserError.
+    """
+    args = parse_known(make_parser(description), argv, "score.py", OF_TRAIN)
+    args.local_rank = local_rank(args.local_rank)
+    for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0), ("max_length", 1),
+                        ("max_prompt_length", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+    check_gpu(args.gpu_id)
+    if twice := [kind for kind in args.responses or [] if args.responses.count(kind) > 1]:
+        raise UserError(f"--responses: {twice[0]} is named twice")
+    args.targets += [args.model_path] if args.model_path else []
+    args.targets = args.targets or [newest_run(Path("runs"))]
+    args.own = not args.dataset_path
+    args.dataset_path = named_data(args.dataset_path) or [own_data(args.targets[0])]
+    args.changes = {name: getattr(args, name) for name in (*READING, "trust_remote_code", "bf16")
+                    if getattr(args, name)}
+    return args
+
+
+def check_gpu(gpu_id: int | None) -> None:
+    """Raises UserError for a device that is not there, or that a launcher chooses."""
+    if gpu_id is None:
+        return
+    if "RANK" in os.environ:
+        raise UserError(f"--gpu_id {gpu_id}: under a launcher each rank has its own device; leave it out")
+    if not torch.cuda.is_available():
+        raise UserError(f"--gpu_id {gpu_id}: this machine has no CUDA device that torch finds; leave it out to score "
+                        "on the CPU")
+    if not 0 <= gpu_id < torch.cuda.device_count():
+        raise UserError(f"--gpu_id {gpu_id}: this machine has {torch.cuda.device_count()} CUDA devices, from 0")
+
+
+def named_data(given: list[str]) -> list[tuple[str, str]]:
+    """FILE or NAME=FILE, each -> (name, file)."""
+    found = []
+    for item in given:
+        name, _, file = item.partition("=") if "=" in item else (Path(item).stem, "", item)
+        if not (name and file):
+            raise UserError(f"--dataset_path {name}={file}: expected FILE or NAME=FILE")
+        found.append((name, file))
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"--dataset_path: two data sets are called {max(names, key=names.count)}; name them, NAME=FILE")
+    return found

@@ -1,0 +1,148 @@
+"""Plans a scoring: which results are asked for, which of them are there, and what is missing.
+
+A result is kept and found again by itself. It is of one kind (scores, tokens, gradients, answers, greedy), of one
+checkpoint, and of responses that are scored for each other: chosen and rejected together, every other response alone.
+Asking for one more scores that one alone.
+"""
+
+import dataclasses
+
+from .contents import hash_of
+from .datasets import ResponseSet
+from .parts import Parts
+from .plausible import Sets
+from .responses import GREEDY, Group
+from .runs import Checkpoint
+
+PAIR = ("chosen", "rejected")
+
+
+@dataclasses.dataclass
+class Result:
+    """`rows` are {row of the file: index of its example}, `key` is a hash of everything that could change a number,
+    `family` the same but for how long an answer may be."""
+
+    kind: str
+    responses: tuple[str, ...] | None
+    rows: dict[int, int]
+    family: str
+    key: str
+    missing: set[int] = dataclasses.field(default_factory=set)  # rows that are not done
+
+    def held(self, rows) -> dict:
+        """The entry for these rows in a part's list of what it holds."""
+        return {"what": self.kind, "responses": self.responses, "rows": set(rows), "family": self.family}
+
+
+@dataclasses.dataclass
+class Work:
+    """A checkpoint and a data set, with the results that are asked for or there."""
+
+    checkpoint: Checkpoint
+    data: ResponseSet
+    start: str | None  # the key of the checkpoint of its run's step 0
+    results: list[Result]
+
+    @property
+    def is_start(self) -> bool:
+        return self.start == self.checkpoint.key
+
+    def of_kind(self, *kinds: str) -> list[Result]:
+        return [result for result in self.results if result.kind in kinds]
+
+    def missing(self, *kinds: str) -> dict[int, list[Result]]:
+        """{index of an example: the results of these kinds in which it is missing}."""
+        found = {}
+        for result in self.of_kind(*kinds):
+            for row in result.missing:
+                found.setdefault(result.rows[row], []).append(result)
+        return dict(sorted(found.items()))
+
+    def missing_groups(self) -> list[Group]:
+        """The groups of the examples, with the responses alone whose scores or tokens are missing."""
+        missing = self.missing("scores", "tokens")
+        kinds = {i: {kind for result in results for kind in result.responses} for i, results in missing.items()}
+        return [(prompt, {kind: ids for kind, ids in responses.items() if kind in kinds.get(i, ())})
+                for i, (prompt, responses) in enumerate(self.data.groups)]
+
+    def start_sets(self, parts: Parts) -> dict[tuple[int, str], Sets] | None:
+        """{(row, response): tokens that the run's start found plausible}; None where this is it, or there is none."""
+        if self.start is None or self.is_start:
+            return None
+        found = {}
+        for result in self.of_kind("scores", "tokens"):
+            for unit in {result.responses, PAIR} if {*result.responses} & {*PAIR} else {result.responses}:
+                found |= parts.sets(response_result("scores", self.start, self.start, self.data, unit).key)
+        return found
+
+
+def plan(checkpoints: list[Checkpoint], datasets: list[ResponseSet], parts: Parts, tokens: bool,
+         gradients: bool) -> list[Work]:
+    """All checkpoints on all data sets, in order of work: a run's start comes first. `tokens`, `gradients`: these are
+    asked for, too."""
+    work, starts = [], {c.run: c.key for c in checkpoints if c.step == 0}
+    asked = {"scores": True, "tokens": tokens, "gradients": gradients}
+    for checkpoint in checkpoints:
+        for data in datasets:
+            start = starts.get(checkpoint.run)
+            results = response_results(checkpoint, start, data, parts, asked)
+            if answers := answer_result("answers", checkpoint, data, data.questions, parts, bool(data.questions)):
+                results.append(answers)
+            work.append(Work(checkpoint, data, start, results))
+    return work
+
+
+def response_results(checkpoint: Checkpoint, start: str | None, data: ResponseSet, parts: Parts,
+                     asked: dict[str, bool]) -> list[Result]:
+    """The results that are asked for of the responses, and those that earlier calls left, of the same weights and
+    data."""
+    def result_of(kind, unit):
+        result = response_result(kind, checkpoint.key, start, data, unit)
+        result.missing = result.rows.keys() - parts.rows(result.key)
+        return result
+
+    found, scored = [], units(data.asked)
+    for unit in units(data.kinds):
+        if unit not in scored and not result_of("scores", unit).missing:
+            scored = [other for other in scored if not {*other} & {*unit}] + [unit]
+    for unit in scored:
+        for kind in [*asked][: 2 + (unit == PAIR)]:  # only of a pair there are gradients
+            result = result_of(kind, unit)
+            if not result.missing or asked[kind] and {*unit} & {*data.asked}:
+                found.append(result)
+    return found
+
+
+def response_result(kind: str, model: str, start: str | None, data: ResponseSet, unit: tuple[str, ...]) -> Result:
+    """Scores, tokens or gradients of a unit. `model` and `start` are keys of checkpoints."""
+    rows, content = data.rows_with(unit)
+    key = hash_of([kind, model, None if kind == "gradients" else start, content])
+    return Result(kind, unit, rows, key, key)
+
+
+def units(kinds: list[str]) -> list[tuple[str, ...]]:
+    """The responses that are scored for each other.
+
+    >>> units(["other", "rejected", "chosen"]), units(["chosen", "greedy"])
+    ([('chosen', 'rejected'), ('other',)], [('chosen',), ('greedy',)])
+    """
+    pair = [PAIR] if {*PAIR} <= {*kinds} else []
+    return pair + [(kind,) for kind in kinds if not (pair and kind in PAIR)]
+
+
+def greedy_result(first: Checkpoint, data: ResponseSet, parts: Parts) -> Result | None:
+    """The first checkpoint's own answers to all prompts: where they are a response that is asked for, or there; else
+    None."""
+    asked, rows = GREEDY in data.asked, {example.row: i for i, example in enumerate(data.examples)}
+    result = answer_result(GREEDY, first, data, rows, parts, asked)
+    return None if result is None or result.missing and not asked else result
+
+
+def answer_result(kind: str, checkpoint: Checkpoint, data: ResponseSet, rows: dict[int, int], parts: Parts,
+                  asked: bool) -> Result | None:
+    """Greedy answers to these rows; where they are not asked for, those that were made last, of whatever length."""
+    family = hash_of([kind, checkpoint.key, data.prompts_hash, data.limit, data.ends])
+    key = hash_of([family, data.answer_limit]) if asked else parts.newest(family)
+    if key is None:
+        return None
+    return Result(kind, None, rows, family, key, rows.keys() - parts.rows(key))
