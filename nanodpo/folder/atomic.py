@@ -91,16 +91,16 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UserError(f"{flag}: can't be written to ({error.strerror})") from error
 
 
-def steps_of(folder: Path, kind: str = "checkpoint") -> list[int]:
-    """Steps k of the <kind>-<k> in a folder, the newest first. A name that we write in no such way (checkpoint-007, or
-    digits of another script) is somebody else's."""
-    found = (re.fullmatch(rf"{kind}-(0|[1-9][0-9]{{0,17}})", place.name) for place in folder.glob(f"{kind}-*"))
-    return sorted((int(name[1]) for name in found if name), reverse=True)
+def steps_of(folder: Path, prefix: str = "checkpoint") -> list[int]:
+    """Steps k of the <prefix>-<k> in a folder, the newest first. Names that nanodpo does not write (checkpoint-007, or
+    digits of another script) are left out."""
+    names = (re.fullmatch(rf"{prefix}-(0|[1-9][0-9]{{0,17}})", place.name) for place in folder.glob(f"{prefix}-*"))
+    return sorted((int(name[1]) for name in names if name), reverse=True)
 
 
 def remove(folder: Path) -> None:
-    """Takes a folder away: first its name, so that no half of it is ever taken for a whole one. What a killed process
-    leaves is removed when the run goes on. Of a link only the link goes: what somebody has put elsewhere stays there.
+    """Removes a folder. It is renamed first, so that no half of it is ever taken for a whole one; what a killed process
+    leaves of it is removed when the run goes on. Of a link only the link is removed, not what it points to.
 
     Raises RunStopped where the folder can't be renamed.
     """
@@ -124,14 +124,15 @@ def file_facts(file: Path) -> dict:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
-def publish(folder: Path, facts: dict, known: dict[str, dict] | None = None) -> None:
-    """Gives aside(folder) its manifest and its name. `known` holds facts of files that need no second reading."""
-    place, known = aside(folder), known or {}
+def publish(folder: Path, facts: dict, hashed: dict[str, dict] | None = None) -> None:
+    """Gives aside(folder) its manifest and its name. `facts` go into the manifest; `hashed` has `file_facts` by name of
+    the files that need not be read again."""
+    place, hashed = aside(folder), hashed or {}
     files = sorted(file for file in place.rglob("*") if file.is_file())
     for file in files:
         finish_file(file)
     names = [str(file.relative_to(place)) for file in files]
-    facts = facts | {"files": {name: known.get(name) or file_facts(place / name) for name in names}}
+    facts = facts | {"files": {name: hashed.get(name) or file_facts(place / name) for name in names}}
     with new_file(place / MANIFEST) as manifest:
         manifest.write_text(json.dumps(facts, indent=1) + "\n")
     remove(folder)  # a damaged one of the same name
@@ -140,7 +141,8 @@ def publish(folder: Path, facts: dict, known: dict[str, dict] | None = None) -> 
 
 
 def read_manifest(folder: Path) -> dict | str:
-    """The facts of a folder, or in words what is wrong with it: every file is read again."""
+    """The facts in a folder's manifest; where a file is not as the manifest says, words that say so. Reads every file.
+    """
     try:
         facts = json.loads(read_text(folder / MANIFEST))
         for name, expected in facts["files"].items():
@@ -159,26 +161,26 @@ def read_manifest(folder: Path) -> dict | str:
 
 
 def check_whole(folder: Path) -> dict[str, dict]:
-    """Raises UserError where a folder has a manifest of ours and is not what it says; one without is taken as it is.
-    Returns size and hash of the files in the manifest, by name."""
+    """Returns size and hash of the files in a folder's manifest, by name; nothing for a folder that nanodpo has not
+    written. Raises UserError where a file is not as the manifest says."""
     try:
         if '"sha256"' not in read_text(folder / MANIFEST, errors="replace"):  # somebody else's
             return {}
     except (OSError, ValueError):  # none, or a hub id, or no path at all
         return {}
-    if isinstance(wrong := read_manifest(folder), str):
-        raise UserError(f"{folder}: {wrong}; copy the folder anew, or remove its {MANIFEST} if the change is meant")
-    return wrong["files"]
+    if isinstance(facts := read_manifest(folder), str):
+        raise UserError(f"{folder}: {facts}; copy the folder anew, or remove its {MANIFEST} if the change is meant")
+    return facts["files"]
 
 
 def finish_file(file: Path) -> None:
-    """Gives a new file the permissions that files have here, and hands it to the disk."""
-    file.chmod(0o666 & ~_umask())  # safetensors writes for the owner's eyes only
+    """Gives a new file the usual permissions, and flushes it to the disk."""
+    file.chmod(0o666 & ~_umask())  # safetensors lets the owner alone read its files
     flush(file)
 
 
 def flush(path: Path) -> None:
-    """Hands a file, or a folder's list of names, to the disk."""
+    """Flushes a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -187,13 +189,14 @@ def flush(path: Path) -> None:
 
 
 def clear_partials(folder: Path) -> None:
-    """Removes what a process that is gone left half-written."""
+    """Removes the files and folders that an ended process left half-written."""
     for place in folder.glob(".*.partial"):
         clear(place)
 
 
 def clear(place: Path) -> None:
-    """Removes what has no name of its own any more. What can't be removed now is tried again when the run goes on."""
+    """Removes a half-written file or folder, if it is there. A run that goes on tries again what can't be removed now.
+    """
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place, ignore_errors=True)
     else:

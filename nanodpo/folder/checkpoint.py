@@ -1,7 +1,7 @@
-"""Checkpoints for analysis and for going on from: what plain PEFT and transformers open, nothing of ours around it.
+"""Checkpoints: folders that plain PEFT and transformers open.
 
-A checkpoint is written beside its place, read back and compared with the weights in memory, then renamed into place.
-Its manifest.json tells the step, and the size and hash of every file.
+A checkpoint is written under another name, read back, compared with the weights in memory, and renamed. Its
+manifest.json has the step, and the size and hash of every file.
 """
 
 from pathlib import Path
@@ -34,10 +34,10 @@ def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
 
 
 def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Path, facts: dict) -> None:
-    """Writes model (or adapter) and tokenizer to `folder`, on one rank; raises RunStopped where the disk won't take it.
+    """Writes model (or adapter) and tokenizer to `folder`, on one rank. Raises RunStopped where the disk won't take it,
+    or has not what was written; then nothing of it stays.
 
-    Nothing half-written is left, whatever happens. `state` is what `gather` gave: the weights of the adapter, or of
-    the whole model. `facts` go into the manifest.
+    `state` has the weights from `gather`: of the adapter, or of the whole model. `facts` go into the manifest.
     """
     with new_folder(folder, facts) as place:
         _write(model, tokenizer, state, place)
@@ -78,21 +78,22 @@ def _mend_generation(model: nn.Module) -> None:
 
 
 def other_ends(model: nn.Module, tokenizer) -> list[int]:
-    """The tokens that must end what the model writes, where its generation config lacks the one that ends its turns,
-    as that of a base model with a chat template does; else nothing. Turns that end in several tokens have no such one.
-    """
-    known = model.generation_config.eos_token_id
-    known = tokenizer.eos_token_id if known is None else known
-    known = known if isinstance(known, list) else [] if known is None else [known]
+    """The eos_token_ids that the model's generation config should have, where it lacks the token that ends a turn, as
+    that of a base model with a chat template does; else an empty list. A turn that ends in several tokens has no such
+    token."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     try:
-        end = tokenizer.get_vocab().get(read_template(tokenizer).end)
-    except UserError:  # a template of which nothing is known, beside an adapter that is only merged
+        turn_end = tokenizer.get_vocab().get(read_template(tokenizer).end)
+    except UserError:  # a template that can't be read, beside an adapter that is only merged
         return []
-    return [] if end is None or end in known else [*known, end]
+    return [] if turn_end is None or turn_end in ends else [*ends, turn_end]
 
 
 def say_ends(model: nn.Module, tokenizer) -> str:
-    """A line more about an adapter, which has no generation config, where that of its base does not end its turns."""
+    """A line for the screen about an adapter, which has no generation config, where that of its base lacks the token
+    that ends a turn; else an empty text."""
     if not hasattr(model, "peft_config") or not (ends := other_ends(model, tokenizer)):
         return ""
     return (f"\nturns end with {tokenizer.convert_ids_to_tokens(ends[-1])}, at which the base does not stop, and an "
@@ -100,7 +101,7 @@ def say_ends(model: nn.Module, tokenizer) -> str:
 
 
 def _published(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights under the names, and in the shapes, of the family's published files: transformers saves those."""
+    """The weights as transformers saves them: with the names and shapes of the model family's published files."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return state if hasattr(model, "peft_config") else revert_weight_conversion(model, dict(state))
@@ -112,20 +113,20 @@ def verify(folder: Path, state: dict[str, torch.Tensor]) -> None:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as written:
             for name in written.keys():
-                found = written.get_tensor(name)
-                tensor = expected.pop(name, found)
-                if not found.isfinite().all():
+                tensor = written.get_tensor(name)
+                in_memory = expected.pop(name, tensor)
+                if not tensor.isfinite().all():
                     raise RunStopped(f"{folder}: {name} holds values that are not finite")
-                if not found.numel() or found.shape != tensor.shape or not torch.equal(found, tensor):
+                if not tensor.numel() or tensor.shape != in_memory.shape or not torch.equal(tensor, in_memory):
                     raise RunStopped(f"{folder}: {name} was not written as it is in memory")
     if expected:
         raise RunStopped(f"{folder}: {next(iter(expected))} was not written")
 
 
 def check_trained(state: dict[str, torch.Tensor]) -> None:
-    """Raises RunStopped for an adapter that is nothing: after an update no LoRA has all of its B at zero."""
-    second = [tensor for name, tensor in state.items() if ".lora_B." in name]
-    if second and not any(tensor.any() for tensor in second):
+    """Raises RunStopped where every lora_B is zero, as at the start: no update has reached the adapter."""
+    lora_b = [tensor for name, tensor in state.items() if ".lora_B." in name]
+    if lora_b and not any(tensor.any() for tensor in lora_b):
         raise RunStopped("every lora_B is zero after training: no update reached the adapter")
 
 
@@ -137,8 +138,8 @@ def rotate(run: Path, keep: int | None) -> None:
 
 def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bool, check=lambda model, base: None
           ) -> None:
-    """Adds an adapter into its base and saves the whole model, in one process, on CPU. `check(model, base's name)` may
-    refuse the base before."""
+    """Merges an adapter into its base and saves the whole model, in one process, on CPU. `check(model, base's name)`
+    may raise before, for a base that is not the right one."""
     from transformers import AutoTokenizer
 
     base, _ = base_of(str(adapter))

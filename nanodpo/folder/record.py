@@ -22,20 +22,22 @@ from .atomic import aside, check_writable, clear_partials, flush, new_file, step
 from .reference import data_hash
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
-# Flags that may differ between a run and its continuation. None of them can change a number that is written ...
+# Flags that may differ between a run and its continuation, since they change no number ...
 FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
         "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "inspect_row", "print_config", "dry_run",
         "gradient_checkpointing", "activation_memory"}
-# ... or what they name is compared itself: weights, token ids, DeepSpeed settings.
+# ... or since the content of what they name is compared instead: weights, token ids, DeepSpeed settings.
 BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "deepspeed"}
-ADAPTERS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}  # an adapter that is trained on decides
-# A machine may be updated between the two; that is said, since to the last bit it is another run then.
-SAID = ("versions", "git_commit", "device", "threads")
+# An adapter that is trained on has settings of its own, which are known only when it is loaded.
+ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
+# The machine may be another one for the continuation; the run says so, since its last bits may then differ.
+MACHINE = ("versions", "git_commit", "device", "threads")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "layout", "attention")
 
 
 def facts(args, settings: dict, limit: int, data_sets: list, program: Path) -> dict:
-    """What can be told of a run before its model is loaded, for run.json and to know it again."""
+    """The entries of run.json that are known before the model is loaded. `limit`: the longest sequence, tokens;
+    `program`: the folder of train.py."""
     return {
         "command": shlex.join(sys.argv), "arguments": arguments(args), "max_length": limit,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)), "deepspeed": json.loads(json.dumps(settings)),
@@ -46,8 +48,8 @@ def facts(args, settings: dict, limit: int, data_sets: list, program: Path) -> d
 
 
 def arguments(args) -> dict:
-    """The settings, with what they name by its full path, so that it is found again from any folder. What is not here
-    is a hub id, and stays."""
+    """The settings, files and folders in them by their full paths, so that they are found from any other folder. A name
+    that is no path here is a hub id, and stays."""
     named = {name: value for name in BY_CONTENT if (value := getattr(args, name))}
     there = {name: os.path.abspath(value) for name, value in named.items()
              if os.path.exists(value) or glob.glob(value, recursive=True)}
@@ -55,10 +57,10 @@ def arguments(args) -> dict:
 
 
 def find(args, name: str) -> tuple[Path, dict | None, int | None]:
-    """(folder of the run, what its run.json says or None for a new run, the step asked for or None). Raises UserError.
+    """(folder of the run, its run.json or None for a new run, the step to go on from where --resume names one).
 
-    `name` is the folder of a run that has no --output_dir; `take` makes it. --resume may name a run's folder or one of
-    its states.
+    `name`: the folder of a new run without --output_dir, which `take` makes. --resume may name a run's folder or one of
+    its states. Raises UserError for a folder that holds something else, or can't be written to.
     """
     if args.resume in ("auto", "never"):
         if not args.output_dir:
@@ -116,7 +118,7 @@ def take(folder: Path) -> Path:
 
 
 def read(folder: Path) -> dict:
-    """What a run's run.json says. Raises UserError where train.py has not written it."""
+    """A run's run.json. Raises UserError for a file that train.py has not written."""
     try:
         record = json.loads(read_text(folder / "run.json"))
         if (isinstance(record["arguments"], dict) and type(record["world_size"]) is type(record["steps"]) is int
@@ -127,17 +129,18 @@ def read(folder: Path) -> dict:
     raise UserError(f"{folder / 'run.json'}: is not what train.py writes; name another --output_dir")
 
 
-def check_same(folder: Path, old: dict, new: dict, early: bool = False) -> None:
-    """Raises UserError listing every difference between the run of this folder and this one.
+def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False) -> None:
+    """Raises UserError that lists every difference between run.json in this folder, `old`, and this run, `new`.
 
-    `new` may be a part of what there is to know; `early`, an adapter that is trained on has not told its settings yet.
+    `new` may lack entries that are not known yet. `before_loading`: an adapter to train on is not loaded, so its
+    settings are not compared.
     """
-    free = FREE | BY_CONTENT | (ADAPTERS if early else set())
-    new = json.loads(json.dumps(new))  # as the old one went
-    found = [(name, old.get(name), new[name]) for name in COMPARED if name in new and name != "arguments"]
+    free = FREE | BY_CONTENT | (ADAPTER if before_loading else set())
+    new = json.loads(json.dumps(new))  # tuples become lists, as in the file
+    entries = [(name, old.get(name), new[name]) for name in COMPARED if name in new and name != "arguments"]
     before, now = old["arguments"], new["arguments"]
     flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
-    different = [(name, was, is_now) for name, was, is_now in flags + found if was != is_now]
+    different = [(name, was, is_now) for name, was, is_now in flags + entries if was != is_now]
     if different:
         different += [(f"--{name}", before.get(name), now[name]) for name in sorted(BY_CONTENT)
                       if before.get(name) != now[name]]
@@ -152,9 +155,9 @@ def check_same(folder: Path, old: dict, new: dict, early: bool = False) -> None:
 
 
 def changed_machine(old: dict, new: dict) -> str:
-    """What may keep the last bits from being the same, in words; empty where all is as it was."""
-    changes = [f"{name}: {_short(old.get(name))} -> {_short(new[name])}" for name in SAID if old.get(name) != new[name]]
-    return ", ".join(changes)
+    """The differences in MACHINE between two run.json, in words; empty where there are none."""
+    return ", ".join(f"{name}: {_short(old.get(name))} -> {_short(new[name])}" for name in MACHINE
+                     if old.get(name) != new[name])
 
 
 def _short(value) -> str:
@@ -162,10 +165,10 @@ def _short(value) -> str:
     return text if len(text) <= 60 else f"{text[:30]}...{text[-20:]}"
 
 
-def fingerprint(known: dict) -> str:
-    """One short word for all that makes a run this very one."""
-    kept = {name: known[name] for name in COMPARED}
-    kept["arguments"] = {name: value for name, value in known["arguments"].items() if name not in FREE | BY_CONTENT}
+def fingerprint(record: dict) -> str:
+    """16 hexadecimal digits, a hash of all entries of run.json that make a run this one."""
+    kept = {name: record[name] for name in COMPARED}
+    kept["arguments"] = {name: value for name, value in record["arguments"].items() if name not in FREE | BY_CONTENT}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -179,7 +182,7 @@ def create(folder: Path, record: dict) -> None:
             place.write_text(json.dumps(record | {"output_dir": str(folder)}, indent=2) + "\n")
             flush(place)
         os.link(place, folder / "run.json")  # all of it at once, and, unlike `new_file`, only if it is not there
-    except (FileExistsError, FileNotFoundError) as error:  # the other one has cleared ours away
+    except (FileExistsError, FileNotFoundError) as error:  # not found: the other run has cleared our file away
         raise UserError(f"--output_dir {folder}: is in use by another run") from error
     except OSError:  # a file system without hard links
         os.replace(place, folder / "run.json")
@@ -189,7 +192,7 @@ def create(folder: Path, record: dict) -> None:
 
 
 def list_dropped(folder: Path, rows: list[dict]) -> None:
-    """Writes down the rows that were dropped, unless that was done: a run may have been killed before it could."""
+    """Writes dropped_rows.jsonl, unless it is there: a run that goes on may have been killed before it wrote it."""
     file = folder / "dropped_rows.jsonl"
     if rows and not file.exists():
         with writing(file), new_file(file) as place:
@@ -197,7 +200,8 @@ def list_dropped(folder: Path, rows: list[dict]) -> None:
 
 
 def lock(folder: Path):
-    """Keeps a second process out of the run for as long as this one lives; the file must be kept open."""
+    """Locks a run against a second process for as long as this one lives. Returns the locked file, which must be kept
+    open. Raises UserError where another process has the lock."""
     file = (folder / "run.json").open("r+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,37 +215,37 @@ def lock(folder: Path):
 
 
 def check_held(folder: Path, file) -> None:
-    """Raises RunStopped where the folder is no longer the one that `lock` gave `file` of: what is written now would
-    begin half a run in another, or in none."""
+    """Raises RunStopped where the folder is no longer the one whose run.json is `file`, from `lock`: the next line or
+    checkpoint would go to another folder, or to none."""
     try:
         there = os.stat(folder / "run.json")
-        # The same file, or, on a file system that numbers its files anew, one that says the same.
-        held = os.path.samestat(there, os.fstat(file.fileno())) or (folder / "run.json").read_bytes() == _said(file)
+        # The same file, or, on a file system that numbers its files anew, one with the same content.
+        same = os.path.samestat(there, os.fstat(file.fileno())) or (folder / "run.json").read_bytes() == _content(file)
     except OSError:
-        held = False
-    if not held:
+        same = False
+    if not same:
         raise RunStopped(f"{folder}: was removed, renamed or replaced while this run wrote to it; put it back, and the "
                          "same command goes on")
 
 
-def _said(file) -> bytes:
+def _content(file) -> bytes:
     file.seek(0)
     return file.read().encode()
 
 
 def finish(folder: Path) -> None:
-    """Writes down that nothing is left to do."""
+    """Writes into run.json that the run is finished."""
     with writing(folder / "run.json"), new_file(folder / "run.json") as place:
         place.write_text(json.dumps(read(folder) | {"finished": True}, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": sys.version.split()[0]} | found | {"torch": str(torch.__version__)}  # which names its CUDA, too
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": sys.version.split()[0]} | packages | {"torch": str(torch.__version__)}  # with its CUDA version
 
 
 def git_commit(program: Path) -> str | None:
-    """Of the program in this folder, where it is a clone and git is there."""
+    """The commit of the program in this folder; None where it is no clone, or git is not installed."""
     try:
         done = subprocess.run(["git", "-C", str(program), "rev-parse", "HEAD"], capture_output=True, text=True)
     except FileNotFoundError:

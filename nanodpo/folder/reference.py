@@ -1,7 +1,7 @@
 """Reference log-probs: computed once, before the first step, for the pairs that the run will visit, and kept on disk.
 
 The file is named by a fingerprint of everything that could change a number in it. Another fingerprint is another file,
-so a stale one is never read; where weights, data or versions changed under the same names the run says so.
+so a stale cache is never read; the run says so where weights, data or versions have changed since it was written.
 """
 
 import array
@@ -21,7 +21,7 @@ from ..ranks.distributed import from_main, is_main, main_first, say, sum_over_ra
 from .atomic import new_file
 
 SAVE_EVERY = 100
-STALE = ("weights", "data", "versions")  # what changes under the same names and settings
+STALE = ("weights", "data", "versions")  # may change while the names and settings stay
 
 
 def data_hash(examples) -> str:
@@ -38,32 +38,34 @@ def reference_logps(examples, steps, micro_batches_of, score, fingerprint: dict,
     """(n, 2) float64 on CPU: the reference's summed log-probs of chosen and rejected; NaN for pairs not visited.
 
     `steps` are lists of indices, the same on every rank; `micro_batches_of` gives this rank's micro-batches of one,
-    (indices, weight) each, as many on every rank; `score` maps indices to (P, 2). What is known is kept every
-    SAVE_EVERY steps, so a pass that was killed goes on; where `check` raises Preempted, told to stop, nothing is lost.
-    Raises UserError for a cache that can't be read, and RunStopped for a log-prob that is not finite.
+    (indices, weight) each, as many on every rank; `score` maps indices to (P, 2) log-probs, nats. The cache is written
+    every SAVE_EVERY steps, so a pass that was killed goes on from there, and also before Preempted is passed on, which
+    `check` raises where the run was told to stop. Raises UserError for a cache that can't be read, and RunStopped for a
+    log-prob that is not finite.
     """
-    file, known = cache_file(cache_dir, fingerprint), None
+    file, logps = cache_file(cache_dir, fingerprint), None
     with main_first():
         if is_main():
-            known = _load(file, fingerprint, len(examples))
-    known = from_main(known)
-    missing = [pairs for pairs in steps if known[pairs].isnan().any()]
+            logps = _load(file, fingerprint, len(examples))
+    logps = from_main(logps)
+    missing = [pairs for pairs in steps if logps[pairs].isnan().any()]
     with Progress("reference", len(missing), "step") as bar:
         for i in range(0, len(missing), SAVE_EVERY):
-            stopped = _fill(known, missing[i : i + SAVE_EVERY], micro_batches_of, score, device, bar, check)
+            stopped = _fill(logps, missing[i : i + SAVE_EVERY], micro_batches_of, score, device, bar, check)
             with main_first():
                 if is_main():
-                    _save(file, known, fingerprint)
+                    _save(file, logps, fingerprint)
             if stopped:
                 raise stopped
     total, new = (len({i for pairs in lists for i in pairs}) for lists in (steps, missing))
     say(f"reference: {new} pairs computed, {total - new} from the cache, {file}")
-    return known
+    return logps
 
 
-def _fill(known: Tensor, steps, micro_batches_of, score, device, bar, check) -> Preempted | None:
-    """Computes the pairs of these steps on all ranks and writes them into `known`; what `check` raised, if it did."""
-    sums, counts = torch.zeros_like(known), torch.zeros(len(known), 1, dtype=torch.float64)
+def _fill(logps: Tensor, steps, micro_batches_of, score, device, bar, check) -> Preempted | None:
+    """Computes the pairs of these steps on all ranks and writes them into `logps`. Returns what `check` raised, if it
+    did: the steps before it are computed then."""
+    sums, counts = torch.zeros_like(logps), torch.zeros(len(logps), 1, dtype=torch.float64)
     stopped = None
     for pairs in steps:
         try:
@@ -76,9 +78,9 @@ def _fill(known: Tensor, steps, micro_batches_of, score, device, bar, check) -> 
             counts[indices] += weight
         bar.update()
     sums, counts = sum_over_ranks(sums.to(device)).cpu(), sum_over_ranks(counts.to(device)).cpu()
-    known[:] = torch.where(counts > 0, sums / counts, known)
+    logps[:] = torch.where(counts > 0, sums / counts, logps)
     computed = (counts > 0).flatten()
-    if bad := (~known[computed].isfinite().all(1)).sum().item():
+    if bad := (~logps[computed].isfinite().all(1)).sum().item():
         raise RunStopped(f"{bad} reference log-probs are not finite: the starting model is broken")
     return stopped
 
@@ -89,11 +91,12 @@ def cache_file(cache_dir: str, fingerprint: dict) -> Path:
 
 
 def _load(file: Path, fingerprint: dict, n: int) -> Tensor:
-    """What the cache knows, (n, 2); NaN elsewhere. Says why it starts anew where a cache of this data is there."""
+    """The cached log-probs, (n, 2), NaN for pairs that the cache lacks. Says why, where there is a cache and it can't
+    be used. Raises UserError where the file can't be read."""
     try:
         with safe_open(file, "pt") as cache:
-            logps, written = cache.get_tensor("logps"), (cache.metadata() or {}).get("sha256")
-        if logps.shape == (n, 2) and written == _digest(logps):
+            logps, digest = cache.get_tensor("logps"), (cache.metadata() or {}).get("sha256")
+        if logps.shape == (n, 2) and digest == _digest(logps):
             return logps
         say(f"reference: {file} is damaged (not what was written), computing it again")
     except FileNotFoundError:
@@ -108,8 +111,8 @@ def _load(file: Path, fingerprint: dict, n: int) -> Tensor:
 
 
 def _changed(folder: Path, fingerprint: dict) -> list[str]:
-    """Which of the things that make a cache stale changed since the newest one of this model, this data file and these
-    settings. Nothing where there is none: a cache of other settings is another run's."""
+    """Those of STALE that differ from the newest cache of this model's name, this data file and these settings; empty
+    where there is no such cache: one of other settings belongs to another run."""
     files = [file for file in folder.glob("reference-*.safetensors") if file.is_file()]
     for file in sorted(files, key=os.path.getmtime, reverse=True):
         try:

@@ -1,11 +1,11 @@
-"""Going on: the state of a run at a step, from which it computes to the last bit what it would have computed.
+"""States to resume from: a run that goes on from one computes, bit for bit, what it would have computed uninterrupted.
 
     <run>/resume/step-<k>/rank<r>.safetensors    float32 weights, AdamW's moments, random numbers of rank r
     <run>/resume/step-<k>/manifest.json          sizes, hashes, the step, the counters, the run it belongs to
 
-Written by every rank for itself, without pickles; the two newest are kept, so that one may be damaged. What belongs to
-step k is metrics.jsonl up to step k - 1. A file holds the shard of one rank of so many, so a run goes on with as many
-ranks as it started with; with another number its sums would round otherwise, and it would be another run.
+Every rank writes its own file, without pickles. The two newest states are kept, so that one may be damaged. To the
+state of step k belongs metrics.jsonl up to step k - 1. A run goes on with as many ranks as it started with: a file has
+the shard of one of them, and with another number of ranks sums would be rounded otherwise.
 """
 
 import json
@@ -26,8 +26,9 @@ KEEP = 2
 def begin(run: Path, steps: int, world: int, wanted: int | None) -> tuple[dict, set[int]]:
     """(facts of the state to go on from, steps with an evaluation); cuts the run's folder back to it. On one rank.
 
-    The facts have the step, 0 where the run was stopped before its first state; of a run that only wants its end, all
-    `steps`, and no state is needed. Raises UserError where the run can't go on.
+    The facts have the step: 0 where the run was stopped before its first state, and `steps` where training is done and
+    only the run's end is missing, which needs no state. `wanted`: the step that the user asked for. Raises UserError
+    where the run can't go on.
     """
     written = {line["step"] for _, line in _lines(run / "metrics.jsonl") if not _is_eval(line)}
     if (wanted is None and sum(0 <= step < steps for step in written) == steps
@@ -36,11 +37,10 @@ def begin(run: Path, steps: int, world: int, wanted: int | None) -> tuple[dict, 
     else:
         facts = find(run, world, wanted) or {"step": 0}
     evaluated = go_back(run, facts["step"])
-    # The first checkpoint and the one of this step will be made again where they are damaged.
+    # Checkpoint 0 and the one of this step are made again where they are damaged.
     for place in [run / f"checkpoint-{k}" for k in steps_of(run) if 0 < k < facts["step"]]:
-        if isinstance(wrong := read_manifest(place), str):
-            say(f"resume: {place}: {wrong}; only a run into a new --output_dir would make it "
-                "again")
+        if isinstance(damage := read_manifest(place), str):
+            say(f"resume: {place}: {damage}; only a run into a new --output_dir would make it again")
     return facts, evaluated
 
 
@@ -49,18 +49,18 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def steps_in(run: Path) -> list[int]:
-    """Steps of the run's states, the newest first."""
+    """The steps of a run's states, the newest first."""
     return steps_of(run / "resume", "step")
 
 
 def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: int) -> None:
     """Writes resume/step-<step>, all ranks together. Raises RunStopped on all of them where one can't write.
 
-    The state counts once it has its name: every rank has read its file back and rank 0 has seen them all. `facts` go
-    into the manifest.
+    The state gets its name last, when every rank has read its file back and rank 0 has seen them all. `facts` go into
+    the manifest.
     """
     folder, place = folder_of(run, step), aside(folder_of(run, step))
-    file, error, known = place / f"rank{rank}.safetensors", None, None
+    file, error, written = place / f"rank{rank}.safetensors", None, None
     with main_first():
         if is_main():
             clear(place)
@@ -69,14 +69,14 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
                 place.mkdir()
     try:
         with writing(folder):
-            known = _write(file, tensors)
+            written = _write(file, tensors)
     except RunStopped as caught:
         error = caught
     try:
-        known = gather_or_raise(error, known)
+        everyone = gather_or_raise(error, written)
         with main_first():
             if is_main():
-                names = {f"rank{i}.safetensors": facts for i, facts in enumerate(known)}
+                names = {f"rank{i}.safetensors": written for i, written in enumerate(everyone)}
                 if unseen := [name for name in names if not (place / name).is_file()]:
                     raise UserError(f"{run}: {unseen[0]} was written, but can't be seen by rank 0; --output_dir must "
                                     "be a folder that all machines share")
@@ -91,19 +91,21 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> dict:
+    """Writes a file and reads it back; its `file_facts`."""
     save_file(tensors, file)
     flush(file)
-    for name, found in load_file(file).items():
-        if not torch.equal(found, tensors[name]) or not found.isfinite().all():
+    for name, tensor in load_file(file).items():
+        if not torch.equal(tensor, tensors[name]) or not tensor.isfinite().all():
             raise RankStopped(f"{file}: {name} is not finite, or not as it is in memory")
     return file_facts(file)
 
 
 def find(run: Path, world: int, wanted: int | None = None) -> dict | None:
-    """The facts of the newest state that is whole and that metrics.jsonl reaches, or of the one `wanted`. On one rank.
+    """The facts of the newest state that is whole and has all its lines in metrics.jsonl, or of the step `wanted`. On
+    one rank.
 
-    None where the run was stopped before its first state. Says what it passes over; raises UserError where nothing is
-    left, or `wanted` is broken: starting again from step 0 would throw away what the run has done.
+    None where the run was stopped before its first state. Says which states it passes over, and why. Raises UserError
+    where none is left: starting again from step 0 would throw away the work of the run.
     """
     steps, passed = steps_in(run) if wanted is None else [wanted], []
     written = {line["step"] for _, line in _lines(run / "metrics.jsonl") if not _is_eval(line)}
@@ -134,9 +136,8 @@ def load(run: Path, step: int, rank: int, replicated: bool) -> tuple[dict[str, T
 
 
 def go_back(run: Path, step: int) -> set[int]:
-    """Leaves in the run's folder what belongs before step `step`; returns the steps whose evaluation is there.
-
-    What comes after is computed again, to the same numbers.
+    """Removes from the run's folder the lines, states and checkpoints after step `step`: they are computed again, to
+    the same numbers. Returns the steps whose evaluation is there.
     """
     metrics, kept = run / "metrics.jsonl", []
     for text, line in _lines(metrics):
@@ -145,23 +146,23 @@ def go_back(run: Path, step: int) -> set[int]:
     if metrics.exists() and read_text(metrics, 2**32, "replace") != "".join(text for text, _ in kept):
         with writing(metrics), new_file(metrics) as place:
             place.write_text("".join(text for text, _ in kept))
-    for folder, kind in ((run / "resume", "step"), (run, "checkpoint")):
-        for later in [s for s in steps_of(folder, kind) if s > step]:
-            remove(folder / f"{kind}-{later}")
+    for folder, prefix in ((run / "resume", "step"), (run, "checkpoint")):
+        for later in [s for s in steps_of(folder, prefix) if s > step]:
+            remove(folder / f"{prefix}-{later}")
     return {line["step"] for _, line in kept if _is_eval(line)}
 
 
 def _lines(metrics: Path) -> list[tuple[str, dict]]:
-    """(text, values) of each line that is whole: a killed process may leave half of the last one."""
-    found = []
+    """(text, values) of each whole line: a killed process may leave half of the last one."""
+    lines = []
     for text in read_text(metrics, 2**32, "replace").splitlines(keepends=True) if metrics.exists() else ():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
         if text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
-            found.append((text, line))
-    return found
+            lines.append((text, line))
+    return lines
 
 
 def _is_eval(line: dict) -> bool:

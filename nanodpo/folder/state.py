@@ -1,7 +1,7 @@
-"""The state from which an engine goes on: float32 weights, AdamW's moments and this rank's random numbers, as tensors.
+"""The state of an engine, as tensors: float32 weights, AdamW's moments and this rank's random numbers.
 
-At each ZeRO stage DeepSpeed keeps the weights that the optimizer steps in another place. Frozen weights are not part of
-the state: they come from the model again.
+DeepSpeed keeps the float32 weights in another place at each ZeRO stage. Frozen weights are not part of the state: the
+model has them.
 """
 
 import torch
@@ -22,8 +22,9 @@ def weights_and_moments(engine) -> dict[str, Tensor]:
     """weight.0, exp_avg.0, exp_avg_sq.0, step.0, weight.1 ... on CPU. There are no moments before the first update."""
     tensors = {}
     for i, shard in enumerate(shards(engine)):
-        tensors[f"weight.{i}"] = _own(shard.detach())
-        tensors |= {f"{name}.{i}": _own(value) for name, value in engine.basic_optimizer.state.get(shard, {}).items()}
+        tensors[f"weight.{i}"] = _on_cpu(shard.detach())
+        moments = engine.basic_optimizer.state.get(shard, {})
+        tensors |= {f"{name}.{i}": _on_cpu(moment) for name, moment in moments.items()}
     return tensors
 
 
@@ -47,7 +48,7 @@ def restore(engine, tensors: dict[str, Tensor]) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of dropout, the only thing in training that draws random numbers."""
+    """The states of the random generators. Only dropout draws from them in training."""
     state = {"random.cpu": torch.get_rng_state()}
     return state | ({"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
@@ -58,7 +59,7 @@ def restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(tensors["random.cuda"], device)
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """On CPU, in memory of its own: ZeRO-3's shards are parts of one buffer, and a file holds no memory twice."""
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """A tensor on CPU with a storage of its own: ZeRO-3's shards are views of one buffer, which safetensors refuses."""
     tensor = tensor.cpu()
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor

@@ -112,7 +112,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         sets = [data for data in (train, held_out) if data]
         facts = record.facts(args, settings, limit, sets, script.parent) | {"date": date}
         if old:
-            record.check_same(folder, old, facts, early=bool(source.adapter))
+            record.check_same(folder, old, facts, before_loading=bool(source.adapter))
         start = Start(args, settings, source, train, held_out, folder, facts, old, wanted)
         if args.loss != "sft" and not start.finished:
             check_writable(Path(args.cache_dir), f"--cache_dir {args.cache_dir}")
