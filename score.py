@@ -46,19 +46,19 @@ LESS = ("what is done is kept, and the same command goes on from there. It needs
 
 def main(argv: list[str]) -> None:
     with Stop() as stop, distributed.lost_peers_named():
-        stop.outlook = lambda: "; what is done is kept, and the same command goes on from there"
+        stop.advice = lambda: "; what is done is kept, and the same command goes on from there"
         distributed.meet()
         score(argv)
 
 
 def score(argv: list[str]) -> None:
     """Arguments -> checkpoints and data sets -> what is missing of their results -> these, part by part -> tables."""
-    with agreement.together() as same:
+    with agreement.same_on_all_ranks() as compared:
         args = parse(argv, __doc__)
         free = ("local_rank", "output_dir", "own", "changes")  # the tables are rank 0's alone, and parts are compared
-        same |= agreement.flags({name: value for name, value in vars(args).items() if name not in free})
-        same |= agreement.program(Path(__file__), args.local_rank)
-    with agreement.together() as same:
+        compared |= agreement.flags({name: value for name, value in vars(args).items() if name not in free})
+        compared |= agreement.program(Path(__file__), args.local_rank)
+    with agreement.same_on_all_ranks() as compared:
         checkpoints = open_targets(args.targets, args.changes)
         wanted = Wanted(args.responses, args.seed, args.answers, args.max_new_tokens)
         datasets = open_datasets(checkpoints, args.dataset_path, args.own, wanted, args.other_prompts)
@@ -66,8 +66,8 @@ def score(argv: list[str]) -> None:
         folder = Path(args.output_dir or (args.targets[0] if is_run else "scores"))
         check_writable(folder / "parts", f"--output_dir {folder}")
         find_bases(checkpoints)
-        same |= {f"files of {c.path} that hash to": hash_of(c.key)[:8] for c in checkpoints}
-        same |= {f"responses of data set {data.name} that hash to": data.hash[:8] for data in datasets}
+        compared |= {f"files of {c.path} that hash to": hash_of(c.key)[:8] for c in checkpoints}
+        compared |= {f"responses of data set {data.name} that hash to": data.hash[:8] for data in datasets}
     device = open_device(args.local_rank, args.gpu_id)
     opener = Opener(device, args.gradients, max(example.length for data in datasets for example in data.examples))
     with Parts(folder / "parts") as parts:

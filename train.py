@@ -62,10 +62,10 @@ def build(start: Start, stop: Stop) -> Run:
     args = start.args
     device = engines.start(args, start.settings)
     rank, world = distributed.rank_and_world()
-    with agreement.together() as same, memory.shortage_named(rank, "loading the model"):
+    with agreement.same_on_all_ranks() as compared, memory.shortage_named(rank, "loading the model"):
         model = loading.load_model(start.source, args)
         weights = loading.weights_hash(model, fresh_lora=args.use_lora and not start.source.adapter)
-        same |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
+        compared |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
     distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
     with memory.shortage_named(rank, "loading the model"):
         built = engines.build(model, args, start.settings, device, start.longest)
@@ -81,7 +81,7 @@ def train(run: Run) -> None:
     found = lifecycle.open_folder(run)
     again = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
     again += "" if args.resume == "auto" else " and without --resume"
-    run.stop.outlook = lambda: f" after {run.step} of {run.steps} steps; to go on: {again}"
+    run.stop.advice = lambda: f" after {run.step} of {run.steps} steps; to go on: {again}"
     run.stop.wait()
     if args.loss != "sft":
         add_references(run)

@@ -65,9 +65,9 @@ class OnDevice:
     """A contender whose steps end when the device has done them, and tell its peak memory."""
 
     def __init__(self, name: str, work: contenders.Work):
-        from nanodpo.ranks.distributed import spare_memory
+        from nanodpo.ranks.distributed import use_expandable_segments
 
-        spare_memory()  # for all contenders, as in training
+        use_expandable_segments()  # for all contenders, as in training
         self.cuda, self.short = work.device == "cuda", False
         self.contender = contenders.build(name, work)
 

@@ -1,11 +1,11 @@
-"""The ends of a run that are not bugs, and how a script shows them: one line, an exit code, no traceback."""
+"""The errors that are no bugs, and the end of a script: one line on the screen, an exit code, no traceback."""
 
 import contextlib
 import errno
 import os
 import sys
 
-from .screen import guard, printable, put
+from .screen import escape_all_output, printable, put
 
 
 class UserError(ValueError):
@@ -13,17 +13,17 @@ class UserError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """A run that must not go on: its numbers went wrong. Exit code 1."""
+    """A run that must not go on, since its numbers are wrong or can't be written. Exit code 1."""
 
 
 class RankStopped(RunStopped):
-    """What only one rank knows of, and so has to print itself."""
+    """An error that only one rank knows, so that this rank has to print it."""
 
 
 class Preempted(BaseException):
     """A run that was told to stop and can go on. Exit code 75, EX_TEMPFAIL: a job script may start it again.
 
-    Not an Exception, as KeyboardInterrupt is none: libraries swallow those.
+    Like KeyboardInterrupt it is not an Exception, since libraries catch those.
     """
 
 
@@ -31,23 +31,23 @@ TEMPFAIL = 75
 
 
 def first_line(error: Exception) -> str:
-    """What a library's exception says, in one line: its first, and what follows a colon at its end."""
+    """The message of a library's exception in one line: its first line, and the next where that ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    said = lines.pop(0)
-    while said.endswith(":") and lines:
-        said += f" {lines.pop(0)}"
-    return f"{type(error).__name__} {said}" if isinstance(error, LookupError) else said
+    message = lines.pop(0)
+    while message.endswith(":") and lines:
+        message += f" {lines.pop(0)}"
+    return f"{type(error).__name__} {message}" if isinstance(error, LookupError) else message
 
 
 def one_line(text: str, most: int = 1000) -> str:
-    """Text as a terminal can show it: its two ends where it is long, and no character that acts on the screen."""
+    """Text in one line for a terminal: of a long one the two ends; characters that act on the terminal are escaped."""
     text = " ".join(text.split())
     return printable(text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}")
 
 
 @contextlib.contextmanager
 def long_names_refused():
-    """A path with a name that no file system takes is a mistake in the input, whichever flag or file it came from."""
+    """Raises UserError for a path with a name too long for the file system, whichever flag or file it came from."""
     try:
         yield
     except OSError as error:
@@ -57,8 +57,8 @@ def long_names_refused():
 
 
 def run_script(main) -> int:
-    """Calls main(argv) and turns its end into an exit code. Anything unforeseen keeps its traceback."""
-    guard()
+    """Calls main(argv), prints its error in one line and returns the exit code. A bug keeps its traceback."""
+    escape_all_output()
     try:
         with long_names_refused():
             main(sys.argv[1:])
@@ -82,8 +82,8 @@ def run_script(main) -> int:
 
 
 def leave(code: int) -> None:
-    """Exits, and where ranks were started without the interpreter's own end: there a thread that a library has left
-    running now and then aborts a process whose work is done, and the launcher calls the whole run failed."""
+    """Exits with this code. A rank exits without the interpreter's own clean-up: there a thread of a library may abort
+    a process whose work is done, and the launcher would call the whole run failed."""
     if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Small files of text that a user names or another program wrote: read so that none of them can hang or fill a run."""
+"""Reads small files of text that a user names or another program wrote: none can hang a run or fill its memory."""
 
 import collections
 import errno
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from .errors import first_line
 
-MOST = 2**26  # bytes; a settings file has a few hundred, run.json of a large data set a few MB
+MAX_BYTES = 2**26  # a settings file has a few hundred, run.json of a large data set a few million
 
 
 def check_regular(path) -> None:
-    """Raises OSError for a FIFO, device, socket or folder: opening one may wait for ever. And for what is not there."""
+    """Raises OSError for a FIFO, device, socket or folder, which may wait for ever when opened, and for no file."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -22,31 +22,31 @@ def check_regular(path) -> None:
         raise OSError(errno.EINVAL, f"is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file", str(path))
 
 
-def read_text(path, most: int = MOST, errors: str = "strict") -> str:
-    """A file's text, UTF-8. Raises OSError for what is no regular file or longer than `most` bytes."""
+def read_text(path, max_bytes: int = MAX_BYTES, errors: str = "strict") -> str:
+    """A file's text, UTF-8. Raises OSError for anything but a regular file, and for one longer than `max_bytes`."""
     check_regular(path)
-    if (size := os.stat(path).st_size) > most:
-        raise OSError(errno.EFBIG, f"has {size:,} bytes, more than the {most:,} that such a file can have", str(path))
+    if (size := os.stat(path).st_size) > max_bytes:
+        raise OSError(errno.EFBIG, f"has {size:,} bytes, more than the {max_bytes:,} that such a file can have",
+                      str(path))
     return Path(path).read_text(encoding="utf-8", errors=errors)
 
 
 def why(error: Exception) -> str:
-    """What kept a file from being read: the system's words without number and path, or an exception's first line."""
+    """The reason in an error of reading: the system's words without number and path, or an exception's first line."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def parse_json(text: str, **how):
-    """json.loads, but a key that an object has twice is a ValueError: JSON's readers take the last in silence."""
-    return json.loads(text, object_pairs_hook=_once, **how)
+def parse_json(text: str, **options):
+    """json.loads that raises ValueError for a key that an object has twice, of which JSON's readers take the last."""
+    return json.loads(text, object_pairs_hook=_without_repeats, **options)
 
 
-def _once(pairs: list[tuple]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _without_repeats(pairs: list[tuple]) -> dict:
+    if len(values := dict(pairs)) < len(pairs):
         raise ValueError(f"has {repeated(name for name, _ in pairs)!r} twice")
-    return found
+    return values
 
 
 def repeated(names):
-    """The name that is there most often."""
+    """The most frequent of these names."""
     return collections.Counter(names).most_common(1)[0][0]

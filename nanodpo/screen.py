@@ -1,4 +1,4 @@
-"""Prints to the terminal: one function does, and shows characters that would act on it instead of sending them."""
+"""Prints to the terminal, with escapes in place of the characters that would act on it."""
 
 import logging
 import os
@@ -16,20 +16,19 @@ _format_warning = warnings.formatwarning
 
 
 def put(*text, file=None) -> None:
-    """Prints a line, on stdout unless `file` says otherwise; a bar on the screen makes room for it."""
+    """Prints a line on stdout, or on `file`, above a progress bar where there is one."""
     file = file or sys.stdout
     tqdm.write(printable(" ".join(map(str, text))), file=file)
     file.flush()
 
 
 def command_line(*words, cwd: Path | None = None) -> str:
-    """A command that runs as it is printed: this very Python, paths from here, and quotes where a shell needs them.
-
-    `cwd`: the folder in which it must run, where that is another one than this.
+    """A command that a user can copy: with this Python, paths relative to this folder, and quotes where a shell needs
+    them. `cwd`: the folder in which it must run, where that is another one.
     """
     python, here = Path(sys.executable), cwd or Path.cwd()
-    found = shutil.which(python.name)
-    python = python.name if found and os.path.abspath(found) == str(python) else python
+    in_path = shutil.which(python.name)
+    python = python.name if in_path and os.path.abspath(in_path) == str(python) else python
     line = shlex.join(_from(here, word) if isinstance(word, Path) else str(word) for word in (python, *words))
     return line if here == Path.cwd() else f"cd {shlex.quote(str(here))} && {line}"
 
@@ -40,8 +39,8 @@ def _from(here: Path, path: Path) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Replaces each character that acts on a terminal (an escape sequence in somebody's data, say) by its escape, so
-    that it is only shown. Lines, tabs, spaces of any width and what joins letters stay.
+    r"""Text in which each character that acts on a terminal, as in an escape sequence, is replaced by its escape. Ends
+    of lines, tabs, spaces of any width and joiners of letters stay.
 
     >>> printable("red \x1b[31m\u202e and \u3000wide\n")
     'red \\x1b[31m\\u202e and \u3000wide\n'
@@ -50,10 +49,10 @@ def printable(text: str) -> str:
                    else c.encode("unicode_escape").decode() for c in text)
 
 
-def guard() -> None:
-    """Makes `printable` what Python and its libraries print by themselves: warnings, log records, and the traceback of
-    an error that nobody foresaw. A terminal that lacks a character gets its escape."""
-    warnings.formatwarning = lambda *said, **more: printable(_format_warning(*said, **more))
+def escape_all_output() -> None:
+    """Passes what Python and its libraries print through `printable`: warnings, log records and tracebacks. A terminal
+    that lacks a character gets its escape."""
+    warnings.formatwarning = lambda *args, **options: printable(_format_warning(*args, **options))
     logging.setLogRecordFactory(_Record)
     sys.excepthook = lambda *error: put("".join(traceback.format_exception(*error)).rstrip(), file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):

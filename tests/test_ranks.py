@@ -181,7 +181,7 @@ def test_signals_that_are_heard(monkeypatch):
     before = [signal.getsignal(n) for n in numbers]
     with signals.Stop() as stop:
         stop.wait()
-        assert [signal.getsignal(n) == stop._told for n in numbers] == [True, True, True, True, False, True]
+        assert [signal.getsignal(n) == stop._handle for n in numbers] == [True, True, True, True, False, True]
     assert [signal.getsignal(n) for n in numbers] == before
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

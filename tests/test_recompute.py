@@ -19,7 +19,7 @@ from nanodpo.errors import UserError
 from nanodpo.model.layers import fuse_lora, keep_less
 from nanodpo.model.recompute import MODES, ByNeed, Recompute, _Live, peak_bytes
 from nanodpo.model.selfcheck import grows_with_rows
-from nanodpo.ranks.distributed import spare_memory
+from nanodpo.ranks.distributed import use_expandable_segments
 
 R = 2
 
@@ -284,14 +284,14 @@ def test_a_users_own_allocator_settings_stay(name, monkeypatch):
     for key in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv(name, "max_split_size_mb:512")
-    spare_memory()
+    use_expandable_segments()
     assert {k: v for k, v in os.environ.items() if k.endswith("_ALLOC_CONF")} == {name: "max_split_size_mb:512"}
 
 
 HOLES = """
 import torch
-from nanodpo.distributed import spare_memory
-spare_memory()
+from nanodpo.ranks.distributed import use_expandable_segments
+use_expandable_segments()
 for tokens in (5001, 7003, 9007, 11003, 6007, 10007, 8009):  # rows, and what their layers keep
     kept = [torch.empty(tokens, width, device="cuda") for _ in range(10) for width in (512, 1024, 512, 2048)]
     del kept

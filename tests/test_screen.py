@@ -19,7 +19,7 @@ from nanodpo import progress
 from nanodpo.data import tokens
 from nanodpo.errors import run_script
 from nanodpo.scoring import answers
-from nanodpo.screen import command_line, guard, printable, put
+from nanodpo.screen import command_line, escape_all_output, printable, put
 
 EVIL = "\x1b]0;OWNED\x07\x1b[2J\r\x9b31m\u202e"
 SHOWN = r"\x1b]0;OWNED\x07\x1b[2J\r\x9b31m\u202e"
@@ -27,7 +27,7 @@ SHOWN = r"\x1b]0;OWNED\x07\x1b[2J\r\x9b31m\u202e"
 
 @pytest.fixture(autouse=True)
 def own_hooks(monkeypatch):
-    """The hooks that `guard` sets are gone after each test."""
+    """The hooks that `escape_all_output` sets are gone after each test."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -62,7 +62,7 @@ def test_what_acts_is_shown(capsys):
 def test_what_libraries_say_is_shown(capsys, monkeypatch):
     """Warnings, log records and tracebacks may quote names from files."""
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    guard()
+    escape_all_output()
     text = warnings.formatwarning(EVIL, UserWarning, f"{EVIL}.py", 3, EVIL)
     assert SHOWN in text and f"{SHOWN}.py" in text and not acts(text)
     handler = logging.StreamHandler(sys.stderr)

@@ -1,2 +1,2 @@
-"""Every setting: arguments (the flags of train.py), limits (which values they may have), settings (files and the
-launcher's environment) and unknown (what a flag that is not there may have meant)."""
+"""Every setting of a run. Read arguments (the flags of train.py), limits (the values that they may have), settings
+(files of settings, and the launcher's environment) and unknown (hints for flags that do not exist)."""

@@ -30,8 +30,8 @@ class TrainArguments:
                         "all, in float32.")
     use_flash_attention: bool = _flag(False, "Demand the variable-length flash kernel (CUDA); stop where it fails.")
     gradient_checkpointing: bool = _flag(False, "Recompute activations in backward instead of keeping them.")
-    activation_memory: float = _flag(None, "GiB a rank has for activations: of each row as many layers are recomputed "
-                                     "as it needs. -1: what the GPU has left.",
+    activation_memory: float = _flag(None, "GiB a rank has for activations: as many layers are recomputed as each "
+                                     "batch needs. -1: what the GPU has left.",
                                      GIB)
     use_lora: bool = _flag(True, "Train a LoRA adapter; false is full fine-tuning, as is --lora_r 0.")
     lora_r: int = _flag(16, "LoRA rank.", NOT_NEGATIVE)
@@ -129,8 +129,8 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
     from transformers import HfArgumentParser  # slow to import
 
     class Parser(HfArgumentParser):
-        def add_argument(self, *names, limit=None, **known):  # argparse has no limits; limits.check reads them
-            return super().add_argument(*names, **known)
+        def add_argument(self, *names, limit=None, **options):  # argparse has no limits; limits.check reads them
+            return super().add_argument(*names, **options)
 
     parser = Parser(TrainArguments, description="SFT and DPO training.", allow_abbrev=False)
     parser.error = _raise  # argparse would print the whole usage before the one line that matters
@@ -145,7 +145,7 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
         file = argv[0]
         argv = read_settings(file, names) + argv[1:]
     elif not own & {"--model_name", "--model-name", "--train_file_path", "--train-file-path"}:
-        # Nothing of one's own: the example, changed by these flags, from whatever folder it is called.
+        # Neither a model nor data: the example, changed by these flags. Its paths are relative to the program.
         example = read_settings(str(default_file), names)
         argv = [flag.replace("=examples/", f"={default_file.parent}/") for flag in example] + argv
     try:
@@ -164,7 +164,7 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
 
 
 def _as_typed(message: str, own: set[str], file: str | None) -> str:
-    """A message about a flag that names it as it was typed: with its own dashes, or with the file it stands in."""
+    """A message that names its flag as the user wrote it: with dashes or underscores, or with the settings file."""
     name = message.partition(":")[0].partition(" ")[0]
     dashed = "--" + name.removeprefix("--").replace("_", "-")
     if name in own or not name.startswith("--"):

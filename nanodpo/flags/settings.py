@@ -1,4 +1,4 @@
-"""Settings that do not come as flags: a YAML or JSON file, and the launcher's environment."""
+"""Reads settings that are not flags: a YAML or JSON file, and the launcher's environment."""
 
 import errno
 import os
@@ -10,10 +10,10 @@ from .unknown import OTHERWISE, hint
 
 
 def read_settings(path: str, names: list[str]) -> list[str]:
-    """A flat YAML or JSON file as flags, so that argparse converts and checks its values like any others.
+    """A flat YAML or JSON file as flags, so that argparse converts and checks its values like those of other flags.
 
-    Values stay as they are written (1e-5, 010): YAML would take the first for text and the second for 8. Raises
-    UserError for an unreadable file, a key not in `names` and a nested value.
+    Values stay as they are written (1e-5, 010): YAML would read the first as text and the second as 8. Raises UserError
+    for an unreadable file, a key not in `names` and a nested value.
     """
     import yaml  # a dependency of transformers
 
@@ -30,8 +30,8 @@ def read_settings(path: str, names: list[str]) -> list[str]:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: expected settings like `learning_rate: 1e-5`, found {type(settings).__name__}")
     if unknown := [str(key) for key in settings if key not in names]:
-        said = [f"{key} ({words})" if (words := hint(key, names, OTHERWISE, "")) else key for key in unknown]
-        raise UserError(f"{path}: unknown setting {', '.join(said)}; `train.py --help` lists them")
+        hinted = [f"{key} ({words})" if (words := hint(key, names, OTHERWISE, "")) else key for key in unknown]
+        raise UserError(f"{path}: unknown setting {', '.join(hinted)}; `train.py --help` lists them")
     for key, value in settings.items():
         if isinstance(value, (dict, list)):
             raise UserError(f"{path}: {key} must be a single value, found {type(value).__name__}")
@@ -39,21 +39,22 @@ def read_settings(path: str, names: list[str]) -> list[str]:
 
 
 def _loader():
-    """YAML's plainest loader, which leaves every value text; a key that is there twice is an error, as YAML says."""
+    """YAML's plainest loader, which leaves every value text, and raises ValueError for a key that is there twice."""
     import yaml
 
     class Loader(yaml.BaseLoader):
         def construct_mapping(self, node, deep=False):
-            found = super().construct_mapping(node, deep)
-            if len(found) < len(node.value):
+            values = super().construct_mapping(node, deep)
+            if len(values) < len(node.value):
                 raise ValueError(f"has {repeated(key.value for key, _ in node.value)!r} twice")
-            return found
+            return values
 
     return Loader
 
 
 def check_path(flag: str, path: str) -> None:
-    """Raises UserError for a path that no file can have. A settings file holds what a shell would not pass on."""
+    """Raises UserError for a path that no file can have: a settings file may hold characters that a shell would not
+    pass on."""
     try:
         name = os.fsencode(path)
     except UnicodeEncodeError:  # half a character
@@ -65,7 +66,8 @@ def check_path(flag: str, path: str) -> None:
 
 
 def local_rank(flag: int) -> int:
-    """This process's place on its machine. --local_rank serves launchers that set no LOCAL_RANK; both must agree."""
+    """This process's number on its machine, from LOCAL_RANK or, where the launcher sets none, from --local_rank. Raises
+    UserError where they differ, and for an environment in which several processes would not make one run."""
     for name in ("RANK", "WORLD_SIZE"):
         if not re.fullmatch("[0-9]{1,9}", os.environ.get(name, "0")):
             raise UserError(f"{name} is {os.environ[name]!r} in the environment, not a number; launchers set it")

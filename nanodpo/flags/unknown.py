@@ -1,10 +1,10 @@
-"""Says what a user may have meant by an unknown flag: it was mistyped, or it is the name of another trainer."""
+"""Hints for an unknown flag: it was mistyped, or other trainers have it."""
 
 import difflib
 
 from ..errors import UserError
 
-# Flags of TRL, transformers and others that are here under another name ...
+# Flags of TRL, transformers and others that have another name here ...
 RENAMED = {name: ours for ours, names in {
     "model_name": "model_name_or_path model model_path model_id base_model pretrained_model_name_or_path",
     "train_file_path": "dataset_name dataset dataset_path data_path train_file train_data train_dataset data",
@@ -57,9 +57,9 @@ OTHERWISE = {name: what for what, names in {
 
 
 def hint(typed: str, known, otherwise: dict[str, str] | None = None, dashes: str = "--") -> str:
-    """A few words about a flag or setting that is none of those `known`; empty where there is nothing to say.
+    """A few words about a flag or setting that is not one of `known`; empty where there is no hint.
 
-    `otherwise`: what is said of names of other programs.
+    `otherwise`: hints for the names of other programs, by name.
     """
     name = typed.lstrip("-").partition("=")[0].replace("-", "_")
     if name in (otherwise or {}):
@@ -72,7 +72,7 @@ def hint(typed: str, known, otherwise: dict[str, str] | None = None, dashes: str
 
 
 def parse_known(parser, argv: list[str], script: str, otherwise: dict[str, str] | None = None):
-    """What the parser makes of a command line. Raises UserError for flags that it does not know, with a hint each."""
+    """The parsed command line. Raises UserError for unknown flags, with a hint for each."""
     args, rest = parser.parse_known_intermixed_args(argv)
     if rest:
         raise UserError(unknown_arguments(rest, vars(args), script, otherwise))
@@ -80,9 +80,9 @@ def parse_known(parser, argv: list[str], script: str, otherwise: dict[str, str] 
 
 
 def unknown_arguments(rest: list[str], known, script: str, otherwise: dict[str, str] | None = None) -> str:
-    """The error message for what a parser left over; what follows an unknown flag is its value."""
+    """The error message for the words that a parser did not know; the word after an unknown flag is its value."""
     flags = [word for word in rest if word.startswith("--")] or rest[:1]
-    said = [(word.partition("=")[0], hint(word, known, otherwise)) for word in dict.fromkeys(flags)]
-    named = "; ".join(f"{word}: {words}" if words else word for word, words in said)
-    help = "" if all(words for _, words in said) else f"; `{script} --help` lists them all"
-    return f"unknown argument{'s' * (len(said) > 1)} {named}{help}"
+    hints = [(word.partition("=")[0], hint(word, known, otherwise)) for word in dict.fromkeys(flags)]
+    named = "; ".join(f"{word}: {words}" if words else word for word, words in hints)
+    help = "" if all(words for _, words in hints) else f"; `{script} --help` lists them all"
+    return f"unknown argument{'s' * (len(hints) > 1)} {named}{help}"

@@ -1,7 +1,7 @@
-"""Weights of models and adapters, opened with nothing missing, and adapters exchanged for those of the next checkpoint.
+"""Opens models and adapters with all their weights, and exchanges an adapter for that of another checkpoint.
 
-Transformers and PEFT only warn of weights that a file lacks, and draw random ones in their place; they leave out those
-that the model has no place for.
+Transformers and PEFT only warn of weights that a file lacks, and draw random ones in their place; weights that the
+model has no place for they leave out. Here both are errors.
 """
 
 import json
@@ -13,32 +13,32 @@ from ..errors import UserError, first_line
 from ..files import read_text
 from .source import BROKEN, hold_logs
 
-PLACES = ("base_model_name_or_path", "peft_version", "inference_mode", "revision")  # say nothing of the shape
+NOT_SHAPE = ("base_model_name_or_path", "peft_version", "inference_mode", "revision")  # of an adapter's config
 
-# What models of old releases have in their files beside their weights: tables that every model makes anew, of causal
-# masks and of rotations. Transformers passes over others by itself: what a family has that is not of the language model
-# (heads that predict several tokens, towers for images), and an output layer that is tied.
+# Tables of causal masks and of rotations, which files of old releases have beside the weights, and every model computes
+# anew. Transformers itself passes over a tied output layer, and over parts that are not of the language model (heads
+# that predict several tokens, towers for images).
 TABLES = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
 def open_base(name: str, dtype, trust_remote_code: bool):
-    """A causal LM with its weights. Raises UserError for files that are broken, lack a weight, have another shape or a
-    weight too many."""
+    """A causal LM with its weights. Raises UserError for files that are broken, lack a weight, or have one of another
+    shape or one too many."""
     from transformers import AutoModelForCausalLM
 
     try:
         with hold_logs():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, keys = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
-                ignore_mismatched_sizes=True)  # refused here, by name
-            if found["mismatched_keys"]:
-                key, written, wanted = sorted(found["mismatched_keys"])[0]
+                ignore_mismatched_sizes=True)  # the error below names the weight
+            if keys["mismatched_keys"]:
+                key, written, wanted = sorted(keys["mismatched_keys"])[0]
                 raise UserError(f"{name}: does not fit its config.json: {key} is {list(written)} in the weights, and "
                                 f"{list(wanted)} by the config")
-            if found["missing_keys"]:
-                raise UserError(f"{name}: lacks {len(found['missing_keys'])} of the model's weights, such as "
-                                f"{min(found['missing_keys'])}; copy them anew, or mend config.json")
-            if strange := [key for key in found["unexpected_keys"] if not TABLES.search(key)]:
+            if keys["missing_keys"]:
+                raise UserError(f"{name}: lacks {len(keys['missing_keys'])} of the model's weights, such as "
+                                f"{min(keys['missing_keys'])}; copy them anew, or mend config.json")
+            if strange := [key for key in keys["unexpected_keys"] if not TABLES.search(key)]:
                 raise UserError(f"{name}: has {len(strange)} weights that its config.json has no place for, such as "
                                 f"{min(strange)}; mend config.json, or save the model without them")
     except UserError:
@@ -49,17 +49,18 @@ def open_base(name: str, dtype, trust_remote_code: bool):
 
 
 def adapter_shape(adapter: str | None) -> dict | None:
-    """An adapter's config without the entries that only say where things lie; None for a whole model."""
+    """An adapter's config without the entries that do not change its shape; None for a whole model."""
     if adapter is None:
         return None
     config = json.loads(read_text(Path(adapter) / "adapter_config.json"))
     targets = config.get("target_modules")
     config["target_modules"] = sorted(targets) if isinstance(targets, list) else targets
-    return {key: value for key, value in config.items() if key not in PLACES}
+    return {key: value for key, value in config.items() if key not in NOT_SHAPE}
 
 
 def add_adapter(model, adapter: str | None, trainable: bool = False):
-    """The model with its adapter, in float32; without one the model itself. Raises UserError."""
+    """The model with its adapter, in float32; the model itself where `adapter` is None. Raises UserError for an adapter
+    that is broken or does not fit."""
     if adapter is None:
         return model
     from peft import PeftModel
@@ -69,9 +70,9 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
         raise UserError(f"{adapter}: is a {kind} adapter; only LoRA can be trained on")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused in a moment
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
-        _written(model, adapter)
+        _read(model, adapter)
     except BROKEN as error:
         if isinstance(error, UserError):
             raise
@@ -82,40 +83,40 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
 
 
 def exchange_adapter(model, adapter: str) -> None:
-    """Puts another adapter's weights in place of the present ones, which have the same shape. Raises UserError."""
+    """Replaces the model's adapter by another one of the same shape. Raises UserError for one that does not fit."""
     from peft.utils import set_peft_model_state_dict
 
     try:
-        set_peft_model_state_dict(model, _written(model, adapter))
+        set_peft_model_state_dict(model, _read(model, adapter))
     except BROKEN as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{adapter}: can't be opened: {first_line(error)}") from error
 
 
-def _written(model, adapter: str) -> dict:
-    """An adapter's weights as they are on disk. Raises UserError unless they are what the model has places for."""
+def _read(model, adapter: str) -> dict:
+    """An adapter's weights on disk, by name. Raises UserError where the names are not those of the model's adapter."""
     from peft.utils import get_peft_model_state_dict, load_peft_weights
 
-    written = load_peft_weights(adapter, device="cpu")
-    places = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if lacking := places.keys() - written.keys():
+    weights = load_peft_weights(adapter, device="cpu")
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if lacking := expected.keys() - weights.keys():
         raise UserError(f"{adapter}: lacks {len(lacking)} of the weights that its adapter_config.json asks for, such "
                         f"as {min(lacking)}; copy the adapter anew")
-    if strange := written.keys() - places.keys():
+    if strange := weights.keys() - expected.keys():
         whole = [name for name in strange if ".lora_" not in name]
         why = ("; it is no LoRA weight (target_modules or modules_to_save name embeddings or a head), and only LoRA on "
                "linear layers is supported: merge the adapter (PEFT's merge_and_unload), and name the merged model")
         raise UserError(f"{adapter}: has weights that its base or its adapter_config.json has no place for, such as "
                         f"{min(whole or strange)}{why * bool(whole)}")
-    return written
+    return weights
 
 
 def adapter_weights(model, path: str) -> list:
     """The adapter's parameters, made ready for gradients. Raises UserError for a model without one."""
-    found = [p for name, p in model.named_parameters() if ".lora_" in name]
-    if not found:
+    weights = [p for name, p in model.named_parameters() if ".lora_" in name]
+    if not weights:
         raise UserError(f"--gradients: are by the weights of a LoRA adapter, and {path} has none")
-    for parameter in found:
+    for parameter in weights:
         parameter.requires_grad_(True)
-    return found
+    return weights

@@ -1,4 +1,4 @@
-"""Loads a model, adds LoRA, and says which policy is the reference."""
+"""Loads the policy, adds LoRA, and turns the policy into the reference for a while."""
 
 import contextlib
 import hashlib
@@ -16,7 +16,8 @@ from .source import BROKEN, Source, absolute
 
 
 def load_model(source: Source, args) -> nn.Module:
-    """The policy at its start: the base model, its adapter where it has one, a fresh LoRA where args ask for one."""
+    """The policy before training: the base model with its adapter, or with a fresh LoRA where args ask for one. Raises
+    UserError."""
     from transformers import AutoModelForCausalLM
 
     dtype, remote = stored(args.bf16, frozen=args.use_lora), args.trust_remote_code
@@ -50,7 +51,7 @@ def _open_adapter(model: nn.Module, source: Source, args) -> nn.Module:
 
 
 def _take_over(args, own, adapter: str) -> None:
-    """Writes the adapter's own LoRA settings into args. Raises UserError where a flag asked for others."""
+    """Writes the LoRA settings of the adapter, `own`, into args. Raises UserError where a flag asked for others."""
     targets = ",".join(sorted(own.target_modules)) if isinstance(own.target_modules, set) else own.target_modules
     theirs = {"lora_r": own.r, "lora_alpha": own.lora_alpha, "lora_dropout": own.lora_dropout,
               "lora_target_modules": targets}
@@ -61,7 +62,8 @@ def _take_over(args, own, adapter: str) -> None:
 
 
 def check_plain_lora(model: nn.Module, where: str) -> None:
-    """Raises UserError for an adapter that is more than LoRA on linear layers (embeddings, heads, DoRA ...)."""
+    """Raises UserError where anything but LoRA on linear layers is trained (embeddings, heads, DoRA ...); `where`
+    begins the message."""
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if odd := [name for name in trained if not name.endswith((".lora_A.default.weight", ".lora_B.default.weight"))]:
         raise UserError(f"{where}: trains {odd[0]}, and only LoRA on linear layers is supported")
@@ -96,7 +98,9 @@ def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
 
 @contextlib.contextmanager
 def _drawn_in_float32():
-    """Keeps PEFT from rounding a fresh adapter to the dtype of its base: it starts the same with --bf16 and without."""
+    """Keeps PEFT from rounding a fresh adapter to the dtype of its base, so that it is the same with --bf16 and
+    without.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     own = BaseTunerLayer._move_adapter_to_device_of_base_layer
@@ -108,7 +112,7 @@ def _drawn_in_float32():
 
 
 def _remove_dropout(model: nn.Module) -> None:
-    """Sets every dropout rate to 0: modules, the floats that attention layers hand on, the noise of MoE routers."""
+    """Sets every dropout rate to 0: those of modules, the floats in attention layers, the noise of MoE routers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -118,7 +122,7 @@ def _remove_dropout(model: nn.Module) -> None:
 
 
 def describe(model: nn.Module) -> str:
-    """One line on what is trained, in which dtype."""
+    """A line for the screen: how many parameters are trained, and their dtype."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     count, total = sum(p.numel() for _, p in trained), sum(p.numel() for p in model.parameters())
     dtype = str(trained[0][1].dtype).removeprefix("torch.")
@@ -128,9 +132,10 @@ def describe(model: nn.Module) -> str:
 
 
 def weights_hash(model: nn.Module, fresh_lora: bool) -> str:
-    """Hashes of the reference, one after the other: the base's weights, its config, and the adapter where it has one.
+    """Hashes of the reference, separated by spaces: of its base's weights, its config, and its adapter where it has
+    one.
 
-    A fresh LoRA is not part of the reference, so runs that differ in its rank or seed have the same one.
+    A fresh LoRA is not part of the reference, so runs that differ in its rank or seed have the same hashes.
     """
     hashes = base_hashes(model)
     if not fresh_lora and hasattr(model, "peft_config"):
@@ -143,7 +148,7 @@ def weights_hash(model: nn.Module, fresh_lora: bool) -> str:
 
 
 def base_hashes(model: nn.Module) -> list[str]:
-    """Hashes of a base's weights and of its config, which says how they are used; the same with an adapter on it."""
+    """[hash of a base's weights, hash of its config]; the same with an adapter on it and without."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in inner.state_dict().items()
                if ".lora_" not in name}
@@ -160,15 +165,15 @@ def _add_tensors(digest, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def check_base(hashes: list[str], base: str, record: dict, run) -> None:
-    """Raises UserError where a base is not the one that a run started from: `hashes` are those of `base_hashes`, in the
-    run's precision, and `record` is what the run's run.json says."""
-    known = str(record.get("weights", "")).split()
-    if len(known) < 2:
+    """Raises UserError where a base is not the one that a run started from: `hashes` are from `base_hashes`, in the
+    run's precision, and `record` is the run's run.json."""
+    recorded = str(record.get("weights", "")).split()
+    if len(recorded) < 2:
         return say(f"{run}/run.json: has no hash of its base's weights; {base} is taken as it is")
     back = f"put back what was there, or copy it to another folder and name that in {run}'s adapter_config.json files"
-    if hashes[0] != known[0]:
+    if hashes[0] != recorded[0]:
         raise UserError(f"{base}: holds other weights than those that {run} was trained on; {back}")
-    if hashes[1] != known[1]:
+    if hashes[1] != recorded[1]:
         then, now = record.get("versions", {}).get("transformers"), importlib.metadata.version("transformers")
         if then == now:
             raise UserError(f"{base}: its config.json is not the one that {run} was trained with; {back}")
@@ -177,10 +182,10 @@ def check_base(hashes: list[str], base: str, record: dict, run) -> None:
 
 @contextlib.contextmanager
 def reference_policy(model: nn.Module, fresh_lora: bool):
-    """The policy as it was before training: eval mode and, for LoRA that started from nothing, the adapter off.
+    """Within this the model is the reference: in eval mode and, for a fresh LoRA, with the adapter off.
 
-    Full fine-tuning and a trained adapter *are* their reference only until the first step. Modes come back whatever
-    happens inside.
+    Only to be used before the first step, since full fine-tuning and an adapter that is trained on change the weights
+    of the reference. After the block the model has its mode again.
     """
     was_training = model.training
     model.eval()

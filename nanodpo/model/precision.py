@@ -1,9 +1,9 @@
-"""--bf16: large matrices in bfloat16; what is trained, norms, and what adds up from layer to layer in float32.
+"""--bf16: large matrices in bfloat16; trained weights, norms, and the sums from layer to layer in float32.
 
 A change of the weights far below bfloat16's last place moves every rounding of a forward pass, and with it a response's
-log-prob by tenths of a nat: as much as the first steps of training (noise.py measures it). So little is rounded. On a
-GPU the inputs and outputs of matrix products, which are many times as fast in bfloat16; on a CPU, where they are not,
-nothing but the frozen matrices themselves. Full fine-tuning freezes none: there --bf16 changes nothing on a CPU.
+log-prob by tenths of a nat: as much as the first steps of training (noise.py measures it). So as little as possible is
+rounded. On a GPU these are the inputs and outputs of matrix products, which are many times as fast in bfloat16; on a
+CPU, where they are not, only the frozen matrices. Full fine-tuning freezes none: there --bf16 changes nothing on a CPU.
 """
 
 import functools
@@ -14,17 +14,18 @@ from torch.autograd.function import once_differentiable
 
 
 def products(bf16: bool, device: torch.device) -> torch.dtype:
-    """What matrices are multiplied in."""
+    """The dtype in which matrices are multiplied."""
     return torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
 
 
 def stored(bf16: bool, frozen: bool) -> torch.dtype:
-    """What a base's weights are loaded in; trained ones stay float32."""
+    """The dtype in which a base's weights are loaded: bfloat16 for frozen ones with --bf16, float32 for trained
+    ones."""
     return torch.bfloat16 if bf16 and frozen else torch.float32
 
 
 def mix(model: nn.Module, product: torch.dtype) -> None:
-    """Prepares a model, loaded by `stored`, with its adapter. `product`: of matrices, from `products`."""
+    """Sets the dtypes of a model that was loaded in that of `stored`, with its adapter. `product`: from `products`."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     held = [layer for layer in _plain_linears(model) if layer.weight.dtype == torch.bfloat16]
     kept = {id(layer.weight) for layer in [*held, model.get_input_embeddings()]}
@@ -45,15 +46,16 @@ def mix(model: nn.Module, product: torch.dtype) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             for name, norm in layer.named_children():
-                if name.endswith(("norm", "layernorm")):  # else each of the matrices after it keeps a copy of its own
+                if name.endswith(("norm", "layernorm")):  # else each matrix after it makes, and keeps, a copy
                     norm.register_forward_hook(lambda module, args, states: states.to(product))
 
 
 def _plain_linears(model: nn.Module) -> list[nn.Linear]:
-    """Those that are called. A state space layer, told by its convolution, takes the weights of its own uncalled."""
-    odd = {id(part) for module in model.modules() if any(isinstance(child, nn.Conv1d) for child in module.children())
-           for part in module.modules()}
-    return [layer for layer in model.modules() if type(layer) is nn.Linear and id(layer) not in odd]
+    """The linear layers that the model calls. A state space layer, which has a convolution, reads the weights of its
+    linear layers without a call."""
+    uncalled = {id(part) for module in model.modules() if any(isinstance(child, nn.Conv1d) for child in
+    module.children()) for part in module.modules()}
+    return [layer for layer in model.modules() if type(layer) is nn.Linear and id(layer) not in uncalled]
 
 
 def _in_autocast(forward, model: nn.Module, product: torch.dtype):
@@ -72,7 +74,7 @@ class Held(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """W x + b. Keeps W itself, of which backward makes the wider copy again."""
+    """W x + b, (..., out). Keeps W itself for backward, which makes the float32 copy again."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):

@@ -1,7 +1,8 @@
-"""Before anything is trained: is this model right in packed rows, and is the head its head? Measured, not believed.
+"""Chooses, before training, the layout of batches that gives the model's own log-probs.
 
-A few random sequences go through the model as it came, one to a line, with its own full logits; then through the kernel
-in each layout. Layers that carry state or bias past attention (convolution, SSM, alibi, sinks) fail packed rows here.
+A few random sequences go through the unchanged model, one at a time, with its full logits; then through the kernel in
+each layout. Packed batches are wrong for layers that carry state or bias past attention (convolution, SSM, alibi,
+sinks), and every batch is for a head that is more than one matrix: both are found here.
 """
 
 import math
@@ -13,20 +14,22 @@ from ..core.packing import LAYOUTS, Group, pack
 from ..errors import UserError, first_line
 from ..ranks.distributed import say, sum_over_ranks
 
-# Error of a token's log-prob, in standard deviations of the log-probs: a freshly drawn model's vary by a tenth of a
-# nat, a trained one's by several. In float32 the largest one: right layouts measured 6e-6, wrong ones from 6e-4. In
-# bfloat16 single tokens are far off in any layout, by 0.2 and once by 1.3, but a wrong one is off in many: of
-# SmolLM2's 95th percentiles right ones measured up to 0.06, wrong ones from 0.21.
+# The error of a token's log-prob, in standard deviations of the log-probs: those of a freshly drawn model vary by a
+# tenth of a nat, those of a trained one by several. In float32 the largest error counts: in right layouts it was 6e-6,
+# in wrong ones 6e-4 and more. In bfloat16 single tokens are far off in any layout, by 0.2 and once by 1.3, but in a
+# wrong layout many are: the 95th percentile of SmolLM2's errors was up to 0.06 in right layouts, 0.21 and more in wrong
+# ones.
 TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 0.1}
 QUANTILE = {torch.float32: 1.0, torch.bfloat16: 0.95}
 
 
 @torch.no_grad()
 def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash: bool, longest: int = 0) -> tuple:
-    """(layout, attention implementation) that reproduces the plain model, the fastest that does; sets it on the model.
+    """The fastest (layout, attention implementation) that gives the model's own log-probs; sets it on the model.
 
-    `module` is a SequenceLogProbs, `longest` the tokens of the run's longest sequence. Says why what it passed over
-    was passed over. Raises UserError where none does, or where the flash kernel was demanded and fails.
+    `module` is a SequenceLogProbs; `dtype` is that of matrix products; `longest`: tokens of the run's longest sequence.
+    Prints why it passes over a faster one. Raises UserError where none is right, or where the flash kernel was demanded
+    and fails.
     """
     model = module.model.get_base_model() if hasattr(module.model, "get_base_model") else module.model
     own = model.config._attn_implementation
@@ -44,15 +47,15 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
                             "adapter, are broken")
         errors = {}
         for layout, attention in candidates:
-            _use(model, attention)
-            row = LAYOUTS[layout](groups).to(device)
-            errors[attention] = _agreed(device, _error, module, row, truth, QUANTILE[dtype])
+            _set_attention(model, attention)
+            batch = LAYOUTS[layout](groups).to(device)
+            errors[attention] = _over_ranks(device, _error, module, batch, truth, QUANTILE[dtype])
             if attention == VARLEN and errors[attention] <= TOLERANCE[dtype]:
-                errors[attention] = _agreed(device, _backward_error, model.config.get_text_config(), groups, device,
-                                            dtype)
+                errors[attention] = _over_ranks(device, _backward_error, model.config.get_text_config(), groups, device,
+                                                dtype)
             if errors[attention] <= TOLERANCE[dtype]:
                 return layout, attention
-            say(f"{layout} rows with {attention} are wrong for this model (error {errors[attention]:.2g} standard "
+            say(f"{layout} batches with {attention} are wrong for this model (error {errors[attention]:.2g} standard "
                 "deviations of a token's log-prob)")
             if attention == VARLEN and demand_flash:
                 raise UserError("--use_flash_attention: the flash kernel does not give this model's own log-probs "
@@ -64,9 +67,10 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
 
 
 def describe(layout: str, attention: str) -> str:
-    """How rows are computed, for the screen."""
-    how = "packed, without padding, each prompt once" if layout == "packed" else "one a response, padded to one length"
-    return f"rows: {how}; attention: {attention}"
+    """A line for the screen: how batches are laid out, and the attention."""
+    how = ("packed, without padding, each prompt once" if layout == "packed" else
+           "plain, a line for each response, padded to one length")
+    return f"batches: {how}; attention: {attention}"
 
 
 def _candidates(config, own: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
@@ -76,19 +80,20 @@ def _candidates(config, own: str, device: torch.device, dtype: torch.dtype) -> l
 
 
 def grows_with_rows(config, attention: str, longest: int) -> bool:
-    """Whether attention's memory is in proportion to a row's length: no mask of it by itself, no matrix of scores."""
+    """Whether attention's memory is in proportion to a batch's length, without a mask or scores of length x length."""
     window = getattr(config, "sliding_window", None)
     masked = getattr(config, "attn_logit_softcapping", None) or (window and window < longest)
     return attention == VARLEN or (attention == LOOP and not masked)
 
 
-def _use(model, attention: str) -> None:
-    """Switches the attention of a model by name; one that can't switch keeps its own and fails the comparison."""
+def _set_attention(model, attention: str) -> None:
+    """Sets a model's attention by name. One that can't be set stays the model's own, and fails the comparison."""
     model.set_attn_implementation(attention)
 
 
 def _random_groups(config, longest: int) -> list[Group]:
-    """Short and long, ragged, with one-token and shared-prompt cases, and past any window that the run goes past."""
+    """Groups of random token ids: short and long, of unequal lengths, prompts and responses of one token, two responses
+    to a prompt; and longer than the model's attention window, where the run's longest sequence is."""
     draw = torch.Generator().manual_seed(0)
     shape = [(9, [14, 5]), (1, [7, 7]), (16, [3, 1]), (40, [24, 33])]
     windows = {getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
@@ -98,7 +103,8 @@ def _random_groups(config, longest: int) -> list[Group]:
 
 
 def _full_logits(model, groups: list[Group], device) -> torch.Tensor:
-    """(N,): the model's own forward pass over one sequence at a time, its full logits, log_softmax, gather."""
+    """(N,) log-probs of the responses' tokens, nats, by the model's own forward pass over one sequence at a time: full
+    logits, log_softmax, gather."""
     logps = []
     for prompt, responses in groups:
         for response in responses:
@@ -108,44 +114,43 @@ def _full_logits(model, groups: list[Group], device) -> torch.Tensor:
     return torch.cat(logps)
 
 
-def _agreed(device, measure, *args) -> float:
-    """The error that `measure` finds, infinite where the model or the kernel refuses: the mean over ranks.
+def _over_ranks(device, measure, *args) -> float:
+    """The mean over all ranks of the error that `measure` returns; infinite where the model or the kernel raises.
 
-    All ranks look at the same sequences; with the mean of their errors they also decide the same.
+    All ranks measure the same sequences. With the mean of their errors they also decide the same.
     """
     try:
         error = measure(*args)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, ImportError) as refusal:
-        say(f"the model refuses such a row: {first_line(refusal)}")
+        say(f"the model refuses such a batch: {first_line(refusal)}")
         error = math.inf
-    found = torch.tensor([error, 1.0], dtype=torch.float64, device=device).nan_to_num(torch.inf, torch.inf)
-    total, ranks = sum_over_ranks(found).tolist()
+    sums = torch.tensor([error, 1.0], dtype=torch.float64, device=device).nan_to_num(torch.inf, torch.inf)
+    total, ranks = sum_over_ranks(sums).tolist()
     return total / ranks
 
 
-def _error(module, row, truth: torch.Tensor, quantile: float) -> float:
-    """This quantile of the errors of all tokens, as TOLERANCE counts them."""
-    spread = truth.std().double().clamp(min=0.01)  # an output layer of zeros has none
-    return ((module.token_logps(row) - truth).abs().double().quantile(quantile) / spread).item()
+def _error(module, batch, truth: torch.Tensor, quantile: float) -> float:
+    """This quantile of the errors of all tokens, in standard deviations of `truth`, (N,) nats."""
+    spread = truth.std().double().clamp(min=0.01)  # 0 for an output layer of zeros
+    return ((module.token_logps(batch) - truth).abs().double().quantile(quantile) / spread).item()
 
 
 @torch.enable_grad()
 def _backward_error(config, groups: list[Group], device, dtype: torch.dtype) -> float:
-    """How far the flash kernel's gradients are from the loop's, relative to their norm, on random heads of this shape.
-
-    The kernel alone: a backward pass through the model would leave gradients in DeepSpeed's buffers.
+    """The distance of the flash kernel's gradients from the loop's, relative to their norm, for random q, k and v of
+    the model's shape. Without the model, since its backward pass would leave gradients in DeepSpeed's buffers.
     """
     draw = torch.Generator().manual_seed(0)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = getattr(config, "num_key_value_heads", None) or heads
-    row = pack(groups).to(device)
-    q, k, v = (torch.randn(1, h, row.input_ids.shape[1], size, generator=draw).to(device, dtype).requires_grad_()
+    batch = pack(groups).to(device)
+    q, k, v = (torch.randn(1, h, batch.input_ids.shape[1], size, generator=draw).to(device, dtype).requires_grad_()
                for h in (heads, shared, shared))
-    window, found = getattr(config, "sliding_window", None), []
+    window, gradients = getattr(config, "sliding_window", None), []
     for attend in (loop_attention, varlen_attention):
-        out, _ = attend(None, q, k, v, None, scaling=size**-0.5, segments=row.segments, sliding_window=window)
-        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(out.float().square().sum(), (q, k, v))]))
-    return ((found[0] - found[1]).norm() / found[0].norm()).item()
+        out, _ = attend(None, q, k, v, None, scaling=size**-0.5, segments=batch.segments, sliding_window=window)
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(out.float().square().sum(), (q, k, v))]))
+    return ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()

@@ -1,4 +1,5 @@
-"""The start of a run: a model or an adapter on one, opened far enough to check everything but the weights."""
+"""The model or adapter that a run starts from: its config and tokenizer, and checks of its files, without its weights.
+"""
 
 import contextlib
 import dataclasses
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import UserError, first_line
 from ..files import check_regular, read_text
 
-# What libraries raise where a file of a model is broken or a setting in it makes no sense.
+# The errors that libraries raise where a file of a model is broken or a setting in it makes no sense.
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
           AssertionError, EOFError, struct.error, pickle.UnpicklingError, re.error, SafetensorError,
           StrictDataclassError)
@@ -46,10 +47,11 @@ class Source:
 
 @contextlib.contextmanager
 def hold_logs():
-    """What transformers logs within comes at the end, and not at all where an error ends it: that says it all."""
+    """Holds the log of transformers until the end of the block, and drops it where the block raises an error, which
+    then is the only message."""
     logger = logging.getLogger("transformers")
     handlers, held = logger.handlers, MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
-    passed_on, logger.propagate = logger.propagate, False  # transformers passes it on where the environment says CI
+    passed_on, logger.propagate = logger.propagate, False  # transformers sets it where the environment has CI
     logger.handlers = [held]
     try:
         yield
@@ -60,7 +62,8 @@ def hold_logs():
 
 
 def open_source(name: str, trust_remote_code: bool) -> Source:
-    """Reads config and tokenizer of a model or adapter, without its weights. Raises UserError for what is not there."""
+    """Reads config and tokenizer of a model or adapter, without its weights. Raises UserError for a file that is
+    missing or broken."""
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -77,7 +80,7 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
             quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
             tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base,
                                                       trust_remote_code=trust_remote_code)
-            tokenizer("a")  # some settings of a wrong type show only here
+            tokenizer("a")  # settings of a wrong type may raise only here
         except BROKEN as error:
             moved = (f". If the base has moved, write its place into {Path(name) / 'adapter_config.json'}, "
                      "base_model_name_or_path") * bool(adapter and what == "config.json")
@@ -98,8 +101,8 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
 
 
 def check_ids(source: Source, path: str, examples) -> None:
-    """Raises UserError for a token of the data that has no place in the model's embedding. Entries of the tokenizer
-    that no row uses may lie beyond it, as those for images do in published models of text."""
+    """Raises UserError for a token of the data beyond the model's embedding. Tokens that no row uses may be beyond it,
+    as those for images are in published models of text."""
     vocabulary = source.config.get_text_config().vocab_size
     if max(source.tokenizer.get_vocab().values(), default=0) < vocabulary:
         return
@@ -117,8 +120,8 @@ def check_ids(source: Source, path: str, examples) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Raises UserError for a file of weights that is cut short or none at all, as its header says how long it must be,
-    and for weights that are there twice."""
+    """Raises UserError for a file of weights that is cut short or broken, which its header shows, and for a model that
+    has its weights twice."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
             check_regular(file)
@@ -132,7 +135,7 @@ def _check_files(folder: Path) -> None:
 
 
 def base_of(name: str) -> tuple[str, str | None]:
-    """(model, adapter or None) of what may be either. Raises UserError for a folder that is neither."""
+    """(base model, adapter or None) of a model or adapter. Raises UserError for a folder that is neither."""
     file = Path(name) / "adapter_config.json"
     try:
         if not file.is_file():
@@ -149,7 +152,7 @@ def base_of(name: str) -> tuple[str, str | None]:
 
 
 def _check_model(path: Path, name: str) -> None:
-    """Raises UserError for a folder that is no model, and for one that isn't there; a hub id passes."""
+    """Raises UserError for a folder that is no model, and for one that is not there. A hub id is not checked."""
     if (path / "run.json").is_file():
         raise UserError(f"model {name}: is a run; name one of its checkpoints, {path / 'checkpoint-<step>'}")
     if path.is_dir() and not (path / "config.json").is_file():

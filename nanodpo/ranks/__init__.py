@@ -1,2 +1,2 @@
-"""Several processes that make one run: distributed (starting them, and what they tell each other) and peers (whether
-the others still live)."""
+"""Several processes that make one run. Read distributed (joins them, and exchanges values between them) and peers
+(watches whether the others still live)."""

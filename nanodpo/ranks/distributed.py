@@ -1,4 +1,4 @@
-"""Ranks: starting them under any launcher, and the few things they tell each other."""
+"""Ranks: joins them under any launcher, and exchanges values between them."""
 
 import contextlib
 import datetime
@@ -16,17 +16,17 @@ from ..flags.settings import check_meeting
 from ..screen import put
 from .peers import Peers
 
-# What gloo, NCCL and PyTorch's store say of a rank that is gone, and of a network that is.
+# Words of gloo's, NCCL's and PyTorch's store's errors where another rank has ended, and where the network has failed.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
         "NCCL communicator was aborted", "Connection was likely closed", "Connection refused")
 CUT = ("No route to host", "Network is unreachable", "Host is unreachable", "Connection timed out", "Timed out waiting",
        "Socket Timeout")
-JOIN = datetime.timedelta(minutes=2)  # so long may ranks come one after the other
-# So long may a rank that lives (peers.py) keep the others waiting: for rows that are longer, or for rank 0 to save.
+JOIN = datetime.timedelta(minutes=2)  # the longest time from the first rank's start to the last one's
+# The longest time that a living rank (peers.py) may keep the others waiting: for longer rows, or while rank 0 saves.
 PATIENCE = datetime.timedelta(hours=6)
 
-_host = {"group": None}  # ranks of the CPU, where they tell each other things; None: those of the device serve
-_met = {"store": None, "peers": None, "calls": None, "alone": False}  # where several ranks were started
+_cpu = {"group": None}  # torch's group for objects on the CPU; None: the default one
+_met = {"store": None, "peers": None, "calls": None, "alone": False}  # set where several ranks were started
 
 
 def is_main() -> bool:
@@ -42,33 +42,34 @@ def say(*text) -> None:
 def check_device(args) -> None:
     """Raises UserError for settings that this machine can't honour."""
     if args.use_flash_attention and not (torch.cuda.is_available() and args.bf16):
-        raise UserError("--use_flash_attention needs a CUDA device and --bf16; leave it out, rows are packed anyway")
+        raise UserError("--use_flash_attention needs a CUDA device and --bf16; leave it out, batches are packed anyway")
     if args.activation_memory == -1 and not torch.cuda.is_available():
         raise UserError("--activation_memory -1: only a GPU says what it has left; give a number of GiB")
 
 
-def spare_memory() -> None:
-    """Lets CUDA's allocator map memory behind what it has. Rows come in all lengths: blocks of their own sizes would
-    leave holes between them that fit no other row. Before the first tensor there; a user's own setting stays."""
+def use_expandable_segments() -> None:
+    """Lets CUDA's allocator grow its blocks. Batches have all lengths, and blocks of their own sizes would leave holes
+    that fit no other batch. To be called before the first tensor on the GPU. A user's own setting stays."""
     if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def meet() -> None:
-    """Finds the other ranks where a launcher started several, and from then on knows whether they live.
+    """Waits for the other ranks where a launcher started several, and from then on watches whether they live.
 
     Raises UserError for an environment that no launcher leaves, and RunStopped where a rank has not come within JOIN.
     """
-    told = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
-    if not (told[0].isdecimal() and told[1].isdecimal()) or int(told[1]) == 1:
+    rank, world, host, port = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR",
+                                                                     "MASTER_PORT"))
+    if not (rank.isdecimal() and world.isdecimal()) or int(world) == 1:
         return  # one process, or one that reading the flags will refuse
     check_meeting()
-    rank, world, host, port = int(told[0]), int(told[1]), told[2], int(told[3])
-    # torchrun holds a store of its own there, and keeps it when it starts the ranks anew.
-    held, again = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("USE_AGENT_STORE", "RESTART_COUNT"))
+    rank, world, port = int(rank), int(world), int(port)
+    # torchrun has a store of its own at this port, and keeps it when it starts the ranks again.
+    agent_store, restart = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("USE_AGENT_STORE", "RESTART_COUNT"))
     try:
-        store = dist.TCPStore(host, port, None, rank == 0 and held != "True", JOIN, False, multi_tenant=True)
-        store = dist.PrefixStore(f"nanodpo {again}", store)
+        store = dist.TCPStore(host, port, None, rank == 0 and agent_store != "True", JOIN, False, multi_tenant=True)
+        store = dist.PrefixStore(f"nanodpo {restart}", store)
         _come_together(store, rank, world)
         beats = dist.TCPStore(host, 0 if rank == 0 else int(store.get("beats")), None, rank == 0, JOIN, False)
         if rank == 0:
@@ -80,7 +81,7 @@ def meet() -> None:
 
 
 def _come_together(store, rank: int, world: int) -> None:
-    """Returns when all ranks are there. Raises RunStopped for those that are not, UserError for two of one number."""
+    """Waits for all ranks. Raises RunStopped where some have not come, and UserError for two with the same number."""
     if store.add(f"came {rank}", 1) > 1:
         raise UserError(f"two processes were started with RANK {rank}, or MASTER_PORT is that of another run")
     store.set(f"here {rank}", "")
@@ -93,18 +94,18 @@ def _come_together(store, rank: int, world: int) -> None:
 
 
 def peers() -> Peers | None:
-    """Whether the other ranks live; None where there are none, or this one has left them."""
+    """The watch over the other ranks; None where there are none, or this one has left them."""
     return _met["peers"]
 
 
 def works_alone() -> bool:
-    """Whether the others wait for this rank, and it for none of them."""
+    """Whether this rank is in `main_first`, where the others wait for it, and it waits for none of them."""
     return _met["alone"]
 
 
 def start(local_rank: int) -> torch.device:
-    """Joins the ranks of whatever launched this process and returns its device."""
-    spare_memory()
+    """Joins the ranks of the launcher that started this process, or makes a run of one rank. Returns its device."""
+    use_expandable_segments()
     if "RANK" not in os.environ:  # plain python: without these DeepSpeed goes looking for MPI
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -115,7 +116,7 @@ def start(local_rank: int) -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not guess and warn
     import deepspeed  # slow to import
 
-    # DeepSpeed calls collectives by names that newer releases of PyTorch want changed: nothing a user can do.
+    # DeepSpeed calls collectives by old names, of which PyTorch warns: a user can't change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # On CPU DeepSpeed would compile a shared-memory op, and die where there is no compiler; gloo serves as well here.
     if not cuda and "deepspeed_shm_comm" in getattr(deepspeed.ops, "__compatible_ops__", {}):
@@ -127,12 +128,12 @@ def start(local_rank: int) -> torch.device:
         dist.init_process_group(backend, timeout=PATIENCE, store=_met["store"], rank=rank, world_size=world)
     deepspeed.init_distributed(backend, verbose=False, timeout=PATIENCE)
     if cuda and dist.get_world_size() > 1:
-        _host["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _cpu["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
 def device_name(device: torch.device) -> str:
-    """What rounds as this device does: the GPU by its product name, or "cpu"."""
+    """The GPU's product name, or "cpu": devices of one name round alike."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -158,7 +159,7 @@ def from_main(value):
 
 
 def leave() -> None:
-    """Ends what `meet` and `start` began; ranks that have left need not live. A rank that just exits may be aborted by
+    """Undoes `meet` and `start`: from now on no rank waits for another. A rank that exits without it may be aborted by
     threads that still wait for the others."""
     if peers():
         peers().leave()
@@ -168,12 +169,12 @@ def leave() -> None:
 
 
 def ask(flag: bool):
-    """Begins to ask whether one rank at least says so; the function returned waits for the answer, the same on all
-    ranks. Never waits for a GPU."""
+    """Starts to find out whether `flag` is true on any rank, and returns at once: a function that waits for the answer,
+    the same on all ranks. Never waits for a GPU."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return lambda: flag
     box = torch.tensor([flag], dtype=torch.int32)
-    work = dist.all_reduce(box, dist.ReduceOp.MAX, group=_host["group"], async_op=True)
+    work = dist.all_reduce(box, dist.ReduceOp.MAX, group=_cpu["group"], async_op=True)
 
     def answer() -> bool:
         work.wait()
@@ -183,11 +184,11 @@ def ask(flag: bool):
 
 
 def gather_or_raise(error: Exception | None, fact=None) -> list:
-    """Every rank's `fact`, on all ranks; where one of them has an error it is raised on all, and nobody waits."""
+    """Every rank's `fact`, in the order of ranks, on all ranks. Where a rank has an error, raises the first on all."""
     everyone = [(error, fact)]
     if dist.is_initialized() and dist.get_world_size() > 1:
         everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (error, fact), group=_host["group"])
+        dist.all_gather_object(everyone, (error, fact), group=_cpu["group"])
     elif store := _met["store"]:  # before `start`
         call, rank, world = next(_met["calls"]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store.set(f"{call} {rank}", pickle.dumps((error, fact)))
@@ -203,7 +204,7 @@ def gather_or_raise(error: Exception | None, fact=None) -> list:
 
 @contextlib.contextmanager
 def main_first():
-    """Keeps the other ranks until rank 0 has done the block, and stops them with its error where it can't."""
+    """Lets the other ranks wait until rank 0 has done the block, and raises its UserError or RunStopped on all."""
     error, _met["alone"] = None, is_main()
     try:
         yield
@@ -216,7 +217,8 @@ def main_first():
 
 @contextlib.contextmanager
 def lost_peers_named():
-    """One line instead of a traceback where another rank ended in the midst of a collective, or can't be reached."""
+    """Raises RankStopped, for one line instead of a traceback, where a collective fails because another rank has ended
+    or can't be reached."""
     try:
         yield
     except RuntimeError as error:

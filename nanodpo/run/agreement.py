@@ -1,8 +1,8 @@
-"""Ranks that make one run must have been given the same.
+"""Compares what the ranks of a run were given, and stops them all where it is not the same.
 
 Each rank reads its own command line, files and libraries. Where these differ, gradients of different runs would be
 averaged, references of other weights would be kept for later runs, and ranks that count other steps would wait for each
-other. So before anything is written all ranks lay open what they have, and a difference ends them all.
+other. So the ranks compare them before anything is written.
 """
 
 import contextlib
@@ -16,19 +16,19 @@ from ..errors import RankStopped, RunStopped, UserError
 from ..folder.record import BY_CONTENT, versions
 from ..ranks import distributed
 
-# Flags that may differ: a rank's place on its machine, and folders that machines may see under other names. What is
-# read from the latter is compared itself; the cache is rank 0's alone.
+# Flags that may differ: a rank's number on its machine, and paths, which may have other names on another machine. What
+# is read from these is compared by content; only rank 0 uses the cache.
 FREE = BY_CONTENT | {"local_rank", "output_dir", "resume", "cache_dir"}
 # Settings that change how numbers are rounded.
 ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ATEN_CPU_CAPABILITY")
 
 
 @contextlib.contextmanager
-def together():
-    """Yields a dict for what must be the same on all ranks, {what: value or (value, how to show it)}.
+def same_on_all_ranks():
+    """Yields a dict to fill with what must be the same on all ranks, {name: value or (value, text to show for it)}.
 
-    At the end of the block all ranks wait for each other. Raises UserError on all of them where they differ, and the
-    error of the block on all of them where one has failed there.
+    At the end of the block all ranks wait for each other. Raises UserError on all of them where their dicts differ;
+    where one has raised UserError or RunStopped in the block, raises that on all.
     """
     facts, error = {}, None
     try:
@@ -43,17 +43,17 @@ def together():
         if first:  # the others may have no such file
             who = "" if isinstance(first, RankStopped) else f"rank {rank}: "
             raise (UserError if isinstance(first, UserError) else RunStopped)(f"{who}{first}")
-    if found := differences([facts for _, facts in everyone]):
-        raise UserError(f"{'; '.join(found)}. All ranks of a run must be given the same")
+    if different := differences([facts for _, facts in everyone]):
+        raise UserError(f"{'; '.join(different)}. All ranks of a run must be given the same")
 
 
 def differences(everyone: list[dict]) -> list[str]:
-    """What the ranks' facts differ in, in words; `everyone` has those of each rank.
+    """The differences between the ranks' facts, in words; `everyone` has the facts of each rank.
 
     >>> differences([{"--beta": 0.1}, {"--beta": 0.2}, {"--beta": 0.2}])
     ['ranks 1, 2 have --beta 0.2, rank 0 0.1']
     """
-    found = []
+    lines = []
     for name in dict.fromkeys(name for facts in everyone for name in facts):
         values = [facts.get(name) for facts in everyone]
         shown = {}
@@ -62,8 +62,8 @@ def differences(everyone: list[dict]) -> list[str]:
                 shown.setdefault(_shown(value), []).append(rank)
         for value, ranks in shown.items():
             who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} ha{'ve' if len(ranks) > 1 else 's'}"
-            found.append(f"{who} {name} {value}, rank 0 {_shown(values[0])}")
-    return found
+            lines.append(f"{who} {name} {value}, rank 0 {_shown(values[0])}")
+    return lines
 
 
 def _compared(value):
@@ -75,12 +75,13 @@ def _shown(value) -> str:
 
 
 def flags(arguments: dict) -> dict:
-    """The command line, in which a settings file's values are flags too."""
+    """The settings by the names of their flags, less FREE."""
     return {f"--{name}": value for name, value in arguments.items() if name not in FREE}
 
 
 def program(script: Path, local_rank: int) -> dict:
-    """The code that runs and what it runs on: its files, the libraries, the device, and what rounds numbers."""
+    """The program of a rank: a hash of its files, versions of libraries, the device, and settings that round numbers.
+    Raises UserError where there is no such CUDA device."""
     files = sorted([script, *(script.parent / "nanodpo").rglob("*.py")])
     digest = hashlib.sha256()
     for file in files:
@@ -96,14 +97,14 @@ def program(script: Path, local_rank: int) -> dict:
 
 
 def inputs(args, facts: dict, old: dict | None, step: int | None) -> dict:
-    """What a run reads, by content, of `facts` as run.json has them; and whether it goes on, `old` being what it is
-    that it goes on with, from the state of this step where one was named."""
+    """The input of a run, by content. `facts` are the entries of its run.json, `old` those of the run.json in its
+    folder where there is one, and `step` is the step to go on from where --resume names one."""
     paths = dict(zip(("train_file_path", "eval_file_path"), (args.train_file_path, args.eval_file_path)))
-    found = {f"token ids of --{name}": (ids, f"{ids[:8]} ({path})") for (name, path), ids in
-             zip(paths.items(), [*facts["data"], None]) if ids}
-    found |= {f"DeepSpeed's {name}": value for name, value in _leaves(facts["deepspeed"])}
+    read = {f"token ids of --{name}": (ids, f"{ids[:8]} ({path})") for (name, path), ids in
+            zip(paths.items(), [*facts["data"], None]) if ids}
+    read |= {f"DeepSpeed's {name}": value for name, value in _leaves(facts["deepspeed"])}
     state = "finished run" if old and old.get("finished") else "run to go on with" if old else "new run"
-    return found | {"max_length": facts["max_length"], "in --output_dir a": state, "a state of step": step}
+    return read | {"max_length": facts["max_length"], "in --output_dir a": state, "a state of step": step}
 
 
 def _hashed(digest: str) -> tuple[str, str]:

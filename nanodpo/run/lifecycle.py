@@ -1,4 +1,4 @@
-"""A run's folder through its life: made or gone back to, saved into, finished. All ranks call these together."""
+"""A run's folder: made or opened again, saved into, finished. All ranks call these functions together."""
 
 from pathlib import Path
 
@@ -15,35 +15,35 @@ from .start import Run
 
 
 def open_folder(run: Run) -> dict:
-    """Makes the run's folder, or goes back in it to where the run can go on; returns the facts of that state.
-
-    A new folder has run.json, dropped_rows.jsonl and checkpoint-0, the starting point.
+    """Makes the run's folder with run.json, dropped_rows.jsonl and checkpoint-0, the starting point; or opens the
+    folder of a run to go on with. Returns the facts of the state to go on from, for `go_on`. Raises UserError where the
+    folder is another run's, or is not shared by all ranks.
     """
-    # An adapter that is trained on has written its settings into the arguments.
+    # Loading an adapter has written its settings into run.args.
     run.facts |= {"arguments": record.arguments(run.args), "steps": run.steps, "layout": run.layout,
                   "attention": run.attention, "weights": run.weights, "device": distributed.device_name(run.device),
                   "held_out_rows": [e.row for e in run.held_out.examples] if run.args.eval_size else None,
                   "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header),
                                                [example.prompt for example in run.train_set.examples])}
-    with agreement.together() as same:
-        same |= {name: run.facts[name] for name in ("layout", "attention")}
-        same |= agreement.flags(run.facts["arguments"])
-    found = {"step": 0}
+    with agreement.same_on_all_ranks() as compared:
+        compared |= {name: run.facts[name] for name in ("layout", "attention")}
+        compared |= agreement.flags(run.facts["arguments"])
+    facts = {"step": 0}
     with distributed.main_first():
         if distributed.is_main():
-            found = _open_as_main(run)
+            facts = _open_as_main(run)
     if not run.args.output_dir and not run.old:
         run.folder = Path(distributed.from_main(str(run.folder)))  # ranks may have read the clock in different seconds
     _check_shared(run)
-    found, run.evaluated = distributed.from_main((found, run.evaluated))
-    going = f", going on at step {found['step']}" if run.old else ""
+    facts, run.evaluated = distributed.from_main((facts, run.evaluated))
+    going = f", going on at step {facts['step']}" if run.old else ""
     epochs = f"{run.steps / run.steps_per_epoch:.3g} epochs"
     distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs, {epochs}{going}")
     if (warmup := run.args.warmup_steps) > run.steps:
         distributed.say(f"--warmup_steps {warmup}: more than the run has; it ends at {run.steps / warmup:.0%} of "
                         "--learning_rate")
-    save_checkpoint(run)  # the engine holds the starting point until it goes on: a damaged one is made again
-    return found
+    save_checkpoint(run)  # the engine has the weights of step 0 until `go_on`: a damaged checkpoint-0 is made again
+    return facts
 
 
 def _open_as_main(run: Run) -> dict:
@@ -57,16 +57,16 @@ def _open_as_main(run: Run) -> dict:
     record.list_dropped(run.folder, [row for data in (run.train_set, run.held_out) if data for row in data.dropped])
     if not run.old:
         return {"step": 0}
-    memory.check_disk(run.folder, disk_needed(run))  # now that nobody else writes, and no partials are left
+    memory.check_disk(run.folder, disk_needed(run))  # now, when half-written files of an ended process are removed
     if changed := record.changed_machine(run.old, run.facts):
         distributed.say(f"resume: the last bits may differ, since another machine goes on ({changed})")
-    found, run.evaluated = resume.begin(run.folder, run.steps, run.world, run.wanted)
-    checkpoint.rotate(run.folder, run.args.save_total_limit)  # where a kill came between
-    return found
+    facts, run.evaluated = resume.begin(run.folder, run.steps, run.world, run.wanted)
+    checkpoint.rotate(run.folder, run.args.save_total_limit)  # the run may have been killed before it did
+    return facts
 
 
 def _check_shared(run: Run) -> None:
-    """Raises UserError where a rank does not find in its folder, whatever the name, what rank 0 wrote into it."""
+    """Raises UserError where a rank does not read in its folder the run.json that rank 0 wrote."""
     file = run.folder / "run.json"
     seen = file.read_bytes() if file.is_file() else None
     error = UserError(f"--output_dir {run.folder}: rank {run.rank} does not see what rank 0 wrote there; it must be a "
@@ -74,17 +74,18 @@ def _check_shared(run: Run) -> None:
     distributed.gather_or_raise(None if seen == distributed.from_main(seen) else error)
 
 
-def go_on(run: Run, found: dict) -> None:
-    """Puts a saved state into the engine, which until now held the starting point, the reference of some runs."""
-    run.step, run.tokens, run.skipped = found["step"], found.get("tokens", 0), found.get("skipped", 0)
-    if run.step == 0 or found.get("complete"):
+def go_on(run: Run, facts: dict) -> None:
+    """Loads a saved state into the engine; `facts` are those that `open_folder` returned. Until now the engine has the
+    weights of step 0, from which the references are computed."""
+    run.step, run.tokens, run.skipped = facts["step"], facts.get("tokens", 0), facts.get("skipped", 0)
+    if run.step == 0 or facts.get("complete"):
         return
     replicated = run.engine.zero_optimization_stage() == 0
     tensors, random = resume.load(run.folder, run.step, run.rank, replicated)
     state.restore(run.engine, tensors)
     state.restore_random(random, run.device)
     for name in state.COUNTERS:
-        setattr(run.engine, name, found[name])
+        setattr(run.engine, name, facts[name])
 
 
 def disk_needed(run: Run) -> dict[str, int]:
@@ -92,13 +93,14 @@ def disk_needed(run: Run) -> dict[str, int]:
 
 
 def write_line(run: Run, line: dict) -> None:
-    """Appends a line to metrics.jsonl, on the first rank."""
+    """Appends a line to metrics.jsonl, on rank 0."""
     record.check_held(run.folder, run.lock)
     metrics.write_line(run.folder / "metrics.jsonl", line)
 
 
 def save_checkpoint(run: Run) -> None:
-    """checkpoint-<step>: adapter or model, and tokenizer. All ranks gather, the first writes."""
+    """Writes checkpoint-<step>, with adapter or model, and tokenizer, unless it is there and whole. All ranks gather
+    the weights, rank 0 writes."""
     folder, model = run.folder / f"checkpoint-{run.step}", run.engine.module.model
     if distributed.from_main(distributed.is_main() and isinstance(read_manifest(folder), dict)):
         return
@@ -109,45 +111,47 @@ def save_checkpoint(run: Run) -> None:
             record.check_held(run.folder, run.lock)
             if run.step > run.skipped and run.args.learning_rate > 0:
                 checkpoint.check_trained(tensors)
-            if run.step:  # a last checkpoint says that all steps are there
+            if run.step:  # whoever finds the last checkpoint takes all steps to be in metrics.jsonl
                 with writing(run.folder / "metrics.jsonl"):
                     flush(run.folder / "metrics.jsonl")
-            checkpoint.save(model, run.source.tokenizer, tensors, folder, {"step": run.step, **_mark(run)})
+            checkpoint.save(model, run.source.tokenizer, tensors, folder, {"step": run.step, **_owner(run)})
             checkpoint.rotate(run.folder, run.args.save_total_limit)
 
 
 def save_state(run: Run) -> None:
-    """What it takes to go on from `run.step`, on every rank; nothing before the first step."""
+    """Writes the state from which the run can go on at `run.step`, every rank its part; none before the first step."""
     if run.step == 0 or distributed.from_main(resume.folder_of(run.folder, run.step).is_dir()):
         return
     tensors = run.random
-    if run.rank == 0 or run.engine.zero_optimization_stage():  # else rank 0 has the same
+    if run.rank == 0 or run.engine.zero_optimization_stage():  # without ZeRO all ranks have the same
         tensors = tensors | state.weights_and_moments(run.engine)
     facts = {"tokens": run.tokens, "skipped": run.skipped} | {n: getattr(run.engine, n) for n in state.COUNTERS}
-    resume.save(run.folder, run.step, tensors, facts | _mark(run), run.rank)
+    resume.save(run.folder, run.step, tensors, facts | _owner(run), run.rank)
 
 
-def _mark(run: Run) -> dict:
-    """Tells whose a checkpoint is."""
+def _owner(run: Run) -> dict:
+    """The entries of a manifest that tell which run has written it."""
     return {"world_size": run.world, "run": record.fingerprint(run.facts)}
 
 
 def finish(run: Run) -> None:
-    """Leaves the other ranks; on the first one merges where asked, and writes down that nothing is left to do."""
+    """Leaves the other ranks. Rank 0 merges the adapter where --merge_weights asks for it, and marks the run finished.
+    """
     if run.args.merge_weights:
-        run.stop.check()  # takes long, and can be done later; all else is as quickly done as stopped
+        run.stop.check()  # merging takes long, and can be done by the next call; the rest takes no time
     run.stop.wait(False)
-    distributed.leave()  # merging a large model outlasts a collective's patience
+    distributed.leave()  # merging a large model may take longer than a collective waits
     if run.rank == 0:
         record.check_held(run.folder, run.lock)
         if run.args.merge_weights:
             merge(run.args, run.folder, run.steps)
-        remove(run.folder / "resume")  # large, and a finished run has nowhere to go on to
+        remove(run.folder / "resume")  # large, and of no use to a finished run
         record.finish(run.folder)
 
 
 def merge(args, folder: Path, steps: int) -> None:
-    """Leaves the last checkpoint's adapter merged into its base, a model like any other, in merged/."""
+    """Writes the last checkpoint's adapter, merged into its base, to merged/: a model like any other. Raises UserError
+    where the base is no longer the one that was trained on."""
     def check(model, base):
         loading.check_base(loading.base_hashes(model), base, record.read(folder), folder)
 

@@ -1,4 +1,4 @@
-"""Memory and disk: what a run takes, and what to say where there is not enough."""
+"""Memory and disk: how much a run needs, and the error where there is not enough."""
 
 import contextlib
 import shutil
@@ -11,18 +11,19 @@ from ..errors import RankStopped, UserError
 from ..folder.atomic import nearest
 from ..ranks.distributed import rank_and_world
 
-LESS = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), a smaller "
+ADVICE = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), a smaller "
         "--activation_memory or --gradient_checkpointing, --bf16, a --max_length with --overlong, or a higher ZeRO "
         "stage or offloading in --deepspeed")
 
 
-# Allocators of the CPU raise a plain RuntimeError; cuBLAS and NCCL take memory of their own, and say so their own way.
+# The CPU's allocators raise a plain RuntimeError; cuBLAS and NCCL have memory, and messages, of their own.
 SHORTAGE = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextlib.contextmanager
-def shortage_named(rank: int, where: str, rows=None, advice: str = f"no update was made with it. It needs {LESS}"):
-    """Says which rows were too much for this rank's memory, and what to change; `rows` gives their description."""
+def shortage_named(rank: int, where: str, rows=None, advice: str = f"no update was made with it. It needs {ADVICE}"):
+    """Raises RankStopped where the block runs out of memory. `where` names the block, `rows` returns the words for the
+    rows that were too much, and `advice` says what to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -43,7 +44,7 @@ def describe(examples) -> str:
 
 
 def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
-    """Bytes by what they are for: checkpoints (all that will stay), states to resume from, the merged model."""
+    """Bytes by purpose: checkpoints (all that will stay), states to resume from, the merged model."""
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if args.use_lora else list(model.parameters())
     weights, whole = (sum(_numel(p) * p.element_size() for p in kept) for kept in (saved, model.parameters()))
@@ -57,22 +58,22 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
 
 
 def bytes_to_come(module, zero_stage: int) -> float:
-    """Bytes that will stand beside a row's activations and do not yet: gradients in float32, AdamW's moments, and while
-    it is made the gradient of a head that is trained."""
+    """Bytes that training will allocate beside a batch's activations: gradients in float32, AdamW's moments, and the
+    float32 gradient of a trained head while it is computed."""
     head, ranks = module.head.weight, rank_and_world()[1] if zero_stage else 1  # the moments are shared by the ranks
     trained = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
     return trained * (4 + 8 / ranks) + 8 * head.numel() * head.requires_grad
 
 
-def memory_budget(device: torch.device, gib: float, waiting: int) -> float:
-    """Bytes for activations: those asked for, or what the GPU will have left beside those `waiting`.
+def memory_budget(device: torch.device, gib: float, reserved: float) -> float:
+    """Bytes for activations: `gib` GiB, or, where that is -1, what the GPU has left beside the bytes `reserved`.
 
-    A part is left free, since blocks that come and go in all sizes leave holes. The head's chunks have their own.
+    A part stays free, since blocks of all sizes leave holes, and the head's chunks are not activations.
     """
     if gib > 0:
         return gib * 2**30
     total, taken = torch.cuda.get_device_properties(device).total_memory, torch.cuda.memory_allocated(device)
-    return max(0.0, 0.92 * total - taken - waiting - 3 * CHUNK_BYTES)
+    return max(0.0, 0.92 * total - taken - reserved - 3 * CHUNK_BYTES)
 
 
 def saves(every: int, steps: int) -> int:
@@ -95,7 +96,8 @@ def gib(size: float) -> str:
 
 
 def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: dict[str, int]) -> str:
-    """What a dry run measured, `peaks` in GiB by rank, and what the run will take."""
+    """Lines for the screen after a dry run: memory, time and disk. `peaks`: GiB by rank; `shards`: the weights that
+    this rank trains; `needs`: from `disk_needed`."""
     model = sum(_numel(p) * p.element_size() for p in engine.module.parameters())
     state = sum(p.numel() for p in shards)
     spread = " shared by all ranks" if engine.zero_optimization_stage() == 3 else ""
@@ -110,4 +112,4 @@ def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: 
 
 
 def _numel(parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # whole, where ZeRO-3 has taken it apart
+    return getattr(parameter, "ds_numel", parameter.numel())  # ds_numel: of the whole parameter, under ZeRO-3

@@ -1,4 +1,4 @@
-"""Passes over data without an update: the reference's, what rounding does, a dry run."""
+"""Passes over data without an update: the reference's, one that measures rounding, a dry run."""
 
 import time
 
@@ -20,13 +20,14 @@ PAIR = ["chosen", "rejected"]
 
 
 def logps_of(run: Run, examples: list[Example], sides: list[str], where: str) -> torch.Tensor:
-    """(P, R) summed log-probs of these sides, nats, without gradients. A row that does not fit the memory is named."""
+    """(P, R) summed log-probs of these sides, nats, without gradients. Raises RankStopped, which names the rows, where
+    the memory is too small; `where` names the pass."""
     with memory.shortage_named(run.rank, where, lambda: memory.describe(examples)):
         return response_logps(run.engine, groups_of(examples, sides), run.layout, run.device)
 
 
 def add_references(run: Run) -> None:
-    """Fills run.ref and run.held_ref: log-probs under the policy as it is now, before the first step."""
+    """Sets run.ref and run.held_ref, (n, 2) log-probs under the policy before the first step, nats."""
     n, batch = len(run.train_set.examples), run.args.per_device_train_batch_size
     # The micro-batches are those of training's first epoch: at step 0 policy and reference agree to the last bit.
     steps = [pairs_of_step(n, run.pairs_per_step, run.args.seed, step)
@@ -37,11 +38,11 @@ def add_references(run: Run) -> None:
 
 
 def _references(run: Run, data: DataSet, steps: list[list[int]], batch: int) -> torch.Tensor:
-    """(n, 2): from the cache, where everything that could change a number is as it was; else computed."""
+    """(n, 2) log-probs, nats: from the cache where nothing that could change a number has changed, else computed."""
     args = run.args
     fingerprint = {"model_name": args.model_name, "data_path": data.path, "weights": run.weights, "bf16": args.bf16,
                    "data": reference.data_hash(data.examples), "layout": run.layout, "attention": run.attention,
-                   # Stage 3 multiplies matrices by code of its own, which rounds otherwise.
+                   # Stage 3 has matrix products of its own, which round otherwise.
                    "zero": run.engine.zero_optimization_stage(), "device": distributed.device_name(run.device),
                    "versions": record.versions()}
     if args.bf16:  # its rounding depends on what else is in the micro-batch
@@ -65,13 +66,13 @@ def eval_batches(run: Run) -> list[list[int]]:
 
 
 def measure_noise(run: Run) -> dict[str, float]:
-    """What rounding does to a pair's numbers, by metric; see noise.py."""
+    """The standard deviation that bfloat16's rounding gives one pair's numbers, nats, by metric; see noise.py."""
     examples, args = run.train_set.examples, run.args
     sides = PAIR if examples[0].rejected is not None else PAIR[:1]
     pairs = pairs_of_step(len(examples), noise.count(run.steps * run.pairs_per_step), args.seed, 0)
 
     def score(indices):
-        return logps_of(run, [examples[i] for i in indices], sides, "measuring what rounding does")
+        return logps_of(run, [examples[i] for i in indices], sides, "measuring rounding")
 
     def lengths(indices):
         return token_counts(groups_of([examples[i] for i in indices], sides), torch.device("cpu"))
@@ -84,7 +85,9 @@ def measure_noise(run: Run) -> dict[str, float]:
 
 
 def dry_run(run: Run) -> None:
-    """The longest micro-batch forward, backward and an update, with nothing written; says what the run will take."""
+    """Runs the longest micro-batch forward and backward, with an update, and prints memory, time and disk. Writes
+    nothing.
+    """
     args, sides = run.args, PAIR[:1] if run.args.loss == "sft" else PAIR
     longest = sorted(run.train_set.examples, key=lambda example: -count_tokens(groups_of([example], sides)))
     examples = longest[: args.per_device_train_batch_size]

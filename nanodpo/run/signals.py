@@ -1,14 +1,14 @@
-"""Being told to stop: a run ends where it can go on, with the exit code 75.
+"""Requests to stop: a run that is told to stop ends where it can go on, with exit code 75.
 
 Slurm sends SIGTERM before it kills (`--signal=TERM@120`; also USR1 and USR2, which many job scripts name), batch
-systems SIGXCPU for time that is used up, a terminal SIGINT, and SIGHUP when it closes; all of these are heard, SIGHUP
-not where it was ignored at the start (nohup), while SIGQUIT keeps its meaning, an end at once. A launcher that is gone
-is heard of as well, since nobody would end its ranks any more.
+systems send SIGXCPU when the time is used up, a terminal sends SIGINT, and SIGHUP when it closes. All of these are
+requests to stop; SIGHUP is not where it was ignored at the start (nohup). SIGQUIT ends the process at once, as always.
+The end of the launcher is a request as well, since nobody would end its ranks any more.
 
-Launchers hand on what they get, some of them twice, and not to all ranks at once. So a first signal is only noted,
-ranks compare notes in every micro-batch, and one that comes more than GRACE seconds later ends the process at once.
-While code in C waits for other ranks, Python's own handlers do not run: a thread reads the signals, and ends the
-process where the rest of it can't.
+Launchers pass signals on, some of them twice, and not to all ranks at the same time. So the first signal is only noted,
+and the ranks exchange their notes in every micro-batch. A signal that comes more than GRACE seconds later ends the
+process at once. While C code waits for other ranks, Python's signal handlers do not run: so a thread reads the signals,
+and ends the process where the main thread can't.
 """
 
 import os
@@ -22,19 +22,23 @@ from ..errors import TEMPFAIL, Preempted, RankStopped
 from ..ranks import distributed
 
 GRACE = 5.0  # seconds; Ctrl-C under the deepspeed launcher arrives as SIGINT and, 0.1 s later, as SIGTERM
-REACT = 2.0  # so long may what can be stopped at once take to stop
-SILENCE = 60.0  # so long may another rank be silent (peers.py) ...
-SOON = 20.0  # ... and so long once this one was told to stop
+REACT = 2.0  # seconds in which a process that has nothing to save must have ended
+SILENCE = 60.0  # seconds for which another rank may be silent (peers.py) ...
+SOON = 20.0  # ... once this one was told to stop
 ALWAYS = (signal.SIGTERM, signal.SIGINT)
 UNLESS_IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Stop:
-    """What this process was told. Until `wait` is called, a signal ends it at once: there is nothing to save yet."""
+    """Notes requests to stop, within a `with`. Until `wait` is called a signal ends the process at once, since there is
+    nothing to save yet.
+
+    `name` is that of the signal, None before one has come; `advice` gives the words for the screen that follow it.
+    """
 
     def __init__(self):
         self.name, self.since, self.waiting, self.before = None, 0.0, False, {}
-        self.outlook = lambda: "; the same command starts again"
+        self.advice = lambda: "; the same command starts again"
         self._urgent, self._raised, self._over = False, False, False
         self._overdue, self._lock = 0.0, threading.RLock()
 
@@ -43,8 +47,8 @@ class Stop:
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        heard = ALWAYS + tuple(n for n in UNLESS_IGNORED if signal.getsignal(n) == signal.SIG_DFL)
-        self.before = {number: signal.signal(number, self._told) for number in heard}
+        numbers = ALWAYS + tuple(n for n in UNLESS_IGNORED if signal.getsignal(n) == signal.SIG_DFL)
+        self.before = {number: signal.signal(number, self._handle) for number in numbers}
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -74,22 +78,22 @@ class Stop:
 
     @property
     def farewell(self) -> str:
-        return f"{self.reason}{self.outlook()}"
+        return f"{self.reason}{self.advice()}"
 
     def check(self) -> None:
         """Raises Preempted on all ranks where one was told to stop. All ranks must call it."""
         if distributed.ask(self.name is not None)():
             raise Preempted(self.farewell)
 
-    def _told(self, number: int, frame) -> None:
-        """Python's handler, in the main thread as soon as that runs Python code."""
-        self._take()
-        self._note(signal.Signals(number).name, 0) if self.name is None else None  # a library reads the signals instead
+    def _handle(self, number: int, frame) -> None:
+        """Python's signal handler: runs in the main thread as soon as that runs Python code."""
+        self._read_signals()
+        self._note(signal.Signals(number).name, 0) if self.name is None else None  # a library has read the signals
         if self._urgent and not self._raised:
             self._raised = True
             raise Preempted(self.farewell)
 
-    def _take(self) -> None:
+    def _read_signals(self) -> None:
         """Notes the signals that have come, in whichever thread is first."""
         with self._lock:
             try:
@@ -110,13 +114,13 @@ class Stop:
             os._exit(code)
 
     def _watch(self) -> None:
-        """The thread: takes signals at once, and looks every second for a launcher or ranks that are gone."""
-        wake, above, then = select.poll(), launchers(), time.monotonic()
+        """The thread: reads signals at once, and looks twice a second whether the launcher and the other ranks live."""
+        wake, parents, then = select.poll(), launchers(), time.monotonic()
         wake.register(self._read, select.POLLIN)
         while not self._over:
             wake.poll(500)
-            self._take()
-            if not self.name and gone(above):
+            self._read_signals()
+            if not self.name and gone(parents):
                 self._tell_main("the launcher's end")
             now = time.monotonic()
             self._end_what_waits(now - then)
@@ -156,7 +160,8 @@ class Stop:
 
 
 def release_closed() -> None:
-    """Lets go of a terminal or pipe that is gone: a line for it must not keep a run from being saved."""
+    """Redirects output to /dev/null where the terminal or pipe has closed: a print that fails must not keep a run from
+    being saved."""
     for number in (1, 2):
         poll = select.poll()
         poll.register(number, 0)
@@ -167,10 +172,10 @@ def release_closed() -> None:
 
 
 def launchers() -> list[tuple[int, int]]:
-    """(process, its parent) for each step up from this process to the launcher it must not outlive; none without one.
+    """(process, its parent) for this process and those above it, up to the launcher; empty without a launcher.
 
-    torchrun is a rank's parent. Under deepspeed that is deepspeed's launch.py, whose parent in turn is the command.
-    A parent that is no launcher, as the shell that started one process with nohup, may go away.
+    torchrun is the parent of its ranks. Under deepspeed the parent is launch.py, whose parent is the command deepspeed.
+    Any other parent, such as the shell that started one process with nohup, may end before the run.
     """
     if not {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():
         return []
@@ -179,9 +184,9 @@ def launchers() -> list[tuple[int, int]]:
     return [(os.getpid(), parent)] + ([(parent, above)] if above and "deepspeed" in _command(above) else [])
 
 
-def gone(above: list[tuple[int, int]]) -> bool:
-    """Whether one of these has another parent than it had."""
-    return any(_parent(process) != parent for process, parent in above)
+def gone(parents: list[tuple[int, int]]) -> bool:
+    """Whether one of these processes has lost its parent."""
+    return any(_parent(process) != parent for process, parent in parents)
 
 
 def _command(process: int) -> str:

@@ -90,9 +90,9 @@ class Run(Start):
 def prepare(argv: list[str], script: Path) -> Start | None:
     """Reads the flags and the data, and finds what is wrong with them, or not the same on all ranks, before a weight is
     loaded or a folder made. None where nothing is to be trained."""
-    with agreement.together() as same:
+    with agreement.same_on_all_ranks() as compared:
         args = parse(argv, script.parent / "examples" / "dpo.yaml")
-        same |= agreement.flags(dataclasses.asdict(args)) | agreement.program(script, args.local_rank)
+        compared |= agreement.flags(dataclasses.asdict(args)) | agreement.program(script, args.local_rank)
     if args.print_config:
         # A settings file, from which a run can start: what only this process was told is not part of it.
         kept = {name: value for name, value in vars(args).items() if name not in ("print_config", "local_rank")}
@@ -102,7 +102,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         look(args, script.parent / "ds_config.json")
         return None
     today = distributed.from_main(str(datetime.date.today()))  # one day for all ranks
-    with agreement.together() as same:
+    with agreement.same_on_all_ranks() as compared:
         settings = engine.read_settings(args, script.parent / "ds_config.json")
         distributed.check_device(args)
         source = open_start(args)
@@ -116,7 +116,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         start = Start(args, settings, source, train, held_out, folder, facts, old, wanted)
         if args.loss != "sft" and not start.finished:
             check_writable(Path(args.cache_dir), f"--cache_dir {args.cache_dir}")
-        same |= agreement.inputs(args, facts, old, wanted)
+        compared |= agreement.inputs(args, facts, old, wanted)
     if not start.finished:
         distributed.say("\n".join(data.report() for data in sets))
     return start
@@ -124,7 +124,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
 
 def look(args, deepspeed: Path) -> None:
     """--inspect. Settings that a run would refuse are refused here, too; rows are left out and named."""
-    with agreement.together():
+    with agreement.same_on_all_ranks():
         engine.read_settings(args, deepspeed)
         distributed.check_device(args)
         source = open_start(args)

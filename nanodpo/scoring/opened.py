@@ -105,7 +105,7 @@ def open_device(local_rank: int, gpu_id: int | None) -> torch.device:
     """This rank's device; ranks only meet where a launcher started them."""
     if "RANK" in os.environ:
         return distributed.start(local_rank)
-    distributed.spare_memory()
+    distributed.use_expandable_segments()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(gpu_id or 0)  # what libraries put on "cuda" goes there too
