@@ -465,6 +465,26 @@ def test_help_ends_with_0(main, capsys):
     assert caught.value.code == 0 and "usage: " in capsys.readouterr().out
 
 
+def test_help_shows_every_flag_once_and_the_ten_that_matter_first(capsys):
+    """In groups, 80 columns wide, with the value that holds where the flag is not given."""
+    with pytest.raises(SystemExit):
+        trainer.main(["--help"])
+    text = capsys.readouterr().out
+    flags = re.findall(r"^  --(\w+)", text, re.MULTILINE)
+    assert sorted(flags) == sorted(FIELDS) and max(map(len, text.splitlines())) <= 80
+    first, *groups = text.split("most used:\n")[1].split("\n\n")
+    assert re.findall(r"^  --(\w+)", first, re.MULTILINE) == flags[:10]
+    assert {"model_name", "train_file_path", "output_dir", "learning_rate"} < {*flags[:10]}
+    assert [group.partition(":")[0] for group in groups] == [
+        "model", "data", "training", "LoRA", "precision and memory", "output and resuming", "looking without training",
+        "launcher"]
+    found = dict(group.split(":\n", 1) for group in groups)
+    assert {"lora_r", "lora_alpha"} < {*re.findall(r"--(\w+)", found["LoRA"])}
+    assert {"deepspeed", "activation_memory"} < {*re.findall(r"--(\w+)", found["precision and memory"])}
+    assert "--lora_r N\n      LoRA rank. Default: 16.\n" in text and "--warmup_steps N\n" in text
+    assert re.search(r"--weight_decay X\n[^-]* decayed\.\s+Default:\s+0\.0\.\n", text)
+
+
 def test_a_printed_config_is_a_settings_file(tmp_path, capsys, monkeypatch):
     """Given back, it prints itself; without the flag it would train, on any rank of a launcher."""
     trainer.main([*NEEDED, "--beta", "0.3", "--lora_r", "0", "--assistant_header", r"a\n", "--print_config"])

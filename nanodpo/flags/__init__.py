@@ -1,2 +1,3 @@
-"""Every setting of a run. Read arguments (the flags of train.py), limits (the values that they may have), settings
-(files of settings, and the launcher's environment) and unknown (hints for flags that do not exist)."""
+"""Every setting of a run. Read arguments (the flags of train.py), help (the text of --help), limits (the values that
+flags may have), settings (files of settings, and the launcher's environment) and unknown (hints for flags that do not
+exist)."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..core.losses import LOSSES
 from ..errors import UserError
+from .help import help_text
 from .limits import ABOVE_0, BELOW_1, BELOW_HALF, GIB, NOT_NEGATIVE, SEED, STEPS, Limit, check
 from .settings import check_path, local_rank, read_settings
 from .unknown import OTHERWISE, unknown_arguments
@@ -26,25 +27,11 @@ class TrainArguments:
     model_name: str = _flag(None, "Folder or hub id of a causal LM, or folder of a PEFT adapter to train on.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the weights.")
     random_init: bool = _flag(False, "Start from model_name's config with random weights instead of its weights.")
-    bf16: bool = _flag(False, "Frozen matrices, and on a GPU matrix products, in bfloat16; all else, and without it "
-                        "all, in float32.")
-    use_flash_attention: bool = _flag(False, "Demand the variable-length flash kernel (CUDA); stop where it fails.")
-    gradient_checkpointing: bool = _flag(False, "Recompute activations in backward instead of keeping them.")
-    activation_memory: float = _flag(None, "GiB a rank has for activations: as many layers are recomputed as each "
-                                     "batch needs. -1: what the GPU has left.",
-                                     GIB)
-    use_lora: bool = _flag(True, "Train a LoRA adapter; false is full fine-tuning, as is --lora_r 0.")
-    lora_r: int = _flag(16, "LoRA rank.", NOT_NEGATIVE)
-    lora_alpha: int = _flag(32, "LoRA scale times rank.", ABOVE_0)
-    lora_dropout: float = _flag(0.0, "Dropout before LoRA; needs --allow_dropout, since step 0 is then not ln 2.",
-                                BELOW_1)
-    lora_target_modules: str = _flag("all-linear", "Comma-separated module names, or all-linear.")
-    allow_dropout: bool = _flag(False, "Keep dropout (LoRA's and the model's own) on in training passes.")
 
     # Data
     train_file_path: str = _flag(None, ".parquet, .jsonl, .json or .csv file, glob, save_to_disk folder, or hub "
                                "id[:config[:split]].")
-    eval_file_path: str = _flag(None, "The same for evaluation.")
+    eval_file_path: str = _flag(None, "Data to evaluate on, given as train_file_path is.")
     eval_size: int = _flag(0, "Without eval_file_path: hold out this many training rows, drawn by seed.", NOT_NEGATIVE)
     prompt_field: str = _flag(None, "Column of prompts. Default: prompt, or question.")
     chosen_field: str = _flag(None, "Column of preferred responses. Default: chosen, text, completion or messages.")
@@ -65,29 +52,46 @@ class TrainArguments:
     label_smoothing: float = _flag(0.0, "Chance that a label is flipped, for dpo and robust: 0 to below 0.5.",
                                    BELOW_HALF)
 
-    # Optimisation
+    # Training
     max_steps: int = _flag(-1, "Optimizer steps; -1: num_train_epochs decides.", STEPS)
     num_train_epochs: float = _flag(1.0, "Passes over the data, where max_steps is -1.", ABOVE_0)
     per_device_train_batch_size: int = _flag(1, "Pairs in a micro-batch on each rank.", ABOVE_0)
-    per_device_eval_batch_size: int = _flag(None, "The same in evaluation. Default: as in training.", ABOVE_0)
+    per_device_eval_batch_size: int = _flag(None, "Pairs in a micro-batch of evaluation. Default: as in training.",
+                                            ABOVE_0)
     gradient_accumulation_steps: int = _flag(1, "Micro-batches a step on each rank.", ABOVE_0)
     learning_rate: float = _flag(1e-5, "Peak learning rate of AdamW.", NOT_NEGATIVE)
     lr_scheduler_type: str = _flag("cosine", "Shape of the decay after warm-up.",
                                    choices=["cosine", "linear", "constant"])
     warmup_steps: int = _flag(0, "Steps from 0 up to the learning rate.", NOT_NEGATIVE)
     weight_decay: float = _flag(0.0, "AdamW's, on matrices; vectors (norms, biases) are never decayed.", NOT_NEGATIVE)
-    adam_beta1: float = _flag(0.9, "AdamW's.", BELOW_1)
-    adam_beta2: float = _flag(0.999, "AdamW's.", BELOW_1)
-    adam_epsilon: float = _flag(1e-8, "AdamW's.", ABOVE_0)
+    adam_beta1: float = _flag(0.9, "Decay of AdamW's mean of gradients.", BELOW_1)
+    adam_beta2: float = _flag(0.999, "Decay of AdamW's mean of squared gradients.", BELOW_1)
+    adam_epsilon: float = _flag(1e-8, "Added to AdamW's denominator.", ABOVE_0)
     max_grad_norm: float = _flag(1.0, "Gradients of a larger global norm are scaled down to it; 0: never.",
                                  NOT_NEGATIVE)
     skip_nonfinite: int = _flag(0, "Leave out so many steps whose loss or gradient is not finite before stopping.",
                                 NOT_NEGATIVE)
     seed: int = _flag(42, "Of the data order, LoRA's weights, random_init and dropout.", SEED)
-    deepspeed: str = _flag(None, "JSON file for DeepSpeed: ZeRO and the like. Default: ds_config.json beside train.py.")
-    local_rank: int = _flag(-1, "Set by the deepspeed launcher.")
 
-    # Output
+    # LoRA
+    use_lora: bool = _flag(True, "Train a LoRA adapter; false is full fine-tuning, as is --lora_r 0.")
+    lora_r: int = _flag(16, "LoRA rank.", NOT_NEGATIVE)
+    lora_alpha: int = _flag(32, "LoRA scale times rank.", ABOVE_0)
+    lora_dropout: float = _flag(0.0, "Dropout before LoRA; needs --allow_dropout, since step 0 is then not ln 2.",
+                                BELOW_1)
+    lora_target_modules: str = _flag("all-linear", "Comma-separated module names, or all-linear.")
+    allow_dropout: bool = _flag(False, "Keep dropout (LoRA's and the model's own) on in training passes.")
+
+    # Precision and memory
+    bf16: bool = _flag(False, "Frozen matrices, and on a GPU matrix products, in bfloat16; all else, and without it "
+                        "all, in float32.")
+    use_flash_attention: bool = _flag(False, "Demand the variable-length flash kernel (CUDA); stop where it fails.")
+    gradient_checkpointing: bool = _flag(False, "Recompute activations in backward instead of keeping them.")
+    activation_memory: float = _flag(None, "GiB a rank has for activations: as many layers are recomputed as each "
+                                     "batch needs. -1: what the GPU has left.", GIB)
+    deepspeed: str = _flag(None, "JSON file for DeepSpeed: ZeRO and the like. Default: ds_config.json beside train.py.")
+
+    # Output and resuming
     output_dir: str = _flag(None, "Folder of the run: new, empty or this very run's. Default: runs/<loss>-<date-time>.")
     resume: str = _flag("auto", "auto: go on if output_dir holds this very run; never; or the folder to go on from.")
     resume_steps: int = _flag(0, "Keep a state to resume from every so many steps, besides those of save_steps.",
@@ -106,6 +110,9 @@ class TrainArguments:
                              NOT_NEGATIVE)
     dry_run: bool = _flag(False, "Run the longest micro-batch forward and backward, print memory and disk, and stop.")
     print_config: bool = _flag(False, "Print the resolved settings as JSON and stop.")
+
+    # Launcher
+    local_rank: int = _flag(-1, "Place of this process on its machine; the deepspeed launcher sets it.")
 
     def __post_init__(self):
         self.use_lora = self.use_lora and self.lora_r > 0
@@ -132,11 +139,9 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
         def add_argument(self, *names, limit=None, **options):  # argparse has no limits; limits.check reads them
             return super().add_argument(*names, **options)
 
-    parser = Parser(TrainArguments, description="SFT and DPO training.", allow_abbrev=False)
+    parser = Parser(TrainArguments, allow_abbrev=False)
     parser.error = _raise  # argparse would print the whole usage before the one line that matters
-    for action in parser._actions:  # the parser gives --no_X the words of --X
-        if action.option_strings[0].startswith("--no_"):
-            action.help = f"The same as --{action.dest} false."
+    parser.format_help = lambda: help_text(TrainArguments)
     launcher = [flag for flag in argv if flag.startswith(("--local_rank=", "--local-rank="))]
     argv = [flag for flag in argv if flag not in launcher]  # the deepspeed launcher puts it before a settings file
     names, own = [f.name for f in fields(TrainArguments)], {flag.partition("=")[0] for flag in argv}
