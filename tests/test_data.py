@@ -10,7 +10,8 @@ import pytest
 import tiny_tokenizers as tiny
 
 from nanodpo.data import rows as rows_module
-from nanodpo.data.rows import choose_fields, describe_columns, read_rows, unread_parts
+from nanodpo.data.rows import read_rows
+from nanodpo.data.shapes import Columns, choose_columns, describe_columns, unread_parts
 from nanodpo.data.template import close_turn, prompt_leads, read_template
 from nanodpo.data.texts import render_row
 from nanodpo.errors import UserError
@@ -271,13 +272,26 @@ def test_bad_rows_say_which_side_and_why(values, words):
     assert words in error_of(read_template(tokenizer), *values)
 
 
-def test_a_template_that_rewrites_the_reply_is_refused():
-    """As those that open a thinking block for the prompt and drop it from the conversation: where would it be cut?"""
+def test_a_template_that_opens_a_block_only_for_the_prompt_is_scored_as_it_writes_the_conversation():
+    """As those that open a thinking block, and drop it from the conversation: cut where the two begin to differ."""
     tokenizer = tiny.chatml()
     tokenizer.chat_template = tiny.CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    template = read_template(tokenizer)
+    text = render_row(template, 0, None, [USER, YES], [USER, NO], True)
+    assert (text.prompt, text.chosen, text.rejected) == (ASKED, "four<|im_end|>", "five<|im_end|>")
+    assert text.notes == ("the chat template opens an answer with '<think>\\n', and not once it is in the "
+                          "conversation; scored as in the conversation",) * 2
+    assert (template.header, template.written) == (f"{template.written}<think>\n", "<|im_start|>assistant\n")
+    for header in (template.header, template.written):  # transcripts of both forms
+        prompt = ASKED.replace(template.written, header)
+        assert render(template, None, prompt + "four<|im_end|>\n") == (prompt, "four<|im_end|>", None)
+
+
+def test_a_template_that_rewrites_the_question_is_refused():
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = ("{% if messages[-1].role == 'assistant' %}Answered.{% endif %}" + tiny.CHATML)
     message = error_of(read_template(tokenizer), None, [USER, YES])
-    assert "chosen the chat template writes the reply differently once it is in the conversation" in message
-    assert "give rendered text instead" in message
+    assert "chosen the chat template writes what is before the reply differently once the reply is there" in message
 
 
 def test_the_leads_of_prompts_end_at_their_first_user_turn(chatml):
@@ -296,6 +310,11 @@ def test_messages_without_a_chat_template_are_refused():
 
 ROWS = [{"prompt": "1+1=", "chosen": "2", "rejected": "007"}, {"prompt": "Any?", "chosen": "None", "rejected": "NA"},
         {"prompt": "两个？", "chosen": "二\n", "rejected": "\\frac{1}{2}"}]
+
+
+def fields(rows, pairs=True, **flags):
+    """The columns of prompt, chosen and rejected."""
+    return choose_columns("d", rows, tiny.DataArguments(**flags), pairs).fields
 
 
 def write(path, rows):
@@ -319,6 +338,144 @@ def test_every_file_type_gives_the_same_rows(tmp_path, name):
     assert read_rows(write(tmp_path / name, ROWS)) == ROWS
 
 
+def packed(file, suffix):
+    """The same file under this ending, by the program of that name or its library."""
+    import bz2
+    import gzip
+    import lzma
+
+    content, other = file.read_bytes(), file.with_name(file.name + suffix)
+    if suffix == ".zst":
+        with pa.output_stream(other, compression="zstd") as out:
+            out.write(content)
+    else:
+        other.write_bytes({".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix].compress(content))
+    return other
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_packed_text_files_are_read_as_they_are(name, suffix, tmp_path):
+    write(tmp_path / name, ROWS)
+    file = packed(tmp_path / name, suffix)
+    assert read_rows(str(file)) == ROWS
+    file.write_bytes(file.read_bytes()[:-9])  # not all of it came
+    with pytest.raises(UserError, match=f"{name}{suffix}"):
+        read_rows(str(file))
+
+
+def test_a_small_file_that_unpacks_to_a_long_line_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "LINE", 50_000)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "x" * 100_000}))
+    file = packed(tmp_path / "a.jsonl", ".gz")
+    assert file.stat().st_size < 1000
+    with pytest.raises(UserError, match="a.jsonl.gz, line 1: has more than 50,000 characters; no row is so long"):
+        read_rows(str(file))
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 100}.get)
+    (tmp_path / "a.json").write_text("[\n" + "1,\n" * 50_000 + "1]")
+    with pytest.raises(UserError, match="a.json.gz: is one JSON value of more than 25,600 characters; write a row"):
+        read_rows(str(packed(tmp_path / "a.json", ".gz")))
+
+
+def test_files_of_other_names(tmp_path):
+    """.ndjson is JSON lines, .tsv has tabs between the fields; .arrow is a stream, as datasets keeps it, or Feather."""
+    datasets = pytest.importorskip("datasets")
+    write(tmp_path / "a.ndjson", ROWS)
+    (tmp_path / "a.tsv").write_text("prompt\tchosen\trejected\n1+1=\t2,\t007\n")
+    assert read_rows(str(tmp_path / "a.ndjson")) == ROWS
+    assert read_rows(str(tmp_path / "a.tsv")) == [ROWS[0] | {"chosen": "2,"}]
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    stream, = (tmp_path / "saved").glob("*.arrow")
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_file(tmp_path / "file.arrow", table.schema) as out:
+        out.write_table(table, max_chunksize=2)
+    assert read_rows(str(stream)) == read_rows(str(tmp_path / "file.arrow")) == ROWS
+    (tmp_path / "file.arrow").write_bytes(b"no arrow at all")
+    with pytest.raises(UserError, match="file.arrow: can't be read as a data set"):
+        read_rows(str(tmp_path / "file.arrow"))
+    packed(tmp_path / "a.tsv", ".gz").rename(tmp_path / "a.parquet.gz")
+    with pytest.raises(UserError, match="a.parquet.gz: unpack it first; .parquet files are packed inside"):
+        read_rows(str(tmp_path / "a.parquet.gz"))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz"])
+def test_a_folder_as_the_hub_has_it(suffix, tmp_path):
+    """Its files by split, as their names say; what is not data lies beside them. One split may be named."""
+    for name, rows in (("train-00000-of-00002", ROWS[:1]), ("train-00001-of-00002", ROWS[1:2]),
+                       ("test-00000-of-00001", ROWS[2:])):
+        file = tmp_path / "repo" / "data" / (name + suffix.removesuffix(".gz"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, rows)
+        if suffix.endswith(".gz"):
+            packed(file, ".gz")
+            file.unlink()
+    folder = tmp_path / "repo"
+    (folder / "README.md").write_text("About.")
+    (folder / "dataset_infos.json").write_text("{}")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "x.json").write_text("{}")
+    with pytest.raises(UserError, match=r"repo: holds several splits \(train, test\); name one, like .*repo::train"):
+        read_rows(str(folder))
+    assert read_rows(f"{folder}::train") == ROWS[:2] and read_rows(f"{folder}::test") == ROWS[2:]
+    assert read_rows(f"{tmp_path}:repo:test") == ROWS[2:]  # a folder of folders
+    with pytest.raises(UserError, match="repo: has no split 'dev'; it has train, test"):
+        read_rows(f"{folder}::dev")
+    for file in (folder / "data").glob("test*"):
+        file.unlink()
+    assert read_rows(str(folder)) == ROWS[:2]
+    with pytest.raises(UserError, match="huggingface: is a folder without data files"):
+        (folder / ".cache" / "huggingface" / "x.json").unlink()
+        read_rows(str(folder / ".cache" / "huggingface"))
+
+
+def test_several_files_with_commas_between(tmp_path):
+    """In the order in which they are named, of any kinds; a comma may also be a part of a file's name."""
+    first, second = write(tmp_path / "a.jsonl", ROWS[:1]), write(tmp_path / "b.parquet", ROWS[1:])
+    assert read_rows(f"{second}, {first}") == ROWS[1:] + ROWS[:1]
+    assert read_rows(write(tmp_path / "a,b.jsonl", ROWS)) == ROWS
+    write(tmp_path / "c.jsonl", [{"prompt": "a", "chosen": "b"}])
+    with pytest.raises(UserError, match="c.jsonl: has the columns prompt, chosen, and .*a.jsonl has prompt, chosen"):
+        read_rows(f"{first},{tmp_path / 'c.jsonl'}")
+    with pytest.raises(UserError, match="none.jsonl: no such file"):
+        read_rows(f"{first},{tmp_path / 'none.jsonl'}")
+
+
+def test_a_run_keeps_the_names_of_its_data_so_that_they_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "folder").mkdir()
+    for name, kept in (("a.jsonl", "@/a.jsonl"), ("a.jsonl, a.jsonl", "@/a.jsonl,@/a.jsonl"), ("*.jsonl", "@/*.jsonl"),
+                       ("folder::test", "@/folder::test"), ("org/pairs:a:b[:9]", "org/pairs:a:b[:9]"),
+                       ("folder,org/pairs", "@/folder,org/pairs")):
+        assert rows_module.absolute(name) == kept.replace("@", str(tmp_path))
+
+
+@pytest.mark.parametrize("name, given", [
+    ("org/pairs", ("org/pairs", None, "train", None)),
+    ("org/pairs::train_prefs", ("org/pairs", None, "train_prefs", None)),
+    ("org/pairs:main", ("org/pairs", "main", "train", None)),
+    ("org/pairs:main:train[:10%]", ("org/pairs", "main", "train[:10%]", None)),
+    ("org/pairs:main:train[10:20]+test", ("org/pairs", "main", "train[10:20]+test", None)),
+    ("org/pairs@v1.0:main:test", ("org/pairs", "main", "test", "v1.0")),
+    ("org/pairs@refs/convert/parquet", ("org/pairs", None, "train", "refs/convert/parquet")),
+    ("squad", ("squad", None, "train", None)),
+])
+def test_a_data_set_of_the_hub_is_asked_for_as_datasets_names_it(name, given, monkeypatch, tmp_path):
+    datasets, asked = pytest.importorskip("datasets"), []
+
+    def load_dataset(path, config=None, split=None, revision=None):
+        asked.append((path, config, split, revision))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_rows(name) == ROWS and asked == [given]
+    for missing in ("./org/pairs", "a/b/c", "rows.jsonl", "rows*.parquet", "rows.jsonl.gz", "rows.json::train"):
+        with pytest.raises(UserError, match="no such file"):
+            read_rows(missing)
+    assert len(asked) == 1
+
+
 def test_a_csv_of_numbers_is_text(tmp_path):
     assert read_rows(write(tmp_path / "a.csv", [{"prompt": "1", "chosen": "2", "rejected": "3"}])) == [
         {"prompt": "1", "chosen": "2", "rejected": "3"}]
@@ -340,9 +497,14 @@ def test_a_folder_of_save_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
-    assert read_rows(str(tmp_path / "saved")) == ROWS
-    with pytest.raises(UserError, match="several splits"):
-        read_rows(str(tmp_path / "splits"))
+    assert read_rows(str(tmp_path / "saved")) == read_rows(str(tmp_path / "splits")) == ROWS
+    datasets.DatasetDict({"a": datasets.Dataset.from_list(ROWS[:1]), "b": datasets.Dataset.from_list(ROWS[1:])}
+                         ).save_to_disk(tmp_path / "two")
+    with pytest.raises(UserError, match=r"two: holds several splits \(a, b\); name one, like .*/two::a"):
+        read_rows(str(tmp_path / "two"))
+    assert read_rows(f"{tmp_path / 'two'}::b") == ROWS[1:]
+    with pytest.raises(UserError, match="two: has no split 'c'; it has a, b, like"):
+        read_rows(f"{tmp_path / 'two'}::c")
 
 
 def test_files_of_two_types_are_refused(tmp_path):
@@ -360,56 +522,55 @@ def test_files_of_two_types_are_refused(tmp_path):
     (("messages",), False, (None, "messages", None)), (("text",), False, (None, "text", None)),
 ])
 def test_columns_are_found_by_name(columns, pairs, names):
-    assert choose_fields("d", [dict.fromkeys(columns)], None, None, None, pairs) == names
+    assert fields([dict.fromkeys(columns)], pairs) == names
 
 
 def test_named_columns_win_and_missing_ones_are_errors():
     rows = [{"q": 1, "a": 1, "b": 1, "chosen": 1, "rejected": 1}]
-    assert choose_fields("d", rows, "q", "a", "b", True) == ("q", "a", "b")
+    named = {"prompt_field": "q", "rejected_field": "b"}
+    assert fields(rows, chosen_field="a", **named) == ("q", "a", "b")
     with pytest.raises(UserError, match=r"d: has no column 'x' \(--chosen_field\); it has q, a, b, chosen, rejected"):
-        choose_fields("d", rows, "q", "x", "b", True)
-    with pytest.raises(UserError, match="rejected or worse-text; it has chosen: name one with --rejected_field"):
-        choose_fields("d", [{"chosen": 1}], None, None, None, True)
+        fields(rows, chosen_field="x", **named)
+    with pytest.raises(UserError, match="or non_preferred_output; it has chosen: name one with --rejected_field"):
+        fields([{"chosen": 1}])
 
 
-@pytest.mark.parametrize("name", ["tools", "chat_template_kwargs", "documents"])
-def test_what_only_a_template_could_use_is_refused(name):
-    """Left out of the prompt without a word, it would make another one. Beside plain text, or empty, it is nothing."""
+def test_documents_of_a_template_are_refused():
+    """Left out of the prompt without a word, they would make another one. Beside plain text, they are not needed."""
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    rows = [{"chosen": turns, "rejected": turns, name: value} for value in (None, [], {"a": 1})]
-    with pytest.raises(UserError, match=f"^d: row 2: has {name} for the chat template, which is not supported; remove"):
-        choose_fields("d", rows, None, None, None, True)
-    assert choose_fields("d", rows[:2], None, None, None, True)[1] == "chosen"
-    assert choose_fields("d", [{"chosen": "A", "rejected": "B", name: {"a": 1}}], None, None, None, True)[1] == "chosen"
-    with pytest.raises(UserError, match=f"^d: row 0: has {name}"):  # a prompt of messages, answers of text
-        choose_fields("d", [{"prompt": turns[:1], "chosen": "A", "rejected": "B", name: "[1]"}], None, None, None, True)
+    rows = [{"chosen": turns, "rejected": turns, "documents": value} for value in (None, [], {"a": 1})]
+    with pytest.raises(UserError, match="^d: row 2: has documents for the chat template, which is not supported; rem"):
+        fields(rows)
+    assert fields(rows[:2])[1] == "chosen"
+    assert fields([{"chosen": "A", "rejected": "B", "documents": {"a": 1}}])[1] == "chosen"
+    with pytest.raises(UserError, match="^d: row 0: has documents"):  # a prompt of messages, answers of text
+        fields([{"prompt": turns[:1], "chosen": "A", "rejected": "B", "documents": "[1]"}])
 
 
 @pytest.mark.parametrize("name", ["image", "images", "audio", "videos"])
 def test_what_a_text_model_cannot_see_is_refused(name):
     rows = [{"prompt": "Q", "chosen": "A", "rejected": "B", name: value} for value in (None, [], ["a.png"])]
     with pytest.raises(UserError, match=f"^d: row 2: has {name}, which a model of text can't see"):
-        choose_fields("d", rows, None, None, None, True)
-    assert choose_fields("d", rows[:2], None, None, None, True) == ("prompt", "chosen", "rejected")
+        fields(rows)
+    assert fields(rows[:2]) == ("prompt", "chosen", "rejected")
 
 
 def test_the_answer_of_alpaca_is_its_output_and_the_papers_its_text():
     """`text` of alpaca is the whole of a row, prompt included."""
-    assert choose_fields("d", [dict.fromkeys(("instruction", "input", "output", "text"))], "instruction", None, None,
-                         False) == ("instruction", "output", None)
-    assert choose_fields("d", [dict.fromkeys(("question", "text", "worse-text", "output"))], None, None, None,
-                         True) == ("question", "text", "worse-text")
+    rows = [dict.fromkeys(("instruction", "input", "output", "text"))]
+    assert fields(rows, False) == fields(rows, False, prompt_field="instruction") == ("instruction", "output", None)
+    assert fields([dict.fromkeys(("question", "text", "worse-text", "output"))]) == ("question", "text", "worse-text")
 
 
 def test_the_report_says_which_columns_are_read_and_which_are_not():
     rows = [{"id": 1, "system": "Be brief.", "question": "Q", "text": "A", "worse-text": "B"},
             {"id": 2, "system": "", "question": "Q", "text": "A", "worse-text": "B"}]
-    fields = choose_fields("d", rows, None, None, None, True)
-    assert describe_columns(rows, fields) == ("columns: prompt = question, chosen = text, rejected = worse-text; not "
+    columns = choose_columns("d", rows, tiny.DataArguments(), True)
+    assert describe_columns(rows, columns) == ("columns: prompt = question, chosen = text, rejected = worse-text; not "
                                               "read: id, system")
-    assert describe_columns(rows, fields, ("id", "system")).endswith("rejected = worse-text, id, system")
-    assert unread_parts(rows, fields) == {"system": 1}
-    assert unread_parts(rows, ("system", "text", None)) == {}
+    assert describe_columns(rows, columns, ("id", "system")).endswith("rejected = worse-text, id, system")
+    assert unread_parts(rows, columns) == {"system": 1}
+    assert unread_parts(rows, Columns("system", "text", None)) == {}
 
 
 # Files as they are now, and no larger than a data set can be

@@ -221,7 +221,11 @@ def test_what_is_scored_must_be_whole(tmp_path):
     """Thoughts before an earlier answer may go; those of the answer that is trained on may not."""
     thought = "<think>\nI add.\n</think>\n\n4"
     words = "chosen has a message of role 'assistant' that the chat template leaves out, or a part of it"
-    assert words in error_of(tmp_path, tokenizer_of("deepseek"), row(TALK, thought))
+    data = load(tmp_path, tokenizer_of("deepseek"), row(TALK, thought))  # leaves thoughts out of all answers
+    kept, = data.examples
+    assert kept.chosen == [*thought.encode(), tokenizer_of("deepseek").eos_token_id]
+    assert data.notes == {"the chat template leaves out what was thought, once the answer is in the conversation; "
+                          "scored whole, as the model writes it": 1}
     kept, = load(tmp_path, tokenizer_of("qwen3"), row(TALK, thought)).examples
     assert bytes(kept.chosen[:-1]).decode() == thought
     reasoned = {"chosen": [*TALK, message("assistant", "4", reasoning_content="I add.")],
@@ -354,7 +358,7 @@ def test_a_text_prompt_of_message_answers_is_what_the_user_says(answers, tmp_pat
     assert example.chosen == [*b"4", 260]
     data = row("<|im_start|>user\n2+2?<|im_end|>\n")
     assert "its prompt is rendered text; give both in one form" in error_of(tmp_path, tokenizer, data)
-    assert "no chat template; put one into the model's folder" in error_of(tmp_path, tiny.plain(), row("2+2?"))
+    assert "no chat template; give one with --chat_template" in error_of(tmp_path, tiny.plain(), row("2+2?"))
 
 
 def test_a_transcript_of_a_model_without_a_header_says_what_is_missing(tmp_path):

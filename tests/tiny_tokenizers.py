@@ -91,6 +91,7 @@ class DataArguments:
     chosen_field: str = None
     rejected_field: str = None
     boundary: str = "error"
+    train_on: str = "all"
     max_length: int = 1  # given; what it is comes as the limit
     max_prompt_length: int = None
     overlong: str = "error"

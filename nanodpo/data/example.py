@@ -14,11 +14,26 @@ class Example:
     cut: tuple[bool, bool] = (False, False)  # was chosen, rejected truncated
     more: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # responses of further columns
     problem: str = dataclasses.field(default="", compare=False)  # the same in rows of one problem, a short hash
+    scored: list[int] | None = None  # which tokens of chosen count, by their places in it; None: all
 
     @property
     def length(self) -> int:
         """The longest [prompt | response], in tokens."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected or ()))
+
+    @property
+    def scored_tokens(self) -> int:
+        """How many tokens of chosen count."""
+        return len(self.chosen if self.scored is None else self.scored)
+
+    def last_answer(self) -> "Example":
+        """The same row with the last of several scored answers as its response, all before it as its prompt."""
+        if self.scored is None:
+            return self
+        gaps = [i for i in range(len(self.chosen)) if i not in {*self.scored}]
+        start = max(gaps, default=-1) + 1
+        return dataclasses.replace(self, prompt=self.prompt + self.chosen[:start], chosen=self.chosen[start:],
+                                   scored=None)
 
 
 def too_long(example: Example, max_prompt: int | None, limit: int, max_length: int | None) -> str | None:
@@ -45,4 +60,5 @@ def truncate(example: Example, limit: int, max_prompt: int | None = None, may_be
     if chosen == rejected and not may_be_equal:
         return "cut, both responses would be equal"
     cut = len(example.chosen) > room, len(example.rejected or ()) > room
-    return dataclasses.replace(example, chosen=chosen, rejected=rejected, cut=cut)
+    scored = example.scored and [i for i in example.scored if i < room]
+    return dataclasses.replace(example, chosen=chosen, rejected=rejected, scored=scored, cut=cut)

@@ -1,43 +1,110 @@
 """Messages -> the text that the chat template makes of them, with everything in it that went in."""
 
+import dataclasses
 import json
 import re
 
 from ..errors import UserError
-from .template import PROBE, Template, apply
+from .template import PROBE, Template, apply, shared_start
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # where messages keep what was thought before an answer
 # Templates lay out white space in their own way, and take out the switches of models that think or don't.
 FREE = re.compile(r"\s|/(?:no_?)?think\b|/system_override\b")
 
 
+@dataclasses.dataclass
+class Rendered:
+    """A conversation as text. `places` are the stretches of the response that are scored, [start, end) in characters;
+    empty: all of it is."""
+
+    prompt: str
+    response: str
+    places: tuple[tuple[int, int], ...] = ()
+    note: str = ""  # what the template did to it, for the report
+
+
 def render_prompt(template: Template, messages: list[dict]) -> str:
     """Messages -> their text and the header of the assistant's next turn."""
     if not template.tokenizer.chat_template:
-        raise UserError("is a list of messages, but the tokenizer has no chat template; put one into the model's "
-                        "folder as chat_template.jinja, or give text")
+        raise UserError("is a list of messages, but the tokenizer has no chat template; give one with --chat_template, "
+                        "such as examples/plain.jinja, or put it into the model's folder as chat_template.jinja, or "
+                        "give text")
     text = apply(template, messages, add_generation_prompt=True)
     _check_written(template, messages, text)
+    _check_tools(template, text)
     return text
 
 
-def render_messages(template: Template, messages: list[dict]) -> tuple[str, str]:
-    """A conversation that ends with an assistant message -> (prompt text, response text).
+def render_messages(template: Template, messages: list[dict], first: int | None = None) -> Rendered:
+    """A conversation that ends with an assistant message -> its texts. Scored is the last answer; given `first`, all
+    answers from the message of this number on.
 
-    Raises UserError where the template can't render it, loses a part of it, or writes the reply differently after the
-    header.
+    Raises UserError where the template can't render it, or loses a part of it.
     """
     *before, reply = messages
     if reply["role"] != "assistant":
         raise UserError(f"must end with an assistant message, ends with role {reply['role']!r}")
     if not before:
         raise UserError("has no message before the assistant's")
-    prompt, whole = render_prompt(template, before), apply(template, messages)
-    if not whole.startswith(prompt):
-        raise UserError("the chat template writes the reply differently once it is in the conversation; "
-                        f"give rendered text instead (expected it after {prompt[-40:]!r})")
-    _check_written(template, messages, whole, reply)
-    return prompt, whole[len(prompt):].removesuffix(template.rest)
+    asked, whole = render_prompt(template, before), apply(template, messages)
+    prompt = _until_reply(template, before, asked, whole)
+    if _loses_thought(reply, whole):
+        text = _as_generated(str(reply["content"]), asked[len(prompt):]) + template.end
+        rendered = Rendered(asked, text, note="the chat template leaves out what was thought, once the answer is in "
+                            "the conversation; scored whole, as the model writes it")
+    else:
+        _check_written(template, messages, whole, reply)
+        rendered = Rendered(prompt, whole[len(prompt):].removesuffix(template.rest))
+        if opened := asked[len(prompt):]:
+            rendered.note = (f"the chat template opens an answer with {opened!r}, and not once it is in the "
+                             "conversation; scored as in the conversation")
+    earlier = [] if first is None else [i for i in range(first, len(before)) if before[i]["role"] == "assistant"]
+    return _every_reply(template, messages, earlier, rendered) if earlier else rendered
+
+
+def _until_reply(template: Template, before: list[dict], asked: str, whole: str) -> str:
+    """The part of the whole conversation before its reply: the prompt `asked`, or what is left of it there."""
+    if whole.startswith(asked):
+        return asked
+    shared = shared_start(template.tokenizer, asked, whole)
+    if len(shared) <= len(shared_start(template.tokenizer, asked, apply(template, before))):
+        raise UserError("the chat template writes what is before the reply differently once the reply is there; "
+                        f"give rendered text instead (expected {asked[len(shared) - 20:][:60]!r})")
+    return shared
+
+
+def _loses_thought(reply: dict, whole: str) -> bool:
+    """Is what was thought before the answer not in the conversation? Of a call of tools nothing else is known."""
+    thought, closed, _ = str(reply.get("content") or "").partition("</think>")
+    thought = thought.strip().removeprefix("<think>")
+    return bool(closed and thought.strip()) and not reply.get("tool_calls") and not _is_written(thought, whole)
+
+
+def _as_generated(content: str, opened: str) -> str:
+    """An answer with its thoughts, without the beginning `opened` that the prompt already has."""
+    mark = opened.strip()
+    if not mark or not content.lstrip().startswith(mark):
+        return content
+    return content.lstrip().removeprefix(mark).removeprefix(opened[opened.index(mark) + len(mark):])
+
+
+def _every_reply(template: Template, messages: list[dict], earlier: list[int], last: Rendered) -> Rendered:
+    """The conversation from its first answer on, with the places of all answers in it, each to its end of turn."""
+    whole, places, note = last.prompt + last.response, [], last.note
+    for i in earlier:
+        prompt = _until_reply(template, messages[:i], render_prompt(template, messages[:i]), whole)
+        said = apply(template, messages[: i + 1]).removesuffix(template.rest)
+        end = len(said)
+        if not whole.startswith(said):  # Qwen3 leaves out what was thought before earlier answers
+            end = whole.find(template.end, len(prompt)) + len(template.end)
+            note = note or "the chat template writes earlier answers differently; scored as in the conversation"
+        if not len(prompt) < end <= len(last.prompt) or places and places[-1][1] > len(prompt):
+            raise UserError(f"the chat template does not show where the answer of message {i} ends; score the last "
+                            "answers alone with --train_on last")
+        places.append((len(prompt), end))
+    first = places[0][0]
+    places.append((len(last.prompt), len(whole)))
+    return Rendered(whole[:first], whole[first:], tuple((a - first, b - first) for a, b in places), note)
 
 
 def _check_written(template: Template, messages: list[dict], text: str, reply: dict | None = None) -> None:
@@ -49,6 +116,15 @@ def _check_written(template: Template, messages: list[dict], text: str, reply: d
                 raise UserError(f"has a message of role {message['role']!r} that the chat template leaves out, or a "
                                 f"part of it ({part.strip()[:40]!r}): give it a role that the template writes, or put "
                                 "its text into another message")
+
+
+def _check_tools(template: Template, text: str) -> None:
+    """Raises UserError for a tool of which the text does not speak."""
+    for tool in template.options.get("tools") or []:
+        name = (tool.get("function") or tool).get("name") if isinstance(tool, dict) else None
+        if not isinstance(name, str) or name not in text:
+            raise UserError(f"has the tool {name or tool!r}, which the chat template does not write; remove the column "
+                            "tools, or give a chat template that knows them")
 
 
 def _is_written(part: str, text: str) -> bool:
@@ -77,7 +153,7 @@ def _left_out(template: Template, messages: list[dict], reply: dict | None) -> s
     words = [{name: f"{PROBE}-{i}-{name}." for name in (("content", *REASONING) if message is reply else ("content",))
               if isinstance(message.get(name), str) and message[name].strip()} for i, message in enumerate(messages)]
     probes = [message | own for message, own in zip(messages, words)]
-    key = json.dumps(probes, default=str)
+    key = json.dumps([probes, template.options], default=str)
     if key not in template.left_out:
         try:
             text = apply(template, probes)

@@ -1,83 +1,208 @@
-"""Opens preference data: files or hub ids -> a list of rows, and which of their columns mean what."""
+"""Opens data of any kind of file, folder or name on the hub -> a list of rows, dicts of a value a column."""
 
+import bz2
+import contextlib
 import csv
 import glob
+import gzip
+import io
 import itertools
 import json
 import logging
+import lzma
 import os
 import sys
+import zlib
 from pathlib import Path
 
 from ..errors import UserError
 
-PROMPT_FIELDS, CHOSEN_FIELDS, REJECTED_FIELDS = (
-    ("prompt", "question"), ("chosen", "completion", "output", "text", "messages"), ("rejected", "worse-text"))
-FOR_TEMPLATES = ("tools", "chat_template_kwargs", "documents")  # other trainers give them to the chat template
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # a language model of text can't be asked about these
-OF_PROMPTS = ("system", "system_prompt", "input", "instruction", "history", "context")  # part of what is asked, by name
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+SUFFIXES = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}  # after one of the suffixes
+SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")  # in a folder that datasets' save_to_disk wrote
+# Names of lists of rows that a JSON file may hold in one object.
+SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval", "data", "rows")
 # Bounds for files that are small on disk and are not in memory. The longest text that a model reads has a few MB.
 MOST_ROWS, LONGEST = 5_000_000, 16 * 2**20  # rows of a data set; characters of a cell, those of nested ones together
+LINE = 16 * LONGEST  # characters of a line of text
 
 
 def read_rows(path: str) -> list[dict]:
-    """.parquet, .jsonl, .json or .csv file(s), a save_to_disk folder, or a hub id "name[:config[:split]]" -> rows.
+    """The rows of what `path` names: file(s), a folder, a data set of the hub, or several of these with commas between.
 
-    Raises UserError for what is not there, can't be read or holds nothing.
+    "NAME:CONFIG:SPLIT" names one split of a folder, or of a data set of the hub, which also has NAME@REVISION. Raises
+    UserError for what is not there, can't be read or holds nothing.
     """
     if not path:
         raise UserError("the name of a data file is empty")
     try:
-        files = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
-        files = [] if Path(path).is_dir() else files
-        kind = _kind(files) if files else None
-        if kind in (".json", ".jsonl", ".csv"):
-            read = _csv_rows if kind == ".csv" else _json_rows
-            rows = _bounded(path, itertools.chain.from_iterable(map(read, files)))
-            columns = dict.fromkeys(name for row in rows for name in row)
-            rows = [dict.fromkeys(columns) | row for row in rows]  # what a row does not have is None in it
-        else:
-            rows = _bounded(path, _table_rows(path, files))
+        places = places_of(path)
+        found = [_read(place) for place in places]
     except UserError:
         raise
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, EOFError, csv.Error, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path}: can't be read as a data set: {' '.join(str(error).split())[:300]}") from error
-    if not rows:
-        raise UserError(f"{path}: has no rows")
-    return rows
+    for place, rows in zip(places, found):
+        if not rows:
+            raise UserError(f"{place}: has no rows")
+        if [*rows[0]] != [*found[0][0]]:
+            raise UserError(f"{place}: has the columns {', '.join(rows[0])}, and {places[0]} has "
+                            f"{', '.join(found[0][0])}")
+    return [row for rows in found for row in rows]
+
+
+def places_of(path: str) -> list[str]:
+    """The names in a list with commas; a file that has a comma in its own name is one."""
+    if "," not in path or os.path.exists(path) or glob.glob(path, recursive=True):
+        return [path]
+    return [place for place in map(str.strip, path.split(",")) if place]
+
+
+def absolute(path: str) -> str:
+    """The same names, those of files and folders that are there by their full path."""
+    return ",".join(os.path.abspath(place) if _local(place)[0] else place for place in places_of(path))
+
+
+def _read(place: str) -> list[dict]:
+    name, split = _local(place)
+    files = _files_of(name, split) if name else []
+    kind = _kind(files) if files else None
+    if kind in (None, ".parquet", ".arrow"):
+        return _bounded(place, _table_rows(place, name, split, files, kind))
+    rows = _bounded(place, itertools.chain.from_iterable(_text_rows(file, kind, split) for file in files))
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [dict.fromkeys(columns) | row for row in rows]  # what a row does not have is None in it
+
+
+def _local(place: str) -> tuple[str | None, str | None]:
+    """(name of a file, folder or glob that is there, split or None); (None, None) for what may be on the hub."""
+    name, config, split = (place.split(":", 2) + ["", ""])[:3]
+    for there, part in ((place, None), (os.path.join(name, config) if config else name, split or None)):
+        if Path(there).exists() or glob.glob(there, recursive=True):
+            return there, part
+    return None, None
+
+
+def _files_of(name: str, split: str | None) -> list[str]:
+    """The data files behind a local name; none for a folder of save_to_disk, which datasets reads itself."""
+    if not Path(name).is_dir():
+        return [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
+    if odd := next((file for file in Path(name).rglob("*") if not (file.is_file() or file.is_dir())), None):
+        raise UserError(f"{name}: {odd.name} in it is not a file")
+    if any((Path(name) / file).exists() for file in SAVED):
+        return []
+    from datasets.data_files import DataFilesDict, get_data_patterns  # slow to import
+
+    try:  # as datasets tells by their names which files are of which split
+        found = DataFilesDict.from_patterns(get_data_patterns(name), base_path=name)
+    except FileNotFoundError:  # as it calls a folder without files
+        found = {}
+    found = {part: [file for file in files if _suffix(file) in SUFFIXES and not Path(file).match("dataset_infos.json")]
+             for part, files in found.items()}
+    if not (found := {part: files for part, files in found.items() if files}):
+        raise UserError(f"{name}: is a folder without data files ({', '.join(SUFFIXES)})")
+    return _one_split(name, found, split)
+
+
+def _one_split(name: str, splits: dict, split: str | None):
+    """The split that was asked for, or the only one. Raises UserError."""
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if split in splits:
+        return splits[split]
+    asked = f"has no split {split!r}; it has {', '.join(splits)}" if split else (
+        f"holds several splits ({', '.join(splits)}); name one")
+    raise UserError(f"{name}: {asked}, like {name}::{next(iter(splits))}")
+
+
+def _suffix(file: str) -> str:
+    """.jsonl also of a file that is called .jsonl.gz."""
+    path = Path(file)
+    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
 def _kind(files: list[str]) -> str:
     """The suffix that files share. Raises UserError for mixed, unknown and empty ones, and for what is no file."""
     if odd := [file for file in files if not Path(file).is_file()]:
         raise UserError(f"{odd[0]}: is not a file")
-    suffixes = {Path(file).suffix for file in files}
+    suffixes = {_suffix(file) for file in files}
     if len(suffixes) != 1 or not suffixes <= {*SUFFIXES}:
-        raise UserError(f"{files[0]}: expected {', '.join(SUFFIXES)}, all files of one kind, found "
+        raise UserError(f"{files[0]}: expected {', '.join(SUFFIXES)} (the text ones also with "
+                        f"{', '.join(PACKED)} behind), all files of one kind, found "
                         f"{', '.join(sorted(suffixes)) if any(suffixes) else 'no suffix'}")
     if empty := [file for file in files if not Path(file).stat().st_size]:
         raise UserError(f"{empty[0]}: is an empty file")
-    return suffixes.pop()
+    kind = suffixes.pop()
+    if kind in (".parquet", ".arrow") and (packed := [file for file in files if Path(file).suffix in PACKED]):
+        raise UserError(f"{packed[0]}: unpack it first; {kind} files are packed inside")
+    return kind
 
 
-def _json_rows(file: str):
-    """The objects of JSON lines, or of one array. Raises UserError naming the line or item that is none.
+# Text
+
+
+def _text_rows(file: str, kind: str, split: str | None):
+    if kind in (".csv", ".tsv"):
+        return _csv_rows(file, "\t" if kind == ".tsv" else ",")
+    return _json_rows(file, kind, split)
+
+
+def _open_text(file: str, newline: str | None = None):
+    suffix = Path(file).suffix
+    if suffix == ".zst":
+        import pyarrow
+
+        raw = pyarrow.input_stream(file, compression="zstd")
+    else:
+        raw = PACKED.get(suffix, open)(file, "rb")
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)
+
+
+def _lines(file: str, newline: str | None = None):
+    """The lines of a text file. Raises UserError for one that is longer than any row: a few KB may unpack to it."""
+    with _open_text(file, newline) as text:
+        for i in itertools.count(1):
+            line = text.readline(LINE)
+            if not line:
+                return
+            if len(line) == LINE:
+                raise UserError(f"{file}, line {i}: has more than {LINE:,} characters; no row is so long")
+            yield line
+
+
+def _json_rows(file: str, kind: str, split: str | None):
+    """The objects of JSON lines, of one array, or of one object with lists of rows by split. Raises UserError naming
+    the line or item that is none.
 
     Arrow's reader would take a text like 2020-01-01 for a date, and crash on a line that is null.
     """
-    with open(file, encoding="utf-8-sig") as text:
-        first = next((line for line in text if line.strip()), "")
-        text.seek(0)
-        if first.lstrip().startswith("["):
-            found = [(f"item {i}", item) for i, item in enumerate(json.load(text))]
-        else:
-            found = ((f"line {i}", _parse(line, f"{file}, line {i}")) for i, line in enumerate(text, 1) if line.strip())
-        for place, row in found:
-            if not isinstance(row, dict):
-                raise UserError(f"{file}, {place}: expected an object with a prompt and responses, found "
-                                f"{type(row).__name__}")
-            yield row
+    first = next((line for line in _lines(file) if line.strip()), "").lstrip()
+    found = None
+    if first.startswith("["):
+        found = _parse_all(file)
+    elif kind == ".json" and first.startswith("{"):
+        with contextlib.suppress(json.JSONDecodeError):  # else they are JSON lines under this name
+            whole = _parse_all(file)
+            splits = whole and {*whole} <= {*SPLITS} and all(isinstance(rows, list) for rows in whole.values())
+            found = _one_split(file, whole, split) if splits else [whole]
+    found = ([(f"item {i}", item) for i, item in enumerate(found)] if found is not None else
+             ((f"line {i}", _parse(line, f"{file}, line {i}")) for i, line in enumerate(_lines(file), 1)
+              if line.strip()))
+    for place, row in found:
+        if not isinstance(row, dict):
+            raise UserError(f"{file}, {place}: expected an object with a prompt and responses, found "
+                            f"{type(row).__name__}")
+        yield row
+
+
+def _parse_all(file: str):
+    """One JSON value that takes many lines."""
+    with _open_text(file) as text:
+        said = text.read(_memory() // 16)  # characters of up to four bytes, and the values that are made of them
+        if text.read(1):
+            raise UserError(f"{file}: is one JSON value of more than {len(said):,} characters; write a row a line, and "
+                            "call it .jsonl")
+    return json.loads(said)
 
 
 def _parse(line: str, where: str):
@@ -88,25 +213,31 @@ def _parse(line: str, where: str):
         raise UserError(f"{where}: can't be read as JSON: {said}") from error
 
 
-def _csv_rows(file: str):
+def _csv_rows(file: str, delimiter: str):
     """Every field is text: guessed, an answer "007" would be a number and "None" nothing."""
     csv.field_size_limit(sys.maxsize)
-    with open(file, newline="", encoding="utf-8-sig") as text:
-        lines = csv.reader(text, strict=True)
-        columns = next(lines, [])
-        if twice := [name for name in columns if columns.count(name) > 1]:
-            raise UserError(f"{file}: has two columns called {twice[0]!r}")
-        for fields in filter(None, lines):
-            if len(fields) > len(columns):
-                raise UserError(f"{file}, line {lines.line_num}: can't be read: {len(fields)} fields, and the first "
-                                f"line names {len(columns)} columns")
-            yield dict.fromkeys(columns, "") | dict(zip(columns, fields))
+    lines = csv.reader(_lines(file, newline=""), strict=True, delimiter=delimiter)
+    columns = next(lines, [])
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise UserError(f"{file}: has two columns called {twice[0]!r}")
+    for fields in filter(None, lines):
+        if len(fields) > len(columns):
+            raise UserError(f"{file}, line {lines.line_num}: can't be read: {len(fields)} fields, and the first "
+                            f"line names {len(columns)} columns")
+        yield dict.fromkeys(columns, "") | dict(zip(columns, fields))
+
+
+# Bounds
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _bounded(path: str, rows) -> list[dict]:
     """All rows of an iterator. Raises UserError before more of it is in memory than a data set can be: a few KB of
     Parquet may stand for any number of rows and for cells of any size."""
-    found, total, memory = [], 0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found, total, memory = [], 0, _memory()
     for i, row in enumerate(rows):
         if i == MOST_ROWS:
             raise UserError(f"{path}: has more than {MOST_ROWS:,} rows; split the file")
@@ -131,8 +262,11 @@ def _characters(value) -> int:
     return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
-def _table_rows(path: str, files: list[str]):
-    """The rows of Parquet files, of a save_to_disk folder or from the hub, one by one."""
+# Tables
+
+
+def _table_rows(place: str, name: str | None, split: str | None, files: list[str], kind: str | None):
+    """The rows of Parquet or Arrow files, of a save_to_disk folder or from the hub, one by one."""
     import datasets  # slow to import
     import huggingface_hub
 
@@ -141,96 +275,71 @@ def _table_rows(path: str, files: list[str]):
         library.utils.logging.set_verbosity(logging.CRITICAL)  # what they log comes as the one line of the error
     try:
         if files:
-            yield from _parquet_rows(path, files)
+            yield from _rows_of_batches(place, files, _parquet_batches if kind == ".parquet" else _arrow_batches)
         else:
-            yield from _open_table(path, datasets)
+            yield from _saved(name, split) if name else _from_hub(place)
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, StopIteration,
             datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # datasets wraps what the parser said
         what = ' '.join(str(cause).split())[:300] or type(cause).__name__
-        kind = "a data set" if files or not Path(path).is_dir() else "a folder of datasets' save_to_disk"
-        raise UserError(f"{path}: can't be read as {kind}: {what}") from error
+        kind = "a data set" if files or not name else "a folder of datasets' save_to_disk"
+        raise UserError(f"{place}: can't be read as {kind}: {what}") from error
 
 
-def _parquet_rows(path: str, files: list[str]):
+def _rows_of_batches(place: str, files: list[str], batches_of):
     """Rows as the files have them now. `datasets.load_dataset` would give those of a copy in its cache, which it knows
     by path and time alone."""
-    import pyarrow.parquet
+    import pyarrow
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
-    opened = [pyarrow.parquet.ParquetFile(file) for file in files]
-    if (count := sum(file.metadata.num_rows for file in opened)) > MOST_ROWS:
-        raise UserError(f"{path}: has {count:,} rows, more than {MOST_ROWS:,}; split the file")
-    for name, file in zip(files, opened):
-        if (columns := file.schema_arrow.names) != (first := opened[0].schema_arrow.names):
-            raise UserError(f"{name}: has the columns {', '.join(columns)}, and {files[0]} has {', '.join(first)}")
-        for batch in file.iter_batches(batch_size=64):  # few at a time: a bomb is seen before it is in memory
+    first = None
+    for file in files:
+        for batch in batches_of(place, file):
+            if (columns := batch.schema.names) != (first := first or columns):
+                raise UserError(f"{file}: has the columns {', '.join(columns)}, and {files[0]} has {', '.join(first)}")
             # Dataset reads what its own files say beyond Arrow's types (columns of JSON).
             yield from Dataset(InMemoryTable(pyarrow.Table.from_batches([batch])))
 
 
-def _open_table(path: str, datasets):
-    """The rows of a save_to_disk folder or of a data set of the hub."""
-    if Path(path).is_dir():
-        if odd := next((file for file in Path(path).rglob("*") if not (file.is_file() or file.is_dir())), None):
-            raise UserError(f"{path}: {odd.name} in it is not a file")
-        table = datasets.load_from_disk(path)
-    elif Path(path).suffix in SUFFIXES or path.count("/") > 1 or path[:1] in (".", "/") or glob.has_magic(path):
-        raise UserError(f"{path}: no such file")
-    else:
-        name, config, split = (path.split(":") + [None, None])[:3]
-        table = datasets.load_dataset(name, config or None, split=split or "train")
-    if not isinstance(table, datasets.Dataset):
-        raise UserError(f"{path}: holds several splits ({', '.join(table)}); name the folder of one")
-    return table
+def _parquet_batches(place: str, file: str):
+    import pyarrow.parquet
+
+    opened = pyarrow.parquet.ParquetFile(file)
+    if (count := opened.metadata.num_rows) > MOST_ROWS:
+        raise UserError(f"{place}: has {count:,} rows, more than {MOST_ROWS:,}; split the file")
+    return opened.iter_batches(batch_size=64)  # few at a time: a bomb is seen before it is in memory
 
 
-def choose_fields(path: str, rows: list[dict], prompt, chosen, rejected, pairs: bool) -> tuple:
-    """The names of the three columns; prompt and, unless `pairs`, rejected may be None. Raises UserError."""
-    columns = list(rows[0])
+def _arrow_batches(place: str, file: str):
+    """Of a stream, as datasets writes them, or of an Arrow file (Feather)."""
+    import pyarrow
 
-    def choose(flag, named, candidates, needed):
-        if named and named not in columns:
-            raise UserError(f"{path}: has no column {named!r} (--{flag}); it has {', '.join(columns)}")
-        found = named or next((name for name in candidates if name in columns), None)
-        if needed and not found:
-            raise UserError(f"{path}: has no column {' or '.join(candidates)}; it has {', '.join(columns)}: "
-                            f"name one with --{flag}")
-        return found
-
-    transcripts = not chosen and not rejected and {"text", "worse-text"} <= {*columns}  # of the paper's data
-    fields = (choose("prompt_field", prompt, PROMPT_FIELDS, False),
-              choose("chosen_field", chosen, ("text",) if transcripts else CHOSEN_FIELDS, True),
-              choose("rejected_field", rejected, REJECTED_FIELDS, pairs))
-    for i, row in enumerate(rows):
-        _check_unread(f"{path}: row {i}", row, fields)
-    return fields
+    with pyarrow.memory_map(file) as source:
+        if source.read(6) == b"ARROW1":
+            opened = pyarrow.ipc.open_file(source)
+            yield from map(opened.get_batch, range(opened.num_record_batches))
+        else:
+            source.seek(0)
+            yield from pyarrow.ipc.open_stream(source)
 
 
-def _check_unread(where: str, row: dict, fields: tuple) -> None:
-    """Raises UserError for a row with columns without which its prompt would be another one."""
-    if name := next((name for name in MEDIA if row.get(name)), None):
-        raise UserError(f"{where}: has {name}, which a model of text can't see; remove that column if the text does "
-                        "not need it")
-    rendered = any(name and isinstance(row[name], list) for name in fields)  # plain text brings all that it says
-    if rendered and (name := next((name for name in FOR_TEMPLATES if row.get(name)), None)):
-        raise UserError(f"{where}: has {name} for the chat template, which is not supported; remove that column, or "
-                        "give whole rendered transcripts")
+def _saved(name: str, split: str | None):
+    """The data set of a save_to_disk folder."""
+    import datasets
+
+    table = datasets.load_from_disk(name)
+    return _one_split(name, table, split) if isinstance(table, datasets.DatasetDict) else table
 
 
-def describe_columns(rows: list[dict], fields: tuple, more: tuple[str, ...] = ()) -> str:
-    """One line on which columns are read, as what, and which are not."""
-    parts = [name if name == part else f"{part} = {name}"
-             for part, name in zip(("prompt", "chosen", "rejected"), fields) if name]
-    unread = [name for name in rows[0] if name not in (*fields, *more)]
-    return f"columns: {', '.join([*parts, *more])}" + (f"; not read: {', '.join(unread)}" if unread else "")
+def _from_hub(place: str):
+    """A data set of the hub: NAME[@REVISION][:CONFIG[:SPLIT]], with the splits that datasets knows, train[:10%] too."""
+    import datasets
 
-
-def unread_parts(rows: list[dict], fields: tuple) -> dict[str, int]:
-    """{column: rows that have something in it} of columns that are not read, and whose name says that they are part of
-    what is asked."""
-    found = {name: sum(bool(row.get(name)) for row in rows) for name in OF_PROMPTS if name not in fields}
-    return {name: count for name, count in found.items() if count}
+    name, config, split = (place.split(":", 2) + ["", ""])[:3]
+    name, _, revision = name.partition("@")
+    if _suffix(name) in SUFFIXES or name.count("/") > 1 or name[:1] in (".", "/", "~") or glob.has_magic(name):
+        raise UserError(f"{place}: no such file")
+    return datasets.load_dataset(name, config or None, split=split or "train", revision=revision or None)

@@ -25,27 +25,37 @@ RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")  # what Jinja offers to draw wi
 class Template:
     """`header` opens an assistant turn and `end` closes one, in text; None and the eos token without a template.
 
-    `rest` is what the template writes after the end of the last turn, `openings` what opens a user and a system turn
-    (the user's first), `bos` what begins every conversation. `date` is the day to write, None where none is written.
+    `written` is the part of the header that stands before an answer in a conversation as well: some templates open a
+    block for thoughts, and leave it out later. `rest` is what the template writes after the end of the last turn,
+    `openings` what opens a user and a system turn (the user's first), `bos` what begins every conversation. `date` is
+    the day to write, None where none is written; `options` are what else the template is given.
     """
 
     tokenizer: object
     header: str | None
     end: str | None
+    written: str | None = None
     rest: str = ""
     openings: tuple[str, ...] = ()
     places: tuple[re.Pattern, ...] = ()  # where an opening counts as one
     bos: str = ""
     date: datetime.date | None = None
+    options: dict = dataclasses.field(default_factory=dict)
     left_out: dict = dataclasses.field(default_factory=dict)  # what rendering.py found out about roles
 
+    def given(self, options: dict) -> "Template":
+        """The same template, given these options, too: those of one row."""
+        return dataclasses.replace(self, options=self.options | options) if options else self
 
-def read_template(tokenizer, assistant_header: str | None = None, date: str | None = None) -> Template:
+
+def read_template(tokenizer, assistant_header: str | None = None, date: str | None = None,
+                  options: dict | None = None) -> Template:
     """Finds header and ends of turns by rendering short exchanges. `date` (ISO) is the day to write; default: today.
+    `options` are what apply_chat_template is given beside the messages.
 
     Raises UserError for a template that has no end, and for one that draws at random.
     """
-    template = Template(tokenizer, assistant_header or None, None)
+    template = Template(tokenizer, assistant_header or None, None, options=options or {})
     if tokenizer.chat_template:
         if drawn := RANDOM.search(str(tokenizer.chat_template)):
             raise UserError(f"{tokenizer.name_or_path}: the chat template draws at random ({drawn[0]!r}), so no run "
@@ -54,6 +64,7 @@ def read_template(tokenizer, assistant_header: str | None = None, date: str | No
             template.date = _day(date)
         _read(template)
     template.end = template.end or tokenizer.eos_token
+    template.written = template.written or template.header
     if not template.end:
         raise UserError("the tokenizer has neither an eos_token nor a chat template that ends turns; set its eos_token")
     return template
@@ -88,10 +99,11 @@ def _read(template: Template) -> None:
     tokens = [token for token in added_tokens(tokenizer) if token in tail]
     template.end = min(tokens, key=tail.index, default=None) or (tail.split() or [None])[0]
     template.rest = tail.partition(template.end)[2] if template.end else ""
-    header = prompted[len(_shared(tokenizer, asked, prompted)):]
+    header = prompted[len(shared_start(tokenizer, asked, prompted)):]
     if asked == prompted:  # it opens the assistant's turn whether asked to or not
         header = prompted.lstrip().removeprefix(template.end or "").lstrip()
     template.header = given or header or None
+    template.written = None if given else shared_start(tokenizer, prompted, before)[len(prompted) - len(header):]
     if given and not (header and given.strip().startswith(header.strip())):
         return  # the transcripts are another model's, and so are their marks
     bos = tokenizer.bos_token or ""
@@ -115,7 +127,7 @@ def _openings(template: Template, bos: str) -> tuple[str, ...]:
             if messages == [user]:
                 with contextlib.suppress(UserError):
                     later = apply(template, [ask, reply, user]).partition(PROBE)[0]
-                    before = _shared(template.tokenizer, before, later, at_end=True) or before
+                    before = shared_start(template.tokenizer, before, later, at_end=True) or before
             turn = before.rpartition(template.end)[2] if template.end else before
             found.append(turn.strip().removeprefix(bos).strip().partition("\n")[0])
     return tuple(dict.fromkeys(mark for mark in found if mark)) if found and found[0] else ()
@@ -126,7 +138,7 @@ def added_tokens(tokenizer) -> list[str]:
     return sorted(filter(str.strip, tokenizer.get_added_vocab()), key=len, reverse=True)
 
 
-def _shared(tokenizer, a: str, b: str, at_end: bool = False) -> str:
+def shared_start(tokenizer, a: str, b: str, at_end: bool = False) -> str:
     """The text with which both begin, or end, and in which no token is cut: a token counts as one character."""
     tokens = added_tokens(tokenizer)
     codes = {token: chr(0xF0000 + i) for i, token in enumerate(tokens)}
@@ -150,7 +162,7 @@ def apply(template: Template, messages: list[dict], **options) -> str:
         clock = mock.patch.object(chat_template_utils, "datetime", SimpleNamespace(now=lambda: day))
     try:
         with clock, _time_limit(SECONDS):
-            return template.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return template.tokenizer.apply_chat_template(messages, tokenize=False, **template.options, **options)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
             RecursionError) as error:  # templates compute with contents
         raise UserError(f"cannot be rendered by the chat template: {error}") from error
@@ -189,10 +201,12 @@ def split_transcript(template: Template, text: str, prompt: str | None = None) -
     has no header of this model, and where a prompt would be lost.
     """
     header, prompt = template.header, prompt or ""
+    if header and text.rfind(template.written) > text.rfind(header):  # a conversation, where the header is shorter
+        header = template.written
     if header and header in template.rest:  # the template has opened the next turn
         text = text.rstrip().removesuffix(template.rest.strip())
     if header and header in text:
-        before, _, response = _joined(template, text, prompt).rpartition(header)
+        before, _, response = _joined(template, header, text, prompt).rpartition(header)
         user = template.openings[0] if template.openings else None
         # Without a prompt column a text without a question is text that nobody asked for, and fine.
         if prompt and not (user in before if user else before.strip()):
@@ -209,20 +223,20 @@ def split_transcript(template: Template, text: str, prompt: str | None = None) -
     return None
 
 
-def _joined(template: Template, text: str, prompt: str) -> str:
+def _joined(template: Template, header: str, text: str, prompt: str) -> str:
     """A rendered prompt and the transcript that goes on from it, as one; a transcript that is whole as it is.
 
     Prompt and answer that were rendered apart both have what the template writes first: a bos, a system prompt.
     """
     if text.startswith(prompt):
         return text
-    lead, user = text.partition(template.header)[0].strip(), template.openings[0] if template.openings else None
-    rendered = prompt.endswith(template.header) or template.end in prompt or bool(user and user in prompt)
+    lead, user = text.partition(header)[0].strip(), template.openings[0] if template.openings else None
+    rendered = prompt.endswith(header) or template.end in prompt or bool(user and user in prompt)
     bos = template.tokenizer.bos_token or ""
     again = prompt.strip().removeprefix(bos).strip().startswith(lead.removeprefix(bos).strip())
     if rendered and again and not (user and user in lead):
-        return prompt.removesuffix(template.header) + template.header + text.partition(template.header)[2]
-    return prompt + text if prompt.endswith(template.header) else text
+        return prompt.removesuffix(header) + header + text.partition(header)[2]
+    return prompt + text if prompt.endswith(header) else text
 
 
 def holds_turns(template: Template, text: str) -> bool:

@@ -1,10 +1,22 @@
 """One row's values -> texts of prompt, chosen and rejected, the same whatever the format was."""
 
 import dataclasses
+import os.path
+import re
 
 from ..errors import UserError
-from .rendering import render_messages, render_prompt
-from .template import Template, close_turn, holds_turns, lacks_template, opening_in, question_in, split_transcript
+from .rendering import Rendered, render_messages, render_prompt
+from .template import (
+    FOREIGN_OPENINGS,
+    Template,
+    added_tokens,
+    close_turn,
+    holds_turns,
+    lacks_template,
+    opening_in,
+    question_in,
+    split_transcript,
+)
 
 ANSWERS = {"system", "developer", "assistant"}  # roles of message lists that ask nothing
 REPEATED = "begins with the prompt itself, which then stands twice"
@@ -21,28 +33,76 @@ class Texts:
     notes: tuple[str, ...]  # what was normalised, for the report
     rendered: bool = False  # by the chat template, which then has written all special tokens
     more: dict[str, str] = dataclasses.field(default_factory=dict)  # responses of further columns
+    places: tuple[tuple[int, int], ...] = ()  # of what is scored of chosen, in characters; empty: all of it
 
 
 def render_row(template: Template, number: int, prompt, chosen, rejected, has_rejected: bool,
-               may_be_equal: bool = False) -> Texts:
-    """One row's values -> Texts. Raises UserError naming the side that is wrong, or for equal sides."""
-    notes, chosen_value = [], chosen
-    chosen_prompt, chosen = _render_side(template, "chosen", prompt, chosen, notes)
-    rendered = _is_messages(prompt) or _is_messages(chosen_value) or holds_turns(template, chosen_prompt)
+               may_be_equal: bool = False, every: bool = False, alike: bool = False) -> Texts:
+    """One row's values -> Texts. `every`: all answers of a conversation are scored, not the last alone; `alike`: plain
+    sides begin with their prompt. Raises UserError naming the side that is wrong, or for equal sides."""
+    notes = []
+    if alike and _is_plain(template, chosen) and _is_plain(template, rejected):
+        prompt, chosen, rejected = split_pair(chosen, rejected)
+        notes.append("prompt = the text with which chosen and rejected begin")
+    # Of a pair the last answers are scored, in which its sides differ.
+    first = _render_side(template, "chosen", prompt, chosen, notes, every and not has_rejected)
+    rendered = _is_messages(prompt) or _is_messages(chosen) or holds_turns(template, first.prompt)
     if not has_rejected:
-        return Texts(number, chosen_prompt, chosen, None, tuple(notes), rendered)
-    rejected_prompt, rejected = _render_side(template, "rejected", prompt, rejected, notes)
-    if chosen_prompt != rejected_prompt:
-        at = next((i for i, (a, b) in enumerate(zip(chosen_prompt, rejected_prompt)) if a != b),
-                  min(len(chosen_prompt), len(rejected_prompt)))
-        only = ""
-        if "".join(chosen_prompt.split()) == "".join(rejected_prompt.split()):
-            only = " only in white space; strip the prompts in the data, or give them in a column of their own"
-        raise UserError(f"prompts of chosen and rejected differ{only}: {chosen_prompt[at:at + 30]!r} against "
-                        f"{rejected_prompt[at:at + 30]!r}")
-    if chosen == rejected and not may_be_equal:
+        return Texts(number, first.prompt, first.response, None, tuple(notes), rendered, places=first.places)
+    second = _render_side(template, "rejected", prompt, rejected, notes)
+    _meet(template, first, second)
+    if first.prompt != second.prompt:
+        _refuse_prompts(chosen, rejected, first.prompt, second.prompt)
+    if first.response == second.response and not may_be_equal:
         raise UserError("chosen and rejected are equal")
-    return Texts(number, chosen_prompt, chosen, rejected, tuple(notes), rendered)
+    return Texts(number, first.prompt, first.response, second.response, tuple(notes), rendered)
+
+
+def render_whole(template: Template, number: int, value) -> Texts | None:
+    """A text without a prompt, for language modelling; None for messages and for what a chat template wrote. Raises
+    UserError for one that is empty."""
+    if not _is_plain(template, value):
+        return None
+    if not value.strip():
+        raise UserError("the text is empty")
+    _check_whole_characters("the text", value)
+    end = template.tokenizer.eos_token or template.end
+    text, dropped, added = close_turn(value, end)
+    notes = (*["a second end of the text is left out"] * dropped, *["added the end of text"] * added)
+    notes = ("one text without a prompt: all of its tokens but the first are scored", *notes)
+    return Texts(number, "", text, None, notes)
+
+
+def _check_whole_characters(what: str, text: str) -> None:
+    """Raises UserError for half a character: JSON can write one, and no tokenizer reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} holds half a character, {error.object[error.start]!r}") from error
+
+
+def _meet(template: Template, first: Rendered, second: Rendered) -> None:
+    """Gives both sides the shorter of two prompts that differ only in how far the template opens an answer."""
+    short, long = sorted((first, second), key=lambda side: len(side.prompt))
+    opened = long.prompt.removeprefix(short.prompt)
+    if opened and long.prompt.startswith(short.prompt) and template.header and template.header.endswith(opened):
+        long.prompt, long.response = short.prompt, opened + long.response
+
+
+def _refuse_prompts(chosen, rejected, first: str, second: str) -> None:
+    """Raises UserError for a pair whose sides do not answer one prompt."""
+    if _is_messages(chosen) and _is_messages(rejected):
+        at = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), None)
+        if at is not None and chosen[at]["role"] == rejected[at]["role"] == "assistant" and at + 1 < len(chosen):
+            raise UserError(f"chosen and rejected differ before their last answers, in message {at}: what follows "
+                            "answers another conversation; end both there, or give pairs whose last answers alone "
+                            "differ (TRL scores all from the first difference on, what the user says too)")
+    at = len(os.path.commonprefix([first, second]))
+    only = ""
+    if "".join(first.split()) == "".join(second.split()):
+        only = " only in white space; strip the prompts in the data, or give them in a column of their own"
+    raise UserError(f"prompts of chosen and rejected differ{only}: {first[at:at + 30]!r} against "
+                    f"{second[at:at + 30]!r}")
 
 
 def render_more(template: Template, prompt: str, name: str, value) -> tuple[str | None, list[str]]:
@@ -54,51 +114,65 @@ def render_more(template: Template, prompt: str, name: str, value) -> tuple[str 
     if value is None or isinstance(value, str) and not value.strip():
         return None, []
     notes = []
-    own, response = _render_side(template, f"column {name}", prompt, value, notes)
+    found = _render_side(template, f"column {name}", prompt, value, notes)
     # Plain text answers the prompt that the row has; a transcript brings its own, which must be the same.
-    if own != prompt:
-        raise UserError(f"column {name} answers another prompt: {own[-40:]!r}")
-    return response, [note for note in notes if note.endswith(REPEATED)]
+    if found.prompt != prompt:
+        raise UserError(f"column {name} answers another prompt: {found.prompt[-40:]!r}")
+    return found.response, [note for note in notes if note.endswith(REPEATED)]
 
 
-def _render_side(template: Template, side: str, prompt, value, notes: list[str]) -> tuple[str, str]:
-    """(prompt column's value, this side's value) -> (prompt text, response text), and notes on what was changed."""
+def _render_side(template: Template, side: str, prompt, value, notes: list[str], every: bool = False) -> Rendered:
+    """(prompt column's value, this side's value) -> their texts, and notes on what was changed."""
     try:
-        parts = _split(template, prompt, value)
-        if parts is None:
-            parts = _plain_prompt(template, prompt), value
-            notes += ["plain text, without the chat template"] * lacks_template(template, parts[0])
-            notes += [f"{side} {REPEATED}"] * _repeats(parts[0], value)
-        elif isinstance(prompt, str) and not question_in(template, parts[0]).endswith(question_in(template, prompt)):
+        found = _split(template, prompt, value, every)
+        if found is None:
+            found = Rendered(_plain_prompt(template, prompt), value)
+            notes += ["plain text, without the chat template"] * lacks_template(template, found.prompt)
+            notes += [f"{side} {REPEATED}"] * _repeats(found.prompt, value)
+        elif isinstance(prompt, str) and not question_in(template, found.prompt).endswith(
+                question_in(template, prompt)):
             notes.append("prompt column differs from the transcript's prompt (the transcript is used)")
-        if template.bos and not parts[0].startswith(template.bos) and holds_turns(template, parts[0]):
-            parts = template.bos + parts[0], parts[1]  # a transcript without what the template begins with
-        end = _end_of(template, *parts)
-        response, dropped, added = close_turn(parts[1], end, template.tokenizer.eos_token)
-        if not isinstance(value, str):  # what the template wrote after the message is no news
-            _, doubled, open_ended = close_turn(value[-1].get("content") or "", end, template.tokenizer.eos_token)
-            dropped = doubled or not open_ended
-        body = response.removesuffix(end)
-        if not body.strip():
-            raise UserError("is empty")
-        if end in body:
-            raise UserError(f"goes on after its end of turn {end!r}; it must end with the assistant's turn")
-        if opening := opening_in(template, body):
-            raise UserError(f"holds a turn that is not the assistant's ({opening!r})")
-        (parts[0] + response).encode()
-    except UnicodeEncodeError as error:  # JSON can write one, and no tokenizer reads it
-        raise UserError(f"{side} or its prompt holds half a character, {error.object[error.start]!r}") from error
+        if template.bos and not found.prompt.startswith(template.bos) and holds_turns(template, found.prompt):
+            found.prompt = template.bos + found.prompt  # a transcript without what the template begins with
+        notes += [found.note] * bool(found.note)
+        _close(template, side, found, value, notes)
     except UserError as error:
         raise UserError(f"{side} {error}") from error
+    _check_whole_characters(f"{side} or its prompt", found.prompt + found.response)
+    return found
+
+
+def _close(template: Template, side: str, found: Rendered, value, notes: list[str]) -> None:
+    """Gives the response exactly one end of turn. Raises UserError for one that is empty or holds other turns."""
+    eos, reply = template.tokenizer.eos_token, value[-1] if isinstance(value, list) else {}
+    end = _end_of(template, found.prompt, found.response, reply)
+    response, dropped, added = close_turn(found.response, end, eos)
+    if reply:  # what the template wrote after the message is no news
+        _, doubled, open_ended = close_turn(reply.get("content") or "", end, eos)
+        dropped = doubled or not open_ended
+    body = response.removesuffix(end)
+    last = body[found.places[-1][0]:] if found.places else body
+    if not last.strip():
+        raise UserError("is empty")
+    if end in last:
+        raise UserError(f"goes on after its end of turn {end!r}; it must end with the assistant's turn")
+    if opening := opening_in(template, last):
+        raise UserError(f"holds a turn that is not the assistant's ({opening!r})")
+    if found.places:
+        found.places = (*found.places[:-1], (found.places[-1][0], len(response)))
+    found.response = response
     notes += [f"{side}: a second end of the turn is left out"] * dropped
     notes += [f"{side}: added the end of turn"] * added
-    return parts[0], response
 
 
-def _split(template: Template, prompt, value) -> tuple[str, str] | None:
-    """(prompt text, response text) of messages or of a transcript; None for a plain response."""
+def _split(template: Template, prompt, value, every: bool) -> Rendered | None:
+    """The texts of messages or of a transcript; None for a plain response."""
     if isinstance(value, str):
-        return split_transcript(template, value, prompt if isinstance(prompt, str) else None)
+        parts = split_transcript(template, value, prompt if isinstance(prompt, str) else None)
+        if not parts or not every:
+            return parts and Rendered(*parts)
+        asked = prompt if isinstance(prompt, str) and parts[0].startswith(prompt) else ""
+        return _transcript(template, *parts, max(0, len(asked) - len(template.written)))
     if not _is_messages(value):
         raise UserError(f"is {_kind(value)}, not text or a list of messages")
     if isinstance(prompt, str) and prompt.strip() and {m["role"] for m in value} <= ANSWERS:
@@ -110,7 +184,61 @@ def _split(template: Template, prompt, value) -> tuple[str, str] | None:
     said = [[(m["role"], str(m.get("content") or "").strip()) for m in part] for part in (lead, value)]
     # Some sets repeat the prompt, or its last turns, in front of the reply.
     new = next(i for i in range(len(lead) + 1) if said[1][: len(lead) - i] == said[0][i:])
-    return render_messages(template, lead[:new] + value)
+    return render_messages(template, lead[:new] + value, len(lead) if every else None)
+
+
+def _transcript(template: Template, prompt: str, response: str, after: int) -> Rendered:
+    """A rendered transcript that was split at its last header, from its first answer on: all that begin `after` this
+    place are scored."""
+    whole, header, places = prompt + response, template.written, []
+    start = whole.index(header, after) + len(header)
+    while start < len(prompt):
+        end, following = whole.find(template.end, start) + len(template.end), whole.index(header, start) + len(header)
+        if not start < end < following:
+            raise UserError(f"has an answer without an end of turn, {template.end!r}, before its last one; score the "
+                            "last answers alone with --train_on last")
+        places.append((start, end))
+        start = following
+    if not places:
+        return Rendered(prompt, response)
+    first = places[0][0]
+    places.append((len(prompt), len(whole)))
+    return Rendered(whole[:first], whole[first:], tuple((a - first, b - first) for a, b in places))
+
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of Anthropic's HH and what is written like it
+JOINED = re.compile(r"[^\W_\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff]")  # letters and digits of words with spaces between
+
+
+def _is_plain(template: Template, value) -> bool:
+    """Is it text that no chat template wrote, as far as one can see?"""
+    return isinstance(value, str) and not (template.header and template.written in value) and not (
+        value.lstrip().startswith(FOREIGN_OPENINGS))
+
+
+def split_pair(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Two texts that begin alike -> (prompt, chosen, rejected). The prompt ends where a word ends in both; a space
+    between goes to the responses, as tokenizers have it. Of texts with "Human:" and "Assistant:" it ends with the
+    last "Assistant:". Raises UserError where they have no beginning in common.
+
+    >>> split_pair("The sky is blue.", "The sky is black.")
+    ('The sky is', ' blue.', ' black.')
+    """
+    shared = os.path.commonprefix([chosen, rejected])
+    at = len(shared)
+    if chosen.lstrip().startswith(HUMAN.strip()) and ASSISTANT in shared:
+        at = shared.rindex(ASSISTANT) + len(ASSISTANT)
+        if HUMAN in chosen[at:] or HUMAN in rejected[at:]:
+            raise UserError("chosen and rejected differ before their last answers: what follows answers another "
+                            "conversation; end both at the answer in which they differ")
+        return chosen[:at], chosen[at:], rejected[at:]
+    while at and any(JOINED.fullmatch(side[at - 1]) and JOINED.match(side[at:]) for side in (chosen, rejected)):
+        at -= 1
+    at = len(shared[:at].rstrip(" "))
+    if not shared[:at].strip():
+        raise UserError("chosen and rejected have no beginning in common, and there is no column of prompts: name one "
+                        "with --prompt_field")
+    return chosen[:at], chosen[at:], rejected[at:]
 
 
 def _repeats(prompt, response: str) -> bool:
@@ -134,8 +262,13 @@ def _plain_prompt(template: Template, prompt) -> str:
     return prompt
 
 
-def _end_of(template: Template, prompt: str, response: str) -> str:
-    """A turn's end inside a chat, the eos token in plain text."""
+def _end_of(template: Template, prompt: str, response: str, reply: dict) -> str:
+    """A turn's end inside a chat, the eos token in plain text; of a call of tools the end that the template wrote."""
+    said = response.rstrip()
+    if reply.get("tool_calls") and not said.endswith(template.end):
+        own = next((token for token in added_tokens(template.tokenizer) if said.endswith(token)), None)
+        if own and said.count(own) == 1:
+            return own
     in_chat = template.header and prompt.endswith(template.header)
     if in_chat or response.rstrip().endswith(template.end):
         return template.end

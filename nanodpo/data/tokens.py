@@ -7,9 +7,10 @@ from ..errors import UserError, one_line
 from ..progress import track
 from .example import Example, too_long, truncate
 from .problems import with_problems
-from .rows import choose_fields, describe_columns, read_rows, unread_parts
+from .rows import read_rows
+from .shapes import Columns, as_messages, choose_columns, describe_columns, read_row, unread_parts
 from .template import Template, added_tokens
-from .texts import REPEATED, Texts, render_more, render_row
+from .texts import REPEATED, Texts, render_more, render_row, render_whole
 
 SHOWN = 3  # rows that a message names; dropped_rows.jsonl has them all
 
@@ -40,20 +41,16 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
     bad or overlong rows unless args drops or cuts them.
     """
     rows = read_rows(path)
-    fields = choose_fields(path, rows, args.prompt_field, args.chosen_field, args.rejected_field, pairs)
+    columns = choose_columns(path, rows, args, pairs)
     if missing := [name for name in more if name not in rows[0]]:
         raise UserError(f"--responses {missing[0]}: {path} has no such column; it has {', '.join(rows[0])}")
-    data = DataSet(path, [], [], collections.Counter(), columns=describe_columns(rows, fields, more))
+    data = DataSet(path, [], [], collections.Counter(), columns=describe_columns(rows, columns, more))
     alone = args.loss == "sft"  # trained on chosen alone
+    every = alone and getattr(args, "train_on", "last") == "all"
     texts, overlong = [], []
     for number, row in enumerate(track(rows, "rendering", "row")):
         try:
-            values = [row[name] if name else None for name in fields]
-            text = render_row(template, number, *values, fields[2] is not None, may_be_equal=alone)
-            found = {name: render_more(template, text.prompt, name, row[name]) for name in more}
-            notes = (*text.notes, *(note for _, notes in found.values() for note in notes))
-            said = {name: response for name, (response, _) in found.items() if response}
-            texts.append(dataclasses.replace(text, notes=notes, more=said))
+            texts.append(_render(template, number, row, columns, more, alone, every))
         except UserError as error:
             _drop(data, number, str(error))
     _check_repeated(path, texts)
@@ -74,11 +71,26 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
     _handle_overlong(data, overlong, limit, args)
     data.examples = with_problems(data.examples, rows)
     _add_notes(data, texts)
-    for name, count in unread_parts(rows, fields).items():
+    for name, count in unread_parts(rows, columns).items():
         data.notes[f"column {name} is not read; if it is part of what is asked, put it into the prompt"] = count
     if not data.examples:
         raise UserError(f"{path}: no usable row is left of {len(rows)}; {_worst(data.dropped)}")
     return data
+
+
+def _render(template: Template, number: int, row: dict, columns: Columns, more: tuple[str, ...], alone: bool,
+            every: bool) -> Texts:
+    """The texts of one row, those of `more` columns with them."""
+    values = read_row(row, columns)
+    template = template.given(values.options)
+    text = render_whole(template, number, values.chosen) if columns.whole else None
+    pairs = columns.rejected is not None
+    text = text or render_row(template, number, values.prompt, values.chosen, values.rejected, pairs,
+                              may_be_equal=alone, every=every, alike=pairs and not columns.prompt)
+    found = {name: render_more(template, text.prompt, name, as_messages(row[name])) for name in more}
+    notes = (*text.notes, *(note for _, notes in found.values() for note in notes))
+    said = {name: response for name, (response, _) in found.items() if response}
+    return dataclasses.replace(text, notes=notes, more=said)
 
 
 def _add_notes(data: DataSet, texts: list[Texts]) -> None:
@@ -127,7 +139,22 @@ def _tokenize(texts: list[Texts], tokenizer, boundary: str, may_be_equal: bool) 
             sides.append([None] * len(texts))
         else:
             sides.append(_responses(tokenizer, texts, prompts, responses, boundary))
-    return [_example(*row, may_be_equal) for row in zip(texts, prompts, *sides)]
+    examples = [_example(*row, may_be_equal) for row in zip(texts, prompts, *sides)]
+    return [_with_places(text, example, tokenizer, boundary) if text.places and isinstance(example, Example)
+            else example for text, example in zip(texts, examples)]
+
+
+def _with_places(text: Texts, example: Example, tokenizer, boundary: str) -> Example | str:
+    """The example with the numbers of the tokens that are scored: those of the places of its text."""
+    borders = [border for place in text.places for border in place][1:-1]
+    heads = _responses(tokenizer, [text] * len(borders), [example.prompt] * len(borders),
+                       [text.chosen[:border] for border in borders], boundary)
+    for head in heads:
+        if isinstance(head, str) or example.chosen[: len(head)] != head:
+            return ("chosen: an answer and what is beside it merge in tokens; score the last answers alone with "
+                    "--train_on last")
+    starts, ends = [0, *map(len, heads[1::2])], [*map(len, heads[::2]), len(example.chosen)]
+    return dataclasses.replace(example, scored=[i for ab in zip(starts, ends) for i in range(*ab)])
 
 
 def _responses(tokenizer, texts: list[Texts], prompts: list[list[int]], responses: list[str], boundary: str) -> list:
@@ -150,6 +177,8 @@ def _tokenize_more(texts: list[Texts], examples: list, tokenizer, boundary: str,
 
 
 def _example(text: Texts, prompt: list[int], chosen, rejected, may_be_equal: bool) -> Example | str:
+    if not text.prompt and not prompt:  # one text: its first token, which nothing predicts, is given
+        prompt, chosen = chosen[:1], chosen[1:]
     for name, ids in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(ids, str):
             return f"{name}: {ids}"

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import glob
 import hashlib
 import importlib.metadata
 import itertools
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..data.rows import absolute
 from ..errors import RunStopped, UserError
 from ..files import read_text
 from .atomic import aside, check_writable, clear_partials, flush, new_file, steps_of, writing
@@ -51,9 +51,7 @@ def arguments(args) -> dict:
     """The settings, files and folders in them by their full paths, so that they are found from any other folder. A name
     that is no path here is a hub id, and stays."""
     named = {name: value for name in BY_CONTENT if (value := getattr(args, name))}
-    there = {name: os.path.abspath(value) for name, value in named.items()
-             if os.path.exists(value) or glob.glob(value, recursive=True)}
-    return dataclasses.asdict(args) | there
+    return dataclasses.asdict(args) | {name: absolute(value) for name, value in named.items()}
 
 
 def find(args, name: str) -> tuple[Path, dict | None, int | None]:

@@ -1,0 +1,258 @@
+"""Rows as people have them -> prompt, chosen and rejected, each as text or as messages with role and content.
+
+Which column means what is decided once for a file, by names (`choose_columns`). Then each row is brought into one form
+(`read_row`): ShareGPT's from and value, Alpaca's instruction and input, OpenAI's preference pairs, lists of questions
+with answers, contents in parts. What is no message stays as it is, and is refused where its text is needed.
+"""
+
+import dataclasses
+import json
+
+from ..errors import UserError
+
+ALPACA = ("instruction", "query")  # what the user says, with `input`, after `history`
+TURNS = ("conversations", "conversation")  # a whole conversation, or beside chosen and rejected its beginning
+PROMPT_FIELDS, CHOSEN_FIELDS, REJECTED_FIELDS = (
+    ("prompt", "question", *ALPACA, *TURNS),
+    ("chosen", "completion", "output", "text", "messages", "response", *TURNS, "preferred_output"),
+    ("rejected", "worse-text", "non_preferred_output"))
+SYSTEM = ("system", "system_prompt")
+OF_PROMPTS = (*SYSTEM, "input", "instruction", "history", "context")  # part of what is asked, by name
+FOR_TEMPLATES = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # a language model of text can't be asked about these
+RESERVED = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "padding",
+            "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs", "conversation"}
+# ShareGPT's names of who speaks.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+         "observation": "tool", "function_response": "tool", "tool_response": "tool"}
+CALLS = ("function_call", "tool_call")  # whose value is the call as JSON
+
+
+@dataclasses.dataclass
+class Columns:
+    """The names of the columns; None where there is none."""
+
+    prompt: str | None
+    chosen: str
+    rejected: str | None
+    asks: bool = False  # is the prompt what a user says, a part of a conversation, though it is text?
+    whole: bool = False  # is a row one text without a prompt, for language modelling?
+    beside: tuple[str, ...] = ()  # columns that belong to a conversation's prompt, or that a chat template is given
+
+    @property
+    def fields(self) -> tuple[str | None, str, str | None]:
+        return self.prompt, self.chosen, self.rejected
+
+
+@dataclasses.dataclass
+class Row:
+    """One row: each side is text, a list of messages, or whatever else the file has in its place."""
+
+    prompt: object
+    chosen: object
+    rejected: object
+    options: dict = dataclasses.field(default_factory=dict)  # for apply_chat_template
+
+
+def choose_columns(path: str, rows: list[dict], args, pairs: bool) -> Columns:
+    """Which columns of a file mean what; prompt and, unless `pairs`, rejected may be missing. Raises UserError."""
+    names = list(rows[0])
+
+    def choose(flag, candidates, needed):
+        named = getattr(args, flag)
+        if named and named not in names:
+            raise UserError(f"{path}: has no column {named!r} (--{flag}); it has {', '.join(names)}")
+        found = named or next((name for name in candidates if name in names), None)
+        if needed and not found:
+            raise UserError(f"{path}: has no column {' or '.join(candidates)}; it has {', '.join(names)}: "
+                            f"name one with --{flag}")
+        return found
+
+    _check_scored(path, rows[0])
+    transcripts = not args.chosen_field and not args.rejected_field and {"text", "worse-text"} <= {*names}
+    chosen = choose("chosen_field", ("text",) if transcripts else CHOSEN_FIELDS, True)
+    openai = ("input",) * (chosen == "preferred_output")
+    prompt = choose("prompt_field", [*openai, *(name for name in PROMPT_FIELDS if name != chosen)], False)
+    rejected = choose("rejected_field", REJECTED_FIELDS, pairs)
+    asks = not args.prompt_field and prompt in (*ALPACA, *TURNS)
+    whole = args.loss == "sft" and not prompt and not rejected and chosen in ("text", args.chosen_field)
+    columns = Columns(prompt, chosen, rejected, asks, whole)
+    for i, row in enumerate(rows):
+        _check_unread(f"{path}: row {i}", row, columns)
+    columns.beside = _beside(rows, columns)
+    return columns
+
+
+def _check_scored(path: str, row: dict) -> None:
+    """Raises UserError for several answers a row with scores, as UltraFeedback had them before pairs were made."""
+    answers = row.get("completions")
+    if "chosen" not in row and isinstance(answers, list) and answers and isinstance(answers[0], dict):
+        raise UserError(f"{path}: has completions, several answers a row with their scores, and which two make a pair "
+                        "is for you to say; write them into columns prompt, chosen and rejected (UltraFeedback's are "
+                        "on the hub: HuggingFaceH4/ultrafeedback_binarized::train_prefs)")
+
+
+def _check_unread(where: str, row: dict, columns: Columns) -> None:
+    """Raises UserError for a row with columns without which its prompt would be another one."""
+    if name := next((name for name in MEDIA if row.get(name)), None):
+        raise UserError(f"{where}: has {name}, which a model of text can't see; remove that column if the text does "
+                        "not need it")
+    if row.get("documents") and _rendered(row, columns):
+        raise UserError(f"{where}: has documents for the chat template, which is not supported; remove that column, or "
+                        "give whole rendered transcripts")
+
+
+def _rendered(row: dict, columns: Columns) -> bool:
+    """Does the chat template write this row, or a part of it? Plain text brings all that it says."""
+    return columns.asks or any(name and isinstance(row[name], (list, dict)) for name in columns.fields)
+
+
+def _beside(rows: list[dict], columns: Columns) -> tuple[str, ...]:
+    alpaca = columns.asks and columns.prompt in ALPACA
+    names = (*SYSTEM, *("input", "history") * alpaca, *FOR_TEMPLATES)
+    return tuple(name for name in names if name not in columns.fields
+                 and any(row.get(name) and _rendered(row, columns) for row in rows))
+
+
+def describe_columns(rows: list[dict], columns: Columns, more: tuple[str, ...] = ()) -> str:
+    """One line on which columns are read, as what, and which are not."""
+    parts = [name if name == part else f"{part} = {name}"
+             for part, name in zip(("prompt", "chosen", "rejected"), columns.fields) if name]
+    read = (*columns.fields, *columns.beside, *more)
+    unread = [name for name in rows[0] if name not in read]
+    return (f"columns: {', '.join([*parts, *more])}" + f"; with {', '.join(columns.beside)}" * bool(columns.beside)
+            + f"; not read: {', '.join(unread)}" * bool(unread))
+
+
+def unread_parts(rows: list[dict], columns: Columns) -> dict[str, int]:
+    """{column: rows that have something in it} of columns that are not read, and whose name says that they are part of
+    what is asked."""
+    read = (*columns.fields, *columns.beside)
+    found = {name: sum(bool(row.get(name)) for row in rows) for name in OF_PROMPTS if name not in read}
+    return {name: count for name, count in found.items() if count}
+
+
+# Rows
+
+
+def read_row(row: dict, columns: Columns) -> Row:
+    """One row in the form that texts.py takes. Raises UserError for what it can't mean."""
+    prompt, chosen, rejected = (row[name] if name else None for name in columns.fields)
+    options = {name: _json(name, row[name]) for name in FOR_TEMPLATES if row.get(name)}
+    if isinstance(prompt, dict) and isinstance(prompt.get("messages"), list):  # OpenAI's input
+        options |= {"tools": prompt["tools"]} if prompt.get("tools") else {}
+        prompt = prompt["messages"]
+    if columns.asks and columns.prompt in ALPACA:
+        prompt = _alpaca(row, prompt)
+    prompt, chosen, rejected = map(as_messages, (prompt, chosen, rejected))
+    if columns.asks and isinstance(prompt, list):
+        chosen, rejected = ([_said("assistant", side)] if isinstance(side, str) and side else side
+                            for side in (chosen, rejected))
+    system = next((row[name] for name in SYSTEM if name in columns.beside and row.get(name)), None)
+    if system:
+        prompt, chosen, rejected = _with_system(_said("system", system), prompt, chosen, rejected)
+    if not isinstance(options.get("tools", []), list):
+        raise UserError(f"has tools of type {type(options['tools']).__name__}; they must be a list")
+    kwargs = options.pop("chat_template_kwargs", {})
+    check_options("chat_template_kwargs", kwargs)
+    return Row(prompt, chosen, rejected, options | kwargs)
+
+
+def check_options(name: str, options) -> None:
+    """Raises UserError for what apply_chat_template can't be given."""
+    if not isinstance(options, dict):
+        raise UserError(f"has {name} of type {type(options).__name__}; it must be an object, like "
+                        '{"enable_thinking": false}')
+    if odd := sorted(RESERVED & {*options}):
+        raise UserError(f"has {odd[0]} in {name}, which is not the template's to decide")
+
+
+def _json(name: str, value):
+    """What some files hold as JSON in text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"has {name} that can't be read as JSON: {' '.join(str(error).split())[:100]}") from error
+
+
+def _said(role: str, content) -> dict:
+    return {"role": role, "content": content}
+
+
+def _alpaca(row: dict, instruction):
+    """What a user says: the instruction and, on the next line, its input; after the questions and answers before it."""
+    parts = [instruction, row.get("input")]
+    if odd := next((part for part in parts if part is not None and not isinstance(part, str)), None):
+        return odd
+    if not (said := "\n".join(filter(None, parts))):
+        return ""
+    return [*_pairs(row.get("history") or []), _said("user", said)]
+
+
+def _with_system(system: dict, prompt, chosen, rejected):
+    """A conversation that begins with this system message, unless it has one."""
+    def begun(side):
+        return [system, *side] if isinstance(side, list) and side and side[0].get("role") != "system" else side
+
+    if isinstance(prompt, list) and prompt:
+        return begun(prompt), chosen, rejected
+    return prompt, begun(chosen), begun(rejected)
+
+
+def as_messages(value):
+    """A message, a list of them in any of the known forms, or questions with answers -> messages; else the same value.
+
+    >>> as_messages([{"from": "human", "value": "2?"}, {"from": "gpt", "value": [{"type": "text", "text": "4"}]}])
+    [{'role': 'user', 'content': '2?'}, {'role': 'assistant', 'content': '4'}]
+    """
+    if isinstance(value, dict) and (_speaker(value) or "from" in value):
+        value = [value]
+    if not (isinstance(value, list) and value and all(isinstance(item, dict) for item in value)):
+        return value
+    if all({"human", "assistant"} <= {*item} for item in value):
+        return _pairs([(item["human"], item["assistant"]) for item in value])
+    return [_message(item) for item in value]
+
+
+def _speaker(message: dict) -> str | None:
+    """The role that a message names, in whatever form."""
+    return next((message[name] for name in ("role", "from") if isinstance(message.get(name), str)), None)
+
+
+def _pairs(pairs) -> list[dict]:
+    """Turns of [question, answer] each."""
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise UserError("has a history that is not a list of [question, answer]")
+    return [_said(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+
+
+def _message(message: dict) -> dict:
+    """A message with role and content, its content as text."""
+    if _speaker(message) is None:
+        return message
+    if "role" not in message:
+        rest = {name: value for name, value in message.items() if name not in ("from", "value")}
+        speaker, value = message["from"], message.get("content", message.get("value"))
+        if speaker in CALLS:
+            return {"role": "assistant", "content": "", "tool_calls": _calls(value)} | rest
+        message = {**_said(ROLES.get(speaker, speaker), value), **rest}
+    parts = message.get("content")
+    if not (isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts)):
+        return message
+    if odd := next((part for part in parts if part.get("type", "text") != "text"), None):
+        raise UserError(f"has a message with a part of type {odd['type']!r}, which a model of text can't read")
+    texts = [next((part[name] for name in ("text", "value") if isinstance(part.get(name), str)), None)
+             for part in parts]
+    return message if None in texts else message | {"content": "".join(texts)}
+
+
+def _calls(value) -> list[dict]:
+    """The calls of tools that a text holds as JSON."""
+    calls = _json("a tool call", value)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise UserError(f"has a tool call without a name: {str(value)[:60]!r}")
+    return [{"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+            for call in calls]

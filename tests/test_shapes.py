@@ -1,0 +1,307 @@
+"""Data as people have them: of each shape of a row the token ids of prompt and responses, and which of them are scored.
+
+A byte's id is its value, so all ids here are written by hand; they are those of apply_chat_template, cut by eye.
+"""
+
+import json
+import re
+
+import pytest
+import tiny_tokenizers as tiny
+
+from nanodpo.data.template import read_template
+from nanodpo.data.texts import split_pair
+from nanodpo.data.tokens import load_dataset
+from nanodpo.errors import UserError
+
+SPECIAL = {"<|endoftext|>": 258, "<|im_start|>": 259, "<|im_end|>": 260}
+ASKED = "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
+BRIEF = "<|im_start|>system\nBe brief.<|im_end|>\n"
+AGAIN = "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+Q, A, B = ({"role": "user", "content": "2?"}, {"role": "assistant", "content": "4"},
+           {"role": "assistant", "content": "five"})
+SURE, YES = {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "yes"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def ids(text: str) -> list[int]:
+    """By hand: a mark's own id, a byte's value; the texts here have nothing that merges."""
+    pieces = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
+    return [i for piece in pieces for i in ([SPECIAL[piece]] if piece in SPECIAL else piece.encode())]
+
+
+def load(folder, *rows, tokenizer=None, name="rows.jsonl", **arguments):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = arguments.get("loss") != "sft"
+    return load_dataset(str(folder / name), read_template(tokenizer or tiny.chatml()), tiny.DataArguments(**arguments),
+                        1000, pairs)
+
+
+def error_of(*values, **how):
+    with pytest.raises(UserError) as caught:
+        load(*values, **how)
+    return str(caught.value)
+
+
+def turns(*said):
+    """ShareGPT's way to write them."""
+    return [{"from": speaker, "value": text} for speaker, text in said]
+
+
+def parts(message):
+    return message | {"content": [{"type": "text", "text": text, "image_url": None} for text in message["content"]]}
+
+
+# Pairs: the row and the prompt's text; the responses are 4 and five, each with its end
+PAIRS = {
+    "messages": ({"prompt": [Q], "chosen": [A], "rejected": [B]}, ASKED),
+    "the prompt within": ({"chosen": [Q, A], "rejected": [Q, B]}, ASKED),
+    "a text and one message a side": ({"prompt": "2?", "chosen": [A], "rejected": [B]}, ASKED),
+    "a text and a message that is in no list": ({"prompt": "2?", "chosen": A, "rejected": B}, ASKED),
+    "contents in parts": ({"prompt": [parts(Q)], "chosen": [parts(A)], "rejected": [parts(B)]}, ASKED),
+    "parts whose text is called value": ({"prompt": [Q | {"content": [{"type": "text", "value": "2?"}]}], "chosen": [A],
+                                          "rejected": [B]}, ASKED),
+    "a system column beside messages": ({"system": "Be brief.", "prompt": [Q], "chosen": [A], "rejected": [B]},
+                                        BRIEF + ASKED),
+    "a system column, and a system message": ({"system": "Be long.", "chosen": [SYSTEM, Q, A],
+                                               "rejected": [SYSTEM, Q, B]}, BRIEF + ASKED),
+    "ShareGPT": ({"conversations": turns(("human", "2?")), "chosen": {"from": "gpt", "value": "4"},
+                  "rejected": {"from": "gpt", "value": "five"}}, ASKED),
+    "ShareGPT with a system column, answers as text": (
+        {"system": "Be brief.", "conversations": turns(("human", "2?")), "chosen": "4", "rejected": "five"},
+        BRIEF + ASKED),
+    "ShareGPT within chosen and rejected": ({"chosen": turns(("human", "2?"), ("gpt", "4")),
+                                             "rejected": turns(("human", "2?"), ("gpt", "five"))}, ASKED),
+    "OpenAI": ({"input": {"messages": [Q], "tools": [], "parallel_tool_calls": True}, "preferred_output": [A],
+                "non_preferred_output": [B]}, ASKED),
+    "Alpaca": ({"instruction": "2?", "input": "", "chosen": "4", "rejected": "five"}, ASKED),
+    "Alpaca with an input": ({"system": "Be brief.", "instruction": "2", "input": "?", "chosen": "4",
+                              "rejected": "five"}, BRIEF + ASKED.replace("2?", "2\n?")),
+    "rendered": ({"question": "2?", "text": ASKED + "4<|im_end|>\n", "worse-text": ASKED + "five<|im_end|>\n"}, ASKED),
+}
+
+
+@pytest.mark.parametrize("row, prompt", PAIRS.values(), ids=PAIRS)
+def test_shapes_of_pairs(row, prompt, tmp_path):
+    """Two tokens of chosen and five of rejected are scored, and nothing of the prompt."""
+    example, = load(tmp_path, row).examples
+    assert example.prompt == ids(prompt) and len(ids(ASKED)) == 21
+    assert (example.chosen, example.rejected) == ([*b"4", 260], [*b"five", 260])
+    assert example.scored is None
+
+
+# SFT: the row, the prompt's text, then what follows it, scored stretches and others in turn
+ALL = ["4<|im_end|>", "\n" + AGAIN, "yes<|im_end|>"]
+SFT = {
+    "messages, one answer": ({"messages": [Q, A]}, ASKED, ALL[:1]),
+    "messages, two answers": ({"messages": [Q, A, SURE, YES]}, ASKED, ALL),
+    "the same in parts": ({"messages": [parts(Q), parts(A), parts(SURE), parts(YES)]}, ASKED, ALL),
+    "ShareGPT": ({"conversations": turns(("system", "Be brief."), ("human", "2?"), ("gpt", "4"), ("human", "Sure?"),
+                                         ("gpt", "yes"))}, BRIEF + ASKED, ALL),
+    "questions with answers": ({"system": "Be brief.", "conversation": [{"human": "2?", "assistant": "4"},
+                                                                        {"human": "Sure?", "assistant": "yes"}]},
+                               BRIEF + ASKED, ALL),
+    "a prompt with an answer in it": ({"prompt": [Q, A, SURE], "completion": [YES]},
+                                      ASKED + ALL[0] + ALL[1], ALL[2:]),
+    "a completion of two answers": ({"prompt": [Q], "completion": [A, SURE, YES]}, ASKED, ALL),
+    "a prompt that the completion repeats": ({"prompt": [Q, A, SURE], "completion": [Q, A, SURE, YES]},
+                                             ASKED + ALL[0] + ALL[1], ALL[2:]),
+    "plain prompt and completion": ({"prompt": "2?", "completion": "4"}, "2?", ["4<|im_end|>"]),
+    "Alpaca": ({"instruction": "2?", "input": "", "output": "4"}, ASKED, ALL[:1]),
+    "Alpaca with all columns": ({"instruction": "2", "input": "?", "output": "yes", "system": "Be brief.",
+                                 "history": [["2?", "4"]]},
+                                BRIEF + ASKED + ALL[0] + "\n" + ASKED.replace("2?", "2\n?"), ALL[2:]),
+    "query and response": ({"query": "2?", "response": "4", "history": []}, ASKED, ALL[:1]),
+    "one text": ({"text": "A river."}, "A", [" river.<|im_end|>"]),
+    "a rendered text": ({"text": ASKED + "4<|im_end|>\n" + AGAIN + "yes<|im_end|>\n"}, ASKED, ALL),
+    "s1's text": ({"question": "2?", "text": BRIEF + ASKED + "<|im_start|>think\nhm<|im_start|>answer\n4<|im_end|>\n"},
+                  BRIEF + ASKED, ["<|im_start|>think\nhm<|im_start|>answer\n4<|im_end|>"]),
+}
+
+
+@pytest.mark.parametrize("row, prompt, stretches", SFT.values(), ids=SFT)
+def test_shapes_of_sft(row, prompt, stretches, tmp_path):
+    """Every answer is scored, with its end of turn; what lies between answers is not. With --train_on last the last."""
+    example, = load(tmp_path, row, loss="sft").examples
+    assert example.prompt == ids(prompt) and example.chosen == ids("".join(stretches)) and example.rejected is None
+    ends = [len(ids("".join(stretches[: i + 1]))) for i in range(len(stretches))]
+    scored = [i for i in range(ends[-1]) if len([end for end in ends if end <= i]) % 2 == 0]
+    assert example.scored == (None if len(stretches) == 1 else scored)
+    assert example.scored_tokens == {1: ends[-1], 3: 2 + 4}[len(stretches)]
+    last, = load(tmp_path, row, loss="sft", train_on="last").examples
+    assert last.prompt == ids(prompt + "".join(stretches[:-1])) and last.chosen == ids(stretches[-1])
+    assert last.scored is None and example.last_answer() == last
+
+
+def test_a_cut_leaves_what_is_scored_within_it(tmp_path):
+    row = {"messages": [Q, A, SURE, YES]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    args = tiny.DataArguments(loss="sft", overlong="truncate")
+    data = load_dataset(str(path), read_template(tiny.chatml()), args, 21 + 2 + len(ids("\n" + AGAIN)) + 1, False)
+    assert data.examples[0].chosen == ids(ALL[0] + ALL[1] + "y") and data.examples[0].scored == [0, 1, 27]
+
+
+def test_thoughts_that_a_template_leaves_out_of_earlier_answers_are_not_scored(tmp_path):
+    """The tokens are those of the whole conversation, as the template writes it."""
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = tiny.CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}")
+    row = {"messages": [Q, A | {"content": "<think>hm</think>4"}, SURE, YES]}
+    data = load(tmp_path, row, tokenizer=tokenizer, loss="sft")
+    assert data.examples[0].prompt == ids(ASKED) and data.examples[0].chosen == ids("".join(ALL))
+    assert data.examples[0].scored_tokens == 2 + 4
+    assert data.notes == {"the chat template writes earlier answers differently; scored as in the conversation": 1}
+
+
+# Texts that begin alike
+
+
+@pytest.mark.parametrize("chosen, rejected, split", [
+    ("The sky is blue.", "The sky is black.", ("The sky is", " blue.", " black.")),  # within a word
+    ("The sky is blue.", "The sky is not blue.", ("The sky is", " blue.", " not blue.")),
+    ("Q: 2?\nA: 4", "Q: 2?\nA: 42", ("Q: 2?\nA:", " 4", " 42")),  # one answer begins as the other
+    ("Q: 2?\n\n4", "Q: 2?\n\nfive", ("Q: 2?\n\n", "4", "five")),
+    ("天空是蓝的", "天空是黑的", ("天空是", "蓝的", "黑的")),  # no spaces between words
+    ("\n\nHuman: 2?\n\nAssistant: It is 4", "\n\nHuman: 2?\n\nAssistant: It is 5",
+     ("\n\nHuman: 2?\n\nAssistant:", " It is 4", " It is 5")),  # whole answers
+    ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+     "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e",
+     ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " d", " e")),
+])
+def test_the_prompt_of_two_texts_is_how_both_begin(chosen, rejected, split):
+    assert split_pair(chosen, rejected) == split
+    assert split_pair(rejected, chosen) == (split[0], split[2], split[1])
+
+
+def test_pairs_of_texts_without_a_prompt(tmp_path):
+    """10 tokens of prompt, 7 and 8 of responses with their end. The report says what was done."""
+    data = load(tmp_path, {"chosen": "The sky is blue.", "rejected": "The sky is black."}, tokenizer=tiny.plain())
+    example, = data.examples
+    assert (example.prompt, example.chosen, example.rejected) == (
+        [*b"The sky is"], [*b" blue.", 258], [*b" black.", 258])
+    assert data.notes["prompt = the text with which chosen and rejected begin"] == 1
+    hh = {"chosen": "\n\nHuman: 2?\n\nAssistant: It is 4.", "rejected": "\n\nHuman: 2?\n\nAssistant: It is five."}
+    data = load(tmp_path, hh)  # a chat model; plain text it stays, and that is said
+    assert data.examples[0].prompt == [*b"\n\nHuman: 2?\n\nAssistant:"]
+    assert data.examples[0].chosen == [*b" It is 4.", 260] and data.notes["plain text, without the chat template"] == 1
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"chosen": "Yes", "rejected": "No"}, "have no beginning in common, and there is no column of prompts: name one"),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: x"},
+     "chosen and rejected differ before their last answers"),
+    ({"chosen": [Q, A, SURE, YES], "rejected": [Q, B, SURE, YES]},
+     "chosen and rejected differ before their last answers, in message 1: what follows answers another conversation"),
+    ({"prompt": [Q], "chosen": [A, SURE, YES], "rejected": [B, SURE, YES]}, "in message 0: what follows answers"),
+    ({"prompt": [Q], "chosen": [A | {"content": [{"type": "image_url"}]}], "rejected": [B]},
+     "has a message with a part of type 'image_url', which a model of text can't read"),
+    ({"conversations": turns(("human", "2?"), ("function_call", "f(2)")), "chosen": "4", "rejected": "5"},
+     "has a tool call that can't be read as JSON"),
+    ({"query": "2?", "history": ["1?"], "chosen": "4", "rejected": "5"}, "a history that is not a list of [question"),
+])
+def test_what_can_be_no_pair_is_refused_in_clear_words(row, words, tmp_path):
+    message = error_of(tmp_path, row)
+    assert "rows.jsonl: 1 of 1 row can't be used; row 0: " in message and words in message
+
+
+def test_answers_with_scores_are_no_pairs_yet(tmp_path):
+    row = {"instruction": "2?", "completions": [{"response": "4", "overall_score": 9}, {"response": "5"}]}
+    for how in ({}, {"loss": "sft"}):
+        assert "HuggingFaceH4/ultrafeedback_binarized::train_prefs" in error_of(tmp_path, row, **how)
+
+
+# What a template is given beside the messages
+
+CALLED = "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]<|endoftext|>{% endfor %}"
+TOOLED = ("{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}"
+          "{% if loud is defined and loud %}LOUD;{% endif %}"
+          + tiny.CHATML.replace("{{ m['content'] }}", "{{ m['content'] or '' }}" + CALLED).replace(
+              "<|im_end|>\n{% endfor %}", "{{ '' if m.tool_calls else '<|im_end|>' }}\n{% endfor %}"))
+ADD = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+def tooled():
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = TOOLED
+    return tokenizer
+
+
+@pytest.mark.parametrize("tools", [ADD, json.dumps(ADD)])
+def test_tools_go_to_the_template(tools, tmp_path):
+    """As a list or as JSON, in a column or in OpenAI's input, for text answers, too; beside a row without any."""
+    rows = [{"prompt": [Q], "chosen": [A], "rejected": [B], "tools": given} for given in (tools, None)]
+    first, second = load(tmp_path, *rows, tokenizer=tooled()).examples
+    assert first.prompt == ids("add;" + ASKED) and second.prompt == ids(ASKED)
+    assert first.chosen == second.chosen == [*b"4", 260]
+    text, = load(tmp_path, rows[0] | {"chosen": "4", "rejected": "five"}, tokenizer=tooled()).examples
+    assert text == first
+    openai = {"input": {"messages": [Q], "tools": ADD}, "preferred_output": [A], "non_preferred_output": [B]}
+    assert load(tmp_path, openai, tokenizer=tooled()).examples == [first]
+    message = error_of(tmp_path, rows[0])  # ChatML alone
+    assert "row 0: chosen has the tool 'add', which the chat template does not write" in message
+    assert "has tools that can't be read as JSON" in error_of(tmp_path, rows[0] | {"tools": "[{"}, tokenizer=tooled())
+    assert "has tools of type dict; they must be a list" in error_of(tmp_path, rows[0] | {"tools": ADD[0]},
+                                                                    tokenizer=tooled())
+
+
+def test_a_call_of_a_tool_has_the_end_that_the_template_gives_it(tmp_path):
+    """No second end follows it. ShareGPT's function_call and observation are a call and what the tool answers."""
+    call = {"role": "assistant", "content": None, "tool_calls": [
+        {"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    example, = load(tmp_path, {"prompt": [Q], "chosen": [call], "rejected": [B], "tools": ADD},
+                    tokenizer=tooled()).examples
+    assert example.chosen == ids("[add]<|endoftext|>") and example.rejected == ids("five<|im_end|>")
+    talk = turns(("human", "2?"), ("function_call", '{"name": "add", "arguments": {}}'), ("observation", "4"))
+    example, = load(tmp_path, {"conversations": talk, "chosen": "4", "rejected": "five", "tools": ADD},
+                    tokenizer=tooled()).examples
+    assert example.prompt == ids("add;" + ASKED + "[add]<|endoftext|>\n<|im_start|>tool\n4<|im_end|>\n"
+                                 "<|im_start|>assistant\n")
+
+
+def test_a_rows_own_options_of_the_template(tmp_path):
+    row = {"prompt": [Q], "chosen": [A], "rejected": [B]}
+    options = [{"loud": True}, '{"loud": true}', {"loud": False}, None]
+    data = load(tmp_path, *(row | {"chat_template_kwargs": given} for given in options), tokenizer=tooled())
+    loud, quiet = ids("LOUD;" + ASKED), ids(ASKED)
+    assert [example.prompt for example in data.examples] == [loud, loud, quiet, quiet]
+    assert "columns: prompt, chosen, rejected; with chat_template_kwargs" in data.report()
+    for given, words in (("[1]", "of type list; it must be an object"), ({"tokenize": True}, "has tokenize in chat_t")):
+        assert words in error_of(tmp_path, row | {"chat_template_kwargs": given}, tokenizer=tooled())
+
+
+# Columns
+
+
+def test_columns_that_belong_to_the_prompt_are_used_or_named(tmp_path):
+    """Of plain text nothing is put together that a file keeps apart; that is said."""
+    orca = {"system": "Be brief.", "question": "2?", "chosen": "4", "rejected": "five"}
+    data = load(tmp_path, orca)
+    assert data.examples[0].prompt == [*b"2?"]
+    assert data.notes["column system is not read; if it is part of what is asked, put it into the prompt"] == 1
+    alpaca = {"instruction": "2", "input": "?", "output": "4", "system": ""}
+    assert "columns: prompt = instruction, chosen = output; with input; not read: system" in load(
+        tmp_path, alpaca, loss="sft").report()
+    named = load(tmp_path, alpaca, loss="sft", prompt_field="instruction")
+    assert named.examples[0].prompt == [*b"2"] and any("column input is not read" in note for note in named.notes)
+
+
+# Lists of rows in one JSON object
+
+ROW = {"prompt": "2?", "chosen": "4", "rejected": "five"}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_rows_in_one_json_object(indent, tmp_path):
+    """The one list of it, or the split that is named; an object that is a row is one."""
+    file, args = tmp_path / "rows.json", tiny.DataArguments()
+
+    def rows(name, content):
+        file.write_text(json.dumps(content, indent=indent))
+        return [e.row for e in load_dataset(f"{file}{name}", read_template(tiny.plain()), args, 1000, True).examples]
+
+    assert rows("", {"train": [ROW, ROW]}) == [0, 1]
+    assert rows("::test", {"train": [ROW, ROW], "test": [ROW]}) == [0]
+    assert rows("", ROW) == [0]
+    with pytest.raises(UserError, match=r"rows.json: holds several splits \(train, test\); name one, like .*::train"):
+        rows("", {"train": [ROW], "test": [ROW]})
