@@ -333,7 +333,7 @@ def judged(text: str, values: list[float], sign: int, least: float = 0.0) -> dic
 def draw(args, folder: Path) -> None:
     """The paper's three panels."""
     seeds = range(1, args.seeds + 1)
-    roles = {role: [f"{role}-{seed}" for seed in seeds] for role in ("forward", "reverse", "mixed", "dpo")}
+    roles = {role: [folder / f"{role}-{seed}" for seed in seeds] for role in ("forward", "reverse", "mixed", "dpo")}
     flags = [part for role, names in roles.items() for part in (f"--{role}", *names)]
     files = [folder / f"scores-{seed}" / "scores.parquet" for seed in seeds]
     floor = [] if args.models else ["--floor", FLOOR]

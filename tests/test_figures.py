@@ -13,11 +13,12 @@ import pytest
 from conftest import ROOT, launch
 from matplotlib.backends.backend_pdf import PdfFile
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 from test_plot import SCORES, boxes, draw, make_run, make_scores, points  # noqa: F401  (draw is a fixture)
 
 import plot
 from nanodpo.errors import UserError
-from nanodpo.figures import drawing, intervals, records, training
+from nanodpo.figures import drawing, heatmap, intervals, records, training
 from nanodpo.figures.axes import crowd, escape_tex, place, set_focus
 from nanodpo.figures.intervals import t_quantile
 
@@ -872,6 +873,90 @@ def test_noise_is_a_band_of_two_standard_deviations(tmp_path, draw):  # noqa: F8
     for name in ("training", "dynamics"):
         assert "bfloat16 noise" in [text.get_text() for text in found[name].legends[0].get_texts()]
         assert "Hatched: what bfloat16's rounding alone does to a" in found["captions"][name]
+
+
+def noisy_run(folder, noise=NOISE, steps=(0, 40)):
+    """A run with scores, masses, answers and tokens; its name is its folder's."""
+    run = make_run(folder)
+    (run / "run.json").write_text(json.dumps({"noise": noise} if noise else {}))
+    rows = {(side, step): [start + row - move * step / 40 for row, move in enumerate((0.125, 0.25, 0.375, 1.0))]
+            for side, start in (("chosen", -2.0), ("rejected", -3.0)) for step in steps}
+    make_tokens(run, WORDS, WORDS[:2], run=run.name)
+    make_scores(run / "scores.parquet", {("test", *key): means for key, means in rows.items()}, run=run.name,
+                implausible_mass=0.5, implausible_mass_start=0.25)
+    pandas.DataFrame([{"run": run.name, "phase": "dpo", "dataset": "test", "row": row, "step": step, "correct": row > 1}
+                      for row in range(4) for step in steps]).to_parquet(run / "answers.parquet")
+    return run
+
+
+def all_figures(run, draw, scores, *more):  # noqa: F811
+    """({name: figure}, {name: caption}) of every figure of plot.py."""
+    roles = [part for role in ROLES for part in (f"--{role}", run if role == "forward" else f"{role}s")]
+    found = [draw(run, *more), draw(run, "--heatmap", *more), draw(run, "--strip", "7", *more),
+             draw("--three_panel", *roles, "--scores", scores)]
+    captions = {name: caption for one in found for name, caption in one["captions"].items()}
+    return {name: one[name] for one in found for name in one["captions"]}, captions
+
+
+def test_every_figure_says_what_bfloat16_does(tmp_path, draw):  # noqa: F811
+    """In legend and caption, by a band or by saying that nobody measured it; a figure that is added is asked too. None
+    speaks of it where run.json has no noise."""
+    for noise in ({}, NOISE):
+        run = noisy_run(tmp_path / f"forward-{len(noise)}", noise)
+        lab = make_lab(tmp_path / "lab.parquet", seeds=1, but=lambda t: t.assign(run=t["run"].map(
+            {"f0": run.name, "r0": "reverses", "m0": "mixeds", "d0": "dpos"})))  # noqa: B023
+        figures, captions = all_figures(run, draw, lab)
+        code = "\n".join(file.read_text() for file in (ROOT / "nanodpo" / "figures").glob("*.py"))
+        assert len(figures) == len(re.findall(r"^def (?!new_)\w+_figure\(", code, re.MULTILINE))
+        for name, caption in captions.items():
+            assert ("hat bfloat16's rounding alone does to " in caption) == bool(noise), name
+            words = [text.get_text() for text in figures[name].findobj(Text)]
+            assert any("bfloat16 noise" in word for word in words) == bool(noise), name
+
+
+def test_noise_in_the_three_panels(tmp_path, draw):  # noqa: F811
+    """Three seeds of four rows: a mean over twelve, of which the third seed's have no noise. Around the
+    starts of y+ and y- along their curves; of a gap, sqrt(a^2 + b^2) of its sides, around no gap."""
+    runs = [make_run(tmp_path / f"{role}{seed}") for role in "frmd" for seed in range(3)]
+    for run in runs[:2]:
+        (run / "run.json").write_text(json.dumps({"noise": NOISE}))
+    lab = make_lab(tmp_path / "lab.parquet")
+    flags = lab_flags(lab)
+    found = draw(*(tmp_path / flag if flag in ("f0", "f1", "f2") else flag for flag in flags))
+    a, b, c = found["three_panel"].axes
+    one = math.sqrt(2 * 0.125**2 / 4) / 3
+    starts = [np.mean(by_hand("f", "forward", side, 0)) for side in ("chosen", "rejected")]
+    assert np.array(hatched(a)) == pytest.approx(np.array([(at - 2 * one, at + 2 * one) for at in starts]))
+    assert [patch.get_x() + patch.get_width() for patch in a.patches] == [100, 100] and not hatched(b)
+    gap = math.sqrt(2 * (0.125**2 + 0.0625**2) / 4) / 3
+    assert np.array(hatched(c)) == pytest.approx(np.array([(-2 * gap, 2 * gap)]))
+
+
+def test_a_heatmap_greys_what_rounding_alone_may_have_moved(tmp_path, draw):  # noqa: F811
+    """Rows fell by 0.125, 0.25, 0.375 and 1; twice the noise of 0.125 is 0.25, so the first two are grey."""
+    found = draw(noisy_run(tmp_path / "dpo"), "--heatmap")["heatmap"]
+    chosen, _, bar = found.axes
+    values, grey = (np.ma.filled(image.get_array(), np.nan).ravel() for image in chosen.get_images())
+    assert list(values) == pytest.approx([-0.125, -0.25, -0.375, -1.0]) and list(grey == 1) == [1, 1, 0, 0]
+    assert chosen.get_title() == "chosen: 0 of 4 rise beyond noise" and hatched(bar) == [(-0.25, 0.25)]
+    assert to_hex(chosen.get_images()[1].to_rgba(1.0)) == to_hex(heatmap.NOISY) != to_hex(heatmap.MISSING)
+
+
+def test_scores_outside_a_runs_folder_have_its_noise_by_the_verdict(tmp_path, draw):  # noqa: F811
+    """score.py of several runs writes elsewhere. verdict.json has twice the deviation of a mean over its rows: 0.25 of
+    4 rows are a deviation of 0.25 of one, and of the three rows here 0.25 / sqrt(3)."""
+    make_scores(tmp_path / "scores.parquet", SCORES)
+    of = {"change of chosen": {"mean": 1.0, "n": 4, "noise": 0.25}, "change of rejected": {"mean": 1.0, "n": 4}}
+    lines = [{"run": "dpo", "numbers": of}, {"runs": ["dpo"], "numbers": of}]
+    (tmp_path / "verdict.json").write_text(json.dumps(lines))
+    found = draw("--scores", tmp_path / "scores.parquet")
+    reach = 2 * 0.25 / math.sqrt(3)
+    assert np.array(hatched(found["dynamics"].axes[1])) == pytest.approx(np.array([(-reach, reach)]))
+    short = '[{"run": "dpo", "numbers": {"change of chosen": {"noise": 1}}}]'
+    for text in ("{", "[1]", "3", '[{"run": "dpo"}]', short):
+        (tmp_path / "verdict.json").write_text(text)
+        with pytest.raises(UserError, match="verdict.json: is not what score.py writes"):
+            draw("--scores", tmp_path / "scores.parquet")
 
 
 def csv(text):

@@ -78,7 +78,7 @@ def test_the_whole_of_it(commands, tmp_path, monkeypatch):
         str(tmp_path / f"{name}-1") for name in ("forward", "reverse", "mixed", "dpo")]
     assert answered[:4] == [str(tmp_path / f"{name}-1" / f"checkpoint-{step}")
                             for name in ("dpo", "gentle") for step in (0, 120)]
-    assert plot[plot.index("--dpo") + 1 : plot.index("--scores")] == ["dpo-1", "dpo-2"]
+    assert plot[plot.index("--dpo") + 1 : plot.index("--scores")] == [str(tmp_path / f"dpo-{k}") for k in (1, 2)]
     found = {line["text"].partition(":")[0]: line for line in json.loads((tmp_path / "findings.json").read_text())}
     assert found["SFT on forward raises y+ on forward tests"]["holds"]
     assert found["SFT on forward raises y+ on forward tests"]["mean"] == pytest.approx(0.1)

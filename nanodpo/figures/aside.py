@@ -7,6 +7,7 @@ import pandas
 from .axes import ABOVE_GRID, GREY, grid, listed, set_phases, wrap
 from .dynamics import dashes_of, draw_panel, has_bars, interval, legend_of, looks_of, xlabel
 from .intervals import levels, shares
+from .noise import Marks
 from .records import MASS
 
 SIDES = ["chosen", "rejected"]
@@ -14,11 +15,12 @@ LOOKS = {"right answers": {"color": "black", "marker": "P"}}
 LABELS = {"mass": "change of mass on\nimplausible tokens", "right": "share of right answers"}
 
 
-def aside_figure(scores: pandas.DataFrame, answers: pandas.DataFrame | None, columns: int, phases=None):
+def aside_figure(scores: pandas.DataFrame, answers: pandas.DataFrame | None, columns: int, phases=None,
+                 noise=None):
     """(figure, caption), or None where neither was scored: a line of panels a data set, with how much probability went
     to implausible tokens (scoring/measures.py) since step 0, along chosen and rejected, and the share of right answers.
 
-    `scores` and `answers` have `at`, the place on the x axis; `phases` are as for dynamics_figure.
+    `scores` and `answers` have `at`, the place on the x axis; `phases` and `noise` are as for dynamics_figure.
     """
     tables = {}
     if {*MASS} <= {*scores}:
@@ -48,9 +50,11 @@ def aside_figure(scores: pandas.DataFrame, answers: pandas.DataFrame | None, col
             ax.set_ylim(-0.04, 1.04)
         else:
             ax.axhline(0, color=GREY, linewidth=0.6, zorder=ABOVE_GRID)
+    marks = Marks(listed({"mass": "this probability", "right": "this share"}[kind] for kind in tables))
+    marks.not_measured([noise[run] for run in every["run"].unique() if run in noise] if noise else [])
     legend_of(fig, every, dashes, {side: looks[side] for side in looks if side in set(every["response"])}, phases,
-              "95% interval", [])
-    return fig, _caption(tables, sets, phases)
+              "95% interval", marks.handles)
+    return fig, _caption(tables, sets, phases) + marks.caption
 
 
 def _caption(tables: dict[str, pandas.DataFrame], sets: list[str], phases) -> str:

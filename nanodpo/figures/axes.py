@@ -12,7 +12,6 @@ from matplotlib import rcParams
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import UserError
@@ -26,7 +25,6 @@ MARKERS = "os^DvPX*"
 GREY = "0.35"
 INTERVAL = {"alpha": 0.2, "linewidth": 0}
 OUTLINE = 0.5  # points: of intervals that lie on one another in one colour, in the dash of their curve
-NOISE = {"facecolor": "none", "edgecolor": "0.7", "hatch": "//////", "linewidth": 0}
 CHANGE = {"color": GREY, "linewidth": 0.6, "linestyle": (0, (1, 2))}  # where a scale changes
 ABOVE_GRID = 0.9  # and below what is drawn
 FLOOR = {"color": "black", "linewidth": 0.8, "linestyle": (0, (6, 3))}
@@ -106,15 +104,6 @@ def draw_curve(ax, curve, look: dict, label: str, shade: dict = INTERVAL, outlin
             fill = {"facecolor": to_rgba(look["color"], shade["alpha"] / 2), "edgecolor": to_rgba(look["color"], 0.8),
                     "linewidth": OUTLINE, "linestyle": look["linestyle"]}
         ax.fill_between(curve["at"].astype(float), curve["low"].astype(float), curve["high"].astype(float), **fill)
-
-
-def draw_noise(ax, around: float, deviation: float) -> None:
-    """A hatched band of two standard deviations to either side of a value."""
-    ax.axhspan(around - 2 * deviation, around + 2 * deviation, **NOISE, zorder=ABOVE_GRID)
-
-
-def noise_handle() -> Patch:
-    return Patch(**NOISE, label="bfloat16 noise")
 
 
 def set_focus(ax, low: float, high: float, share: float = 0.25) -> None:

@@ -9,6 +9,7 @@ from ..errors import UserError
 from .axes import listed
 from .heatmap import heatmap_figure
 from .intervals import levels, with_gaps
+from .noise import Noise, read_verdicts
 from .records import read_answers, read_metrics, read_scores, read_series, read_tokens
 from .runs import Facts, in_order, read_facts
 from .scored import scored_figures
@@ -22,15 +23,16 @@ TESTS = ["forward", "reverse", "mixed"]
 
 def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names: list[str]) -> tuple[dict, list[str]]:
     """({a figure's name: (the figure, its caption)}, what the user should be told of them)."""
+    noise = noise_of(folders, files)
     if args.strip is not None:
         runs = names if args.scores else []
         tokens = [file.with_name("tokens.parquet") for file in files]
         (tokens,) = select([read_tokens(tokens, args.strip, runs, args.test)], runs, args.test)
-        return {"strip": strip_figure(tokens, args.strip, args.columns)}, []
+        return {"strip": strip_figure(tokens, args.strip, args.columns, noise)}, []
     scores = read_scores(files) if files else None
     series = read_series(args.series) if args.series else None
     if args.three_panel:
-        return draw_three_panel(args, scores, series)
+        return draw_three_panel(args, scores, series, noise)
     runs = label(folders)
     trained = folders and not (args.phases or args.heatmap)
     lines = {run: read_metrics(folder) for run, folder in runs.items()} if trained else {}
@@ -39,11 +41,10 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
     if scores is not None or series is not None:
         scores, series = select_beside(scores, series, names if args.scores or args.phases else [], args.test)
     if args.heatmap:
-        return {"heatmap": heatmap_figure(scores, args.columns)}, []
+        return {"heatmap": heatmap_figure(scores, args.columns, noise)}, []
     notes = []
     if scores is not None or series is not None:
-        how = {"columns": args.columns, "focus": args.focus, "floor": args.floor,
-               "noise": noise_of([*folders, *(file.parent for file in files)])}
+        how = {"columns": args.columns, "focus": args.focus, "floor": args.floor, "noise": noise}
         scores, series, how["phases"], notes = follow(args, scores, series, names, runs, facts)
         answers = read_answers([file.with_name("answers.parquet") for file in files])
         drawn |= scored_figures(scores, series, answers, **how)
@@ -69,12 +70,18 @@ def follow(args, scores, series, names: list[str], runs: dict[str, Path], facts:
     return scores, series, None, [beside] if why and scores is not None else []
 
 
-def noise_of(folders: list[Path]) -> dict[str, float]:
-    """{run, as scores name it: standard deviation of its log-probs per token under rounding}, of runs' folders."""
-    return {folder.resolve().name: read_facts(folder).noise_of_logps for folder in dict.fromkeys(folders)}
+def noise_of(folders: list[Path], files: list[Path]) -> dict[str, Noise]:
+    """{run, as scores name it: its noise}, of runs' folders and of what lies beside these files of scores."""
+    found = {}
+    for file in files:
+        found |= read_verdicts(file.with_name("verdict.json"))
+    for folder in [*folders, *(file.parent for file in files)]:
+        place, noise = folder.resolve(), read_facts(folder).noise
+        found |= {name: noise for name in (place.name, f"{place.parent.name}/{place.name}") if noise}
+    return found
 
 
-def draw_three_panel(args: argparse.Namespace, scores, series) -> tuple[dict, list[str]]:
+def draw_three_panel(args: argparse.Namespace, scores, series, noise) -> tuple[dict, list[str]]:
     roles = {role: [Path(run).name for run in getattr(args, role)] for role in ROLES}
     tests = args.test or TESTS
     named = sum(roles.values(), [])
@@ -85,7 +92,7 @@ def draw_three_panel(args: argparse.Namespace, scores, series) -> tuple[dict, li
     tables = select(tables, named, tests) if series is None else select_there(tables, named, tests)
     more = {"focus": args.focus, "ratios": args.panel_ratios, "floor": args.floor}
     figure, caption, missing = three_panel_figure(
-        pandas.concat(tables, ignore_index=True), roles, tests, args.columns,
+        pandas.concat(tables, ignore_index=True), roles, tests, args.columns, noise=noise,
         **{name: value for name, value in more.items() if value is not None})
     return {"three_panel": (figure, caption)}, [f"not drawn, since nothing has it: {listed(missing)}"] * bool(missing)
 

@@ -21,18 +21,15 @@ from .axes import (
     add_legend,
     crowd,
     draw_curve,
-    draw_noise,
     grid,
     listed,
-    noise_handle,
     plain,
     set_focus,
     set_phases,
     wrap,
 )
 from .bars import draw_bars
-
-NOISY = " Hatched: what bfloat16's rounding alone does to a mean, two standard deviations to either side."
+from .noise import Marks, Noise
 
 
 def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns: int, focus=None, floor=None,
@@ -43,12 +40,12 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
     `levels` and `changes` are tables of curves (intervals.py). The band `focus` gets a quarter of the level's height;
     without one, values that lie close together get three quarters where others are far away. `floor` is a level to
     mark. With `phases`, {run: (name, first step, last step)}, `at` is a place on an axis of these phases. `noise` is
-    the standard deviation of one row's log-prob per token under rounding, of each run that knows it.
+    that of each run in bfloat16.
     """
     levels, changes = (table[table["response"] != "gap"] for table in (levels, changes))
     sets, bars = list(levels["dataset"].unique()), has_bars(levels, phases)
     dashes, looks = dashes_of(levels, phases), looks_of(levels)
-    noise = {run: deviation for run, deviation in (noise or {}).items() if deviation and run in set(levels["run"])}
+    marks = Marks("a mean")
     kinds = ("level",) if bars else ("level", "change")
     across = 2 if len(kinds) == 2 else min(len(sets), 3) if columns == 2 else 1
     fig, axes = grid(len(kinds) * len(sets), across, columns, xlabel(levels, bars),
@@ -60,7 +57,7 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
         if kind == "change" or ax.get_subplotspec().is_first_col():
             ax.set_ylabel(f"change since {since}\n(nats per token)" if kind == "change" else LOGPS)
         draw_panel(ax, changes if kind == "change" else levels, name, dashes, looks, bars)
-        _noise(ax, levels[levels["dataset"] == name], noise, kind)
+        _noise(marks, ax, levels[levels["dataset"] == name], noise or {}, kind)
         if phases:
             set_phases(ax, list(phases.values()))
         if kind == "change":
@@ -76,10 +73,10 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
         if band and kind == "level":
             set_focus(ax, *band, share=0.25 if focus else 0.75)
     handles = [Line2D([], [], **FLOOR, label="best possible")] if floor is not None else []
-    handles += [noise_handle()] if noise else []
+    handles += marks.handles
     handles += [Line2D([], [], **CHANGE, label="scale changes")] if band else []
     legend_of(fig, levels, dashes, looks, phases, interval(levels), handles)
-    return fig, _caption(levels, None if bars else since, phases, floor, band) + NOISY * bool(noise)
+    return fig, _caption(levels, None if bars else since, phases, floor, band) + marks.caption
 
 
 def dashes_of(levels: pandas.DataFrame, phases) -> dict[tuple[str, str], object]:
@@ -117,13 +114,13 @@ def draw_panel(ax, curves: pandas.DataFrame, name: str, dashes, looks, bars: boo
                        outlined=outlined)
 
 
-def _noise(ax, levels: pandas.DataFrame, noise: dict[str, float], kind: str) -> None:
+def _noise(marks: Marks, ax, levels: pandas.DataFrame, noise: dict[str, Noise], kind: str) -> None:
     """The band in which rounding alone moves the means of chosen and rejected: around no change, or their starts."""
     sides = levels[levels["response"].isin(["chosen", "rejected"]) & levels["run"].isin(noise) & (levels["n"] > 0)]
     starts = sides.sort_values("at", kind="stable").drop_duplicates(["run", "response"])
-    places = [(start.mean, noise[start.run] / math.sqrt(start.n)) for start in starts.itertuples(index=False)]
-    for around, deviation in places if kind == "level" else [(0, max(d for _, d in places))] if places else []:
-        draw_noise(ax, around, deviation)
+    places = [(start.mean, noise[start.run].logps / math.sqrt(start.n)) for start in starts.itertuples(index=False)]
+    for around, deviation in places if kind == "level" else [(0, max((d for _, d in places), default=0))]:
+        marks.band(ax, around, deviation)
 
 
 def xlabel(levels: pandas.DataFrame, bars: bool) -> str:

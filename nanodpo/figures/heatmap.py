@@ -3,20 +3,25 @@
 import numpy as np
 import pandas
 from matplotlib import rcParams
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import UserError
-from .axes import grid, plain, wrap
+from .axes import add_legend, grid, plain, wrap
+from .noise import Marks, Noise
 
 SIDES = ("chosen", "rejected")
 COLOURS = "RdBu"  # red fell, blue rose, white is no change; the colour-blind tell these two apart
+NOISY, MISSING = "0.85", "0.6"  # a change that rounding alone may have made; a score that is not there
 
 
-def heatmap_figure(scores: pandas.DataFrame, columns: int):
+def heatmap_figure(scores: pandas.DataFrame, columns: int, noise: dict[str, Noise] | None = None):
     """Change of mean_logps since the first step, examples x checkpoints, chosen and rejected of one run side by side.
 
     An example has the same line in both: lines are sorted by the final change of chosen, the largest rise on top.
     The colours end at the 98th percentile of |change|; where values lie beyond, the colour bar says so by an arrow.
+    `noise` is that of each run in bfloat16: a change of no more than two standard deviations of it is grey.
     """
     runs, sets = scores["run"].unique(), list(scores["dataset"].unique())
     if len(runs) > 1:
@@ -28,21 +33,29 @@ def heatmap_figure(scores: pandas.DataFrame, columns: int):
     values = np.concatenate([table.to_numpy().ravel() for pair in tables.values() for table in pair.values()])
     values = np.abs(values[np.isfinite(values)])
     limit = float(np.quantile(values, 0.98)) or float(values.max()) or 1.0
+    deviation = (noise or {}).get(runs[0], Noise()).logps
     fig, axes = grid(2 * len(sets), 2, columns, height=2.2, sharey="row")
     images = []
     for ax, (name, side) in zip(axes, [(name, side) for name in sets for side in SIDES]):
-        images += _draw(ax, tables[name].get(side), side, limit, " " if columns == 2 else "\n")
+        images += _draw(ax, tables[name].get(side), side, limit, 2 * deviation,
+                        " " if columns == 2 else "\n")
         if side == "chosen":
             ax.set_ylabel(f"examples of {wrap(name, 24)}, sorted")
     beyond = bool((values > limit).any())
     bar = fig.colorbar(images[0], ax=axes, extend="both" if beyond else "neither", shrink=0.9, aspect=30, pad=0.02)
     bar.set_label(f"change since step {scores['step'].min():g} (nats per token)")
-    fig.suptitle(wrap(runs[0]), fontsize="medium")
+    marks = Marks("one example", "; examples that moved no further are grey")
+    marks.band(bar.ax, 0, min(deviation, limit / 2))
+    if marks.handles:
+        bar.ax.axhspan(-2 * deviation, 2 * deviation, color=NOISY, zorder=0.5)
+        add_legend(fig, [*marks.handles, Patch(color=NOISY, label="an example within it")], runs[0])
+    else:
+        fig.suptitle(wrap(runs[0]), fontsize="medium")
     caption = (f"Change of the mean log-prob per token (nats) of each example since step {scores['step'].min():g} of "
                f"{runs[0]}: chosen (left) and rejected (right), blue rose, red fell. An example has one line in both, "
                "sorted by the final change of chosen.")
     return fig, caption + (f" Colours end at ± {limit:.3g}, the 98th percentile; 2% of the values lie beyond."
-                           if beyond else "")
+                           if beyond else "") + marks.caption
 
 
 def _changes(scores: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
@@ -55,16 +68,20 @@ def _changes(scores: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
     return {side: tables[side].reindex(order) for side in SIDES if side in tables}
 
 
-def _draw(ax, table: pandas.DataFrame | None, side: str, limit: float, gap: str) -> list:
+def _draw(ax, table: pandas.DataFrame | None, side: str, limit: float, noise: float, gap: str) -> list:
     if table is None:
         ax.set_axis_off()
         return []
     final = table.iloc[:, -1].dropna()
-    ax.set_title(f"{side}:{gap}{(final > 0).sum():,} of {len(final):,} rise",
+    ax.set_title(f"{side}:{gap}{(final > noise).sum():,} of {len(final):,} rise" + " beyond noise" * (noise > 0),
                  fontsize=rcParams["legend.fontsize"])
     ax.grid(False)
-    ax.set_facecolor("0.6")  # where a score is missing
-    image = ax.imshow(table.to_numpy(), cmap=COLOURS, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    ax.set_facecolor(MISSING)
+    how = {"aspect": "auto", "interpolation": "nearest"}
+    image = ax.imshow(table.to_numpy(), cmap=COLOURS, vmin=-limit, vmax=limit, **how)
+    if noise:
+        ax.imshow(table.abs().le(noise).astype(float).replace(0.0, np.nan).to_numpy(), cmap=ListedColormap([NOISY]),
+                  **how)
     places = [int(i) for i in MaxNLocator(5, integer=True).tick_values(0, table.shape[1] - 1)
               if 0 <= i < table.shape[1]]
     ax.set_xticks(places, [plain(f"{table.columns[i]:g}") for i in places])

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from ..errors import UserError, first_line
 from ..files import parse_json, read_text
+from ..run.noise import of_record
 from .axes import listed
+from .noise import Noise
 
-# Of run.json["noise"]: what rounding alone does to these metrics of one pair, standard deviations in nats. A mean over
-# n pairs has sqrt(n) times less.
-MARGIN, LOGPS = "rewards/margins", ("logps_per_token/chosen", "logps_per_token/rejected")
 WEIGHTS = re.compile(r"checkpoint-\d+|merged")  # the folders in a run's folder that another run can begin from
 
 
@@ -24,18 +23,13 @@ class Facts:
     smoothing: float = 0.0
     beta: float | None = None
     model: str = ""
-    noise: dict[str, float] = dataclasses.field(default_factory=dict)
+    noise: Noise = dataclasses.field(default_factory=Noise)
     pairs: int = 1  # of a step
 
     @property
     def kind(self) -> str:
         """Names the loss: numbers of two kinds are different quantities."""
         return self.loss.upper() + (f", label smoothing {self.smoothing:g}" if self.loss and self.smoothing else "")
-
-    @property
-    def noise_of_logps(self) -> float:
-        """Of one pair, nats per token, of the noisier side; 0 where nothing is known."""
-        return max((self.noise.get(name, 0.0) for name in LOGPS), default=0.0)
 
 
 def read_facts(folder: Path) -> Facts:
@@ -48,13 +42,11 @@ def read_facts(folder: Path) -> Facts:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: is not what train.py writes ({first_line(error)})") from error
     given = record.get("arguments", {}) if isinstance(record, dict) else None
-    noise = record.get("noise") or {} if isinstance(record, dict) else None
-    if not isinstance(given, dict) or not isinstance(noise, dict):
-        raise UserError(f"{file}: is not what train.py writes; arguments and noise must be objects")
+    if not isinstance(given, dict):
+        raise UserError(f"{file}: is not what train.py writes; arguments must be an object")
     facts = Facts(given.get("loss", ""), given.get("label_smoothing", 0.0), given.get("beta"),
-                  given.get("model_name", ""), {name: noise[name] for name in (MARGIN, *LOGPS) if name in noise},
-                  record.get("world_size", 1))
-    numbers = {"label_smoothing": facts.smoothing, "beta": facts.beta or 0.0} | facts.noise
+                  given.get("model_name", ""), Noise(of_record(record, file)), record.get("world_size", 1))
+    numbers = {"label_smoothing": facts.smoothing, "beta": facts.beta or 0.0}
     wrong = [name for name, value in numbers.items() if type(value) not in (int, float) or not 0 <= value < math.inf]
     wrong += [name for name, value in (("loss", facts.loss), ("model_name", facts.model)) if not isinstance(value, str)]
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):

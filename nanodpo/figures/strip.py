@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 
 from ..errors import UserError
 from .axes import WIDTHS, wrap
+from .noise import Marks, Noise
 
 SIDES = ("chosen", "rejected")
 SIZE, PITCH, MARGIN = 5.5, 0.13, 0.06  # points; inches from line to line, and around
@@ -20,11 +21,12 @@ LINES = 14  # of a response; what does not fit is left out and counted
 SEEN = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\r": "\N{LEFTWARDS ARROW}", "\t": "\N{RIGHTWARDS ARROW}"}
 
 
-def strip_figure(tokens: pandas.DataFrame, row: int, columns: int):
+def strip_figure(tokens: pandas.DataFrame, row: int, columns: int, noise=None):
     """The tokens of a row's chosen and rejected, from a table of read_tokens of one run and one data set.
 
     With several steps the colour is the change of the log-prob between the first and the last, blue rose and red fell,
-    with one step the log-prob itself. A line over the first tokens marks those that both sides share.
+    with one step the log-prob itself. A line over the first tokens marks those that both sides share. `noise` is
+    that of each run in bfloat16.
     """
     where = list(tokens[["run", "dataset"]].drop_duplicates().itertuples(index=False, name=None))
     if len(where) != 1:
@@ -45,7 +47,12 @@ def strip_figure(tokens: pandas.DataFrame, row: int, columns: int):
     laid = {side: _lay(words, letters) for side, (words, _) in sides.items()}
     lines = 1 + sum(HEAD[columns] + 1.5 + places[-1][1] for places in laid.values())
     fig, ax = _canvas(lines, letters, columns)
-    ax.text(0, 0.5, f"{wrap(where[0][0], 60)}, {wrap(where[0][1], 40)}, row {row}", va="center", fontsize=7)
+    own = (noise or {}).get(where[0][0], Noise())
+    marks = Marks("a single token", f"; it moves the mean over a response's tokens by ± {2 * own.logps:.2g} nats, two "
+                                    "standard deviations")
+    marks.not_measured([own])
+    said = "".join(f"; {handle.get_label()}" for handle in marks.handles)
+    ax.text(0, 0.5, f"{wrap(where[0][0], 60)}, {wrap(where[0][1], 40)}, row {row}{said}", va="center", fontsize=7)
     top = 1
     for side, (words, numbers) in sides.items():
         _head(ax, side, len(words), len(words) - len(laid[side]), shared, len(sides), top)
@@ -60,7 +67,8 @@ def strip_figure(tokens: pandas.DataFrame, row: int, columns: int):
     bar.set_label(what)
     return fig, (f"The tokens of row {row} of {where[0][1]} under {where[0][0]}: {what}"
                  + (", blue rose, red and underlined fell" if moved else ", darker is less likely")
-                 + f". The first {shared} tokens are the same in both responses (line above them)." * (shared > 0))
+                 + f". The first {shared} tokens are the same in both responses (line above them)." * (shared > 0)
+                 + marks.caption)
 
 
 def _values(part: pandas.DataFrame, steps: list, what: str) -> tuple[list[str], np.ndarray]:

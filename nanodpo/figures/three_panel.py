@@ -4,6 +4,8 @@ One meaning a sign, in all three panels: the colour is what was trained, the mar
 hollow markers the rejected side.
 """
 
+import math
+
 import pandas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -27,6 +29,7 @@ from .axes import (
     wrap,
 )
 from .intervals import over_seeds
+from .noise import Marks, Noise
 
 # Of different lightness where they meet in a panel, for print in grey.
 ROLES = {"forward": ("F", "#0072B2"), "reverse": ("R", "#E69F00"), "mixed": ("M", "#000000"), "dpo": ("DPO", "#D55E00")}
@@ -39,47 +42,52 @@ Key = tuple[str, str, str]  # of a curve: role, data set, and chosen, rejected o
 
 
 def three_panel_figure(curves: pandas.DataFrame, roles: dict[str, list[str]], tests: list[str], columns: int,
-                       focus: tuple[float, float] = (0.05, 0.10), ratios=(1, 1, 1.2), floor=None):
+                       focus: tuple[float, float] = (0.05, 0.10), ratios=(1, 1, 1.2), floor=None,
+                       noise: dict[str, Noise] | None = None):
     """(figure, caption, what is missing in words). `curves` is a table of intervals.py with responses chosen, rejected
     and gap; `roles` names the runs of each of ROLES, several are seeds; `tests` are the data sets in the order forward,
     reverse, mixed.
 
     (a) y+ and y- of F and R, each on its own test set; (b) y+ and y- of M and then DPO on the mixed one; (c) the gap
     y+ - y- of everything on everything, where `focus` gets a quarter of the height. Curves that a csv lacks are left
-    out, and so is a panel without any.
+    out, and so is a panel without any. `noise` is that of each run in bfloat16.
     """
     plan = {"a": [(role, test, side) for role, test in zip(("forward", "reverse"), tests) for side in SIDES],
             "b": [(role, tests[2], side) for role in ("mixed", "dpo") for side in SIDES],
             "c": [(role, test, "gap") for role in ROLES for test in tests]}
     wanted = [key for keys in plan.values() for key in keys if roles[key[0]]]
-    seeds = {key: found for key in wanted if (found := _seeds(curves, *key, roles[key[0]])) is not None}
+    seeds = {key: found for key in wanted if (found := _seeds(curves, *key, roles[key[0]], noise or {})) is not None}
     if unseen := [role for role in ROLES if roles[role] and all(key[0] != role for key in seeds)]:
         raise UserError(f"--{unseen[0]} {roles[unseen[0]][0]}: has none of the curves that the three panels show; they "
                         f"are of chosen, rejected and gap on {listed(tests)}")
     panels = {panel: [key for key in keys if key in seeds] for panel, keys in plan.items()}
     panels = {panel: keys for panel, keys in panels.items() if keys}
     fig, axes = _panels(columns, {panel: ratios["abc".index(panel)] for panel in panels})
+    marks = Marks("a mean", "; (c) of a gap, around no gap" * ("c" in panels))
     for panel, keys in panels.items():
         phases = [] if panel == "a" else _phases(seeds, keys)
         for role, test, side in keys:
-            _draw(axes[panel], seeds[role, test, side], role, tests.index(test), test, side, phases)
+            _draw(axes[panel], seeds[role, test, side], role, tests.index(test), test, side, phases, marks)
         if phases:
             set_phases(axes[panel], phases)
         if floor is not None and panel != "c":
             axes[panel].axhline(floor, **FLOOR, zorder=ABOVE_GRID)
     if "c" in panels:
         axes["c"].axhline(0, **ZERO, zorder=ABOVE_GRID)
+        marks.band(axes["c"], 0, max(seeds[key]["noise"].iloc[0] for key in panels["c"]))
         set_focus(axes["c"], *focus)
     shaded = _interval(seeds, roles)
-    _legend(fig, seeds, tests, shaded, floor)
+    _legend(fig, seeds, tests, shaded, floor, marks.handles)
     missing = [f"{side} of {ROLES[role][0]} on {test}" for role, test, side in
                (key for key in wanted if key not in seeds)]
-    return fig, _caption(panels, focus, shaded, floor, missing), missing
+    return fig, _caption(panels, focus, shaded, floor, missing) + marks.caption, missing
 
 
-def _seeds(curves: pandas.DataFrame, role: str, test: str, side: str, runs: list[str]) -> pandas.DataFrame | None:
+def _seeds(curves: pandas.DataFrame, role: str, test: str, side: str, runs: list[str],
+           noise: dict[str, Noise]) -> pandas.DataFrame | None:
     """The curve of a role's runs on a test set, None where a csv has none; refused where a run that was scored has no
-    such scores, or one of the seeds others than the rest."""
+    such scores, or one of the seeds others than the rest. Its column noise is the standard deviation of the first mean
+    under rounding."""
     found = {}
     for run in runs:
         of_run = curves[curves["run"] == run]
@@ -94,7 +102,12 @@ def _seeds(curves: pandas.DataFrame, role: str, test: str, side: str, runs: list
         if list(here["step"]) != list(first["step"]):
             raise UserError(f"--{role} {run}: is scored at steps {list(here['step'])} on {test}, {runs[0]} at "
                             f"{list(first['step'])}; seeds need the same")
-    return over_seeds(pandas.concat(found.values())).assign(step=list(first["step"])) if found else None
+    if not found:
+        return None
+    squares = [(noise[run].gap if side == "gap" else noise[run].logps) ** 2 / max(here["n"].iloc[0], 1)
+               for run, here in found.items() if run in noise]
+    return over_seeds(pandas.concat(found.values())).assign(step=list(first["step"]),
+                                                            noise=math.sqrt(sum(squares)) / len(found))
 
 
 def _phases(seeds: dict[Key, pandas.DataFrame], keys: list[Key]) -> list[tuple[str, float, float]]:
@@ -123,13 +136,16 @@ def _panels(columns: int, ratios: dict[str, float]):
     return fig, axes
 
 
-def _draw(ax, curve: pandas.DataFrame, role: str, number: int, test: str, side: str, phases: list) -> None:
+def _draw(ax, curve: pandas.DataFrame, role: str, number: int, test: str, side: str, phases: list,
+          marks: Marks) -> None:
     """A role's curve on the test set of this number; with `phases`, in its own."""
     look = {"color": ROLES[role][1], "marker": MARKERS[number]} | SIDES.get(side, {"linestyle": "-"})
     if phases:
         names = [name for name, *_ in phases]
         i = names.index("DPO" if role == "dpo" else "SFT")
         curve = curve.assign(at=place(curve["step"], i, *phases[i][1:]))
+    if side != "gap":
+        marks.band(ax, curve["mean"].iloc[0], curve["noise"].iloc[0], (curve["at"].min(), curve["at"].max()))
     draw_curve(ax, curve, look, f"{ROLES[role][0]} {test} {side}",
                INTERVAL | ({"alpha": 0.1} if side == "gap" else {}))  # many gaps lie on one another
 
@@ -148,7 +164,8 @@ def _interval(seeds: dict, roles: dict) -> str:
     return f"95% interval over {' or '.join(over)}" + f", {missing:,} scores missing" * (missing > 0)
 
 
-def _legend(fig, seeds: dict[Key, pandas.DataFrame], tests: list[str], shaded: str, floor) -> None:
+def _legend(fig, seeds: dict[Key, pandas.DataFrame], tests: list[str], shaded: str, floor,
+            more: list) -> None:
     """Of what is drawn."""
     roles, there, sides = ({key[i] for key in seeds} for i in range(3))
     handles = [Line2D([], [], color=ROLES[role][1], label=label) for role, label in zip(
@@ -159,6 +176,7 @@ def _legend(fig, seeds: dict[Key, pandas.DataFrame], tests: list[str], shaded: s
                 for marker, test in zip(MARKERS, tests) if test in there]
     handles += [Patch(color=GREY, **INTERVAL, label=plain(shaded))] if shaded else []
     handles += [Line2D([], [], **FLOOR, label="best possible")] if floor is not None else []
+    handles += more
     handles += [Line2D([], [], **ZERO, label="no gap"),
                 Line2D([], [], **CHANGE, label="scale changes")] if "gap" in sides else []
     add_legend(fig, handles)

@@ -9,8 +9,10 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from ..errors import UserError
-from .axes import COLOURS, DASHES, GREY, LOGPS, MARKERS, add_legend, draw_noise, grid, listed, noise_handle, wrap
-from .runs import MARGIN, Facts
+from ..run.noise import MARGIN
+from .axes import COLOURS, DASHES, GREY, LOGPS, MARKERS, add_legend, grid, listed, wrap
+from .noise import Marks
+from .runs import Facts
 
 SIDES = ("chosen", "rejected")
 POINTS = {"alpha": 0.3, "linestyle": "", "marker": ".", "markersize": 1.5}  # a step's own value, under its average
@@ -48,17 +50,17 @@ def training_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, 
     panels = _panels(runs, facts)
     kinds = [names for names, _ in panels.values() if "loss" in names]
     fig, axes = grid(len(panels), min(len(panels), 3) if columns == 2 else 1, columns, sharex=len(kinds) < 2)
-    noisy = False
+    marks = Marks("a training step's mean")
     for ax, (label, (names, here)) in zip(axes, panels.items()):
         ax.set_ylabel(label)
         for run in here:
             for side, name in names.items():
                 look = LOOKS[side] | colours.get(run, {})
                 _curves(ax, run, runs[run], name, look, FAINT if held_out else {}, reach[run])
-        noisy |= _noise(ax, label, [(facts[run], runs[run]) for run in here])
+        _noise(marks, ax, label, [(facts[run], runs[run]) for run in here])
     sides = dict.fromkeys(side for names, _ in panels.values() for side in names if side != "loss")
-    _legend(fig, runs, colours, sides, held_out, reach, noisy)
-    return fig, _caption(runs, panels, facts, held_out, reach, noisy)
+    _legend(fig, runs, colours, sides, held_out, reach, marks.handles)
+    return fig, _caption(runs, panels, facts, held_out, reach) + marks.caption
 
 
 def _with_moved(line: dict) -> dict:
@@ -117,22 +119,17 @@ def average(values: list[tuple[int, float]], reach: int) -> tuple[np.ndarray, np
     return steps, np.where(there, means, math.nan)
 
 
-def _noise(ax, label: str, runs: list[tuple[Facts, list[dict]]]) -> bool:
+def _noise(marks: Marks, ax, label: str, runs: list[tuple[Facts, list[dict]]]) -> None:
     """Draws the noise of bfloat16 in a step's mean, where runs know theirs: around 0, and in a panel of levels around
     the start."""
     if label == REWARDS:
-        places = {0.0: max(facts.noise.get(MARGIN, 0.0) / math.sqrt(facts.pairs) for facts, _ in runs)}
+        marks.band(ax, 0, max(facts.noise.get(MARGIN, 0.0) / math.sqrt(facts.pairs) for facts, _ in runs))
     elif label == MOVED:
-        places = {0.0: max(facts.noise_of_logps / math.sqrt(facts.pairs) for facts, _ in runs)}
+        marks.band(ax, 0, max(facts.noise.logps / math.sqrt(facts.pairs) for facts, _ in runs))
     elif label == LOGPS:
-        places = {start: facts.noise_of_logps / math.sqrt(facts.pairs)
-                  for facts, lines in runs for start in _starts(lines)}
-    else:
-        places = {}
-    places = {around: deviation for around, deviation in places.items() if deviation}
-    for around, deviation in places.items():
-        draw_noise(ax, around, deviation)
-    return bool(places)
+        for facts, lines in runs:
+            for start in _starts(lines):
+                marks.band(ax, start, facts.noise.logps / math.sqrt(facts.pairs))
 
 
 def _starts(lines: list[dict]) -> list[float]:
@@ -142,7 +139,7 @@ def _starts(lines: list[dict]) -> list[float]:
     return [values[0] for values in found if values]
 
 
-def _legend(fig, runs: dict, colours: dict, sides, held_out: bool, reach: dict[str, int], noisy: bool) -> None:
+def _legend(fig, runs: dict, colours: dict, sides, held_out: bool, reach: dict[str, int], more: list) -> None:
     handles = [Line2D([], [], **colour, label=wrap(run)) for run, colour in colours.items()]
     for side in sides:
         look = LOOKS[side] | ({"color": GREY} if colours else {}) | ({} if held_out else {"marker": ""})
@@ -155,11 +152,10 @@ def _legend(fig, runs: dict, colours: dict, sides, held_out: bool, reach: dict[s
         handles.append(Line2D([], [], color=GREY, **look, label=label))
     if held_out:
         handles.append(Line2D([], [], color=GREY, linestyle="", marker="o", markersize=4, label="held-out"))
-    handles += [noise_handle()] if noisy else []
-    add_legend(fig, handles, None if colours else next(iter(runs)))
+    add_legend(fig, handles + more, None if colours else next(iter(runs)))
 
 
-def _caption(runs: dict, panels: dict, facts: dict[str, Facts], held_out: bool, reach: dict, noisy: bool) -> str:
+def _caption(runs: dict, panels: dict, facts: dict[str, Facts], held_out: bool, reach: dict) -> str:
     losses = [label for label in panels if label not in PANELS]
     what = ["loss" if len(losses) == 1 else f"losses of {len(losses)} kinds, which can't be compared"] * bool(losses)
     what = listed([*what, *(WORDS[panel] for panel in panels if panel in PANELS)])
@@ -173,6 +169,4 @@ def _caption(runs: dict, panels: dict, facts: dict[str, Facts], held_out: bool, 
         text += (" Faint points are single steps; the line through them is the mean over the steps around each, "
                  f"{spans} to either side.")
     betas = {facts[run].beta for run in panels[REWARDS][1]} if REWARDS in panels else set()
-    text += " The rewards of each run have its own beta." if len(betas) > 1 else ""
-    return text + (" Hatched: what bfloat16's rounding alone does to a training step's mean, two standard "
-                   "deviations to either side." if noisy else "")
+    return text + " The rewards of each run have its own beta." * (len(betas) > 1)

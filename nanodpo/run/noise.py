@@ -6,13 +6,16 @@ and so is as much of what training seems to change.
 """
 
 import contextlib
+import json
 import math
 
 import torch
 
+from ..errors import UserError
 from ..ranks.distributed import sum_over_ranks
 
 PART, PAIRS = 2.0**-20, 8
+MARGIN, LOGPS = "rewards/margins", ("logps_per_token/chosen", "logps_per_token/rejected")
 
 
 def count(pairs: int) -> int:
@@ -29,7 +32,7 @@ def measure(engine, model, score, batches, lengths, beta: float | None) -> dict[
     `score` maps indices to (P, R) log-probs, `lengths` to (P, R) token counts; `batches` are (indices, weight) of this
     rank. `beta`: None without a reference.
     """
-    names = ["rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected"]
+    names = [MARGIN, *LOGPS]
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)
     was_training = engine.training
     engine.eval()
@@ -47,7 +50,7 @@ def measure(engine, model, score, batches, lengths, beta: float | None) -> dict[
     *squares, pairs = sum_over_ranks(sums.to(model.device)).tolist()
     found = {name: math.sqrt(square / pairs) for name, square in zip(names, squares[: 1 + sides])}
     if beta is None:
-        del found["rewards/margins"]
+        del found[MARGIN]
     return found
 
 
@@ -60,9 +63,20 @@ def _nudged(model):
         hook.remove()
 
 
+def of_record(record: dict, file) -> dict[str, float]:
+    """What `measure` found, from a run's run.json; nothing of a run in float32. Raises UserError, naming the file,
+    where that is not what train.py writes."""
+    found = record.get("noise")
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(type(x) in (int, float) and 0 <= x <= 1e12 for x in found.values()):
+        raise UserError(f"{file}: is not what train.py writes: noise is {json.dumps(found)[:100]}")
+    return found
+
+
 def describe(noise: dict[str, float], pairs_per_step: int) -> str:
     """One line of it: of the metric that a run is judged by, for one pair and for a step's mean."""
-    name = "rewards/margins" if "rewards/margins" in noise else "logps_per_token/chosen"
+    name = MARGIN if MARGIN in noise else LOGPS[0]
     step = f", +-{noise[name] / math.sqrt(pairs_per_step):.1g} in a step's mean of {pairs_per_step}"
     return (f"bfloat16 noise: {name} +-{noise[name]:.1g} for one pair{step if pairs_per_step > 1 else ''}; a change "
             "below that means nothing")

@@ -23,6 +23,7 @@ from ..files import read_text
 from ..folder.record import FREE, versions
 from ..model.source import base_of
 from ..ranks.distributed import device_name
+from ..run import noise
 from .contents import Contents
 
 # Flags that say how data are read, with their choices; without them data are read as the run read its own.
@@ -205,11 +206,7 @@ def check_own(checkpoints: list[Checkpoint]) -> None:
 def noise_of(checkpoint: Checkpoint) -> dict[str, float]:
     """How much bfloat16's rounding moves one pair of a run, by metric, nats; empty where run.json has no such numbers.
     Raises UserError where train.py does not write such."""
-    found = checkpoint.settings.record.get("noise") or {}
-    if not isinstance(found, dict) or not all(type(x) in (int, float) and 0 <= x < math.inf for x in found.values()):
-        file = Path(checkpoint.path).parent / "run.json"
-        raise UserError(f"{file}: is not what train.py writes: noise is {json.dumps(found)[:100]}")
-    return found
+    return noise.of_record(checkpoint.settings.record, Path(checkpoint.path).parent / "run.json")
 
 
 def recipe(record: dict) -> tuple[str, int | None]:
