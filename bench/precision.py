@@ -5,7 +5,8 @@ moves, and what it costs. The same real pairs, LoRA, learning rate and optimizer
 
 A CPU without bfloat16 instructions multiplies in it many times slower than in float32. Margins are therefore taken with
 --widen: products of bfloat16 matrices computed in float32 and rounded, which is what the slow kernel does as well. Time
-and memory are those of a first step without it, in a fresh process.
+and memory are those of steps without it, on the shortest pair, in a fresh process each, in turns; of what can be run on
+this machine.
 """
 
 import argparse
@@ -27,7 +28,9 @@ LOW, FULL = torch.bfloat16, torch.float32
 ROWS = {"nanodpo, float32": ("nanodpo", {}), "nanodpo --bf16, CPU": ("nanodpo", {"mixed": FULL}),
         "nanodpo --bf16, as on a GPU": ("nanodpo", {"mixed": LOW}), "nanodpo, bfloat16 throughout": (
             "nanodpo", {"dtype": LOW}),
-        "trl, float32 weights, autocast": ("trl", {"mixed": LOW}), "trl, bfloat16 weights": ("trl", {"dtype": LOW})}
+        "trl, float32": ("trl", {}), "trl, float32 weights, autocast": ("trl", {"mixed": LOW}),
+        "trl, bfloat16 weights": ("trl", {"dtype": LOW})}
+UNTIMED = {"nanodpo --bf16, as on a GPU", "nanodpo, bfloat16 throughout"}  # no flag of train.py does that on a CPU
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
 
@@ -85,6 +88,10 @@ class Probe:
         return contenders.BETA * (chosen - rejected).item()
 
 
+def those_that_run() -> list[str]:
+    return [row for row, (name, _) in ROWS.items() if name != "trl" or measure.can_run("trl")]
+
+
 def follow(work: contenders.Work, args) -> dict[str, dict]:
     """name -> margins of the steps and what rounding moves them by; all contenders at once, since no time is taken."""
     def one(row: str) -> dict:
@@ -98,7 +105,7 @@ def follow(work: contenders.Work, args) -> dict[str, dict]:
         print(row, found, flush=True)
         return found
 
-    rows = [row for row, (name, _) in ROWS.items() if measure.can_run(name) or name != "trl"]
+    rows = those_that_run()
     with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
         found = dict(zip(rows, pool.map(one, rows)))
     truth = next(iter(found.values()))["margins"]
@@ -109,10 +116,26 @@ def follow(work: contenders.Work, args) -> dict[str, dict]:
 
 def cost(work: contenders.Work, args) -> dict[str, dict]:
     """name -> seconds of a step and MiB above the loaded model, without --widen, in turns."""
-    workers = {row: measure.Worker(Probe, args.threads, name=name, work=dataclasses.replace(work, **settings),
-                                   widen=False, rate=args.learning_rate)
-               for row, (name, settings) in ROWS.items() if name != "trl" or measure.can_run("trl")}
+    workers = {row: measure.Worker(Probe, args.threads, name=ROWS[row][0], widen=False, rate=args.learning_rate,
+                                   work=dataclasses.replace(work, **ROWS[row][1]))
+               for row in those_that_run() if row not in UNTIMED}
     return measure.contest(workers, [("step", k) for k in range(args.rounds + 1)])
+
+
+def table(results: dict[str, dict], timed: bool) -> str:
+    """A line a contender: margins' distances and noise, and where it was timed its time and processor time as ratios to
+    the first one's, its peak memory and how much of that is above the loaded model."""
+    header, rows = ["contender", "margins' distance from float32, by step", "noise of a pair"], []
+    header += ["time / float32", "processor time / float32", "peak MiB", "of it above the model"] * timed
+    base = next(iter(results.values()))
+    for row, one in results.items():
+        cells = [row, " ".join(f"{x:.2g}" for x in one["distance"])]
+        cells += ["" if one["noise"] is None else f"{one['noise']:.2g}"]
+        if timed and "seconds" in one:
+            cells += [measure.ratio(one, base), measure.ratio(one, base, "cpu_seconds"),
+                      one["loaded_mib"] + one["mib_above_loaded"], one["mib_above_loaded"]]
+        rows.append(cells + [""] * (len(header) - len(cells)))
+    return measure.table(header, rows)
 
 
 def main() -> None:
@@ -131,15 +154,8 @@ def main() -> None:
     results = follow(work, args)
     shortest = min(pairs, key=lambda pair: sum(map(len, pair)))  # slow kernels take minutes for longer ones
     costs = cost(dataclasses.replace(work, pairs=[shortest]), args) if args.rounds else {}
-    rows, base = [], next(iter(costs.values()), None)
-    for row, one in results.items():
-        one |= costs.get(row, {})
-        spent = [measure.ratio(one, base), one["loaded_mib"], one["mib_above_loaded"]] if base else []
-        far = " ".join(f"{x:.4f}" for x in one["distance"])
-        rows.append([row, far, "" if one["noise"] is None else f"{one['noise']:.2g}", *spent])
-    header = ["contender", "margins' distance from float32, by step", "noise of a pair"]
-    header += ["time / float32", "MiB loaded", "MiB above it"] if base else []
-    print(measure.table(header, rows))
+    results = {row: one | costs.get(row, {}) for row, one in results.items()}
+    print(table(results, bool(costs)))
     measure.write("precision", args.json, vars(args) | {"timed_tokens": sum(map(len, shortest))}, results)
 
 

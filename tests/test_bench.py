@@ -230,6 +230,23 @@ def test_first_margins_in_each_precision():
     assert abs(cpu[1] - exact[1]) < 0.05 * abs(exact[1]) and abs(cpu[2]) < 1e-6
 
 
+def test_distance_time_and_memory_stand_in_one_table():
+    """Time as a ratio of medians to the first line's; the peak is what was loaded and what came on top. A contender
+    that was not timed has empty cells, and a table without times no such columns."""
+    def line(seconds, **more):
+        spread = {"seconds": {"median": seconds}, "cpu_seconds": {"median": 3 * seconds**2}} if seconds else {}
+        return {"distance": [0.5, 1e-5], "noise": None} | spread | more
+
+    found = {"a": line(2.0, loaded_mib=100, mib_above_loaded=11), "b": line(None, noise=0.25),
+             "c": line(3.0, loaded_mib=200, mib_above_loaded=22)}
+    lines = precision.table(found, True).splitlines()
+    assert lines[2:] == ["| a | 0.5 1e-05 |  | 1.00 | 1.00 | 111 | 11 |", "| b | 0.5 1e-05 | 0.25 |  |  |  |  |",
+                         "| c | 0.5 1e-05 |  | 1.50 | 2.25 | 222 | 22 |"]
+    assert {line.count("|") for line in lines} == {8}
+    assert {line.count("|") for line in precision.table(found, False).splitlines()} == {4}
+    assert precision.UNTIMED < set(precision.ROWS)
+
+
 def test_wide_products_are_those_of_bfloat16():
     """Sums in float32, rounded once: within half of bfloat16's last place of float64's product."""
     torch.manual_seed(0)
