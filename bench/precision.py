@@ -1,5 +1,5 @@
-"""What bfloat16 does to the first steps of training: how far the margins are from those in float32, what rounding alone
-moves, and what it costs. The same real pairs, LoRA, learning rate and optimizer for all.
+"""Measures what bfloat16 does to the first steps of training: how far the margins are from those in float32, how far
+rounding alone moves them, and the costs. The same real pairs, LoRA, learning rate and optimizer for all.
 
     python bench/precision.py --model_name SmolLM2-135M --train_file_path pairs.parquet
 
@@ -70,8 +70,8 @@ class Probe:
         return -torch.tensor(loss, dtype=torch.float64).expm1().log().item()
 
     def noise(self, k: int) -> float | None:
-        """How far the k-th pair's margin moves when the embeddings change by a part in a million; None where they hold
-        no such change, or the contender gives no log-probs."""
+        """Returns how far the k-th pair's margin moves when the embeddings change by a part in a million; None where
+        they hold no such change, or the contender gives no log-probs."""
         work = self.contender.work
         if work.dtype == LOW or not hasattr(self.contender, "logps"):
             return None

@@ -228,7 +228,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def evidence(folder: Path, seeds) -> tuple[list, list, list]:
-    """What `findings` takes: an entry a seed each, of `ends_of`, `worst_places` and `answered`."""
+    """Collects for `findings` what `ends_of`, `worst_places` and `answered` give, an entry a seed each."""
     # DPO's own scoring comes second: of the mixed tests it has what the first has, and more.
     ends = [tuple(a | b for a, b in zip(*(ends_of(pandas.read_parquet(folder / f"{name}-{seed}" / "scores.parquet"))
                                           for name in ("scores", "answers")))) for seed in seeds]
@@ -241,7 +241,7 @@ def evidence(folder: Path, seeds) -> tuple[list, list, list]:
 
 
 def findings(ends: list[tuple[dict, dict]], places: list[dict], answers: list[dict]) -> list[dict]:
-    """What the paper found, and what became of it here: a number a seed, their mean and 95% t-interval, does it hold.
+    """Returns a line for each finding of the paper: a number a seed, their mean and 95% t-interval, does it hold.
 
     Log-probs are means over rows of the log-prob per token, nats; a change is from the first to the last checkpoint.
     """

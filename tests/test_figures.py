@@ -13,13 +13,14 @@ import pytest
 from conftest import ROOT, launch
 from matplotlib.backends.backend_pdf import PdfFile
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from test_plot import SCORES, boxes, draw, make_run, make_scores, points  # noqa: F401  (draw is a fixture)
 
 import plot
 from nanodpo.errors import UserError
 from nanodpo.figures import drawing, heatmap, intervals, records, training
-from nanodpo.figures.axes import crowd, escape_tex, place, set_focus
+from nanodpo.figures.axes import crowd, escape_tex, place, set_focus, set_phases
 from nanodpo.figures.intervals import t_quantile
 
 ROLES = {"forward": "f", "reverse": "r", "mixed": "m", "dpo": "d"}
@@ -1062,3 +1063,20 @@ def test_seeds_at_other_steps_are_not_averaged(tmp_path):
     file = make_lab(tmp_path / "s.parquet", but=lambda t: t[(t["run"] != "f1") | (t["step"] != 50)])
     with pytest.raises(UserError, match=r"forward f1: is scored at steps \[0, 100\] on forward, f0 at \[0, 50, 100\]"):
         plot.main([str(flag) for flag in lab_flags(file)])
+
+
+def test_long_names_and_tiny_scales_cover_nothing(tmp_path, draw):  # noqa: F811
+    """A strip makes room for a name of any length; a scale of 1e-6 writes no factor where a phase has its name; and the
+    two titles of a noisy heatmap in one column stand apart."""
+    run = noisy_run(tmp_path / "-".join(["a-long-name"] * 10))
+    for columns in (1, 2):
+        strip = draw(run, "--strip", "7", "--columns", columns)["strip"]
+        extents = [text.get_window_extent() for text in strip.axes[0].texts[:2]]
+        assert not extents[0].overlaps(extents[1]) and all(0 <= e.x0 and e.x1 <= strip.bbox.x1 for e in extents)
+    titles = [ax.title.get_window_extent() for ax in draw(run, "--heatmap", "--columns", 1)["heatmap"].axes[:2]]
+    assert not titles[0].overlaps(titles[1])
+    ax = Figure(layout="constrained").subplots()
+    ax.plot([0, 2], [0, 1.5e-6])
+    set_phases(ax, [("SFT", 0, 1), ("DPO", 0, 1)])
+    ax.figure.draw_without_rendering()
+    assert ax.yaxis.get_offset_text().get_text() == "" and "1e−06" in [t.get_text() for t in ax.get_yticklabels()]

@@ -21,5 +21,5 @@ def draw_after(folder: Path) -> str:
 
 
 def is_drawn(run: Path) -> bool:
-    """Has a run its figure, with all files? The .tex that includes it is written last."""
+    """Tells whether a run has its figure, with all files. The .tex that includes it is written last."""
     return (run / "training.tex").is_file()

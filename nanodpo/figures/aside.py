@@ -61,11 +61,9 @@ def _caption(tables: dict[str, pandas.DataFrame], sets: list[str], phases) -> st
     runs = ", then ".join(phases) if phases else listed(pandas.concat(tables.values())["run"].unique())
     text = {}
     if "mass" in tables:
-        text["mass"] = ("how much more probability than at the run's step 0 goes to tokens to which that step or this "
-                        "gives less than 0.001, mean over the tokens of a response "
-                        f"({interval(tables['mass'])}, mean ± Student's t standard errors)")
+        text["mass"] = ("change since the run's own step 0 of the probability of implausible tokens, mean over the "
+                        "tokens of a response; a token is implausible where step 0 or the step shown gives it less "
+                        f"than 0.001 ({interval(tables['mass'])}, mean ± Student's t standard errors)")
     if "right" in tables:
-        text["right"] = ("the share of greedy answers that are right "
-                         f"({interval(tables['right'])}, Wilson's)")
-    said = "; ".join(text.values())
-    return f"Of {runs}, on {listed(sets)}: {said}."
+        text["right"] = f"share of greedy answers that are right ({interval(tables['right'])}, Wilson's)"
+    return f"Of {runs}, on {listed(sets)}: {'. Beside it: '.join(text.values())}."

@@ -12,7 +12,7 @@ from matplotlib import rcParams
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from ..errors import UserError
 from ..screen import printable
@@ -134,6 +134,16 @@ def set_focus(ax, low: float, high: float, share: float = 0.25) -> None:
     ax.set_yticks(sorted(ticks), [plain(f"{tick:g}".replace("-", "\N{MINUS SIGN}")) for tick in sorted(ticks)])
 
 
+class Whole(ScalarFormatter):
+    """Writes tiny and huge numbers whole, as 1.5e-06: a common factor would stand where the name of a phase stands."""
+
+    def __call__(self, x, pos=None):
+        return plain(f"{x:g}".replace("-", "\N{MINUS SIGN}")) if super().get_offset() else super().__call__(x, pos)
+
+    def get_offset(self):
+        return ""
+
+
 def crowd(values) -> tuple[float, float] | None:
     """The band that most values share while the others lie far away, with an empty stretch of more than 0.9 of the
     whole range between; its ends are round numbers. None where there is no such stretch."""
@@ -148,12 +158,14 @@ def crowd(values) -> tuple[float, float] | None:
 
 
 def place(steps, phase: int, first: float, last: float):
-    """Where steps of the phase number `phase` (0-based) lie on an axis on which each phase is one unit wide."""
+    """Places steps of the phase number `phase` (0-based) on an axis on which each phase is one unit wide."""
     return phase + (steps - first) / max(last - first, 1)
 
 
 def set_phases(ax, phases: list[tuple[str, float, float]]) -> None:
-    """An x axis of phases, (name, first step, last step), one unit each: a line and a name each, ticks in own steps."""
+    """Makes an x axis of phases, (name, first step, last step), one unit each: a line and a name each, ticks in own
+    steps."""
+    ax.yaxis.set_major_formatter(Whole())
     larger = FontProperties(size=rcParams["axes.labelsize"]).get_size() / 7
     width = ax.figure.get_figwidth() / ax.get_gridspec().ncols - 0.6 * larger
     width, ticks = width / len(phases), {}  # inches of a phase; 0.3 are room for a label

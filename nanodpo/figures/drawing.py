@@ -31,7 +31,7 @@ SERIF = {"font.family": ["STIXGeneral", "DejaVu Sans"], "mathtext.fontset": "sti
 USETEX = {"text.usetex": True, "font.family": "serif"}
 # Whatever the style: the same ids on a rerun, the full width, text that a journal's software can edit.
 FIXED = {"svg.hashsalt": "nanodpo", "savefig.bbox": None, "pdf.fonttype": 42}
-# What draw takes of plot.py's flags, none of them given.
+# The flags of plot.py that draw reads, none of them given.
 ASKED = argparse.Namespace(columns=2, **dict.fromkeys((
     "strip", "three_panel", "phases", "heatmap", "series", "scores", "test", "focus", "floor")))
 SNIPPET = r"""%% In the preamble: \usepackage{graphicx}

@@ -80,7 +80,7 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
 
 
 def dashes_of(levels: pandas.DataFrame, phases) -> dict[tuple[str, str], object]:
-    """What tells runs apart, by (run, phase); runs that follow one another share the solid line."""
+    """Returns the dash of each (run, phase); runs that follow one another share the solid line."""
     runs = list(dict.fromkeys(zip(levels["run"], levels["phase"])))
     beside = [run for run in runs if not phases or run[0] not in phases]
     dashes = DASHES[1:] if phases else DASHES
@@ -98,7 +98,8 @@ def looks_of(levels: pandas.DataFrame) -> dict[str, dict]:
 
 
 def has_bars(levels: pandas.DataFrame, phases) -> bool:
-    """Has every run one checkpoint? A curve of one point would say less than a bar; phases have two points at least."""
+    """Tells whether every run has one checkpoint alone: a curve of one point would say less than a bar. Phases have two
+    points at least."""
     return not phases and not levels.duplicated(["dataset", "run", "phase", "response"]).any()
 
 
@@ -137,8 +138,8 @@ def _since(changes: pandas.DataFrame, phases) -> str:
 
 
 def interval(levels: pandas.DataFrame) -> str:
-    """What is shaded, and over how many rows, like "95% interval, n = 398 to 400, 2 scores missing"; or nothing. Of a
-    csv alone nobody knows what low and high are."""
+    """Returns the words for what is shaded, like "95% interval, n = 398 to 400, 2 scores missing"; none where nothing
+    is. Of a csv alone nobody knows what low and high are."""
     n = levels["n"][levels["n"] > 0]
     if n.empty:
         return "low to high, as given" if levels["low"].notna().any() else ""

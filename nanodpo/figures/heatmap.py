@@ -40,14 +40,13 @@ def heatmap_figure(scores: pandas.DataFrame, columns: int, noise: dict[str, Nois
         images += _draw(ax, tables[name].get(side), side, limit, 2 * deviation,
                         " " if columns == 2 else "\n")
         if side == "chosen":
-            ax.set_ylabel(f"examples of {wrap(name, 24)}, sorted")
+            ax.set_ylabel(f"examples of {wrap(name, 24)},\nsorted by the last change of chosen")
     beyond = bool((values > limit).any())
     bar = fig.colorbar(images[0], ax=axes, extend="both" if beyond else "neither", shrink=0.9, aspect=30, pad=0.02)
     bar.set_label(f"change since step {scores['step'].min():g} (nats per token)")
     marks = Marks("one example", "; examples that moved no further are grey")
-    marks.band(bar.ax, 0, min(deviation, limit / 2))
+    marks.band(bar.ax, 0, min(deviation, limit / 2), facecolor=NOISY, edgecolor="0.6", zorder=2)  # over the colours
     if marks.handles:
-        bar.ax.axhspan(-2 * deviation, 2 * deviation, color=NOISY, zorder=0.5)
         add_legend(fig, [*marks.handles, Patch(color=NOISY, label="an example within it")], runs[0])
     else:
         fig.suptitle(wrap(runs[0]), fontsize="medium")
@@ -73,7 +72,7 @@ def _draw(ax, table: pandas.DataFrame | None, side: str, limit: float, noise: fl
         ax.set_axis_off()
         return []
     final = table.iloc[:, -1].dropna()
-    ax.set_title(f"{side}:{gap}{(final > noise).sum():,} of {len(final):,} rise" + " beyond noise" * (noise > 0),
+    ax.set_title(f"{side}:{gap}{(final > noise).sum():,} of {len(final):,} rise" + f"{gap}beyond noise" * (noise > 0),
                  fontsize=rcParams["legend.fontsize"])
     ax.grid(False)
     ax.set_facecolor(MISSING)

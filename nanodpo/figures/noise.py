@@ -33,22 +33,22 @@ class Noise(dict):
 
 
 class Marks:
-    """What one figure shows of noise: `handles` for its legend, `caption` for the end of its caption."""
+    """Collects what one figure says of noise: `handles` for its legend, `caption` for the end of its caption."""
 
     def __init__(self, moved: str, then: str = ""):
         """`moved`: the numbers that the figure shows, as in "what rounding does to <a mean>"; `then` ends the
         sentence."""
         self.moved, self.then, self.handles, self.caption = moved, then, [], ""
 
-    def band(self, ax, around: float, deviation: float, span: tuple[float, float] | None = None) -> None:
+    def band(self, ax, around: float, deviation: float, span: tuple[float, float] | None = None, **look) -> None:
         """Hatches two standard deviations to either side of a value, all over the x axis or along `span`; nothing
         where there is no noise."""
-        if deviation and span is None:
-            ax.axhspan(around - 2 * deviation, around + 2 * deviation, **HATCH, zorder=ABOVE_GRID)
-        elif deviation:
-            ax.add_patch(Rectangle((span[0], around - 2 * deviation), span[1] - span[0], 4 * deviation, **HATCH,
-                                   zorder=ABOVE_GRID))
         if deviation:
+            low, look = around - 2 * deviation, {**HATCH, "zorder": ABOVE_GRID} | look
+            if span:
+                ax.add_patch(Rectangle((span[0], low), span[1] - span[0], 4 * deviation, **look))
+            else:
+                ax.axhspan(low, low + 4 * deviation, **look)
             self.handles = [Patch(**HATCH, label="bfloat16 noise")]
             self.caption = (f" Hatched: what bfloat16's rounding alone does to {self.moved}, two standard deviations "
                             f"to either side{self.then}.")

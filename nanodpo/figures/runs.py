@@ -17,7 +17,7 @@ WEIGHTS = re.compile(r"checkpoint-\d+|merged")  # the folders in a run's folder 
 
 @dataclasses.dataclass
 class Facts:
-    """What is not known is empty: a folder of metrics.jsonl alone can be drawn."""
+    """Holds what a run.json says. Fields that it lacks are empty: a folder of metrics.jsonl alone can be drawn."""
 
     loss: str = ""
     smoothing: float = 0.0
@@ -76,8 +76,8 @@ def in_order(folders: dict[str, Path], facts: dict[str, Facts]) -> tuple[list[st
 
 
 def _began_from(model: str, folder: Path, other: Path) -> bool:
-    """Is `model`, as the run in `folder` was given it, a checkpoint (or merged/) of the run in `other`? A relative
-    path is one from here or from a folder above the run's."""
+    """Tells whether `model`, as the run in `folder` was given it, is a checkpoint (or merged/) of the run in `other`. A
+    relative path is one from here or from a folder above the run's."""
     if not WEIGHTS.fullmatch(Path(model).name):
         return False
     places = [(above / model).parent for above in (Path.cwd(), *folder.resolve().parents)]

@@ -45,15 +45,16 @@ def strip_figure(tokens: pandas.DataFrame, row: int, columns: int, noise=None):
     colour = ScalarMappable(Normalize(-limit, limit if moved else 0), "RdBu" if moved else "Blues_r")
     letters = int((WIDTHS[columns] - 2 * MARGIN) / LETTER)
     laid = {side: _lay(words, letters) for side, (words, _) in sides.items()}
-    lines = 1 + sum(HEAD[columns] + 1.5 + places[-1][1] for places in laid.values())
-    fig, ax = _canvas(lines, letters, columns)
     own = (noise or {}).get(where[0][0], Noise())
     marks = Marks("a single token", f"; it moves the mean over a response's tokens by ± {2 * own.logps:.2g} nats, two "
                                     "standard deviations")
     marks.not_measured([own])
-    said = "".join(f"; {handle.get_label()}" for handle in marks.handles)
-    ax.text(0, 0.5, f"{wrap(where[0][0], 60)}, {wrap(where[0][1], 40)}, row {row}{said}", va="center", fontsize=7)
-    top = 1
+    title = "; ".join([f"{where[0][0]}, {where[0][1]}, row {row}", *(handle.get_label() for handle in marks.handles)])
+    title = wrap(title, 50 * columns)
+    top = title.count("\n") + 1
+    lines = top + sum(HEAD[columns] + 1.5 + places[-1][1] for places in laid.values())
+    fig, ax = _canvas(lines, letters, columns)
+    ax.text(0, top / 2, title, va="center", fontsize=7)
     for side, (words, numbers) in sides.items():
         _head(ax, side, len(words), len(words) - len(laid[side]), shared, len(sides), top)
         ends = _extremes(words, numbers)
@@ -81,7 +82,7 @@ def _values(part: pandas.DataFrame, steps: list, what: str) -> tuple[list[str], 
 
 
 def _shared(one: list[str], other: list[str]) -> int:
-    """How many tokens both begin with."""
+    """Counts the tokens that both begin with."""
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 

@@ -77,7 +77,7 @@ def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ..
 
 
 def odd(names: pandas.Series) -> pandas.Series:
-    """Which names no figure could show."""
+    """Tells which names no figure could show."""
     return names.isin([name for name in names.dropna().unique() if len(name) > LONGEST or not name.isprintable()])
 
 

@@ -151,7 +151,7 @@ def _draw(ax, curve: pandas.DataFrame, role: str, number: int, test: str, side: 
 
 
 def _interval(seeds: dict, roles: dict) -> str:
-    """What is shaded: intervals over seeds, over rows, or both; or, of a csv alone, what it says."""
+    """Returns the words for what is shaded: intervals over seeds, over rows, or both; those of a csv are as given."""
     seeds = {key: curve for key, curve in seeds.items() if curve["low"].notna().any()}
     many = sorted({len(roles[role]) for role, *_ in seeds} - {1})
     n = pandas.concat([seeds[key]["n"] for key in seeds if len(roles[key[0]]) == 1] or [pandas.Series(dtype=float)])
@@ -186,14 +186,14 @@ def _caption(panels: dict[str, list[Key]], focus, shaded: str, floor, missing: l
     text = "Mean log-prob per token (nats) of chosen (y+, solid) and rejected responses (y-, dashed, hollow)."
     own = {panel: dict.fromkeys((role, test) for role, test, _ in keys) for panel, keys in panels.items()}
     if "a" in panels:
-        text += f" (a) SFT on {listed(f'{role} data, tested on {test}' for role, test in own['a'])}."
+        text += " (a)" + ";".join(f" SFT on {role} data, tested on {test}" for role, test in own["a"]) + "."
     if "b" in panels:
         names = {"mixed": "SFT on mixed data", "dpo": "DPO from it"}
-        text += f" (b) {', then '.join(names[role] for role, _ in own['b'])}, on {panels['b'][0][1]}."
+        text += f" (b) {', then '.join(names[role] for role, _ in own['b'])}, tested on {panels['b'][0][1]}."
     if "c" in panels:
         roles, tests = (listed(dict.fromkeys(part)) for part in zip(*own["c"]))
-        text += (f" (c) The gap y+ - y- of {roles} on {tests}; {focus[0]:g} to {focus[1]:g} take a quarter of the "
-                 "height; the scale changes at the dotted lines, and nowhere else.")
+        text += (f" (c) The gap y+ - y- of {roles}, each tested on {tests}; {focus[0]:g} to {focus[1]:g} take a "
+                 "quarter of the height; the scale changes at the dotted lines, and nowhere else.")
     text += f" Shaded: {shaded}" * bool(shaded)
     text += " (mean ± Student's t standard errors)" * shaded.startswith("95%") + "." * bool(shaded)
     text += f" Dashed line: the best possible value, {floor:g}." if floor is not None else ""
