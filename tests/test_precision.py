@@ -15,6 +15,7 @@ from tiny_models import FAMILIES, naive_token_logps, random_groups, tiny
 from nanodpo.core.attention import LOOP
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pack, pad
+from nanodpo.errors import UserError
 from nanodpo.model import layers
 from nanodpo.model.precision import Held, mix, products, stored
 from nanodpo.model.recompute import ByNeed, Recompute, sample
@@ -213,3 +214,13 @@ def test_what_is_computed_again_rounds_alike(product):
     assert again.equal(kept) and all(grads[name].equal(truth[name]) for name in truth) and len(truth) > 20
     by_need = ByNeed(recompute, SequenceLogProbs(model), functools.partial(sample, "packed", model.config, CPU), 1e6)
     assert 0 < by_need.per_token["full"] < by_need.per_token["keep"]
+
+
+def test_noise_of_a_record_is_numbers_or_refused():
+    """One function reads it for the verdict and for figures. A record of a run in float32 has none."""
+    assert noise.of_record({}, "run.json") == noise.of_record({"noise": None}, "run.json") == {}
+    right = {"rewards/margins": 0.5, "logps_per_token/chosen": 0}
+    assert noise.of_record({"noise": right}, "run.json") == right
+    for wrong in ([], [1], "x", 3, False, *({"rewards/margins": x} for x in (-1, "x", None, True, 1e999, 10**400))):
+        with pytest.raises(UserError, match="^run.json: is not what train.py writes: noise is "):
+            noise.of_record({"noise": wrong}, "run.json")
