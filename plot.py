@@ -143,5 +143,9 @@ def find_scores(args: argparse.Namespace, folders: list[Path]) -> list[Path]:
     return [file for folder in folders if os.path.exists(file := folder / "scores.parquet") or needed]
 
 
-if __name__ == "__main__":
+def command() -> None:
     sys.exit(run_script(main))
+
+
+if __name__ == "__main__":
+    command()

@@ -231,5 +231,9 @@ def report(folder: Path, checkpoints: list[Checkpoint], work: list[Work], parts:
     distributed.say(f"done: {folder / 'scores.parquet'}")
 
 
-if __name__ == "__main__":
+def command() -> None:
     leave(run_script(main))
+
+
+if __name__ == "__main__":
+    command()

@@ -246,5 +246,9 @@ def end_again(start: Start) -> None:
         distributed.say(draw_after(folder))
 
 
-if __name__ == "__main__":
+def command() -> None:
     leave(run_script(main))
+
+
+if __name__ == "__main__":
+    command()

@@ -23,13 +23,16 @@ def put(*text, file=None) -> None:
 
 
 def command_line(*words, cwd: Path | None = None) -> str:
-    """A command that a user can copy: with this Python, paths relative to this folder, and quotes where a shell needs
-    them. `cwd`: the folder in which it must run, where that is another one.
+    """A command that a user can copy: with this Python, or the installed command beside the one that runs now; paths
+    relative to this folder, and quotes where a shell needs them. `words` begin with the script. `cwd`: the folder in
+    which it must run, where that is another one.
     """
-    python, here = Path(sys.executable), cwd or Path.cwd()
-    in_path = shutil.which(python.name)
-    python = python.name if in_path and os.path.abspath(in_path) == str(python) else python
-    line = shlex.join(_from(here, word) if isinstance(word, Path) else str(word) for word in (python, *words))
+    program, here = Path(sys.executable), cwd or Path.cwd()
+    if Path(sys.argv[0]).name.startswith("nanodpo-"):
+        program, words = Path(sys.argv[0]).absolute().with_name(f"nanodpo-{Path(words[0]).stem}"), words[1:]
+    in_path = shutil.which(program.name)
+    program = program.name if in_path and os.path.abspath(in_path) == str(program) else program
+    line = shlex.join(_from(here, word) if isinstance(word, Path) else str(word) for word in (program, *words))
     return line if here == Path.cwd() else f"cd {shlex.quote(str(here))} && {line}"
 
 
