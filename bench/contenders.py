@@ -166,15 +166,15 @@ class Nanodpo(Contender):
         from nanodpo.core.attention import LOOP, VARLEN
         from nanodpo.core.logprobs import SequenceLogProbs
         from nanodpo.model.layers import fuse_lora, keep_less
-        from nanodpo.model.precision import mix
-        from nanodpo.model.recompute import ByNeed, Recompute, sample
+        from nanodpo.model.precision import mix_precision
+        from nanodpo.model.recompute import FitToMemory, Recompute, sample_batch
         from nanodpo.run.memory import memory_budget
 
         model, device = adapted(self.work), torch.device(self.work.device)
         if self.work.mixed:
             for p in model.parameters():
                 p.data = p.data if p.requires_grad else p.data.bfloat16()
-            mix(model, self.work.mixed)
+            mix_precision(model, self.work.mixed)
         fuse_lora(model)
         keep_less(model)
         if self.layout != "padded":
@@ -183,9 +183,10 @@ class Nanodpo(Contender):
         self.module, recompute = SequenceLogProbs(model), Recompute(model)
         if self.work.checkpointing == "by need":
             # Twins, moments and gradients, all float32, are still to come.
-            waiting = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-            self.by_need = ByNeed(recompute, self.module, functools.partial(sample, "packed", model.config, device),
-                                  memory_budget(device, self.work.activation_memory, waiting))
+            reserved = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+            sample = functools.partial(sample_batch, "packed", model.config, device)
+            budget = memory_budget(device, self.work.activation_memory, reserved)
+            self.fit = FitToMemory(recompute, self.module, sample, budget)
         else:
             recompute.use(self.work.checkpointing)
         return model
@@ -193,7 +194,7 @@ class Nanodpo(Contender):
     def modes(self, k):
         if self.work.checkpointing != "by need":
             return super().modes(k)
-        return self.by_need(sum(sum(map(len, pair)) for pair in self.batch(k)))
+        return self.fit(sum(sum(map(len, pair)) for pair in self.batch(k)))
 
     def step(self, k):
         self.modes(k)

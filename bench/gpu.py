@@ -169,15 +169,15 @@ def count(shape: dict, rank: int, gib: float, pairs: list[contenders.Pair]) -> d
     from nanodpo.core.attention import VARLEN
     from nanodpo.core.logprobs import SequenceLogProbs
     from nanodpo.model.layers import fuse_lora, keep_less
-    from nanodpo.model.recompute import ByNeed, Recompute, sample
+    from nanodpo.model.recompute import FitToMemory, Recompute, sample_batch
 
     model = contenders.adapted(contenders.Work([], shape, rank=rank, device="meta", dtype=torch.bfloat16))
     fuse_lora(model)
     keep_less(model)
     model.get_base_model().set_attn_implementation(VARLEN)
     weights = sum(p.numel() * (18 if p.requires_grad else 2) for p in model.parameters())
-    rows = functools.partial(sample, "packed", model.config, torch.device("meta"))
-    chosen = ByNeed(Recompute(model), SequenceLogProbs(model), rows, gib * 0.92 * 2**30 - weights)
+    rows = functools.partial(sample_batch, "packed", model.config, torch.device("meta"))
+    chosen = FitToMemory(Recompute(model), SequenceLogProbs(model), rows, gib * 0.92 * 2**30 - weights)
     # A copy on the CPU can't be made of what has no data: the layers' inputs by hand.
     inputs = 2 * shape["hidden_size"] * shape["num_hidden_layers"]
     sizes = chosen.per_token | {"offload": chosen.per_token["full"] - inputs}
@@ -188,7 +188,7 @@ def count(shape: dict, rank: int, gib: float, pairs: list[contenders.Pair]) -> d
         matmuls[f"{name}, {mode}"] = sum(flops(name, pair, shape, rank, collections.Counter(by_layer))
                                          for pair, by_layer in zip(pairs, each))
     return {"beside_any_row": weights, "matmuls": {name: n / matmuls["nanodpo, keep"] for name, n in matmuls.items()},
-            "rows": {mode: {"bytes_per_token": n, "longest_row": int(chosen.room / n)} for mode, n in sizes.items()}}
+            "rows": {mode: {"bytes_per_token": n, "longest_row": int(chosen.budget / n)} for mode, n in sizes.items()}}
 
 
 def show_count(args) -> None:

@@ -22,7 +22,7 @@ import step
 from nanodpo.core.attention import LOOP
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.model.layers import fuse_lora, keep_less
-from nanodpo.model.recompute import MODES, ByNeed, Recompute, sample
+from nanodpo.model.recompute import MODES, FitToMemory, Recompute, sample_batch
 
 SHAPE = contenders.tiny_wide(hidden=32, vocabulary=300)
 PAIRS = [([5, 6, 7], [8, 9, 1, 2, 4], [3, 3]), ([9], [1, 2], [2, 1, 9, 9])]
@@ -183,8 +183,8 @@ def test_what_rows_take_is_counted_without_data(monkeypatch, tmp_path, capsys):
     fuse_lora(model)
     keep_less(model)
     model.get_base_model().set_attn_implementation(LOOP)
-    rows = functools.partial(sample, "packed", model.config, torch.device("cpu"))
-    need = ByNeed(Recompute(model), SequenceLogProbs(model), rows, 1.0)
+    rows = functools.partial(sample_batch, "packed", model.config, torch.device("cpu"))
+    need = FitToMemory(Recompute(model), SequenceLogProbs(model), rows, 1.0)
     for mode in MODES[:2]:
         assert found[mode]["bytes_per_token"] == pytest.approx(need.per_token[mode], rel=0.15), mode
     beside = sum(2 * p.numel() for p in model.parameters()) + 16 * sum(

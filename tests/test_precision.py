@@ -17,8 +17,8 @@ from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pack, pad
 from nanodpo.errors import UserError
 from nanodpo.model import layers
-from nanodpo.model.precision import Held, mix, products, stored
-from nanodpo.model.recompute import ByNeed, Recompute, sample
+from nanodpo.model.precision import Bf16Linear, mix_precision, product_dtype, storage_dtype
+from nanodpo.model.recompute import FitToMemory, Recompute, sample_batch
 from nanodpo.run import noise
 
 CPU = torch.device("cpu")
@@ -31,16 +31,16 @@ def rounded(model, dtype=torch.float64):
 
 def mixed(model, product):
     model = copy.deepcopy(model).bfloat16()
-    mix(model, product)
+    mix_precision(model, product)
     return model
 
 
 def test_where_products_are_rounded():
     """On a GPU with --bf16; what is trained as a whole is never stored in bfloat16."""
     cuda = torch.device("cuda")
-    found = [products(bf16, device) for bf16 in (False, True) for device in (CPU, cuda)]
+    found = [product_dtype(bf16, device) for bf16 in (False, True) for device in (CPU, cuda)]
     assert found == [torch.float32] * 3 + [torch.bfloat16]
-    assert [stored(*how) for how in ((True, True), (True, False), (False, True))] == [
+    assert [storage_dtype(*how) for how in ((True, True), (True, False), (False, True))] == [
         torch.bfloat16, torch.float32, torch.float32]
 
 
@@ -66,7 +66,7 @@ def adapted(model):
 def with_lora(base, product):
     """As train.py has it: loaded in bfloat16, adapter, mix, fuse, keep_less. In packed rows."""
     model = adapted(copy.deepcopy(base).bfloat16())
-    mix(model, product)
+    mix_precision(model, product)
     layers.fuse_lora(model)
     layers.keep_less(model)
     model.get_base_model().set_attn_implementation(LOOP)
@@ -129,7 +129,7 @@ def test_held_layers_keep_no_wider_copy():
     """Of a product with a frozen weight nothing is kept for backward but the weight itself."""
     layer = torch.nn.Linear(3, 5).bfloat16().requires_grad_(False)
     layer.bias.data = layer.bias.data.float()
-    layer.__class__ = Held
+    layer.__class__ = Bf16Linear
     x, kept = torch.randn(2, 3, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(x)
@@ -212,8 +212,9 @@ def test_what_is_computed_again_rounds_alike(product):
         found.append(gradients(model, row))
     (kept, truth), (again, grads) = found
     assert again.equal(kept) and all(grads[name].equal(truth[name]) for name in truth) and len(truth) > 20
-    by_need = ByNeed(recompute, SequenceLogProbs(model), functools.partial(sample, "packed", model.config, CPU), 1e6)
-    assert 0 < by_need.per_token["full"] < by_need.per_token["keep"]
+    sample = functools.partial(sample_batch, "packed", model.config, CPU)
+    per_token = FitToMemory(recompute, SequenceLogProbs(model), sample, 1e6).per_token
+    assert 0 < per_token["full"] < per_token["keep"]
 
 
 def test_noise_of_a_record_is_numbers_or_refused():

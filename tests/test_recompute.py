@@ -17,8 +17,8 @@ from nanodpo.core.logprobs import CHUNK_BYTES, SequenceLogProbs
 from nanodpo.core.packing import pack, pad
 from nanodpo.errors import UserError
 from nanodpo.model.layers import fuse_lora, keep_less
-from nanodpo.model.recompute import MODES, ByNeed, Recompute, _Live, peak_bytes
-from nanodpo.model.selfcheck import grows_with_rows
+from nanodpo.model.recompute import MODES, FitToMemory, Recompute, _Live, peak_bytes
+from nanodpo.model.selfcheck import memory_is_linear
 from nanodpo.ranks.distributed import use_expandable_segments
 
 R = 2
@@ -152,7 +152,7 @@ def test_a_row_takes_what_was_measured(mode):
     """Per token as between two shorter rows; against a whole backward pass with all gradients, at the length that a
     room allows: never more than that room, and not much less."""
     model, module = packed(mode)
-    need = ByNeed(Recompute(model), module, rows_of, room=20e6)
+    need = FitToMemory(Recompute(model), module, rows_of, budget=20e6)
     need.recompute.use(mode)
     tokens = need.limits[mode]
     assert tokens > 1500
@@ -168,7 +168,7 @@ def keep(saved: list, x):
 def test_what_keeping_takes_is_what_autograd_says():
     """Kept whole, a token takes at least what autograd's own hooks see saved for it, each storage once."""
     model, module = packed("keep")
-    need, seen = ByNeed(Recompute(model), module, rows_of, room=1.0), []
+    need, seen = FitToMemory(Recompute(model), module, rows_of, budget=1.0), []
     need.recompute.use("keep")
     for tokens in (256, 512):
         saved, row = [], rows_of(tokens)
@@ -197,7 +197,7 @@ def test_the_head_hides_nothing(lora):
             fuse_lora(model)
         keep_less(model)
         (model.get_base_model() if lora else model).set_attn_implementation(LOOP)
-        found.append(ByNeed(Recompute(model), SequenceLogProbs(model), rows_of, 1.0).per_token)
+        found.append(FitToMemory(Recompute(model), SequenceLogProbs(model), rows_of, 1.0).per_token)
     assert found[0] == pytest.approx(found[1], rel=1e-9) and found[0]["full"] > 2 * 32 * 4
 
 
@@ -206,14 +206,14 @@ def test_the_head_hides_nothing(lora):
     (LOOP, {"sliding_window": 200}, True), (LOOP, {"attn_logit_softcapping": 50.0}, False), ("eager", {}, False)])
 def test_what_can_be_foreseen(attention, more, grows):
     """A row's memory in proportion to its length: no mask of a window within it, no scores kept for a cap."""
-    assert grows_with_rows(SimpleNamespace(**more), attention, longest=100) == grows
+    assert memory_is_linear(SimpleNamespace(**more), attention, longest=100) == grows
 
 
 def test_each_row_keeps_what_fits():
     """Modes by hand for 4 layers that take 10, 6 and 2 bytes a token, by the bytes that a token may have."""
-    need = ByNeed.__new__(ByNeed)
+    need = FitToMemory.__new__(FitToMemory)
     need.recompute, need.per_token = SimpleNamespace(layers=[0] * 4), {"keep": 10.0, "full": 6.0, "offload": 2.0}
-    need.room = 1200
+    need.budget = 1200
     for tokens, modes in ((1, "kkkk"), (120, "kkkk"), (121, "fkkk"), (133, "fkkk"), (134, "ffkk"), (199, "ffff"),
                           (200, "ffff"), (201, "offf"), (300, "ooff"), (599, "oooo"), (600, "oooo"), (10**6, "oooo")):
         assert "".join(mode[0] for mode in need.modes(tokens)) == modes, tokens
@@ -222,7 +222,7 @@ def test_each_row_keeps_what_fits():
 def test_rows_in_turns_have_the_same_bits():
     """Whatever each row's layers keep, log-probs and gradients are those of a model that keeps everything."""
     model, module = packed("keep")
-    need = ByNeed(Recompute(model), module, rows_of, room=2e6)
+    need = FitToMemory(Recompute(model), module, rows_of, budget=2e6)
     whole, seen = packed("keep")[0], set()
     for tokens in (150, 20, need.limits["keep"], need.limits["keep"] + 2, 900, 30, need.limits["full"] - 1):
         seen.add(tuple(need(tokens)))
@@ -268,7 +268,7 @@ def test_a_row_takes_what_was_measured_on_a_gpu(mode):
     keep_less(model)
     model.get_base_model().set_attn_implementation(VARLEN)
     module, room = SequenceLogProbs(model).train(), 2.0 * 2**30
-    need = ByNeed(Recompute(model), module, lambda tokens: rows_of(tokens).to(torch.device("cuda")), room)
+    need = FitToMemory(Recompute(model), module, lambda tokens: rows_of(tokens).to(torch.device("cuda")), room)
     need.recompute.use(mode)
     row = rows_of(need.limits[mode]).to(torch.device("cuda"))
     torch.cuda.reset_peak_memory_stats()

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import UserError, first_line
 from ..ranks.distributed import say
 from .adapters import add_adapter, open_base
-from .precision import stored
+from .precision import storage_dtype
 from .source import BROKEN, Source, absolute
 
 
@@ -20,7 +20,7 @@ def load_model(source: Source, args) -> nn.Module:
     UserError."""
     from transformers import AutoModelForCausalLM
 
-    dtype, remote = stored(args.bf16, frozen=args.use_lora), args.trust_remote_code
+    dtype, remote = storage_dtype(args.bf16, frozen=args.use_lora), args.trust_remote_code
     torch.manual_seed(args.seed)  # every rank draws the same weights
     if args.random_init:
         try:

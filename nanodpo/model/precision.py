@@ -13,19 +13,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def products(bf16: bool, device: torch.device) -> torch.dtype:
+def product_dtype(bf16: bool, device: torch.device) -> torch.dtype:
     """The dtype in which matrices are multiplied."""
     return torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
 
 
-def stored(bf16: bool, frozen: bool) -> torch.dtype:
+def storage_dtype(bf16: bool, frozen: bool) -> torch.dtype:
     """The dtype in which a base's weights are loaded: bfloat16 for frozen ones with --bf16, float32 for trained
     ones."""
     return torch.bfloat16 if bf16 and frozen else torch.float32
 
 
-def mix(model: nn.Module, product: torch.dtype) -> None:
-    """Sets the dtypes of a model that was loaded in that of `stored`, with its adapter. `product`: from `products`."""
+def mix_precision(model: nn.Module, product: torch.dtype) -> None:
+    """Sets the dtypes within a model that was loaded in that of `storage_dtype`, with its adapter. `product`: that of
+    `product_dtype`."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     held = [layer for layer in _plain_linears(model) if layer.weight.dtype == torch.bfloat16]
     kept = {id(layer.weight) for layer in [*held, model.get_input_embeddings()]}
@@ -36,7 +37,7 @@ def mix(model: nn.Module, product: torch.dtype) -> None:
     model.get_input_embeddings().register_forward_hook(lambda module, args, states: states.float())
     if product == torch.float32:
         for layer in held:
-            layer.__class__ = Held
+            layer.__class__ = Bf16Linear
         return
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
 
@@ -66,14 +67,14 @@ def _in_autocast(forward, model: nn.Module, product: torch.dtype):
     return inside
 
 
-class Held(nn.Linear):
+class Bf16Linear(nn.Linear):
     """A frozen layer that holds its weight in bfloat16 and multiplies in the dtype of its inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self.weight, self.bias)
+        return _Bf16Product.apply(x, self.weight, self.bias)
 
 
-class _Product(torch.autograd.Function):
+class _Bf16Product(torch.autograd.Function):
     """W x + b, (..., out). Keeps W itself for backward, which makes the float32 copy again."""
 
     @staticmethod

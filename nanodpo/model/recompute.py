@@ -52,20 +52,20 @@ class Recompute:
                     module.keeps_less = mode == "keep"
 
 
-class ByNeed:
+class FitToMemory:
     """Sets the modes for each batch by its number of tokens: as much is kept as the memory for activations allows."""
 
-    def __init__(self, recompute: Recompute, module: nn.Module, sample, room: float):
-        """`sample(tokens)` makes a batch to measure with. `room`: bytes for the forward and backward pass of a batch's
-        layers, without the head's and the weights' gradients, which do not grow with the batch."""
-        self.recompute, self.room, self.per_token = recompute, room, {}  # bytes
-        short, long = sample(256), sample(512)
+    def __init__(self, recompute: Recompute, module: nn.Module, sample_batch, budget: float):
+        """`sample_batch(tokens)` makes a batch to measure with. `budget`: bytes for the forward and backward pass of a
+        batch's layers, without the head's and the weights' gradients, which do not grow with the batch."""
+        self.recompute, self.budget, self.per_token = recompute, budget, {}  # bytes
+        short, long = sample_batch(256), sample_batch(512)
         for mode in MODES if long.input_ids.is_cuda else MODES[:2]:  # a CPU has nowhere to offload to
             recompute.use(mode)
             more = long.input_ids.numel() - short.input_ids.numel()
             # A difference, since memory that does not grow with the batch is not the batch's.
             self.per_token[mode] = (peak_bytes(module, long) - peak_bytes(module, short)) / more
-        self.limits = {mode: int(room / size) for mode, size in self.per_token.items()}  # tokens of a batch
+        self.limits = {mode: int(budget / size) for mode, size in self.per_token.items()}  # tokens of a batch
 
     def __call__(self, tokens: int) -> list[str]:
         """Sets and returns the modes, by layer, of a batch of so many tokens. One that does not fit gets the last mode
@@ -83,13 +83,14 @@ class ByNeed:
     def modes(self, tokens: int) -> list[str]:
         """The modes, by layer: two neighbours in MODES share the layers. The one that needs less memory gets the first
         layers: backward comes to them last, when the others' activations are freed."""
-        layers, room, modes = len(self.recompute.layers), self.room / tokens, [*self.per_token.items()]
-        for (rich, most), (lean, least) in zip(modes, modes[1:]):
-            if room >= most:
-                return [rich] * layers
-            if room >= least:
-                count = math.ceil(layers * (most - room) / (most - least))
-                return [lean] * count + [rich] * (layers - count)
+        layers, modes = len(self.recompute.layers), [*self.per_token.items()]
+        budget = self.budget / tokens  # bytes a token
+        for (fast, most), (lean, least) in zip(modes, modes[1:]):
+            if budget >= most:
+                return [fast] * layers
+            if budget >= least:
+                count = math.ceil(layers * (most - budget) / (most - least))
+                return [lean] * count + [fast] * (layers - count)
         return [modes[-1][0]] * layers
 
     def __str__(self) -> str:
@@ -97,7 +98,7 @@ class ByNeed:
         return f"longest batches in tokens: {longest}; between these by layer"
 
 
-def sample(layout: str, config, device, tokens: int):
+def sample_batch(layout: str, config, device, tokens: int):
     """A batch of about so many tokens to measure with: two responses to a prompt."""
     prompt = tokens // 16
     ids = torch.arange(tokens).remainder(config.get_text_config().vocab_size).tolist()

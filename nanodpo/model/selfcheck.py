@@ -79,7 +79,7 @@ def _candidates(config, own: str, device: torch.device, dtype: torch.dtype) -> l
     return [*([("packed", VARLEN)] if flash else []), ("packed", LOOP), ("plain", own)]
 
 
-def grows_with_rows(config, attention: str, longest: int) -> bool:
+def memory_is_linear(config, attention: str, longest: int) -> bool:
     """Whether attention's memory is in proportion to a batch's length, without a mask or scores of length x length."""
     window = getattr(config, "sliding_window", None)
     masked = getattr(config, "attn_logit_softcapping", None) or (window and window < longest)

@@ -12,7 +12,7 @@ from ..errors import UserError, first_line
 from ..files import parse_json, read_text
 from ..flags.limits import Limit
 from ..flags.unknown import hint
-from ..model.precision import mix, products
+from ..model.precision import mix_precision, product_dtype
 from ..ranks import distributed
 from . import memory
 
@@ -84,7 +84,7 @@ def engine_config(settings: dict, path: str, args) -> dict:
     zero = settings.setdefault("zero_optimization", {})
     if args.activation_memory and zero.get("stage") == 3:
         raise UserError(f"{path}: stage 3 gathers weights within the layers, which --activation_memory would take for "
-                        "a row's own; use --gradient_checkpointing, or stage 2")
+                        "a batch's own; use --gradient_checkpointing, or stage 2")
     offload = zero.get("offload_optimizer") or {}
     if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
         raise UserError(f"{path}: offload_optimizer with device nvme, or a ratio, keeps AdamW's moments where a state "
@@ -139,12 +139,12 @@ def build(model, args, settings: dict, device, longest: int) -> Built:
     import deepspeed  # all slow to import, and --help and wrong input don't need them
 
     from ..model import layers, selfcheck
-    from ..model.recompute import ByNeed, Recompute, sample
+    from ..model.recompute import FitToMemory, Recompute, sample_batch
 
     stage = settings["zero_optimization"].get("stage", 0)
-    product = products(args.bf16, device)
+    product = product_dtype(args.bf16, device)
     if args.bf16:
-        mix(model, product)
+        mix_precision(model, product)
     layers.fuse_lora(model, in_place=stage < 3)
     layers.keep_less(model)
     if args.gradient_checkpointing or args.activation_memory:
@@ -160,13 +160,13 @@ def build(model, args, settings: dict, device, longest: int) -> Built:
     layout, attention = selfcheck.choose_layout(module, device, product, args.use_flash_attention, longest)
     distributed.say(selfcheck.describe(layout, attention))
     if args.activation_memory:
-        if not selfcheck.grows_with_rows(model.config.get_text_config(), attention, longest):
-            raise UserError("--activation_memory: this model's attention takes memory by the square of a row's length, "
-                            "which is not foreseen; use --gradient_checkpointing")
-        room = memory.memory_budget(device, args.activation_memory, memory.bytes_to_come(module, stage))
-        by_need = ByNeed(recompute, module, functools.partial(sample, layout, model.config, device), room)
-        module.register_forward_pre_hook(by_need.before_forward)
-        distributed.say(f"activations: {memory.gib(room)}; {by_need}")
+        if not selfcheck.memory_is_linear(model.config.get_text_config(), attention, longest):
+            raise UserError("--activation_memory: this model's attention takes memory by the square of a batch's "
+                            "length, which is not foreseen; use --gradient_checkpointing")
+        budget = memory.memory_budget(device, args.activation_memory, memory.bytes_to_come(module, stage))
+        fit = FitToMemory(recompute, module, functools.partial(sample_batch, layout, model.config, device), budget)
+        module.register_forward_pre_hook(fit.before_forward)
+        distributed.say(f"activations: {memory.gib(budget)}; {fit}")
     return Built(engine, layout, attention)
 
 

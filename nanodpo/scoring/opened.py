@@ -10,7 +10,7 @@ from torch import nn
 from ..core.logprobs import SequenceLogProbs
 from ..model.adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
 from ..model.loading import base_hashes, check_base
-from ..model.precision import mix, products, stored
+from ..model.precision import mix_precision, product_dtype, storage_dtype
 from ..model.source import base_of
 from ..ranks import distributed
 
@@ -75,7 +75,7 @@ class Opener:
         if (run, key) in self.checked:
             return
         if key not in self.hashes:  # scored in another precision than it was trained in
-            dtype = stored(trained_in, frozen=True)
+            dtype = storage_dtype(trained_in, frozen=True)
             self.hashes[key] = base_hashes(open_base(base, dtype, checkpoint.settings.trust_remote_code))
         check_base(self.hashes[key], base, checkpoint.settings.record, run)
         self.checked.add((run, key))
@@ -83,14 +83,14 @@ class Opener:
     def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool) -> Opened:
         from ..model import layers, selfcheck  # slow to import, with transformers' models
 
-        product = products(bf16, self.device)
-        model = open_base(base, stored(bf16, frozen=adapter is not None), checkpoint.settings.trust_remote_code)
+        product = product_dtype(bf16, self.device)
+        model = open_base(base, storage_dtype(bf16, frozen=adapter is not None), checkpoint.settings.trust_remote_code)
         if checkpoint.settings.record and adapter:
             self.hashes[base, bf16] = base_hashes(model)
         own = model.config._attn_implementation
         model = add_adapter(model, adapter)
         if bf16:
-            mix(model, product)
+            mix_precision(model, product)
         layers.fuse_lora(model)
         layers.keep_less(model)
         model.requires_grad_(False)
