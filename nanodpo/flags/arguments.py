@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from os.path import expanduser
 from pathlib import Path
 
-from ..core.losses import LOSSES
+from ..core.losses import LOSSES, SMOOTHED
 from ..errors import UserError
 from .help import help_text
 from .limits import ABOVE_0, BELOW_1, BELOW_HALF, GIB, NOT_NEGATIVE, SEED, STEPS, Limit, check
@@ -49,8 +49,8 @@ class TrainArguments:
     # Loss
     loss: str = _flag("dpo", "What to minimise.", choices=[*LOSSES])
     beta: float = _flag(0.1, "How strongly the reference holds the policy.", ABOVE_0)
-    label_smoothing: float = _flag(0.0, "Chance that a label is flipped, for dpo and robust: 0 to below 0.5.",
-                                   BELOW_HALF)
+    label_smoothing: float = _flag(0.0, f"Chance that a label is flipped, for {' and '.join(sorted(SMOOTHED))}: 0 to "
+                                   "below 0.5.", BELOW_HALF)
 
     # Training
     max_steps: int = _flag(-1, "Optimizer steps; -1: num_train_epochs decides.", STEPS)

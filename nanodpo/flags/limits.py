@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..core.losses import SMOOTHED
 from ..errors import UserError
 
 
@@ -34,8 +35,9 @@ def check(args) -> None:
             raise UserError(f"--{name} {value}: {limit.words}")
         if (isinstance(value, int) and name != "seed" or name == "num_train_epochs") and abs(value) >= 2**53:
             raise UserError(f"--{name} {value}: must be below 2^53")  # beyond it floats don't count in ones
-    if args.label_smoothing and args.loss not in ("dpo", "robust"):
-        raise UserError(f"--label_smoothing has no meaning for --loss {args.loss}; leave it out, or use dpo or robust")
+    if args.label_smoothing and args.loss not in SMOOTHED:
+        raise UserError(f"--label_smoothing has no meaning for --loss {args.loss}; leave it out, or use "
+                        f"{' or '.join(sorted(SMOOTHED))}")
     if args.lora_dropout and args.use_lora and not args.allow_dropout:
         raise UserError(f"--lora_dropout {args.lora_dropout} makes policy and reference differ at step 0; "
                         "add --allow_dropout to train with it all the same, or leave it out")
