@@ -20,7 +20,7 @@ from nanodpo.errors import UserError
 from nanodpo.figures import records, tables
 from nanodpo.flags import unknown
 from nanodpo.flags.arguments import TrainArguments, parse
-from nanodpo.flags.settings import local_rank
+from nanodpo.flags.launchers import local_rank
 from nanodpo.folder import atomic
 from nanodpo.model import source
 from nanodpo.run import engine
@@ -310,7 +310,9 @@ def test_a_launcher_without_local_rank_gets_one(monkeypatch):
 
 
 @pytest.mark.parametrize("environment, words", [
-    ({"SLURM_STEP_NUM_TASKS": "2"}, "srun torchrun"), ({"OMPI_COMM_WORLD_SIZE": "4"}, "started by srun or mpirun"),
+    ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "srun torchrun"),
+    ({"SLURM_STEP_NUM_TASKS": "2"}, "several processes were started by srun"),
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, "several processes were started by mpirun"),
     ({"RANK": "1", "WORLD_SIZE": "2"}, "not LOCAL_RANK")])
 def test_ranks_that_would_not_find_each_other(monkeypatch, environment, words):
     """Processes that a launcher started without telling them their ranks would each train alone, into one folder."""

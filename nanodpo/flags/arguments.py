@@ -12,8 +12,9 @@ from pathlib import Path
 from ..core.losses import LOSSES, SMOOTHED
 from ..errors import UserError
 from .help import help_text
+from .launchers import local_rank
 from .limits import ABOVE_0, BELOW_1, BELOW_HALF, GIB, NOT_NEGATIVE, SEED, STEPS, Limit, check
-from .settings import check_path, local_rank, read_settings
+from .settings import check_path, read_settings
 from .unknown import OTHERWISE, unknown_arguments
 
 

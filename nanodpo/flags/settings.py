@@ -1,8 +1,7 @@
-"""Reads settings that are not flags: a YAML or JSON file, and the launcher's environment."""
+"""Reads a file of settings, YAML or JSON."""
 
 import errno
 import os
-import re
 
 from ..errors import UserError
 from ..files import parse_json, read_text, repeated
@@ -63,46 +62,3 @@ def check_path(flag: str, path: str) -> None:
         raise UserError(f"{flag} {path}: no such file can be, since the name holds NUL or half a character")
     if len(name) > 4095 or max(map(len, name.split(b"/"))) > 255:
         raise UserError(f"{flag} {path}: {os.strerror(errno.ENAMETOOLONG)}")
-
-
-def local_rank(flag: int) -> int:
-    """This process's number on its machine, from LOCAL_RANK or, where the launcher sets none, from --local_rank. Raises
-    UserError where they differ, and for an environment in which several processes would not make one run."""
-    for name in ("RANK", "WORLD_SIZE"):
-        if not re.fullmatch("[0-9]{1,9}", os.environ.get(name, "0")):
-            raise UserError(f"{name} is {os.environ[name]!r} in the environment, not a number; launchers set it")
-    given = os.environ.get("LOCAL_RANK")
-    alone = "RANK" not in os.environ
-    if alone and any(os.environ.get(name, "1") != "1" for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
-        raise UserError("several processes were started by srun or mpirun without RANK, so each would be a run of its "
-                        "own; let them start torchrun, one a machine: srun torchrun --nproc_per_node=... train.py")
-    if not alone and os.environ.get("WORLD_SIZE", "1") != "1" and given is None and flag < 0:
-        raise UserError("RANK and WORLD_SIZE are set, but not LOCAL_RANK, so all would share one GPU; set it too")
-    if alone and int(os.environ.get("WORLD_SIZE", 1)) != 1:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but RANK is not set, so this "
-                        "would be a run of one rank; start it with deepspeed or torchrun, or unset WORLD_SIZE")
-    if given is not None and not re.fullmatch("[0-9]{1,9}", given):
-        raise UserError(f"LOCAL_RANK is {given!r} in the environment, not a rank")
-    rank = flag if flag >= 0 else int(given or 0)
-    if given is not None and rank != int(given):
-        raise UserError(f"--local_rank {flag}, but LOCAL_RANK is {given}")
-    if not alone:
-        check_meeting()
-        os.environ.setdefault("LOCAL_RANK", str(rank))  # DeepSpeed reads it there
-    elif flag > 0:
-        raise UserError(f"--local_rank {flag} without RANK: start several processes with deepspeed or torchrun; to "
-                        "choose a GPU set CUDA_VISIBLE_DEVICES")
-    return rank
-
-
-def check_meeting() -> None:
-    """Raises UserError unless the environment says how many ranks there are, and where they meet."""
-    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        raise UserError(f"RANK is set in the environment, but not {', '.join(missing)}; deepspeed and torchrun set "
-                        "them all, and a single process needs none: unset RANK")
-    rank, world, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    if int(rank) >= int(world):
-        raise UserError(f"RANK is {rank} and WORLD_SIZE {world} in the environment; ranks are numbered from 0, so it "
-                        "must be below WORLD_SIZE")
-    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
-        raise UserError(f"MASTER_PORT is {port!r} in the environment, not a port (1 to {2**16 - 1})")

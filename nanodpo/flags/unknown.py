@@ -35,7 +35,7 @@ OTHERWISE = {name: what for what, names in {
     "not needed: the same command goes on with a run; --resume names another folder": "resume_from_checkpoint",
     "no folder is written over; name a new --output_dir": "overwrite_output_dir overwrite_cache",
     "there is --bf16, else float32; no fp16, and no weights of 4 or 8 bits":
-        "fp16 torch_dtype dtype tf32 load_in_4bit load_in_8bit quantization_bit bnb_4bit_quant_type",
+        "mixed_precision fp16 torch_dtype dtype tf32 load_in_4bit load_in_8bit quantization_bit bnb_4bit_quant_type",
     "not needed: each run finds out what is right for its model; --use_flash_attention demands the kernel":
         "attn_implementation padding_free packing group_by_length use_liger_kernel use_liger_loss",
     "AdamW is the only optimizer; leave it out": "optim optimizer optim_args",
@@ -49,7 +49,7 @@ OTHERWISE = {name: what for what, names in {
         "dataset_config dataset_config_name dataset_split dataset_train_split dataset_test_split",
     "all checkpoints of --save_steps stay; score.py compares them": "load_best_model_at_end metric_for_best_model",
     "nothing is uploaded; leave it out": "push_to_hub hub_model_id hub_token hub_strategy",
-    "ZeRO shares a model among GPUs: a stage in the file of --deepspeed": "fsdp fsdp_config",
+    "ZeRO shares a model among GPUs: a stage in the file of --deepspeed": "fsdp fsdp_config zero_stage",
     "not needed: leave it out": "remove_unused_columns dataloader_num_workers dataloader_drop_last dataset_num_proc "
         "dataloader_pin_memory preprocessing_num_workers ddp_find_unused_parameters ddp_timeout disable_tqdm log_level "
         "gradient_checkpointing_kwargs use_cache lora_task_type peft_type use_fast_tokenizer",

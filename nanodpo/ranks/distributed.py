@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import RankStopped, RunStopped, UserError, first_line
-from ..flags.settings import check_meeting
+from ..flags.launchers import check_meeting, take_over
 from ..screen import put
 from .peers import Peers
 
@@ -59,6 +59,7 @@ def meet() -> None:
 
     Raises UserError for an environment that no launcher leaves, and RunStopped where a rank has not come within JOIN.
     """
+    take_over()
     rank, world, host, port = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR",
                                                                      "MASTER_PORT"))
     if not (rank.isdecimal() and world.isdecimal()) or int(world) == 1:

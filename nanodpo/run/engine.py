@@ -15,6 +15,7 @@ from ..flags.unknown import hint
 from ..model.precision import mix_precision, product_dtype
 from ..ranks import distributed
 from . import memory
+from .other_trainers import leave_out_same
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
          "gradient_clipping", "fp16", "bf16", "torch_autocast")  # settings of the JSON that are train.py's flags
@@ -70,6 +71,7 @@ def engine_config(settings: dict, path: str, args) -> dict:
     for name, on in (("fp16", False), ("bf16", args.bf16)):  # what says the same as the flag contradicts nobody
         if name in settings and settings[name].get("enabled", on) == on:
             del settings[name]
+    leave_out_same(settings, path, args)
     if taken := [key for key in OWNED if key in settings]:
         raise UserError(f"{path}: sets {', '.join(taken)}, which train.py owns: remove it there and use the flags "
                             "(--learning_rate, --lr_scheduler_type, --per_device_train_batch_size, "

@@ -21,6 +21,7 @@ from ..folder.atomic import check_whole, check_writable
 from ..model.source import Source, base_of, check_ids, open_source
 from ..ranks import distributed
 from . import agreement, engine
+from .other_trainers import accelerate_differs
 from .signals import Stop
 
 
@@ -104,6 +105,8 @@ def prepare(argv: list[str], script: Path) -> Start | None:
     today = distributed.from_main(str(datetime.date.today()))  # one day for all ranks
     with agreement.same_on_all_ranks() as compared:
         settings = engine.read_settings(args, script.parent / "ds_config.json")
+        if differs := accelerate_differs(args, settings):
+            distributed.say(differs)
         distributed.check_device(args)
         source = open_start(args)
         folder, old, wanted = record.find(args, f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")

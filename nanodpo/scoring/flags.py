@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from ..flags.settings import local_rank
+from ..flags.launchers import local_rank
 from ..flags.unknown import parse_known
 from .responses import GREEDY, KINDS
 from .runs import READING, newest_run, own_data
