@@ -23,16 +23,15 @@ TESTS = ["forward", "reverse", "mixed"]
 
 def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names: list[str]) -> tuple[dict, list[str]]:
     """({a figure's name: (the figure, its caption)}, what the user should be told of them)."""
-    noise = noise_of(folders, files)
     if args.strip is not None:
         runs = names if args.scores else []
         tokens = [file.with_name("tokens.parquet") for file in files]
         (tokens,) = select([read_tokens(tokens, args.strip, runs, args.test)], runs, args.test)
-        return {"strip": strip_figure(tokens, args.strip, args.columns, noise)}, []
+        return {"strip": strip_figure(tokens, args.strip, args.columns, noise_of(folders, files))}, []
     scores = read_scores(files) if files else None
     series = read_series(args.series) if args.series else None
     if args.three_panel:
-        return draw_three_panel(args, scores, series, noise)
+        return draw_three_panel(args, scores, series, noise_of(folders, files))
     runs = label(folders)
     trained = folders and not (args.phases or args.heatmap)
     lines = {run: read_metrics(folder) for run, folder in runs.items()} if trained else {}
@@ -40,6 +39,7 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
     drawn = {"training": training_figure(lines, args.columns, facts)} if trained else {}
     if scores is not None or series is not None:
         scores, series = select_beside(scores, series, names if args.scores or args.phases else [], args.test)
+    noise = noise_of(folders, files)
     if args.heatmap:
         return {"heatmap": heatmap_figure(scores, args.columns, noise)}, []
     notes = []
