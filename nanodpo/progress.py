@@ -1,27 +1,30 @@
-"""Shows how far a long work is: a bar on a terminal, and a line a minute where there is none."""
+"""Shows how far a long work is: a bar on a terminal or in a notebook, and elsewhere a line every half minute."""
 
 import datetime
 import sys
 import time
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .ranks.distributed import is_main
 from .screen import printable, put
 
-EVERY = 60.0  # seconds from one line to the next
+EVERY = 30.0  # seconds from one line to the next
+NOTEBOOK = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)  # what tqdm.auto has chosen
 
 
 class Progress:
     """Counts the units of a work that are done, on rank 0: `with Progress("reference", 100, "step") as bar`."""
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):
-        terminal = sys.stderr.isatty()
+        # Lines go to stdout, the bar to stderr. Where one of them goes elsewhere (`| tee log`), a line would end up
+        # behind the bar.
+        bar = NOTEBOOK or sys.stdout.isatty() and sys.stderr.isatty()
         self.what, self.total, self.unit, self.done, self.start = printable(what), total, unit, done, done
-        self.lines, self.began = is_main() and not terminal, time.monotonic()
+        self.lines, self.began = is_main() and not bar, time.monotonic()
         self.said = self.began
         self.bar = tqdm(desc=self.what, total=total, initial=done, unit=unit, dynamic_ncols=True, leave=False, delay=1,
-                        disable=not (is_main() and terminal))
+                        disable=not (is_main() and bar))
 
     def __enter__(self):
         return self
@@ -36,12 +39,17 @@ class Progress:
         if text is not None:
             self.bar.set_postfix_str(printable(text), refresh=False)
         self.bar.update(count)
-        now = time.monotonic()
-        if self.lines and now - self.said >= EVERY and self.start < self.done < self.total:
-            self.said, spent = now, now - self.began
-            left = spent * (self.total - self.done) / (self.done - self.start)
-            spent, left = (datetime.timedelta(seconds=round(seconds)) for seconds in (spent, left))
-            put(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {spent} so far, about {left} to go")
+        if self.lines and time.monotonic() - self.said >= EVERY and self.start < self.done < self.total:
+            put(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {self.timing()}")
+
+    def timing(self) -> str:
+        """Seconds a unit, the time so far, and about how long the rest takes. The next line waits for EVERY seconds."""
+        self.said = time.monotonic()
+        spent = self.said - self.began
+        each = spent / max(1, self.done - self.start)
+        left = each * (self.total - self.done)
+        so_far, left = (datetime.timedelta(seconds=round(seconds)) for seconds in (spent, left))
+        return f"{each:{'.1f' if each >= 1 else '.2g'}} s a {self.unit}, {so_far} so far, about {left} to go"
 
 
 def track(items, what: str, unit: str):
@@ -53,10 +61,13 @@ def track(items, what: str, unit: str):
 
 
 def show(bar: Progress, line: dict, print_it: bool) -> None:
-    """Moves the bar by a step and, where asked, prints the step's means."""
+    """Moves the bar by a step and, where asked, prints the step's means; without a bar also how far the work is."""
+    if print_it:
+        bar.said = time.monotonic()  # its own line says it
     bar.update(text=f"loss {line['loss']:.4f}")
     if print_it:
-        put(f"step {line['step']:>5}  {summary(line)}  {line['perf/tokens_per_second']:,.0f} tokens/s")
+        timing = f", {bar.timing()}" if bar.lines else ""
+        put(f"step {line['step']:>5}  {summary(line)}  {line['perf/tokens_per_second']:,.0f} tokens/s{timing}")
 
 
 def summary(means: dict) -> str:

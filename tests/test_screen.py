@@ -205,15 +205,47 @@ def test_bars_fit_80_columns_and_no_line_is_glued_to_one():
             f"step {step:>5}{shown}", f"step {step}  held out: after a bar of its own"][: 2 - step % 10 // 5]]
 
 
-def test_without_a_terminal_there_is_a_line_a_minute(monkeypatch, capsys):
+def test_without_a_terminal_there_is_a_line_every_half_minute(monkeypatch, capsys):
     """10 of 70 pairs that took 2 minutes leave 60, which take 12."""
-    clock = iter([0.0, *(12.0 * i for i in range(1, 11))])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    now = iter(range(0, 10_000, 12))
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    next(now)
     with progress.Progress("reference", 80, "pair", 10) as bar:
         for _ in range(10):
+            clock[0] = float(next(now))
             bar.update()
-    assert capsys.readouterr().out == ("reference: 15 of 80 pairs, 0:01:00 so far, about 0:13:00 to go\n"
-                                       "reference: 20 of 80 pairs, 0:02:00 so far, about 0:12:00 to go\n")
+    assert capsys.readouterr().out == "".join(
+        f"reference: {done} of 80 pairs, 12.0 s a pair, 0:{spent // 60:02}:{spent % 60:02} so far, about 0:{left:02}:"
+        f"{rest:02} to go\n" for done, spent, left, rest in ((13, 36, 13, 24), (16, 72, 12, 48), (19, 108, 12, 12)))
+
+
+def test_without_a_terminal_a_step_says_how_far_the_run_is(monkeypatch, capsys):
+    """Steps that are not printed are counted every half minute all the same; a printed one counts as such a line."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    line = {"loss": 0.5, "rewards/margins": 1.0, "rewards/accuracies": 1.0, "perf/tokens_per_second": 99.0}
+    with progress.Progress("training", 100, "step", 20) as bar:
+        for step in range(20, 26):
+            clock[0] += 20.0
+            progress.show(bar, {"step": step, **line}, step == 23)
+    assert capsys.readouterr().out.splitlines() == [
+        "training: 22 of 100 steps, 20.0 s a step, 0:00:40 so far, about 0:26:00 to go",
+        "step    23  loss 0.5000  margin 1.0000  accuracy 1.0000  99 tokens/s, 20.0 s a step, 0:01:20 so far, about "
+        "0:25:20 to go",
+        "training: 26 of 100 steps, 20.0 s a step, 0:02:00 so far, about 0:24:40 to go"]
+
+
+@pytest.mark.parametrize("elsewhere", ["stdout", "stderr"])
+def test_no_bar_where_lines_and_bar_go_to_two_places(elsewhere, monkeypatch, capsys):
+    """As with `| tee log`: a line would be glued to the end of the bar."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(getattr(sys, name), "isatty", lambda name=name: name != elsewhere, raising=False)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with progress.Progress("work", 3, "item") as bar:
+        bar.update()
+    out, err = capsys.readouterr()
+    assert bar.bar.disable and out.startswith("work: 1 of 3 items, ") and err == ""
 
 
 def test_only_rank_0_says_how_far_it_is(monkeypatch, capsys):
@@ -222,7 +254,7 @@ def test_only_rank_0_says_how_far_it_is(monkeypatch, capsys):
     assert list(progress.track(range(5), "work", "item")) == [*range(5)] and capsys.readouterr() == ("", "")
     monkeypatch.setenv("RANK", "0")
     assert list(progress.track(range(5), "work", "item")) == [*range(5)]
-    assert capsys.readouterr().out.startswith("work: 1 of 5 items, 0:00:00 so far, about 0:00:00 to go\n")
+    assert capsys.readouterr().out.startswith("work: 1 of 5 items, ")
 
 
 def test_a_bar_never_passes_its_end(monkeypatch, capsys):

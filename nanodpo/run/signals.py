@@ -109,7 +109,7 @@ class Stop:
             self.name, self.since, self._urgent = name, time.monotonic(), not self.waiting
             release_closed()
             if self.waiting:  # A print may be under way. In a run's last save nothing remains to be stopped.
-                os.write(2, f"{name}: ends as soon as what is done is saved\n".encode())
+                _write(f"{name}: ends as soon as what is done is saved")
         elif time.monotonic() - self.since > GRACE:
             os._exit(code)
 
@@ -155,8 +155,13 @@ class Stop:
         if peers := distributed.peers():
             peers.tell(told, why or self.reason)
         if text:
-            os.write(2, f"{text}\n".encode())
+            _write(text)
         os._exit(code)
+
+
+def _write(text: str) -> None:
+    """A line on stderr, below a progress bar that may stand there."""
+    os.write(2, f"{chr(10) * os.isatty(2)}{text}\n".encode())
 
 
 def release_closed() -> None:
