@@ -122,13 +122,13 @@ def _remove_dropout(model: nn.Module) -> None:
 
 
 def describe(model: nn.Module) -> str:
-    """A line for the screen: how many parameters are trained, and their dtype."""
+    """For the screen: how many parameters are trained, their dtype, and the modules that have LoRA."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     count, total = sum(p.numel() for _, p in trained), sum(p.numel() for p in model.parameters())
     dtype = str(trained[0][1].dtype).removeprefix("torch.")
     line = f"model: {total:,} parameters, {count:,} of them trained ({count / total:.2%}), {dtype}"
     adapted = sorted({name.split(".lora_")[0].rpartition(".")[2] for name, _ in trained if ".lora_" in name})
-    return line + (f"; LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning")
+    return line + (f"\n  LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning")
 
 
 def weights_hash(model: nn.Module, fresh_lora: bool) -> str:
