@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 def build(start: Start, stop: Stop) -> Run:
     """Joins the ranks, loads the model and makes the engine around it."""
     args = start.args
-    device = engines.start(args, start.settings)
+    device = engines.start(args.local_rank, start.settings, args.deepspeed)
     rank, world = distributed.rank_and_world()
     with agreement.same_on_all_ranks() as compared, memory.shortage_named(rank, "loading the model"):
         model = loading.load_model(start.source, args)
@@ -214,7 +214,8 @@ def evaluate(run: Run) -> None:
     run.engine.eval()
     examples, meter = run.held_out.examples, Meter(run.device)
     sides = PAIR if examples[0].rejected is not None else PAIR[:1]
-    for pairs in progress.track(eval_batches(run), "evaluation", "batch"):
+    batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.world)
+    for pairs in progress.track(batches, "evaluation", "batch"):
         run.stop.check()
         for indices, weight in micro_batches_of(pairs, args.per_device_eval_batch_size, run.rank, run.world):
             here = [examples[k] for k in indices]
@@ -241,7 +242,7 @@ def end_again(start: Start) -> None:
     distributed.say(f"{folder}: this run is finished, all {steps} steps")
     distributed.say(f"next: {command_line(SCRIPT.with_name('score.py'), folder)}")
     if args.merge_weights and distributed.is_main() and not (folder / "merged").is_dir():
-        lifecycle.merge(args, folder, steps)
+        lifecycle.merge(folder, steps, args.bf16, args.trust_remote_code)
     if args.draw and distributed.is_main() and not is_drawn(folder):  # it was killed while it drew, or was not to
         distributed.say(draw_after(folder))
 

@@ -170,15 +170,15 @@ def test_a_base_that_has_changed_is_not_merged_into(tiny, tmp_path):
         checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, True), run / "checkpoint-1", {"step": 1})
         make_model(seed=1).save_pretrained(base)
         with pytest.raises(UserError, match="base: holds other weights than those that .* was trained on; put back"):
-            lifecycle.merge(args(bf16=bf16), run, 1)
+            lifecycle.merge(run, 1, bf16, False)
         shutil.copy(tiny / "model" / "model.safetensors", base)
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
         with pytest.raises(UserError, match="base: its config.json is not the one that"):
-            lifecycle.merge(args(bf16=bf16), run, 1)
+            lifecycle.merge(run, 1, bf16, False)
         assert sorted(place.name for place in run.iterdir()) == ["checkpoint-1", "run.json"]
         shutil.copy(tiny / "model" / "config.json", base)
-        lifecycle.merge(args(bf16=bf16), run, 1)
+        lifecycle.merge(run, 1, bf16, False)
         assert (run / "merged" / "model.safetensors").is_file()
 
 
@@ -187,7 +187,7 @@ def test_an_adapter_that_is_damaged_is_not_merged(tiny, tmp_path):
     checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, True), tmp_path / "checkpoint-1", {"step": 1})
     (tmp_path / "checkpoint-1" / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="checkpoint-1: adapter_config.json has 2 bytes of "):
-        lifecycle.merge(args(), tmp_path, 1)
+        lifecycle.merge(tmp_path, 1, False, False)
     assert not (tmp_path / "merged").exists()
 
 

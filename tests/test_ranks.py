@@ -48,12 +48,10 @@ def test_every_kind_of_thing_is_compared(tmp_path):
     program's own files; the state of the run's folder."""
     names = {"learning_rate": 1, "local_rank": 0, "output_dir": "o", "train_file_path": "f", "save_steps": 3}
     assert agreement.flags(names) == {"--learning_rate": 1, "--save_steps": 3}
-    args = type("Args", (), {"train_file_path": "a.csv", "eval_file_path": None})
     facts = {"data": ["1" * 64], "max_length": 5, "deepspeed": {"zero_optimization": {"stage": 2}}}
-    one = agreement.inputs(args, facts, None, None)
-    args.train_file_path = "b.csv"
+    one = agreement.inputs(("a.csv", None), facts, None, None)
     other = {"data": ["2" * 64], "max_length": 5, "deepspeed": {"zero_optimization": {"stage": 3}}}
-    assert agreement.differences([one, agreement.inputs(args, other, {"finished": True}, None)]) == [
+    assert agreement.differences([one, agreement.inputs(("b.csv", None), other, {"finished": True}, None)]) == [
         "rank 1 has token ids of --train_file_path 22222222 (b.csv), rank 0 11111111 (a.csv)",
         "rank 1 has DeepSpeed's zero_optimization.stage 3, rank 0 2",
         "rank 1 has in --output_dir a finished run, rank 0 new run"]

@@ -469,7 +469,7 @@ def test_what_a_rank_takes_from_a_state(tmp_path):
 def test_what_resume_may_name(tmp_path):
     """A run that has states, or needs none; one that was stopped before its first state is no state."""
     def find():
-        return run_record.find(SimpleNamespace(resume=str(tmp_path / "run"), output_dir=None), "new")
+        return run_record.find(str(tmp_path / "run"), None, "new")
 
     with pytest.raises(UserError, match="run: is no run .run.json is missing"):
         find()
@@ -500,14 +500,13 @@ def test_a_damaged_record(changes, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(record if isinstance(changes, dict) else changes))
     for where in ({"resume": "auto", "output_dir": str(tmp_path)}, {"resume": str(tmp_path), "output_dir": None}):
         with pytest.raises(UserError, match="run.json: is not what train.py writes"):
-            run_record.find(SimpleNamespace(**where), "new")
+            run_record.find(**where, name="new")
 
 
 def test_runs_of_one_second_take_folders_of_their_own(tmp_path):
     """Eight at once without --output_dir, and a file that has the name already: nobody gets what another has."""
-    args = SimpleNamespace(resume="auto", output_dir=None)
     name = tmp_path / "runs" / "dpo-2026-01-01-000000"
-    assert run_record.find(args, str(name)) == (name, None, None)
+    assert run_record.find("auto", None, str(name)) == (name, None, None)
     name.parent.mkdir()
     name.write_text("")
     together = threading.Barrier(8)
@@ -516,7 +515,7 @@ def test_runs_of_one_second_take_folders_of_their_own(tmp_path):
     assert sorted(taken) == [name.with_name(f"{name.name}-{k}") for k in range(2, 10)]
     # Whoever reads the clock in that second later finds no run to go on with, whatever its seed.
     (name.with_name(f"{name.name}-2") / "run.json").write_text("{}")
-    assert run_record.find(args, str(name)) == (name.with_name(f"{name.name}-10"), None, None)
+    assert run_record.find("auto", None, str(name)) == (name.with_name(f"{name.name}-10"), None, None)
 
 
 def test_a_state_that_is_a_link_can_be_named(tmp_path):
@@ -527,10 +526,9 @@ def test_a_state_that_is_a_link_can_be_named(tmp_path):
     (tmp_path / "disk").mkdir()
     for name in ("step-4", "step-04"):
         (tmp_path / "run" / "resume" / name).symlink_to(tmp_path / "disk")
-    args = SimpleNamespace(resume=str(tmp_path / "run" / "resume" / "step-4"), output_dir=None)
-    assert run_record.find(args, "new") == (tmp_path / "run", record, 4)
+    assert run_record.find(str(tmp_path / "run" / "resume" / "step-4"), None, "new") == (tmp_path / "run", record, 4)
     with pytest.raises(UserError, match="step-04: no such state"):
-        run_record.find(SimpleNamespace(resume=str(tmp_path / "run/resume/step-04"), output_dir=None), "new")
+        run_record.find(str(tmp_path / "run/resume/step-04"), None, "new")
 
 
 def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch):

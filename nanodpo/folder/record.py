@@ -54,22 +54,22 @@ def arguments(args) -> dict:
     return dataclasses.asdict(args) | {name: absolute(value) for name, value in named.items()}
 
 
-def find(args, name: str) -> tuple[Path, dict | None, int | None]:
+def find(resume: str, output_dir: str | None, name: str) -> tuple[Path, dict | None, int | None]:
     """(folder of the run, its run.json or None for a new run, the step to go on from where --resume names one).
 
     `name`: the folder of a new run without --output_dir, which `take` makes. --resume may name a run's folder or one of
     its states. Raises UserError for a folder that holds something else, or can't be written to.
     """
-    if args.resume in ("auto", "never"):
-        if not args.output_dir:
+    if resume in ("auto", "never"):
+        if not output_dir:
             claim(folder := _free(Path(name)))
             return folder, None, None
-        folder = Path(args.output_dir)
-        if args.resume == "auto" and (folder / "run.json").is_file():
+        folder = Path(output_dir)
+        if resume == "auto" and (folder / "run.json").is_file():
             return folder, read(folder), None
         claim(folder)
         return folder, None, None
-    path, step = Path(args.resume), None
+    path, step = Path(resume), None
     place = Path(os.path.abspath(path))  # as it is named: states may be links
     if place.parent.name == "resume" and place.name.startswith("step-"):
         folder, step = place.parent.parent, place.name.removeprefix("step-")
@@ -83,8 +83,8 @@ def find(args, name: str) -> tuple[Path, dict | None, int | None]:
     trained = record.get("finished") or (folder / f"checkpoint-{record.get('steps')}").is_dir()  # needs no state
     if not trained and not (folder / "resume").is_dir():
         raise UserError(f"--resume {path}: holds no state to go on from (the folder resume/ is missing)")
-    if args.output_dir and Path(args.output_dir).resolve() != folder.resolve():
-        raise UserError(f"--resume {path} and --output_dir {args.output_dir} are two runs; leave --output_dir out")
+    if output_dir and Path(output_dir).resolve() != folder.resolve():
+        raise UserError(f"--resume {path} and --output_dir {output_dir} are two runs; leave --output_dir out")
     return folder, record, step and int(step)
 
 

@@ -96,12 +96,13 @@ def program(script: Path, local_rank: int) -> dict:
             **{name: os.environ.get(name) for name in ROUNDING}}
 
 
-def inputs(args, facts: dict, old: dict | None, step: int | None) -> dict:
-    """The input of a run, by content. `facts` are the entries of its run.json, `old` those of the run.json in its
-    folder where there is one, and `step` is the step to go on from where --resume names one."""
-    paths = dict(zip(("train_file_path", "eval_file_path"), (args.train_file_path, args.eval_file_path)))
-    read = {f"token ids of --{name}": (ids, f"{ids[:8]} ({path})") for (name, path), ids in
-            zip(paths.items(), [*facts["data"], None]) if ids}
+def inputs(paths: tuple, facts: dict, old: dict | None, step: int | None) -> dict:
+    """The input of a run, by content. `paths`: --train_file_path and --eval_file_path. `facts` are the entries of its
+    run.json, `old` those of the run.json in its folder where there is one, and `step` is the step to go on from where
+    --resume names one."""
+    flags = ("train_file_path", "eval_file_path")
+    read = {f"token ids of --{name}": (ids, f"{ids[:8]} ({path})") for name, path, ids in
+            zip(flags, paths, [*facts["data"], None]) if ids}
     read |= {f"DeepSpeed's {name}": value for name, value in _leaves(facts["deepspeed"])}
     state = "finished run" if old and old.get("finished") else "run to go on with" if old else "new run"
     return read | {"max_length": facts["max_length"], "in --output_dir a": state, "a state of step": step}

@@ -101,9 +101,10 @@ def engine_config(settings: dict, path: str, args) -> dict:
     return settings
 
 
-def start(args, settings: dict) -> torch.device:
-    """Joins the ranks. Raises UserError for settings that DeepSpeed, imported now, will not take."""
-    device = distributed.start(args.local_rank)
+def start(local_rank: int, settings: dict, file: str | None) -> torch.device:
+    """Joins the ranks and returns this one's device. Raises UserError, which names the file and the setting, where
+    DeepSpeed, which is imported here, refuses the settings. `file`: that of --deepspeed."""
+    device = distributed.start(local_rank)
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
 
     try:
@@ -112,11 +113,11 @@ def start(args, settings: dict) -> torch.device:
             if (dtype := settings.get("data_types", {}).get(name)) is not None:
                 DtypeEnum(dtype)
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
-        said = first_line(error)
+        reason = first_line(error)
         if hasattr(error, "errors"):  # pydantic's
             first = error.errors()[0]
-            said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UserError(f"{args.deepspeed or 'ds_config.json'}: DeepSpeed does not take it: {said}") from error
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"{file or 'ds_config.json'}: DeepSpeed does not take it: {reason}") from error
     return device
 
 

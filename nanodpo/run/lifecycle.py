@@ -34,7 +34,7 @@ def open_folder(run: Run) -> dict:
             facts = _open_as_main(run)
     if not run.args.output_dir and not run.old:
         run.folder = Path(distributed.from_main(str(run.folder)))  # ranks may have read the clock in different seconds
-    _check_shared(run)
+    _check_shared(run.folder, run.rank)
     facts, run.evaluated = distributed.from_main((facts, run.evaluated))
     going = f", going on at step {facts['step']}" if run.old else ""
     epochs = f"{run.steps / run.steps_per_epoch:.3g} epochs"
@@ -65,11 +65,11 @@ def _open_as_main(run: Run) -> dict:
     return facts
 
 
-def _check_shared(run: Run) -> None:
+def _check_shared(folder: Path, rank: int) -> None:
     """Raises UserError where a rank does not read in its folder the run.json that rank 0 wrote."""
-    file = run.folder / "run.json"
+    file = folder / "run.json"
     seen = file.read_bytes() if file.is_file() else None
-    error = UserError(f"--output_dir {run.folder}: rank {run.rank} does not see what rank 0 wrote there; it must be a "
+    error = UserError(f"--output_dir {folder}: rank {rank} does not see what rank 0 wrote there; it must be a "
                       "folder that all machines share")
     distributed.gather_or_raise(None if seen == distributed.from_main(seen) else error)
 
@@ -144,18 +144,18 @@ def finish(run: Run) -> None:
     if run.rank == 0:
         record.check_held(run.folder, run.lock)
         if run.args.merge_weights:
-            merge(run.args, run.folder, run.steps)
+            merge(run.folder, run.steps, run.args.bf16, run.args.trust_remote_code)
         remove(run.folder / "resume")  # large, and of no use to a finished run
         record.finish(run.folder)
 
 
-def merge(args, folder: Path, steps: int) -> None:
+def merge(folder: Path, steps: int, bf16: bool, trust_remote_code: bool) -> None:
     """Writes the last checkpoint's adapter, merged into its base, to merged/: a model like any other. Raises UserError
     where the base is no longer the one that was trained on."""
     def check(model, base):
         loading.check_base(loading.base_hashes(model), base, record.read(folder), folder)
 
-    dtype, last = torch.bfloat16 if args.bf16 else torch.float32, folder / f"checkpoint-{steps}"
+    dtype, last = torch.bfloat16 if bf16 else torch.float32, folder / f"checkpoint-{steps}"
     check_whole(last)
-    checkpoint.merge(last, folder / "merged", dtype, args.trust_remote_code, check)
+    checkpoint.merge(last, folder / "merged", dtype, trust_remote_code, check)
     distributed.say(f"merged: {folder / 'merged'}")

@@ -34,7 +34,9 @@ def add_references(run: Run) -> None:
              for step in range(min(run.steps, run.steps_per_epoch))]
     run.ref = _references(run, run.train_set, steps, batch)
     if run.held_out:
-        run.held_ref = _references(run, run.held_out, eval_batches(run), run.args.per_device_eval_batch_size)
+        batch = run.args.per_device_eval_batch_size
+        steps = eval_batches(len(run.held_out.examples), batch * run.world)
+        run.held_ref = _references(run, run.held_out, steps, batch)
 
 
 def _references(run: Run, data: DataSet, steps: list[list[int]], batch: int) -> torch.Tensor:
@@ -51,17 +53,16 @@ def _references(run: Run, data: DataSet, steps: list[list[int]], batch: int) -> 
     def score(indices):
         return logps_of(run, [data.examples[i] for i in indices], PAIR, "the reference pass")
 
-    def mine(pairs):
+    def own_micro_batches(pairs):
         return micro_batches_of(pairs, batch, run.rank, run.world)
 
     with reference_policy(run.engine.module.model, run.fresh_lora):
-        return reference.reference_logps(data.examples, steps, mine, score, fingerprint, args.cache_dir, run.device,
-                                         run.stop.check)
+        return reference.reference_logps(data.examples, steps, own_micro_batches, score, fingerprint, args.cache_dir,
+                                         run.device, run.stop.check)
 
 
-def eval_batches(run: Run) -> list[list[int]]:
-    """The held-out pairs in order, as many at a time as all ranks take in one micro-batch."""
-    n, size = len(run.held_out.examples), run.args.per_device_eval_batch_size * run.world
+def eval_batches(n: int, size: int) -> list[list[int]]:
+    """The indices of n held-out pairs in order, `size` at a time: a micro-batch of every rank."""
     return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
 
 

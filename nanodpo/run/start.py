@@ -109,7 +109,8 @@ def prepare(argv: list[str], script: Path) -> Start | None:
             distributed.say(differs)
         distributed.check_device(args)
         source = open_start(args)
-        folder, old, wanted = record.find(args, f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+        new = f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
+        folder, old, wanted = record.find(args.resume, args.output_dir, new)
         date = (old or {}).get("date") or today  # some chat templates write it
         train, held_out, limit = load_data(args, source, date)
         sets = [data for data in (train, held_out) if data]
@@ -119,7 +120,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         start = Start(args, settings, source, train, held_out, folder, facts, old, wanted)
         if args.loss != "sft" and not start.finished:
             check_writable(Path(args.cache_dir), f"--cache_dir {args.cache_dir}")
-        compared |= agreement.inputs(args, facts, old, wanted)
+        compared |= agreement.inputs((args.train_file_path, args.eval_file_path), facts, old, wanted)
     if not start.finished:
         distributed.say("\n".join(data.report() for data in sets))
     return start
