@@ -18,6 +18,7 @@ import torch
 
 from nanodpo import progress
 from nanodpo.core.losses import loss_divisor, pair_losses
+from nanodpo.core.packing import scored_places
 from nanodpo.core.step import count_tokens, groups_of, make_batch, token_counts
 from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
 from nanodpo.errors import Preempted, RunStopped, leave, run_script
@@ -123,7 +124,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step)
     sides = PAIR[:1] if args.loss == "sft" else PAIR  # SFT trains on chosen alone
     # The loss of a step is the sum over its pairs by their number. DeepSpeed averages over ranks, hence world.
-    divisor = loss_divisor(args.loss, [len(examples[k].chosen) for k in pairs])
+    divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs])
     share = run.world / divisor
     rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
     for group in engine.optimizer.param_groups:
@@ -225,7 +226,7 @@ def evaluate(run: Run) -> None:
             losses = pair_losses(args.loss, logps, ref, tokens, args.beta, args.label_smoothing)
             meter.add({"loss": losses, **pair_metrics(logps, ref, tokens, args.beta)}, weight)
     means = meter.means()
-    means["loss"] *= len(examples) / loss_divisor(args.loss, [len(e.chosen) for e in examples])
+    means["loss"] *= len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples])
     means.pop("ref_gap", None)
     if bad := [name for name, value in means.items() if not math.isfinite(value)]:
         raise RunStopped(f"evaluation under checkpoint-{step}: {', '.join(bad)} not finite")

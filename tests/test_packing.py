@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from nanodpo.core.packing import Batch, Segments, pack, pad
+from nanodpo.core.step import token_counts
+from nanodpo.data.example import Answers
 
 # Prompt 7 8 9 with three responses, one of a single token; prompt 4, a single token, with two.
 GROUPS = [([7, 8, 9], [[1, 2], [3], [5, 6]]), ([4], [[2, 2, 2], [1]])]
@@ -52,6 +54,21 @@ def test_pad_literally():
     assert batch.targets.tolist() == [1, 2, 3, 5, 6, 2, 2, 2, 1]
     assert batch.sequence.tolist() == [0, 0, 1, 2, 2, 3, 3, 3, 4]
     assert (batch.n_sequences, batch.segments) == (5, None)
+
+
+@pytest.mark.parametrize("layout, predictors", [(pack, [1, 4, 5, 1]), (pad, [1, 4, 5, 8])])
+def test_of_a_response_only_some_tokens_may_count(layout, predictors):
+    """Answers 3 and 5 6 of a conversation; the question 4 between them is seen, and not scored. All else is as it is
+    where all of a response counts."""
+    groups = [([1, 2], [Answers([3, 9, 4, 5, 6], [0, 3, 4]), [7]])]
+    batch, whole = layout(groups), layout([([1, 2], [[3, 9, 4, 5, 6], [7]])])
+    assert batch.predictors.tolist() == predictors
+    assert batch.targets.tolist() == [3, 5, 6, 7] and batch.sequence.tolist() == [0, 0, 0, 1]
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(getattr(batch, name), getattr(whole, name))
+    assert batch.segments == whole.segments if whole.segments is None else (
+        batch.segments.spans == whole.segments.spans and torch.equal(batch.segments.keys, whole.segments.keys))
+    assert token_counts(groups, torch.device("cpu")).tolist() == [[3, 1]]
 
 
 @pytest.mark.parametrize("seed", range(40))

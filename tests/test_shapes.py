@@ -3,16 +3,22 @@
 A byte's id is its value, so all ids here are written by hand; they are those of apply_chat_template, cut by eye.
 """
 
+import hashlib
 import json
 import re
+import struct
 
 import pytest
 import tiny_tokenizers as tiny
 
+from nanodpo.core.packing import scored_places
+from nanodpo.data.example import Example
+from nanodpo.data.inspection import inspect
 from nanodpo.data.template import read_template
 from nanodpo.data.texts import split_pair
 from nanodpo.data.tokens import load_dataset
 from nanodpo.errors import UserError
+from nanodpo.folder.reference import data_hash
 
 SPECIAL = {"<|endoftext|>": 258, "<|im_start|>": 259, "<|im_end|>": 260}
 ASKED = "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
@@ -87,7 +93,7 @@ def test_shapes_of_pairs(row, prompt, tmp_path):
     example, = load(tmp_path, row).examples
     assert example.prompt == ids(prompt) and len(ids(ASKED)) == 21
     assert (example.chosen, example.rejected) == ([*b"4", 260], [*b"five", 260])
-    assert example.scored is None
+    assert scored_places(example.chosen) == range(2) and scored_places(example.rejected) == range(5)
 
 
 # SFT: the row, the prompt's text, then what follows it, scored stretches and others in turn
@@ -95,6 +101,8 @@ ALL = ["4<|im_end|>", "\n" + AGAIN, "yes<|im_end|>"]
 SFT = {
     "messages, one answer": ({"messages": [Q, A]}, ASKED, ALL[:1]),
     "messages, two answers": ({"messages": [Q, A, SURE, YES]}, ASKED, ALL),
+    "an answer that is not to be trained on": ({"messages": [Q, A | {"weight": 0}, SURE, YES | {"weight": 1}]},
+                                               ASKED + ALL[0] + ALL[1], ALL[2:]),
     "the same in parts": ({"messages": [parts(Q), parts(A), parts(SURE), parts(YES)]}, ASKED, ALL),
     "ShareGPT": ({"conversations": turns(("system", "Be brief."), ("human", "2?"), ("gpt", "4"), ("human", "Sure?"),
                                          ("gpt", "yes"))}, BRIEF + ASKED, ALL),
@@ -126,11 +134,10 @@ def test_shapes_of_sft(row, prompt, stretches, tmp_path):
     assert example.prompt == ids(prompt) and example.chosen == ids("".join(stretches)) and example.rejected is None
     ends = [len(ids("".join(stretches[: i + 1]))) for i in range(len(stretches))]
     scored = [i for i in range(ends[-1]) if len([end for end in ends if end <= i]) % 2 == 0]
-    assert example.scored == (None if len(stretches) == 1 else scored)
-    assert example.scored_tokens == {1: ends[-1], 3: 2 + 4}[len(stretches)]
+    assert [*scored_places(example.chosen)] == scored and len(scored) == {1: ends[-1], 3: 2 + 4}[len(stretches)]
     last, = load(tmp_path, row, loss="sft", train_on="last").examples
     assert last.prompt == ids(prompt + "".join(stretches[:-1])) and last.chosen == ids(stretches[-1])
-    assert last.scored is None and example.last_answer() == last
+    assert [*scored_places(last.chosen)] == [*range(len(last.chosen))] and example.last_answer() == last
 
 
 def test_a_cut_leaves_what_is_scored_within_it(tmp_path):
@@ -138,8 +145,28 @@ def test_a_cut_leaves_what_is_scored_within_it(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))
     args = tiny.DataArguments(loss="sft", overlong="truncate")
-    data = load_dataset(str(path), read_template(tiny.chatml()), args, 21 + 2 + len(ids("\n" + AGAIN)) + 1, False)
-    assert data.examples[0].chosen == ids(ALL[0] + ALL[1] + "y") and data.examples[0].scored == [0, 1, 27]
+    for room, chosen, scored in ((2 + 25 + 1, ALL[0] + ALL[1] + "y", [0, 1, 27]), (2 + 25, ALL[0], [0, 1]),
+                                 (1, "4", [0])):
+        data = load_dataset(str(path), read_template(tiny.chatml()), args, 21 + room, False)
+        assert data.examples[0].chosen == ids(chosen) and data.examples[0].chosen.scored == scored
+
+
+def test_inspect_puts_brackets_around_what_is_scored_alone(tmp_path):
+    tokenizer = tiny.chatml()
+    text = inspect(load(tmp_path, {"messages": [Q, A, SURE, YES]}, loss="sft"), tokenizer, 100)
+    assert "--- chosen: 21 prompt + 6 scored tokens, 25 others between them" in text
+    assert ASKED + "[4][<|im_end|>]\n" + AGAIN + "[y][e][s][<|im_end|>]\n" in text
+
+
+def test_another_choice_of_what_is_scored_is_another_data_set(tmp_path):
+    """Its hash, by which a run is known again, tells them apart; without such a choice the hash is that of the ids."""
+    row = {"messages": [Q, A, SURE, YES]}
+    every, last = (load(tmp_path, row, loss="sft", train_on=which).examples for which in ("all", "last"))
+    plain = [Example(0, every[0].prompt, [*every[0].chosen], None)]
+    assert len({data_hash(every), data_hash(last), data_hash(plain)}) == 3
+    ids = [numbers for numbers in (plain[0].prompt, plain[0].chosen, [])]
+    assert data_hash(plain) == hashlib.sha256(b"".join(
+        struct.pack(f"<{1 + len(numbers)}q", len(numbers), *numbers) for numbers in ids)).hexdigest()
 
 
 def test_thoughts_that_a_template_leaves_out_of_earlier_answers_are_not_scored(tmp_path):
@@ -150,7 +177,7 @@ def test_thoughts_that_a_template_leaves_out_of_earlier_answers_are_not_scored(t
     row = {"messages": [Q, A | {"content": "<think>hm</think>4"}, SURE, YES]}
     data = load(tmp_path, row, tokenizer=tokenizer, loss="sft")
     assert data.examples[0].prompt == ids(ASKED) and data.examples[0].chosen == ids("".join(ALL))
-    assert data.examples[0].scored_tokens == 2 + 4
+    assert len(data.examples[0].chosen.scored) == 2 + 4
     assert data.notes == {"the chat template writes earlier answers differently; scored as in the conversation": 1}
 
 
@@ -198,11 +225,17 @@ def test_pairs_of_texts_without_a_prompt(tmp_path):
      "has a message with a part of type 'image_url', which a model of text can't read"),
     ({"conversations": turns(("human", "2?"), ("function_call", "f(2)")), "chosen": "4", "rejected": "5"},
      "has a tool call that can't be read as JSON"),
+    ({"conversations": turns(("human", "2?"), ("gpt", "4")), "chosen": [], "rejected": "5"}, "chosen is an empty list"),
     ({"query": "2?", "history": ["1?"], "chosen": "4", "rejected": "5"}, "a history that is not a list of [question"),
 ])
 def test_what_can_be_no_pair_is_refused_in_clear_words(row, words, tmp_path):
     message = error_of(tmp_path, row)
     assert "rows.jsonl: 1 of 1 row can't be used; row 0: " in message and words in message
+
+
+def test_a_last_answer_that_is_not_to_be_trained_on_is_refused(tmp_path):
+    row = {"messages": [Q, A, SURE, YES | {"train": False}]}
+    assert "ends with an answer that is marked as not to be trained on" in error_of(tmp_path, row, loss="sft")
 
 
 def test_answers_with_scores_are_no_pairs_yet(tmp_path):
@@ -266,7 +299,7 @@ def test_a_rows_own_options_of_the_template(tmp_path):
     loud, quiet = ids("LOUD;" + ASKED), ids(ASKED)
     assert [example.prompt for example in data.examples] == [loud, loud, quiet, quiet]
     assert "columns: prompt, chosen, rejected; with chat_template_kwargs" in data.report()
-    for given, words in (("[1]", "of type list; it must be an object"), ({"tokenize": True}, "has tokenize in chat_t")):
+    for given, words in (("[1]", "of type list; they must be an object"), ({"tokenize": True}, "tokenize in chat_t")):
         assert words in error_of(tmp_path, row | {"chat_template_kwargs": given}, tokenizer=tooled())
 
 

@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import json
 import math
+import shutil
 
 import oracle
+import pandas
 import pytest
 import torch
 from conftest import ROOT, launch, make_model, make_tokenizer, train, zero
@@ -152,6 +154,63 @@ def test_sft_is_the_mean_over_all_tokens(tiny, tmp_path):
         rejected = [oracle.sequence_logp(model, p, r).item() / len(r) for p, _, r in pairs]
     last = [line for line in lines if "eval_loss" in line][-1]
     assert last["eval_logps_per_token/rejected"] == pytest.approx(sum(rejected) / len(pairs), rel=1e-4)
+
+
+TALK = [("What is 2+2? ", "It is 4."), ("Sure?", "Yes, I am."), ("Why?", "I counted.")]  # questions and answers
+
+
+@pytest.mark.parametrize("which", ["all", "last"])
+def test_the_answers_of_a_conversation_are_scored_and_what_is_said_between_them_is_not(which, tiny, tmp_path):
+    """The first step's loss is the mean over the tokens of all answers (or the last) of all rows, each with its end of
+    turn, by a loop over the logits in float64; two of one micro-batch and one alone. What score.py scores of it is the
+    last answer."""
+    rows = [[{"role": role, "content": text} for pair in TALK[:n] for role, text in zip(("user", "assistant"), pair)]
+            for n in (3, 1, 2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    line, *_ = train(tiny, tmp_path / "run", "--loss", "sft", "--use_lora", "false", "--train_on", which, "--max_steps",
+                     "1", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
+                     "--train_file_path", tmp_path / "rows.jsonl")
+    tokenizer, model = make_tokenizer(), make_model().double()
+    lost, last = [], []
+    for row in rows:
+        ids = tokenizer.apply_chat_template(row, return_dict=False)
+        logps = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        starts = [i + 11 for i in range(len(ids)) if tokenizer.decode(ids[i : i + 11]) == "<|im_start|>assistant\n"]
+        turns = [[-logps[i - 1, ids[i]].item() for i in range(start, ids.index(258, start) + 1)] for start in starts]
+        lost += [value for turn in (turns if which == "all" else turns[-1:]) for value in turn]
+        last.append(-sum(turns[-1]))
+    assert line["loss"] == pytest.approx(sum(lost) / len(lost), abs=2e-6)
+    assert len(lost) == {"all": 3 * 9 + 2 * 11 + 11, "last": 11 + 9 + 11}[which]
+    launch(ROOT / "score.py", tmp_path / "run", "--responses", "chosen", launcher="fork")
+    scored = pandas.read_parquet(tmp_path / "run" / "scores.parquet").query("step == 0").sort_values("row")
+    assert scored.logps.tolist() == pytest.approx(last, abs=1e-4)
+
+
+def test_a_base_model_takes_a_template_from_a_file_and_what_it_is_given_besides(tiny, tmp_path):
+    """examples/plain.jinja, and one that is told how to open; score.py reads alike, without being told."""
+    rows = [{"messages": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "4"}]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(tiny / "model", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    plain = (ROOT / "examples" / "plain.jinja").read_text()
+    (tmp_path / "own.jinja").write_text("{{ how }}: " + plain)
+    flags = ["--loss", "sft", "--train_file_path", tmp_path / "rows.jsonl", "--model_name", tmp_path / "base"]
+    done = launch(ROOT / "train.py", *flags, "--inspect", launcher="fork", check=False)
+    assert done.returncode == 2 and "give one with --chat_template, such as examples/plain.jinja" in done.stdout
+    done = launch(ROOT / "train.py", *flags, "--inspect", "--chat_template", ROOT / "examples/plain.jinja",
+                  launcher="fork")
+    assert "User: 2?\n\nAssistant:[ ][4][<|im_end|>]\n" in done.stdout
+    own = ["--chat_template", tmp_path / "own.jinja", "--chat_template_kwargs", '{"how": "Aloud"}']
+    train(tiny, tmp_path / "run", *flags, *own, "--max_steps", "1")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["prompt_leads"] == ["Aloud:"]
+    done = launch(ROOT / "train.py", *flags, *own, "--max_steps", "1", "--output_dir", tmp_path / "run",
+                  "--cache_dir", tmp_path / "cache", "--draw", "false", launcher="fork")
+    assert "this run is finished" in done.stdout
+    launch(ROOT / "score.py", tmp_path / "run", "--responses", "chosen", launcher="fork")
+    other = launch(ROOT / "score.py", tmp_path / "run", "--responses", "chosen", "--chat_template_kwargs",
+                   '{"how": "Low"}', launcher="fork", check=False)
+    assert other.returncode == 2 and "a prompt opens with 'Low:'" in other.stdout
 
 
 def test_dpo_on_an_sft_adapter_keeps_it_as_reference(tiny, tmp_path):

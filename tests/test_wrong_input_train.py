@@ -480,6 +480,15 @@ FLAGS += [(f"{what} for {flag}", nothing_changed, [f"--{flag}={value}"], [f"--{f
     *((name, "NUL", "@/a\0b", "a\\x00b: no such file can be, since the name holds NUL or half")
       for name in ("output_dir", "resume", "deepspeed", "model_name", "eval_file_path", "cache_dir")),
     ("deepspeed", "a long name", "x" * 5000, "too long"),
+    ("chat_template", "no file", "@/none.jinja", "can't be read (No such file"),
+    ("chat_template", "a folder", "@/model", "can't be read"), ("chat_template", "weights", "@/model/model.safetensors",
+                                                                "can't be read"),
+    ("chat_template", "a device", "/dev/zero", "can't be read (is a device, not a file"),
+    ("chat_template_kwargs", "half an object", '{"a": ', "can't be read as JSON"),
+    ("chat_template_kwargs", "a list", "[1]", "has options of type list; they must be an object"),
+    ("chat_template_kwargs", "a word", "thinking", "can't be read as JSON"),
+    ("chat_template_kwargs", "what is not the template's", '{"tokenize": true}', "not the template's to decide"),
+    ("train_on", "a word", "first", "invalid choice: 'first' (choose from 'all', 'last')"),
     ("lora_target_modules", "no module", "nope", "the model has no module nope; its linear layers are"),
 ]]
 FLAGS += [(f"settings: {text[:40]!r}", written(name, text), [f"@/{name}"], [f"@/{name}", words]) for name, text,

@@ -16,6 +16,11 @@ from torch import Tensor
 Group = tuple[list[int], list[list[int]]]  # prompt ids, ids of each response
 
 
+def scored_places(response: list[int]):
+    """Places of the tokens that count: all, but of a response with several answers (data/example.py) those alone."""
+    return getattr(response, "scored", range(len(response)))
+
+
 class OnDevice:
     """A record of tensors, and of records like this one, that moves as a whole."""
 
@@ -77,10 +82,10 @@ def pack(groups: list[Group]) -> Batch:
         ids += prompt
         positions += range(len(prompt))
         for response in responses:
-            at = len(ids)
-            predictors += [end - 1, *range(at, at + len(response) - 1)]
-            targets += response
-            sequence += [len(spans)] * len(response)
+            at, places = len(ids), scored_places(response)
+            predictors += [at + i - 1 if i else end - 1 for i in places]
+            targets += [response[i] for i in places]
+            sequence += [len(spans)] * len(places)
             spans.append((start, end, at, at + len(response)))
             ids += response
             positions += range(len(prompt), len(prompt) + len(response))
@@ -115,10 +120,10 @@ def pad(groups: list[Group]) -> Batch:
     predictors, targets, sequence = [], [], []
     for i, (prompt, response) in enumerate(lines):
         input_ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        first = i * width + len(prompt) - 1
-        predictors += range(first, first + len(response))
-        targets += response
-        sequence += [i] * len(response)
+        first, places = i * width + len(prompt) - 1, scored_places(response)
+        predictors += [first + k for k in places]
+        targets += [response[k] for k in places]
+        sequence += [i] * len(places)
     positions = torch.arange(width).repeat(len(lines), 1)  # not expand: what shares memory can't be pinned
     return Batch(input_ids, positions, torch.tensor(predictors), torch.tensor(targets), torch.tensor(sequence),
                  len(lines), None)

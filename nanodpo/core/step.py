@@ -8,7 +8,7 @@ Shapes: P groups, R responses of each.
 import torch
 from torch import Tensor
 
-from .packing import LAYOUTS, Batch, Group
+from .packing import LAYOUTS, Batch, Group, scored_places
 
 
 def groups_of(examples: list, sides: list[str]) -> list[Group]:
@@ -27,8 +27,8 @@ def make_batch(groups: list[Group], layout: str, device: torch.device) -> Batch:
 
 
 def token_counts(groups: list[Group], device: torch.device) -> Tensor:
-    """(P, R) float64: how many tokens each response has."""
-    counts = [[len(response) for response in responses] for _, responses in groups]
+    """(P, R) float64: how many tokens of each response are scored."""
+    counts = [[len(scored_places(response)) for response in responses] for _, responses in groups]
     return torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
 
 

@@ -3,6 +3,14 @@
 import dataclasses
 
 
+class Answers(list):
+    """Token ids of a response in which not all is an answer: only the tokens at the places `scored` count."""
+
+    def __init__(self, ids: list[int], scored: list[int]):
+        super().__init__(ids)
+        self.scored = scored
+
+
 @dataclasses.dataclass
 class Example:
     """Prompt ids, and the ids of each response with its end of turn; rejected is None in SFT data."""
@@ -14,26 +22,19 @@ class Example:
     cut: tuple[bool, bool] = (False, False)  # was chosen, rejected truncated
     more: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # responses of further columns
     problem: str = dataclasses.field(default="", compare=False)  # the same in rows of one problem, a short hash
-    scored: list[int] | None = None  # which tokens of chosen count, by their places in it; None: all
 
     @property
     def length(self) -> int:
         """The longest [prompt | response], in tokens."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected or ()))
 
-    @property
-    def scored_tokens(self) -> int:
-        """How many tokens of chosen count."""
-        return len(self.chosen if self.scored is None else self.scored)
-
     def last_answer(self) -> "Example":
-        """The same row with the last of several scored answers as its response, all before it as its prompt."""
-        if self.scored is None:
+        """The same row with the last of several scored answers as its response, and all before it as its prompt."""
+        if not isinstance(self.chosen, Answers):
             return self
-        gaps = [i for i in range(len(self.chosen)) if i not in {*self.scored}]
-        start = max(gaps, default=-1) + 1
-        return dataclasses.replace(self, prompt=self.prompt + self.chosen[:start], chosen=self.chosen[start:],
-                                   scored=None)
+        scored = self.chosen.scored
+        start = max(place for place, before in zip(scored, [-1, *scored]) if place == 0 or place - 1 != before)
+        return dataclasses.replace(self, prompt=self.prompt + self.chosen[:start], chosen=self.chosen[start:])
 
 
 def too_long(example: Example, max_prompt: int | None, limit: int, max_length: int | None) -> str | None:
@@ -60,5 +61,7 @@ def truncate(example: Example, limit: int, max_prompt: int | None = None, may_be
     if chosen == rejected and not may_be_equal:
         return "cut, both responses would be equal"
     cut = len(example.chosen) > room, len(example.rejected or ()) > room
-    scored = example.scored and [i for i in example.scored if i < room]
-    return dataclasses.replace(example, chosen=chosen, rejected=rejected, scored=scored, cut=cut)
+    if isinstance(example.chosen, Answers):
+        scored = [place for place in example.chosen.scored if place < room]
+        chosen = Answers(chosen[: scored[-1] + 1], scored)  # nothing is left of a question whose answer is cut off
+    return dataclasses.replace(example, chosen=chosen, rejected=rejected, cut=cut)

@@ -1,8 +1,10 @@
 """`train.py --inspect`: what the model will be trained on, token by token, before any training."""
 
 import dataclasses
+import itertools
 import sys
 
+from ..core.packing import scored_places
 from ..errors import UserError
 
 BINS, HEAD, TAIL = 12, 200, 60
@@ -29,8 +31,10 @@ def inspect(data, tokenizer, limit: int, row: int | None = None, held_out=None) 
             continue
         near = [(i, "") for i in example.prompt[-5:]] + [(i, "*") for i in response[:5]]
         ids = "  ".join(f"{star}{i}:{tokenizer.decode([i])!r}" for i, star in near)
-        parts += [f"\n--- {side}: {len(example.prompt)} prompt + {len(response)} scored tokens" + ", cut" * cut,
-                  tokenizer.decode(example.prompt) + _scored(tokenizer, response),
+        count, others = len(scored_places(response)), len(response) - len(scored_places(response))
+        parts += [f"\n--- {side}: {len(example.prompt)} prompt + {count} scored tokens"
+                  + f", {others} others between them" * bool(others) + ", cut" * cut,
+                  tokenizer.decode(example.prompt) + _stretches(tokenizer, response),
                   f"boundary, scored ids starred: {ids}"]
     return "\n".join([*parts, "", histogram(data.lengths, limit)])
 
@@ -43,6 +47,15 @@ def _find(data, held_out, row: int):
     if row in reasons:
         raise UserError(f"--inspect_row {row}: {data.path}: this row is left out: {reasons[row]}")
     raise UserError(f"--inspect_row {row}: {data.path} has rows 0 to {max(examples | reasons)}")
+
+
+def _stretches(tokenizer, response: list[int]) -> str:
+    """A response whose scored tokens are in brackets, and the others are not."""
+    places, text = {*scored_places(response)}, ""
+    for scored, stretch in itertools.groupby(range(len(response)), lambda place: place in places):
+        ids = [response[place] for place in stretch]
+        text += _scored(tokenizer, ids) if scored else tokenizer.decode(ids)
+    return text
 
 
 def _scored(tokenizer, ids: list[int]) -> str:

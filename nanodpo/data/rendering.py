@@ -27,8 +27,8 @@ def render_prompt(template: Template, messages: list[dict]) -> str:
     """Messages -> their text and the header of the assistant's next turn."""
     if not template.tokenizer.chat_template:
         raise UserError("is a list of messages, but the tokenizer has no chat template; give one with --chat_template, "
-                        "such as examples/plain.jinja, or put it into the model's folder as chat_template.jinja, or "
-                        "give text")
+                        "such as examples/plain.jinja beside train.py, or put it into the model's folder as "
+                        "chat_template.jinja, or give text")
     text = apply(template, messages, add_generation_prompt=True)
     _check_written(template, messages, text)
     _check_tools(template, text)
@@ -58,8 +58,16 @@ def render_messages(template: Template, messages: list[dict], first: int | None 
         if opened := asked[len(prompt):]:
             rendered.note = (f"the chat template opens an answer with {opened!r}, and not once it is in the "
                              "conversation; scored as in the conversation")
-    earlier = [] if first is None else [i for i in range(first, len(before)) if before[i]["role"] == "assistant"]
+    if first is not None and not _is_trained_on(reply):
+        raise UserError("ends with an answer that is marked as not to be trained on; end the conversation before it")
+    earlier = [i for i in range(len(before) if first is None else first, len(before))
+               if before[i]["role"] == "assistant" and _is_trained_on(before[i])]
     return _every_reply(template, messages, earlier, rendered) if earlier else rendered
+
+
+def _is_trained_on(message: dict) -> bool:
+    """Messages may say that they are not, as OpenAI's (weight), Axolotl's (train) and others do."""
+    return not any(message.get(name) in (0, False) for name in ("weight", "train", "loss_weight", "loss"))
 
 
 def _until_reply(template: Template, before: list[dict], asked: str, whole: str) -> str:

@@ -161,10 +161,20 @@ def read_row(row: dict, columns: Columns) -> Row:
 def check_options(name: str, options) -> None:
     """Raises UserError for what apply_chat_template can't be given."""
     if not isinstance(options, dict):
-        raise UserError(f"has {name} of type {type(options).__name__}; it must be an object, like "
+        raise UserError(f"has {name} of type {type(options).__name__}; they must be an object, like "
                         '{"enable_thinking": false}')
     if odd := sorted(RESERVED & {*options}):
         raise UserError(f"has {odd[0]} in {name}, which is not the template's to decide")
+
+
+def options_of(text: str | None) -> dict:
+    """The value of --chat_template_kwargs. Raises UserError for what is no JSON object."""
+    try:
+        options = _json("options", text or {})
+        check_options("options", options)
+    except UserError as error:
+        raise UserError(f"--chat_template_kwargs {text}: {error}") from error
+    return options
 
 
 def _json(name: str, value):

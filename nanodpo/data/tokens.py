@@ -5,7 +5,7 @@ import dataclasses
 
 from ..errors import UserError, one_line
 from ..progress import track
-from .example import Example, too_long, truncate
+from .example import Answers, Example, too_long, truncate
 from .problems import with_problems
 from .rows import read_rows
 from .shapes import Columns, as_messages, choose_columns, describe_columns, read_row, unread_parts
@@ -46,7 +46,7 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
         raise UserError(f"--responses {missing[0]}: {path} has no such column; it has {', '.join(rows[0])}")
     data = DataSet(path, [], [], collections.Counter(), columns=describe_columns(rows, columns, more))
     alone = args.loss == "sft"  # trained on chosen alone
-    every = alone and getattr(args, "train_on", "last") == "all"
+    every = alone and args.train_on == "all"
     texts, overlong = [], []
     for number, row in enumerate(track(rows, "rendering", "row")):
         try:
@@ -154,7 +154,8 @@ def _with_places(text: Texts, example: Example, tokenizer, boundary: str) -> Exa
             return ("chosen: an answer and what is beside it merge in tokens; score the last answers alone with "
                     "--train_on last")
     starts, ends = [0, *map(len, heads[1::2])], [*map(len, heads[::2]), len(example.chosen)]
-    return dataclasses.replace(example, scored=[i for ab in zip(starts, ends) for i in range(*ab)])
+    scored = [place for stretch in zip(starts, ends) for place in range(*stretch)]
+    return dataclasses.replace(example, chosen=Answers(example.chosen, scored))
 
 
 def _responses(tokenizer, texts: list[Texts], prompts: list[list[int]], responses: list[str], boundary: str) -> list:

@@ -30,14 +30,19 @@ class TrainArguments:
     random_init: bool = _flag(False, "Start from model_name's config with random weights instead of its weights.")
 
     # Data
-    train_file_path: str = _flag(None, ".parquet, .jsonl, .json or .csv file, glob, save_to_disk folder, or hub "
-                               "id[:config[:split]].")
+    train_file_path: str = _flag(None, "File (.parquet, .jsonl, .json, .csv ...), glob, folder, or hub "
+                               "id[@revision][:config[:split]]; several with commas between.")
     eval_file_path: str = _flag(None, "Data to evaluate on, given as train_file_path is.")
     eval_size: int = _flag(0, "Without eval_file_path: hold out this many training rows, drawn by seed.", NOT_NEGATIVE)
     prompt_field: str = _flag(None, "Column of prompts. Default: prompt, or question.")
     chosen_field: str = _flag(None, "Column of preferred responses. Default: chosen, text, completion or messages.")
     rejected_field: str = _flag(None, "Column of dispreferred responses. Default: rejected, or worse-text.")
     assistant_header: str = _flag(None, "What opens an assistant turn. Default: read off the chat template.")
+    chat_template: str = _flag(None, "File of a chat template, in place of the model's own.")
+    chat_template_kwargs: str = _flag(None, "What the chat template is given besides, as JSON: "
+                                      "'{\"enable_thinking\": false}'.")
+    train_on: str = _flag("all", "Of a conversation without rejected, in SFT: all its answers, or the last.",
+                          choices=["all", "last"])
     boundary: str = _flag("error", "Where prompt and response merge in one token: stop, or tokenise them apart.",
                           choices=["error", "concat"])
     max_length: int = _flag(None, "Longest prompt + response, in tokens. Default: the model's context.", ABOVE_0)
@@ -129,7 +134,8 @@ class TrainArguments:
         check(self)
 
 
-PATHS = ("model_name", "train_file_path", "eval_file_path", "deepspeed", "output_dir", "cache_dir", "resume")
+PATHS = ("model_name", "train_file_path", "eval_file_path", "chat_template", "deepspeed", "output_dir", "cache_dir",
+         "resume")
 
 
 def parse(argv: list[str], default_file: Path) -> TrainArguments:

@@ -27,7 +27,7 @@ FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "res
         "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "inspect_row", "print_config", "dry_run",
         "gradient_checkpointing", "activation_memory"}
 # ... or since the content of what they name is compared instead: weights, token ids, DeepSpeed settings.
-BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "deepspeed"}
+BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "chat_template", "deepspeed"}
 # An adapter that is trained on has settings of its own, which are known only when it is loaded.
 ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..data.example import Answers
 from ..errors import Preempted, RunStopped, UserError, first_line
 from ..progress import Progress
 from ..ranks.distributed import from_main, is_main, main_first, say, sum_over_ranks
@@ -24,11 +25,16 @@ SAVE_EVERY = 100
 STALE = ("weights", "data", "versions")  # may change while the names and settings stay
 
 
+def _scored(response: list[int]) -> list[list[int]]:
+    """The places of the tokens that count, where not all do."""
+    return [response.scored] if isinstance(response, Answers) else []
+
+
 def data_hash(examples) -> str:
     """A hash of the token ids of all examples, in order: data, tokenizer, template and limits in one."""
     digest = hashlib.sha256()
     for example in examples:
-        for ids in (example.prompt, example.chosen, example.rejected or []):
+        for ids in (example.prompt, example.chosen, example.rejected or [], *_scored(example.chosen)):
             digest.update(array.array("q", [len(ids), *ids]).tobytes())
     return digest.hexdigest()
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ..data.shapes import options_of
 from ..data.template import prompt_leads, read_template
 from ..errors import UserError
 from ..folder import checkpoint, record, resume, state
@@ -23,7 +24,8 @@ def open_folder(run: Run) -> dict:
     run.facts |= {"arguments": record.arguments(run.args), "steps": run.steps, "layout": run.layout,
                   "attention": run.attention, "weights": run.weights, "device": distributed.device_name(run.device),
                   "held_out_rows": [e.row for e in run.held_out.examples] if run.args.eval_size else None,
-                  "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header),
+                  "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header,
+                                                             options=options_of(run.args.chat_template_kwargs)),
                                                [example.prompt for example in run.train_set.examples])}
     with agreement.same_on_all_ranks() as compared:
         compared |= {name: run.facts[name] for name in ("layout", "attention")}

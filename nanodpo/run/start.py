@@ -12,9 +12,11 @@ import torch
 
 from ..data import inspection
 from ..data.schedule import epoch_order, steps_of
+from ..data.shapes import options_of
 from ..data.template import read_template
 from ..data.tokens import DataSet, load_dataset
-from ..errors import UserError
+from ..errors import UserError, first_line
+from ..files import read_text
 from ..flags.arguments import TrainArguments, parse
 from ..folder import record
 from ..folder.atomic import check_whole, check_writable
@@ -140,12 +142,27 @@ def open_start(args) -> Source:
     """The model or adapter to start from; a checkpoint of another run must be what that run wrote."""
     for place in filter(None, base_of(args.model_name)):
         check_whole(Path(place))
-    return open_source(args.model_name, args.trust_remote_code)
+    source = open_source(args.model_name, args.trust_remote_code)
+    if args.chat_template:
+        source.tokenizer.chat_template = _read_template_file(args.chat_template)
+    return source
+
+
+def _read_template_file(file: str) -> str:
+    """A chat template. Raises UserError for a file that can't be read, or holds nothing."""
+    try:
+        text = read_text(Path(file)).rstrip("\n")  # an editor ends a file with one
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"--chat_template {file}: can't be read ({why})") from error
+    if not text.strip():
+        raise UserError(f"--chat_template {file}: is empty")
+    return text
 
 
 def load_data(args, source, date: str | None = None):
     """(training set, held-out set or None, the longest sequence allowed in tokens). `date`: of the run, ISO."""
-    template = read_template(source.tokenizer, args.assistant_header, date)
+    template = read_template(source.tokenizer, args.assistant_header, date, options_of(args.chat_template_kwargs))
     context = source.context or sys.maxsize
     limit = args.max_length or context
     if limit > context:

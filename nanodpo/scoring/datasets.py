@@ -7,6 +7,7 @@ import json
 import sys
 
 from ..data.example import Example
+from ..data.shapes import options_of
 from ..data.template import Template, prompt_leads, read_template
 from ..data.tokens import DataSet, load_dataset
 from ..errors import UserError
@@ -106,9 +107,10 @@ class Reader:
 
     def read(self, settings, columns: tuple[str, ...] = ()) -> tuple[DataSet, Template]:
         """`columns`: further ones with responses."""
-        how = repr([getattr(settings, name) for name in ("loss", "date", *READING)] + [columns])
+        how = repr([getattr(settings, name) for name in ("loss", "date", "train_on", *READING)] + [columns])
         if how not in self.known:
-            template = read_template(self.source.tokenizer, settings.assistant_header, settings.date)
+            template = read_template(self.source.tokenizer, settings.assistant_header, settings.date,
+                                     options_of(settings.chat_template_kwargs))
             data = load_dataset(self.path, template, settings, self.limit(settings), pairs=False, more=columns)
             check_ids(self.source, self.path, data.examples)
             if self.rows:
@@ -177,7 +179,7 @@ def open_dataset(name: str, reader: Reader, settings, wanted: Wanted) -> Respons
     """A data set as the settings of a run read it, with its responses."""
     asked = wanted.responses or [*KINDS]
     read, template = reader.read(settings, tuple(kind for kind in asked if kind not in KINDS and kind != GREEDY))
-    examples, limit = read.examples, reader.limit(settings)
+    examples, limit = [example.last_answer() for example in read.examples], reader.limit(settings)
     there = [kind for kind, make in KINDS.items()
              if any(make(examples, i, wanted.seed) for i in range(len(examples)))]
     asked = wanted.responses or there

@@ -28,13 +28,14 @@ from .contents import Contents
 
 # Flags that say how data are read, with their choices; without them data are read as the run read its own.
 READING = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
-           "boundary": ["error", "concat"], "max_length": None, "max_prompt_length": None,
+           "chat_template_kwargs": None, "boundary": ["error", "concat"], "max_length": None, "max_prompt_length": None,
            "overlong": ["error", "drop", "truncate"], "on_bad_row": ["error", "drop"]}
 # The settings of a model that comes from no run.
 DEFAULTS = {"loss": "", "prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
-            "boundary": "error", "max_length": None, "max_prompt_length": None, "overlong": "error",
-            "on_bad_row": "error", "beta": 0.1, "label_smoothing": 0.0, "bf16": False, "train_file_path": None,
-            "eval_file_path": None, "prompt_leads": None, "held_out_rows": None, "date": None}
+            "chat_template_kwargs": None, "train_on": "last", "boundary": "error", "max_length": None,
+            "max_prompt_length": None, "overlong": "error", "on_bad_row": "error", "beta": 0.1, "label_smoothing": 0.0,
+            "bf16": False, "train_file_path": None, "eval_file_path": None, "prompt_leads": None,
+            "held_out_rows": None, "date": None}
 NOT_A_RUN = {"trust_remote_code": False, "record": {}}  # `record` is all that a run's run.json says
 STEP = re.compile(r"checkpoint-(\d{1,15})")
 
@@ -162,6 +163,8 @@ def _right(key: str, value) -> bool:
         return value is None or isinstance(value, list) and all(type(row) is int for row in value)
     if key in ("beta", "label_smoothing"):
         return type(value) in (int, float) and (math.isfinite(value) if key == "beta" else 0 <= value < 0.5)
+    if key == "train_on":
+        return value in ("all", "last")
     if choices := READING.get(key):
         return value in choices
     return isinstance(value, str) or value is None and key != "loss"
