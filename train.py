@@ -237,7 +237,7 @@ def evaluate(run: Run) -> None:
 
 
 def end_again(start: Start) -> None:
-    """What is left to do for a run that is finished."""
+    """Does what is missing at the end of a finished run: the merged model, the figures."""
     args, folder, steps = start.args, start.folder, start.old["steps"]
     distributed.leave()
     distributed.say(f"{folder}: this run is finished, all {steps} steps")

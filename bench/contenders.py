@@ -25,7 +25,7 @@ BETA, RATE = 0.1, 1e-5
 
 @dataclasses.dataclass
 class Work:
-    """What every contender is given alike."""
+    """The model, data and settings, the same for every contender."""
 
     pairs: list[Pair]
     model: str | dict  # a folder, or a Qwen2 config
@@ -106,7 +106,7 @@ class Contender:
         return model
 
     def modes(self, k: int) -> list[str]:
-        """What the k-th step's row keeps, by layer."""
+        """The mode of recomputation of each layer in the k-th step."""
         layers = self.model.config.get_text_config().num_hidden_layers
         return [self.work.checkpointing] * layers
 

@@ -138,7 +138,7 @@ def killer(event: int, folder: str):
 
 
 def phase_of(config: dict, run: str) -> str:
-    """What a run is doing, as its folder shows it."""
+    """The phase of a run, by the files in its folder."""
     folder = config["folder"] / run
     if any(folder.glob(".*.partial")) or any(folder.glob("resume/.*.partial")):
         return "save"
@@ -283,7 +283,7 @@ def count_lines(folder: Path) -> int:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What is not the same in two runs' folders: names of files, and steps and columns of metrics.jsonl."""
+    """The differences between two runs' folders: names of files, and steps and columns of metrics.jsonl."""
     found = []
     a, b = ([{k: v for k, v in json.loads(line).items() if not k.startswith(("perf/", "mem/"))}
              for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other))

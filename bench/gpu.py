@@ -72,7 +72,7 @@ class OnDevice:
         self.contender = contenders.build(name, work)
 
     def step(self, k: int) -> dict | None:
-        """What the k-th pair's step took; None where it ran out of memory."""
+        """Time and memory of the k-th pair's step; None where it ran out of memory."""
         from nanodpo.run.memory import out_of_memory
 
         if self.short and self.cuda:

@@ -1,4 +1,4 @@
-"""What the measurements share: a process for each contender, turns in rotation, honest peaks, tables and JSON.
+"""Parts that the measurements share: a process for each contender, turns in rotation, honest peaks, tables and JSON.
 
 Memory is the resident set of a fresh process: what the operating system had to find, whoever asked for it. Times are
 medians over rounds in which every contender has one turn, so that a machine that slows down slows all of them. Beside

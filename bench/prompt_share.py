@@ -1,4 +1,4 @@
-"""What sharing a prompt and leaving out padding are each worth: training steps in three layouts of the same pairs.
+"""Measures the gain of sharing a prompt and of leaving out padding: training steps in three layouts of the same pairs.
 
     python bench/prompt_share.py                          prompts of 5, 30 and 60% of a sequence
     python bench/prompt_share.py --model_name M --length 1024

@@ -1,4 +1,5 @@
-"""What safety costs: seconds and bytes of a checkpoint and of a state to resume from, and its share of a step.
+"""Measures the cost of safety: seconds and bytes of a checkpoint and of a state to resume from, and its share of a
+step.
 
     python bench/safety.py                                          the default run, its first 60 steps
     python bench/safety.py --model_name M --train_file_path D ...   any flags of train.py

@@ -219,7 +219,7 @@ def floor(tokenizer, seed=0, part="test", direction="mixed"):
 
 
 def corpus(seed, count=CORPUS_DOCUMENTS):
-    """What the base model reads: the same world in plain wording, and none of the problems of train or test."""
+    """The texts for the base model: the same world in plain wording, and none of the problems of train or test."""
     rng = random.Random(f"corpus {seed}")
     held_out = {problem.numbers for part in split(seed).values() for problem in part}
     documents = []

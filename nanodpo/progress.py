@@ -1,4 +1,4 @@
-"""Shows how far a long work is: a bar on a terminal or in a notebook, and elsewhere a line every half minute."""
+"""Shows the progress of a long work: a bar on a terminal or in a notebook, and elsewhere a line every half minute."""
 
 import datetime
 import sys
@@ -14,7 +14,8 @@ NOTEBOOK = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)  # w
 
 
 class Progress:
-    """Counts the units of a work that are done, on rank 0: `with Progress("reference", 100, "step") as bar`."""
+    """Counts the units of a work that are done, and shows them on rank 0: `with Progress("reference", 100, "step") as
+    bar`. `done`: units that were done before."""
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):
         # Lines go to stdout, the bar to stderr. Where one of them goes elsewhere (`| tee log`), a line would end up
@@ -33,7 +34,7 @@ class Progress:
         self.bar.close()
 
     def update(self, count: int = 1, text: str | None = None) -> None:
-        """So many units more are done; `text` stands at the end of the bar."""
+        """Counts units that are done; `text` stands at the end of the bar."""
         count = min(count, self.total - self.done)  # ranks count for each other, and the last ones may have less
         self.done += count
         if text is not None:
@@ -53,7 +54,7 @@ class Progress:
 
 
 def track(items, what: str, unit: str):
-    """The items one by one; the next is asked for when one is done."""
+    """Yields the items, and counts one as done when the next is asked for."""
     with Progress(what, len(items), unit) as bar:
         for item in items:
             yield item
@@ -61,7 +62,7 @@ def track(items, what: str, unit: str):
 
 
 def show(bar: Progress, line: dict, print_it: bool) -> None:
-    """Moves the bar by a step and, where asked, prints the step's means; without a bar also how far the work is."""
+    """Moves the bar by a step and, where asked, prints the step's means; without a bar also the progress and time."""
     if print_it:
         bar.said = time.monotonic()  # its own line says it
     bar.update(text=f"loss {line['loss']:.4f}")

@@ -1,4 +1,4 @@
-"""What several test files share: a tiny model and tokenizer made on the spot, and launches of the real scripts."""
+"""Fixtures of several test files: a tiny model and tokenizer made on the spot, and launches of the real scripts."""
 
 import atexit
 import functools

@@ -122,7 +122,7 @@ class Listener(logging.Handler):
 
 @contextlib.contextmanager
 def listening():
-    """What libraries log and warn meanwhile."""
+    """Collects the logs and warnings of libraries within the block."""
     listener = Listener()
     for name in LIBRARIES:
         logging.getLogger(name).addHandler(listener)

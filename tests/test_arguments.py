@@ -266,7 +266,7 @@ def test_home_is_found_where_no_shell_looked(tmp_path, monkeypatch):
 
 
 def launched(monkeypatch, **names):
-    """What a launcher of four ranks puts into the environment, changed; None takes a name away."""
+    """The environment of a launcher of four ranks, changed; None takes a name away."""
     for name, value in ({"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | names).items():
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
 

@@ -92,7 +92,7 @@ def test_row_mates_come_and_go_unnoticed():
 
 
 def slow_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scaling, window):
-    """What the variable-length kernel is documented to do, a stretch, a head and a query at a time."""
+    """The variable-length kernel as it is documented, a stretch, a head and a query at a time."""
     assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
     out, share = [], q.shape[1] // k.shape[1]
     for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):

@@ -1044,7 +1044,7 @@ PAIR = ["sft", "dpo", "--phases"]
     (["--scores", "s.parquet", "--series", "same.csv"], "the scores and the csv both have a run called dpo"),
 ])
 def test_no_flag_and_no_run_is_passed_over(tmp_path, monkeypatch, flags, message):
-    """What is asked for is drawn or refused."""
+    """Every figure that is asked for is drawn or refused."""
     tables = [make_scores(tmp_path / f"{run}.parquet", {(name, "chosen", step): [-1.0, -2.0] for step in (0, 9)
               for name in sets}, run=run, phase=run) for run, sets in (("sft", ["test"]), ("dpo", ["test", "third"]))]
     pandas.concat(map(pandas.read_parquet, tables), ignore_index=True).to_parquet(tmp_path / "s.parquet")

@@ -1,4 +1,4 @@
-"""What stands around a step: requests to stop, and numbers that are not finite."""
+"""Safety around a step: requests to stop, and numbers that are not finite."""
 
 import math
 from types import SimpleNamespace

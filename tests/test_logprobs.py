@@ -244,7 +244,7 @@ def test_twenty_thousand_terms_lose_nothing(scale):
 
 
 def test_a_broken_token_spoils_its_own_response_alone():
-    """What is not finite in one response must not hide which one it was."""
+    """A value that is not finite must not hide the response that has it."""
     token_logps = torch.tensor([-1.0, -math.inf, -2.0, math.nan, -3.0])
     sums = sum_by_sequence(token_logps, torch.tensor([0, 1, 1, 2, 3]), 4)
     assert sums[[0, 3]].tolist() == [-1.0, -3.0] and not sums[1:3].isfinite().any()

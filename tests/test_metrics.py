@@ -1,4 +1,4 @@
-"""What a step reports, by hand."""
+"""The metrics of a step, by hand."""
 
 import ast
 import json

@@ -98,7 +98,7 @@ def test_the_fingerprint_sees_every_weight_and_setting(tiny):
 
 
 def test_a_checkpoint_is_verified_before_it_counts(tmp_path):
-    """What was written is compared with memory; a difference, a NaN or a hole leaves no folder behind."""
+    """A checkpoint is read back and compared with memory; a difference, a NaN or a hole leaves no folder behind."""
     model, tokenizer = make_model(), make_tokenizer()
     state = checkpoint.gather(model, only_trained=False)
     checkpoint.save(model, tokenizer, state, tmp_path / "checkpoint-1", {"step": 1})

@@ -1,4 +1,5 @@
-"""What score.py keeps: nothing is scored twice, nothing damaged is taken for done, and asking for more adds."""
+"""The parts that score.py keeps: nothing is scored twice, nothing damaged is taken for done, and asking for more
+adds."""
 
 import json
 import os
@@ -246,7 +247,7 @@ def test_parts_of_another_version_are_not_read(run, tmp_path, work, capsys, monk
 
 
 def test_tables_are_written_anew_from_the_parts(run, tmp_path, work):
-    """What somebody did to scores.parquet is gone after the next call, and counts for nothing."""
+    """A change of scores.parquet by somebody is gone after the next call, and counts for nothing."""
     before = scored(run, tmp_path)
     table = before[0]["scores.parquet"]
     table.assign(logps=0.0).to_parquet(tmp_path / "scores.parquet")

@@ -288,7 +288,7 @@ def test_other_errors_stay_what_they_are(error):
 
 
 def test_a_terminal_that_is_gone_keeps_nothing_from_being_saved(tmp_path):
-    """What a process writes to a terminal that has closed would end it; after SIGHUP there is none to write to."""
+    """A write to a terminal that has closed would end a process; after SIGHUP there is none to write to."""
     code = ("import os, signal, sys, time; sys.path.insert(0, sys.argv[1]); from nanodpo.run import signals\n"
             "with signals.Stop() as stop:\n"
             "    stop.wait(); os.write(1, b'ready'); before = time.monotonic()\n"

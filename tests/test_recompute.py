@@ -302,7 +302,7 @@ print(torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated())
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_rows_of_all_lengths_leave_no_holes():
-    """What the allocator holds is little more than the largest row took."""
+    """The allocator holds little more than the largest row took."""
     done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.05

@@ -95,7 +95,7 @@ def test_numbers_that_are_not_finite_are_not_kept(run):
 
 
 def test_the_hash_of_the_data_sees_every_token_in_its_place():
-    """What is prompt, chosen or rejected, and in which row, of the same tokens all told."""
+    """The same tokens, parted otherwise into prompt, chosen and rejected, or into rows."""
     sets = [[([1, 2], [3], [4])], [([1], [2, 3], [4])], [([1, 2], [3, 4], None)], [([1, 2], [3], [5])],
             [([2, 1], [3], [4])], [([1, 2], [3], [4])] * 2, [([1, 2], [3], [4]), ([1, 2], [4], [3])],
             [([1, 2], [4], [3]), ([1, 2], [3], [4])]]

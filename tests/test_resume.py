@@ -396,7 +396,7 @@ def test_a_run_is_done_with_its_last_line_and_its_last_checkpoint(steps, wanted,
 
 
 def test_a_last_line_without_its_end_is_not_whole(tmp_path):
-    """What is appended later would stand behind it in the same line."""
+    """A line that is appended later would stand behind it in the same line."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 1.0}')
     resume.go_back(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n'

@@ -1,4 +1,4 @@
-"""What reaches a terminal: nothing that acts on it, whoever wrote it."""
+"""Output to a terminal: nothing that acts on it, whoever wrote it."""
 
 import json
 import logging
@@ -142,7 +142,7 @@ def test_names_of_files_runs_and_columns(tiny, finished, tmp_path, capfd):
 
 
 class Terminal:
-    """What stands on a screen after these bytes: rows of text, as a terminal of so many columns shows them."""
+    """The text on a screen after these bytes: rows of text, as a terminal of so many columns shows them."""
 
     def __init__(self, stream: str, columns: int):
         self.rows, row, column = {}, 0, 0

@@ -1,4 +1,4 @@
-"""What a person reads of a scoring: the table on the screen, right answers, and answers side by side."""
+"""A scoring for human eyes: the table on the screen, right answers, and answers side by side."""
 
 import pandas
 import pytest

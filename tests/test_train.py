@@ -271,7 +271,7 @@ def test_a_run_that_does_not_start_at_its_reference_stops(tiny, tmp_path):
     (0.0, 0.0, True, False), (9e-5, 0.0, False, False), (2e-4, 0.0, False, True), (9e-4, 0.009, True, False),
     (9e-5, 0.38, False, True), (9e-4, -3.8, True, True)])
 def test_long_responses_can_not_hide_a_wrong_reference(gap, margin, bf16, stops):
-    """What is little a token is a lot over 20,000 of them, and shows in the margin."""
+    """A small difference a token is a large one over 20,000 tokens, and shows in the margin."""
     with pytest.raises(RunStopped, match="step 0: policy and") if stops else contextlib.nullcontext():
         check_start({"loss": 0.6, "rewards/margins": margin}, gap, bf16, "cache")
 
@@ -324,7 +324,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tiny, tmp_path):
 
 
 def test_bfloat16_is_close_to_float32_under_every_stage(tiny, tmp_path):
-    """What is trained is float32, and a CPU multiplies in it: 3 steps of 11 accumulated micro-batches are
+    """Trained weights are float32, and a CPU multiplies in it: 3 steps of 11 accumulated micro-batches are
     those in float32 of a base that bfloat16 holds exactly, under the stage that was asked for."""
     make_model(dtype=torch.bfloat16).save_pretrained(tiny / "rounded")
     make_tokenizer().save_pretrained(tiny / "rounded")

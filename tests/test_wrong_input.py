@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one line that says so, exit code 2, no traceback, and no folder made."""
+"""A mistake of a user ends in one line that says so, exit code 2, no traceback, and no folder made."""
 
 import json
 import os

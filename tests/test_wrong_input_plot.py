@@ -211,7 +211,7 @@ CASES = [*TABLES, *METRICS, *CSV, *FLAGS, *RECORDS]
 
 @pytest.mark.parametrize("change, flags, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_malformed_input(tmp_path, change, flags, words, monkeypatch, capfd):
-    """What can't be drawn is named in one line, and no figure, old or new, is touched."""
+    """Input that can't be drawn is named in one line, and no figure, old or new, is touched."""
     run = make_run(tmp_path / "run")
     make_scores(run / "scores.parquet", SCORES, run="run")
     tokens = [{"run": "run", "dataset": "d", "response": side, "step": step, "row": 7, "position": i, "token": word,

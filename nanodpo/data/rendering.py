@@ -143,7 +143,7 @@ def _is_written(part: str, text: str) -> bool:
 
 
 def _parts(message: dict, is_reply: bool) -> list[str]:
-    """What of a message must be in the text. Of earlier answers templates drop what was thought before them."""
+    """The parts of a message that must be in the text. Templates drop the thoughts before earlier answers."""
     said = [message.get(name) for name in (("content", *REASONING) if is_reply else ("content",))]
     if message["role"] == "assistant" and not is_reply:
         said = [(said[0] or "").rpartition("</think>")[2]]

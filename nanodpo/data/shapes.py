@@ -178,7 +178,7 @@ def options_of(text: str | None) -> dict:
 
 
 def _json(name: str, value):
-    """What some files hold as JSON in text."""
+    """The value of a column that some files write as JSON in text."""
     if not isinstance(value, str):
         return value
     try:
@@ -192,7 +192,7 @@ def _said(role: str, content) -> dict:
 
 
 def _alpaca(row: dict, instruction):
-    """What a user says: the instruction and, on the next line, its input; after the questions and answers before it."""
+    """The user's turn: the instruction and, on the next line, its input; after earlier questions and answers."""
     parts = [instruction, row.get("input")]
     if odd := next((part for part in parts if part is not None and not isinstance(part, str)), None):
         return odd

@@ -117,7 +117,7 @@ def _read(template: Template) -> None:
 
 
 def _openings(template: Template, bos: str) -> tuple[str, ...]:
-    """What the template writes before a user and a system message. A system prompt of its own comes before both."""
+    """The texts that the template writes before a user and a system message. Its own system prompt precedes both."""
     probe, ask, reply = {"content": PROBE}, {"role": "user", "content": QUESTION}, {"role": "assistant", "content": "A"}
     user = {"role": "user", **probe}
     found = []
@@ -246,7 +246,7 @@ def holds_turns(template: Template, text: str) -> bool:
 
 
 def opening_in(template: Template, text: str) -> str | None:
-    """What opens a user or system turn in this text."""
+    """The text that opens a user or system turn in this text."""
     return next((mark for mark, place in zip(template.openings, template.places) if place.search(text)), None)
 
 
@@ -258,7 +258,7 @@ def lacks_template(template: Template, prompt: str) -> bool:
 
 
 def prompt_leads(template: Template, prompts: list[list[int]]) -> list[str | None]:
-    """What stands before the user's first turn (a system prompt, say), every form that occurs; None for plain text.
+    """The texts before the user's first turn (a system prompt, say), each that occurs; None for plain text.
 
     Log-probs under another lead than that of training answer another question.
     """

@@ -53,7 +53,7 @@ class Added(nn.Module):
 
 
 class OneProduct(LoraVariant):
-    """What PEFT asks for the output of a layer with this variant."""
+    """LoRA on a layer in one product: PEFT calls `forward` for the output of a layer with this variant."""
 
     merge_unsafe = LoraVariant.merge_safe  # raises NotImplementedError, where PEFT's own would do nothing
 
@@ -98,8 +98,8 @@ def keep_less(model: nn.Module) -> None:
 
 
 def _compiled(kind: type) -> tuple | None:
-    """What a class's forward does: its instructions, with the names and numbers in them. Model families write Llama's
-    MLP under names of their own, so a class's name says nothing."""
+    """The instructions of a class's forward, with the names and numbers in them. Model families write Llama's MLP under
+    names of their own, so the name of the class does not tell."""
     code = getattr(kind.forward, "__code__", None)  # a forward that is no plain function has none
     return code and (code.co_code, code.co_names, code.co_consts)
 

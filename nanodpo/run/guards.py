@@ -56,7 +56,7 @@ class StepGuard:
 
 
 def not_finite(means: dict[str, float], guard: StepGuard) -> str | None:
-    """What is not finite in a step's means, in words; None where all is well. The same on all ranks."""
+    """Names the means of a step that are not finite, and their rows; None where all are. The same on all ranks."""
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     return f"{', '.join(bad)} not finite; {guard.nonfinite_rows()}" if bad else None
 

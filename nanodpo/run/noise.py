@@ -38,7 +38,7 @@ def measure(engine, model, score, batches, lengths, beta: float | None) -> dict[
     engine.eval()
     for indices, weight in batches:
         first = score(indices).double().cpu()
-        with _nudged(model):
+        with _perturbed_embeddings(model):
             change = score(indices).double().cpu() - first
         values = [beta * (change[:, 0] - change[:, 1])] if beta is not None else [torch.zeros(len(change))]
         values += [*(change / lengths(indices)).unbind(1)]
@@ -55,7 +55,8 @@ def measure(engine, model, score, batches, lengths, beta: float | None) -> dict[
 
 
 @contextlib.contextmanager
-def _nudged(model):
+def _perturbed_embeddings(model):
+    """Within this the embeddings are larger by PART."""
     hook = model.get_input_embeddings().register_forward_hook(lambda module, args, states: states * (1 + PART))
     try:
         yield
@@ -64,8 +65,8 @@ def _nudged(model):
 
 
 def of_record(record: dict, file) -> dict[str, float]:
-    """What `measure` found, from a run's run.json; nothing of a run in float32. Raises UserError, naming the file,
-    where that is not what train.py writes."""
+    """The result of `measure` in a run's run.json; empty for a run in float32. Raises UserError, which names the file,
+    where it is not what train.py writes."""
     found = record.get("noise")
     if found is None:
         return {}

@@ -32,8 +32,8 @@ def leave_out_same(settings: dict, path: str, args) -> None:
 
 
 def accelerate_differs(args, settings: dict) -> str:
-    """What `accelerate launch` was told and this run does otherwise, in words; empty where there is nothing. Its
-    variables are not read for anything else."""
+    """The settings of `accelerate launch` that this run does not follow, in words; empty where there are none. Its
+    variables are read for nothing else."""
     zero = settings["zero_optimization"]
     precision = "bf16" if args.bf16 else "no"
 
