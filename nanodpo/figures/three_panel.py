@@ -63,7 +63,7 @@ def three_panel_figure(curves: pandas.DataFrame, roles: dict[str, list[str]], te
     panels = {panel: [key for key in keys if key in seeds] for panel, keys in plan.items()}
     panels = {panel: keys for panel, keys in panels.items() if keys}
     fig, axes = _panels(columns, {panel: ratios["abc".index(panel)] for panel in panels})
-    marks = Marks("a mean", "; (c) of a gap, around no gap" * ("c" in panels))
+    marks = Marks("a mean", " of its start" + "; in (c) to a gap, around 0" * ("c" in panels))
     for panel, keys in panels.items():
         phases = [] if panel == "a" else _phases(seeds, keys)
         for role, test, side in keys:
