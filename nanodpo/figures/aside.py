@@ -8,9 +8,8 @@ from .axes import ABOVE_GRID, GREY, grid, listed, set_phases, wrap
 from .dynamics import dashes_of, draw_panel, has_bars, interval, legend_of, looks_of, xlabel
 from .intervals import levels, shares
 from .noise import Marks
-from .records import MASS
+from .records import MASS, SIDES
 
-SIDES = ["chosen", "rejected"]
 LOOKS = {"right answers": {"color": "black", "marker": "P"}}
 LABELS = {"mass": "change of mass on\nimplausible tokens", "right": "share of right answers"}
 

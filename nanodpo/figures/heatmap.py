@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 from ..errors import UserError
 from .axes import add_legend, grid, plain, wrap
 from .noise import Marks, Noise
+from .records import SIDES
 
-SIDES = ("chosen", "rejected")
 COLOURS = "RdBu"  # red fell, blue rose, white is no change; the colour-blind tell these two apart
 NOISY, MISSING = "0.85", "0.6"  # a change that rounding alone may have made; a score that is not there
 

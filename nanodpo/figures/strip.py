@@ -12,8 +12,8 @@ from matplotlib.patches import Rectangle
 from ..errors import UserError
 from .axes import WIDTHS, wrap
 from .noise import Marks, Noise
+from .records import SIDES
 
-SIDES = ("chosen", "rejected")
 SIZE, PITCH, MARGIN = 5.5, 0.13, 0.06  # points; inches from line to line, and around
 LETTER = 0.602 * SIZE / 72  # inches: every letter of matplotlib's monospace font is this wide
 HEAD = {1: 3, 2: 2}  # lines over the tokens of a response, by the columns of the figure

@@ -12,9 +12,9 @@ from ..errors import UserError
 from ..run.noise import MARGIN
 from .axes import COLOURS, DASHES, GREY, LOGPS, MARKERS, add_legend, grid, listed, wrap
 from .noise import Marks
+from .records import SIDES
 from .runs import Facts
 
-SIDES = ("chosen", "rejected")
 POINTS = {"alpha": 0.3, "linestyle": "", "marker": ".", "markersize": 1.5}  # a step's own value, under its average
 FAINT = {"alpha": 0.4, "linewidth": 0.6, "marker": ""}  # training beside evaluation
 PROMINENT = {"linewidth": 1.2, "markersize": 4, "zorder": 3}
