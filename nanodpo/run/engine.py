@@ -68,7 +68,7 @@ def engine_config(settings: dict, path: str, args) -> dict:
     for name, value in settings.items():
         if name in SETTINGS and not SETTINGS[name].holds(value):
             raise UserError(f"{path}: {name} is {json.dumps(value)[:100]}; it {SETTINGS[name].words}")
-    for name, on in (("fp16", False), ("bf16", args.bf16)):  # what says the same as the flag contradicts nobody
+    for name, on in (("fp16", False), ("bf16", args.bf16)):  # the same as the flag is no contradiction
         if name in settings and settings[name].get("enabled", on) == on:
             del settings[name]
     leave_out_same(settings, path, args)

@@ -1,8 +1,8 @@
-"""Measures, before the first step of a --bf16 run, how far rounding alone moves its numbers.
+"""Measures, before the first step of a --bf16 run, by how much rounding alone changes its numbers.
 
-The embeddings are changed by a part in a million, eight units in float32's last place, which changes the model by
-nothing that matters; but every rounding to bfloat16 after it comes out anew. What log-probs then differ by is noise,
-and so is as much of what training seems to change.
+The embeddings are changed by a part in a million, eight units in float32's last place. That is no change of the model
+that matters, but every later rounding to bfloat16 falls out differently. The difference of the log-probs is noise, and
+a change of that size in training may be noise as well.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ MARGIN, LOGPS = "rewards/margins", ("logps_per_token/chosen", "logps_per_token/r
 
 
 def count(pairs: int) -> int:
-    """Of so many pairs trained on in all, those to measure with: two passes over them take at most 2% of the run's time
-    where it trains on 100 or more."""
+    """The number of pairs to measure with, for a run that trains on `pairs` in all: two passes over them take at most
+    2% of its time where it trains on 100 or more."""
     return max(2, min(PAIRS, pairs // 25))
 
 
 @torch.no_grad()
 def measure(engine, model, score, batches, lengths, beta: float | None) -> dict[str, float]:
-    """Of one pair, by metric: the standard deviation of the difference between two passes that should not differ, nats.
-    A mean over n pairs has sqrt(n) times less. All ranks must call it, with as many batches.
+    """The standard deviation, for one pair, of the difference between two passes that should not differ: nats, by
+    metric. That of a mean over n pairs is sqrt(n) times smaller. All ranks must call it, with as many batches.
 
     `score` maps indices to (P, R) log-probs, `lengths` to (P, R) token counts; `batches` are (indices, weight) of this
     rank. `beta`: None without a reference.
@@ -48,10 +48,10 @@ def measure(engine, model, score, batches, lengths, beta: float | None) -> dict[
         sides = change.shape[1]
     engine.train(was_training)
     *squares, pairs = sum_over_ranks(sums.to(model.device)).tolist()
-    found = {name: math.sqrt(square / pairs) for name, square in zip(names, squares[: 1 + sides])}
+    noise = {name: math.sqrt(square / pairs) for name, square in zip(names, squares[: 1 + sides])}
     if beta is None:
-        del found[MARGIN]
-    return found
+        del noise[MARGIN]
+    return noise
 
 
 @contextlib.contextmanager
@@ -67,16 +67,16 @@ def _perturbed_embeddings(model):
 def of_record(record: dict, file) -> dict[str, float]:
     """The result of `measure` in a run's run.json; empty for a run in float32. Raises UserError, which names the file,
     where it is not what train.py writes."""
-    found = record.get("noise")
-    if found is None:
+    noise = record.get("noise")
+    if noise is None:
         return {}
-    if not isinstance(found, dict) or not all(type(x) in (int, float) and 0 <= x <= 1e12 for x in found.values()):
-        raise UserError(f"{file}: is not what train.py writes: noise is {json.dumps(found)[:100]}")
-    return found
+    if not isinstance(noise, dict) or not all(type(x) in (int, float) and 0 <= x <= 1e12 for x in noise.values()):
+        raise UserError(f"{file}: is not what train.py writes: noise is {json.dumps(noise)[:100]}")
+    return noise
 
 
 def describe(noise: dict[str, float], pairs_per_step: int) -> str:
-    """One line of it: of the metric that a run is judged by, for one pair and for a step's mean."""
+    """A line for the screen: the noise of a run's main metric, for one pair and for a step's mean."""
     name = MARGIN if MARGIN in noise else LOGPS[0]
     step = f", +-{noise[name] / math.sqrt(pairs_per_step):.1g} in a step's mean of {pairs_per_step}"
     return (f"bfloat16 noise: {name} +-{noise[name]:.1g} for one pair{step if pairs_per_step > 1 else ''}; a change "

@@ -78,11 +78,11 @@ def measure_noise(run: Run) -> dict[str, float]:
     def lengths(indices):
         return token_counts(groups_of([examples[i] for i in indices], sides), torch.device("cpu"))
 
-    found = noise.measure(run.engine, run.engine.module.model, score,
+    result = noise.measure(run.engine, run.engine.module.model, score,
                           micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world), lengths,
                           None if args.loss == "sft" else args.beta)
-    distributed.say(noise.describe(found, run.pairs_per_step))
-    return found
+    distributed.say(noise.describe(result, run.pairs_per_step))
+    return result
 
 
 def dry_run(run: Run) -> None:
