@@ -120,7 +120,7 @@ def test_wherever_a_file_is_cut_the_disk_is_named(weights, tmp_path, monkeypatch
     tensors = checkpoint.gather(model, only_trained=False)
     if not weights:  # they are larger, and would be what fails
         tensors = {}
-        monkeypatch.setattr(checkpoint, "_write", lambda *args: args[-1].mkdir())
+        monkeypatch.setattr(checkpoint, "_write", lambda *args: None)
 
     def save(step):
         checkpoint.save(model, tokenizer, tensors, tmp_path / f"checkpoint-{step}", {"step": step})
