@@ -26,7 +26,7 @@ from nanodpo.figures.after import draw_after, is_drawn
 from nanodpo.folder import checkpoint, state
 from nanodpo.model import loading
 from nanodpo.ranks import distributed
-from nanodpo.run import agreement, lifecycle, memory
+from nanodpo.run import agreement, lifecycle, memory, monitors
 from nanodpo.run import engine as engines
 from nanodpo.run.guards import StepGuard, check_start, not_finite
 from nanodpo.run.metrics import Meter, pair_metrics, peak_gib
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 def build(start: Start, stop: Stop) -> Run:
     """Joins the ranks, loads the model and makes the engine around it."""
     args = start.args
-    device = engines.start(args.local_rank, start.settings, args.deepspeed)
+    device = engines.start(args.local_rank, start.settings | start.monitors, args.deepspeed)
     rank, world = distributed.rank_and_world()
     with agreement.same_on_all_ranks() as compared, memory.shortage_named(rank, "loading the model"):
         model = loading.load_model(start.source, args)
@@ -87,7 +87,7 @@ def train(run: Run) -> None:
     if args.loss != "sft":
         add_references(run)
     lifecycle.go_on(run, found)
-    with progress.Progress("training", run.steps, "step", run.step) as bar:
+    with monitors.reporting(run), progress.Progress("training", run.steps, "step", run.step) as bar:
         try:
             between_steps(run)
             while run.step < run.steps:

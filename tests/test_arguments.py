@@ -107,7 +107,7 @@ def test_every_flag_changes_the_settings(name):
     value = other_value(FIELDS[name])
     before = dataclasses.asdict(arguments(*base, *beside))
     after = dataclasses.asdict(arguments(*base, *beside, f"--{name}={value}"))
-    assert after[name] == value
+    assert after[name] == ([value] if FIELDS[name].type == list[str] else value)
     allowed = {name, "per_device_eval_batch_size"} if name == "per_device_train_batch_size" else {name}
     allowed |= {"inspect"} if name == "inspect_row" else set()  # which row to look at says that one wants to look
     assert {key for key in after if after[key] != before[key]} == allowed
@@ -403,7 +403,8 @@ def test_a_small_file_that_is_not_small(tmp_path):
     ("--model_name_or_path", "--model_name_or_path: it is --model_name here"),
     ("--dataset_name", "it is --train_file_path here"), ("--use_peft", "it is --use_lora here"),
     ("--loss_type", "it is --loss here, and TRL's sigmoid is dpo"), ("--max_seq_length", "it is --max_length here"),
-    ("--warmup_ratio", "it is --warmup_steps here, a number of steps"), ("--report_to", "not needed: metrics.jsonl in"),
+    ("--warmup_ratio", "it is --warmup_steps here, a number of steps"),
+    ("--use_wandb", "it is --report_to wandb here"), ("--logging_dir", "not needed: metrics.jsonl in"),
     ("--logging_dir", "not needed: metrics.jsonl"), ("--do_train", "not needed: train.py trains"),
     ("--resume_from_checkpoint", "the same command goes on"), ("--ref_model", "the reference is --model_name"),
     ("--fp16", "there is --bf16"), ("--optim", "AdamW is the only"), ("--eval_strategy", "--eval_steps evaluates")])

@@ -103,6 +103,8 @@ class TrainArguments:
     resume_steps: int = _flag(0, "Keep a state to resume from every so many steps, besides those of save_steps.",
                               NOT_NEGATIVE)
     logging_steps: int = _flag(1, "Print the means every so many steps; metrics.jsonl has every step.", ABOVE_0)
+    report_to: list[str] = _flag(None, "Send the metrics there, too. Default: what the file of --deepspeed turns on.",
+                                 choices=["tensorboard", "wandb", "csv_monitor", "comet", "none"])
     eval_steps: int = _flag(0, "Evaluate every so many steps, and at the end; 0: only before and after.", NOT_NEGATIVE)
     save_steps: int = _flag(0, "Save a checkpoint every so many steps; 0: only step 0 and the last.", NOT_NEGATIVE)
     save_total_limit: int = _flag(None, "Keep so many checkpoints besides step 0, the newest. Default: all.", ABOVE_0)
@@ -134,6 +136,7 @@ class TrainArguments:
         check(self)
 
 
+LISTS = ("report_to",)
 PATHS = ("model_name", "train_file_path", "eval_file_path", "chat_template", "deepspeed", "output_dir", "cache_dir",
          "resume")
 
@@ -155,10 +158,10 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
     file = None
     if argv and argv[0].endswith((".yaml", ".yml", ".json")) and not argv[0].startswith("-"):
         file = argv[0]
-        argv = read_settings(file, names) + argv[1:]
+        argv = read_settings(file, names, LISTS) + argv[1:]
     elif not own & {"--model_name", "--model-name", "--train_file_path", "--train-file-path"}:
         # Neither a model nor data: the example, changed by these flags. Its paths are relative to the program.
-        example = read_settings(str(default_file), names)
+        example = read_settings(str(default_file), names, LISTS)
         argv = [flag.replace("=examples/", f"={default_file.parent}/") for flag in example] + argv
     try:
         args, unknown = parser.parse_args_into_dataclasses(argv + launcher, look_for_args_file=False,

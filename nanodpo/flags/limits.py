@@ -44,6 +44,8 @@ def check(args) -> None:
     for names in (("eval_file_path", "eval_size"), ("gradient_checkpointing", "activation_memory")):
         if len(given := [f"--{name}" for name in names if getattr(args, name)]) > 1:
             raise UserError(f"{' and '.join(given)}: give one of them")
+    if "none" in (args.report_to or ()) and len(args.report_to) > 1:
+        raise UserError(f"--report_to {' '.join(args.report_to)}: none stands alone")
     if args.eval_steps and not (args.eval_file_path or args.eval_size):
         raise UserError(f"--eval_steps {args.eval_steps}: nothing to evaluate; add --eval_file_path or --eval_size")
     if args.random_init and args.use_lora:

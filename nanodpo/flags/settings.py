@@ -8,11 +8,11 @@ from ..files import parse_json, read_text, repeated
 from .unknown import OTHERWISE, hint
 
 
-def read_settings(path: str, names: list[str]) -> list[str]:
+def read_settings(path: str, names: list[str], lists: tuple[str, ...] = ()) -> list[str]:
     """A flat YAML or JSON file as flags, so that argparse converts and checks its values like those of other flags.
 
     Values stay as they are written (1e-5, 010): YAML would read the first as text and the second as 8. Raises UserError
-    for an unreadable file, a key not in `names` and a nested value.
+    for an unreadable file, a key not in `names` and a nested value. Those of `lists` may be a list of values.
     """
     import yaml  # a dependency of transformers
 
@@ -32,9 +32,16 @@ def read_settings(path: str, names: list[str]) -> list[str]:
         hinted = [f"{key} ({words})" if (words := hint(key, names, OTHERWISE, "")) else key for key in unknown]
         raise UserError(f"{path}: unknown setting {', '.join(hinted)}; `train.py --help` lists them")
     for key, value in settings.items():
-        if isinstance(value, (dict, list)):
+        several = isinstance(value, list) and key in lists and not any(isinstance(v, (dict, list)) for v in value)
+        if isinstance(value, (dict, list)) and not several:
             raise UserError(f"{path}: {key} must be a single value, found {type(value).__name__}")
-    return [f"--{key}={value}" for key, value in settings.items() if value not in (None, "", "null", "~")]
+    flags = []
+    for key, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)] if value else []
+        elif value not in (None, "", "null", "~"):
+            flags.append(f"--{key}={value}")
+    return flags
 
 
 def _loader():

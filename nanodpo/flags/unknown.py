@@ -26,7 +26,9 @@ OTHERWISE = {name: what for what, names in {
     "it is --loss here, and TRL's sigmoid is dpo": "loss_type pref_loss objective",
     "it is --warmup_steps here, a number of steps": "warmup_ratio",
     "not needed: metrics.jsonl in --output_dir has every step, and training.png shows it":
-        "report_to logging_dir run_name logging_strategy logging_first_step use_wandb wandb_project tracker_name",
+        "logging_dir run_name logging_strategy logging_first_step",
+    "it is --report_to wandb here (or tensorboard, csv_monitor, comet), in the project that WANDB_PROJECT names":
+        "use_wandb wandb_project tracker_name log_with",
     "not needed: train.py trains, and evaluates where there is --eval_file_path or --eval_size":
         "do_train do_eval do_predict stage",
     "not needed: --eval_steps evaluates every so many steps, besides before and after training":

@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizer
 # Flags that may differ between a run and its continuation, since they change no number ...
 FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
         "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "inspect_row", "print_config", "dry_run",
-        "gradient_checkpointing", "activation_memory"}
+        "gradient_checkpointing", "activation_memory", "report_to"}
 # ... or since the content of what they name is compared instead: weights, token ids, DeepSpeed settings.
 BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "chat_template", "deepspeed"}
 # An adapter that is trained on has settings of its own, which are known only when it is loaded.

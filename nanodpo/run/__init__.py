@@ -2,5 +2,6 @@
 
 Read start (flags and data, and the record of a run), engine (DeepSpeed's), guards (what stands around a step), metrics,
 passes (the reference and other passes without an update) and lifecycle (the run's folder). Beside them stand signals,
-memory, noise (of bfloat16), agreement (ranks that were given the same) and other_trainers (settings that those leave).
+memory, monitors (TensorBoard and others), noise (of bfloat16), agreement (ranks that were given the same) and
+other_trainers (settings that those leave).
 """

@@ -95,9 +95,11 @@ def disk_needed(run: Run) -> dict[str, int]:
 
 
 def write_line(run: Run, line: dict) -> None:
-    """Appends a line to metrics.jsonl, on rank 0."""
+    """Appends a line to metrics.jsonl and sends it to the monitors, on rank 0."""
     record.check_held(run.folder, run.lock)
     metrics.write_line(run.folder / "metrics.jsonl", line)
+    if run.monitor:
+        run.monitor.write(line)
 
 
 def save_checkpoint(run: Run) -> None:
@@ -149,6 +151,7 @@ def finish(run: Run) -> None:
             merge(run.folder, run.steps, run.args.bf16, run.args.trust_remote_code)
         remove(run.folder / "resume")  # large, and of no use to a finished run
         record.finish(run.folder)
+        (run.folder / "monitors.json").unlink(missing_ok=True)
 
 
 def merge(folder: Path, steps: int, bf16: bool, trust_remote_code: bool) -> None:

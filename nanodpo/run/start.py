@@ -23,6 +23,7 @@ from ..folder.atomic import check_whole, check_writable
 from ..model.source import Source, base_of, check_ids, open_source
 from ..ranks import distributed
 from . import agreement, engine
+from .monitors import take_blocks
 from .other_trainers import accelerate_differs
 from .signals import Stop
 
@@ -40,6 +41,7 @@ class Start:
     facts: dict  # what makes it this very run; run.json
     old: dict | None  # the run.json of the run to go on with
     wanted: int | None  # the step to go on from, where one was asked for
+    monitors: dict[str, dict] = dataclasses.field(default_factory=dict)  # DeepSpeed's settings of each
 
     @property
     def finished(self) -> bool:
@@ -71,6 +73,7 @@ class Run(Start):
     evaluated: set[int] = dataclasses.field(default_factory=set)  # steps whose evaluation is in metrics.jsonl
     random: dict | None = None  # random numbers as they were before this step
     lock: object = None  # an open file
+    monitor: object = None  # of monitors.py, on the first rank
 
     @functools.cached_property
     def pairs_per_step(self) -> int:
@@ -109,6 +112,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         settings = engine.read_settings(args, script.parent / "ds_config.json")
         if differs := accelerate_differs(args, settings):
             distributed.say(differs)
+        monitors = take_blocks(settings, args.report_to)
         distributed.check_device(args)
         source = open_start(args)
         new = f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
@@ -119,7 +123,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         facts = record.facts(args, settings, limit, sets, script.parent) | {"date": date}
         if old:
             record.check_same(folder, old, facts, before_loading=bool(source.adapter))
-        start = Start(args, settings, source, train, held_out, folder, facts, old, wanted)
+        start = Start(args, settings, source, train, held_out, folder, facts, old, wanted, monitors)
         if args.loss != "sft" and not start.finished:
             check_writable(Path(args.cache_dir), f"--cache_dir {args.cache_dir}")
         compared |= agreement.inputs((args.train_file_path, args.eval_file_path), facts, old, wanted)

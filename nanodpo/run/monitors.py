@@ -1,0 +1,128 @@
+"""Sends each line of metrics.jsonl to DeepSpeed's monitors as well: TensorBoard, Weights & Biases, CSV files, Comet.
+
+A block of that name in DeepSpeed's file turns one on, and so does --report_to. The names are those of TRL's charts,
+train/<name> and eval/<name>, over the step. DeepSpeed's engine is given no monitor: it would write the learning rate a
+second time, by another name and over the number of samples.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+import uuid
+from pathlib import Path
+
+from ..errors import RankStopped, UserError, first_line
+from ..ranks import distributed
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "comet": "comet_ml"}
+
+
+def take_blocks(settings: dict, report_to: list[str] | None) -> dict[str, dict]:
+    """Takes the monitors' blocks out of DeepSpeed's settings, those of --report_to turned on. Raises UserError where
+    one is on whose package is not installed."""
+    blocks = {name: settings.pop(name) for name in PACKAGES if name in settings}
+    for name in report_to or ():
+        blocks[name] = blocks.get(name, {}) | {"enabled": True}
+    if report_to == ["none"]:
+        return {}
+    for name, block in blocks.items():
+        if block.get("enabled") and PACKAGES[name] and importlib.util.find_spec(PACKAGES[name]) is None:
+            raise UserError(f"--report_to {name}: the package {PACKAGES[name]} is not installed; install it (pip "
+                            f"install {PACKAGES[name]}), or take {name} out of --report_to and of DeepSpeed's file")
+    return blocks
+
+
+class Monitors:
+    """DeepSpeed's monitors of a run, on its first rank. monitors.json in the run's folder has the last line that was
+    sent, so that a run that goes on sends none twice, and a name by which W&B and Comet know the run again."""
+
+    def __init__(self, blocks: dict[str, dict], folder: Path):
+        from deepspeed.monitor.config import get_monitor_config
+        from deepspeed.monitor.monitor import MonitorMaster
+
+        self.file = folder / "monitors.json"
+        with contextlib.suppress(OSError, ValueError):  # a new run, or one killed while it wrote
+            self.sent = json.loads(self.file.read_text())
+        if not isinstance(getattr(self, "sent", None), dict):
+            self.sent = {"id": uuid.uuid4().hex, "step": -1, "train": False}
+        folder, name = folder.absolute(), folder.absolute().name
+        own = {monitor: {"output_path": str(folder), "job_name": monitor} for monitor in ("tensorboard", "csv_monitor")}
+        own["wandb"] = {"project": os.environ.get("WANDB_PROJECT", "nanodpo")}
+        own["comet"] = {"experiment_key": self.sent["id"], "experiment_name": name, "samples_log_interval": 1}
+        config = get_monitor_config({monitor: own[monitor] | block for monitor, block in blocks.items()})
+        with _environment(WANDB_DIR=str(folder), WANDB_NAME=name, WANDB_RUN_ID=self.sent["id"], WANDB_RESUME="allow"):
+            self.master = MonitorMaster(config)
+        if csv := self.master.csv_monitor:  # a file that is there has its heading
+            csv.filenames += [file.stem for file in Path(csv.log_dir).glob("*.csv")]
+
+    def write(self, line: dict) -> None:
+        """Sends a line of metrics.jsonl. Raises RankStopped where it can't be written."""
+        train = not any(name.startswith("eval_") for name in line)
+        if (line["step"], train) <= (self.sent["step"], self.sent["train"]):
+            return
+        # The epoch of an evaluation is in the step's own line.
+        events = [(f"train/{name}" if train else name.replace("eval_", "eval/", 1), value, line["step"])
+                  for name, value in line.items() if name != "step" and (train or name != "epoch")]
+        try:
+            self.master.write_events(events)
+            self.sent |= {"step": line["step"], "train": train}
+            self.file.write_text(json.dumps(self.sent))
+        except OSError as error:
+            raise RankStopped(f"{error.filename or '--report_to'}: can't be written ({error.strerror}); the same "
+                              "command goes on from the last state") from error
+
+    def close(self, failed: bool) -> None:
+        """Lets the monitors write what they still hold."""
+        if self.master.tb_monitor:
+            self.master.tb_monitor.summary_writer.close()
+        if self.master.wandb_monitor:
+            sys.modules["wandb"].finish(exit_code=int(failed))
+        if self.master.comet_monitor:
+            self.master.comet_monitor.experiment.end()
+
+
+@contextlib.contextmanager
+def reporting(run):
+    """Opens the monitors of a run, if it has any, and closes them at the end of the block, however it ends. All ranks
+    must call it."""
+    if not any(block.get("enabled") for block in run.monitors.values()):
+        yield
+        return
+    with distributed.main_first():
+        if distributed.is_main():
+            run.monitor = _open(run.monitors, run.folder)
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if run.monitor:
+            run.monitor.close(failed)
+            run.monitor = None
+
+
+def _open(blocks: dict[str, dict], folder: Path) -> Monitors:
+    """Raises UserError where a monitor does not start: no login, no network, a folder that can't be made."""
+    try:
+        return Monitors(blocks, folder)
+    except (OSError, ValueError, RuntimeError, ImportError, _wandb_error()) as error:
+        on = [name for name, block in blocks.items() if block.get("enabled")]
+        raise UserError(f"--report_to {' '.join(on)}: {first_line(error)}") from error
+
+
+def _wandb_error() -> type[Exception]:
+    return getattr(sys.modules.get("wandb"), "Error", OSError)
+
+
+@contextlib.contextmanager
+def _environment(**values):
+    """Sets these variables, where the user has not set them, while a library reads them."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -1,0 +1,212 @@
+"""What DeepSpeed's monitors receive is what metrics.jsonl has: each number once, by TRL's name, over the step."""
+
+import csv
+import importlib.util
+import json
+import re
+import struct
+
+import pytest
+from conftest import ROOT, fork, launch
+
+import train as trainer
+from nanodpo.errors import UserError
+from nanodpo.flags.arguments import TrainArguments, parse
+from nanodpo.run import engine, monitors
+
+TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
+TIMES = ("perf/", "mem/")  # of a step that was computed again the first are there
+
+
+def flags(tiny, run, *more):
+    return ("--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--output_dir", run,
+            "--cache_dir", run.parent / "cache", "--draw", "false", "--max_steps", "8", "--eval_size", "3",
+            "--eval_steps", "3", "--resume_steps", "3", "--learning_rate", "1e-3", *more)
+
+
+def expected(run) -> dict[tuple[str, int], float]:
+    """(TRL's name of the chart, step) -> value, of all lines of metrics.jsonl."""
+    points = {}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        held_out = "eval_loss" in line
+        for name, value in line.items():
+            if name != "step" and not (held_out and name == "epoch"):  # the step's own line has it
+                name = f"eval/{name.removeprefix('eval_')}" if held_out else f"train/{name}"
+                assert (name, line["step"]) not in points
+                points[name, line["step"]] = value
+    assert len(points) > 200
+    return points
+
+
+def same(found: list[tuple[str, int, float]], points: dict, again=(), rounded=lambda value: value) -> None:
+    """All points were found, none twice, in the order of their steps."""
+    assert len(found) == len({(name, step) for name, step, _ in found}) == len(points)
+    assert {(name, step) for name, step, _ in found} == points.keys()
+    for name in {name for name, _, _ in found}:
+        steps = [step for chart, step, _ in found if chart == name]
+        assert steps == sorted(steps)
+    for name, step, value in found:
+        if step not in again or not any(part in name for part in TIMES):
+            assert value == rounded(points[name, step]), (name, step)
+
+
+def read_csv(folder, names) -> list[tuple[str, int, float]]:
+    """DeepSpeed writes a file for each name, with one heading."""
+    found, files = [], {re.sub("[/ ]", "_", name): name for name in names}
+    for file in folder.iterdir():
+        (head, *rows), name = list(csv.reader(file.open())), files[file.stem]
+        assert head == ["step", name.rpartition("/")[2]]
+        found += [(name, int(step), float(value)) for step, value in rows]
+    return found
+
+
+def read_tensorboard(folder) -> list[tuple[str, int, float]]:
+    """By TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(name, event.step, event.value) for name in events.Tags()["scalars"] for event in events.Scalars(name)]
+
+
+def wandb_records(data: bytes):
+    """W&B's file is a log of LevelDB: blocks of 32 KiB, in them checksum, length, kind and bytes of each part."""
+    at, record = 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def single(value: float) -> float:
+    """As TensorBoard keeps it, in 4 bytes."""
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def installed(*names) -> list[str]:
+    return [name for name in names if not monitors.PACKAGES[name] or importlib.util.find_spec(monitors.PACKAGES[name])]
+
+
+@pytest.fixture(scope="module")
+def watched(tiny, tmp_path_factory):
+    """A run with the monitors that are installed; one of two ranks; and one that was killed in step 5, in 4
+    after it had gone back to 3, and told to stop in 6."""
+    folder = tmp_path_factory.mktemp("watched")
+    more = "--report_to", *installed("csv_monitor", "tensorboard")
+    for name, ranks in (("plain", 1), ("ranks", 2)):
+        assert fork(TRAIN, *flags(tiny, folder / name, *more), ranks=ranks)[0] == [0] * ranks
+    run = flags(tiny, folder / "again", *more)
+    assert [fork(FAULTY, fault, *run)[0] for fault in ("kill@5", "kill@4", "term@6")] == [[137], [137], [75]]
+    sent = json.loads((folder / "again" / "monitors.json").read_text())
+    assert sent["step"] in (5, 6) and sent["train"]
+    assert fork(TRAIN, *run)[0] == [0]
+    return folder
+
+
+@pytest.mark.parametrize("name, again", [("plain", ()), ("ranks", ()), ("again", range(3, 7))])
+def test_csv_files_have_every_number_once(name, again, watched):
+    points = expected(watched / name)
+    same(read_csv(watched / name / "csv_monitor", {chart for chart, _ in points}), points, again)
+    assert not (watched / name / "monitors.json").exists()
+
+
+@pytest.mark.skipif(not installed("tensorboard"), reason="TensorBoard is not installed")
+@pytest.mark.parametrize("name, again", [("plain", ()), ("ranks", ()), ("again", range(3, 7))])
+def test_tensorboard_reads_every_number_once(name, again, watched):
+    same(read_tensorboard(watched / name / "tensorboard"), expected(watched / name), again, single)
+
+
+@pytest.mark.skipif(not installed("wandb"), reason="W&B is not installed")
+def test_an_offline_run_of_wandb_is_whole(tiny, tmp_path, monkeypatch):
+    """A row a step, the last one too, and the end of the run."""
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    launch(TRAIN, *flags(tiny, tmp_path / "run", "--report_to", "wandb"), launcher="python")
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    found, ended = [], False
+    for data in wandb_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        ended = ended or record.WhichOneof("record_type") == "exit"
+        row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        found += [(name, row["_step"], value) for name, value in row.items() if not name.startswith("_")]
+    same(found, expected(tmp_path / "run"))
+    assert ended
+
+
+# What is asked for, and what there is
+
+
+def test_a_file_of_deepspeed_turns_monitors_on(tiny, tmp_path):
+    """With a folder of its own; what is turned off there can be turned on by the flag, and all can be turned off."""
+    settings = {"csv_monitor": {"enabled": True, "output_path": "elsewhere", "job_name": "mine"},
+                "tensorboard": {"enabled": False}}
+    assert monitors.take_blocks(dict(settings), None) == settings
+    assert monitors.take_blocks(dict(settings), ["none"]) == {}
+    (tmp_path / "ds.json").write_text(json.dumps(
+        settings | {"csv_monitor": settings["csv_monitor"] | {"output_path": str(tmp_path / "elsewhere")}}))
+    fork(TRAIN, *flags(tiny, tmp_path / "run", "--deepspeed", tmp_path / "ds.json", "--max_steps", "2"))
+    rows = (tmp_path / "elsewhere" / "mine" / "train_loss.csv").read_text().splitlines()
+    assert rows[0] == "step,loss" and [row.split(",")[0] for row in rows[1:]] == ["0", "1"]
+    # Another monitor does not make it another run.
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert not {*monitors.PACKAGES} & record["deepspeed"].keys()
+
+
+def test_the_engine_gets_no_monitor(tiny, tmp_path):
+    """It would write the learning rate again, over the samples."""
+    args = TrainArguments(model_name="M", train_file_path="D", report_to=["csv_monitor"])
+    settings = engine.engine_config({"csv_monitor": {"enabled": False}, "wandb": {"project": "p"}}, "ds.json", args)
+    assert monitors.take_blocks(settings, args.report_to) == {"csv_monitor": {"enabled": True},
+                                                              "wandb": {"project": "p"}}
+    assert not {*monitors.PACKAGES} & settings.keys()
+
+
+@pytest.mark.parametrize("name, package", [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml")])
+def test_a_missing_package_is_named_before_a_model_is_opened(name, package, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda wanted, *more: None if wanted == package else find(wanted, *more))
+    with pytest.raises(UserError, match=f"^--report_to {name}: the package {package} is not installed"):
+        trainer.main(["--model_name", "nowhere", "--train_file_path", "nothing", "--report_to", "csv_monitor", name])
+    (tmp_path / "ds.json").write_text(json.dumps({name: {"enabled": True}}))
+    with pytest.raises(UserError, match=f"^--report_to {name}: the package {package} is not installed"):
+        trainer.main(["--model_name", "nowhere", "--train_file_path", "nothing", f"--deepspeed={tmp_path}/ds.json"])
+
+
+@pytest.mark.parametrize("names, words", [
+    (["mlflow"], "--report_to: invalid choice: 'mlflow' (choose from 'tensorboard', 'wandb', 'csv_monitor'"),
+    (["none", "wandb"], "--report_to none wandb: none stands alone"), ([], "--report_to: expected at least one")])
+def test_names_that_are_not_there(names, words, tmp_path):
+    with pytest.raises(UserError, match="^" + re.escape(words).replace("'", "'?")):
+        parse(["--model_name", "M", "--train_file_path", "D", "--report_to", *names], tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("text, found", [
+    ("report_to: [wandb, tensorboard]", ["wandb", "tensorboard"]), ("report_to: comet", ["comet"]),
+    ("report_to: []", None), ("report_to: null", None), ("report_to:\n- none", ["none"])])
+def test_several_in_a_settings_file(text, found, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"{text}\nseed: 3\n")
+    args = parse([str(tmp_path / "run.yaml"), "--model_name", "M", "--train_file_path", "D"], tmp_path / "none.yaml")
+    assert args.report_to == found and args.seed == 3
+
+
+def test_a_dry_run_reports_nothing(tiny, tmp_path):
+    fork(TRAIN, *flags(tiny, tmp_path / "run", "--dry_run", "--report_to", "csv_monitor"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_monitor_that_can_not_write_ends_the_run_in_a_line(tiny, tmp_path):
+    """Its folder is a file."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "ds.json").write_text(json.dumps({"csv_monitor": {"enabled": True,
+                                                                  "output_path": str(tmp_path / "file")}}))
+    codes, said = fork(TRAIN, *flags(tiny, tmp_path / "run", "--deepspeed", tmp_path / "ds.json"), ranks=2)
+    assert codes == [2, 2] and "error: --report_to csv_monitor: " in said and "Traceback" not in said
