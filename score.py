@@ -11,6 +11,7 @@ on where it was, and another one in the same folder adds to what is there: all t
 <output_dir>/parts, under the contents of checkpoint and data (nanodpo/scoring/parts.py).
 """
 
+import json
 from pathlib import Path
 
 import pandas
@@ -18,12 +19,12 @@ import torch
 
 from nanodpo.core.logprobs import sum_by_sequence
 from nanodpo.core.step import make_batch
-from nanodpo.errors import UserError, leave, run_script
+from nanodpo.errors import leave, run_script
 from nanodpo.figures.after import draw_after
 from nanodpo.folder.atomic import check_writable
 from nanodpo.progress import Progress
 from nanodpo.ranks import distributed
-from nanodpo.run import agreement, memory
+from nanodpo.run import agreement, memory, noise
 from nanodpo.run.signals import Stop
 from nanodpo.scoring import answers, plausible, side_by_side, tables, verdict
 from nanodpo.scoring.contents import hash_of
@@ -37,7 +38,7 @@ from nanodpo.scoring.pairs import gradient_products
 from nanodpo.scoring.parts import Parts
 from nanodpo.scoring.plan import PAIR, Result, Work, greedy_result, plan
 from nanodpo.scoring.responses import Group, batches
-from nanodpo.scoring.runs import Checkpoint, find_bases, noise_of, open_targets, recipe
+from nanodpo.scoring.runs import Checkpoint, find_bases, open_targets, recipe
 
 AT_ONCE = 32  # micro-batches on each rank, or greedy answers, after which what is done is kept
 LESS = ("what is done is kept, and the same command goes on from there. It needs a smaller --max_tokens, or --bf16, or "
@@ -111,39 +112,33 @@ def score_part(opened: Opened, work: Work, parts: Parts, max_tokens: int, bar: P
     """Scores what is missing of a data set under a checkpoint, and keeps it after every so many micro-batches."""
     rank, world = distributed.rank_and_world()
     missing = {"scores": work.missing("scores", "tokens"), "gradients": work.missing("gradients")}  # {index: results}
-    groups = work.missing_groups()
+    groups, tokens = work.missing_groups(), work.missing("tokens")
     tasks = [("scores", indices) for indices in batches(groups, max_tokens)]
     start_sets = work.start_sets(parts) if tasks else None
     tasks += [("gradients", [i]) for i in missing["gradients"]]  # a backward pass for each response, so one row at once
     for first in range(0, len(tasks), AT_ONCE * world):
-        found = {}
+        mine = {}
         for kind, indices in tasks[first : first + AT_ONCE * world][rank::world]:
             if kind == "scores":
-                found |= score_groups(opened, work, {i: groups[i] for i in indices}, missing[kind], start_sets)
+                mine |= score_groups(opened, work, {i: groups[i] for i in indices}, tokens, start_sets)
             else:
-                found |= score_gradients(opened, work, *indices)
+                mine |= score_gradients(opened, work, *indices)
             bar.update(world * sum(kind == "scores" or i not in missing["scores"] for i in indices))
-        everyone = distributed.gather_or_raise(None, found)
-        done = sorted((item for found in everyone for item in found.items()), key=lambda item: item[0])
-        tables.keep(parts, work, [(missing[kind][i], i, lines) for (kind, i), lines in done])
+        done = dict(item for lines in distributed.gather_or_raise(None, mine) for item in lines.items())
+        tables.keep(parts, work, [(missing[kind][i], i, done[kind, i]) for kind, i in sorted(done)])
 
 
 @torch.no_grad()
-def score_groups(opened: Opened, work: Work, groups: dict[int, Group], missing: dict[int, list[Result]],
-                 start_sets: dict | None) -> dict[tuple[str, int], dict[str, list]]:
-    """{("scores", index): {table: lines}} of the responses in these groups, {index: group}; one forward pass.
+def score_groups(opened: Opened, work: Work, groups: dict[int, Group], tokens, start_sets: dict | None) -> dict:
+    """{("scores", index): {table: lines}} of the responses in these groups, {index: group}: one forward pass.
 
-    `start_sets` has the plausible tokens of the run's start; None where this is the start, or where there is none.
+    `tokens` are the indices for which every token's numbers are kept. `start_sets` has the plausible tokens of the
+    run's start; None where this is the start, or where there is none.
     """
     data, sequences = work.data, [(i, kind) for i, (_, responses) in groups.items() for kind in responses]  # S of them
     lengths = [len(groups[i][1][kind]) for i, kind in sequences]  # N tokens in all
-    start = None
-    if start_sets is not None:
-        keys = [(data.examples[i].row, kind) for i, kind in sequences]
-        if lost := [key for key in keys if key not in start_sets]:
-            raise UserError(f"row {lost[0][0]}, {lost[0][1]}: nothing is left of what step 0 found plausible there; "
-                            f"score step 0 with --responses {lost[0][1]} first")
-        start = plausible.join([start_sets[key] for key in keys], opened.device)
+    rows = [(data.examples[i].row, kind) for i, kind in sequences]
+    start = None if start_sets is None else plausible.join(start_sets, rows, opened.device)
     with shortage_named(f"scoring under {opened.checkpoint.path}", [data.examples[i] for i in groups]):
         batch = make_batch([(prompt, [*responses.values()]) for prompt, responses in groups.values()], opened.layout,
                            opened.device)
@@ -159,15 +154,14 @@ def score_groups(opened: Opened, work: Work, groups: dict[int, Group], missing: 
     own = dict(zip(sequences, plausible.split(sets, lengths))) if work.is_start else {}
     found = {}
     for i, (_, responses) in groups.items():
-        tokens = any(result.kind == "tokens" for result in missing[i])
         lines = describe(data.key_of(i), responses, {kind: measured[i, kind] for kind in responses}, data.token_texts,
-                         tokens)
+                         i in tokens)
         found["scores", i] = lines | {"plausible": [own[i, kind] for kind in responses if own]}
     return found
 
 
 @torch.enable_grad()
-def score_gradients(opened: Opened, work: Work, i: int) -> dict[tuple[str, int], dict[str, list]]:
+def score_gradients(opened: Opened, work: Work, i: int) -> dict:
     """{("gradients", i): {table: lines}} of a pair: products of the gradients of its two sides by the LoRA weights."""
     example, (prompt, responses) = work.data.examples[i], work.data.groups[i]
     with shortage_named(f"the gradients under {opened.checkpoint.path}", [example]):
@@ -214,8 +208,9 @@ def report(folder: Path, checkpoints: list[Checkpoint], work: list[Work], parts:
     found = tables.join(folder, work, parts, {run: c.settings for run, c in runs.items()})
     lines = verdict.judge(found["scores"], found["pairs"], found["answers"], found["tenths"],
                           {run: recipe(c.settings.record) for run, c in runs.items()},
-                          {run: noise_of(c) for run, c in runs.items()})
-    tables.write_json(folder / "verdict.json", lines)
+                          {run: noise.of_record(c.settings.record, Path(c.path).parent / "run.json")
+                           for run, c in runs.items()})
+    tables.write_text(folder / "verdict.json", json.dumps(lines, indent=1) + "\n")
     tables.write_text(folder / "answers.txt", side_by_side.to_file(found["answers"]))
     distributed.say(show(found["summary"]))
     if failed := len(found["failed"]):

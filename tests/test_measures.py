@@ -10,6 +10,7 @@ from conftest import make_model
 from nanodpo.core.attention import LOOP
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pack, pad
+from nanodpo.errors import UserError
 from nanodpo.scoring import plausible
 from nanodpo.scoring.measures import IMPLAUSIBLE, token_measures
 from nanodpo.scoring.pairs import ches, gradient_products
@@ -24,7 +25,7 @@ class Distribution:
     def __init__(self, logits, chunk=100):
         self._logits, self.head = logits, SimpleNamespace(chunk=chunk, logits=torch.clone)
 
-    def states(self, row):
+    def states(self, batch):
         return self._logits
 
 
@@ -55,9 +56,9 @@ def test_implausible_mass_by_brute_force(chunk):
     torch.manual_seed(0)
     start, away = (torch.randn(7, 50, dtype=torch.float64) for _ in range(2))
     start, later = 6 * start, 6 * start + 4 * away
-    row = places(*range(7))
-    own, sets, _ = token_measures(Distribution(start, chunk), row, None)
-    found, same, _ = token_measures(Distribution(later, chunk), row, sets)
+    batch = places(*range(7))
+    own, sets, _ = token_measures(Distribution(start, chunk), batch, None)
+    found, same, _ = token_measures(Distribution(later, chunk), batch, sets)
     p, q = start.softmax(1), later.softmax(1)
     odd = [[v for v in range(50) if min(p[i, v], q[i, v]) < IMPLAUSIBLE] for i in range(7)]
     for name, model in (("implausible_mass", q), ("implausible_mass_start", p)):
@@ -74,8 +75,8 @@ def test_implausible_mass_by_brute_force(chunk):
 def test_states_are_summed_in_float64():
     """2^24 + 1 + 1: float32 cannot count past 2^24 in ones. Two responses, of three states and of one."""
     states = torch.tensor([[2.0**24, 0.0], [1.0, 1.0], [1.0, 2.0], [5.0, 6.0]])
-    row = SimpleNamespace(targets=torch.tensor([0, 0, 0, 0]), sequence=torch.tensor([0, 0, 0, 1]), n_sequences=2)
-    _, _, sums = token_measures(Distribution(states), row, None)
+    batch = SimpleNamespace(targets=torch.tensor([0, 0, 0, 0]), sequence=torch.tensor([0, 0, 0, 1]), n_sequences=2)
+    _, _, sums = token_measures(Distribution(states), batch, None)
     assert sums.tolist() == [[2.0**24 + 2, 3.0], [5.0, 6.0]]
 
 
@@ -135,9 +136,9 @@ def test_a_models_measures_whatever_the_layout(layout):
             sums.append(out.hidden_states[-1][0, places].sum(0))
         if layout is pack:
             module.model.set_attn_implementation(LOOP)
-        row = layout(GROUPS)
-        found, _, states = token_measures(module, row, None)
-        assert torch.equal(found["logps"], module.token_logps(row))
+        batch = layout(GROUPS)
+        found, _, states = token_measures(module, batch, None)
+        assert torch.equal(found["logps"], module.token_logps(batch))
     for name, values in truth.items():
         assert found[name].tolist() == pytest.approx(values, rel=1e-9), name
     torch.testing.assert_close(states, torch.stack(sums), rtol=1e-9, atol=1e-9)
@@ -150,9 +151,12 @@ def test_plausible_sets_survive_the_disk(tmp_path):
     assert [[side.tolist() for side in part] for part in parts] == [
         [[2], [0.5], [5, 9], [0, 0.125]], [[0, 1, 3], [1, 0.25, 0], [7, 1, 2, 3], [0.25, 0.375, 0.5, 0.625]]]
     plausible.write(tmp_path, parts)
-    again = plausible.join(plausible.read(tmp_path, [1, 3])[::-1], torch.device("cpu"))
+    keys = [(7, "chosen"), (0, "greedy")]
+    again = plausible.join(dict(zip(keys, plausible.read(tmp_path, [1, 3]))), keys[::-1], torch.device("cpu"))
     assert [side.tolist() for side in again] == [[0, 1, 3, 2], [1, 0.25, 0, 0.5], [7, 1, 2, 3, 5, 9],
                                                  [0.25, 0.375, 0.5, 0.625, 0, 0.125]]
+    with pytest.raises(UserError, match="row 7, other: nothing is left .* score step 0 with --responses other first"):
+        plausible.join({}, [(7, "other")], torch.device("cpu"))
 
 
 def test_ches_by_hand():

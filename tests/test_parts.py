@@ -16,7 +16,7 @@ import score
 from nanodpo.errors import RunStopped, UserError
 from nanodpo.folder.atomic import MANIFEST, file_facts
 from nanodpo.scoring import parts as kept
-from nanodpo.scoring import runs
+from nanodpo.scoring import plan, runs
 
 TABLES = ("scores.parquet", "pairs.parquet", "tokens.parquet", "answers.parquet")
 
@@ -103,6 +103,15 @@ def test_one_response_more_scores_that_one_alone(run, tmp_path, work):
     assert lines[lines.response != "third"].logps.tolist() == pytest.approx(before[0]["scores.parquet"].logps.tolist())
 
 
+def test_tokens_that_come_later_are_kept_alone(run, tmp_path):
+    """Their scores, and the start's plausible tokens, are there already."""
+    scored(run, "--responses", "chosen", tmp_path)
+    before = {*(tmp_path / "parts").glob("*/*")}
+    scored(run, "--responses", "chosen", "--tokens", tmp_path)
+    assert sorted(file.name for file in {*(tmp_path / "parts").glob("*/*")} - before) == [
+        MANIFEST, MANIFEST, "tokens.parquet", "tokens.parquet"]
+
+
 @pytest.mark.parametrize("flags, place", [((), "token_measures"), (("--gradients",), "gradient_products")])
 def test_a_stop_within_a_checkpoint_loses_one_micro_batch(run, tmp_path, work, monkeypatch, flags, place):
     """Stopped before each row of each checkpoint: as many are scored in all as if nobody had stopped it."""
@@ -182,6 +191,18 @@ def test_numbers_that_can_not_be_are_neither_kept_nor_read(run, scored_all, tmp_
     with pytest.raises(RunStopped, match="entropy of row . is inf"):
         scored(run, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_response_is_compared_with_the_start_that_was_scored_likewise():
+    """The start has each side alone and both together, from other micro-batches, so with other last digits: chance does
+    not choose."""
+    data, units = SimpleNamespace(rows_with=lambda unit: ({}, unit)), [("chosen",), ("rejected",), plan.PAIR]
+    keys = {plan.response_result("scores", "start", "start", data, unit).key: unit for unit in units}
+    parts = SimpleNamespace(sets=lambda key: {(0, side): keys[key] for side in keys[key]})
+    for unit in units:
+        results = [plan.Result(kind, unit, {}, "", "") for kind in ("scores", "tokens")]
+        found = plan.Work(SimpleNamespace(key="later"), data, "start", results).start_sets(parts)
+        assert [found[0, side] for side in unit] == [unit] * len(unit)
 
 
 def test_two_scorings_of_one_folder(run, tmp_path):

@@ -45,13 +45,15 @@ RUNS += [(f"run.json: {name} is {value}", edited("run/run.json", **{name: value}
 ]]
 RUNS += [(f"run.json: {name} was {value}", setting(**{name: value}), RUN, [WRITES, f"{name} is {json.dumps(value)}"])
          for name, value in [
-    ("loss", 3), ("loss", None), ("boundary", "x"), ("boundary", 3), ("overlong", "x"), ("on_bad_row", 3),
+    ("loss", 3), ("loss", None), ("loss", "x"), ("beta", 0), ("beta", -0.1),
+    ("boundary", "x"), ("boundary", 3), ("overlong", "x"), ("on_bad_row", 3),
     ("beta", "x"),
     *(("label_smoothing", value) for value in ("x", None, True, -0.1, 0.5)),
     ("beta", None), ("beta", True), ("bf16", "yes"), ("bf16", 1), ("prompt_field", 3),
     ("chosen_field", ["a"]), ("train_file_path", 3), ("eval_file_path", {}), ("assistant_header", 3),
     ("max_prompt_length", "x"), ("max_prompt_length", 0), ("max_prompt_length", -1)]]
 RUNS += [
+    ("run.json: beta is beyond all floats", setting(beta=10**400), RUN, [WRITES, f"beta is 1{99 * '0'}"]),
     ("run.json is a folder", broken("run/run.json", "a folder"), RUN,
      ["@/run: is no run, so --dataset_path is needed"]),
     ("data that is gone", setting(train_file_path="gone.jsonl"), RUN, ["gone.jsonl: no such file"]),
@@ -136,7 +138,7 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["--dataset_path", "a="], "--dataset_path a=: expected FILE or NAME=FILE"),
     (["--dataset_path", "=x"], "--dataset_path =x: expected FILE or NAME=FILE"),
     (["--dataset_path", "a=@/rows.jsonl", "a=@/s.jsonl"], "two data sets are called a"),
-    (["--dataset_path", "@/run"], "@/run: can't be read as a folder of datasets' save_to_disk"),
+    (["--dataset_path", "@/run"], "@/run: has no column chosen"),  # a folder's files are data
     (["--model_path=@/run"], "two checkpoints are both called run, step 0"),
     (["--tokens=yes"], "--tokens: ignored expl"),
     (["--model_path=@/none"], "model @/none: no such folder"),

@@ -90,13 +90,11 @@ class ResponseSet:
     def rows_with(self, kinds: tuple[str, ...]) -> tuple[dict[int, int], str]:
         """({row: index} of the examples that have one of these responses, a hash of their prompts and token ids)."""
         if kinds not in self.found:
-            self.found[kinds] = self._rows_with(kinds)
+            here = [{kind: responses[kind] for kind in kinds if kind in responses} for _, responses in self.groups]
+            rows = {example.row: i for i, example in enumerate(self.examples) if here[i]}
+            self.found[kinds] = rows, hash_of([[row, self.examples[i].problem, self.groups[i][0], here[i]]
+                                               for row, i in rows.items()])
         return self.found[kinds]
-
-    def _rows_with(self, kinds: tuple[str, ...]) -> tuple[dict[int, int], str]:
-        here = [{kind: responses[kind] for kind in kinds if kind in responses} for _, responses in self.groups]
-        rows = {example.row: i for i, example in enumerate(self.examples) if here[i]}
-        return rows, hash_of([[row, self.examples[i].problem, self.groups[i][0], here[i]] for row, i in rows.items()])
 
 
 class Reader:
@@ -180,8 +178,7 @@ def open_dataset(name: str, reader: Reader, settings, wanted: Wanted) -> Respons
     asked = wanted.responses or [*KINDS]
     read, template = reader.read(settings, tuple(kind for kind in asked if kind not in KINDS and kind != GREEDY))
     examples, limit = [example.last_answer() for example in read.examples], reader.limit(settings)
-    there = [kind for kind, make in KINDS.items()
-             if any(make(examples, i, wanted.seed) for i in range(len(examples)))]
+    there = [kind for kind, make in KINDS.items() if any(make(examples, i, wanted.seed) for i in range(len(examples)))]
     asked = wanted.responses or there
     say(read.report())
     kinds = [*asked, *(kind for kind in there if kind not in asked)]

@@ -5,12 +5,9 @@ import math
 import numpy as np
 import pandas
 
+from .means import MEASURES
 from .pairs import ches
 from .sections import answer_start, sections, shared_prefix
-
-MEASURED = ("logps", "argmax_logps", "entropy", "argmax_mass", "implausible_mass", "implausible_mass_start",
-            "accuracy")
-NAMES = ("mean_logps", *MEASURED[1:])
 
 
 def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict], token_texts, tokens: bool) -> dict:
@@ -30,8 +27,8 @@ def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict],
             out["scores"].append(key | {"tokens": len(ids), "logps": math.nan, "mean_logps": math.nan})
             continue
         more = {"argmax_mass": np.exp(measures["argmax_logps"]), "accuracy": measures["rank"] == 1}
-        table = np.zeros((len(MEASURED), len(ids) + 1))
-        table[:, :-1] = [(measures | more)[name] for name in MEASURED]
+        table = np.zeros((1 + len(MEASURES), len(ids) + 1))
+        table[:, :-1] = [(measures | more)[name] for name in ("logps", *MEASURES)]
         texts = token_texts(ids)
         parts = sections(len(ids), shared if kind in ("chosen", "rejected") else None, answer_start(texts))
         whole, *means = _means(table, [range(len(ids)), *parts.values()])
@@ -51,11 +48,10 @@ def _means(table: np.ndarray, parts: list[range]) -> list[dict[str, float]]:
     """(measures, n + 1), the last column not used -> for each part, the means of the measures over its positions."""
     borders = [border for part in parts for border in (part.start, part.stop)]
     sums = np.add.reduceat(table, borders, axis=1)[:, ::2]  # the rest lies between parts
-    return [dict(zip(NAMES, mean)) for mean in (sums / [len(part) for part in parts]).T.tolist()]
+    return [dict(zip(("mean_logps", *MEASURES), mean)) for mean in (sums / [len(part) for part in parts]).T.tolist()]
 
 
 def _token_table(key: dict, texts: list[str], measures: dict[str, np.ndarray]) -> pandas.DataFrame:
-    names = {"logp": "logps", "entropy": "entropy", "argmax_logp": "argmax_logps", "rank": "rank",
-             "implausible_mass": "implausible_mass", "implausible_mass_start": "implausible_mass_start"}
-    columns = {name: measures[source] for name, source in names.items()}
+    names = ("logps", "entropy", "argmax_logps", "rank", "implausible_mass", "implausible_mass_start")
+    columns = {name.replace("logps", "logp"): measures[name] for name in names}
     return pandas.DataFrame(key | {"position": range(len(texts)), "token": texts} | columns)

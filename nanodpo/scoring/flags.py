@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..flags.launchers import local_rank
 from ..flags.unknown import parse_known
 from .responses import GREEDY, KINDS
-from .runs import READING, newest_run, own_data
+from .runs import FLAGS, READING, newest_run, own_data
 
 OF_TRAIN = {"model_name": "name models as they are", "train_file_path": "--dataset_path names data",
             "eval_file_path": "--dataset_path names data", "per_device_eval_batch_size": "--max_tokens bounds a batch"}
@@ -40,8 +40,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=42, help="of drawn and shuffled responses")
     parser.add_argument("--bf16", action="store_true", help="also for models that no run says it of")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
-    for name, choices in READING.items():
-        parser.add_argument(f"--{name}", choices=choices, type=int if name.startswith("max_") else str,
+    for name in READING:
+        parser.add_argument(f"--{name}", choices=FLAGS[name].metadata.get("choices"), type=FLAGS[name].type,
                             help="as in train.py; default: as the run read its data")
     parser.add_argument("--gpu_id", type=int, help="the CUDA device to use")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")

@@ -20,9 +20,7 @@ class Opened:
     """A checkpoint, ready to be scored."""
 
     checkpoint: object  # a runs.Checkpoint
-    base: str
-    shape: dict | None  # of its adapter
-    bf16: bool
+    made_of: tuple[str, dict | None, bool]  # the base, the shape of its adapter, bf16
     module: SequenceLogProbs
     layout: str
     attention: str  # of the layout
@@ -56,7 +54,7 @@ class Opener:
             return self.last
         base, adapter = base_of(checkpoint.path)
         wanted = base, adapter_shape(adapter), checkpoint.settings.bf16
-        if self.last and adapter and (self.last.base, self.last.shape, self.last.bf16) == wanted:
+        if self.last and adapter and self.last.made_of == wanted:
             exchange_adapter(self.last.module.model, adapter)
             self.last = dataclasses.replace(self.last, checkpoint=checkpoint)
         else:
@@ -70,12 +68,11 @@ class Opener:
 
     def _check_base(self, checkpoint, base: str) -> None:
         """Raises UserError where the base under a run's adapter is not the one that it was trained on."""
-        trained_in = checkpoint.recorded.bf16
-        key, run = (base, trained_in), Path(checkpoint.path).parent
+        key, run = (base, checkpoint.recorded.bf16), Path(checkpoint.path).parent
         if (run, key) in self.checked:
             return
         if key not in self.hashes:  # scored in another precision than it was trained in
-            dtype = storage_dtype(trained_in, frozen=True)
+            dtype = storage_dtype(checkpoint.recorded.bf16, frozen=True)
             self.hashes[key] = base_hashes(open_base(base, dtype, checkpoint.settings.trust_remote_code))
         check_base(self.hashes[key], base, checkpoint.settings.record, run)
         self.checked.add((run, key))
@@ -98,7 +95,7 @@ class Opener:
         module = SequenceLogProbs(model).to(self.device).eval()
         layout, attention = selfcheck.choose_layout(module, self.device, product, False, self.longest)
         distributed.say(f"{base}: {selfcheck.describe(layout, attention)}")
-        return Opened(checkpoint, base, shape, bf16, module, layout, attention, own, trained)
+        return Opened(checkpoint, (base, shape, bf16), module, layout, attention, own, trained)
 
 
 def open_device(local_rank: int, gpu_id: int | None) -> torch.device:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,9 +98,9 @@ class Parts:
         """The key of this family that was written last."""
         return next((key for key in reversed(self.families.get(family, [])) if self.index.get(key)), None)
 
-    def add(self, holds: dict[str, dict], tables: dict[str, pandas.DataFrame], write_more=lambda folder: None) -> None:
-        """Keeps tables, whole or not at all; `write_more(folder)` adds files of its own. All ranks call it, rank 0 has
-        the tables.
+    def add(self, holds: dict[str, dict], tables: dict[str, pandas.DataFrame], sets: Sequence = ()) -> None:
+        """Keeps tables, whole or not at all, and the plausible tokens of each line of "scores" where these are of a
+        run's start. All ranks call it, rank 0 has the tables.
 
         `holds` is {key: {"rows": set, "responses": names or None for tables without any, "family": key}}.
         """
@@ -107,16 +108,17 @@ class Parts:
         place = self.folder / name.hexdigest()[:24]
         with main_first():
             if is_main():
-                self._write(place, holds, tables, write_more)
+                self._write(place, holds, tables, sets)
         self._enter(place.name, holds)
 
-    def _write(self, place: Path, holds: dict, tables: dict[str, pandas.DataFrame], write_more) -> None:
+    def _write(self, place: Path, holds: dict, tables: dict[str, pandas.DataFrame], sets) -> None:
         written = {key: held | {"rows": sorted(held["rows"])} for key, held in holds.items()}
         with new_folder(place, {"format": FORMAT, "holds": written}) as new:
             for name, table in tables.items():
                 check_finite(table, f"{place.parent}, {name}")
                 table.to_parquet(new / f"{name}.parquet", index=False)
-            write_more(new)
+            if sets:
+                plausible.write(new, sets)
         self.whole.add(place.name)
 
     def read(self, key: str, table: str) -> pandas.DataFrame:

@@ -69,10 +69,10 @@ class Work:
         """{(row, response): tokens that the run's start found plausible}; None where this is it, or there is none."""
         if self.start is None or self.is_start:
             return None
-        found = {}
-        for result in self.of_kind("scores", "tokens"):
-            for unit in {result.responses, PAIR} if {*result.responses} & {*PAIR} else {result.responses}:
-                found |= parts.sets(response_result("scores", self.start, self.start, self.data, unit).key)
+        found, asked = {}, [result.responses for result in self.of_kind("scores", "tokens")]
+        # The start may have scored chosen with rejected, or alone, or both; what was scored likewise is taken then.
+        for unit in dict.fromkeys(unit for own in asked for unit in (PAIR, own) if {*unit} & {*own}):
+            found |= parts.sets(response_result("scores", self.start, self.start, self.data, unit).key)
         return found
 
 
@@ -94,8 +94,7 @@ def plan(checkpoints: list[Checkpoint], datasets: list[ResponseSet], parts: Part
 
 def response_results(checkpoint: Checkpoint, start: str | None, data: ResponseSet, parts: Parts,
                      asked: dict[str, bool]) -> list[Result]:
-    """The results that are asked for of the responses, and those that earlier calls left, of the same weights and
-    data."""
+    """The results that are asked for, and those that earlier calls left of the same weights and responses."""
     def result_of(kind, unit):
         result = response_result(kind, checkpoint.key, start, data, unit)
         result.missing = result.rows.keys() - parts.rows(result.key)

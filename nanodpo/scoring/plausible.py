@@ -16,7 +16,7 @@ NAME = "plausible.safetensors"
 
 
 def split(sets: Sets, lengths: list[int]) -> list[Sets]:
-    """The sets of a row -> those of each of its responses, of so many tokens, on CPU."""
+    """The sets of a batch -> those of each of its responses, of so many tokens, on CPU."""
     counts, rest, ids, before = (side.cpu() for side in sets)
     counts = counts.to(torch.int32).split(lengths)
     sizes = [int(part.sum()) for part in counts]
@@ -24,9 +24,12 @@ def split(sets: Sets, lengths: list[int]) -> list[Sets]:
     return [tuple(side.clone() for side in part) for part in parts]  # a view would take the whole along to other ranks
 
 
-def join(parts: list[Sets], device: torch.device) -> Sets:
-    """The sets of several responses, one after the other."""
-    counts, rest, ids, before = (torch.cat(side).to(device) for side in zip(*parts))
+def join(sets: dict[tuple[int, str], Sets], keys: list[tuple[int, str]], device: torch.device) -> Sets:
+    """The sets of several responses, (row, kind) each, one after the other. Raises UserError where one is not there."""
+    if lost := [key for key in keys if key not in sets]:
+        raise UserError(f"row {lost[0][0]}, {lost[0][1]}: nothing is left of what step 0 found plausible there; score "
+                        f"step 0 with --responses {lost[0][1]} first")
+    counts, rest, ids, before = (torch.cat(side).to(device) for side in zip(*(sets[key] for key in keys)))
     return counts.long(), rest, ids.long(), before
 
 

@@ -11,14 +11,6 @@ from ..errors import UserError
 Group = tuple[list[int], dict[str, list[int]]]  # prompt ids, {kind: response ids}
 
 
-def chosen(examples: list[Example], i: int, seed: int) -> list[int] | None:
-    return examples[i].chosen
-
-
-def rejected(examples: list[Example], i: int, seed: int) -> list[int] | None:
-    return examples[i].rejected
-
-
 def other(examples: list[Example], i: int, seed: int) -> list[int] | None:
     """The chosen answer to another question of the set, drawn by seed; None where a hundred draws find none."""
     draw = random.Random(f"other/{seed}/{examples[i].row}")
@@ -35,7 +27,8 @@ def shuffled(examples: list[Example], i: int, seed: int) -> list[int] | None:
     return [*body, end]
 
 
-KINDS = {"chosen": chosen, "rejected": rejected, "other": other, "shuffled": shuffled}
+KINDS = {"chosen": lambda examples, i, seed: examples[i].chosen,
+         "rejected": lambda examples, i, seed: examples[i].rejected, "other": other, "shuffled": shuffled}
 GREEDY = "greedy"  # the starting model's own answer, which takes the model to know
 
 

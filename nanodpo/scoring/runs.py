@@ -9,9 +9,9 @@ import dataclasses
 import functools
 import glob
 import json
-import math
 import os
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,22 +20,20 @@ import torch
 from ..data.rows import SUFFIXES
 from ..errors import UserError
 from ..files import read_text
+from ..flags.arguments import TrainArguments
 from ..folder.record import FREE, versions
 from ..model.source import base_of
 from ..ranks.distributed import device_name
-from ..run import noise
 from .contents import Contents
 
-# Flags that say how data are read, with their choices; without them data are read as the run read its own.
-READING = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
-           "chat_template_kwargs": None, "boundary": ["error", "concat"], "max_length": None, "max_prompt_length": None,
-           "overlong": ["error", "drop", "truncate"], "on_bad_row": ["error", "drop"]}
+# Flags that say how data are read; without them data are read as the run read its own.
+READING = ("prompt_field", "chosen_field", "rejected_field", "assistant_header", "chat_template_kwargs", "boundary",
+           "max_length", "max_prompt_length", "overlong", "on_bad_row")
+FLAGS = {flag.name: flag for flag in dataclasses.fields(TrainArguments) if flag.name in (
+    *READING, "train_on", "loss", "beta", "label_smoothing", "bf16", "train_file_path", "eval_file_path")}
 # The settings of a model that comes from no run.
-DEFAULTS = {"loss": "", "prompt_field": None, "chosen_field": None, "rejected_field": None, "assistant_header": None,
-            "chat_template_kwargs": None, "train_on": "last", "boundary": "error", "max_length": None,
-            "max_prompt_length": None, "overlong": "error", "on_bad_row": "error", "beta": 0.1, "label_smoothing": 0.0,
-            "bf16": False, "train_file_path": None, "eval_file_path": None, "prompt_leads": None,
-            "held_out_rows": None, "date": None}
+DEFAULTS = {name: flag.default for name, flag in FLAGS.items()} | {
+    "loss": "", "train_on": "last", "prompt_leads": None, "held_out_rows": None, "date": None}
 NOT_A_RUN = {"trust_remote_code": False, "record": {}}  # `record` is all that a run's run.json says
 STEP = re.compile(r"checkpoint-(\d{1,15})")
 
@@ -153,21 +151,17 @@ def _settings(run: Path) -> SimpleNamespace:
 
 def _right(key: str, value) -> bool:
     """Can a setting of run.json have this value?"""
-    if key == "bf16":
-        return type(value) is bool
-    if key in ("max_length", "max_prompt_length"):
-        return type(value) is int and value > 0 or (value is None and key == "max_prompt_length")
-    if key == "prompt_leads":
-        return value is None or isinstance(value, list) and all(lead is None or isinstance(lead, str) for lead in value)
-    if key == "held_out_rows":
-        return value is None or isinstance(value, list) and all(type(row) is int for row in value)
-    if key in ("beta", "label_smoothing"):
-        return type(value) in (int, float) and (math.isfinite(value) if key == "beta" else 0 <= value < 0.5)
-    if key == "train_on":
-        return value in ("all", "last")
-    if choices := READING.get(key):
-        return value in choices
-    return isinstance(value, str) or value is None and key != "loss"
+    if value is None:
+        return DEFAULTS[key] is None and key != "max_length"
+    lists = {"prompt_leads": (str, type(None)), "held_out_rows": (int,)}
+    if key in lists:
+        return isinstance(value, list) and all(type(item) in lists[key] for item in value)
+    if key not in FLAGS:
+        return isinstance(value, str)
+    kind, limit, choices = FLAGS[key].type, FLAGS[key].metadata["limit"], FLAGS[key].metadata.get("choices")
+    if kind is float and type(value) in (int, float):
+        return abs(value) <= sys.float_info.max and limit.holds(value)
+    return type(value) is kind and (limit is None or limit.holds(value)) and (choices is None or value in choices)
 
 
 def own_rows(settings: SimpleNamespace) -> tuple[str, str | None, tuple[int, ...]]:
@@ -204,12 +198,6 @@ def check_own(checkpoints: list[Checkpoint]) -> None:
         (first, its), (second, others) = list(found.values())[:2]
         raise UserError(f"{first}'s own data ({its}) are not those of {second} ({others}): name data with "
                         "--dataset_path, or score the runs in two calls")
-
-
-def noise_of(checkpoint: Checkpoint) -> dict[str, float]:
-    """How much bfloat16's rounding moves one pair of a run, by metric, nats; empty where run.json has no such numbers.
-    Raises UserError where train.py does not write such."""
-    return noise.of_record(checkpoint.settings.record, Path(checkpoint.path).parent / "run.json")
 
 
 def recipe(record: dict) -> tuple[str, int | None]:

@@ -1,5 +1,7 @@
 """Parts of a response: tenths of its length, what a pair shares, thinking and answer. Positions are in tokens."""
 
+import itertools
+
 ANSWERS = ("<|im_start|>answer", "</think>")  # marks that end the thinking in a transcript
 
 
@@ -33,12 +35,6 @@ def answer_start(texts: list[str]) -> int | None:
     (3, None)
     """
     text = "".join(texts)
-    at = max(text.rfind(mark) + len(mark) if mark in text else -1 for mark in ANSWERS)
-    if at < 0:
-        return None
-    done = 0
-    for i, token in enumerate(texts):
-        if done >= at:
-            return i
-        done += len(token)
-    return None
+    ends = [text.rfind(mark) + len(mark) for mark in ANSWERS if mark in text]
+    starts = itertools.accumulate(map(len, texts), initial=0)  # of each token, in characters
+    return next((i for i, start in zip(range(len(texts)), starts) if ends and start >= max(ends)), None)

@@ -26,9 +26,7 @@ errors are over the problems of one run (stats.py).
 """
 
 import collections
-import functools
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -39,7 +37,6 @@ import pyarrow.parquet
 
 from ..errors import UserError
 from ..folder.atomic import new_file, writing
-from . import plausible
 from .answers import check_answers
 from .means import KEYS, MEASURES, add_rewards, means, summary
 from .parts import Parts
@@ -55,22 +52,23 @@ def keep(parts: Parts, work: Work, done: list[tuple[list[Result], int, dict[str,
     for results, i, tables in done:
         for result in results:
             held.setdefault(result.key, result.held([]))["rows"].add(work.data.examples[i].row)
-        for name, its in tables.items():
-            lines[name] += its
+        # Where tokens alone were missing, the rest is there already.
+        for name in tables if {result.kind for result in results} != {"tokens"} else ["tokens"]:
+            lines[name] += tables[name]
     if not any(parts.index.get(key) for key in held) and lines["scores"] and all(
             math.isnan(line["logps"]) for line in lines["scores"]):
         raise UserError(f"{work.checkpoint.path}: no log-prob of {work.data.name} is finite: the weights are broken")
     sets = lines.pop("plausible", [])
     frames = {name: pandas.concat(its) if name == "tokens" else pandas.DataFrame(its)
               for name, its in lines.items() if its}
-    parts.add(held, frames, functools.partial(plausible.write, parts=sets) if sets else lambda folder: None)
+    parts.add(held, frames, sets)
 
 
 def table_of(work: Work, parts: Parts, name: str) -> pandas.DataFrame:
     """All lines that are there of a checkpoint and a data set, in the order of rows and responses."""
     if name == "answers":
-        said = [parts.answers(result.key, result.kind) for result in work.of_kind("answers")]
-        table = _concat([pandas.DataFrame(check_answers(work.data, answers)) for answers in said])
+        table = _concat([pandas.DataFrame(check_answers(work.data, parts.answers(result.key, result.kind)))
+                         for result in work.of_kind("answers")])
     else:
         results = work.of_kind("tokens" if name == "tokens" else "scores")
         table = _concat([parts.read(result.key, name) for result in results
@@ -124,10 +122,6 @@ def contents(folder: Path) -> list[str]:
     runs = [f"{run} step {step}" for run, step in table[["run", "step"]].drop_duplicates().itertuples(index=False)]
     return [*runs, *(f"data set {name}" for name in table["dataset"].unique()),
             *(f"response {name}" for name in table["response"].unique()), *found]
-
-
-def write_json(file: Path, value) -> None:
-    write_text(file, json.dumps(value, indent=1) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
