@@ -164,9 +164,12 @@ def test_a_base_that_has_changed_is_not_merged_into(tiny, tmp_path):
         run.mkdir()
         shutil.copytree(tiny / "model", base, dirs_exist_ok=True)
         model = loading.load_model(open_source(str(base), False), args(bf16=bf16))
-        record = {"arguments": {}, "world_size": 1, "steps": 1, "finished": True, "versions": run_record.versions(),
+        record = {"arguments": {"loss": "dpo", "train_file_path": "pairs.jsonl", "eval_file_path": None,
+                                "logging_steps": 1}, "world_size": 1, "steps": 1, "finished": True, "device": "cpu",
+                  "data_report": [], "versions": run_record.versions(),
                   "weights": loading.weights_hash(model, fresh_lora=True)}
         (run / "run.json").write_text(json.dumps(record))
+        (run / "metrics.jsonl").touch()
         checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, True), run / "checkpoint-1", {"step": 1})
         make_model(seed=1).save_pretrained(base)
         with pytest.raises(UserError, match="base: holds other weights than those that .* was trained on; put back"):
@@ -176,7 +179,7 @@ def test_a_base_that_has_changed_is_not_merged_into(tiny, tmp_path):
         (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
         with pytest.raises(UserError, match="base: its config.json is not the one that"):
             lifecycle.merge(run, 1, bf16, False)
-        assert sorted(place.name for place in run.iterdir()) == ["checkpoint-1", "run.json"]
+        assert sorted(place.name for place in run.iterdir()) == ["checkpoint-1", "metrics.jsonl", "run.json"]
         shutil.copy(tiny / "model" / "config.json", base)
         lifecycle.merge(run, 1, bf16, False)
         assert (run / "merged" / "model.safetensors").is_file()

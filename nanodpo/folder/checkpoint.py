@@ -33,15 +33,19 @@ def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
     return state
 
 
-def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Path, facts: dict) -> None:
+def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Path, facts: dict,
+         texts: dict[str, str] | None = None) -> None:
     """Writes model (or adapter) and tokenizer to `folder`, on one rank. Raises RunStopped where the disk won't take it,
     or has not what was written; then nothing of it stays.
 
     `state` has the weights from `gather`: of the adapter, or of the whole model. `facts` go into the manifest.
+    `texts` are further files by name (card.py).
     """
     with new_folder(folder, facts) as place:
         _write(model, tokenizer, state, place)
         tokenizer.save_pretrained(place)
+        for name, text in (texts or {}).items():
+            (place / name).write_text(text)
         verify(place, _published(model, state))
 
 
@@ -136,8 +140,8 @@ def rotate(run: Path, keep: int | None) -> None:
         remove(run / f"checkpoint-{step}")
 
 
-def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bool, check=lambda model, base: None
-          ) -> None:
+def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bool, check=lambda model, base: None,
+          texts: dict[str, str] | None = None) -> None:
     """Merges an adapter into its base and saves the whole model, in one process, on CPU. `check(model, base's name)`
     may raise before, for a base that is not the right one."""
     from transformers import AutoTokenizer
@@ -151,4 +155,4 @@ def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bo
             parameter.data = parameter.data.float()  # the product B A is rounded once, when it is added
     model = model.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
-    save(model, tokenizer, dict(model.named_parameters()), folder, {"merged": adapter.name})
+    save(model, tokenizer, dict(model.named_parameters()), folder, {"merged": adapter.name}, texts)

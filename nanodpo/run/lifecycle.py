@@ -7,9 +7,10 @@ import torch
 from ..data.shapes import options_of
 from ..data.template import prompt_leads, read_template
 from ..errors import UserError
-from ..folder import checkpoint, record, resume, state
+from ..folder import card, checkpoint, record, resume, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
 from ..model import loading
+from ..model.source import base_of
 from ..ranks import distributed
 from . import agreement, engine, memory, metrics
 from .start import Run
@@ -118,7 +119,9 @@ def save_checkpoint(run: Run) -> None:
             if run.step:  # whoever finds the last checkpoint takes all steps to be in metrics.jsonl
                 with writing(run.folder / "metrics.jsonl"):
                     flush(run.folder / "metrics.jsonl")
-            checkpoint.save(model, run.source.tokenizer, tensors, folder, {"step": run.step, **_owner(run)})
+            texts = card.texts(run.facts, run.step, run.folder / "metrics.jsonl", run.source.base,
+                               model.peft_config["default"] if run.args.use_lora else None)
+            checkpoint.save(model, run.source.tokenizer, tensors, folder, {"step": run.step, **_owner(run)}, texts)
             checkpoint.rotate(run.folder, run.args.save_total_limit)
 
 
@@ -158,9 +161,11 @@ def merge(folder: Path, steps: int, bf16: bool, trust_remote_code: bool) -> None
     """Writes the last checkpoint's adapter, merged into its base, to merged/: a model like any other. Raises UserError
     where the base is no longer the one that was trained on."""
     def check(model, base):
-        loading.check_base(loading.base_hashes(model), base, record.read(folder), folder)
+        loading.check_base(loading.base_hashes(model), base, facts, folder)
 
     dtype, last = torch.bfloat16 if bf16 else torch.float32, folder / f"checkpoint-{steps}"
     check_whole(last)
-    checkpoint.merge(last, folder / "merged", dtype, trust_remote_code, check)
+    facts = record.read(folder)
+    texts = card.texts(facts, steps, folder / "metrics.jsonl", base_of(str(last))[0])
+    checkpoint.merge(last, folder / "merged", dtype, trust_remote_code, check, texts)
     distributed.say(f"merged: {folder / 'merged'}")

@@ -1,0 +1,106 @@
+"""Two texts beside the weights of a checkpoint, for whoever gets it without the run: README.md, a model card as hubs
+read it, and trainer_state.json, the log in the form of transformers' Trainer.
+
+Both follow from run.json and metrics.jsonl alone: no times in them, so that a run that was stopped and went on leaves
+the same bytes.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from ..core.losses import LOSSES
+from ..files import read_text
+
+METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected")
+SETTINGS = ("loss", "beta", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+            "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "use_lora",
+            "lora_r", "lora_alpha", "lora_target_modules", "bf16", "seed")
+RS_LORA = ("The adapter is rank-stabilised LoRA: its scale is lora_alpha / sqrt(r), as `use_rslora` in "
+           "adapter_config.json says. A converter that reads lora_alpha alone scales it wrongly.")
+
+
+def texts(facts: dict, step: int, metrics: Path, base: str, peft=None) -> dict[str, str]:
+    """{file name: text} of checkpoint-<step>. `facts`: run.json's; `base`: name of the base model; `peft`: the config
+    of the adapter, None for a whole model."""
+    log = history(metrics, step, facts["arguments"]["logging_steps"])
+    state = {"global_step": step, "max_steps": facts["steps"], "log_history": log}
+    return {"README.md": model_card(facts, step, log, base, peft),
+            "trainer_state.json": f"{json.dumps(state, indent=1)}\n"}
+
+
+def history(metrics: Path, step: int, every: int) -> list[dict]:
+    """The lines of metrics.jsonl that led to checkpoint-<step>, one of training in `every`, without times and memory.
+    None for checkpoint-0, which is written first."""
+    lines = [json.loads(line) for line in read_text(metrics).splitlines()] if step else []
+    kept = [line for line in lines if (line["step"] <= step if "eval_loss" in line else
+                                       line["step"] < step and line["step"] % every == 0)]
+    return [{name: value for name, value in line.items() if not name.startswith(("perf/", "mem/"))} for line in kept]
+
+
+def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) -> str:
+    """Markdown with a YAML head. Folders of this machine are named by their last part."""
+    args = facts["arguments"]
+    loss, data = args["loss"], [args["train_file_path"], args["eval_file_path"]]
+    head = {"base_model": base if _is_hub_id(base) else None, "library_name": "peft" if peft else "transformers",
+            "pipeline_tag": "text-generation", "license": license_of(base),
+            "tags": ["nanodpo", loss] + ["lora"] * bool(peft),
+            "datasets": sorted({_repository(name) for name in data if name and _is_hub_id(_repository(name))}) or None}
+    what = "an adapter" if peft else "a model"
+    text = [f"# {_short(base)}, {loss}, step {step} of {facts['steps']}",
+            f"This is {what} from a run of nanodpo: {_short(base)} after {step} of {facts['steps']} updates with the "
+            f"`{loss}` loss ({_source(loss)}).", *([RS_LORA] if getattr(peft, "use_rslora", False) else []),
+            "## Data", *(f"- {_short_report(report)}" for report in facts["data_report"])]
+    held_out = [line for line in log if "eval_loss" in line]
+    if held_out:
+        first, last = held_out[0], held_out[-1]
+        rows = [f"| {name} | {first[f'eval_{name}']:.4f} | {last[f'eval_{name}']:.4f} |" for name in METRICS
+                if f"eval_{name}" in first and f"eval_{name}" in last]
+        text += ["## Held-out data", "\n".join([f"| | step {first['step']} | step {last['step']} |", "|---|---|---|",
+                                                *rows]),
+                 "Log-probabilities are in nats, means over pairs; `trainer_state.json` has every logged step."]
+    settings = [f"| {name} | {args[name]} |" for name in SETTINGS if args.get(name) not in (None, "")]
+    made = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    text += ["## Settings", "\n".join(["| | |", "|---|---|", *settings]),
+             f"{facts['world_size']} process(es), {facts['device']}; {made}."]
+    return "\n".join(["---", *_yaml(head), "---", "", "\n\n".join(text).replace("\n\n- ", "\n- "), ""])
+
+
+def license_of(base: str) -> str | None:
+    """The license that a local base model's own card states."""
+    try:
+        card = read_text(Path(base) / "README.md")
+    except (OSError, ValueError):
+        return None
+    head = card.split("---")[1] if card.startswith("---") and card.count("---") > 1 else ""
+    found = re.search(r"^license: *([\w.-]+) *$", head, re.MULTILINE)
+    return found and found[1]
+
+
+def _yaml(head: dict) -> list[str]:
+    """JSON strings are YAML strings."""
+    return [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in head.items() if value]
+
+
+def _source(loss: str) -> str:
+    found = re.search(r"arXiv \d{4}\.\d{5}", LOSSES[loss].__doc__)
+    return found[0] if found else "negative log-likelihood"
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists() and not name.startswith(".")
+
+
+def _repository(name: str) -> str:
+    return name.partition(":")[0]
+
+
+def _short(name: str) -> str:
+    return name if _is_hub_id(_repository(name)) else Path(name).name
+
+
+def _short_report(report: str) -> str:
+    """A data set's report in one line, without the folder of its file."""
+    first, *rest = (line.strip() for line in report.splitlines())
+    path, colon, said = first.removeprefix("data ").rpartition(": ")
+    return "; ".join([f"{_short(path)}{colon}{said}", *rest])

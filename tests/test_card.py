@@ -1,0 +1,71 @@
+"""The model card and the log beside a checkpoint's weights, as the hub's own library and a reader of JSON find them."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, launch, train
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+from nanodpo.folder.card import history, license_of, model_card
+
+FACTS = {"arguments": {"loss": "dpo", "beta": 0.1, "learning_rate": 1e-5, "train_file_path": "org/pairs:main",
+                       "eval_file_path": "/home/me/secret/held.jsonl", "logging_steps": 2},
+         "data_report": ["data org/pairs:main: 8 rows, 0 dropped\n  columns: prompt = p",
+                         "data /home/me/secret/held.jsonl: 4 rows, 1 dropped"],
+         "steps": 6, "world_size": 2, "device": "cpu", "versions": {"torch": "2"}}
+
+
+def test_a_hub_reads_the_head_and_no_folder_of_this_machine_is_in_it():
+    text = model_card(FACTS, 4, [], "org/base-1B", SimpleNamespace(use_rslora=True))
+    data = ModelCard(text).data
+    assert (data.base_model, data.library_name, data.datasets) == ("org/base-1B", "peft", ["org/pairs"])
+    assert data.tags == ["nanodpo", "dpo", "lora"] and data.pipeline_tag == "text-generation" and data.license is None
+    assert "/home" not in text and "held.jsonl: 4 rows, 1 dropped" in text and "org/pairs:main: 8 rows" in text
+    assert "arXiv 2305.18290" in text and "lora_alpha / sqrt(r)" in text
+    assert "sqrt" not in model_card(FACTS, 4, [], "org/base-1B", SimpleNamespace(use_rslora=False))
+
+
+def test_a_local_base_is_named_by_its_folder_and_its_license_is_handed_on(tmp_path):
+    """A hub takes no path for a base model; a license holds for what is made from the model."""
+    base = tmp_path / "my-base"
+    base.mkdir()
+    assert license_of(str(base)) is None
+    (base / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# Base\nlicense: none\n")
+    text = model_card(FACTS, 4, [], str(base))
+    data = ModelCard(text).data
+    assert (data.base_model, data.license, data.library_name) == (None, "apache-2.0", "transformers")
+    assert "my-base, dpo, step 4 of 6" in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("step, kept", [(0, ""), (1, "e0 t0"), (4, "e0 t0 t2 e4")])
+def test_the_log_of_a_checkpoint_is_what_led_to_it(step, kept, tmp_path):
+    """Steps before it, one in two, and evaluations up to it; nothing that depends on the machine's speed."""
+    lines = [{"step": k, "loss": 0.5, "perf/step_seconds": 1.0, "mem/peak_gib": 2.0} for k in range(6)]
+    lines[0:0], lines[5:5] = [{"step": 0, "eval_loss": 0.7}], [{"step": 4, "eval_loss": 0.6}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = history(tmp_path / "metrics.jsonl", step, 2)
+    assert " ".join(f"{'e' if 'eval_loss' in line else 't'}{line['step']}" for line in log) == kept
+    assert all(line.keys() <= {"step", "loss", "eval_loss"} for line in log)
+
+
+def test_every_checkpoint_and_the_merged_model_have_both(tiny, tmp_path):
+    """Their numbers are those of metrics.jsonl; transformers and PEFT open the folders as before."""
+    lines = train(tiny, tmp_path / "run", "--max_steps", "2", "--save_steps", "1", "--eval_size", "3",
+                  "--merge_weights", "true", "--logging_steps", "1")
+    for name in ("checkpoint-0", "checkpoint-1", "checkpoint-2", "merged"):
+        folder = tmp_path / "run" / name
+        assert ModelCard((folder / "README.md").read_text()).data.library_name == (
+            "transformers" if name == "merged" else "peft")
+        with safe_open(next(folder.glob("*.safetensors")), "pt") as weights:
+            assert len(weights.keys()) > 5
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == state["max_steps"] == 2
+    assert [line.get("loss", line.get("eval_loss")) for line in state["log_history"]] == [
+        line.get("loss", line.get("eval_loss")) for line in lines]
+    evals = [line for line in lines if "eval_loss" in line]
+    text = (folder / "README.md").read_text()
+    assert f"| loss | {evals[0]['eval_loss']:.4f} | {evals[-1]['eval_loss']:.4f} |" in text
+    launch(ROOT / "score.py", tmp_path / "run" / "merged", "--dataset_path", tiny / "train.jsonl", "--output_dir",
+           tmp_path / "scores", launcher="fork")
