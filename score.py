@@ -17,8 +17,8 @@ from pathlib import Path
 import pandas
 import torch
 
+from nanodpo.core.batches import make_batch
 from nanodpo.core.logprobs import sum_by_sequence
-from nanodpo.core.step import make_batch
 from nanodpo.errors import leave, run_script
 from nanodpo.figures.after import draw_after
 from nanodpo.folder.atomic import check_writable

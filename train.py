@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from nanodpo import progress
+from nanodpo.core.batches import groups_of, make_batch, response_lengths, total_tokens
 from nanodpo.core.losses import loss_divisor, pair_losses
 from nanodpo.core.packing import scored_places
-from nanodpo.core.step import count_tokens, groups_of, make_batch, token_counts
 from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
 from nanodpo.errors import Preempted, RunStopped, leave, run_script
 from nanodpo.figures.after import draw_after, is_drawn
@@ -27,7 +27,7 @@ from nanodpo.folder import checkpoint, state
 from nanodpo.model import loading
 from nanodpo.ranks import distributed
 from nanodpo.run import agreement, lifecycle, memory, monitors
-from nanodpo.run import engine as engines
+from nanodpo.run.engine import join_ranks, make_engine
 from nanodpo.run.guards import StepGuard, check_start, not_finite
 from nanodpo.run.metrics import Meter, pair_metrics, peak_gib
 from nanodpo.run.passes import PAIR, add_references, dry_run, eval_batches, logps_of, measure_noise
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 def build(start: Start, stop: Stop) -> Run:
     """Joins the ranks, loads the model and makes the engine around it."""
     args = start.args
-    device = engines.start(args.local_rank, start.settings | start.monitors, args.deepspeed)
+    device = join_ranks(args.local_rank, start.settings | start.monitors, args.deepspeed)
     rank, world = distributed.rank_and_world()
     with agreement.same_on_all_ranks() as compared, memory.shortage_named(rank, "loading the model"):
         model = loading.load_model(start.source, args)
@@ -69,24 +69,24 @@ def build(start: Start, stop: Stop) -> Run:
         compared |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
     distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
     with memory.shortage_named(rank, "loading the model"):
-        built = engines.build(model, args, start.settings, device, start.longest)
-    torch.manual_seed(args.seed + rank)  # of dropout, where it is allowed
+        built = make_engine(model, args, start.settings, device, start.longest)
+    torch.manual_seed(args.seed + rank)  # dropout's, with --allow_dropout
     return Run(**vars(start), **vars(built), stop=stop, weights=weights, device=device, world=world, rank=rank)
 
 
 def train(run: Run) -> None:
-    """The folder, the references, then step after step: each begins where the one before it could have been killed."""
+    """The folder, the references, then the steps. What is saved between steps lets a killed run go on from there."""
     args = run.args
     if args.bf16 and not run.old:
         run.facts["noise"] = measure_noise(run)
-    found = lifecycle.open_folder(run)
-    again = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
-    again += "" if args.resume == "auto" else " and without --resume"
-    run.stop.advice = lambda: f" after {run.step} of {run.steps} steps; to go on: {again}"
+    saved = lifecycle.open_folder(run)
+    how = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
+    how += "" if args.resume == "auto" else " and without --resume"
+    run.stop.advice = lambda: f" after {run.step} of {run.steps} steps; to go on: {how}"
     run.stop.wait()
     if args.loss != "sft":
         add_references(run)
-    lifecycle.go_on(run, found)
+    lifecycle.go_on(run, saved)
     with monitors.reporting(run), progress.Progress("training", run.steps, "step", run.step) as bar:
         try:
             between_steps(run)
@@ -97,20 +97,20 @@ def train(run: Run) -> None:
                 run.step += 1
                 between_steps(run)
         except Preempted:
-            lifecycle.save_state(run)  # the gradients of the step that was begun go; what was drawn for it comes again
+            lifecycle.save_state(run)  # without the step that was begun: its random numbers are those of before it
             raise
 
 
 def between_steps(run: Run) -> None:
-    """Evaluates and saves what is due before step `run.step`. What is there already stays, so a run that goes on from
-    this step calls it again."""
+    """Evaluates and saves what is due before step `run.step`. Skips what is there already, so a run that goes on from
+    this step can call it again."""
     args, last = run.args, run.step == run.steps
     run.random = state.random_state(run.device)
     if run.step in (0, run.steps) or (args.eval_steps and run.step % args.eval_steps == 0):
         evaluate(run)
     save = args.save_steps and run.step % args.save_steps == 0
     if not last and (save or (args.resume_steps and run.step % args.resume_steps == 0)):
-        lifecycle.save_state(run)  # first: a checkpoint can be made again from it, but not the other way round
+        lifecycle.save_state(run)  # before the checkpoint, which can be made again from it
     if run.step and (last or save):
         lifecycle.save_checkpoint(run)
 
@@ -123,7 +123,8 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     args, engine, examples, began = run.args, run.engine, run.train_set.examples, time.perf_counter()
     pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step)
     sides = PAIR[:1] if args.loss == "sft" else PAIR  # SFT trains on chosen alone
-    # The loss of a step is the sum over its pairs by their number. DeepSpeed averages over ranks, hence world.
+    # A step's loss is the sum over its pairs divided by their number (sft: by their tokens). DeepSpeed averages the
+    # gradient over ranks, so each rank's part of the sum is multiplied by their number.
     divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs])
     share = run.world / divisor
     rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
@@ -133,38 +134,43 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     engine.train()
     meter = Meter(run.device)
     micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world)
-    for i, (indices, weight) in enumerate(guard.each(micro_batches)):  # weight 0 only keeps ranks in step
+    for i, (indices, weight) in enumerate(guard.each(micro_batches)):  # of weight 0: repeated, to no effect
         groups = groups_of([examples[k] for k in indices], sides)
-        tokens = token_counts(groups, run.device)  # (P, 2)
-        ref = None if run.ref is None else run.ref[indices].to(run.device, non_blocking=True)  # (P, 2)
+        tokens = response_lengths(groups, run.device)  # (P, 2)
+        # The reference's log-probs (P, 2) were computed before the first step: run/passes.py, add_references.
+        ref = None if run.ref is None else run.ref[indices].to(run.device, non_blocking=True)
         batch = make_batch(groups, run.layout, run.device)  # [prompt | chosen | rejected] ..., no padding
-        logps = engine(batch).view(-1, len(sides))  # (P, 2): log pi(y|x), summed over the tokens of y
+        # DeepSpeed's engine calls SequenceLogProbs of core/logprobs.py: log pi(y|x), summed over the tokens of y.
+        logps = engine(batch).view(-1, len(sides))  # (P, 2), since a batch goes pair by pair
         losses = pair_losses(args.loss, logps, ref, tokens, args.beta, args.label_smoothing)  # (P,)
         meter.add({"loss": losses.detach(), **pair_metrics(logps, ref, tokens, args.beta)}, weight)
-        engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-        losses = guard.finite(indices, logps, losses)
+        engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # the last one: reduce, and let step
+        losses = guard.spoil_nonfinite(indices, logps, losses)
         engine.backward(losses.sum() * weight * share, scale_wrt_gas=False)
     means, wrong = check_means(run, meter, len(pairs) / divisor, guard)
-    norm, applied = update(engine)
+    norm, applied = update(engine)  # a step with numbers that are not finite has a gradient of NaN: none is made
 
     if not applied:
         why = f"the gradient is not finite (norm {norm})" if not math.isfinite(norm) else "DeepSpeed skipped the update"
         skip_or_stop(run, wrong or f"{why}; {memory.describe([examples[k] for k in pairs])}")
-    tokens = count_tokens(groups_of([examples[k] for k in pairs], sides))
+    n_tokens = total_tokens(groups_of([examples[k] for k in pairs], sides))
     seconds = time.perf_counter() - began
-    run.tokens += tokens
+    run.tokens += n_tokens
     return {"step": run.step, "epoch": run.step / run.steps_per_epoch, **means, "grad_norm": norm,
             "learning_rate": rate, "num_tokens": run.tokens, "skipped_steps": run.skipped,
-            "perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds,
+            "perf/tokens_per_second": n_tokens / seconds, "perf/step_seconds": seconds,
             "mem/peak_gib": peak_gib(run.device)}
 
 
 def update(engine) -> tuple[float, bool]:
-    """(the gradient's global norm before clipping, over all ranks; whether the update was made)."""
+    """Clips the gradient to --max_grad_norm, takes AdamW's step and zeroes the gradient: DeepSpeed's `step`.
+
+    Returns (the gradient's global norm before clipping, over all ranks; whether the update was made).
+    """
     if engine.zero_optimization_stage():
-        engine.step()  # leaves weights and moments as they are where the norm is not finite
+        engine.step()  # with check_grad_overflow it makes no update where the norm is not finite
         return float(engine.get_global_grad_norm()), engine.was_step_applied()
-    # Without ZeRO DeepSpeed keeps no norm, and steps whatever it is.
+    # Without ZeRO DeepSpeed tells no norm, and would take a step of NaN.
     grads = [p.grad.double().square().sum() for p in engine.module.parameters() if p.grad is not None]
     norm = torch.stack(grads).sum().sqrt().item()
     engine.step() if math.isfinite(norm) else engine.zero_grad()
@@ -177,7 +183,7 @@ def check_means(run: Run, meter: Meter, scale: float, guard: StepGuard) -> tuple
     Raises RunStopped where that can't be passed over, and at step 0 where the policy isn't its reference.
     """
     means = meter.means()
-    means["loss"] *= scale  # the meter divided by the pairs
+    means["loss"] *= scale  # the meter divided by the number of pairs; sft divides by tokens
     gap = means.pop("ref_gap", 0.0)
     wrong = not_finite(means, guard)
     if wrong and run.skipped >= run.args.skip_nonfinite:
@@ -198,7 +204,7 @@ def skip_or_stop(run: Run, why: str) -> None:
 def log_step(run: Run, bar, line: dict[str, float]) -> None:
     """A line in metrics.jsonl for each step, on the screen one every --logging_steps."""
     if run.rank == 0:
-        # JSON has no word for what is not finite: a step that was left out lacks those values.
+        # JSON has no NaN: the line of a step that was left out lacks those values.
         lifecycle.write_line(run, {k: v for k, v in line.items() if math.isfinite(v)})
         progress.show(bar, line, line["step"] % run.args.logging_steps == 0 or line["step"] == run.steps - 1)
 
@@ -206,8 +212,8 @@ def log_step(run: Run, bar, line: dict[str, float]) -> None:
 def evaluate(run: Run) -> None:
     """Means over the held-out set under the weights of checkpoint-`run.step`, into metrics.jsonl as eval_*.
 
-    SFT follows both sides where the data has both. At step 0 the references are the policy's log-probs: no pass is made
-    for what one has just found.
+    SFT follows both sides where the data has both. At step 0 the policy is its reference, whose log-probs were just
+    computed: no second pass is made, and the numbers of step 0 follow from them.
     """
     args, step = run.args, run.step
     if run.held_out is None or step in run.evaluated:
@@ -220,7 +226,7 @@ def evaluate(run: Run) -> None:
         run.stop.check()
         for indices, weight in micro_batches_of(pairs, args.per_device_eval_batch_size, run.rank, run.world):
             here = [examples[k] for k in indices]
-            tokens = token_counts(groups_of(here, sides), run.device)
+            tokens = response_lengths(groups_of(here, sides), run.device)
             ref = None if run.held_ref is None else run.held_ref[indices].to(run.device, non_blocking=True)
             logps = ref if step == 0 and ref is not None else logps_of(run, here, sides, f"step {step}")
             losses = pair_losses(args.loss, logps, ref, tokens, args.beta, args.label_smoothing)

@@ -21,7 +21,7 @@ import time
 import torch
 
 import train
-from nanodpo.core import step as core_step
+from nanodpo.core import batches as core_batches
 from nanodpo.folder import checkpoint, resume
 from nanodpo.run import engine, metrics, passes, signals
 
@@ -162,8 +162,8 @@ def plant(fault: str) -> None:
     if "-" in what:
         plant_in(*reversed(what.split("-")), int(step), mine)
     elif what == "slow":
-        batch = core_step.make_batch
-        core_step.make_batch = train.make_batch = lambda *args: (time.sleep(float(step)), batch(*args))[1]
+        batch = core_batches.make_batch
+        core_batches.make_batch = train.make_batch = lambda *args: (time.sleep(float(step)), batch(*args))[1]
     elif what == "metrics":
         metrics.write_line = half_a_line(int(step))
     elif what == "link":

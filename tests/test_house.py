@@ -45,7 +45,7 @@ def test_the_core_needs_torch_alone(name):
 
 
 def test_the_core_is_read_in_an_hour():
-    assert sum(len(MODULES[name].read_text().splitlines()) for name in CORE) <= 575
+    assert sum(len(MODULES[name].read_text().splitlines()) for name in CORE) <= 595
 
 
 @pytest.mark.parametrize("name", LENGTHS)

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
+from nanodpo.core.batches import response_lengths
 from nanodpo.core.packing import Batch, Segments, pack, pad
-from nanodpo.core.step import token_counts
 from nanodpo.data.example import Answers
 
 # Prompt 7 8 9 with three responses, one of a single token; prompt 4, a single token, with two.
@@ -68,7 +68,7 @@ def test_of_a_response_only_some_tokens_may_count(layout, predictors):
         assert torch.equal(getattr(batch, name), getattr(whole, name))
     assert batch.segments == whole.segments if whole.segments is None else (
         batch.segments.spans == whole.segments.spans and torch.equal(batch.segments.keys, whole.segments.keys))
-    assert token_counts(groups, torch.device("cpu")).tolist() == [[3, 1]]
+    assert response_lengths(groups, torch.device("cpu")).tolist() == [[3, 1]]
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -1,5 +1,5 @@
 """The lesson, in torch alone: from token ids to log-probabilities, and from those to a loss.
 
-Read losses, then logprobs (the kernel), packing (what the model sees), attention (who sees whom), and step, which joins
-them.
+Read losses, then packing (what the model sees), logprobs (the kernel), batches (pairs of token ids into the two), and
+attention (who sees whom, registered with transformers).
 """

@@ -5,11 +5,11 @@ What it must equal, for a sequence of T tokens whose last n are the response, is
     token_logps = logits[:-1].log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)     # (T - 1,)
     logps = token_logps[-n:].sum()
 
-Shapes: B lines of a batch, T their length, N scored tokens, S sequences, D hidden size, V vocabulary, C tokens of a
-chunk.
+Shapes: B the batch dimension, T tokens along it, N scored tokens, S sequences, D hidden size, V vocabulary, C tokens
+of a chunk.
 
-The head works chunk by chunk, so (N, V) logits never exist. Log-probs are float32 or better from the logits on, which
-are never rounded to less; sums over a response are float64, so that 20,000 terms and any order of them cost no digits.
+The head works chunk by chunk, so logits of no more than a chunk of tokens exist at a time. Logits and log-probs are
+never below float32; sums over a response are float64: adding 20,000 tokens in any order loses no precision.
 """
 
 import functools
@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Of float32 logits. Beyond 64 MiB a CPU gains nothing; a GPU reads the whole weight again for each chunk, and by its
-# memory's speed against its arithmetic a few hundred tokens must share that.
+# Of float32 logits at one time. Every chunk reads the whole output weight again, so on a GPU a few hundred tokens must
+# share a chunk, or memory and not arithmetic sets the speed; on a CPU larger chunks bring nothing (bench/head.py).
 CHUNK_BYTES = (256 if torch.cuda.is_available() else 64) * 2**20
-WIDER = 2**24  # numbers of a bfloat16 weight that are held in float32 at one time, where float32 multiplies: 64 MiB
+CAST_BLOCK = 2**24  # numbers of a bfloat16 output weight that are held in float32 at one time, on a CPU: 64 MiB
 
 
-class Form(NamedTuple):
+class LogitForm(NamedTuple):
     """How logits follow from the product W h + b."""
 
     scale: float
     cap: float | None  # logits = cap tanh(scale (W h + b) / cap), or scale (W h + b) without a cap
-    low: bool  # a GPU multiplies in bfloat16; what comes out of the product is float32
+    low: bool  # whether a GPU multiplies in bfloat16; what comes out of the product is float32
 
 
 class LogProbHead(nn.Module):
@@ -42,45 +42,45 @@ class LogProbHead(nn.Module):
     def __init__(self, lm_head: nn.Linear, scale: float = 1.0, cap: float | None = None, chunk: int | None = None):
         super().__init__()
         self.weight, self.bias = lm_head.weight, lm_head.bias
-        self.scale, self.cap, self.product = scale, cap, getattr(lm_head, "product", None)
+        self.scale, self.cap, self.product = scale, cap, getattr(lm_head, "product", None)  # set by model/precision.py
         self.chunk = chunk or max(1, CHUNK_BYTES // (4 * lm_head.out_features))
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """(N, D), (N,) -> (N,): log softmax(logits)[target], nats, float32 (float64 for float64 hidden states)."""
         return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.chunk, self.form(hidden))
 
-    def form(self, hidden: Tensor) -> Form:
+    def form(self, hidden: Tensor) -> LogitForm:
         low = hidden.is_cuda and torch.bfloat16 in (hidden.dtype, self.weight.dtype, self.product)
-        return Form(self.scale, self.cap, low)
+        return LogitForm(self.scale, self.cap, low)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(C, D) -> (C, V), float32 or better: of one chunk, for whoever wants more of it than a log-prob."""
+        """(C, D) -> (C, V), float32 or better: of one chunk, for score.py's measures."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
         return _logits(buffer, hidden, self.weight, self.bias, self.form(hidden))
 
 
-def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> Tensor:
+def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, form: LogitForm) -> Tensor:
     """(C, V), float32 or better: the first C lines of `buffer`, which every chunk writes again."""
     z = buffer[: len(hidden)]
-    if form.low:  # float32 out of the product itself, which CPU has not
+    if form.low:  # the product itself gives float32, which a CPU's can't
         torch.mm(hidden.bfloat16(), weight.bfloat16().T, out_dtype=z.dtype, out=z)
         if bias is not None:
             z.add_(bias)
     else:  # both factors in float32: a CPU's bfloat16 product would round each logit
-        for words, wide in _blocks(weight, z.dtype):
+        for vocab, rows in _blocks(weight, z.dtype):
             if bias is None:
-                torch.mm(hidden.to(z.dtype), wide.T, out=z[:, words])
+                torch.mm(hidden.to(z.dtype), rows.T, out=z[:, vocab])
             else:
-                torch.addmm(bias[words].to(z.dtype), hidden.to(z.dtype), wide.T, out=z[:, words])
+                torch.addmm(bias[vocab].to(z.dtype), hidden.to(z.dtype), rows.T, out=z[:, vocab])
     if form.scale != 1.0:
         z.mul_(form.scale)
     return z if form.cap is None else z.div_(form.cap).tanh_().mul_(form.cap)
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype):
-    """(words, their lines of the weight in this dtype): all at once, or block by block where they are converted."""
-    size = len(weight) if weight.dtype == dtype else max(1, WIDER // weight.shape[1])
+    """(slice of the vocabulary, its weights in this dtype): all at once, or in blocks where they are converted."""
+    size = len(weight) if weight.dtype == dtype else max(1, CAST_BLOCK // weight.shape[1])
     for i in range(0, len(weight), size):
         yield slice(i, i + size), weight[i : i + size].to(dtype)
 
@@ -89,7 +89,7 @@ def _times(dz: Tensor, weight: Tensor, low: bool) -> Tensor:
     """(C, V) @ (V, D) -> (C, D), in the dtype of dz or where `low` in bfloat16."""
     if low:
         return dz.bfloat16() @ weight.bfloat16()
-    return functools.reduce(torch.add, (dz[:, words] @ wide for words, wide in _blocks(weight, dz.dtype)))
+    return functools.reduce(torch.add, (dz[:, vocab] @ rows for vocab, rows in _blocks(weight, dz.dtype)))
 
 
 class Chunk(NamedTuple):
@@ -103,8 +103,8 @@ class Chunk(NamedTuple):
 
 
 def chunk_logps(z: Tensor, targets: Tensor, keep: bool = False) -> Chunk:
-    """(C, V) logits, (C,) -> the log-probs of the targets. The only log-softmax there is: training takes a gradient
-    beside it, scoring its measures. Leaves `exps` in z, or where `keep` z - top, from which more can be computed."""
+    """(C, V) logits, (C,) -> the log-probs of the targets: the only log-softmax of this program. Training takes its
+    gradient from `exps`, scoring its measures. Overwrites z with `exps`; with `keep`, z becomes z - top instead."""
     top = z.amax(1)
     picked = z.gather(1, targets[:, None]).squeeze(1)
     z.sub_(top[:, None])  # no exponential is above 1 then, none overflows
@@ -114,12 +114,12 @@ def chunk_logps(z: Tensor, targets: Tensor, keep: bool = False) -> Chunk:
     return Chunk(picked - lse, lse, top, exps, total)
 
 
-def _slope(z: Tensor, form: Form) -> Tensor | float:
+def _slope(z: Tensor, form: LogitForm) -> Tensor | float:
     """dz / d(W h + b), from z itself: (C, V), or the same everywhere."""
     return form.scale if form.cap is None else (z / form.cap).square_().neg_().add_(1).mul_(form.scale)
 
 
-def _logit_grad(exps: Tensor, total: Tensor, targets: Tensor, slope: Tensor | float) -> Tensor:
+def _product_grad(exps: Tensor, total: Tensor, targets: Tensor, slope: Tensor | float) -> Tensor:
     """d log softmax(z)[target] / d(W h + b) = (onehot - exps / total) * slope: (C, V). Overwrites exps."""
     grad = exps.mul_(-1 / total[:, None])
     grad[torch.arange(len(targets), device=grad.device), targets] += 1
@@ -129,9 +129,10 @@ def _logit_grad(exps: Tensor, total: Tensor, targets: Tensor, slope: Tensor | fl
 class _TokenLogProbs(torch.autograd.Function):
     """log softmax(W h)[y] for each row of h, in chunks.
 
-    Frozen head: the gradient by h, W[y] - softmax(W h) W, is taken while the chunk's logits are there and kept, (N, D);
-    backward multiplies it by the incoming (N,) gradient. A token's log-prob depends on no other hidden state, so this
-    is right for any loss. Trainable head: backward computes the logits again and sums dW in float32.
+    Frozen head: d logp / dh = W[y] - softmax(W h) W is taken while the chunk's logits are in memory, and kept, (N, D).
+    A token's log-prob depends on its own hidden state alone, so token by token, and for any loss, d loss / dh is
+    (d loss / d logp) (d logp / dh): backward multiplies by the incoming (N,) gradient.
+    Trainable head: backward computes the logits again and sums dW in float32.
     """
 
     @staticmethod
@@ -141,7 +142,7 @@ class _TokenLogProbs(torch.autograd.Function):
         lse = torch.empty_like(logps)
         ctx.trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
         kept = torch.empty_like(hidden) if hidden.requires_grad and not ctx.trainable else None
-        # One buffer for all chunks, and all of a chunk's arithmetic inside it: fresh memory costs more than the sums.
+        # One buffer for all chunks, and all arithmetic inside it: allocating would take longer than the arithmetic.
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
         for i in range(0, len(hidden), chunk):
             here = slice(i, i + chunk)
@@ -150,7 +151,7 @@ class _TokenLogProbs(torch.autograd.Function):
             found = chunk_logps(z, targets[here])
             logps[here], lse[here] = found.logps, found.lse
             if kept is not None:
-                kept[here] = _times(_logit_grad(found.exps, found.total, targets[here], slope), weight, form.low)
+                kept[here] = _times(_product_grad(found.exps, found.total, targets[here], slope), weight, form.low)
         ctx.chunk, ctx.form = chunk, form
         ctx.save_for_backward(*((hidden, weight, bias, targets, lse) if ctx.trainable else (kept,)))
         return logps
@@ -171,8 +172,8 @@ class _TokenLogProbs(torch.autograd.Function):
             here = slice(i, i + chunk)
             z = _logits(buffer, hidden[here], weight, bias, form)
             slope = _slope(z, form)
-            exps = z.sub_(lse[here, None]).exp_()  # probabilities already: their sum is 1
-            dz = _logit_grad(exps, torch.ones_like(lse[here]), targets[here], slope).mul_(grad[here, None])
+            exps = z.sub_(lse[here, None]).exp_()  # probabilities, so their total is 1
+            dz = _product_grad(exps, torch.ones_like(lse[here]), targets[here], slope).mul_(grad[here, None])
             d_hidden[here] = _times(dz, weight, form.low)
             # The weight's gradient is a sum over all chunks: bfloat16 would lose what the later ones add.
             d_weight += dz.bfloat16().T @ hidden[here].bfloat16() if form.low else dz.T @ hidden[here].to(dz.dtype)
@@ -204,8 +205,9 @@ class SequenceLogProbs(nn.Module):
         self.head = LogProbHead(lm_head, scale, getattr(config, "final_logit_softcapping", None), chunk)
 
     def states(self, batch) -> Tensor:
-        """Batch -> (N, D): the hidden state that predicts each scored token, as the output layer takes it."""
+        """Batch -> (N, D): the hidden state that predicts each scored token, in the dtype of the output layer."""
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        # transformers hands keywords that it does not know down to the attention function, which needs `segments`.
         extra = {} if batch.segments is None else {"position_ids": batch.position_ids, "segments": batch.segments}
         states = inner.base_model(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state  # (B, T, D)
         scored = states.flatten(0, 1).index_select(0, batch.predictors)

@@ -3,7 +3,9 @@
 Shapes: P pairs. chosen, rejected, ref_chosen, ref_rejected are (P,), in nats: log pi(y|x) summed over the tokens of a
 response, under the policy and under the frozen reference. `ipo` alone takes means over tokens (see MEAN_LOGPS).
 
-    m = (chosen - ref_chosen) - (rejected - ref_rejected)         the logratio, nats; beta m is the margin of rewards
+    m = (chosen - ref_chosen) - (rejected - ref_rejected)
+
+is the difference of the two log-ratios, nats; beta m is the margin of the two rewards.
 """
 
 import torch
@@ -71,12 +73,13 @@ def pair_losses(loss: str, logps: Tensor, ref: Tensor | None, tokens: Tensor, be
         raise ValueError(f"{loss} has no label smoothing, got {label_smoothing}; {' and '.join(sorted(SMOOTHED))} have")
     if loss in MEAN_LOGPS:
         logps, ref = logps / tokens, ref / tokens
-    chosen, rejected = logps[:, 0], logps[:, 1] if logps.shape[1] > 1 else None
+    chosen = logps[:, 0]
+    rejected = logps[:, 1] if logps.shape[1] > 1 else None
     ref_chosen, ref_rejected = (None, None) if ref is None else ref.unbind(1)
     smoothing = (label_smoothing,) if loss in SMOOTHED else ()
     return LOSSES[loss](chosen, rejected, ref_chosen, ref_rejected, beta, *smoothing)
 
 
 def loss_divisor(loss: str, chosen_tokens: list[int]) -> int:
-    """By what the summed loss of these pairs is divided: by their number, of `sft` by their scored tokens."""
+    """The number that the summed loss of these pairs is divided by: of pairs, or for `sft` of scored tokens."""
     return sum(chosen_tokens) if loss == "sft" else len(chosen_tokens)

@@ -1,11 +1,13 @@
 """Lays groups of [prompt | response | response ...] into batches without padding. Torch only.
 
-Shapes: S sequences (a prompt with one response), N scored tokens, B lines of a batch (1 when packed), T their length.
+Shapes: S sequences (a prompt with one response), N scored tokens, K keys (prompt and response of every sequence),
+B the batch dimension (1 when packed), T tokens along it.
 
 A group is a prompt with any number of responses. In a packed batch the prompt stands once, its responses follow, the
-next group follows them; positions restart at len(prompt) for each response. Nothing is padded, shifted or masked: for
-each scored token a batch says where it is predicted (`predictors`), what it is (`targets`) and whose it is
-(`sequence`). The first token of *every* response is predicted by the last token of the prompt.
+next group follows them; positions restart at len(prompt) for each response. Nothing is padded or shifted, and there
+is no loss mask: for each scored token a batch says where it is predicted (`predictors`), what it is (`targets`) and
+whose it is (`sequence`). The first token of *every* response is predicted by the last token of the prompt. A model that
+can't take a packed batch gets the plain layout, `pad`.
 """
 
 import dataclasses
@@ -17,55 +19,56 @@ Group = tuple[list[int], list[list[int]]]  # prompt ids, ids of each response
 
 
 def scored_places(response: list[int]):
-    """Places of the tokens that count: all, but of a response with several answers (data/example.py) those alone."""
+    """Places of the tokens that are scored: all, or of a response with several turns (data/example.py) those of its
+    answers alone."""
     return getattr(response, "scored", range(len(response)))
 
 
-class OnDevice:
-    """A record of tensors, and of records like this one, that moves as a whole."""
+class TensorRecord:
+    """A record whose fields may be tensors, or records of tensors; it moves to a device as a whole."""
 
     def to(self, device: torch.device):
-        """The same record on `device`. A copy to a GPU starts from pinned memory, so that nobody waits for it."""
+        """The same record on `device`. A copy to a GPU starts from pinned memory, so it is asynchronous."""
         moved = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 pinned = value.pin_memory() if device.type == "cuda" and not value.is_cuda else value
                 moved[name] = pinned.to(device, non_blocking=True)
-            elif isinstance(value, OnDevice):
+            elif isinstance(value, TensorRecord):
                 moved[name] = value.to(device)
         return dataclasses.replace(self, **moved)
 
 
 @dataclasses.dataclass
-class Segments(OnDevice):
+class Segments(TensorRecord):
     """Where the sequences of a packed batch lie, for attention. Tensors are int32 or int64."""
 
-    spans: list[tuple[int, int, int, int]]  # a sequence each: prompt start, prompt end, response start, response end
-    cu_q: Tensor  # (S+1,) borders of the queries: prompt and first response are one stretch, any other response its own
-    cu_k: Tensor  # (S+1,) borders of the keys: each stretch sees its prompt and itself
-    keys: Tensor  # (K,) positions of the keys in the batch, in that order
-    max_q: int
-    max_k: int
+    # Of each sequence (prompt start, prompt end, response start, response end): positions in the batch, ends exclusive.
+    spans: list[tuple[int, int, int, int]]
+    # Cumulative lengths, as flash attention takes them (its cu_seqlens). The queries of a prompt's first response bring
+    # the prompt's with them; those of any other response stand alone. All see their prompt's keys and their own.
+    cu_q: Tensor  # (S+1,)
+    cu_k: Tensor  # (S+1,)
+    keys: Tensor  # (K,) positions of the keys in the batch, sequence by sequence
+    max_q: int  # tokens of the longest stretch of queries
+    max_k: int  # tokens of the longest sequence
 
 
 @dataclasses.dataclass
-class Batch(OnDevice):
-    """One forward pass: a micro-batch.
-
-    `predictors` index the B*T hidden states, flattened; `segments` is None in a plain layout (one sequence a line).
-    """
+class Batch(TensorRecord):
+    """One forward pass: a micro-batch. `segments` is None in the plain layout."""
 
     input_ids: Tensor  # (B, T)
     position_ids: Tensor  # (B, T)
-    predictors: Tensor  # (N,)
-    targets: Tensor  # (N,)
-    sequence: Tensor  # (N,)
+    predictors: Tensor  # (N,) where each scored token is predicted: indices into the B*T hidden states
+    targets: Tensor  # (N,) its id
+    sequence: Tensor  # (N,) its sequence: 0 is the first pair's chosen, 1 its rejected, 2 the next pair's chosen ...
     n_sequences: int
     segments: Segments | None
 
 
 def pack(groups: list[Group]) -> Batch:
-    """All groups in one line without padding, each prompt once.
+    """All groups one after the other without padding, each prompt once.
 
     >>> batch = pack([([7, 8], [[1, 2], [3]])])     # prompt 7 8, responses "1 2" and "3"
     >>> batch.input_ids.tolist(), batch.position_ids.tolist()
@@ -74,6 +77,8 @@ def pack(groups: list[Group]) -> Batch:
     ([1, 2, 1], [1, 2, 3])
     >>> batch.sequence.tolist(), batch.segments.spans
     ([0, 0, 1], [(0, 2, 2, 4), (0, 2, 4, 5)])
+    >>> batch.segments.cu_q.tolist(), batch.segments.cu_k.tolist()     # 7 8 1 2 and 3; 7 8 1 2 and 7 8 3
+    ([0, 4, 5], [0, 4, 7])
     """
     _check(groups)
     ids, positions, predictors, targets, sequence, spans = [], [], [], [], [], []
@@ -95,38 +100,38 @@ def pack(groups: list[Group]) -> Batch:
 
 
 def _check(groups: list[Group]) -> None:
-    """Without a prompt token nothing predicts a response; without responses, or tokens in one, nothing is scored."""
+    """Asserts that every prompt and response has a token: the prompt's last one predicts the response's first."""
     for i, (prompt, responses) in enumerate(groups):
         assert prompt and responses and all(responses), f"group {i}: empty prompt, no response, or an empty one"
 
 
 def _segments(spans) -> Segments:
     keys = [torch.cat([torch.arange(*span[:2]), torch.arange(*span[2:])]) for span in spans]
-    q_lengths = [r1 - (p0 if r0 == p1 else r0) for p0, p1, r0, r1 in spans]  # the first response brings the prompt
+    q_lengths = [r1 - (p0 if r0 == p1 else r0) for p0, p1, r0, r1 in spans]  # a first response with its prompt's
     k_lengths = [len(k) for k in keys]
     cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (q_lengths, k_lengths))
     return Segments(spans, cu_q, cu_k, torch.cat(keys), max(q_lengths), max(k_lengths))
 
 
 def pad(groups: list[Group]) -> Batch:
-    """One sequence a line, the prompt repeated, padded on the right: for models that can't share a line.
+    """Each sequence alone, the prompt repeated, padded on the right: for models that can't be given a packed batch.
 
     The padding needs no mask: no token of a causal model sees what follows it, and no padding is scored.
     """
     _check(groups)
-    lines = [(prompt, response) for prompt, responses in groups for response in responses]
-    width = max(len(prompt) + len(response) for prompt, response in lines)
-    input_ids = torch.zeros(len(lines), width, dtype=torch.long)
+    alone = [(prompt, response) for prompt, responses in groups for response in responses]
+    width = max(len(prompt) + len(response) for prompt, response in alone)
+    input_ids = torch.zeros(len(alone), width, dtype=torch.long)  # any id serves as padding: it is never scored
     predictors, targets, sequence = [], [], []
-    for i, (prompt, response) in enumerate(lines):
+    for i, (prompt, response) in enumerate(alone):
         input_ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         first, places = i * width + len(prompt) - 1, scored_places(response)
         predictors += [first + k for k in places]
         targets += [response[k] for k in places]
         sequence += [i] * len(places)
-    positions = torch.arange(width).repeat(len(lines), 1)  # not expand: what shares memory can't be pinned
+    positions = torch.arange(width).repeat(len(alone), 1)  # not expand: what shares memory can't be pinned
     return Batch(input_ids, positions, torch.tensor(predictors), torch.tensor(targets), torch.tensor(sequence),
-                 len(lines), None)
+                 len(alone), None)
 
 
 LAYOUTS = {"packed": pack, "plain": pad}

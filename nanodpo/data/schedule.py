@@ -8,7 +8,7 @@ import math
 import random
 
 
-@functools.lru_cache(maxsize=2)  # every step asks for its epoch's
+@functools.lru_cache(maxsize=2)  # each step asks for it again
 def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
     """The order in which epoch `epoch` visits n examples: a permutation, the same wherever it is asked for."""
     order = list(range(n))
@@ -17,38 +17,39 @@ def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def steps_of(max_steps: int, epochs: float, steps_per_epoch: int) -> int:
-    """How many steps a run has: `max_steps`, or where that is not above 0 so many epochs, the last step begun."""
+    """Steps of a run: `max_steps` where it is above 0, else epochs * steps_per_epoch, rounded up."""
     # 1.1 * 50 is a little above 55 in floating point.
     return max_steps if max_steps > 0 else math.ceil(round(epochs * steps_per_epoch, 6))
 
 
 def pairs_of_step(n: int, pairs_per_step: int, seed: int, step: int) -> list[int]:
-    """Indices of step `step`, from 0. The last step of an epoch takes what is left: no pair comes twice in one."""
-    epoch, window = divmod(step, math.ceil(n / pairs_per_step))
-    return list(epoch_order(n, seed, epoch)[window * pairs_per_step : (window + 1) * pairs_per_step])
+    """Indices of the pairs of a step; steps count from 0. An epoch's last step takes what is left: no pair comes twice
+    in an epoch."""
+    epoch, step_of_epoch = divmod(step, math.ceil(n / pairs_per_step))
+    return list(epoch_order(n, seed, epoch)[step_of_epoch * pairs_per_step :][:pairs_per_step])
 
 
-def micro_batches_of(pairs: list[int], batch: int, rank: int, world: int) -> list[tuple[list[int], float]]:
+def micro_batches_of(pairs: list[int], batch_size: int, rank: int, world: int) -> list[tuple[list[int], float]]:
     """This rank's micro-batches of a step's pairs: (indices, weight) each. Every rank gets the same number.
 
-    Where a rank would go short it repeats the step's first micro-batch with weight 0: ranks that run different numbers
-    of forward passes wait for each other for ever under ZeRO-3.
+    A rank that has fewer than others repeats the step's first micro-batch with weight 0: under ZeRO-3 every forward
+    pass is work of all ranks, and ranks with different numbers of them would wait for ever.
 
     >>> micro_batches_of([5, 6, 7], 2, rank=0, world=2), micro_batches_of([5, 6, 7], 2, rank=1, world=2)
     ([([5, 6], 1.0)], [([7], 1.0)])
     >>> micro_batches_of([5, 6, 7], 1, rank=1, world=2)
     [([6], 1.0), ([5], 0.0)]
     """
-    rows = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
-    mine = [(row, 1.0) for row in rows[rank::world]]
-    return mine + [(rows[0], 0.0)] * (math.ceil(len(rows) / world) - len(mine))
+    cut = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+    mine = [(indices, 1.0) for indices in cut[rank::world]]
+    return mine + [(cut[0], 0.0)] * (math.ceil(len(cut) / world) - len(mine))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, shape: str) -> float:
     """The rate of step `step` of 0 .. steps-1: linear from peak/warmup to peak, then down (or constant).
 
     After the warm-up it goes from peak towards the 0 that step `steps` would have. In the warm-up step s has
-    peak (s + 1) / warmup, where transformers has peak s / warmup, so that its first step changes nothing.
+    peak (s + 1) / warmup, where transformers has peak s / warmup: its first step has a rate of 0 and changes nothing.
     """
     if step < warmup:
         return peak * (step + 1) / warmup

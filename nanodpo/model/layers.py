@@ -1,12 +1,12 @@
-"""Layers that give the same numbers with less time or memory, their backward passes written by hand. Every step of a
+"""Layers that compute the same with less time or memory, their backward passes written by hand. Every step of a
 run with LoRA, or of a model with gated MLPs, goes through them. Slow to import, with PEFT and transformers.
 
 `fuse_lora`: LoRA's term is added to a layer's output in one product. PEFT multiplies, scales and adds: three passes
-over tensors as large as that output, and holes in memory where they were. y = W x + s B A x, arXiv 2106.09685, Eq. 3.
+over tensors as large as that output, which leave memory fragmented. y = W x + s B A x, arXiv 2106.09685, Eq. 3.
 
-`keep_less`: gated MLPs keep two large tensors for backward instead of four: the gate and what it gates. The activation
-of the gate and its product are as large, and cheap to compute again. y = W_down (act(gate) * up), arXiv 2002.05202,
-section 2.
+`keep_less`: gated MLPs keep two large tensors for backward instead of four: the gate before its activation, and up.
+The activation, and its product with up, are as large, and cheap to compute again. y = W_down (act(gate) * up), arXiv
+2002.05202, section 2.
 
 Shapes: (..., I) inputs, (..., O) outputs, R rank of LoRA; (..., F) within an MLP of inner size F.
 """
@@ -24,16 +24,17 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 def fuse_lora(model: nn.Module, in_place: bool = True) -> None:
     """Lets every plain LoRA layer of a PEFT model add in one product; names, weights and what is saved stay the same.
 
-    A layer that is more than W x + s B A x (DoRA, biases) stays PEFT's own. Not `in_place` where
-    somebody else holds W x: ZeRO-3 does.
+    A layer that is more than W x + s B A x (DoRA, biases) stays PEFT's own. `in_place` adds into W x itself, which
+    under ZeRO-3 the hooks of a layer's call have kept.
     """
     for layer in [module for module in model.modules() if type(module) is Linear]:
         for name, second in layer.lora_B.items():
             dtypes = {linear.weight.dtype for linear in (layer.lora_A[name], second)}
-            base = layer.get_base_layer().weight.dtype  # bfloat16 beside LoRA's float32 with --bf16
+            base = layer.get_base_layer().weight.dtype
+            # A and B have one dtype: the base's, or float32 beside a bfloat16 base.
             fits = len(dtypes) == 1 and dtypes <= {base, torch.float32 if base == torch.bfloat16 else base}
             if name not in layer.lora_variant and second.bias is None and fits:
-                layer.cast_input_dtype_enabled = False  # would copy inputs that autocast takes as they are
+                layer.cast_input_dtype_enabled = False  # PEFT's cast of x; autocast takes mixed dtypes
                 layer.lora_B[name] = Added(second, in_place)
                 layer.lora_variant[name] = OneProduct
 
@@ -55,7 +56,7 @@ class Added(nn.Module):
 class OneProduct(LoraVariant):
     """LoRA on a layer in one product: PEFT calls `forward` for the output of a layer with this variant."""
 
-    merge_unsafe = LoraVariant.merge_safe  # raises NotImplementedError, where PEFT's own would do nothing
+    merge_unsafe = LoraVariant.merge_safe  # which raises; PEFT's own merge_unsafe does nothing, without a word
 
     @staticmethod
     def forward(module, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
@@ -89,15 +90,15 @@ def keep_less(model: nn.Module) -> None:
     """Lets every MLP keep less whose forward is Llama's; any other stays as it is. No bit of a number changes.
 
     Set a module's `keeps_less` to False within a layer that is computed again as a whole: its hooks would keep what
-    those of the checkpoint throw away.
+    activation checkpointing means to drop.
     """
-    llama = _compiled(LlamaMLP)
+    llama = _bytecode(LlamaMLP)
     for module in model.modules():
-        if llama and _compiled(type(module)) == llama:
+        if llama and _bytecode(type(module)) == llama:
             module.keeps_less, module.forward = True, functools.partial(_gated_forward, module)
 
 
-def _compiled(kind: type) -> tuple | None:
+def _bytecode(kind: type) -> tuple | None:
     """The instructions of a class's forward, with the names and numbers in them. Model families write Llama's MLP under
     names of their own, so the name of the class does not tell."""
     code = getattr(kind.forward, "__code__", None)  # a forward that is no plain function has none
@@ -109,19 +110,19 @@ def _gated_forward(mlp: nn.Module, x: Tensor) -> Tensor:
         return type(mlp).forward(mlp, x)
     gate, up, act = mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn.forward  # without the hooks of a module's call
     y = _Gated.apply(gate, up, act)
-    # The last layer keeps its input y where it is trained, and so does LoRA's first product: they are made to keep its
-    # shape instead. The two functions below outlive this call, and must not keep y themselves.
+    # down_proj, where it is trained, and its lora_A save their input y for backward. Here they save its shape, and y is
+    # computed again. The two functions below outlive this call, so they must not hold y themselves.
     gate, up, storage, numbers = gate.detach(), up.detach(), y.untyped_storage()._cdata, y.numel()
 
-    def pack(tensor: Tensor) -> Tensor | torch.Size:
+    def save(tensor: Tensor) -> Tensor | torch.Size:
         # y, or all of it in another shape, but not in another order.
         same = tensor.untyped_storage()._cdata == storage and tensor.numel() == numbers and tensor.is_contiguous()
         return tensor.shape if same else tensor
 
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
+    def restore(kept: Tensor | torch.Size) -> Tensor:
         return kept if isinstance(kept, Tensor) else (act(gate) * up).view(kept)
 
-    with saved_tensors_hooks(pack, unpack):
+    with saved_tensors_hooks(save, restore):
         return mlp.down_proj(y)
 
 

@@ -101,7 +101,7 @@ def engine_config(settings: dict, path: str, args) -> dict:
     return settings
 
 
-def start(local_rank: int, settings: dict, file: str | None) -> torch.device:
+def join_ranks(local_rank: int, settings: dict, file: str | None) -> torch.device:
     """Joins the ranks and returns this one's device. Raises UserError, which names the file and the setting, where
     DeepSpeed, which is imported here, refuses the settings. `file`: that of --deepspeed."""
     device = distributed.start(local_rank)
@@ -136,7 +136,7 @@ class Built:
     attention: str  # its name, as transformers knows it
 
 
-def build(model, args, settings: dict, device, longest: int) -> Built:
+def make_engine(model, args, settings: dict, device, longest: int) -> Built:
     """The engine of a run, its model prepared: precision, LoRA in one product, MLPs that keep less, recomputation, and
     the layout that gives this model's own log-probs. `longest`: tokens of the longest sequence."""
     import deepspeed  # all slow to import, and --help and wrong input don't need them

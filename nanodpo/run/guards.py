@@ -1,5 +1,5 @@
 """Safety around a step, so that it does not stand between the step's lines: requests to stop, rows that are too large
-for the memory, numbers that are not finite, updates that are left out."""
+for the memory, numbers that are not finite."""
 
 import math
 
@@ -26,8 +26,8 @@ class StepGuard:
         return self.shortage.__exit__(*error)
 
     def each(self, micro_batches):
-        """The micro-batches, one by one. Raises Preempted on all ranks where one was told to stop: the question goes
-        out before a micro-batch and is answered while it is computed."""
+        """The micro-batches, one by one. Raises Preempted on all ranks where one was told to stop: the ranks' flags are
+        reduced while a micro-batch is computed."""
         for indices, weight in micro_batches:
             self.indices = indices
             answer = distributed.ask(self.stop.name is not None)
@@ -35,9 +35,9 @@ class StepGuard:
             if answer():
                 raise Preempted(self.stop.farewell)
 
-    def finite(self, indices: list[int], logps: Tensor, losses: Tensor) -> Tensor:
-        """(P,) losses as they are. A pair whose log-probs or loss are not finite is remembered and made NaN: so is the
-        whole gradient then, which DeepSpeed discards. Waits for no GPU."""
+    def spoil_nonfinite(self, indices: list[int], logps: Tensor, losses: Tensor) -> Tensor:
+        """(P,) losses -> the same, but NaN for a pair whose log-probs or loss are not finite. Its whole step then has a
+        gradient of NaN, so that no update is made. The pairs are remembered. Does not wait for the GPU."""
         fine = torch.cat([logps.detach(), losses.detach()[:, None]], 1).isfinite()
         self.seen.append((indices, fine))
         return losses * torch.where(fine.all(1), 1.0, torch.nan)
@@ -64,8 +64,10 @@ def not_finite(means: dict[str, float], guard: StepGuard) -> str | None:
 def check_start(means: dict[str, float], gap: float, bf16: bool, cache_dir: str) -> None:
     """Raises RunStopped where the policy of step 0 isn't its reference: they are one model then, and their
     micro-batches are the same. `gap`: by how much their log-probs differ, nats a token."""
+    # Far above what rounding does to a token's mean, and to a step's mean margin; far below what dropout does.
     if gap > (1e-3 if bf16 else 1e-4) or abs(means.get("rewards/margins", 0.0)) > 0.01:
         raise RunStopped(
             f"step 0: policy and reference should be equal, but their log-probs differ by {gap:.2g} nats a token (loss "
             f"{means['loss']:.4f}, rewards/margins {means['rewards/margins']:.4f}). Likely causes: dropout, a cache of "
-            f"other weights' references (empty {cache_dir}), an adapter that was already trained, another attention")
+            f"other weights' references (empty {cache_dir}), an adapter that was already trained, "
+            "references of another attention implementation")

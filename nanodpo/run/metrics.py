@@ -2,7 +2,7 @@
 
 Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of a step is their mean over its pairs:
 
-    loss                     of dpo, ipo ...: the pair's; of sft: -log pi a token, over all tokens of the step
+    loss                     dpo, ipo ...: the mean over pairs; sft: -log pi per token, over all tokens of the step
     rewards/chosen           beta * (logps - ref_logps) of the chosen response, nats; rewards/rejected likewise
     rewards/margins          rewards/chosen - rewards/rejected
     rewards/accuracies       share of pairs with a margin above 0; a tie counts as 0
@@ -19,9 +19,9 @@ A line of metrics.jsonl has besides
     epoch                    passes over the training data at the beginning of the step
     grad_norm                of the whole step's gradient, over all ranks and before clipping
     learning_rate            of this step's update
-    num_tokens               prompts and responses trained on, this step's included, all ranks; a shared prompt once
+    num_tokens               prompts and responses seen so far, this step's included, all ranks; a shared prompt once
     skipped_steps            updates that were left out up to and including this one, see --skip_nonfinite
-    perf/step_seconds        from the step's first forward pass to its update, on rank 0; no evaluation, no saving
+    perf/step_seconds        of the whole step with its update, on rank 0; without evaluation and saving
     perf/tokens_per_second   this step's part of num_tokens by step_seconds
     mem/peak_gib             rank 0's most so far: what torch had allocated on the GPU, or the process's memory on CPU
 
@@ -56,12 +56,12 @@ def pair_metrics(logps: Tensor, ref: Tensor | None, tokens: Tensor, beta: float)
                    "ref_logps/chosen": ref[:, 0], "ref_logps/rejected": ref[:, 1],
                    "ref_logps_per_token/chosen": ref[:, 0] / tokens[:, 0],
                    "ref_logps_per_token/rejected": ref[:, 1] / tokens[:, 1],
-                   "ref_gap": ((logps - ref).abs() / tokens).mean(1)}  # a check, not for the log
+                   "ref_gap": ((logps - ref).abs() / tokens).mean(1)}  # 0 at step 0: a check, not logged
     return values
 
 
 class Meter:
-    """Adds up (P,) values of micro-batches; `means` joins the ranks, once a step."""
+    """Adds up (P,) values of micro-batches; `means` sums them over the ranks, once a step."""
 
     def __init__(self, device: torch.device):
         self.device, self.sums, self.pairs = device, {}, 0.0

@@ -4,8 +4,8 @@ import time
 
 import torch
 
+from ..core.batches import groups_of, make_batch, response_lengths, response_logps, total_tokens
 from ..core.losses import pair_losses
-from ..core.step import count_tokens, groups_of, make_batch, response_logps, token_counts
 from ..data.example import Example
 from ..data.schedule import micro_batches_of, pairs_of_step
 from ..data.tokens import DataSet
@@ -76,7 +76,7 @@ def measure_noise(run: Run) -> dict[str, float]:
         return logps_of(run, [examples[i] for i in indices], sides, "measuring rounding")
 
     def lengths(indices):
-        return token_counts(groups_of([examples[i] for i in indices], sides), torch.device("cpu"))
+        return response_lengths(groups_of([examples[i] for i in indices], sides), torch.device("cpu"))
 
     result = noise.measure(run.engine, run.engine.module.model, score,
                           micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world), lengths,
@@ -90,7 +90,7 @@ def dry_run(run: Run) -> None:
     nothing.
     """
     args, sides = run.args, PAIR[:1] if run.args.loss == "sft" else PAIR
-    longest = sorted(run.train_set.examples, key=lambda example: -count_tokens(groups_of([example], sides)))
+    longest = sorted(run.train_set.examples, key=lambda example: -total_tokens(groups_of([example], sides)))
     examples = longest[: args.per_device_train_batch_size]
     groups, began = groups_of(examples, sides), time.perf_counter()
     distributed.say(f"dry run on {memory.describe(examples)}")
@@ -98,7 +98,8 @@ def dry_run(run: Run) -> None:
     with memory.shortage_named(run.rank, "the dry run", lambda: memory.describe(examples)):
         logps = run.engine(make_batch(groups, run.layout, run.device)).view(len(groups), -1)
         ref = None if args.loss == "sft" else torch.zeros_like(logps)
-        losses = pair_losses(args.loss, logps, ref, token_counts(groups, run.device), args.beta, args.label_smoothing)
+        tokens = response_lengths(groups, run.device)
+        losses = pair_losses(args.loss, logps, ref, tokens, args.beta, args.label_smoothing)
         run.engine.set_gradient_accumulation_boundary(True)
         run.engine.backward(losses.mean(), scale_wrt_gas=False)
         run.engine.step()

@@ -1,6 +1,6 @@
-"""From token ids to log-probabilities, for whoever asks: training, the reference, evaluation. Torch only.
+"""From pairs of token ids to batches, and to log-probabilities without gradients. Torch only.
 
-A group is a prompt with its responses, as packing.py takes it; every group of a call has as many responses.
+A group is a prompt with its responses, as packing.py takes it; all groups of a call have the same number of responses.
 
 Shapes: P groups, R responses of each.
 """
@@ -16,7 +16,7 @@ def groups_of(examples: list, sides: list[str]) -> list[Group]:
     return [(example.prompt, [getattr(example, side) for side in sides]) for example in examples]
 
 
-def count_tokens(groups: list[Group]) -> int:
+def total_tokens(groups: list[Group]) -> int:
     """Prompts and responses, together; a prompt that responses share counts once."""
     return sum(len(prompt) + sum(map(len, responses)) for prompt, responses in groups)
 
@@ -26,7 +26,7 @@ def make_batch(groups: list[Group], layout: str, device: torch.device) -> Batch:
     return LAYOUTS[layout](groups).to(device)
 
 
-def token_counts(groups: list[Group], device: torch.device) -> Tensor:
+def response_lengths(groups: list[Group], device: torch.device) -> Tensor:
     """(P, R) float64: how many tokens of each response are scored."""
     counts = [[len(scored_places(response)) for response in responses] for _, responses in groups]
     return torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
