@@ -222,7 +222,7 @@ def test_pairs_of_texts_without_a_prompt(tmp_path):
      "chosen and rejected differ before their last answers, in message 1: what follows answers another conversation"),
     ({"prompt": [Q], "chosen": [A, SURE, YES], "rejected": [B, SURE, YES]}, "in message 0: what follows answers"),
     ({"prompt": [Q], "chosen": [A | {"content": [{"type": "image_url"}]}], "rejected": [B]},
-     "has a message with a part of type 'image_url', which a model of text can't read"),
+     "row 0: chosen has a message with a part of type 'image_url', which a model of text can't read"),
     ({"conversations": turns(("human", "2?"), ("function_call", "f(2)")), "chosen": "4", "rejected": "5"},
      "has a tool call that can't be read as JSON"),
     ({"conversations": turns(("human", "2?"), ("gpt", "4")), "chosen": [], "rejected": "5"}, "chosen is an empty list"),
@@ -231,6 +231,42 @@ def test_pairs_of_texts_without_a_prompt(tmp_path):
 def test_what_can_be_no_pair_is_refused_in_clear_words(row, words, tmp_path):
     message = error_of(tmp_path, row)
     assert "rows.jsonl: 1 of 1 row can't be used; row 0: " in message and words in message
+
+
+def test_a_text_prompt_stands_before_all_answers(tmp_path):
+    """Also before a conversation that goes on."""
+    example, = load(tmp_path, {"prompt": "2?", "completion": [A, SURE, YES]}, loss="sft").examples
+    assert (example.prompt, example.chosen) == (ids(ASKED), ids("".join(ALL)))
+    pair = {"prompt": "2?", "chosen": [A, SURE, YES], "rejected": [A, SURE, B]}
+    example, = load(tmp_path, pair).examples
+    assert example.prompt == ids(ASKED + ALL[0] + ALL[1]) and example.rejected == [*b"five", 260]
+
+
+def test_answers_that_are_tokenised_apart(tmp_path):
+    """Where nothing merges, --boundary concat changes nothing."""
+    row = {"messages": [Q, A, SURE, YES]}
+    apart, together = (load(tmp_path, row, loss="sft", boundary=how).examples for how in ("concat", "error"))
+    assert apart == together and apart[0].chosen.scored == together[0].chosen.scored
+
+
+@pytest.mark.parametrize("way", ["prepend", "first", "always"])
+def test_answers_of_tokenizers_that_put_a_space_before_every_text(way, tmp_path):
+    """The ids are those of the whole conversation; what is scored is Yes and its end, twice."""
+    tokenizer = tiny.spaced(way)
+    tokenizer.chat_template = ("{% for m in messages %}{{ '<a>' + m.content if m.role == 'user' else ':' + m.content + "
+                               "'</s>' }}{% endfor %}{{ ':' if add_generation_prompt }}")
+    talk = [{"role": role, "content": "Yes"} for role in ("user", "assistant")] * 2
+    example, = load(tmp_path, {"messages": talk}, tokenizer=tokenizer, loss="sft").examples
+    assert example.prompt + example.chosen == tokenizer.apply_chat_template(talk, return_dict=False)
+    said = tokenizer.convert_ids_to_tokens([example.chosen[place] for place in example.chosen.scored])
+    assert said == ["Yes", "</s>"] * 2
+
+
+def test_each_text_without_a_prompt_is_a_problem_of_its_own(tmp_path):
+    """Though their first tokens are the same; of equal texts there is one."""
+    examples = load(tmp_path, *({"text": text} for text in ("A river.", "A lake.", "A river.")), loss="sft").examples
+    first, second, third = (example.problem for example in examples)
+    assert first == third != second
 
 
 def test_a_last_answer_that_is_not_to_be_trained_on_is_refused(tmp_path):

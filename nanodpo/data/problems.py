@@ -6,10 +6,12 @@ import hashlib
 from .example import Example
 
 
-def with_problems(examples: list[Example], rows: list[dict]) -> list[Example]:
+def with_problems(examples: list[Example], rows: list[dict], alone: set[int] = frozenset()) -> list[Example]:
     """The examples of a file's rows with their problem, a short hash: the same for one prompt (token ids) and, in the
-    paper's columns, for a question and the row whose relevant-question it is."""
-    prompts = [str(example.prompt) for example in examples]
+    paper's columns, for a question and the row whose relevant-question it is. Rows that are `alone` have no prompt but
+    a text's first token, and each is a problem of its own."""
+    prompts = [str((example.prompt, example.chosen) if example.row in alone else example.prompt)
+               for example in examples]
     rows = [rows[example.row] for example in examples]
     asked = {row["question"]: key for row, key in zip(rows, prompts) if isinstance(row.get("question"), str)}
     links = {}

@@ -26,7 +26,7 @@ class Rendered:
 def render_prompt(template: Template, messages: list[dict]) -> str:
     """Messages -> their text and the header of the assistant's next turn."""
     if not template.tokenizer.chat_template:
-        raise UserError("is a list of messages, but the tokenizer has no chat template; give one with --chat_template, "
+        raise UserError("is a conversation, but the tokenizer has no chat template; give one with --chat_template, "
                         "such as examples/plain.jinja beside train.py, or put it into the model's folder as "
                         "chat_template.jinja, or give text")
     text = apply(template, messages, add_generation_prompt=True)
@@ -100,7 +100,8 @@ def _every_reply(template: Template, messages: list[dict], earlier: list[int], l
     """The conversation from its first answer on, with the places of all answers in it, each to its end of turn."""
     whole, places, note = last.prompt + last.response, [], last.note
     for i in earlier:
-        prompt = _until_reply(template, messages[:i], render_prompt(template, messages[:i]), whole)
+        asked = apply(template, messages[:i], add_generation_prompt=True)
+        prompt = _until_reply(template, messages[:i], asked, whole)
         said = apply(template, messages[: i + 1]).removesuffix(template.rest)
         end = len(said)
         if not whole.startswith(said):  # Qwen3 leaves out what was thought before earlier answers

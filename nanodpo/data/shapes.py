@@ -144,7 +144,8 @@ def read_row(row: dict, columns: Columns) -> Row:
         prompt = prompt["messages"]
     if columns.asks and columns.prompt in ALPACA:
         prompt = _alpaca(row, prompt)
-    prompt, chosen, rejected = map(as_messages, (prompt, chosen, rejected))
+    prompt, chosen, rejected = (in_messages(side, value) for side, value in (
+        ("prompt", prompt), ("chosen", chosen), ("rejected", rejected)))
     if columns.asks and isinstance(prompt, list):
         chosen, rejected = ([_said("assistant", side)] if isinstance(side, str) and side else side
                             for side in (chosen, rejected))
@@ -209,6 +210,14 @@ def _with_system(system: dict, prompt, chosen, rejected):
     if isinstance(prompt, list) and prompt:
         return begun(prompt), chosen, rejected
     return prompt, begun(chosen), begun(rejected)
+
+
+def in_messages(name: str, value):
+    """What `as_messages` makes of a value. Raises UserError with the name of what it is the value of."""
+    try:
+        return as_messages(value)
+    except UserError as error:
+        raise UserError(f"{name} {error}") from error
 
 
 def as_messages(value):

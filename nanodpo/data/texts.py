@@ -18,7 +18,7 @@ from .template import (
     split_transcript,
 )
 
-ANSWERS = {"system", "developer", "assistant"}  # roles of message lists that ask nothing
+SYSTEMS = {"system", "developer"}  # roles that ask nothing
 REPEATED = "begins with the prompt itself, which then stands twice"
 
 
@@ -175,10 +175,10 @@ def _split(template: Template, prompt, value, every: bool) -> Rendered | None:
         return _transcript(template, *parts, max(0, len(asked) - len(template.written)))
     if not _is_messages(value):
         raise UserError(f"is {_kind(value)}, not text or a list of messages")
-    if isinstance(prompt, str) and prompt.strip() and {m["role"] for m in value} <= ANSWERS:
+    asked = next((i for i, m in enumerate(value) if m["role"] == "assistant"), len(value))
+    if isinstance(prompt, str) and prompt.strip() and {m["role"] for m in value[:asked]} <= SYSTEMS:
         if holds_turns(template, prompt):
             raise UserError("is a list of messages, and its prompt is rendered text; give both in one form")
-        asked = next((i for i, m in enumerate(value) if m["role"] == "assistant"), len(value))
         value = [*value[:asked], {"role": "user", "content": prompt}, *value[asked:]]
     lead = prompt if _is_messages(prompt) else []
     said = [[(m["role"], str(m.get("content") or "").strip()) for m in part] for part in (lead, value)]

@@ -2,13 +2,14 @@
 
 import collections
 import dataclasses
+import itertools
 
 from ..errors import UserError, one_line
 from ..progress import track
 from .example import Answers, Example, too_long, truncate
 from .problems import with_problems
 from .rows import read_rows
-from .shapes import Columns, as_messages, choose_columns, describe_columns, read_row, unread_parts
+from .shapes import Columns, choose_columns, describe_columns, in_messages, read_row, unread_parts
 from .template import Template, added_tokens
 from .texts import REPEATED, Texts, render_more, render_row, render_whole
 
@@ -69,7 +70,7 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
         raise UserError(f"{path}: {len(data.dropped)} of {_rows(len(rows))} can't be used; {_worst(data.dropped)}. "
                         "Mend them, or leave such rows out with --on_bad_row drop")
     _handle_overlong(data, overlong, limit, args)
-    data.examples = with_problems(data.examples, rows)
+    data.examples = with_problems(data.examples, rows, {text.row for text in texts if not text.prompt})
     _add_notes(data, texts)
     for name, count in unread_parts(rows, columns).items():
         data.notes[f"column {name} is not read; if it is part of what is asked, put it into the prompt"] = count
@@ -87,7 +88,7 @@ def _render(template: Template, number: int, row: dict, columns: Columns, more: 
     pairs = columns.rejected is not None
     text = text or render_row(template, number, values.prompt, values.chosen, values.rejected, pairs,
                               may_be_equal=alone, every=every, alike=pairs and not columns.prompt)
-    found = {name: render_more(template, text.prompt, name, as_messages(row[name])) for name in more}
+    found = {name: render_more(template, text.prompt, name, in_messages(f"column {name}", row[name])) for name in more}
     notes = (*text.notes, *(note for _, notes in found.values() for note in notes))
     said = {name: response for name, (response, _) in found.items() if response}
     return dataclasses.replace(text, notes=notes, more=said)
@@ -146,15 +147,18 @@ def _tokenize(texts: list[Texts], tokenizer, boundary: str, may_be_equal: bool) 
 
 def _with_places(text: Texts, example: Example, tokenizer, boundary: str) -> Example | str:
     """The example with the numbers of the tokens that are scored: those of the places of its text."""
-    borders = [border for place in text.places for border in place][1:-1]
-    heads = _responses(tokenizer, [text] * len(borders), [example.prompt] * len(borders),
-                       [text.chosen[:border] for border in borders], boundary)
-    for head in heads:
-        if isinstance(head, str) or example.chosen[: len(head)] != head:
+    borders = [border for place in text.places for border in place]  # the first is 0, the last the end
+    pieces = _ids(tokenizer, [text.chosen[a:b] for a, b in itertools.pairwise(borders)])
+    if [i for piece in pieces for i in piece] == example.chosen:
+        ends = [*itertools.accumulate(map(len, pieces), initial=0)]
+    else:  # a tokenizer that puts something before every text
+        heads = _responses(tokenizer, [text] * len(borders), [example.prompt] * len(borders),
+                           [text.chosen[:border] for border in borders], boundary)
+        if any(isinstance(head, str) or example.chosen[: len(head)] != head for head in heads):
             return ("chosen: an answer and what is beside it merge in tokens; score the last answers alone with "
                     "--train_on last")
-    starts, ends = [0, *map(len, heads[1::2])], [*map(len, heads[::2]), len(example.chosen)]
-    scored = [place for stretch in zip(starts, ends) for place in range(*stretch)]
+        ends = [*map(len, heads)]
+    scored = [place for stretch in zip(ends[::2], ends[1::2]) for place in range(*stretch)]
     return dataclasses.replace(example, chosen=Answers(example.chosen, scored))
 
 

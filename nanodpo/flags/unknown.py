@@ -7,6 +7,8 @@ from ..errors import UserError
 # Flags of TRL, transformers and others that have another name here ...
 RENAMED = {name: ours for ours, names in {
     "model_name": "model_name_or_path model model_path model_id base_model pretrained_model_name_or_path",
+    "chosen_field": "dataset_text_field", "chat_template": "chat_template_path chat_template_file chat_template_jinja",
+    "train_on": "mask_history roles_to_train",
     "train_file_path": "dataset_name dataset dataset_path data_path train_file train_data train_dataset data",
     "eval_file_path": "eval_dataset eval_dataset_name validation_file eval_file test_file eval_data",
     "max_length": "max_seq_length max_seq_len model_max_length cutoff_len max_tokens",
@@ -47,8 +49,11 @@ OTHERWISE = {name: what for what, names in {
     "not needed: dropout is off unless --allow_dropout": "disable_dropout",
     "--overlong truncate cuts the end of a response to --max_length; a prompt is never cut":
         "truncation_mode max_completion_length max_target_length max_response_length",
-    "a part of --train_file_path, which may be NAME:CONFIG:SPLIT of the hub":
-        "dataset_config dataset_config_name dataset_split dataset_train_split dataset_test_split",
+    "a part of --train_file_path, which may be NAME@REVISION:CONFIG:SPLIT of the hub, or FOLDER::SPLIT":
+        "dataset_config dataset_config_name dataset_split dataset_train_split dataset_test_split "
+        "split subset revision",
+    "answers alone are scored, with their ends of turn; --train_on last scores the last one":
+        "assistant_only_loss completion_only_loss train_on_prompt train_on_inputs train_on_input",
     "all checkpoints of --save_steps stay; score.py compares them": "load_best_model_at_end metric_for_best_model",
     "nothing is uploaded; leave it out": "push_to_hub hub_model_id hub_token hub_strategy",
     "ZeRO shares a model among GPUs: a stage in the file of --deepspeed": "fsdp fsdp_config zero_stage",
