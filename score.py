@@ -46,7 +46,7 @@ LESS = ("what is done is kept, and the same command goes on from there. It needs
 
 
 def main(argv: list[str]) -> None:
-    with Stop() as stop, distributed.lost_peers_named():
+    with Stop() as stop, distributed.process_as_it_was(), distributed.lost_peers_named():
         stop.advice = lambda: "; what is done is kept, and the same command goes on from there"
         distributed.meet()
         score(argv)

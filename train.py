@@ -39,18 +39,18 @@ SCRIPT = Path(__file__).resolve()
 
 
 def main(argv: list[str]) -> None:
-    with Stop() as stop, distributed.lost_peers_named():
+    with Stop() as stop, distributed.process_as_it_was(), distributed.lost_peers_named():
         distributed.meet()
         start = prepare(argv, SCRIPT)
         if start is None:
             return  # --inspect, --print_config
         if start.finished:
             return end_again(start)
-        run = build(start, stop)
-        if run.args.dry_run:
-            return dry_run(run)
-        train(run)
-        lifecycle.finish(run)
+        with build(start, stop) as run:
+            if run.args.dry_run:
+                return dry_run(run)
+            train(run)
+            lifecycle.finish(run)
         if run.rank == 0:
             if run.args.draw:
                 distributed.say(draw_after(run.folder))

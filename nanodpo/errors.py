@@ -7,12 +7,21 @@ import sys
 
 from .screen import escape_all_output, printable, put
 
+as_script = False  # whether this process is a script's own, and may be ended; a notebook's may not
 
-class UserError(ValueError):
+
+class _Short:
+    """An exception that a notebook shows in one line, without the way to it."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+        return [f"{type(self).__name__}: {one_line(str(self))}"]
+
+
+class UserError(_Short, ValueError):
     """A mistake in the input. The message names the file, row or flag, what was found and what to do. Exit code 2."""
 
 
-class RunStopped(RuntimeError):
+class RunStopped(_Short, RuntimeError):
     """A run that must not go on, since its numbers are wrong or can't be written. Exit code 1."""
 
 
@@ -20,7 +29,7 @@ class RankStopped(RunStopped):
     """An error that only one rank knows, so that this rank has to print it."""
 
 
-class Preempted(BaseException):
+class Preempted(_Short, BaseException):
     """A run that was told to stop and can go on. Exit code 75, EX_TEMPFAIL: a job script may start it again.
 
     Like KeyboardInterrupt it is not an Exception, since libraries catch those.
@@ -58,7 +67,9 @@ def long_names_refused():
 
 def run_script(main) -> int:
     """Calls main(argv), prints its error in one line and returns the exit code. A bug keeps its traceback."""
+    global as_script
     escape_all_output()
+    as_script = True
     try:
         with long_names_refused():
             main(sys.argv[1:])
@@ -79,12 +90,14 @@ def run_script(main) -> int:
     except KeyboardInterrupt:
         put("stopped by Ctrl-C", file=sys.stderr)
         return 130
+    finally:
+        as_script = False
 
 
 def leave(code: int) -> None:
     """Exits with this code. A rank exits without the interpreter's own clean-up: there a thread of a library may abort
     a process whose work is done, and the launcher would call the whole run failed."""
-    if "RANK" in os.environ:
+    if "RANK" in os.environ or "deepspeed" in sys.modules:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -35,11 +35,11 @@ MACHINE = ("versions", "git_commit", "device", "threads")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "layout", "attention")
 
 
-def facts(args, settings: dict, limit: int, data_sets: list, program: Path) -> dict:
+def facts(args, settings: dict, limit: int, data_sets: list, program: Path, command: list[str]) -> dict:
     """The entries of run.json that are known before the model is loaded. `limit`: the longest sequence, tokens;
     `program`: the folder of train.py."""
     return {
-        "command": shlex.join(sys.argv), "arguments": arguments(args), "max_length": limit,
+        "command": shlex.join(command), "arguments": arguments(args), "max_length": limit,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)), "deepspeed": json.loads(json.dumps(settings)),
         "versions": versions(), "git_commit": git_commit(program), "threads": torch.get_num_threads(),
         "data": [data_hash(data.examples) for data in data_sets],

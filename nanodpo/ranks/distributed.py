@@ -2,10 +2,12 @@
 
 import contextlib
 import datetime
+import gc
 import itertools
 import os
 import pickle
 import socket
+import sys
 import warnings
 
 import torch
@@ -24,6 +26,8 @@ CUT = ("No route to host", "Network is unreachable", "Host is unreachable", "Con
 JOIN = datetime.timedelta(minutes=2)  # the longest time from the first rank's start to the last one's
 # The longest time that a living rank (peers.py) may keep the others waiting: for longer rows, or while rank 0 saves.
 PATIENCE = datetime.timedelta(hours=6)
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _cpu = {"group": None}  # torch's group for objects on the CPU; None: the default one
 _met = {"store": None, "peers": None, "calls": None, "alone": False}  # set where several ranks were started
@@ -166,7 +170,24 @@ def leave() -> None:
         peers().leave()
         _met["peers"] = None
     if dist.is_initialized():
-        dist.destroy_process_group()
+        # DeepSpeed lets go of its own groups, too, if it has any: in the next run of this process they are others.
+        comm = sys.modules["deepspeed"].comm if "deepspeed" in sys.modules else dist
+        (comm if comm.is_initialized() else dist).destroy_process_group()
+
+
+@contextlib.contextmanager
+def process_as_it_was():
+    """Leaves a process that no launcher started as it was before, so that another run can be made in it."""
+    gc.collect()  # an earlier run's model and engine
+    before, linear = {name: os.environ.get(name) for name in NAMES}, torch.nn.functional.linear
+    try:
+        yield
+    finally:
+        if before["RANK"] is None and os.environ.get("WORLD_SIZE", "1") == "1":
+            leave()
+            for name, value in before.items():
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+            torch.nn.functional.linear = linear  # ZeRO-3 puts one of its own there for good
 
 
 def ask(flag: bool):

@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+from .. import errors
 from ..errors import TEMPFAIL, Preempted, RankStopped
 from ..ranks import distributed
 
@@ -39,7 +40,8 @@ class Stop:
     def __init__(self):
         self.name, self.since, self.waiting, self.before = None, 0.0, False, {}
         self.advice = lambda: "; the same command starts again"
-        self._urgent, self._raised, self._over = False, False, False
+        self._urgent, self._raised, self._over, self._handled = False, False, False, 0
+        self._script = errors.as_script
         self._overdue, self._lock = 0.0, threading.RLock()
 
     def __enter__(self):
@@ -57,7 +59,7 @@ class Stop:
         self._over = True
         if self._urgent and (peers := distributed.peers()):
             peers.tell(TEMPFAIL, self.reason)
-        if self.name is None:  # told twice is still one end
+        if self.name is None or not self._script:  # a script that is told twice still has one end
             signal.set_wakeup_fd(self._wakeup)
             for number, handler in self.before.items():
                 signal.signal(number, handler)
@@ -65,7 +67,7 @@ class Stop:
             self._thread.join()
             os.close(self._read)
             os.close(self._write)
-        elif self._urgent and isinstance(error, RankStopped):  # the rank that was told is gone already
+        if self._urgent and isinstance(error, RankStopped):  # the rank that was told is gone already
             raise Preempted(self.farewell) from error
 
     def wait(self, waiting: bool = True) -> None:
@@ -89,6 +91,9 @@ class Stop:
         """Python's signal handler: runs in the main thread as soon as that runs Python code."""
         self._read_signals()
         self._note(signal.Signals(number).name, 0) if self.name is None else None  # a library has read the signals
+        self._handled += 1
+        if self._handled > 1 and not self._script:
+            raise KeyboardInterrupt
         if self._urgent and not self._raised:
             self._raised = True
             raise Preempted(self.farewell)
@@ -110,7 +115,7 @@ class Stop:
             release_closed()
             if self.waiting:  # A print may be under way. In a run's last save nothing remains to be stopped.
                 _write(f"{name}: ends as soon as what is done is saved")
-        elif time.monotonic() - self.since > GRACE:
+        elif self._script and time.monotonic() - self.since > GRACE:
             os._exit(code)
 
     def _watch(self) -> None:
@@ -152,6 +157,8 @@ class Stop:
             self._end(1, f"error: rank {peers.rank} stops because {why}", code, why)
 
     def _end(self, code: int, text: str, told: int = TEMPFAIL, why: str = "") -> None:
+        if not self._script:
+            return
         if peers := distributed.peers():
             peers.tell(told, why or self.reason)
         if text:

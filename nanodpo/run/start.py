@@ -75,6 +75,13 @@ class Run(Start):
     lock: object = None  # an open file
     monitor: object = None  # of monitors.py, on the first rank
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.lock:  # a notebook's process goes on, and may go on with this run
+            self.lock.close()
+
     @functools.cached_property
     def pairs_per_step(self) -> int:
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.world
@@ -120,7 +127,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         date = (old or {}).get("date") or today  # some chat templates write it
         train, held_out, limit = load_data(args, source, date)
         sets = [data for data in (train, held_out) if data]
-        facts = record.facts(args, settings, limit, sets, script.parent) | {"date": date}
+        facts = record.facts(args, settings, limit, sets, script.parent, [str(script), *argv]) | {"date": date}
         if old:
             record.check_same(folder, old, facts, before_loading=bool(source.adapter))
         start = Start(args, settings, source, train, held_out, folder, facts, old, wanted, monitors)
