@@ -103,6 +103,8 @@ SFT = {
     "messages, two answers": ({"messages": [Q, A, SURE, YES]}, ASKED, ALL),
     "an answer that is not to be trained on": ({"messages": [Q, A | {"weight": 0}, SURE, YES | {"weight": 1}]},
                                                ASKED + ALL[0] + ALL[1], ALL[2:]),
+    "role and value": ({"messages": [{"role": m["role"], "value": m["content"]} for m in (Q, A, SURE, YES)]}, ASKED,
+                       ALL),
     "the same in parts": ({"messages": [parts(Q), parts(A), parts(SURE), parts(YES)]}, ASKED, ALL),
     "ShareGPT": ({"conversations": turns(("system", "Be brief."), ("human", "2?"), ("gpt", "4"), ("human", "Sure?"),
                                          ("gpt", "yes"))}, BRIEF + ASKED, ALL),
@@ -149,6 +151,17 @@ def test_a_cut_leaves_what_is_scored_within_it(tmp_path):
                                  (1, "4", [0])):
         data = load_dataset(str(path), read_template(tiny.chatml()), args, 21 + room, False)
         assert data.examples[0].chosen == ids(chosen) and data.examples[0].chosen.scored == scored
+
+
+def test_the_last_answer_may_end_with_a_token_of_its_own(tmp_path):
+    """As gpt-oss has it: each answer with the end that it has in the conversation."""
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = tiny.CHATML.replace(
+        "<|im_end|>\n{% endfor %}", "{{ '<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}"
+        "\n{% endfor %}")
+    example, = load(tmp_path, {"messages": [Q, A, SURE, YES]}, tokenizer=tokenizer, loss="sft").examples
+    assert example.prompt == ids(ASKED) and example.chosen == ids(ALL[0] + ALL[1] + "yes<|endoftext|>")
+    assert [example.chosen[place] for place in example.chosen.scored] == ids("4<|im_end|>yes<|endoftext|>")
 
 
 def test_inspect_puts_brackets_around_what_is_scored_alone(tmp_path):

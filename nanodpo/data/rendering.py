@@ -5,7 +5,7 @@ import json
 import re
 
 from ..errors import UserError
-from .template import PROBE, Template, apply, shared_start
+from .template import PROBE, Template, added_tokens, apply, shared_start
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # where messages keep what was thought before an answer
 # Templates lay out white space in their own way, and take out the switches of models that think or don't.
@@ -104,8 +104,8 @@ def _every_reply(template: Template, messages: list[dict], earlier: list[int], l
         prompt = _until_reply(template, messages[:i], asked, whole)
         said = apply(template, messages[: i + 1]).removesuffix(template.rest)
         end = len(said)
-        if not whole.startswith(said):  # Qwen3 leaves out what was thought before earlier answers
-            end = whole.find(template.end, len(prompt)) + len(template.end)
+        if not whole.startswith(said):
+            end = _end_of_earlier(template, said.removesuffix(template.end), len(prompt), whole)
             note = note or "the chat template writes earlier answers differently; scored as in the conversation"
         if not len(prompt) < end <= len(last.prompt) or places and places[-1][1] > len(prompt):
             raise UserError(f"the chat template does not show where the answer of message {i} ends; score the last "
@@ -114,6 +114,15 @@ def _every_reply(template: Template, messages: list[dict], earlier: list[int], l
     first = places[0][0]
     places.append((len(last.prompt), len(whole)))
     return Rendered(whole[:first], whole[first:], tuple((a - first, b - first) for a, b in places), note)
+
+
+def _end_of_earlier(template: Template, said: str, start: int, whole: str) -> int:
+    """Where an answer ends that the template writes otherwise than `said`, its form as the last one; 0 where it is not
+    found. gpt-oss closes the last answer with another token; Qwen3 leaves out what was thought before the others."""
+    if whole.startswith(said):
+        token = next((token for token in added_tokens(template.tokenizer) if whole.startswith(token, len(said))), "")
+        return len(said + token) if token else 0
+    return whole.find(template.end, start) + len(template.end)
 
 
 def _check_written(template: Template, messages: list[dict], text: str, reply: dict | None = None) -> None:

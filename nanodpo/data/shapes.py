@@ -20,8 +20,9 @@ SYSTEM = ("system", "system_prompt")
 OF_PROMPTS = (*SYSTEM, "input", "instruction", "history", "context")  # part of what is asked, by name
 FOR_TEMPLATES = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # a language model of text can't be asked about these
-RESERVED = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "padding",
-            "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs", "conversation"}
+RESERVED = {"chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "padding",
+            "return_tensors", "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs",
+            "conversation"}  # arguments of apply_chat_template that a template does not see
 # ShareGPT's names of who speaks.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
          "observation": "tool", "function_response": "tool", "tool_response": "tool"}
@@ -251,9 +252,9 @@ def _message(message: dict) -> dict:
     """A message with role and content, its content as text."""
     if _speaker(message) is None:
         return message
-    if "role" not in message:
-        rest = {name: value for name, value in message.items() if name not in ("from", "value")}
-        speaker, value = message["from"], message.get("content", message.get("value"))
+    if "role" not in message or "content" not in message and "value" in message:
+        rest = {name: value for name, value in message.items() if name not in ("role", "from", "content", "value")}
+        speaker, value = _speaker(message), message.get("content", message.get("value"))
         if speaker in CALLS:
             return {"role": "assistant", "content": "", "tool_calls": _calls(value)} | rest
         message = {**_said(ROLES.get(speaker, speaker), value), **rest}
