@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, environment, launch, make_model, make_tokenizer, train
 
 import score
-from nanodpo.core.losses import LOSSES
+from nanodpo.core.losses import pair_losses
 from nanodpo.data.example import Example
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.errors import RankStopped, UserError, run_script
@@ -568,7 +568,8 @@ def test_a_pairs_weight_is_the_slope_of_its_loss(loss, smoothing):
     """The gradient of the loss itself, by autograd in float64; conservative DPO pushes back beyond logit(1 - e)."""
     margins = torch.tensor([-30.0, -1.0, 0.0, 0.5, 2.1972245773, 30.0], dtype=torch.float64)
     chosen, zero = (margins / 0.2).requires_grad_(), torch.zeros(6, dtype=torch.float64)
-    LOSSES[loss](chosen, zero, zero, zero, 0.2, smoothing).sum().backward()
+    logps, tokens = torch.stack([chosen, zero], 1), torch.ones(6, 2, dtype=torch.float64)
+    pair_losses(loss, logps, torch.zeros_like(logps), tokens, 0.2, smoothing).sum().backward()
     found = means.pair_weight(loss, smoothing, margins.numpy())
     assert found == pytest.approx((-chosen.grad / 0.2).tolist(), abs=1e-12)
     # At ln 9, sigma(-margin) is 0.1.

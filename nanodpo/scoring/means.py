@@ -34,7 +34,7 @@ def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, runs: dict) -
 def pair_weight(loss: str, smoothing: float, margin) -> np.ndarray:
     """-d loss / d margin, margins being of rewards: how hard the loss still pushes a pair apart; below 0, together.
 
-    Missing for ipo, whose margin is one of means over tokens, and for sft, which has none.
+    Missing for every loss that is no function of this margin: ipo, whose margin is one of means over tokens, and sft.
     """
     margin = np.asarray(margin, dtype=float)
     with np.errstate(invalid="ignore"):  # a missing margin has a missing weight

@@ -9,6 +9,7 @@ import dataclasses
 
 from .contents import hash_of
 from .datasets import ResponseSet
+from .means import MEASURES
 from .parts import Parts
 from .plausible import Sets
 from .responses import GREEDY, Group
@@ -113,9 +114,10 @@ def response_results(checkpoint: Checkpoint, start: str | None, data: ResponseSe
 
 
 def response_result(kind: str, model: str, start: str | None, data: ResponseSet, unit: tuple[str, ...]) -> Result:
-    """Scores, tokens or gradients of a unit. `model` and `start` are keys of checkpoints."""
+    """Scores, tokens or gradients of a unit. `model` and `start` are keys of checkpoints. The key holds the measures
+    too, so that kept results which lack a new one are not taken for it."""
     rows, content = data.rows_with(unit)
-    key = hash_of([kind, model, None if kind == "gradients" else start, content])
+    key = hash_of([kind, model, *([] if kind == "gradients" else [start, MEASURES]), content])
     return Result(kind, unit, rows, key, key)
 
 
