@@ -3,14 +3,17 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas
 import pytest
-from conftest import launch
+from conftest import environment, launch
 
 from nanodpo.run.metrics import pair_metrics
 
@@ -22,6 +25,8 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in
 # Commands that other tests run as they stand: the default run, the page on one step, the experiment.
 ELSEWHERE = {"deepspeed train.py": "tests/test_examples.py", "python -m pytest": "all of them",
              "python examples/forward_reverse.py --output_dir out --seeds 3": "tests/test_forward_reverse.py",
+             "python examples/forward_reverse.py --output_dir out --ranks 4 M1 M2 experiment.parquet":
+                 "tests/test_forward_reverse.py",
              "ruff check .": "the linter itself"}
 SHORT = {"train.py": ["--max_steps", "1", "--draw", "false", "--cache_dir", "cache"],
          "score.py": ["--max_new_tokens", "3"]}
@@ -73,17 +78,57 @@ def test_one_step_prints_what_it_shows_and_is_what_training_does(tmp_path, monke
 
 @pytest.mark.slow
 def test_every_command_runs_as_it_stands(tiny, tmp_path):
-    """In one folder, one after the other: M is a model there, pairs.parquet its data, and a run is cut to one step."""
+    """In one folder, one after the other, on one rank: M is a model there, pairs.parquet and traces.parquet its data.
+    A run is cut to one step, so its last checkpoint is the first."""
     shutil.copytree(tiny / "model", tmp_path / "M")
-    pandas.read_json(tiny / "train.jsonl", lines=True).to_parquet(tmp_path / "pairs.parquet")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in ("pairs", "traces"):
+        pandas.read_json(tiny / "train.jsonl", lines=True).to_parquet(tmp_path / f"{name}.parquet")
     launch(ROOT / "train.py", "--model_name", "M", "--train_file_path", "pairs.parquet", "--eval_size", "4",
            *SHORT["train.py"], launcher="fork", cwd=tmp_path)
     found = dict.fromkeys(command for page in PAGES for command in commands(page) if page != "docs/one_step.md")
-    assert len(found) > 8
-    for program, *words in (shlex.split(command) for command in found.keys() - ELSEWHERE.keys()):
+    assert len(found) > 12
+    for program, *words in (shlex.split(command) for command in found if command not in ELSEWHERE):
         if words[:2] == ["-m", "pytest"]:
             assert launch("-m", "pytest", "--collect-only", *words[2:], "tests/test_packing.py").stdout
             continue
-        script, *flags = words
-        assert program in ("python", "deepspeed") and (ROOT / script).is_file(), words
+        assert program in ("python", "deepspeed", "torchrun", "sbatch"), program
+        if program == "sbatch":
+            continue  # test_a_job_of_slurm_goes_on_until_it_is_finished
+        words = words[2:] if program != "python" and words[0] in ("--num_gpus", "--nproc_per_node") else words
+        script, *flags = (word.replace("checkpoint-12", "checkpoint-1") for word in words)
         launch(ROOT / script, *flags, *SHORT.get(script, ()), launcher="fork", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_job_of_slurm_goes_on_until_it_is_finished(tiny, tmp_path):
+    """examples/launch/slurm.sh with stand-ins for Slurm's commands: srun starts two ranks with Slurm's variables and
+    ends with the largest exit code. The first time the ranks are told to stop, and the job goes back into the queue;
+    the second time it is finished."""
+    def stand_in(name, text):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    stand_in("scontrol", '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> scontrol.log')
+    stand_in("srun", """shift; worst=0
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_ID=0 "$@" &
+    pids[$rank]=$!
+done
+if [ ! -e out ]; then
+    until [ -s out/metrics.jsonl ]; do sleep 0.2; done
+    kill -TERM "${pids[@]}"
+fi
+for pid in "${pids[@]}"; do wait "$pid"; code=$?; [ "$code" -gt "$worst" ] && worst=$code; done
+exit "$worst\"""")
+    for name in ("train.py", "nanodpo", "examples", "ds_config.json"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    flags = ["--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--output_dir", "out",
+             "--cache_dir", "cache", "--max_steps", "60", "--per_device_train_batch_size", "1", "--draw", "false",
+             "--deepspeed", "examples/launch/zero3.json"]
+    told = environment() | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "PYTHON": sys.executable,
+                            "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = ["bash", "examples/launch/slurm.sh", *flags]
+    codes = [subprocess.run(job, cwd=tmp_path, env=told, capture_output=True, timeout=300).returncode for _ in range(2)]
+    assert codes == [75, 0] and (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 60
