@@ -191,7 +191,8 @@ def test_thoughts_that_a_template_leaves_out_of_earlier_answers_are_not_scored(t
     data = load(tmp_path, row, tokenizer=tokenizer, loss="sft")
     assert data.examples[0].prompt == ids(ASKED) and data.examples[0].chosen == ids("".join(ALL))
     assert len(data.examples[0].chosen.scored) == 2 + 4
-    assert data.notes == {"the chat template writes earlier answers differently; scored as in the conversation": 1}
+    assert data.notes == {"the chat template writes earlier answers differently; scored as in the conversation": 1,
+                          "all of its answers are scored, and nothing between them": 1}
 
 
 # Texts that begin alike

@@ -19,6 +19,9 @@ from .template import (
 )
 
 SYSTEMS = {"system", "developer"}  # roles that ask nothing
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of Anthropic's HH and what is written like it
+# Letters and digits of languages that put spaces between words.
+JOINED = re.compile(r"[^\W_\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff]")
 REPEATED = "begins with the prompt itself, which then stands twice"
 
 
@@ -47,6 +50,7 @@ def render_row(template: Template, number: int, prompt, chosen, rejected, has_re
     # Of a pair the last answers are scored, in which its sides differ.
     first = _render_side(template, "chosen", prompt, chosen, notes, every and not has_rejected)
     rendered = _is_messages(prompt) or _is_messages(chosen) or holds_turns(template, first.prompt)
+    notes += ["all of its answers are scored, and nothing between them"] * bool(first.places)
     if not has_rejected:
         return Texts(number, first.prompt, first.response, None, tuple(notes), rendered, places=first.places)
     second = _render_side(template, "rejected", prompt, rejected, notes)
@@ -204,10 +208,6 @@ def _transcript(template: Template, prompt: str, response: str, after: int) -> R
     first = places[0][0]
     places.append((len(prompt), len(whole)))
     return Rendered(whole[:first], whole[first:], tuple((a - first, b - first) for a, b in places))
-
-
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of Anthropic's HH and what is written like it
-JOINED = re.compile(r"[^\W_\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff]")  # letters and digits of words with spaces between
 
 
 def _is_plain(template: Template, value) -> bool:
