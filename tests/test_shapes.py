@@ -228,6 +228,20 @@ def test_pairs_of_texts_without_a_prompt(tmp_path):
     assert data.examples[0].chosen == [*b" It is 4.", 260] and data.notes["plain text, without the chat template"] == 1
 
 
+def test_a_column_that_may_be_the_prompt_is_asked_for(tmp_path):
+    """Its answers begin alike by chance."""
+    row = {"input": "2?", "chosen": "It is 4", "rejected": "It is 5"}
+    assert "chosen has no prompt: name its column with --prompt_field" in error_of(tmp_path, row)
+    assert load(tmp_path, row, prompt_field="input").examples[0].prompt == [*b"2?"]
+
+
+def test_whole_conversations_need_no_column_beside_them(tmp_path):
+    """What an instruction column says beside them is not what the user says, unless it is."""
+    for column in ({"instruction": "Answer."}, {"instruction": "2?"}, {"conversations": turns(("human", "Hi"))}):
+        example, = load(tmp_path, column | {"chosen": [Q, A], "rejected": [Q, B]}).examples
+        assert example.prompt == ids(ASKED)
+
+
 @pytest.mark.parametrize("row, words", [
     ({"chosen": "Yes", "rejected": "No"}, "have no beginning in common, and there is no column of prompts: name one"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: x"},
@@ -240,6 +254,8 @@ def test_pairs_of_texts_without_a_prompt(tmp_path):
     ({"conversations": turns(("human", "2?"), ("function_call", "f(2)")), "chosen": "4", "rejected": "5"},
      "has a tool call that can't be read as JSON"),
     ({"conversations": turns(("human", "2?"), ("gpt", "4")), "chosen": [], "rejected": "5"}, "chosen is an empty list"),
+    ({"instruction": [], "chosen": "4", "rejected": "5"}, "chosen has a prompt that is an empty list"),
+    ({"instruction": "2?", "input": {}, "chosen": [1], "rejected": "5", "system": "x"}, "chosen is of type list"),
     ({"query": "2?", "history": ["1?"], "chosen": "4", "rejected": "5"}, "a history that is not a list of [question"),
 ])
 def test_what_can_be_no_pair_is_refused_in_clear_words(row, words, tmp_path):

@@ -38,6 +38,7 @@ class Columns:
     rejected: str | None
     asks: bool = False  # is the prompt what a user says, a part of a conversation, though it is text?
     whole: bool = False  # is a row one text without a prompt, for language modelling?
+    alike: bool = False  # do chosen and rejected, as text, begin with their prompt?
     beside: tuple[str, ...] = ()  # columns that belong to a conversation's prompt, or that a chat template is given
 
     @property
@@ -81,6 +82,8 @@ def choose_columns(path: str, rows: list[dict], args, pairs: bool) -> Columns:
     for i, row in enumerate(rows):
         _check_unread(f"{path}: row {i}", row, columns)
     columns.beside = _beside(rows, columns)
+    # A column that may well be the prompt is better named than left out.
+    columns.alike = bool(rejected and not prompt and not unread_parts(rows, columns))
     return columns
 
 
@@ -147,6 +150,9 @@ def read_row(row: dict, columns: Columns) -> Row:
         prompt = _alpaca(row, prompt)
     prompt, chosen, rejected = (in_messages(side, value) for side, value in (
         ("prompt", prompt), ("chosen", chosen), ("rejected", rejected)))
+    if columns.asks and isinstance(prompt, list) and _first_role(chosen) in ("system", "user") and (
+            chosen[0] not in prompt):
+        prompt = None  # the sides are whole conversations, and the column may be anything
     if columns.asks and isinstance(prompt, list):
         chosen, rejected = ([_said("assistant", side)] if isinstance(side, str) and side else side
                             for side in (chosen, rejected))
@@ -195,9 +201,9 @@ def _said(role: str, content) -> dict:
 
 def _alpaca(row: dict, instruction):
     """The user's turn: the instruction and, on the next line, its input; after earlier questions and answers."""
-    parts = [instruction, row.get("input")]
-    if odd := next((part for part in parts if part is not None and not isinstance(part, str)), None):
-        return odd
+    parts = [part for part in (instruction, row.get("input")) if part is not None]
+    if odd := [part for part in parts if not isinstance(part, str)]:
+        return odd[0]
     if not (said := "\n".join(filter(None, parts))):
         return ""
     return [*_pairs(row.get("history") or []), _said("user", said)]
@@ -206,7 +212,7 @@ def _alpaca(row: dict, instruction):
 def _with_system(system: dict, prompt, chosen, rejected):
     """A conversation that begins with this system message, unless it has one."""
     def begun(side):
-        return [system, *side] if isinstance(side, list) and side and side[0].get("role") != "system" else side
+        return [system, *side] if _first_role(side) not in (None, "system") else side
 
     if isinstance(prompt, list) and prompt:
         return begun(prompt), chosen, rejected
@@ -239,6 +245,12 @@ def as_messages(value):
 def _speaker(message: dict) -> str | None:
     """The role that a message names, in whatever form."""
     return next((message[name] for name in ("role", "from") if isinstance(message.get(name), str)), None)
+
+
+def _first_role(messages) -> str | None:
+    """The role of the first of a list of messages; None for anything else."""
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return first.get("role") if isinstance(first, dict) else None
 
 
 def _pairs(pairs) -> list[dict]:

@@ -85,9 +85,8 @@ def _render(template: Template, number: int, row: dict, columns: Columns, more: 
     values = read_row(row, columns)
     template = template.given(values.options)
     text = render_whole(template, number, values.chosen) if columns.whole else None
-    pairs = columns.rejected is not None
-    text = text or render_row(template, number, values.prompt, values.chosen, values.rejected, pairs,
-                              may_be_equal=alone, every=every, alike=pairs and not columns.prompt)
+    text = text or render_row(template, number, values.prompt, values.chosen, values.rejected,
+                              columns.rejected is not None, may_be_equal=alone, every=every, alike=columns.alike)
     found = {name: render_more(template, text.prompt, name, in_messages(f"column {name}", row[name])) for name in more}
     notes = (*text.notes, *(note for _, notes in found.values() for note in notes))
     said = {name: response for name, (response, _) in found.items() if response}
