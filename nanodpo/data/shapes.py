@@ -153,7 +153,7 @@ def read_row(row: dict, columns: Columns) -> Row:
     if columns.asks and isinstance(prompt, list) and _first_role(chosen) in ("system", "user") and (
             chosen[0] not in prompt):
         prompt = None  # the sides are whole conversations, and the column may be anything
-    if columns.asks and isinstance(prompt, list):
+    if columns.asks and isinstance(prompt, list) and prompt:
         chosen, rejected = ([_said("assistant", side)] if isinstance(side, str) and side else side
                             for side in (chosen, rejected))
     system = next((row[name] for name in SYSTEM if name in columns.beside and row.get(name)), None)
