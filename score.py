@@ -213,6 +213,11 @@ def report(folder: Path, checkpoints: list[Checkpoint], work: list[Work], parts:
     tables.write_text(folder / "verdict.json", json.dumps(lines, indent=1) + "\n")
     tables.write_text(folder / "answers.txt", side_by_side.to_file(found["answers"]))
     distributed.say(show(found["summary"]))
+    for run, c in runs.items():
+        pairs = found["pairs"]
+        if c.settings.reference and len(pairs) and pairs[pairs["run"] == run]["margin"].isna().all():
+            distributed.say(f"{run}: has no rewards, since its reference, {c.settings.reference}, was not scored; "
+                            "name it beside the run")
     if failed := len(found["failed"]):
         distributed.say(f"{failed} log-probs are not finite and in no mean; they are listed in "
                         f"{folder / 'failed.jsonl'}")

@@ -67,11 +67,14 @@ def build(start: Start, stop: Stop) -> Run:
         model = loading.load_model(start.source, args)
         weights = loading.weights_hash(model, fresh_lora=args.use_lora and not start.source.adapter)
         compared |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
+        other, its_weights = loading.load_reference(start.reference, model, start.adapter_off, args)
+        compared |= {"a --reference that hashes to": its_weights}
     distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
     with memory.shortage_named(rank, "loading the model"):
         built = make_engine(model, args, start.settings, device, start.longest)
     torch.manual_seed(args.seed + rank)  # dropout's, with --allow_dropout
-    return Run(**vars(start), **vars(built), stop=stop, weights=weights, device=device, world=world, rank=rank)
+    return Run(**vars(start), **vars(built), stop=stop, weights=weights, reference_weights=its_weights,
+               reference_model=other, device=device, world=world, rank=rank)
 
 
 def train(run: Run) -> None:
@@ -180,7 +183,8 @@ def update(engine) -> tuple[float, bool]:
 def check_means(run: Run, meter: Meter, scale: float, guard: StepGuard) -> tuple[dict[str, float], str | None]:
     """(a step's means over all ranks, what in them is not finite or None), before the update.
 
-    Raises RunStopped where that can't be passed over, and at step 0 where the policy isn't its reference.
+    Raises RunStopped where that can't be passed over, and at step 0 where the policy should be its reference and
+    isn't.
     """
     means = meter.means()
     means["loss"] *= scale  # the meter divided by the number of pairs; sft divides by tokens
@@ -188,7 +192,7 @@ def check_means(run: Run, meter: Meter, scale: float, guard: StepGuard) -> tuple
     wrong = not_finite(means, guard)
     if wrong and run.skipped >= run.args.skip_nonfinite:
         raise RunStopped(f"step {run.step}: {wrong}; no update was made")
-    if run.step == 0 and not wrong and not run.args.allow_dropout:
+    if run.step == 0 and run.starts_as_reference and not wrong and not run.args.allow_dropout:
         check_start(means, gap, run.args.bf16, run.args.cache_dir)
     return means, wrong
 
@@ -212,8 +216,8 @@ def log_step(run: Run, bar, line: dict[str, float]) -> None:
 def evaluate(run: Run) -> None:
     """Means over the held-out set under the weights of checkpoint-`run.step`, into metrics.jsonl as eval_*.
 
-    SFT follows both sides where the data has both. At step 0 the policy is its reference, whose log-probs were just
-    computed: no second pass is made, and the numbers of step 0 follow from them.
+    SFT follows both sides where the data has both. At step 0 the policy is its reference, unless --reference names
+    another, and that one's log-probs were just computed: no second pass is made.
     """
     args, step = run.args, run.step
     if run.held_out is None or step in run.evaluated:
@@ -228,7 +232,8 @@ def evaluate(run: Run) -> None:
             here = [examples[k] for k in indices]
             tokens = response_lengths(groups_of(here, sides), run.device)
             ref = None if run.held_ref is None else run.held_ref[indices].to(run.device, non_blocking=True)
-            logps = ref if step == 0 and ref is not None else logps_of(run, here, sides, f"step {step}")
+            known = step == 0 and ref is not None and run.starts_as_reference
+            logps = ref if known else logps_of(run, here, sides, f"step {step}")
             losses = pair_losses(args.loss, logps, ref, tokens, args.beta, args.label_smoothing)
             meter.add({"loss": losses, **pair_metrics(logps, ref, tokens, args.beta)}, weight)
     means = meter.means()

@@ -25,7 +25,7 @@ def compare(run):
                                         run.world)]
     trained = torch.zeros_like(run.ref)
     for indices, weight in rows:
-        with reference_policy(run.engine.module.model, fresh_lora=True):
+        with reference_policy(run.engine.module.model, adapter_off=True):
             again[indices] += weight * score(run, indices)
         trained[indices] += weight * score(run, indices)
     again, trained = sum_over_ranks(again), sum_over_ranks(trained)

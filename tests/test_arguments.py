@@ -406,7 +406,7 @@ def test_a_small_file_that_is_not_small(tmp_path):
     ("--warmup_ratio", "it is --warmup_steps here, a number of steps"),
     ("--use_wandb", "it is --report_to wandb here"), ("--logging_dir", "not needed: metrics.jsonl in"),
     ("--logging_dir", "not needed: metrics.jsonl"), ("--do_train", "not needed: train.py trains"),
-    ("--resume_from_checkpoint", "the same command goes on"), ("--ref_model", "the reference is --model_name"),
+    ("--resume_from_checkpoint", "the same command goes on"), ("--ref_model", "it is --reference here"),
     ("--fp16", "there is --bf16"), ("--optim", "AdamW is the only"), ("--eval_strategy", "--eval_steps evaluates")])
 def test_what_was_meant_by_an_unknown_flag(typed, words):
     """Slips of the finger, and the names of TRL and transformers."""

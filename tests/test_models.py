@@ -74,10 +74,10 @@ def test_the_reference_is_left_as_it_was_found(tiny):
     ids = torch.tensor([[5, 6, 7]])
     on = model(input_ids=ids).logits
     base = make_model().eval()
-    with loading.reference_policy(model, fresh_lora=True):
+    with loading.reference_policy(model, adapter_off=True):
         assert not model.training
         assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
-    with pytest.raises(KeyError), loading.reference_policy(model, fresh_lora=True):
+    with pytest.raises(KeyError), loading.reference_policy(model, adapter_off=True):
         raise KeyError
     assert model.training and torch.equal(model(input_ids=ids).logits, on) and not torch.equal(on, base(ids).logits)
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())

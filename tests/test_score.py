@@ -581,7 +581,8 @@ def test_a_pairs_weight_is_the_slope_of_its_loss(loss, smoothing):
 def test_rewards_and_weights_are_those_of_each_run():
     """beta, loss and label smoothing by run; no weight for losses that are not of this margin, nor without a start."""
     key = {"checkpoint": "c", "dataset": "d", "row": 0}
-    runs = {name: SimpleNamespace(loss=loss, beta=beta, label_smoothing=smoothing) for name, loss, beta, smoothing in [
+    runs = {name: SimpleNamespace(loss=loss, beta=beta, label_smoothing=smoothing, reference=None)
+            for name, loss, beta, smoothing in [
         ("a", "dpo", 0.1, 0.2), ("b", "robust", 0.2, 0.2), ("c", "hinge", 0.2, 0.0), ("d", "ipo", 0.1, 0.0),
         ("e", "sft", 0.1, 0.0), ("f", "dpo", 0.1, 0.0)]}
     table = pandas.DataFrame([key | {"run": run, "step": step, "response": side, "logps": logps * (step > 0)}
@@ -607,7 +608,7 @@ def test_rewards_are_of_the_rows_own_data_set():
                                                        ("e", "chosen", (-100, -98)), ("e", "rejected", (-50, -50))]
                               for step, logps in zip((0, 9), ends)])
     pairs = table[table["response"] == "chosen"][["run", "dataset", "row", "step"]].reset_index(drop=True)
-    settings = {"r": SimpleNamespace(loss="dpo", beta=0.1, label_smoothing=0.0)}
+    settings = {"r": SimpleNamespace(loss="dpo", beta=0.1, label_smoothing=0.0, reference=None)}
     found = means.add_rewards(pairs, table, settings).set_index(["dataset", "step"])
     assert len(found) == 4 and found.loc[("d", 9), ["rewards/chosen", "margin"]].tolist() == pytest.approx([0.4, 1.0])
     assert found.loc[("e", 9), ["rewards/chosen", "margin"]].tolist() == pytest.approx([0.2, 0.2])

@@ -27,6 +27,7 @@ class TrainArguments:
     # Model
     model_name: str = _flag(None, "Folder or hub id of a causal LM, or folder of a PEFT adapter to train on.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the weights.")
+    reference: str = _flag(None, "Another model or adapter, as the reference. Default: model_name before training.")
     random_init: bool = _flag(False, "Start from model_name's config with random weights instead of its weights.")
 
     # Data
@@ -137,8 +138,8 @@ class TrainArguments:
 
 
 LISTS = ("report_to",)
-PATHS = ("model_name", "train_file_path", "eval_file_path", "chat_template", "deepspeed", "output_dir", "cache_dir",
-         "resume")
+PATHS = ("model_name", "reference", "train_file_path", "eval_file_path", "chat_template", "deepspeed", "output_dir",
+         "cache_dir", "resume")
 
 
 def parse(argv: list[str], default_file: Path) -> TrainArguments:

@@ -38,6 +38,8 @@ def check(args) -> None:
     if args.label_smoothing and args.loss not in SMOOTHED:
         raise UserError(f"--label_smoothing has no meaning for --loss {args.loss}; leave it out, or use "
                         f"{' or '.join(sorted(SMOOTHED))}")
+    if args.reference and args.loss == "sft":
+        raise UserError(f"--reference {args.reference} has no meaning for --loss sft; leave it out")
     if args.lora_dropout and args.use_lora and not args.allow_dropout:
         raise UserError(f"--lora_dropout {args.lora_dropout} makes policy and reference differ at step 0; "
                         "add --allow_dropout to train with it all the same, or leave it out")

@@ -21,7 +21,8 @@ RENAMED = {name: ours for ours, names in {
     "lr_scheduler_type": "lr_scheduler scheduler", "max_grad_norm": "gradient_clipping clip_grad max_norm",
     "label_smoothing": "label_smoothing_factor", "seed": "data_seed random_seed", "deepspeed": "deepspeed_config",
     "output_dir": "output output_path save_dir", "use_flash_attention": "flash_attn use_flash_attn",
-    "beta": "dpo_beta pref_beta", "merge_weights": "merge_adapter merge_lora",
+    "beta": "dpo_beta pref_beta", "reference": "ref_model ref_model_name_or_path reference_model",
+    "merge_weights": "merge_adapter merge_lora",
 }.items() for name in names.split()}
 # ... and those that are not needed, or have another meaning here.
 OTHERWISE = {name: what for what, names in {
@@ -43,9 +44,9 @@ OTHERWISE = {name: what for what, names in {
     "not needed: each run finds out what is right for its model; --use_flash_attention demands the kernel":
         "attn_implementation padding_free packing group_by_length use_liger_kernel use_liger_loss",
     "AdamW is the only optimizer; leave it out": "optim optimizer optim_args",
-    "the reference is --model_name as training finds it; its log-probs are computed once, before training":
-        "ref_model ref_model_name_or_path precompute_ref_log_probs precompute_ref_batch_size reference_free "
-        "sync_ref_model model_init_kwargs ref_model_init_kwargs",
+    "the reference is --model_name as training finds it, or --reference; its log-probs are computed before training":
+        "precompute_ref_log_probs precompute_ref_batch_size reference_free sync_ref_model model_init_kwargs "
+        "ref_model_init_kwargs",
     "not needed: dropout is off unless --allow_dropout": "disable_dropout",
     "--overlong truncate cuts the end of a response to --max_length; a prompt is never cut":
         "truncation_mode max_completion_length max_target_length max_response_length",

@@ -13,9 +13,9 @@ from ..core.losses import LOSSES
 from ..files import read_text
 
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected")
-SETTINGS = ("loss", "beta", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-            "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "use_lora",
-            "lora_r", "lora_alpha", "lora_target_modules", "bf16", "seed")
+SETTINGS = ("loss", "reference", "beta", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps",
+            "weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
+            "use_lora", "lora_r", "lora_alpha", "lora_target_modules", "bf16", "seed")
 RS_LORA = ("The adapter is rank-stabilised LoRA: its scale is lora_alpha / sqrt(r), as `use_rslora` in "
            "adapter_config.json says. A converter that reads lora_alpha alone scales it wrongly.")
 
@@ -59,7 +59,8 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
         text += ["## Held-out data", "\n".join([f"| | step {first['step']} | step {last['step']} |", "|---|---|---|",
                                                 *rows]),
                  "Log-probabilities are in nats, means over pairs; `trainer_state.json` has every logged step."]
-    settings = [f"| {name} | {args[name]} |" for name in SETTINGS if args.get(name) not in (None, "")]
+    given = args | {"reference": args.get("reference") and _short(args["reference"])}
+    settings = [f"| {name} | {given[name]} |" for name in SETTINGS if given.get(name) not in (None, "")]
     made = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     text += ["## Settings", "\n".join(["| | |", "|---|---|", *settings]),
              f"{facts['world_size']} process(es), {facts['device']}; {made}."]

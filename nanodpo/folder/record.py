@@ -27,12 +27,13 @@ FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "res
         "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "inspect_row", "print_config", "dry_run",
         "gradient_checkpointing", "activation_memory", "report_to"}
 # ... or since the content of what they name is compared instead: weights, token ids, DeepSpeed settings.
-BY_CONTENT = {"model_name", "train_file_path", "eval_file_path", "chat_template", "deepspeed"}
+BY_CONTENT = {"model_name", "reference", "train_file_path", "eval_file_path", "chat_template", "deepspeed"}
 # An adapter that is trained on has settings of its own, which are known only when it is loaded.
 ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.
 MACHINE = ("versions", "git_commit", "device", "threads")
-COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "layout", "attention")
+COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference", "layout",
+            "attention")
 
 
 def facts(args, settings: dict, limit: int, data_sets: list, program: Path, command: list[str]) -> dict:
@@ -148,7 +149,8 @@ def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False)
             last = folder / f"checkpoint-{old['steps']}"
             advice = ("it is finished, and in a longer run each step has another learning rate. To train further, "
                       f"start from its end in a new --output_dir: --model_name {shlex.quote(str(last))} (for DPO that "
-                      "is then the reference, too); for one longer run, name a new --output_dir alone")
+                      "is then the reference, too, unless --reference names another); for one longer run, name a new "
+                      "--output_dir alone")
         raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); {advice}")
 
 

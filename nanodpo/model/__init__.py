@@ -2,5 +2,6 @@
 
 Read source (a model or adapter, before its weights), loading (weights and LoRA, and which policy is the reference) and
 adapters. What runs in every step is precision (--bf16), layers (LoRA's term in one product, MLPs that keep less) and
-recompute (layers that backward computes again); selfcheck compares the result with the model as it came.
+recompute (layers that backward computes again); selfcheck compares the result with the model as it came. frozen does
+all this for a model that is not trained.
 """

@@ -1,4 +1,4 @@
-"""Loads the policy, adds LoRA, and turns the policy into the reference for a while."""
+"""Loads the policy and the reference, adds LoRA, and turns the policy into the reference for a while."""
 
 import contextlib
 import hashlib
@@ -180,9 +180,21 @@ def check_base(hashes: list[str], base: str, record: dict, run) -> None:
         say(f"{base}: transformers {now} reads its config otherwise than {then}, under which {run} was trained")
 
 
+def load_reference(source: Source | None, policy: nn.Module, adapter_off: bool, args) -> tuple:
+    """(the model of --reference in the policy's precision, its hashes); the model is None where the policy serves, with
+    its adapter off, and both are None without --reference. Raises UserError."""
+    if source is None:
+        return None, None
+    if adapter_off:
+        return None, weights_hash(policy, fresh_lora=True)
+    model = open_base(source.base, storage_dtype(args.bf16, frozen=args.use_lora), args.trust_remote_code)
+    model = add_adapter(model, source.adapter)
+    return model, weights_hash(model, fresh_lora=False)
+
+
 @contextlib.contextmanager
-def reference_policy(model: nn.Module, fresh_lora: bool):
-    """Within this the model is the reference: in eval mode and, for a fresh LoRA, with the adapter off.
+def reference_policy(model: nn.Module, adapter_off: bool):
+    """Within this the model is the reference: in eval mode and, where asked for, with the adapter off.
 
     Only to be used before the first step, since full fine-tuning and an adapter that is trained on change the weights
     of the reference. After the block the model has its mode again.
@@ -190,7 +202,7 @@ def reference_policy(model: nn.Module, fresh_lora: bool):
     was_training = model.training
     model.eval()
     try:
-        with model.disable_adapter() if fresh_lora else contextlib.nullcontext():
+        with model.disable_adapter() if adapter_off else contextlib.nullcontext():
             yield
     finally:
         model.train(was_training)

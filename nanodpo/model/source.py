@@ -100,6 +100,25 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
     return source
 
 
+def check_reference(source: Source, reference: Source, name: str, path: str, examples) -> None:
+    """Raises UserError where the model `reference`, called `name`, can't read these examples' token ids, which the
+    policy's tokenizer gave, as the same text: another token has the id, or a row is longer than its context."""
+    checked = set()
+    for example in examples:
+        ids = {*example.prompt, *example.chosen, *(example.rejected or [])} - checked
+        for id in sorted(ids):
+            ours, theirs = (each.tokenizer.convert_ids_to_tokens(id) for each in (source, reference))
+            if ours != theirs:
+                raise UserError(f"--reference {name}: has another vocabulary than --model_name: token {id} is "
+                                f"{theirs!r} there and {ours!r} here (first used in {path}, row {example.row}); "
+                                "name a reference of the same tokenizer")
+        checked |= ids
+        if reference.context and example.length > reference.context:
+            raise UserError(f"--reference {name}: its context is {reference.context} tokens (max_position_embeddings), "
+                            f"and {path}, row {example.row} has {example.length}; give a --max_length, with --overlong")
+    check_ids(reference, path, examples)
+
+
 def check_ids(source: Source, path: str, examples) -> None:
     """Raises UserError for a token of the data beyond the model's embedding. Tokens that no row uses may be beyond it,
     as those for images are in published models of text."""

@@ -23,7 +23,8 @@ def open_folder(run: Run) -> dict:
     """
     # Loading an adapter has written its settings into run.args.
     run.facts |= {"arguments": record.arguments(run.args), "steps": run.steps, "layout": run.layout,
-                  "attention": run.attention, "weights": run.weights, "device": distributed.device_name(run.device),
+                  "attention": run.attention, "weights": run.weights, "reference": run.reference_weights,
+                  "device": distributed.device_name(run.device),
                   "held_out_rows": [e.row for e in run.held_out.examples] if run.args.eval_size else None,
                   "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header,
                                                              options=options_of(run.args.chat_template_kwargs)),

@@ -6,7 +6,7 @@ Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of 
     rewards/chosen           beta * (logps - ref_logps) of the chosen response, nats; rewards/rejected likewise
     rewards/margins          rewards/chosen - rewards/rejected
     rewards/accuracies       share of pairs with a margin above 0; a tie counts as 0
-    rewards/ties             share of pairs with a margin of exactly 0; at step 0 usually all
+    rewards/ties             share of pairs with a margin of exactly 0; usually all at step 0, without --reference
     logps/chosen             log pi(y|x) summed over the tokens of the response, nats; logps/rejected likewise
     logps_per_token/chosen   each pair's logps/chosen by its number of tokens, the end of turn included; .../rejected
     ref_logps/chosen         the reference's sum, as logps/chosen; ref_logps/rejected likewise

@@ -1,5 +1,7 @@
 """Passes over data without an update: the reference's, one that measures rounding, a dry run."""
 
+import contextlib
+import gc
 import time
 
 import torch
@@ -10,6 +12,7 @@ from ..data.example import Example
 from ..data.schedule import micro_batches_of, pairs_of_step
 from ..data.tokens import DataSet
 from ..folder import record, reference, state
+from ..model.frozen import freeze
 from ..model.loading import reference_policy
 from ..ranks import distributed
 from . import memory, metrics, noise
@@ -19,46 +22,71 @@ from .start import Run
 PAIR = ["chosen", "rejected"]
 
 
-def logps_of(run: Run, examples: list[Example], sides: list[str], where: str) -> torch.Tensor:
+def logps_of(run: Run, examples: list[Example], sides: list[str], where: str, model=None,
+            layout: str = "") -> torch.Tensor:
     """(P, R) summed log-probs of these sides, nats, without gradients. Raises RankStopped, which names the rows, where
-    the memory is too small; `where` names the pass."""
+    the memory is too small; `where` names the pass. `model`: a SequenceLogProbs with its layout, in place of the
+    policy."""
     with memory.shortage_named(run.rank, where, lambda: memory.describe(examples)):
-        return response_logps(run.engine, groups_of(examples, sides), run.layout, run.device)
+        return response_logps(model or run.engine, groups_of(examples, sides), layout or run.layout, run.device)
 
 
 def add_references(run: Run) -> None:
-    """Sets run.ref and run.held_ref, (n, 2) log-probs under the policy before the first step, nats."""
+    """Sets run.ref and run.held_ref, (n, 2) log-probs under the reference, nats. It is the policy before the first
+    step, or the model of --reference, which is gone afterwards."""
+    _add_references(run)
+    if run.reference_model is not None:
+        run.reference_model = None
+        gc.collect()  # its parts refer to each other
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _reference(run: Run):
+    """Yields the reference: (engine or SequenceLogProbs, layout, attention, ZeRO stage). Every rank has that of
+    --reference whole, without ZeRO."""
+    if run.reference_model is None:
+        with reference_policy(run.engine.module.model, run.adapter_off):
+            yield run.engine, run.layout, run.attention, run.engine.zero_optimization_stage()
+        return
+    with memory.shortage_named(run.rank, "loading the reference"):
+        frozen = freeze(run.reference_model, run.args.bf16, run.device, run.longest)
+    yield *frozen, 0
+
+
+def _add_references(run: Run) -> None:
     n, batch = len(run.train_set.examples), run.args.per_device_train_batch_size
     # The micro-batches are those of training's first epoch: at step 0 policy and reference agree to the last bit.
     steps = [pairs_of_step(n, run.pairs_per_step, run.args.seed, step)
              for step in range(min(run.steps, run.steps_per_epoch))]
-    run.ref = _references(run, run.train_set, steps, batch)
-    if run.held_out:
-        batch = run.args.per_device_eval_batch_size
-        steps = eval_batches(len(run.held_out.examples), batch * run.world)
-        run.held_ref = _references(run, run.held_out, steps, batch)
+    with _reference(run) as model:
+        run.ref = _references(run, model, run.train_set, steps, batch)
+        if run.held_out:
+            batch = run.args.per_device_eval_batch_size
+            steps = eval_batches(len(run.held_out.examples), batch * run.world)
+            run.held_ref = _references(run, model, run.held_out, steps, batch)
 
 
-def _references(run: Run, data: DataSet, steps: list[list[int]], batch: int) -> torch.Tensor:
-    """(n, 2) log-probs, nats: from the cache where nothing that could change a number has changed, else computed."""
-    args = run.args
-    fingerprint = {"model_name": args.model_name, "data_path": data.path, "weights": run.weights, "bf16": args.bf16,
-                   "data": reference.data_hash(data.examples), "layout": run.layout, "attention": run.attention,
+def _references(run: Run, model: tuple, data: DataSet, steps: list[list[int]], batch: int) -> torch.Tensor:
+    """(n, 2) log-probs, nats: from the cache where nothing that could change a number has changed, else computed.
+    `model` is from `_reference`."""
+    args, (policy, layout, attention, stage) = run.args, model
+    fingerprint = {"model_name": args.reference or args.model_name, "data_path": data.path,
+                   "weights": run.reference_weights or run.weights, "bf16": args.bf16,
+                   "data": reference.data_hash(data.examples), "layout": layout, "attention": attention,
                    # Stage 3 has matrix products of its own, which round otherwise.
-                   "zero": run.engine.zero_optimization_stage(), "device": distributed.device_name(run.device),
-                   "versions": record.versions()}
+                   "zero": stage, "device": distributed.device_name(run.device), "versions": record.versions()}
     if args.bf16:  # its rounding depends on what else is in the micro-batch
         fingerprint |= {"batches": [args.seed, batch, len(steps[0])]}
 
     def score(indices):
-        return logps_of(run, [data.examples[i] for i in indices], PAIR, "the reference pass")
+        return logps_of(run, [data.examples[i] for i in indices], PAIR, "the reference pass", policy, layout)
 
     def own_micro_batches(pairs):
         return micro_batches_of(pairs, batch, run.rank, run.world)
 
-    with reference_policy(run.engine.module.model, run.fresh_lora):
-        return reference.reference_logps(data.examples, steps, own_micro_batches, score, fingerprint, args.cache_dir,
-                                         run.device, run.stop.check)
+    return reference.reference_logps(data.examples, steps, own_micro_batches, score, fingerprint, args.cache_dir,
+                                     run.device, run.stop.check)
 
 
 def eval_batches(n: int, size: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ from ..files import read_text
 from ..flags.arguments import TrainArguments, parse
 from ..folder import record
 from ..folder.atomic import check_whole, check_writable
-from ..model.source import Source, base_of, check_ids, open_source
+from ..model.source import Source, absolute, base_of, check_ids, check_reference, open_source
 from ..ranks import distributed
 from . import agreement, engine
 from .monitors import take_blocks
@@ -42,10 +42,19 @@ class Start:
     old: dict | None  # the run.json of the run to go on with
     wanted: int | None  # the step to go on from, where one was asked for
     monitors: dict[str, dict] = dataclasses.field(default_factory=dict)  # DeepSpeed's settings of each
+    reference: Source | None = None  # of --reference
 
     @property
     def finished(self) -> bool:
         return bool(self.old and self.old.get("finished"))
+
+    @property
+    def adapter_off(self) -> bool:
+        """Whether the reference is the model without its adapter."""
+        if self.reference is None:
+            return self.args.use_lora and not self.source.adapter
+        base = absolute(self.reference.base) == absolute(self.source.base)
+        return self.args.use_lora and base and not self.reference.adapter
 
     @property
     def longest(self) -> int:
@@ -58,7 +67,9 @@ class Run(Start):
     """A run with its engine. `ref` and `held_ref` are (n, 2) reference log-probs, None for SFT."""
 
     stop: Stop = None
-    weights: str = ""  # hashes of the model that it starts from
+    weights: str = ""  # hashes of the reference, where --reference does not name another: what the run starts from
+    reference_weights: str | None = None  # hashes of --reference
+    reference_model: object = None  # of --reference, on CPU until the references are computed
     engine: object = None  # DeepSpeed's
     device: torch.device = None
     world: int = 1
@@ -95,9 +106,9 @@ class Run(Start):
         return steps_of(self.args.max_steps, self.args.num_train_epochs, self.steps_per_epoch)
 
     @property
-    def fresh_lora(self) -> bool:
-        """Whether the reference is the model without its adapter."""
-        return self.args.use_lora and not self.source.adapter
+    def starts_as_reference(self) -> bool:
+        """Whether the policy of step 0 is its reference."""
+        return self.reference_weights in (None, self.weights)
 
 
 def prepare(argv: list[str], script: Path) -> Start | None:
@@ -131,6 +142,8 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         if old:
             record.check_same(folder, old, facts, before_loading=bool(source.adapter))
         start = Start(args, settings, source, train, held_out, folder, facts, old, wanted, monitors)
+        if args.reference and not start.finished:
+            start.reference = open_reference(args, source, sets)
         if args.loss != "sft" and not start.finished:
             check_writable(Path(args.cache_dir), f"--cache_dir {args.cache_dir}")
         compared |= agreement.inputs((args.train_file_path, args.eval_file_path), facts, old, wanted)
@@ -146,6 +159,8 @@ def look(args, deepspeed: Path) -> None:
         distributed.check_device(args)
         source = open_start(args)
         train, held_out, limit = load_data(inspection.lenient(args), source)
+        if args.reference:
+            open_reference(args, source, [data for data in (train, held_out) if data])
     distributed.say(inspection.inspect(train, source.tokenizer, limit, args.inspect_row, held_out))
 
 
@@ -157,6 +172,16 @@ def open_start(args) -> Source:
     if args.chat_template:
         source.tokenizer.chat_template = _read_template_file(args.chat_template)
     return source
+
+
+def open_reference(args, source: Source, sets: list[DataSet]) -> Source:
+    """The model or adapter of --reference. Raises UserError where it can't read the token ids of these data sets."""
+    for place in filter(None, base_of(args.reference)):
+        check_whole(Path(place))
+    reference = open_source(args.reference, args.trust_remote_code)
+    for data in sets:
+        check_reference(source, reference, args.reference, data.path, data.examples)
+    return reference
 
 
 def _read_template_file(file: str) -> str:

@@ -1,5 +1,7 @@
 """Tables made of tables: rewards of pairs, means over rows with their errors. Log-probs are in nats."""
 
+import os
+
 import numpy as np
 import pandas
 
@@ -10,16 +12,19 @@ MEASURES = ["argmax_logps", "entropy", "argmax_mass", "implausible_mass", "impla
 
 
 def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, runs: dict) -> pandas.DataFrame:
-    """The pairs with the rewards that training has, against each run's own step 0, and with their weights.
+    """The pairs with the rewards that training has, against each run's reference, and with their weights. The reference
+    is the run's own step 0, or the model of its --reference where that was scored on the same rows; else they are
+    missing.
 
-    `runs` are the settings of each run by name: beta, loss and label_smoothing.
+    `runs` are the settings of each run by name: beta, loss, label_smoothing and reference.
     """
     if pairs.empty:
         return pairs
     at, betas = ["run", "dataset", "row"], {run: settings.beta for run, settings in runs.items()}
+    starts = _references(scores, runs)
     for side in ("chosen", "rejected"):
         here = scores[scores["response"] == side]
-        start = here[here["step"] == 0].set_index(at)["logps"].rename("start")
+        start = starts[starts["response"] == side].set_index(at)["logps"].rename("start")
         joined = here.join(start, on=at).set_index([*at, "step"])
         reward = (joined["logps"] - joined["start"]) * joined.index.get_level_values("run").map(betas)
         pairs = pairs.join(reward.rename(f"rewards/{side}"), on=[*at, "step"])
@@ -29,6 +34,14 @@ def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, runs: dict) -
         here = pairs["run"] == run
         pairs.loc[here, "weight"] = pair_weight(settings.loss, settings.label_smoothing, pairs["margin"][here])
     return pairs
+
+
+def _references(scores: pandas.DataFrame, runs: dict) -> pandas.DataFrame:
+    """The scores of each run's reference, under the name of that run."""
+    other = {run: os.path.realpath(settings.reference) for run, settings in runs.items() if settings.reference}
+    own = scores[(scores["step"] == 0) & ~scores["run"].isin(other)]
+    places = scores["checkpoint"].map({path: os.path.realpath(path) for path in scores["checkpoint"].unique()})
+    return pandas.concat([own, *(scores[places == place].assign(run=run) for run, place in other.items())])
 
 
 def pair_weight(loss: str, smoothing: float, margin) -> np.ndarray:

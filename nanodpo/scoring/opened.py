@@ -9,8 +9,9 @@ from torch import nn
 
 from ..core.logprobs import SequenceLogProbs
 from ..model.adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
+from ..model.frozen import freeze
 from ..model.loading import base_hashes, check_base
-from ..model.precision import mix_precision, product_dtype, storage_dtype
+from ..model.precision import storage_dtype
 from ..model.source import base_of
 from ..ranks import distributed
 
@@ -78,22 +79,15 @@ class Opener:
         self.checked.add((run, key))
 
     def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool) -> Opened:
-        from ..model import layers, selfcheck  # slow to import, with transformers' models
+        from ..model import selfcheck  # slow to import
 
-        product = product_dtype(bf16, self.device)
         model = open_base(base, storage_dtype(bf16, frozen=adapter is not None), checkpoint.settings.trust_remote_code)
         if checkpoint.settings.record and adapter:
             self.hashes[base, bf16] = base_hashes(model)
         own = model.config._attn_implementation
         model = add_adapter(model, adapter)
-        if bf16:
-            mix_precision(model, product)
-        layers.fuse_lora(model)
-        layers.keep_less(model)
-        model.requires_grad_(False)
+        module, layout, attention = freeze(model, bf16, self.device, self.longest)
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
-        module = SequenceLogProbs(model).to(self.device).eval()
-        layout, attention = selfcheck.choose_layout(module, self.device, product, False, self.longest)
         distributed.say(f"{base}: {selfcheck.describe(layout, attention)}")
         return Opened(checkpoint, (base, shape, bf16), module, layout, attention, own, trained)
 

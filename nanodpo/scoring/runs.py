@@ -30,7 +30,8 @@ from .contents import Contents
 READING = ("prompt_field", "chosen_field", "rejected_field", "assistant_header", "chat_template_kwargs", "boundary",
            "max_length", "max_prompt_length", "overlong", "on_bad_row")
 FLAGS = {flag.name: flag for flag in dataclasses.fields(TrainArguments) if flag.name in (
-    *READING, "train_on", "loss", "beta", "label_smoothing", "bf16", "train_file_path", "eval_file_path")}
+    *READING, "train_on", "loss", "beta", "label_smoothing", "bf16", "train_file_path", "eval_file_path",
+    "reference")}
 # The settings of a model that comes from no run.
 DEFAULTS = {name: flag.default for name, flag in FLAGS.items()} | {
     "loss": "", "train_on": "last", "prompt_leads": None, "held_out_rows": None, "date": None}
