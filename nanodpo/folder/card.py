@@ -40,8 +40,8 @@ def history(metrics: Path, step: int, every: int) -> list[dict]:
 
 def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) -> str:
     """Markdown with a YAML head. Folders of this machine are named by their last part."""
-    args = facts["arguments"]
-    loss, data = args["loss"], [args["train_file_path"], args["eval_file_path"]]
+    given = facts["arguments"]
+    loss, data = given["loss"], [given["train_file_path"], given["eval_file_path"]]
     head = {"base_model": base if _is_hub_id(base) else None, "library_name": "peft" if peft else "transformers",
             "pipeline_tag": "text-generation", "license": license_of(base),
             "tags": ["nanodpo", loss] + ["lora"] * bool(peft),
@@ -59,7 +59,7 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
         text += ["## Held-out data", "\n".join([f"| | step {first['step']} | step {last['step']} |", "|---|---|---|",
                                                 *rows]),
                  "Log-probabilities are in nats, means over pairs; `trainer_state.json` has every logged step."]
-    given = args | {"reference": args.get("reference") and _short(args["reference"])}
+    given = given | {"reference": given.get("reference") and _short(given["reference"])}
     settings = [f"| {name} | {given[name]} |" for name in SETTINGS if given.get(name) not in (None, "")]
     made = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     text += ["## Settings", "\n".join(["| | |", "|---|---|", *settings]),
