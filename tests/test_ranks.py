@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -198,6 +199,20 @@ def test_a_signal_before_the_first_step_raises_at_once():
         os.kill(os.getpid(), signal.SIGUSR2)
         time.sleep(5)
     assert stop.name == "SIGUSR2" and signal.getsignal(signal.SIGUSR2) == before
+
+
+def test_a_thread_that_hears_no_signals_can_run_too():
+    """Programs run a notebook's cells, or main(), in a thread of their own; Python gives signals to the main one."""
+    ends = []
+
+    def run():
+        with signals.Stop() as stop:
+            ends.append(stop.name)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(30)
+    assert ends == [None] and not thread.is_alive()
 
 
 @pytest.mark.slow

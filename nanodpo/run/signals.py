@@ -48,9 +48,11 @@ class Stop:
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        numbers = ALWAYS + tuple(n for n in UNLESS_IGNORED if signal.getsignal(n) == signal.SIG_DFL)
-        self.before = {number: signal.signal(number, self._handle) for number in numbers}
+        self._main = threading.current_thread() is threading.main_thread()  # others, of a program, hear no signals
+        if self._main:
+            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            numbers = ALWAYS + tuple(n for n in UNLESS_IGNORED if signal.getsignal(n) == signal.SIG_DFL)
+            self.before = {number: signal.signal(number, self._handle) for number in numbers}
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -60,7 +62,8 @@ class Stop:
         if self._urgent and (peers := distributed.peers()):
             peers.tell(TEMPFAIL, self.reason)
         if self.name is None or not self._script:  # a script that is told twice still has one end
-            signal.set_wakeup_fd(self._wakeup)
+            if self._main:
+                signal.set_wakeup_fd(self._wakeup)
             for number, handler in self.before.items():
                 signal.signal(number, handler)
             os.write(self._write, b"\0")  # wakes the thread
