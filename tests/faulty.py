@@ -65,7 +65,7 @@ def plant_in(what: str, kind: str, step: int, mine: bool) -> None:
     """A fault after so many micro-batches of the reference pass, in the evaluation before step `step`, when its
     checkpoint or state is half made, when it is merged, or when the engine is made."""
     place, name, here = {
-        "engine": (engine, "build", lambda *_: True),
+        "engine": (engine, "make_engine", lambda *_: True),
         "reference": (passes, "response_logps", lambda calls, *_: calls == step),
         "evaluation": (train, "pair_losses", lambda calls, *_: inside("evaluate", step)),
         "checkpoint": (checkpoint, "verify", lambda calls, folder, _: f"checkpoint-{step}." in str(folder)),
