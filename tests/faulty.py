@@ -23,7 +23,7 @@ import torch
 import train
 from nanodpo.core import batches as core_batches
 from nanodpo.folder import checkpoint, resume
-from nanodpo.run import engine, metrics, passes, signals
+from nanodpo.run import metrics, passes, signals
 
 
 def full(*args, **kwargs):
@@ -65,7 +65,7 @@ def plant_in(what: str, kind: str, step: int, mine: bool) -> None:
     """A fault after so many micro-batches of the reference pass, in the evaluation before step `step`, when its
     checkpoint or state is half made, when it is merged, or when the engine is made."""
     place, name, here = {
-        "engine": (engine, "make_engine", lambda *_: True),
+        "engine": (train, "make_engine", lambda *_: True),
         "reference": (passes, "response_logps", lambda calls, *_: calls == step),
         "evaluation": (train, "pair_losses", lambda calls, *_: inside("evaluate", step)),
         "checkpoint": (checkpoint, "verify", lambda calls, folder, _: f"checkpoint-{step}." in str(folder)),

@@ -24,7 +24,6 @@ from malformed import (
 import train
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.model.source import open_source
-from nanodpo.run import engine
 from nanodpo.run.start import load_data
 
 GOOD = {"prompt": "1+1=", "chosen": "2", "rejected": "5"}
@@ -601,7 +600,7 @@ def test_malformed_input(good, tmp_path, change, flags, words, monkeypatch, capf
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr("nanodpo.ranks.distributed.start", lambda rank: torch.device("cpu"))
-    monkeypatch.setattr(engine, "make_engine", went_on)
+    monkeypatch.setattr(train, "make_engine", went_on)
     folder = copied(good, tmp_path / "folder")
     edited("adapter/adapter_config.json", base_model_name_or_path=str(folder / "model"))(folder)
     change(folder)
