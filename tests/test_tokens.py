@@ -2,13 +2,15 @@
 
 import itertools
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import tiny_tokenizers as tiny
 from tokenizers import normalizers
 
-from nanodpo.data.example import Example, truncate
+from nanodpo.data import tokens
+from nanodpo.data.example import Answers, Example, truncate
 from nanodpo.data.inspection import histogram, inspect
 from nanodpo.data.template import read_template
 from nanodpo.data.tokens import DataSet, load_dataset
@@ -249,6 +251,27 @@ def test_dropped_rows_come_in_the_order_of_the_file(tmp_path):
     rows = [row("2?", "a" * 9, "b"), row("2?", "a", "a"), row("2?", "a", "b"), row("1+2", "3", "4")]
     data = load(tmp_path, tiny.plain(), rows, limit=8, overlong="drop", on_bad_row="drop")
     assert [d["row"] for d in data.dropped] == [0, 1, 3]
+
+
+def test_a_file_is_prepared_in_parts_as_it_is_at_once(tmp_path, monkeypatch):
+    """Examples, reasons, notes and problems do not depend on how many rows are in memory at one time."""
+    rows = [row(f"{i % 4}?", "4", f"five{i}" if i != 3 else "4") for i in range(9)]
+    found = []
+    for at_once in (1, 2, 100):
+        monkeypatch.setattr(tokens, "AT_ONCE", at_once)
+        data = load(tmp_path, tiny.chatml(), rows + [rows[0], row("2?", "", "x")], on_bad_row="drop")
+        found.append((data.examples, [e.problem for e in data.examples], data.dropped, data.notes, data.lengths))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0][0]) == 9 and [entry["row"] for entry in found[0][2]] == [3, 10]
+    assert found[0][3]["repeats an earlier row"] == 1
+
+
+def test_token_ids_take_four_bytes_each():
+    """A list of numbers takes 8 bytes for each place, and 28 for each number above 256."""
+    example = Example(0, [7] * 1000, Answers([300] * 2000, [5, 6]), None)
+    assert sum(sys.getsizeof(kept[0]) for kept in (example._prompt, example._chosen)) < 4 * 3000 + 300
+    assert example.prompt == [7] * 1000 and example.chosen == [300] * 2000 and example.chosen.scored == [5, 6]
+    assert example.rejected is None and example.length == 3000
 
 
 def test_notes_count_rows_once(tmp_path):

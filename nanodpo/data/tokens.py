@@ -2,10 +2,12 @@
 
 import collections
 import dataclasses
+import hashlib
 import itertools
+from typing import NamedTuple
 
 from ..errors import UserError, one_line
-from ..progress import track
+from ..progress import Progress
 from .example import Answers, Example, too_long, truncate
 from .problems import with_problems
 from .rows import read_rows
@@ -13,6 +15,7 @@ from .shapes import Columns, choose_columns, describe_columns, in_messages, read
 from .template import Template, added_tokens
 from .texts import REPEATED, Texts, render_more, render_row, render_whole
 
+AT_ONCE = 500  # rows whose texts are in memory at one time
 SHOWN = 3  # rows that a message names; dropped_rows.jsonl has them all
 
 
@@ -35,6 +38,20 @@ class DataSet:
         return "\n".join(lines + [f"  ... and {len(self.dropped) - SHOWN} more"] * (len(self.dropped) > SHOWN))
 
 
+class Seen(NamedTuple):
+    """What stays of a row's texts once they are tokenised."""
+
+    row: int
+    notes: tuple[str, ...]
+    content: bytes  # a hash of prompt, chosen and rejected
+    whole: bool  # there is no prompt
+
+    @classmethod
+    def of(cls, texts: Texts) -> "Seen":
+        content = hashlib.sha256(repr((texts.prompt, texts.chosen, texts.rejected)).encode(errors="surrogatepass"))
+        return cls(texts.row, tuple(texts.notes), content.digest(), not texts.prompt)
+
+
 def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, more: tuple[str, ...] = ()) -> DataSet:
     """Reads, renders, tokenises and checks a data set. `limit`: tokens a sequence; `pairs`: rejected is required.
 
@@ -47,16 +64,46 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
         raise UserError(f"--responses {missing[0]}: {path} has no such column; it has {', '.join(rows[0])}")
     data = DataSet(path, [], [], collections.Counter(), columns=describe_columns(rows, columns, more))
     alone = args.loss == "sft"  # trained on chosen alone
-    every = alone and args.train_on == "all"
-    texts, overlong = [], []
-    for number, row in enumerate(track(rows, "rendering", "row")):
+    seen, overlong = [], []
+    with Progress("preparing", len(rows), "row") as bar:
+        for first in range(0, len(rows), AT_ONCE):
+            part = rows[first : first + AT_ONCE]
+            texts = _render_all(data, template, first, part, columns, more, alone, alone and args.train_on == "all")
+            examples = _tokenize(texts, template.tokenizer, args.boundary, may_be_equal=alone)
+            _tokenize_more(texts, examples, template.tokenizer, args.boundary, limit)
+            seen += map(Seen.of, texts)
+            overlong += _add(data, texts, examples, limit, args)
+            bar.update(len(part))
+    _check_repeated(path, seen)
+    if data.dropped and args.on_bad_row == "error":
+        raise UserError(f"{path}: {len(data.dropped)} of {_rows(len(rows))} can't be used; {_worst(data.dropped)}. "
+                        "Mend them, or leave such rows out with --on_bad_row drop")
+    _handle_overlong(data, overlong, limit, args)
+    data.examples = with_problems(data.examples, rows, {text.row for text in seen if text.whole})
+    _add_notes(data, seen)
+    for name, count in unread_parts(rows, columns).items():
+        data.notes[f"column {name} is not read; if it is part of what is asked, put it into the prompt"] = count
+    if not data.examples:
+        raise UserError(f"{path}: no usable row is left of {len(rows)}; {_worst(data.dropped)}")
+    return data
+
+
+def _render_all(data: DataSet, template: Template, first: int, rows: list[dict], columns: Columns,
+                more: tuple[str, ...], alone: bool, every: bool) -> list[Texts]:
+    """The texts of these rows, whose numbers begin at `first`; a row that can't be rendered is dropped."""
+    texts = []
+    for number, row in enumerate(rows, first):
         try:
             texts.append(_render(template, number, row, columns, more, alone, every))
         except UserError as error:
             _drop(data, number, str(error))
-    _check_repeated(path, texts)
-    examples = _tokenize(texts, template.tokenizer, args.boundary, may_be_equal=alone)
-    _tokenize_more(texts, examples, template.tokenizer, args.boundary, limit)
+    return texts
+
+
+def _add(data: DataSet, texts: list[Texts], examples: list[Example | str], limit: int, args) -> list[tuple]:
+    """Adds examples to the data set, and drops the rows that have a reason in their place. Returns what is too long:
+    (example, reason)."""
+    overlong = []
     for text, example in zip(texts, examples):
         if isinstance(example, str):
             _drop(data, text.row, example)
@@ -66,17 +113,7 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
             overlong.append((example, reason))
         else:
             data.examples.append(example)
-    if data.dropped and args.on_bad_row == "error":
-        raise UserError(f"{path}: {len(data.dropped)} of {_rows(len(rows))} can't be used; {_worst(data.dropped)}. "
-                        "Mend them, or leave such rows out with --on_bad_row drop")
-    _handle_overlong(data, overlong, limit, args)
-    data.examples = with_problems(data.examples, rows, {text.row for text in texts if not text.prompt})
-    _add_notes(data, texts)
-    for name, count in unread_parts(rows, columns).items():
-        data.notes[f"column {name} is not read; if it is part of what is asked, put it into the prompt"] = count
-    if not data.examples:
-        raise UserError(f"{path}: no usable row is left of {len(rows)}; {_worst(data.dropped)}")
-    return data
+    return overlong
 
 
 def _render(template: Template, number: int, row: dict, columns: Columns, more: tuple[str, ...], alone: bool,
@@ -93,16 +130,16 @@ def _render(template: Template, number: int, row: dict, columns: Columns, more: 
     return dataclasses.replace(text, notes=notes, more=said)
 
 
-def _add_notes(data: DataSet, texts: list[Texts]) -> None:
+def _add_notes(data: DataSet, seen: list[Seen]) -> None:
     """Counts what was changed or found in the rows that stay."""
     left = {example.row for example in data.examples}
-    for text in (texts := [text for text in texts if text.row in left]):
+    for text in (seen := [text for text in seen if text.row in left]):
         data.notes.update(set(text.notes))  # a set: both sides may say the same of one row
-    if duplicates := len(texts) - len({(t.prompt, t.chosen, t.rejected) for t in texts}):
+    if duplicates := len(seen) - len({text.content for text in seen}):
         data.notes["repeats an earlier row"] = duplicates
 
 
-def _check_repeated(path: str, texts: list[Texts]) -> None:
+def _check_repeated(path: str, texts: list[Seen]) -> None:
     """Raises UserError for a column of whole texts beside a prompt column. Single answers may repeat their question."""
     notes = [note for text in texts for note in dict.fromkeys(text.notes) if note.endswith(REPEATED)]
     for note, count in collections.Counter(notes).items():
@@ -208,9 +245,8 @@ def _encode(tokenizer, lines: list[str], texts: list[Texts]) -> list[list[int]]:
 
 def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
     # Not verbose: it would warn of texts beyond the model's context, which are handled here.
-    parts = [texts[i : i + 1000] for i in range(0, len(texts), 1000)]
-    return [ids for part in track(parts, "tokenising", "thousand text") for ids in tokenizer(
-        part, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids]
+    how = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, **how).input_ids if texts else []
 
 
 def _apart(tokenizer, prompts: list[list[int]], responses: list[str]) -> list[list[int] | str]:
