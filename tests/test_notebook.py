@@ -1,11 +1,16 @@
 """main() as a function: one run after the other in a process that lives on, as in a notebook."""
 
 import json
+import os
+import signal
+import time
 
+import pytest
 from conftest import ROOT, fork, zero
 
 from nanodpo.errors import Preempted, RunStopped, UserError
 from nanodpo.folder.atomic import file_facts
+from nanodpo.run import signals
 
 TIMES = ("perf/", "mem/")
 
@@ -47,6 +52,27 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(tiny, tmp_path)
         assert result(tmp_path / "notebook" / name) == result(tmp_path / "alone" / name), name
     command = json.loads((tmp_path / "notebook" / "second" / "run.json").read_text())["command"]
     assert command.startswith(f"{ROOT / 'train.py'} --model_name ") and "--seed 7" in command
+
+
+def test_the_stop_button_never_ends_the_kernel(monkeypatch):
+    """Pressed once, a run saves and stops; again, however late, it stops where it is. Not even what hangs is ended."""
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), signals.Stop() as stop:
+        stop.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "SIGINT"
+        stop.since -= 2 * signals.GRACE
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+    monkeypatch.setattr(signals, "REACT", 0.1)
+    with pytest.raises(Preempted), signals.Stop():  # before there is anything to save
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            time.sleep(1.5)
+    assert ends == [] and signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_notebook_shows_a_mistake_in_a_line():

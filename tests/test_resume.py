@@ -540,7 +540,7 @@ def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch)
     monkeypatch.setattr(run_record, "check_same", lambda *_: None)
     monkeypatch.setattr(lifecycle.memory, "check_disk", lambda *_: pytest.fail("looked at the disk"))
     monkeypatch.setattr(lifecycle, "prompt_leads", lambda *_: [])
-    monkeypatch.setattr(lifecycle, "read_template", lambda *_: None)
+    monkeypatch.setattr(lifecycle, "read_template", lambda *_, **options: None)
     data = SimpleNamespace(examples=[], dropped=[])
     args = TrainArguments("model", train_file_path="data", max_steps=1)
     source = SimpleNamespace(tokenizer=None)
@@ -618,6 +618,7 @@ def test_a_signal_repeated_at_once_is_one(monkeypatch, capfd):
     """A launcher hands on what it got itself as well: SIGINT and SIGTERM within seconds are one. Later ones are not."""
     ends = []
     monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr(signals.errors, "as_script", True)
     with signals.Stop() as stop:
         stop.wait()
         os.kill(os.getpid(), signal.SIGINT)
