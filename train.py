@@ -131,27 +131,27 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs])
     share = run.world / divisor
     rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+    for parameters in engine.optimizer.param_groups:
+        parameters["lr"] = rate
 
     engine.train()
     meter = Meter(run.device)
     micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world)
-    for i, (indices, weight) in enumerate(guard.each(micro_batches)):  # of weight 0: repeated, to no effect
+    for i, (indices, weight) in enumerate(guard.each(micro_batches)):  # weight 0: a repeat that keeps ranks in step
         groups = groups_of([examples[k] for k in indices], sides)
-        tokens = response_lengths(groups, run.device)  # (P, 2)
+        lengths = response_lengths(groups, run.device)  # (P, 2), in tokens
         # The reference's log-probs (P, 2) were computed before the first step: run/passes.py, add_references.
         ref = None if run.ref is None else run.ref[indices].to(run.device, non_blocking=True)
         batch = make_batch(groups, run.layout, run.device)  # [prompt | chosen | rejected] ..., no padding
         # DeepSpeed's engine calls SequenceLogProbs of core/logprobs.py: log pi(y|x), summed over the tokens of y.
         logps = engine(batch).view(-1, len(sides))  # (P, 2), since a batch goes pair by pair
-        losses = pair_losses(args.loss, logps, ref, tokens, args.beta, args.label_smoothing)  # (P,)
-        meter.add({"loss": losses.detach(), **pair_metrics(logps, ref, tokens, args.beta)}, weight)
-        engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # the last one: reduce, and let step
-        losses = guard.spoil_nonfinite(indices, logps, losses)
+        losses = pair_losses(args.loss, logps, ref, lengths, args.beta, args.label_smoothing)  # (P,)
+        meter.add({"loss": losses.detach(), **pair_metrics(logps, ref, lengths, args.beta)}, weight)
+        engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # at the last one gradients are reduced
+        losses = guard.nan_where_nonfinite(indices, logps, losses)
         engine.backward(losses.sum() * weight * share, scale_wrt_gas=False)
     means, wrong = check_means(run, meter, len(pairs) / divisor, guard)
-    norm, applied = update(engine)  # a step with numbers that are not finite has a gradient of NaN: none is made
+    norm, applied = update(engine)  # where a number is not finite the gradient is NaN, and no update is made
 
     if not applied:
         why = f"the gradient is not finite (norm {norm})" if not math.isfinite(norm) else "DeepSpeed skipped the update"
@@ -202,7 +202,7 @@ def skip_or_stop(run: Run, why: str) -> None:
     if run.skipped >= run.args.skip_nonfinite:
         raise RunStopped(f"step {run.step}: {why}; no update was made")
     run.skipped += 1
-    distributed.say(f"step {run.step:>5}  left out, {run.skipped} of {run.args.skip_nonfinite} allowed: {why}")
+    distributed.say(f"step {run.step:>5}  no update, {run.skipped} of {run.args.skip_nonfinite} allowed: {why}")
 
 
 def log_step(run: Run, bar, line: dict[str, float]) -> None:
@@ -230,12 +230,12 @@ def evaluate(run: Run) -> None:
         run.stop.check()
         for indices, weight in micro_batches_of(pairs, args.per_device_eval_batch_size, run.rank, run.world):
             here = [examples[k] for k in indices]
-            tokens = response_lengths(groups_of(here, sides), run.device)
+            lengths = response_lengths(groups_of(here, sides), run.device)
             ref = None if run.held_ref is None else run.held_ref[indices].to(run.device, non_blocking=True)
             known = step == 0 and ref is not None and run.starts_as_reference
             logps = ref if known else logps_of(run, here, sides, f"step {step}")
-            losses = pair_losses(args.loss, logps, ref, tokens, args.beta, args.label_smoothing)
-            meter.add({"loss": losses, **pair_metrics(logps, ref, tokens, args.beta)}, weight)
+            losses = pair_losses(args.loss, logps, ref, lengths, args.beta, args.label_smoothing)
+            meter.add({"loss": losses, **pair_metrics(logps, ref, lengths, args.beta)}, weight)
     means = meter.means()
     means["loss"] *= len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples])
     means.pop("ref_gap", None)

@@ -35,7 +35,7 @@ FLAGS = {"--max_steps": "60", "--resume_steps": "2", "--save_steps": "20", "--ev
 SAVES = [(lifecycle, "save_checkpoint", "checkpoint"), (lifecycle, "save_state", "state")]
 WITHIN = [(distributed, "ask", "asking whether to stop"),
           (train, "check_means", "looking for what is not finite"),
-          (guards.StepGuard, "spoil_nonfinite", "remembering what is not finite"),
+          (guards.StepGuard, "nan_where_nonfinite", "remembering what is not finite"),
           (state, "random_state", "random numbers"),
           (metrics, "write_line", "a line of metrics")]
 

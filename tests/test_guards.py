@@ -44,7 +44,7 @@ def test_pairs_that_went_wrong_are_remembered_by_side():
     guard = StepGuard(EXAMPLES, Stop(), 0, "step 5")
     for indices, logps, losses in (([7, 3], [[-1.0, math.nan], [-1.0, -2.0]], [0.5, 0.5]),
                                    ([9], [[-math.inf, -2.0]], [math.inf]), ([4], [[-1.0, -2.0]], [0.5])):
-        guard.spoil_nonfinite(indices, torch.tensor(logps), torch.tensor(losses))
+        guard.nan_where_nonfinite(indices, torch.tensor(logps), torch.tensor(losses))
     assert guard.nonfinite_pairs() == {7: [1], 9: [0, 2]}
     assert guard.nonfinite_rows() == "rows 17 (3+4/5 tokens), 19 (3+4/5 tokens) in chosen, loss, rejected"
     assert not_finite({"loss": 0.5}, guard) is None
@@ -56,13 +56,13 @@ def test_one_pair_that_is_not_finite_makes_the_whole_gradient_nan_and_finite_one
     logps = torch.tensor([[-1.0, -2.0], [-3.0, -math.inf]], dtype=torch.float64, requires_grad=True)
     guard = StepGuard(EXAMPLES, Stop(), 0, "step 5")
     plain = -torch.nn.functional.logsigmoid(logps[:, 0] - logps[:, 1])
-    assert plain[1] == 0.0 and guard.spoil_nonfinite([1, 2], logps, plain)[0] == plain[0]
-    (gradient,) = torch.autograd.grad(guard.spoil_nonfinite([1, 2], logps, plain).sum(), logps)
+    assert plain[1] == 0.0 and guard.nan_where_nonfinite([1, 2], logps, plain)[0] == plain[0]
+    (gradient,) = torch.autograd.grad(guard.nan_where_nonfinite([1, 2], logps, plain).sum(), logps)
     assert gradient[0].isfinite().all() and gradient[1].isnan().all()
 
 
 def test_a_policy_that_is_not_its_reference_at_step_0_is_refused():
     check_start({"loss": math.log(2), "rewards/margins": 0.0}, 9e-5, False, "cache")
     for gap, margin, bf16 in ((2e-4, 0.0, False), (0.0, 0.02, False), (0.0, -0.02, True), (2e-3, 0.0, True)):
-        with pytest.raises(RunStopped, match="policy and reference should be equal.*empty cache"):
+        with pytest.raises(RunStopped, match="policy and reference should be equal.*files in cache"):
             check_start({"loss": 0.7, "rewards/margins": margin}, gap, bf16, "cache")

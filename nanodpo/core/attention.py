@@ -5,8 +5,8 @@ Shapes: H heads, G key/value heads, T tokens of the batch, E head size, S sequen
 
 Two implementations of one definition, chosen by name (`config._attn_implementation`): "nanodpo_loop" calls causal SDPA
 once a sequence and runs anywhere; "nanodpo_varlen" is a single variable-length call on CUDA. No T x T mask is built by
-either, except a sequence's own where a model caps its scores or slides a window shorter than the sequence. A prompt's
-second response, where it is no longer than its prompt and than SHORT, has a mask of (response, prompt + response).
+either, except a sequence's own where a model caps its scores or slides a window shorter than the sequence. A later
+response to a prompt, where it is no longer than the prompt and than SHORT, has a mask (response, prompt + response).
 """
 
 import functools
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 LOOP, VARLEN = "nanodpo_loop", "nanodpo_varlen"
-SHORT = 512  # queries of a mask at most, so that masks grow with the length of a batch and not with its square
+SHORT = 512  # a later response that is longer gets no mask, so that masks grow with a batch's length, not its square
 
 
 def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
@@ -30,8 +30,8 @@ def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scali
     pieces = []
     for p0, p1, r0, r1 in segments.spans:
         k, v = (_sequence(x, p0, p1, r0, r1) for x in (key, value))
-        # A prompt's first response brings the prompt's queries. Any other one, where it is short, attends alone with a
-        # mask; else the prompt's queries are computed again and dropped: then is_causal serves, and no mask is built.
+        # A short later response attends alone, with a mask. A long one runs with its prompt again, whose outputs are
+        # dropped: more work, but is_causal serves and there is no mask.
         alone = r0 > p1 and r1 - r0 <= min(p1 - p0, SHORT)
         q = query[:, :, r0:r1] if alone else _sequence(query, p0, p1, r0, r1)
         out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap")).transpose(1, 2)

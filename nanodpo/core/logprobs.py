@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Of float32 logits at one time. Every chunk reads the whole output weight again, so on a GPU a few hundred tokens must
-# share a chunk, or memory and not arithmetic sets the speed; on a CPU larger chunks bring nothing (bench/head.py).
+# The most bytes of float32 logits at one time. Every chunk reads the whole output weight again, so on a GPU a few
+# hundred tokens must share a chunk, or memory and not arithmetic sets the speed; on a CPU larger chunks bring nothing
+# (bench/head.py).
 CHUNK_BYTES = (256 if torch.cuda.is_available() else 64) * 2**20
 CAST_BLOCK = 2**24  # numbers of a bfloat16 output weight that are held in float32 at one time, on a CPU: 64 MiB
 
 
-class LogitForm(NamedTuple):
+class LogitSettings(NamedTuple):
     """How logits follow from the product W h + b."""
 
     scale: float
@@ -42,16 +43,17 @@ class LogProbHead(nn.Module):
     def __init__(self, lm_head: nn.Linear, scale: float = 1.0, cap: float | None = None, chunk: int | None = None):
         super().__init__()
         self.weight, self.bias = lm_head.weight, lm_head.bias
-        self.scale, self.cap, self.product = scale, cap, getattr(lm_head, "product", None)  # set by model/precision.py
+        self.scale, self.cap = scale, cap
+        self.product_dtype = getattr(lm_head, "product", None)  # set by model/precision.py
         self.chunk = chunk or max(1, CHUNK_BYTES // (4 * lm_head.out_features))
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """(N, D), (N,) -> (N,): log softmax(logits)[target], nats, float32 (float64 for float64 hidden states)."""
         return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.chunk, self.form(hidden))
 
-    def form(self, hidden: Tensor) -> LogitForm:
-        low = hidden.is_cuda and torch.bfloat16 in (hidden.dtype, self.weight.dtype, self.product)
-        return LogitForm(self.scale, self.cap, low)
+    def form(self, hidden: Tensor) -> LogitSettings:
+        low = hidden.is_cuda and torch.bfloat16 in (hidden.dtype, self.weight.dtype, self.product_dtype)
+        return LogitSettings(self.scale, self.cap, low)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(C, D) -> (C, V), float32 or better: of one chunk, for score.py's measures."""
@@ -60,7 +62,7 @@ class LogProbHead(nn.Module):
         return _logits(buffer, hidden, self.weight, self.bias, self.form(hidden))
 
 
-def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, form: LogitForm) -> Tensor:
+def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, form: LogitSettings) -> Tensor:
     """(C, V), float32 or better: the first C lines of `buffer`, which every chunk writes again."""
     z = buffer[: len(hidden)]
     if form.low:  # the product itself gives float32, which a CPU's can't
@@ -103,8 +105,9 @@ class Chunk(NamedTuple):
 
 
 def chunk_logps(z: Tensor, targets: Tensor, keep: bool = False) -> Chunk:
-    """(C, V) logits, (C,) -> the log-probs of the targets: the only log-softmax of this program. Training takes its
-    gradient from `exps`, scoring its measures. Overwrites z with `exps`; with `keep`, z becomes z - top instead."""
+    """(C, V) logits, (C,) -> the log-probs of the targets: every log-softmax of this program. From `exps` training
+    computes its gradient, and score.py its measures. Overwrites z with `exps`; with `keep`, z becomes z - top instead.
+    """
     top = z.amax(1)
     picked = z.gather(1, targets[:, None]).squeeze(1)
     z.sub_(top[:, None])  # no exponential is above 1 then, none overflows
@@ -114,8 +117,8 @@ def chunk_logps(z: Tensor, targets: Tensor, keep: bool = False) -> Chunk:
     return Chunk(picked - lse, lse, top, exps, total)
 
 
-def _slope(z: Tensor, form: LogitForm) -> Tensor | float:
-    """dz / d(W h + b), from z itself: (C, V), or the same everywhere."""
+def _slope(z: Tensor, form: LogitSettings) -> Tensor | float:
+    """dz / d(W h + b), from z itself: (C, V), or one number where there is no cap."""
     return form.scale if form.cap is None else (z / form.cap).square_().neg_().add_(1).mul_(form.scale)
 
 
@@ -193,7 +196,8 @@ class SequenceLogProbs(nn.Module):
     """A causal language model that answers a batch with log-probabilities instead of logits."""
 
     def __init__(self, model: nn.Module, chunk: int | None = None):
-        """`model`: a transformers causal LM, bare or wrapped by PEFT. Raises ValueError for an adapted output layer."""
+        """`model`: a transformers causal LM, bare or wrapped by PEFT. Raises ValueError where its output layer is not a
+        plain linear one, as with an adapter on it."""
         super().__init__()
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -205,7 +209,8 @@ class SequenceLogProbs(nn.Module):
         self.head = LogProbHead(lm_head, scale, getattr(config, "final_logit_softcapping", None), chunk)
 
     def states(self, batch) -> Tensor:
-        """Batch -> (N, D): the hidden state that predicts each scored token, in the dtype of the output layer."""
+        """Batch -> (N, D): the hidden state that predicts each scored token, in the wider of its dtype and the output
+        layer's."""
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         # transformers hands keywords that it does not know down to the attention function, which needs `segments`.
         extra = {} if batch.segments is None else {"position_ids": batch.position_ids, "segments": batch.segments}

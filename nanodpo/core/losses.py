@@ -24,9 +24,9 @@ def dpo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing
     label_smoothing e in [0, 0.5) is the chance that a label is flipped ("conservative DPO", Eq. 3 of Mitchell's note
     of 2023): -(1-e) log sigmoid(beta m) - e log sigmoid(-beta m), smallest at beta m = logit(1-e).
     """
-    logits = beta * logratio(chosen, rejected, ref_chosen, ref_rejected)
+    margin = beta * logratio(chosen, rejected, ref_chosen, ref_rejected)
     # logsigmoid stays finite where log(sigmoid(x)) is -inf: long responses reach margins of thousands of nats.
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
 def robust(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -42,7 +42,7 @@ def robust(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smooth
 def ipo(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
     """(m - 1/(2 beta))^2: (P,). Eq. 17 of arXiv 2310.12036, beta being its tau; 0 at m = 1/(2 beta).
 
-    m is of *mean* log-probs a token: with sums a long response would have to move less a token than a short one.
+    m is of *mean* log-probs: with sums each token of a long response would have to move less than each of a short one.
     """
     return (logratio(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * beta)) ** 2
 
@@ -62,9 +62,9 @@ MEAN_LOGPS = {"ipo"}  # fed with means over tokens instead of sums
 SMOOTHED = {"dpo", "robust"}  # take label smoothing
 
 
-def pair_losses(loss: str, logps: Tensor, ref: Tensor | None, tokens: Tensor, beta: float,
+def pair_losses(loss: str, logps: Tensor, ref: Tensor | None, lengths: Tensor, beta: float,
                 label_smoothing: float = 0.0) -> Tensor:
-    """(P, 2) summed log-probs of policy and reference, nats, and token counts -> (P,): the loss of each pair.
+    """(P, 2) summed log-probs of policy and reference, nats, and lengths in tokens -> (P,): the loss of each pair.
 
     Columns are chosen and rejected. Only `sft` does without the second column, and without a reference. Raises
     ValueError for label smoothing of a loss that has none.
@@ -72,7 +72,7 @@ def pair_losses(loss: str, logps: Tensor, ref: Tensor | None, tokens: Tensor, be
     if label_smoothing and loss not in SMOOTHED:
         raise ValueError(f"{loss} has no label smoothing, got {label_smoothing}; {' and '.join(sorted(SMOOTHED))} have")
     if loss in MEAN_LOGPS:
-        logps, ref = logps / tokens, ref / tokens
+        logps, ref = logps / lengths, ref / lengths
     chosen = logps[:, 0]
     rejected = logps[:, 1] if logps.shape[1] > 1 else None
     ref_chosen, ref_rejected = (None, None) if ref is None else ref.unbind(1)
@@ -81,5 +81,5 @@ def pair_losses(loss: str, logps: Tensor, ref: Tensor | None, tokens: Tensor, be
 
 
 def loss_divisor(loss: str, chosen_tokens: list[int]) -> int:
-    """The number that the summed loss of these pairs is divided by: of pairs, or for `sft` of scored tokens."""
+    """What the summed loss of these pairs is divided by: their number; for `sft` the number of their scored tokens."""
     return sum(chosen_tokens) if loss == "sft" else len(chosen_tokens)

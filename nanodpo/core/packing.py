@@ -19,8 +19,7 @@ Group = tuple[list[int], list[list[int]]]  # prompt ids, ids of each response
 
 
 def scored_places(response: list[int]):
-    """Places of the tokens that are scored: all, or of a response with several turns (data/example.py) those of its
-    answers alone."""
+    """Indices of the scored tokens: all, or in a response of several turns (data/example.py) those of its answers."""
     return getattr(response, "scored", range(len(response)))
 
 
@@ -45,8 +44,8 @@ class Segments(TensorRecord):
 
     # Of each sequence (prompt start, prompt end, response start, response end): positions in the batch, ends exclusive.
     spans: list[tuple[int, int, int, int]]
-    # Cumulative lengths, as flash attention takes them (its cu_seqlens). The queries of a prompt's first response bring
-    # the prompt's with them; those of any other response stand alone. All see their prompt's keys and their own.
+    # Cumulative lengths, as flash attention takes them (its cu_seqlens). Queries: prompt + response for the first
+    # response of a prompt, the response alone for a later one. Keys: always prompt + response.
     cu_q: Tensor  # (S+1,)
     cu_k: Tensor  # (S+1,)
     keys: Tensor  # (K,) positions of the keys in the batch, sequence by sequence
@@ -62,7 +61,7 @@ class Batch(TensorRecord):
     position_ids: Tensor  # (B, T)
     predictors: Tensor  # (N,) where each scored token is predicted: indices into the B*T hidden states
     targets: Tensor  # (N,) its id
-    sequence: Tensor  # (N,) its sequence: 0 is the first pair's chosen, 1 its rejected, 2 the next pair's chosen ...
+    sequence: Tensor  # (N,) its sequence; of pairs 0 is the first's chosen, 1 its rejected, 2 the next one's chosen
     n_sequences: int
     segments: Segments | None
 

@@ -69,7 +69,7 @@ class TrainArguments:
     learning_rate: float = _flag(1e-5, "Peak learning rate of AdamW.", NOT_NEGATIVE)
     lr_scheduler_type: str = _flag("cosine", "Shape of the decay after warm-up.",
                                    choices=["cosine", "linear", "constant"])
-    warmup_steps: int = _flag(0, "Steps from 0 up to the learning rate.", NOT_NEGATIVE)
+    warmup_steps: int = _flag(0, "Steps of linear warm-up; the first has learning_rate / warmup_steps.", NOT_NEGATIVE)
     weight_decay: float = _flag(0.0, "AdamW's, on matrices; vectors (norms, biases) are never decayed.", NOT_NEGATIVE)
     adam_beta1: float = _flag(0.9, "Decay of AdamW's mean of gradients.", BELOW_1)
     adam_beta2: float = _flag(0.999, "Decay of AdamW's mean of squared gradients.", BELOW_1)
@@ -106,9 +106,9 @@ class TrainArguments:
     logging_steps: int = _flag(1, "Print the means every so many steps; metrics.jsonl has every step.", ABOVE_0)
     report_to: list[str] = _flag(None, "Send the metrics there, too. Default: what the file of --deepspeed turns on.",
                                  choices=["tensorboard", "wandb", "csv_monitor", "comet", "none"])
-    eval_steps: int = _flag(0, "Evaluate every so many steps, and at the end; 0: only before and after.", NOT_NEGATIVE)
+    eval_steps: int = _flag(0, "Evaluate every N steps, besides step 0 and the end; 0: at those alone.", NOT_NEGATIVE)
     save_steps: int = _flag(0, "Save a checkpoint every so many steps; 0: only step 0 and the last.", NOT_NEGATIVE)
-    save_total_limit: int = _flag(None, "Keep so many checkpoints besides step 0, the newest. Default: all.", ABOVE_0)
+    save_total_limit: int = _flag(None, "Keep only the N newest checkpoints, and checkpoint-0. Default: all.", ABOVE_0)
     merge_weights: bool = _flag(False, "At the end also save the adapter merged into its base, in merged/.")
     draw: bool = _flag(True, "Draw the run's figures at its end.")
     cache_dir: str = _flag("~/.cache/nanodpo", "Folder for reference log-probs.")

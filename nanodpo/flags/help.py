@@ -12,8 +12,8 @@ GROUPS = {"trust_remote_code": "model", "eval_file_path": "data", "label_smoothi
 VALUES = {bool: "", str: " TEXT", int: " N", float: " X"}
 USAGE = """usage: train.py [settings.yaml] [--flag value ...]
 
-SFT and DPO training; without a model and data, of the example. A flag without a
-value is a switch that is off."""
+SFT and DPO training. Without --model_name and --train_file_path it runs the
+example. Flags shown without a value, like --bf16, are off unless given."""
 INDENT = " " * 6
 
 

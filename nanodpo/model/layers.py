@@ -24,8 +24,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 def fuse_lora(model: nn.Module, in_place: bool = True) -> None:
     """Lets every plain LoRA layer of a PEFT model add in one product; names, weights and what is saved stay the same.
 
-    A layer that is more than W x + s B A x (DoRA, biases) stays PEFT's own. `in_place` adds into W x itself, which
-    under ZeRO-3 the hooks of a layer's call have kept.
+    A layer that is more than W x + s B A x (DoRA, a bias of B) stays PEFT's own. `in_place`: adds into W x itself; not
+    under ZeRO-3, whose hooks still hold that tensor.
     """
     for layer in [module for module in model.modules() if type(module) is Linear]:
         for name, second in layer.lora_B.items():
@@ -40,7 +40,7 @@ def fuse_lora(model: nn.Module, in_place: bool = True) -> None:
 
 
 class Added(nn.Module):
-    """PEFT's lora_B, called with what its product is added to. A module, and called as one, because ZeRO-3 gathers a
+    """PEFT's lora_B, called with h and y: y + B h. A module, and called as one, because ZeRO-3 gathers a
     sharded weight when the module that holds it is called.
     """
 
@@ -87,10 +87,9 @@ class _AddedProduct(torch.autograd.Function):
 
 
 def keep_less(model: nn.Module) -> None:
-    """Lets every MLP keep less whose forward is Llama's; any other stays as it is. No bit of a number changes.
+    """MLPs with Llama's forward keep fewer tensors for backward; others are unchanged. No bit of a number changes.
 
-    Set a module's `keeps_less` to False within a layer that is computed again as a whole: its hooks would keep what
-    activation checkpointing means to drop.
+    Set a module's `keeps_less` to False in a layer that is checkpointed: its hooks would keep what checkpointing drops.
     """
     llama = _bytecode(LlamaMLP)
     for module in model.modules():

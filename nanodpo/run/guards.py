@@ -1,4 +1,4 @@
-"""Safety around a step, so that it does not stand between the step's lines: requests to stop, rows that are too large
+"""Safety checks around a step: requests to stop, rows that are too large
 for the memory, numbers that are not finite."""
 
 import math
@@ -26,8 +26,8 @@ class StepGuard:
         return self.shortage.__exit__(*error)
 
     def each(self, micro_batches):
-        """The micro-batches, one by one. Raises Preempted on all ranks where one was told to stop: the ranks' flags are
-        reduced while a micro-batch is computed."""
+        """The micro-batches, one by one. If any rank was told to stop, raises Preempted on all: the question goes out
+        before a micro-batch, and its answer is read after it."""
         for indices, weight in micro_batches:
             self.indices = indices
             answer = distributed.ask(self.stop.name is not None)
@@ -35,9 +35,9 @@ class StepGuard:
             if answer():
                 raise Preempted(self.stop.farewell)
 
-    def spoil_nonfinite(self, indices: list[int], logps: Tensor, losses: Tensor) -> Tensor:
-        """(P,) losses -> the same, but NaN for a pair whose log-probs or loss are not finite. Its whole step then has a
-        gradient of NaN, so that no update is made. The pairs are remembered. Does not wait for the GPU."""
+    def nan_where_nonfinite(self, indices: list[int], logps: Tensor, losses: Tensor) -> Tensor:
+        """(P,) losses -> the same, but NaN for a pair whose log-probs or loss are not finite: the whole step's gradient
+        is NaN then, and no update is made. Remembers those pairs. Does not wait for the GPU."""
         fine = torch.cat([logps.detach(), losses.detach()[:, None]], 1).isfinite()
         self.seen.append((indices, fine))
         return losses * torch.where(fine.all(1), 1.0, torch.nan)
@@ -68,6 +68,6 @@ def check_start(means: dict[str, float], gap: float, bf16: bool, cache_dir: str)
     if gap > (1e-3 if bf16 else 1e-4) or abs(means.get("rewards/margins", 0.0)) > 0.01:
         raise RunStopped(
             f"step 0: policy and reference should be equal, but their log-probs differ by {gap:.2g} nats a token (loss "
-            f"{means['loss']:.4f}, rewards/margins {means['rewards/margins']:.4f}). Likely causes: dropout, a cache of "
-            f"other weights' references (empty {cache_dir}), an adapter that was already trained, "
-            "references of another attention implementation")
+            f"{means['loss']:.4f}, rewards/margins {means['rewards/margins']:.4f}). Likely causes: dropout, cached "
+            f"references of other weights (delete the files in {cache_dir}), an adapter that was already "
+            "trained, references of another attention implementation")

@@ -40,13 +40,13 @@ from ..errors import RankStopped
 from ..ranks.distributed import sum_over_ranks
 
 
-def pair_metrics(logps: Tensor, ref: Tensor | None, tokens: Tensor, beta: float) -> dict[str, Tensor]:
-    """(P, R) summed log-probs, nats, and token counts -> (P,) values by name, without gradients.
+def pair_metrics(logps: Tensor, ref: Tensor | None, lengths: Tensor, beta: float) -> dict[str, Tensor]:
+    """(P, R) summed log-probs, nats, and lengths in tokens -> (P,) values by name, without gradients.
 
     R is 2, chosen and rejected, or 1 for SFT data without rejected. `ref` is (P, 2), the reference's sums, or None.
     """
     values, logps = {}, logps.detach()
-    for side, sums, counts in zip(("chosen", "rejected"), logps.unbind(1), tokens.unbind(1)):
+    for side, sums, counts in zip(("chosen", "rejected"), logps.unbind(1), lengths.unbind(1)):
         values |= {f"logps/{side}": sums, f"logps_per_token/{side}": sums / counts}
     if ref is not None:
         rewards = beta * (logps - ref)
@@ -54,9 +54,9 @@ def pair_metrics(logps: Tensor, ref: Tensor | None, tokens: Tensor, beta: float)
         values |= {"rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
                    "rewards/accuracies": (margins > 0).double(), "rewards/ties": (margins == 0).double(),
                    "ref_logps/chosen": ref[:, 0], "ref_logps/rejected": ref[:, 1],
-                   "ref_logps_per_token/chosen": ref[:, 0] / tokens[:, 0],
-                   "ref_logps_per_token/rejected": ref[:, 1] / tokens[:, 1],
-                   "ref_gap": ((logps - ref).abs() / tokens).mean(1)}  # 0 at step 0: a check, not logged
+                   "ref_logps_per_token/chosen": ref[:, 0] / lengths[:, 0],
+                   "ref_logps_per_token/rejected": ref[:, 1] / lengths[:, 1],
+                   "ref_gap": ((logps - ref).abs() / lengths).mean(1)}  # 0 at step 0: a check, not logged
     return values
 
 

@@ -126,8 +126,8 @@ def dry_run(run: Run) -> None:
     with memory.shortage_named(run.rank, "the dry run", lambda: memory.describe(examples)):
         logps = run.engine(make_batch(groups, run.layout, run.device)).view(len(groups), -1)
         ref = None if args.loss == "sft" else torch.zeros_like(logps)
-        tokens = response_lengths(groups, run.device)
-        losses = pair_losses(args.loss, logps, ref, tokens, args.beta, args.label_smoothing)
+        lengths = response_lengths(groups, run.device)
+        losses = pair_losses(args.loss, logps, ref, lengths, args.beta, args.label_smoothing)
         run.engine.set_gradient_accumulation_boundary(True)
         run.engine.backward(losses.mean(), scale_wrt_gas=False)
         run.engine.step()
