@@ -399,7 +399,7 @@ def test_rows_in_one_json_object(indent, tmp_path):
         file.write_text(json.dumps(content, indent=indent))
         return [e.row for e in load_dataset(f"{file}{name}", read_template(tiny.plain()), args, 1000, True).examples]
 
-    assert rows("", {"train": [ROW, ROW]}) == [0, 1]
+    assert rows("", {"train": [ROW, ROW]}) == rows("", {"data": [ROW, ROW]}) == [0, 1]
     assert rows("::test", {"train": [ROW, ROW], "test": [ROW]}) == [0]
     assert rows("", ROW) == [0]
     with pytest.raises(UserError, match=r"rows.json: holds several splits \(train, test\); name one, like .*::train"):

@@ -86,7 +86,7 @@ def world(tmp_path, models, monkeypatch, capsys):
     ([GOOD | {"chosen": "a"}, GOOD | {"chosen": 3}], [], "row 1: chosen is of type int"),
     ([GOOD | {"chosen": 3}], [], "row 0: chosen is of type int"),
     ([GOOD | {"chosen": {"a": 1}}], [], "row 0: chosen is of type dict"),
-    ([{"prompt": "1+1=", "chosen": "2"}], [], "no column rejected or worse-text; it has prompt, chosen"),
+    ([{"prompt": "1+1=", "chosen": "2"}], [], "rejected or worse-text or non_preferred_output; it has prompt, chosen"),
     ([GOOD], ["--prompt_field", "q"], "no column 'q' (--prompt_field); it has prompt, chosen, rejected"),
     ([GOOD, GOOD | {"prompt": "1+2", "chosen": "3"}], [], "row 1: chosen: prompt and response merge in tokens"),
     ([{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
@@ -124,7 +124,8 @@ def parquet_bytes():
     ("rows.json", b"[" * 100000 + b"]" * 100000, "can't be read"),
     ("rows.jsonl", b'{"chosen": ' + b"[" * 3000 + b"]" * 3000 + b"}\n", ""),
     ("rows.jsonl", b'{"chosen": ' + b'{"a": ' * 300 + b"1" + b"}" * 300 + b', "rejected": "b"}\n', ""),
-    ("rows.json", b'{"data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}', "it has data"),
+    ("rows.json", b'{"pairs": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}', "it has pairs"),
+    ("rows.json", b'{"train": [{"prompt": "a"}], "test": [{"prompt": "a"}]}', "holds several splits (train, test)"),
     ("rows.csv", b"prompt,chosen,rejected\na,b,c\na,b,c,d,e\n", "can't be read"),
     ("rows.csv", b"prompt,chosen,rejected\na,b,c\na\n", "row 1: chosen is empty"),
     ("rows.csv", b'prompt,chosen,rejected\n"a,b,c\n', "can't be read"),
@@ -132,7 +133,7 @@ def parquet_bytes():
     ("rows.parquet", b"PAR1", "can't be read"), ("rows.parquet", bytes(range(256)) * 20, "can't be read"),
     ("rows.parquet", parquet_bytes()[:-40], "can't be read"), ("rows.csv", parquet_bytes(), ""),
     ("rows.parquet", parquet_bytes()[:10] + b"x" * 40 + parquet_bytes()[50:], ""),
-    ("rows.txt", b"x", "expected .parquet, .jsonl, .json, .csv"), ("rows", b"x", "no suffix"),
+    ("rows.txt", b"x", "expected .parquet, .arrow, .jsonl, .ndjson, .json, .csv, .tsv"), ("rows", b"x", "no suffix"),
     ("rows.jsonl", b'{"prompt": NaN, "chosen": "a", "rejected": "b"}\n', "of type float"),
 ])
 def test_wrong_files(world, file, data, words):
