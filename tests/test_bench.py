@@ -5,6 +5,7 @@ import json
 import statistics
 import sys
 
+import pandas
 import pytest
 import torch
 from conftest import ROOT, launch
@@ -289,9 +290,11 @@ class Hungry:
 def test_what_safety_costs_at_toy_size(tmp_path):
     """A state is three times the adapter's float32 weights, counted by hand, and a little; seven steps write three
     states and three checkpoints; shares are shares."""
-    piles = ROOT / "examples" / "piles"
+    piles, few = ROOT / "examples" / "piles", tmp_path / "few.parquet"
+    pandas.read_parquet(piles / "test.parquet")[:56].to_parquet(few)
     launch(ROOT / "bench" / "safety.py", "--json", tmp_path / "safety.json", "--max_steps", "7", "--save_steps", "4",
-           "--model_name", piles / "sft", "--train_file_path", piles / "test.parquet", "--lora_r", "4")
+           "--model_name", piles / "sft", "--train_file_path", few, "--lora_r", "4", "--cache_dir", tmp_path / "cache",
+           launcher="fork")
     found, config = (json.loads(file.read_text()) for file in (tmp_path / "safety.json", piles / "sft" / "config.json"))
     width, inner = config["hidden_size"], config["intermediate_size"]
     head = width // config["num_attention_heads"]
