@@ -64,7 +64,7 @@ def build(start: Start, stop: Stop) -> Run:
     device = join_ranks(args.local_rank, start.settings | start.monitors, args.deepspeed)
     rank, world = distributed.rank_and_world()
     with agreement.same_on_all_ranks() as compared, memory.shortage_named(rank, "loading the model"):
-        model = loading.load_model(start.source, args)
+        model = loading.load_model(start.source, args, start.lora)
         weights = loading.weights_hash(model, fresh_lora=args.use_lora and not start.source.adapter)
         compared |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
         other, its_weights = loading.load_reference(start.reference, model, start.adapter_off, args)

@@ -9,6 +9,7 @@ import pandas
 import pytest
 import torch
 from conftest import ROOT, launch, make_model, make_tokenizer, train, zero
+from safetensors.torch import load_file
 
 from nanodpo.data.schedule import pairs_of_step
 
@@ -143,3 +144,146 @@ def test_scored_rewards_are_those_of_training(tiny, other, tmp_path):
     for line in (line for line in lines if "eval_loss" in line):
         for name in ("rewards/chosen", "rewards/rejected"):
             assert found.loc[line["step"], name] == pytest.approx(line[f"eval_{name}"], abs=1e-6)
+
+
+# Adapters by a file
+
+SETTINGS = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+ADAPTERS = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "biases": {"lora_bias": True},
+    "patterns": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 3}, "alpha_pattern": {"v_proj": 20}},
+    "regex": {"target_modules": r".*\.(self_attn\.[qk]_proj|1\.mlp\.up_proj)"},
+    "one layer": {"layers_to_transform": [1], "layers_pattern": ["layers"]},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": ["k_proj"], "init_lora_weights": "gaussian"},
+    "rslora-dora": {"use_rslora": True, "use_dora": True, "rank_pattern": {"q_proj": 2}},
+}
+
+
+def described(folder, name: str):
+    """A file with the settings of this name, as YAML or JSON."""
+    file = folder / f"{name}.{'yaml' if name == 'dora' else 'json'}"
+    file.write_text(json.dumps(SETTINGS | ADAPTERS[name]))  # JSON is YAML
+    return file
+
+
+def run_with(tiny, output, *more, check=True):
+    return launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
+                  "--output_dir", output, "--cache_dir", output.parent / "cache", "--draw", "false", "--learning_rate",
+                  "1e-2", "--per_device_train_batch_size", "4", "--max_steps", "3", *more, check=check, launcher="fork")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_as_peft_has_it(name, tiny, tmp_path):
+    """Three steps from ln 2; the same losses and gradients as an independent trainer around plain PEFT; and the
+    checkpoint, opened in plain PEFT, gives the log-probs that score.py says."""
+    from peft import LoraConfig, get_peft_model
+
+    file = described(tmp_path, name)
+    run_with(tiny, tmp_path / "run", "--peft_config", file)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-12) and lines[2]["rewards/margins"] != 0
+    start = oracle.load(tmp_path / "run" / "checkpoint-0", tiny / "model")
+    written = start.peft_config["default"]
+    wanted = get_peft_model(oracle.load(tiny / "model"), LoraConfig(task_type="CAUSAL_LM", **SETTINGS | ADAPTERS[name]))
+    shapes = [{n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad} for model in (start, wanted)]
+    assert shapes[0] == shapes[1] and written.use_rslora == bool(ADAPTERS[name].get("use_rslora"))
+    pairs = oracle.read_pairs(tiny / "train.jsonl")
+    truth = oracle.train(start, pairs, [pairs_of_step(11, 4, 42, step) for step in range(3)], peak=1e-2)
+    for line, exact in zip(lines, truth):
+        assert {key: line[key] for key in exact} == pytest.approx(exact, rel=2e-4), line["step"]
+    launch(ROOT / "score.py", tmp_path / "run", "--output_dir", tmp_path / "scores", launcher="fork")
+    table = pandas.read_parquet(tmp_path / "scores" / "scores.parquet").query("step == 3")
+    found = table.pivot(index="row", columns="response", values="logps").sort_index()
+    end = sums(oracle.load(tmp_path / "run" / "checkpoint-3", tiny / "model").eval(), pairs)
+    assert torch.allclose(torch.tensor(found[["chosen", "rejected"]].to_numpy()), end.double(), rtol=1e-5, atol=0)
+
+
+def test_the_scale_of_rank_stabilised_lora(tiny, tmp_path):
+    """By hand: the adapter adds lora_alpha / sqrt(r) B A, 6 / 2 of it; plain LoRA would add 6 / 4. So a merged matrix
+    is W + 3 B A."""
+    run_with(tiny, tmp_path / "run", "--peft_config", described(tmp_path, "rslora"), "--merge_weights", "true")
+    adapter = load_file(tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors")
+    base, merged = (load_file(folder / "model.safetensors") for folder in (tiny / "model", tmp_path / "run" / "merged"))
+    layer = "model.layers.0.self_attn.q_proj"
+    a, b = (adapter[f"base_model.model.{layer}.lora_{side}.weight"] for side in "AB")
+    assert torch.allclose(merged[f"{layer}.weight"], base[f"{layer}.weight"] + 3 * b @ a, atol=1e-6)
+    assert (b @ a).abs().max() > 1e-4
+
+
+def test_a_killed_run_with_dora_goes_on_to_the_bit(tiny, tmp_path, forked):
+    """Also its magnitudes, their moments, and the base's references."""
+    file, runs = described(tmp_path, "rslora-dora"), {}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        runs[name] = ["--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--output_dir",
+                      tmp_path / name / "run", "--cache_dir", tmp_path / name / "cache", "--draw", "false",
+                      "--peft_config", file, "--learning_rate", "1e-2", "--max_steps", "4", "--save_steps", "2",
+                      "--per_device_train_batch_size", "2"]
+    assert forked(ROOT / "train.py", *runs["whole"])[0] == [0]
+    assert forked(ROOT / "tests" / "faulty.py", "kill@3:0", *runs["killed"])[0] == [137]
+    file.write_text(json.dumps(SETTINGS | {"use_dora": True}))
+    codes, said = forked(ROOT / "train.py", *runs["killed"])
+    assert codes == [2] and "holds a run with other settings (peft_config: " in said
+    described(tmp_path, "rslora-dora")
+    codes, said = forked(ROOT / "train.py", *runs["killed"])
+    assert codes == [0] and "going on at step 2" in said
+    one, other = (tmp_path / name / "run" for name in runs)
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
+    assert without_times(logs[0]) == without_times(logs[1])
+    for file in one.glob("checkpoint-*/adapter_*"):
+        assert file.read_bytes() == (other / file.relative_to(one)).read_bytes(), file
+
+
+@pytest.mark.parametrize("settings, flags, words", [
+    ({"peft_type": "LOHA"}, (), "peft_type is LOHA; only LORA can be trained"),
+    ({"task_type": "SEQ_CLS"}, (), "task_type is SEQ_CLS"),
+    ({"use_rslra": True}, (), "LoraConfig has no use_rslra; did you mean use_rslora?"),
+    ({"bias": "all"}, (), "bias trains the base's own biases"),
+    ({"modules_to_save": ["lm_head"]}, (), "modules_to_save trains whole layers beside LoRA"),
+    ({"trainable_token_indices": [1]}, (), "trainable_token_indices trains tokens' embeddings"),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, (), "LoRA on embeddings (target_modules)"),
+    ({"target_modules": ["q_proj", "w_proj"]}, (), "the model has no module w_proj"),
+    ({"target_modules": "(q_proj"}, (), "which is no regular expression"),
+    ({"target_modules": "none_such"}, (), "not found in the base model"),
+    ({"rank_pattern": {"w_proj": 2}}, (), "rank_pattern has 'w_proj', which fits no layer"),
+    ({"rank_pattern": {"q_proj": 0}}, (), "rank_pattern is {'q_proj': 0}; it must be"),
+    ({"init_lora_weights": "pissa"}, (), "init_lora_weights is pissa; it must be true or"),
+    ({"init_lora_weights": False}, (), "init_lora_weights is False; it must be true or"),
+    ({"use_qalora": True}, (), "use_qalora is not one that nanodpo can train exactly"),
+    ({"r": 4}, ("--lora_r", "8"), "--lora_r 8: --peft_config"),
+    ({"lora_dropout": 0.1}, (), "add --allow_dropout"),
+    ({"r": 4}, ("--use_lora", "false"), "has no meaning without LoRA"),
+    ({"use_dora": True}, ("--bf16",), "which --bf16 rounds"),
+    ({"use_dora": True}, ("--deepspeed", "zero3"), "stage 3 of ZeRO has not gathered them"),
+    ({"lora_bias": True}, ("--merge_weights",), "lora_bias has no place to be merged into"),
+    ([1], (), "expected settings like")])
+def test_what_can_not_be_trained_exactly(settings, flags, words, tiny, tmp_path):
+    """One line before anything is written."""
+    (tmp_path / "peft.json").write_text(json.dumps(settings))
+    flags = [zero(tmp_path, 3) if flag == "zero3" else flag for flag in flags]
+    done = run_with(tiny, tmp_path / "run", "--peft_config", tmp_path / "peft.json", *flags, check=False)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_that_are_trained_on_and_what_they_lack(tiny, tmp_path):
+    """DoRA goes on as it is. One with a head beside LoRA is refused by what it has, and so is a file of settings."""
+    from peft import LoraConfig, get_peft_model
+
+    run_with(tiny, tmp_path / "run", "--peft_config", described(tmp_path, "rslora-dora"))
+    last = tmp_path / "run" / "checkpoint-3"
+    run_with(tiny, tmp_path / "on", "--model_name", last)
+    line = json.loads((tmp_path / "on" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-12)
+    assert line["logps/chosen"] != json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])[
+        "logps/chosen"]
+    refused = run_with(tiny, tmp_path / "no", "--model_name", last, "--peft_config", tmp_path / "rslora-dora.json",
+                       check=False)
+    assert refused.returncode == 2 and "is an adapter, which has settings of its own" in refused.stderr
+    head = get_peft_model(oracle.load(tiny / "untied"), LoraConfig(r=2, target_modules=["q_proj"],
+                                                                   modules_to_save=["lm_head"]))
+    head.save_pretrained(tmp_path / "head")
+    refused = run_with(tiny, tmp_path / "no", "--model_name", tmp_path / "head", check=False)
+    assert refused.returncode == 2 and "its modules_to_save trains whole layers beside LoRA" in refused.stderr

@@ -87,6 +87,8 @@ class TrainArguments:
     lora_dropout: float = _flag(0.0, "Dropout before LoRA; needs --allow_dropout, since step 0 is then not ln 2.",
                                 BELOW_1)
     lora_target_modules: str = _flag("all-linear", "Comma-separated module names, or all-linear.")
+    peft_config: str = _flag(None, "JSON or YAML file with PEFT's settings of LoRA (adapter_config.json): use_rslora, "
+                             "use_dora, rank_pattern ...")
     allow_dropout: bool = _flag(False, "Keep dropout (LoRA's and the model's own) on in training passes.")
 
     # Precision and memory
@@ -138,8 +140,8 @@ class TrainArguments:
 
 
 LISTS = ("report_to",)
-PATHS = ("model_name", "reference", "train_file_path", "eval_file_path", "chat_template", "deepspeed", "output_dir",
-         "cache_dir", "resume")
+PATHS = ("model_name", "reference", "peft_config", "train_file_path", "eval_file_path", "chat_template", "deepspeed",
+         "output_dir", "cache_dir", "resume")
 
 
 def parse(argv: list[str], default_file: Path) -> TrainArguments:

@@ -40,6 +40,8 @@ def check(args) -> None:
                         f"{' or '.join(sorted(SMOOTHED))}")
     if args.reference and args.loss == "sft":
         raise UserError(f"--reference {args.reference} has no meaning for --loss sft; leave it out")
+    if args.peft_config and not args.use_lora:
+        raise UserError(f"--peft_config {args.peft_config} has no meaning without LoRA; leave it out")
     if args.lora_dropout and args.use_lora and not args.allow_dropout:
         raise UserError(f"--lora_dropout {args.lora_dropout} makes policy and reference differ at step 0; "
                         "add --allow_dropout to train with it all the same, or leave it out")

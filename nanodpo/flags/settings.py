@@ -21,7 +21,7 @@ def read_settings(path: str, names: list[str], lists: tuple[str, ...] = ()) -> l
         if path.endswith(".json"):
             settings = parse_json(text, parse_int=str, parse_float=str, parse_constant=str)
         else:
-            settings = yaml.load(text, Loader=_loader())
+            settings = yaml.load(text, Loader=unique_keys(yaml.BaseLoader))  # it leaves every value text
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -44,11 +44,9 @@ def read_settings(path: str, names: list[str], lists: tuple[str, ...] = ()) -> l
     return flags
 
 
-def _loader():
-    """YAML's plainest loader, which leaves every value text, and raises ValueError for a key that is there twice."""
-    import yaml
-
-    class Loader(yaml.BaseLoader):
+def unique_keys(base: type) -> type:
+    """A loader of YAML that raises ValueError for a key that is there twice."""
+    class Loader(base):
         def construct_mapping(self, node, deep=False):
             values = super().construct_mapping(node, deep)
             if len(values) < len(node.value):

@@ -47,6 +47,11 @@ OTHERWISE = {name: what for what, names in {
     "the reference is --model_name as training finds it, or --reference; its log-probs are computed before training":
         "precompute_ref_log_probs precompute_ref_batch_size reference_free sync_ref_model model_init_kwargs "
         "ref_model_init_kwargs",
+    "a setting in the file of --peft_config":
+        "use_rslora use_dora rank_pattern alpha_pattern lora_bias init_lora_weights layers_to_transform "
+        "exclude_modules",
+    "only LoRA on linear layers is trained, or with --use_lora false the whole model":
+        "lora_modules_to_save modules_to_save additional_target",
     "not needed: dropout is off unless --allow_dropout": "disable_dropout",
     "--overlong truncate cuts the end of a response to --max_length; a prompt is never cut":
         "truncation_mode max_completion_length max_target_length max_response_length",

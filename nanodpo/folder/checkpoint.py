@@ -52,8 +52,9 @@ def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Pa
 def _write(model: nn.Module, tokenizer, state, folder: Path) -> None:
     if hasattr(model, "peft_config"):
         own = model.peft_config["default"]
-        if isinstance(own.target_modules, set):
-            own.target_modules = sorted(own.target_modules)  # the order of a set is another one in each process
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(own, name), set):
+                setattr(own, name, sorted(names))  # the order of a set is another one in each process
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
@@ -113,7 +114,9 @@ def _published(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, to
 
 def verify(folder: Path, state: dict[str, torch.Tensor]) -> None:
     """Opens the written weights again. Raises RunStopped unless every tensor is there, bit for bit, and finite."""
-    expected = {name.replace(".default.", "."): tensor for name, tensor in state.items()}
+    # PEFT's names in files; DoRA's magnitudes lose their ".weight" there.
+    expected = {name.replace("_vector.default.weight", "_vector").replace(".default.", "."): tensor
+                for name, tensor in state.items()}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as written:
             for name in written.keys():

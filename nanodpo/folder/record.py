@@ -26,14 +26,15 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizer
 FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
         "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "inspect_row", "print_config", "dry_run",
         "gradient_checkpointing", "activation_memory", "report_to"}
-# ... or since the content of what they name is compared instead: weights, token ids, DeepSpeed settings.
-BY_CONTENT = {"model_name", "reference", "train_file_path", "eval_file_path", "chat_template", "deepspeed"}
+# ... or since the content of what they name is compared instead: weights, token ids, settings of DeepSpeed and PEFT.
+BY_CONTENT = {"model_name", "reference", "peft_config", "train_file_path", "eval_file_path", "chat_template",
+              "deepspeed"}
 # An adapter that is trained on has settings of its own, which are known only when it is loaded.
 ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.
 MACHINE = ("versions", "git_commit", "device", "threads")
-COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference", "layout",
-            "attention")
+COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
+            "peft_config", "layout", "attention")
 
 
 def facts(args, settings: dict, limit: int, data_sets: list, program: Path, command: list[str]) -> dict:

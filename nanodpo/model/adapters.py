@@ -105,8 +105,14 @@ def _read(model, adapter: str) -> dict:
                         f"as {min(lacking)}; copy the adapter anew")
     if strange := weights.keys() - expected.keys():
         whole = [name for name in strange if ".lora_" not in name]
-        why = ("; it is no LoRA weight (target_modules or modules_to_save name embeddings or a head), and only LoRA on "
-               "linear layers is supported: merge the adapter (PEFT's merge_and_unload), and name the merged model")
+        config = adapter_shape(adapter)
+        lists = (config.get("target_modules"), config.get("modules_to_save"))
+        named = [name for names in lists if isinstance(names, list) for name in names]
+        part = min(whole, default="").removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]
+        whose = ("target_modules or modules_to_save name embeddings or a head" if part in named else
+                 "PEFT saves the base's embeddings and head, too, where its vocabulary was grown")
+        why = (f"; it is no LoRA weight ({whose}), and only LoRA on linear layers is supported: merge the adapter "
+               "where its model is (PEFT's merge_and_unload), and name the merged model")
         raise UserError(f"{adapter}: has weights that its base or its adapter_config.json has no place for, such as "
                         f"{min(whole or strange)}{why * bool(whole)}")
     return weights

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import re
 
 import torch
 from torch import nn
@@ -11,13 +12,14 @@ from torch import nn
 from ..errors import UserError, first_line
 from ..ranks.distributed import say
 from .adapters import add_adapter, open_base
+from .lora_settings import take_over
 from .precision import storage_dtype
 from .source import BROKEN, Source, absolute
 
 
-def load_model(source: Source, args) -> nn.Module:
-    """The policy before training: the base model with its adapter, or with a fresh LoRA where args ask for one. Raises
-    UserError."""
+def load_model(source: Source, args, lora: dict | None = None) -> nn.Module:
+    """The policy before training: the base model with its adapter, or with a fresh LoRA where args ask for one. `lora`:
+    the settings of --peft_config. Raises UserError."""
     from transformers import AutoModelForCausalLM
 
     dtype, remote = storage_dtype(args.bf16, frozen=args.use_lora), args.trust_remote_code
@@ -32,7 +34,7 @@ def load_model(source: Source, args) -> nn.Module:
     if source.adapter:
         model = _open_adapter(model, source, args)
     elif args.use_lora:
-        model = _add_lora(model, source, args)
+        model = _add_lora(model, source, args, lora or {})
     if not args.allow_dropout:
         _remove_dropout(model)
     if not any(p.requires_grad for p in model.parameters()):
@@ -46,54 +48,71 @@ def _open_adapter(model: nn.Module, source: Source, args) -> nn.Module:
     model = add_adapter(model, source.adapter, trainable=True)
     own = model.peft_config["default"]
     check_plain_lora(model, source.adapter)
-    _take_over(args, own, source.adapter)
+    settings = {name: getattr(own, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
+    take_over(args, settings, f"the adapter {source.adapter}")
     return model
 
 
-def _take_over(args, own, adapter: str) -> None:
-    """Writes the LoRA settings of the adapter, `own`, into args. Raises UserError where a flag asked for others."""
-    targets = ",".join(sorted(own.target_modules)) if isinstance(own.target_modules, set) else own.target_modules
-    theirs = {"lora_r": own.r, "lora_alpha": own.lora_alpha, "lora_dropout": own.lora_dropout,
-              "lora_target_modules": targets}
-    for name, value in theirs.items():
-        if getattr(args, name) not in (value, type(args).__dataclass_fields__[name].default):
-            raise UserError(f"--{name} {getattr(args, name)}: the adapter {adapter} has {value}; leave the flag out")
-        setattr(args, name, value)
+# What trains besides LoRA on linear layers, by a part of its weights' names.
+ODD = {".modules_to_save.": "whole layers beside LoRA (modules_to_save)",
+       ".lora_embedding_": "LoRA on embeddings (target_modules)",
+       ".trainable_tokens_": "tokens' embeddings (trainable_token_indices)",
+       ".base_layer.bias": "the base's own biases (bias)"}
 
 
 def check_plain_lora(model: nn.Module, where: str) -> None:
-    """Raises UserError where anything but LoRA on linear layers is trained (embeddings, heads, DoRA ...); `where`
-    begins the message."""
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    if odd := [name for name in trained if not name.endswith((".lora_A.default.weight", ".lora_B.default.weight"))]:
-        raise UserError(f"{where}: trains {odd[0]}, and only LoRA on linear layers is supported")
+    """Raises UserError where anything but LoRA on linear layers is trained; `where` begins the message."""
+    plain = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.default\.(weight|bias)$")
+    if odd := [name for name, p in model.named_parameters() if p.requires_grad and not plain.search(name)]:
+        kind = next((f"{words}: " for part, words in ODD.items() if part in odd[0]), "")
+        raise UserError(f"{where}: trains {kind}{odd[0]}; only LoRA on linear layers is supported. Leave that out, or "
+                        "merge a trained adapter (PEFT's merge_and_unload) and name the merged model")
 
 
-def _add_lora(model: nn.Module, source: Source, args) -> nn.Module:
+def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     names = args.lora_target_modules.split(",") if args.lora_target_modules != "all-linear" else "all-linear"
-    if names != "all-linear":
+    names, flag = lora.get("target_modules", names), f"--lora_target_modules {args.lora_target_modules}"
+    flag = f"--peft_config {args.peft_config}" if lora else flag
+    if isinstance(names, list):
         names = [name.strip() for name in names if name.strip()]
         modules = [name for name, _ in model.named_modules()]
         if unknown := [n for n in names if not any(m == n or m.endswith("." + n) for m in modules)]:
             layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
             linear = sorted({name.rpartition(".")[2] for name in layers})
-            raise UserError(f"--lora_target_modules: the model has no module {', '.join(unknown)}; its linear layers "
-                            f"are {', '.join(linear)}")
-    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-                        target_modules=names, task_type="CAUSAL_LM")
+            raise UserError(f"{flag.partition(' ')[0]}: the model has no module {', '.join(unknown)}; its linear "
+                            f"layers are {', '.join(linear)}")
+    flags = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     head = model.get_output_embeddings()
     try:
         with _drawn_in_float32():
-            model = get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"--lora_target_modules {args.lora_target_modules}: {first_line(error)}") from error
+            model = get_peft_model(model, LoraConfig(**flags | lora | {"target_modules": names,
+                                                                       "task_type": "CAUSAL_LM"}))
+    except BROKEN as error:
+        raise UserError(f"{flag}: {first_line(error)}") from error
     if model.get_base_model().get_output_embeddings() is not head:
-        raise UserError("--lora_target_modules: the output layer can't be adapted; leave it out")
-    check_plain_lora(model, f"--lora_target_modules {args.lora_target_modules}")
+        raise UserError(f"{flag.partition(' ')[0]}: the output layer can't be adapted; leave it out")
+    check_plain_lora(model, flag)
+    if lora:
+        _check_used(model, lora, flag, args.merge_weights)
     model.peft_config["default"].base_model_name_or_path = absolute(source.base)
     return model
+
+
+def _check_used(model: nn.Module, lora: dict, where: str, merge: bool) -> None:
+    """Raises UserError for a pattern that no adapted layer fits, which PEFT passes over, and for biases of an adapter
+    that could not be merged in the end."""
+    layers = {name.removeprefix("base_model.model."): layer for name, layer in model.named_modules()
+              if hasattr(layer, "lora_A")}
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in lora.get(name, ()):
+            if not any(re.match(rf"(.*\.)?({pattern})$", layer) for layer in layers):  # as PEFT reads it
+                raise UserError(f"{where}: {name} has {pattern!r}, which fits no layer that has LoRA")
+    if merge and lora.get("lora_bias"):
+        if bare := [name for name, layer in layers.items() if layer.get_base_layer().bias is None]:
+            raise UserError(f"{where}: lora_bias has no place to be merged into, since {bare[0]} has no bias; leave "
+                            "out --merge_weights")
 
 
 @contextlib.contextmanager

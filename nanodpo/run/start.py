@@ -20,6 +20,8 @@ from ..files import read_text
 from ..flags.arguments import TrainArguments, parse
 from ..folder import record
 from ..folder.atomic import check_whole, check_writable
+from ..model.adapters import adapter_shape
+from ..model.lora_settings import check_dora, check_trainable, read_lora_settings, take_over
 from ..model.source import Source, absolute, base_of, check_ids, check_reference, open_source
 from ..ranks import distributed
 from . import agreement, engine
@@ -43,6 +45,7 @@ class Start:
     wanted: int | None  # the step to go on from, where one was asked for
     monitors: dict[str, dict] = dataclasses.field(default_factory=dict)  # DeepSpeed's settings of each
     reference: Source | None = None  # of --reference
+    lora: dict = dataclasses.field(default_factory=dict)  # the settings of --peft_config
 
     @property
     def finished(self) -> bool:
@@ -116,6 +119,8 @@ def prepare(argv: list[str], script: Path) -> Start | None:
     loaded or a folder made. None where nothing is to be trained."""
     with agreement.same_on_all_ranks() as compared:
         args = parse(argv, script.parent / "examples" / "dpo.yaml")
+        lora = read_lora(args)
+        compared |= {"--peft_config with": json.dumps(lora)}
         compared |= agreement.flags(dataclasses.asdict(args)) | agreement.program(script, args.local_rank)
     if args.print_config:
         # A settings file, from which a run can start: what only this process was told is not part of it.
@@ -133,15 +138,17 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         monitors = take_blocks(settings, args.report_to)
         distributed.check_device(args)
         source = open_start(args)
+        check_lora(args, lora, source, settings)
         new = f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
         folder, old, wanted = record.find(args.resume, args.output_dir, new)
         date = (old or {}).get("date") or today  # some chat templates write it
         train, held_out, limit = load_data(args, source, date)
         sets = [data for data in (train, held_out) if data]
-        facts = record.facts(args, settings, limit, sets, script.parent, [str(script), *argv]) | {"date": date}
+        facts = record.facts(args, settings, limit, sets, script.parent, [str(script), *argv])
+        facts |= {"date": date, "peft_config": lora or None}
         if old:
             record.check_same(folder, old, facts, before_loading=bool(source.adapter))
-        start = Start(args, settings, source, train, held_out, folder, facts, old, wanted, monitors)
+        start = Start(args, settings, source, train, held_out, folder, facts, old, wanted, monitors, lora=lora)
         if args.reference and not start.finished:
             start.reference = open_reference(args, source, sets)
         if args.loss != "sft" and not start.finished:
@@ -155,13 +162,38 @@ def prepare(argv: list[str], script: Path) -> Start | None:
 def look(args, deepspeed: Path) -> None:
     """--inspect. Settings that a run would refuse are refused here, too; rows are left out and named."""
     with agreement.same_on_all_ranks():
-        engine.read_settings(args, deepspeed)
+        lora, settings = read_lora(args), engine.read_settings(args, deepspeed)
         distributed.check_device(args)
         source = open_start(args)
+        check_lora(args, lora, source, settings)
         train, held_out, limit = load_data(inspection.lenient(args), source)
         if args.reference:
             open_reference(args, source, [data for data in (train, held_out) if data])
     distributed.say(inspection.inspect(train, source.tokenizer, limit, args.inspect_row, held_out))
+
+
+def read_lora(args) -> dict:
+    """The settings of --peft_config; those that are flags, too, are written into args. Raises UserError."""
+    lora = read_lora_settings(args.peft_config)
+    take_over(args, lora, f"--peft_config {args.peft_config}")
+    if lora.get("lora_dropout") and not args.allow_dropout:
+        raise UserError(f"--peft_config {args.peft_config}: lora_dropout {args.lora_dropout} makes policy and "
+                        "reference differ at step 0; add --allow_dropout to train with it all the same, or set it to 0")
+    return lora
+
+
+def check_lora(args, lora: dict, source: Source, settings: dict) -> None:
+    """Raises UserError for settings of LoRA that go with no adapter of its own, or not with the precision or ZeRO."""
+    stage = settings["zero_optimization"].get("stage", 0)
+    check_dora(lora, f"--peft_config {args.peft_config}", args.bf16, stage)
+    if not source.adapter:
+        return
+    if args.peft_config:
+        raise UserError(f"--peft_config {args.peft_config}: --model_name {source.adapter} is an adapter, which has "
+                        "settings of its own; leave it out")
+    own = adapter_shape(source.adapter)
+    check_trainable(own, f"--model_name {source.adapter}")
+    check_dora(own, f"--model_name {source.adapter}", args.bf16, stage)
 
 
 def open_start(args) -> Source:

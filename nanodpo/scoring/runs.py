@@ -206,6 +206,6 @@ def recipe(record: dict) -> tuple[str, int | None]:
     that it held out are part of the seed."""
     given = record["arguments"]
     kept = {name: value for name, value in given.items() if name not in FREE and name != "seed"}
-    content = ["steps", "max_length", "world_size", *["weights"] * (not given.get("random_init")),
+    content = ["steps", "max_length", "world_size", "peft_config", *["weights"] * (not given.get("random_init")),
                *["data"] * (not given.get("eval_size"))]
     return json.dumps([kept, *(record.get(name) for name in content)], sort_keys=True), given.get("seed")
