@@ -128,7 +128,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         distributed.say(json.dumps(kept, indent=2))
         return None
     if args.inspect:
-        look(args, script.parent / "ds_config.json")
+        look(args, lora, script.parent / "ds_config.json")
         return None
     today = distributed.from_main(str(datetime.date.today()))  # one day for all ranks
     with agreement.same_on_all_ranks() as compared:
@@ -159,10 +159,10 @@ def prepare(argv: list[str], script: Path) -> Start | None:
     return start
 
 
-def look(args, deepspeed: Path) -> None:
+def look(args, lora: dict, deepspeed: Path) -> None:
     """--inspect. Settings that a run would refuse are refused here, too; rows are left out and named."""
     with agreement.same_on_all_ranks():
-        lora, settings = read_lora(args), engine.read_settings(args, deepspeed)
+        settings = engine.read_settings(args, deepspeed)
         distributed.check_device(args)
         source = open_start(args)
         check_lora(args, lora, source, settings)
