@@ -12,6 +12,7 @@ from conftest import ROOT, launch, make_model, make_tokenizer, train, zero
 from safetensors.torch import load_file
 
 from nanodpo.data.schedule import pairs_of_step
+from nanodpo.scoring.runs import open_targets
 
 pytestmark = pytest.mark.slow
 STEP = ("--learning_rate", "1e-3", "--lora_r", "4", "--per_device_train_batch_size", "2", "--max_steps", "2")
@@ -144,6 +145,11 @@ def test_scored_rewards_are_those_of_training(tiny, other, tmp_path):
     for line in (line for line in lines if "eval_loss" in line):
         for name in ("rewards/chosen", "rewards/rejected"):
             assert found.loc[line["step"], name] == pytest.approx(line[f"eval_{name}"], abs=1e-6)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["arguments"]["bf16"] = True
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    asked = open_targets([str(tmp_path / "run"), str(other), str(tiny / "model")])
+    assert [c.settings.bf16 for c in asked if not c.phase] == [True, False], "a reference, in its run's precision"
 
 
 # Adapters by a file
@@ -200,6 +206,23 @@ def test_an_adapter_as_peft_has_it(name, tiny, tmp_path):
     assert torch.allclose(torch.tensor(found[["chosen", "rejected"]].to_numpy()), end.double(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("name, stage, more", [
+    ("rslora-dora", 2, ("--gradient_checkpointing",)), ("rslora-dora", 0, ("--activation_memory", "0.0002")),
+    ("biases", 3, ()), ("patterns", 3, ("--gradient_checkpointing",))])
+def test_ranks_and_memory_change_no_adapter(name, stage, more, tiny, tmp_path):
+    """Two ranks, sharded weights and layers that are computed again give the numbers of one rank without these."""
+    file = described(tmp_path, name)
+    run_with(tiny, tmp_path / "one", "--peft_config", file)
+    launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--output_dir",
+           tmp_path / "two", "--cache_dir", tmp_path / "other", "--draw", "false", "--learning_rate", "1e-2",
+           "--per_device_train_batch_size", "2", "--max_steps", "3", "--peft_config", file, "--deepspeed",
+           zero(tmp_path, stage), *more, ranks=2, launcher="fork")
+    one, two = ([json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+                for run in ("one", "two"))
+    for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-5), name
+
+
 def test_the_scale_of_rank_stabilised_lora(tiny, tmp_path):
     """By hand: the adapter adds lora_alpha / sqrt(r) B A, 6 / 2 of it; plain LoRA would add 6 / 4. So a merged matrix
     is W + 3 B A."""
@@ -212,14 +235,15 @@ def test_the_scale_of_rank_stabilised_lora(tiny, tmp_path):
     assert (b @ a).abs().max() > 1e-4
 
 
-def test_a_killed_run_with_dora_goes_on_to_the_bit(tiny, tmp_path, forked):
-    """Also its magnitudes, their moments, and the base's references."""
+def test_a_killed_run_with_dora_goes_on_to_the_bit(tiny, other, tmp_path, forked):
+    """Also its magnitudes, their moments, and another model's references."""
     file, runs = described(tmp_path, "rslora-dora"), {}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         runs[name] = ["--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--output_dir",
                       tmp_path / name / "run", "--cache_dir", tmp_path / name / "cache", "--draw", "false",
                       "--peft_config", file, "--learning_rate", "1e-2", "--max_steps", "4", "--save_steps", "2",
+                      "--reference", other, "--eval_size", "3",
                       "--per_device_train_batch_size", "2"]
     assert forked(ROOT / "train.py", *runs["whole"])[0] == [0]
     assert forked(ROOT / "tests" / "faulty.py", "kill@3:0", *runs["killed"])[0] == [137]

@@ -71,6 +71,9 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     Raises UserError, also for a checkpoint that is not what was written.
     """
     found = [checkpoint for target in targets for checkpoint in _open(target)]
+    for model in (c for c in found if not c.phase):  # the reference of a run is scored in the run's precision
+        its_runs = (c.settings for c in found if c.settings.reference)
+        model.settings.bf16 = any(run.bf16 for run in its_runs if same_place(run.reference, model.path))
     for checkpoint in found:
         checkpoint.recorded = checkpoint.settings
         checkpoint.settings = SimpleNamespace(**vars(checkpoint.settings) | (changes or {}))
@@ -84,6 +87,11 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     for checkpoint in found:
         checkpoint.contents = Contents(checkpoint.path)
     return found
+
+
+def same_place(name: str, other: str) -> bool:
+    """Whether two names are of one folder, or one hub id."""
+    return os.path.realpath(name) == os.path.realpath(other)
 
 
 def find_bases(checkpoints: list[Checkpoint]) -> None:
