@@ -145,6 +145,15 @@ def test_scored_rewards_are_those_of_training(tiny, other, tmp_path):
     for line in (line for line in lines if "eval_loss" in line):
         for name in ("rewards/chosen", "rewards/rejected"):
             assert found.loc[line["step"], name] == pytest.approx(line[f"eval_{name}"], abs=1e-6)
+    # A checkpoint of a run with other data is a reference, too: what that run held out does not matter here.
+    (tmp_path / "few.jsonl").write_text("".join((tiny / "train.jsonl").read_text().splitlines(keepends=True)[:4]))
+    train(tiny, tmp_path / "sft", *STEP, "--loss", "sft", "--train_file_path", tmp_path / "few.jsonl")
+    train(tiny, tmp_path / "dpo", *STEP, "--reference", tmp_path / "sft" / "checkpoint-2", "--eval_size", "3")
+    launch(ROOT / "score.py", tmp_path / "dpo", tmp_path / "sft" / "checkpoint-2", "--output_dir", tmp_path / "two",
+           launcher="fork")
+    found = pandas.read_parquet(tmp_path / "two" / "pairs.parquet").query("run == 'dpo' and step == 0")
+    first = json.loads((tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
+    assert found["margin"].mean() == pytest.approx(first["eval_rewards/margins"], abs=1e-6) and len(found) == 3
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     record["arguments"]["bf16"] = True
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))

@@ -17,7 +17,7 @@ from ..ranks.distributed import say
 from .answers import final_answer, thinks
 from .contents import hash_of
 from .responses import GREEDY, KINDS, Group, make_groups
-from .runs import READING, Checkpoint, check_own, own_rows
+from .runs import READING, Checkpoint, check_own, own_rows, without_references
 
 
 @dataclasses.dataclass
@@ -129,7 +129,7 @@ def open_datasets(checkpoints: list[Checkpoint], files: list[tuple[str, str]], o
     Raises UserError for what can't be read, for runs with other data of their own, and for other tokenizers.
     """
     if own:
-        check_own(checkpoints)
+        check_own(without_references(checkpoints))
     source, first = one_source(checkpoints), checkpoints[0]
     if other := [f"--{name}" for name in READING
                  if len({getattr(known.settings, name) for known in checkpoints if known.phase}) > 1]:
@@ -137,7 +137,7 @@ def open_datasets(checkpoints: list[Checkpoint], files: list[tuple[str, str]], o
     rows = set(own_rows(first.settings)[2]) if own else set()
     readers = [(name, Reader(file, source, rows)) for name, file in files]
     if own:
-        check_unchanged(checkpoints, readers[0][1])
+        check_unchanged(without_references(checkpoints), readers[0][1])
     datasets = [open_dataset(name, reader, first.settings, wanted) for name, reader in readers]
     if not other_prompts:
         for data in datasets:

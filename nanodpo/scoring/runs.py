@@ -72,8 +72,7 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     """
     found = [checkpoint for target in targets for checkpoint in _open(target)]
     for model in (c for c in found if not c.phase):  # the reference of a run is scored in the run's precision
-        its_runs = (c.settings for c in found if c.settings.reference)
-        model.settings.bf16 = any(run.bf16 for run in its_runs if same_place(run.reference, model.path))
+        model.settings.bf16 = any(c.settings.bf16 for c in runs_against(model, found))
     for checkpoint in found:
         checkpoint.recorded = checkpoint.settings
         checkpoint.settings = SimpleNamespace(**vars(checkpoint.settings) | (changes or {}))
@@ -89,9 +88,15 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     return found
 
 
-def same_place(name: str, other: str) -> bool:
-    """Whether two names are of one folder, or one hub id."""
-    return os.path.realpath(name) == os.path.realpath(other)
+def runs_against(model: Checkpoint, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """The checkpoints of runs whose --reference is this model."""
+    place = os.path.realpath(model.path)
+    return [c for c in checkpoints if c.settings.reference and os.path.realpath(c.settings.reference) == place]
+
+
+def without_references(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """The checkpoints less those that are here as the reference of one before them, whatever they were trained on."""
+    return [c for i, c in enumerate(checkpoints) if not runs_against(c, checkpoints[:i])]
 
 
 def find_bases(checkpoints: list[Checkpoint]) -> None:
