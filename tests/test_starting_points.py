@@ -320,3 +320,23 @@ def test_adapters_that_are_trained_on_and_what_they_lack(tiny, tmp_path):
     head.save_pretrained(tmp_path / "head")
     refused = run_with(tiny, tmp_path / "no", "--model_name", tmp_path / "head", check=False)
     assert refused.returncode == 2 and "its modules_to_save trains whole layers beside LoRA" in refused.stderr
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"modules_to_save": ["lm_head"]}, "changes the output layer"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "it is no LoRA weight (target_modules or modules_to_save name")])
+def test_an_adapter_that_changes_the_output_layer(settings, words, tiny, tmp_path):
+    """It is no model to score, nor a reference, until it is merged: a line says so."""
+    from peft import LoraConfig, get_peft_model
+
+    adapter = tmp_path / "adapter"
+    get_peft_model(oracle.load(tiny / "untied"), LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | settings)
+                   ).save_pretrained(adapter)
+    make_tokenizer().save_pretrained(adapter)
+    data = f"t={tiny / 'train.jsonl'}"
+    for done in (launch(ROOT / "score.py", adapter, "--dataset_path", data, "--output_dir", tmp_path / "scores",
+                        check=False, launcher="fork"),
+                 run_with(tiny, tmp_path / "run", "--reference", adapter, check=False)):
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert f"{adapter}: " in done.stderr and words in done.stderr and "merge the adapter" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -65,7 +65,7 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
         return model
     from peft import PeftModel
 
-    kind = adapter_shape(adapter).get("peft_type")
+    kind, head = adapter_shape(adapter).get("peft_type"), model.get_output_embeddings()
     if trainable and kind != "LORA":
         raise UserError(f"{adapter}: is a {kind} adapter; only LoRA can be trained on")
     try:
@@ -79,6 +79,9 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
         grown = ("; if its model's vocabulary was grown, merge it where that model is (PEFT's merge_and_unload), and "
                  "name the merged model") * ("embed_tokens" in str(error))
         raise UserError(f"{adapter}: does not fit its base: {first_line(error)}{grown}") from error
+    if model.get_base_model().get_output_embeddings() is not head:
+        raise UserError(f"{adapter}: changes the output layer, which its target_modules or modules_to_save name; merge "
+                        "the adapter (PEFT's merge_and_unload), and name the merged model")
     return model
 
 
