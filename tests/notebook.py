@@ -35,14 +35,15 @@ def stopped_by_hand(step):
     return train_step
 
 
-before, plain = state(), train.train_step
-for script, argv, stopped in json.loads(sys.argv[1]):
-    train.train_step = stopped_by_hand(plain) if stopped else plain
-    try:
-        {"train": train, "score": score}[script].main(argv)
-        print("cell: done", flush=True)
-    except (UserError, Preempted) as error:
-        print(f"cell: {error._render_traceback_()[0]}", flush=True)
-    assert state() == before, (state(), before)
-print("the kernel lives", flush=True)
-sys.exit()
+if __name__ == "__main__":
+    before, plain = state(), train.train_step
+    for script, argv, stopped in json.loads(sys.argv[1]):
+        train.train_step = stopped_by_hand(plain) if stopped else plain
+        try:
+            {"train": train, "score": score}[script].main(argv)
+            print("cell: done", flush=True)
+        except (UserError, Preempted) as error:
+            print(f"cell: {error._render_traceback_()[0]}", flush=True)
+        assert state() == before, (state(), before)
+    print("the kernel lives", flush=True)
+    sys.exit()
