@@ -124,3 +124,9 @@ def test_help_and_wrong_input_wait_for_no_model_code(script):
     code = f"import sys, {script}; print({slow} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_tests_lie_in_folders_of_the_same_names():
+    """What tests a folder of nanodpo/ lies in tests/ under its name; what tests the whole lies beside them."""
+    folders = {file.parent.name for file in (ROOT / "tests").glob("*/test_*.py")}
+    assert folders == {file.parent.name for file in HOUSE.glob("*/__init__.py")}

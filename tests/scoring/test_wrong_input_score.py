@@ -1,5 +1,5 @@
 """score.py on malformed input: runs, checkpoints, data, flags. A case a line. (What an earlier call left:
-tests/test_parts.py.)"""
+tests/scoring/test_parts.py.)"""
 
 import json
 import shutil

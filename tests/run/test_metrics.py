@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from nanodpo.core.losses import pair_losses
 from nanodpo.run import metrics
 from nanodpo.run.metrics import Meter, pair_metrics, write_line
 
-ROOT = Path(__file__).resolve().parent.parent
 LOGPS = torch.tensor([[-10.0, -20.0], [-8.0, -6.0], [-5.0, -5.0]], dtype=torch.float64, requires_grad=True)
 REF = torch.tensor([[-12.0, -19.0], [-8.0, -6.0], [-4.0, -6.0]], dtype=torch.float64)
 TOKENS = torch.tensor([[5.0, 10.0], [4.0, 2.0], [1.0, 5.0]], dtype=torch.float64)

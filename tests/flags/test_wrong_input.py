@@ -5,19 +5,18 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny_tokenizers as tiny
+from conftest import ROOT
 
 import train
 from nanodpo.errors import RunStopped, UserError, run_script
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.run import engine
 
-ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"prompt": "1+1=", "chosen": "2", "rejected": "5"}
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import plot
 import score
@@ -25,9 +26,8 @@ from nanodpo.folder import atomic
 from nanodpo.model import source
 from nanodpo.run import engine
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-import forward_reverse  # noqa: E402
+import forward_reverse
 
 NEEDED = ["--model_name", "M", "--train_file_path", "D"]
 FIELDS = {f.name: f for f in dataclasses.fields(TrainArguments)}
