@@ -202,7 +202,7 @@ def skip_or_stop(run: Run, why: str) -> None:
     if run.skipped >= run.args.skip_nonfinite:
         raise RunStopped(f"step {run.step}: {why}; no update was made")
     run.skipped += 1
-    distributed.say(f"step {run.step:>5}  no update, {run.skipped} of {run.args.skip_nonfinite} allowed: {why}")
+    distributed.say(f"step {run.step:>5}  left out, {run.skipped} of {run.args.skip_nonfinite} allowed: {why}")
 
 
 def log_step(run: Run, bar, line: dict[str, float]) -> None:

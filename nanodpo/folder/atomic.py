@@ -20,6 +20,8 @@ from ..files import read_text
 from ..ranks.distributed import say
 
 MANIFEST = "manifest.json"
+# Of a checkpoint, see card.py: no number depends on them, and people edit them.
+BESIDE = ("README.md", "trainer_state.json")
 
 
 class writing:
@@ -131,7 +133,7 @@ def publish(folder: Path, facts: dict, hashed: dict[str, dict] | None = None) ->
     files = sorted(file for file in place.rglob("*") if file.is_file())
     for file in files:
         finish_file(file)
-    names = [str(file.relative_to(place)) for file in files]
+    names = [str(file.relative_to(place)) for file in files if file.name not in BESIDE]
     facts = facts | {"files": {name: hashed.get(name) or file_facts(place / name) for name in names}}
     with new_file(place / MANIFEST) as manifest:
         manifest.write_text(json.dumps(facts, indent=1) + "\n")

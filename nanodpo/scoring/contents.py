@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ..errors import UserError, first_line
-from ..folder.atomic import check_whole, file_facts
+from ..folder.atomic import BESIDE, check_whole, file_facts
 
 KINDS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.py")  # weights, settings, tokenizer, code
 
@@ -46,7 +46,8 @@ class Contents:
         try:
             if not any((self.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
                 return {}
-            files = {file.name: file.stat() for kind in KINDS for file in self.folder.glob(kind) if file.is_file()}
+            files = {file.name: file.stat() for kind in KINDS for file in self.folder.glob(kind)
+                     if file.is_file() and file.name not in BESIDE}
         except OSError:
             return {}
         return {name: (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino) for name, s in files.items()}

@@ -8,7 +8,9 @@ from conftest import ROOT, launch, train
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
+from nanodpo.folder.atomic import check_whole
 from nanodpo.folder.card import history, license_of, model_card
+from nanodpo.scoring.contents import Contents
 
 FACTS = {"arguments": {"loss": "dpo", "beta": 0.1, "learning_rate": 1e-5, "train_file_path": "org/pairs:main",
                        "eval_file_path": "/home/me/secret/held.jsonl", "logging_steps": 2},
@@ -69,3 +71,13 @@ def test_every_checkpoint_and_the_merged_model_have_both(tiny, tmp_path):
     assert f"| loss | {evals[0]['eval_loss']:.4f} | {evals[-1]['eval_loss']:.4f} |" in text
     launch(ROOT / "score.py", tmp_path / "run" / "merged", "--dataset_path", tiny / "train.jsonl", "--output_dir",
            tmp_path / "scores", launcher="fork")
+
+
+def test_a_card_may_be_edited_and_its_numbers_are_those_of_the_weights(tiny, tmp_path):
+    """What is written beside the weights is no part of a checkpoint's manifest, nor of the key of its scores."""
+    train(tiny, tmp_path / "run", "--max_steps", "2", "--save_steps", "1")
+    folder = tmp_path / "run" / "checkpoint-1"
+    before = Contents(str(folder)).key
+    (folder / "README.md").write_text("my own words")
+    (folder / "trainer_state.json").unlink()
+    assert check_whole(folder) and Contents(str(folder)).key == before
