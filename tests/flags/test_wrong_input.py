@@ -164,7 +164,7 @@ def test_wrong_models(world, model, words):
 
 @pytest.mark.parametrize("text, words", [
     ("{", "not JSON"), ("", "not JSON"), ("[1]", "expected an object, found list"), ("3", "found int"),
-    ('{"optimizer": {"type": "Adam"}, "scheduler": {}}', "sets optimizer, scheduler, which train.py owns"),
+    ('{"optimizer": {"type": "Lion"}, "scheduler": {"type": "OneCycle"}}', "sets optimizer, scheduler, which train"),
     ('{"train_batch_size": 8, "gradient_accumulation_steps": 2}', "sets train_batch_size, gradient_accumulation_steps"),
     ('{"train_micro_batch_size_per_gpu": 8}', "sets train_micro_batch_size_per_gpu"),
     ('{"gradient_clipping": 1.0}', "sets gradient_clipping"), ('{"fp16": {"enabled": true}}', "sets fp16"),

@@ -404,10 +404,11 @@ ADAPTERS += [(f"adapter_config.json: {name} {str(value)[:30]}", edited("adapter/
     ("target_modules", ["nope"], UNFIT + "Target modules {'nope'} not found in the base model"),
     ("target_modules", ["q_proj"], "@/adapter: has weights that its base or its adapter_config.json has no place for"),
     ("lora_alpha", "x", UNFIT), ("lora_alpha", None, UNFIT),
-    ("lora_dropout", "x", UNFIT), ("lora_dropout", 2, UNFIT), ("modules_to_save", 3, UNFIT),
+    ("lora_dropout", "x", UNFIT), ("lora_dropout", 2, UNFIT),
+    ("modules_to_save", 3, "@/adapter: its modules_to_save "),
     ("use_dora", True, "lacks 7 of the weights that its adapter_config.json asks for, such as base_model"),
     ("modules_to_save", ["lm_head"], "@/adapter"), ("task_type", "NOPE", UNFIT), ("rank_pattern", 3, UNFIT),
-    ("rank_pattern", {"q_proj": 4}, UNFIT), ("bias", "nope", UNFIT), ("init_lora_weights", "nope", UNFIT),
+    ("rank_pattern", {"q_proj": 4}, UNFIT), ("bias", "nope", "@/adapter: its bias "), ("init_lora_weights", "nope", UNFIT),
 ]]
 
 
