@@ -408,7 +408,8 @@ ADAPTERS += [(f"adapter_config.json: {name} {str(value)[:30]}", edited("adapter/
     ("modules_to_save", 3, "@/adapter: its modules_to_save "),
     ("use_dora", True, "lacks 7 of the weights that its adapter_config.json asks for, such as base_model"),
     ("modules_to_save", ["lm_head"], "@/adapter"), ("task_type", "NOPE", UNFIT), ("rank_pattern", 3, UNFIT),
-    ("rank_pattern", {"q_proj": 4}, UNFIT), ("bias", "nope", "@/adapter: its bias "), ("init_lora_weights", "nope", UNFIT),
+    ("rank_pattern", {"q_proj": 4}, UNFIT), ("bias", "nope", "@/adapter: its bias "),
+    ("init_lora_weights", "nope", UNFIT),
 ]]
 
 
