@@ -8,26 +8,34 @@ from ..files import parse_json, read_text, repeated
 from .unknown import OTHERWISE, hint
 
 
+def read_mapping(path: str, where: str, example: str, as_text: bool = False) -> dict:
+    """The settings in a YAML or JSON file, no key of them twice. `as_text`: values stay as they are written. Raises
+    UserError, which begins with `where`, for a file that can't be read, or holds something else."""
+    import yaml  # a dependency of transformers
+
+    numbers = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), str) if as_text else {}
+    try:
+        text = read_text(path)
+        if path.endswith(".json"):
+            found = parse_json(text, **numbers)
+        else:
+            found = yaml.load(text, Loader=_unique_keys(yaml.BaseLoader if as_text else yaml.SafeLoader))
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not YAML or JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: expected settings like `{example}`, found {type(found).__name__}")
+    return found
+
+
 def read_settings(path: str, names: list[str], lists: tuple[str, ...] = ()) -> list[str]:
     """A flat YAML or JSON file as flags, so that argparse converts and checks its values like those of other flags.
 
     Values stay as they are written (1e-5, 010): YAML would read the first as text and the second as 8. Raises UserError
     for an unreadable file, a key not in `names` and a nested value. Those of `lists` may be a list of values.
     """
-    import yaml  # a dependency of transformers
-
-    try:
-        text = read_text(path)
-        if path.endswith(".json"):
-            settings = parse_json(text, parse_int=str, parse_float=str, parse_constant=str)
-        else:
-            settings = yaml.load(text, Loader=unique_keys(yaml.BaseLoader))  # it leaves every value text
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML or JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected settings like `learning_rate: 1e-5`, found {type(settings).__name__}")
+    settings = read_mapping(path, path, "learning_rate: 1e-5", as_text=True)
     if unknown := [str(key) for key in settings if key not in names]:
         hinted = [f"{key} ({words})" if (words := hint(key, names, OTHERWISE, "")) else key for key in unknown]
         raise UserError(f"{path}: unknown setting {', '.join(hinted)}; `train.py --help` lists them")
@@ -44,7 +52,7 @@ def read_settings(path: str, names: list[str], lists: tuple[str, ...] = ()) -> l
     return flags
 
 
-def unique_keys(base: type) -> type:
+def _unique_keys(base: type) -> type:
     """A loader of YAML that raises ValueError for a key that is there twice."""
     class Loader(base):
         def construct_mapping(self, node, deep=False):

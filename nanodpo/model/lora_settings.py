@@ -1,12 +1,10 @@
 """The settings of a LoRA adapter beyond train.py's flags, from a file in the form of PEFT's adapter_config.json."""
 
 import re
-from pathlib import Path
 
-from ..errors import UserError, first_line
-from ..files import parse_json, read_text
+from ..errors import UserError
 from ..flags.limits import BELOW_1, Limit
-from ..flags.settings import unique_keys
+from ..flags.settings import read_mapping
 from ..flags.unknown import hint
 
 FLAGS = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
@@ -60,18 +58,8 @@ def read_lora_settings(file: str | None) -> dict:
     can't be read, and for what is no LoRA or can't be trained exactly."""
     if file is None:
         return {}
-    import yaml  # a dependency of transformers
-
     where = f"--peft_config {file}"
-    try:
-        text = read_text(Path(file))
-        found = parse_json(text) if file.endswith(".json") else yaml.load(text, Loader=unique_keys(yaml.SafeLoader))
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON or YAML: {first_line(error)}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: expected settings like `use_rslora: true`, found {type(found).__name__}")
+    found = read_mapping(file, where, "use_rslora: true")
     if (kind := found.get("peft_type") or "LORA") != "LORA":
         raise UserError(f"{where}: peft_type is {kind}; only LORA can be trained")
     if (task := found.get("task_type") or "CAUSAL_LM") != "CAUSAL_LM":
