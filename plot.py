@@ -85,7 +85,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     look.add_argument("--style", help="A matplotlib style sheet: its name, or a file.")
     look.add_argument("--serif", action="store_true", help="The letters of a paper (STIX), without LaTeX.")
     look.add_argument("--usetex", action="store_true", help="Letters set by LaTeX, which must be installed.")
-    parser.error = _raise  # argparse would print the whole usage before the one line that matters
     args = parse_known(parser, argv, "plot.py")
     args.series = args.series and home(args.series)
     check(args)
@@ -117,10 +116,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--panel_ratios: must be above 0")
     if (args.heatmap or args.strip is not None) and (args.series or args.focus or args.floor is not None):
         raise UserError("--series, --focus and --floor: are for the figures of curves")
-
-
-def _raise(message: str) -> None:
-    raise UserError(message)
 
 
 def home(path: str | Path) -> Path:

@@ -67,11 +67,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dpo", default=None, help="settings of DPO")
     parser.add_argument("--ranks", type=int, default=1, help="processes a run, by torchrun")
     parser.add_argument("--parallel", type=int, help="commands at a time; default: one a core; one for a real model")
-
-    def refuse(message):
-        raise UserError(message)
-
-    parser.error = refuse
     args = parse_known(parser, argv, "forward_reverse.py")
     if len(args.models) == 1:
         raise UserError(f"{args.models[0]}: name models and, last, the data: MODEL [MODEL ...] DATA")

@@ -85,7 +85,12 @@ def hint(typed: str, known, otherwise: dict[str, str] | None = None, dashes: str
 
 
 def parse_known(parser, argv: list[str], script: str, otherwise: dict[str, str] | None = None):
-    """The parsed command line. Raises UserError for unknown flags, with a hint for each."""
+    """The parsed command line. Raises UserError for what the parser refuses, and for unknown flags with a hint for each.
+    """
+    def refuse(message: str):
+        raise UserError(message)
+
+    parser.error = refuse  # argparse would print the whole usage before the one line that matters
     args, rest = parser.parse_known_intermixed_args(argv)
     if rest:
         raise UserError(unknown_arguments(rest, vars(args), script, otherwise))

@@ -45,11 +45,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                             help="as in train.py; default: as the run read its data")
     parser.add_argument("--gpu_id", type=int, help="the CUDA device to use")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-
-    def refuse(message):
-        raise UserError(message)
-
-    parser.error = refuse
     return parser
 
 
