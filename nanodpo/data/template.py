@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 from ..errors import UserError
+from .shapes import options_of
 
 # How other models' transcripts begin; a text that opens so is a transcript, whatever the model at hand.
 FOREIGN_OPENINGS = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>", "<start_of_turn>",
@@ -46,6 +47,11 @@ class Template:
     def given(self, options: dict) -> "Template":
         """The same template, given these options, too: those of one row."""
         return dataclasses.replace(self, options=self.options | options) if options else self
+
+
+def template_for(tokenizer, settings, date: str | None = None) -> Template:
+    """The template as a run's settings have it: its --assistant_header and --chat_template_kwargs. Raises UserError."""
+    return read_template(tokenizer, settings.assistant_header, date, options_of(settings.chat_template_kwargs))
 
 
 def read_template(tokenizer, assistant_header: str | None = None, date: str | None = None,

@@ -85,8 +85,7 @@ def hint(typed: str, known, otherwise: dict[str, str] | None = None, dashes: str
 
 
 def parse_known(parser, argv: list[str], script: str, otherwise: dict[str, str] | None = None):
-    """The parsed command line. Raises UserError for what the parser refuses, and for unknown flags with a hint for each.
-    """
+    """The parsed command line. Raises UserError for what the parser refuses, and for unknown flags, with hints."""
     def refuse(message: str):
         raise UserError(message)
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.shapes import options_of
-from ..data.template import prompt_leads, read_template
+from ..data.template import prompt_leads, template_for
 from ..errors import UserError
 from ..folder import card, checkpoint, record, resume, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
@@ -26,8 +25,7 @@ def open_folder(run: Run) -> dict:
                   "attention": run.attention, "weights": run.weights, "reference": run.reference_weights,
                   "device": distributed.device_name(run.device),
                   "held_out_rows": [e.row for e in run.held_out.examples] if run.args.eval_size else None,
-                  "prompt_leads": prompt_leads(read_template(run.source.tokenizer, run.args.assistant_header,
-                                                             options=options_of(run.args.chat_template_kwargs)),
+                  "prompt_leads": prompt_leads(template_for(run.source.tokenizer, run.args, run.facts["date"]),
                                                [example.prompt for example in run.train_set.examples])}
     with agreement.same_on_all_ranks() as compared:
         compared |= {name: run.facts[name] for name in ("layout", "attention")}

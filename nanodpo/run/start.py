@@ -12,11 +12,10 @@ import torch
 
 from ..data import inspection
 from ..data.schedule import epoch_order, steps_of
-from ..data.shapes import options_of
-from ..data.template import read_template
+from ..data.template import template_for
 from ..data.tokens import DataSet, load_dataset
-from ..errors import UserError, first_line
-from ..files import read_text
+from ..errors import UserError
+from ..files import read_text, why
 from ..flags.arguments import TrainArguments, parse
 from ..folder import record
 from ..folder.atomic import check_whole, check_writable
@@ -196,11 +195,16 @@ def check_lora(args, lora: dict, source: Source, settings: dict) -> None:
     check_dora(own, f"--model_name {source.adapter}", args.bf16, stage)
 
 
-def open_start(args) -> Source:
-    """The model or adapter to start from; a checkpoint of another run must be what that run wrote."""
-    for place in filter(None, base_of(args.model_name)):
+def open_whole(name: str, trust_remote_code: bool) -> Source:
+    """A model or adapter; a checkpoint of another run must be what that run wrote."""
+    for place in filter(None, base_of(name)):
         check_whole(Path(place))
-    source = open_source(args.model_name, args.trust_remote_code)
+    return open_source(name, trust_remote_code)
+
+
+def open_start(args) -> Source:
+    """The model or adapter to start from, with the chat template of --chat_template."""
+    source = open_whole(args.model_name, args.trust_remote_code)
     if args.chat_template:
         source.tokenizer.chat_template = _read_template_file(args.chat_template)
     return source
@@ -208,9 +212,7 @@ def open_start(args) -> Source:
 
 def open_reference(args, source: Source, sets: list[DataSet]) -> Source:
     """The model or adapter of --reference. Raises UserError where it can't read the token ids of these data sets."""
-    for place in filter(None, base_of(args.reference)):
-        check_whole(Path(place))
-    reference = open_source(args.reference, args.trust_remote_code)
+    reference = open_whole(args.reference, args.trust_remote_code)
     for data in sets:
         check_reference(source, reference, args.reference, data.path, data.examples)
     return reference
@@ -221,8 +223,7 @@ def _read_template_file(file: str) -> str:
     try:
         text = read_text(Path(file)).rstrip("\n")  # an editor ends a file with one
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"--chat_template {file}: can't be read ({why})") from error
+        raise UserError(f"--chat_template {file}: can't be read ({why(error)})") from error
     if not text.strip():
         raise UserError(f"--chat_template {file}: is empty")
     return text
@@ -230,7 +231,7 @@ def _read_template_file(file: str) -> str:
 
 def load_data(args, source, date: str | None = None):
     """(training set, held-out set or None, the longest sequence allowed in tokens). `date`: of the run, ISO."""
-    template = read_template(source.tokenizer, args.assistant_header, date, options_of(args.chat_template_kwargs))
+    template = template_for(source.tokenizer, args, date)
     context = source.context or sys.maxsize
     limit = args.max_length or context
     if limit > context:

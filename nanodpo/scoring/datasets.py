@@ -7,8 +7,7 @@ import json
 import sys
 
 from ..data.example import Example
-from ..data.shapes import options_of
-from ..data.template import Template, prompt_leads, read_template
+from ..data.template import Template, prompt_leads, template_for
 from ..data.tokens import DataSet, load_dataset
 from ..errors import UserError
 from ..folder.reference import data_hash
@@ -107,8 +106,7 @@ class Reader:
         """`columns`: further ones with responses."""
         how = repr([getattr(settings, name) for name in ("loss", "date", "train_on", *READING)] + [columns])
         if how not in self.known:
-            template = read_template(self.source.tokenizer, settings.assistant_header, settings.date,
-                                     options_of(settings.chat_template_kwargs))
+            template = template_for(self.source.tokenizer, settings, settings.date)
             data = load_dataset(self.path, template, settings, self.limit(settings), pairs=False, more=columns)
             check_ids(self.source, self.path, data.examples)
             if self.rows:

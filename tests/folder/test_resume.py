@@ -540,11 +540,11 @@ def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch)
     monkeypatch.setattr(run_record, "check_same", lambda *_: None)
     monkeypatch.setattr(lifecycle.memory, "check_disk", lambda *_: pytest.fail("looked at the disk"))
     monkeypatch.setattr(lifecycle, "prompt_leads", lambda *_: [])
-    monkeypatch.setattr(lifecycle, "read_template", lambda *_, **options: None)
+    monkeypatch.setattr(lifecycle, "template_for", lambda *_: None)
     data = SimpleNamespace(examples=[], dropped=[])
     args = TrainArguments("model", train_file_path="data", max_steps=1)
     source = SimpleNamespace(tokenizer=None)
-    run = Run(args, {}, source, data, None, tmp_path, {}, {"arguments": {}}, None, device=torch.device("cpu"))
+    run = Run(args, {}, source, data, None, tmp_path, {"date": None}, {"arguments": {}}, None, device=torch.device("cpu"))
     with pytest.raises(UserError, match="is in use by another run"):
         lifecycle.open_folder(run)
 
