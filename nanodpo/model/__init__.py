@@ -3,5 +3,5 @@
 Read source (a model or adapter, before its weights), loading (weights and LoRA, and which policy is the reference),
 adapters, and lora_settings (--peft_config). What runs in every step is precision (--bf16), layers (LoRA's term in one
 product, MLPs that keep less) and recompute (layers that backward computes again); selfcheck compares the result with
-the model as it came. frozen does all this for a model that is not trained.
+the model as it came. ready does all this, for policy, reference and checkpoint.
 """

@@ -1,4 +1,4 @@
-"""Makes a model ready to give log-probs without being trained: a checkpoint to be scored, or a reference."""
+"""Makes a model ready to give log-probs: a policy, a checkpoint to be scored, or a reference, all in the same way."""
 
 import torch
 from torch import nn
@@ -7,16 +7,25 @@ from ..core.logprobs import SequenceLogProbs
 from .precision import mix_precision, product_dtype
 
 
-def freeze(model: nn.Module, bf16: bool, device: torch.device, longest: int) -> tuple[SequenceLogProbs, str, str]:
-    """(the model's log-probs on `device` in eval mode, the layout of batches, its attention), as training has them. The
-    model was loaded in the dtype of `storage_dtype`. `longest`: tokens of the longest sequence."""
-    from . import layers, selfcheck  # slow to import, with transformers' models
+def prepare(model: nn.Module, bf16: bool, device: torch.device, in_place: bool = True) -> torch.dtype:
+    """Sets the precision of a model that was loaded in the dtype of `storage_dtype`, and exchanges the layers that
+    compute the same with less. `in_place` as in `layers.fuse_lora`. Returns the dtype of matrix products."""
+    from . import layers  # slow to import, with transformers' models
 
     product = product_dtype(bf16, device)
     if bf16:
         mix_precision(model, product)
-    layers.fuse_lora(model)
+    layers.fuse_lora(model, in_place)
     layers.keep_less(model)
+    return product
+
+
+def freeze(model: nn.Module, bf16: bool, device: torch.device, longest: int) -> tuple[SequenceLogProbs, str, str]:
+    """(the model's log-probs on `device` in eval mode, the layout of batches, its attention), as training has them,
+    without being trained. `longest`: tokens of the longest sequence."""
+    from . import selfcheck  # slow to import, with transformers' models
+
+    product = prepare(model, bf16, device)
     model.requires_grad_(False)
     module = SequenceLogProbs(model).to(device).eval()
     return module, *selfcheck.choose_layout(module, device, product, False, longest)

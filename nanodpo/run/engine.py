@@ -12,7 +12,7 @@ from ..errors import UserError, first_line
 from ..files import parse_json, read_text
 from ..flags.limits import Limit
 from ..flags.unknown import hint
-from ..model.precision import mix_precision, product_dtype
+from ..model.ready import prepare
 from ..ranks import distributed
 from . import memory
 from .other_trainers import leave_out_same
@@ -141,15 +141,11 @@ def make_engine(model, args, settings: dict, device, longest: int) -> Built:
     the layout that gives this model's own log-probs. `longest`: tokens of the longest sequence."""
     import deepspeed  # all slow to import, and --help and wrong input don't need them
 
-    from ..model import layers, selfcheck
+    from ..model import selfcheck
     from ..model.recompute import FitToMemory, Recompute, sample_batch
 
     stage = settings["zero_optimization"].get("stage", 0)
-    product = product_dtype(args.bf16, device)
-    if args.bf16:
-        mix_precision(model, product)
-    layers.fuse_lora(model, in_place=stage < 3)
-    layers.keep_less(model)
+    product = prepare(model, args.bf16, device, in_place=stage < 3)
     if args.gradient_checkpointing or args.activation_memory:
         recompute = Recompute(model, stage)
         recompute.use("full")

@@ -12,8 +12,8 @@ from ..data.example import Example
 from ..data.schedule import micro_batches_of, pairs_of_step
 from ..data.tokens import DataSet
 from ..folder import record, reference, state
-from ..model.frozen import freeze
 from ..model.loading import reference_policy
+from ..model.ready import freeze
 from ..ranks import distributed
 from . import memory, metrics, noise
 from .lifecycle import disk_needed

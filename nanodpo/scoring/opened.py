@@ -9,9 +9,9 @@ from torch import nn
 
 from ..core.logprobs import SequenceLogProbs
 from ..model.adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
-from ..model.frozen import freeze
 from ..model.loading import base_hashes, check_base
 from ..model.precision import storage_dtype
+from ..model.ready import freeze
 from ..model.source import base_of
 from ..ranks import distributed
 
