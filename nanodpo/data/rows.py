@@ -58,6 +58,17 @@ def places_of(path: str) -> list[str]:
     return [place for place in map(str.strip, path.split(",")) if place]
 
 
+def hub_parts(place: str) -> tuple[str, str, str, str]:
+    """(name, revision, config, split) of a data set of the hub; those that are not given are empty.
+
+    >>> hub_parts("org/pairs@main:default:train[:10%]"), hub_parts("org/pairs")
+    (('org/pairs', 'main', 'default', 'train[:10%]'), ('org/pairs', '', '', ''))
+    """
+    name, config, split = (place.split(":", 2) + ["", ""])[:3]
+    name, _, revision = name.partition("@")
+    return name, revision, config, split
+
+
 def absolute(path: str) -> str:
     """The same names, those of files and folders that are there by their full path."""
     return ",".join(os.path.abspath(place) if _local(place)[0] else place for place in places_of(path))
@@ -338,8 +349,7 @@ def _from_hub(place: str):
     """A data set of the hub: NAME[@REVISION][:CONFIG[:SPLIT]], with the splits that datasets knows, train[:10%] too."""
     import datasets
 
-    name, config, split = (place.split(":", 2) + ["", ""])[:3]
-    name, _, revision = name.partition("@")
+    name, revision, config, split = hub_parts(place)
     if _suffix(name) in SUFFIXES or name.count("/") > 1 or name[:1] in (".", "/", "~") or glob.has_magic(name):
         raise UserError(f"{place}: no such file")
     return datasets.load_dataset(name, config or None, split=split or "train", revision=revision or None)

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from ..core.losses import LOSSES
+from ..data.rows import hub_parts, places_of
 from ..files import read_text
 
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected")
@@ -41,11 +42,12 @@ def history(metrics: Path, step: int, every: int) -> list[dict]:
 def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) -> str:
     """Markdown with a YAML head. Folders of this machine are named by their last part."""
     given = facts["arguments"]
-    loss, data = given["loss"], [given["train_file_path"], given["eval_file_path"]]
+    loss, data = given["loss"], [given["train_file_path"], given["eval_file_path"] or ""]
+    data = [hub_parts(place)[0] for path in data for place in places_of(path)]
     head = {"base_model": base if _is_hub_id(base) else None, "library_name": "peft" if peft else "transformers",
             "pipeline_tag": "text-generation", "license": license_of(base),
             "tags": ["nanodpo", loss] + ["lora"] * bool(peft),
-            "datasets": sorted({_repository(name) for name in data if name and _is_hub_id(_repository(name))}) or None}
+            "datasets": sorted({name for name in data if _is_hub_id(name)}) or None}
     what = "an adapter" if peft else "a model"
     text = [f"# {_short(base)}, {loss}, step {step} of {facts['steps']}",
             f"This is {what} from a run of nanodpo: {_short(base)} after {step} of {facts['steps']} updates with the "
@@ -92,12 +94,9 @@ def _is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists() and not name.startswith(".")
 
 
-def _repository(name: str) -> str:
-    return name.partition(":")[0]
-
-
-def _short(name: str) -> str:
-    return name if _is_hub_id(_repository(name)) else Path(name).name
+def _short(names: str) -> str:
+    """These names, those of files and folders of this machine by their last part."""
+    return ",".join(name if _is_hub_id(hub_parts(name)[0]) else Path(name).name for name in places_of(names))
 
 
 def _short_report(report: str) -> str:

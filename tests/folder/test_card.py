@@ -29,6 +29,16 @@ def test_a_hub_reads_the_head_and_no_folder_of_this_machine_is_in_it():
     assert "sqrt" not in model_card(FACTS, 4, [], "org/base-1B", SimpleNamespace(use_rslora=False))
 
 
+def test_all_data_sets_are_named_and_files_of_this_machine_by_their_last_part():
+    """Several with commas between, with revision, config and split."""
+    names = "org/pairs@v2:cfg:train[:10%],/home/me/a.jsonl,other/more"
+    facts = FACTS | {"arguments": FACTS["arguments"] | {"train_file_path": names, "eval_file_path": None},
+                     "data_report": [f"data {names}: 9 rows, 0 dropped"]}
+    text = model_card(facts, 4, [], "org/base-1B")
+    assert ModelCard(text).data.datasets == ["org/pairs", "other/more"]
+    assert "- org/pairs@v2:cfg:train[:10%],a.jsonl,other/more: 9 rows, 0 dropped" in text and "/home" not in text
+
+
 def test_a_local_base_is_named_by_its_folder_and_its_license_is_handed_on(tmp_path):
     """A hub takes no path for a base model; a license holds for what is made from the model."""
     base = tmp_path / "my-base"
