@@ -16,7 +16,7 @@ import plot
 import score
 import train as trainer
 from nanodpo import progress
-from nanodpo.data import tokens
+from nanodpo.data import encoding
 from nanodpo.errors import run_script
 from nanodpo.scoring import answers
 from nanodpo.screen import command_line, escape_all_output, printable, put
@@ -329,5 +329,5 @@ def test_texts_are_tokenised_a_thousand_at_a_time(tiny):
 
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
     texts = [f"{i} is the number" for i in range(2001)]
-    assert tokens._ids(tokenizer, texts) == tokenizer(texts, add_special_tokens=False).input_ids
-    assert tokens._ids(tokenizer, []) == []
+    assert encoding._ids(tokenizer, texts) == tokenizer(texts, add_special_tokens=False).input_ids
+    assert encoding._ids(tokenizer, []) == []

@@ -1,10 +1,8 @@
-"""Opens data of any kind of file, folder or name on the hub -> a list of rows, dicts of a value a column."""
+"""Data of any kind of file, folder or name on the hub -> a list of rows, dicts of a value a column."""
 
-import bz2
 import contextlib
 import csv
 import glob
-import gzip
 import io
 import itertools
 import json
@@ -16,12 +14,8 @@ import zlib
 from pathlib import Path
 
 from ..errors import UserError
+from .places import PACKED, SPLITS, SUFFIXES, files_of, hub_parts, kind_of, local, one_split, places_of, suffix_of
 
-SUFFIXES = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}  # after one of the suffixes
-SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")  # in a folder that datasets' save_to_disk wrote
-# Names of lists of rows that a JSON file may hold in one object.
-SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval", "data", "rows")
 # Bounds for files that are small on disk and are not in memory. The longest text that a model reads has a few MB.
 MOST_ROWS, LONGEST = 5_000_000, 16 * 2**20  # rows of a data set; characters of a cell, those of nested ones together
 LINE = 16 * LONGEST  # characters of a line of text
@@ -51,102 +45,15 @@ def read_rows(path: str) -> list[dict]:
     return [row for rows in found for row in rows]
 
 
-def places_of(path: str) -> list[str]:
-    """The names in a list with commas; a file that has a comma in its own name is one."""
-    if "," not in path or os.path.exists(path) or glob.glob(path, recursive=True):
-        return [path]
-    return [place for place in map(str.strip, path.split(",")) if place]
-
-
-def hub_parts(place: str) -> tuple[str, str, str, str]:
-    """(name, revision, config, split) of a data set of the hub; those that are not given are empty.
-
-    >>> hub_parts("org/pairs@main:default:train[:10%]"), hub_parts("org/pairs")
-    (('org/pairs', 'main', 'default', 'train[:10%]'), ('org/pairs', '', '', ''))
-    """
-    name, config, split = (place.split(":", 2) + ["", ""])[:3]
-    name, _, revision = name.partition("@")
-    return name, revision, config, split
-
-
-def absolute(path: str) -> str:
-    """The same names, those of files and folders that are there by their full path."""
-    return ",".join(os.path.abspath(place) if _local(place)[0] else place for place in places_of(path))
-
-
 def _read(place: str) -> list[dict]:
-    name, split = _local(place)
-    files = _files_of(name, split) if name else []
-    kind = _kind(files) if files else None
+    name, split = local(place)
+    files = files_of(name, split) if name else []
+    kind = kind_of(files) if files else None
     if kind in (None, ".parquet", ".arrow"):
         return _bounded(place, _table_rows(place, name, split, files, kind))
     rows = _bounded(place, itertools.chain.from_iterable(_text_rows(file, kind, split) for file in files))
     columns = dict.fromkeys(name for row in rows for name in row)
     return [dict.fromkeys(columns) | row for row in rows]  # what a row does not have is None in it
-
-
-def _local(place: str) -> tuple[str | None, str | None]:
-    """(name of a file, folder or glob that is there, split or None); (None, None) for what may be on the hub."""
-    name, config, split = (place.split(":", 2) + ["", ""])[:3]
-    for there, part in ((place, None), (os.path.join(name, config) if config else name, split or None)):
-        if Path(there).exists() or glob.glob(there, recursive=True):
-            return there, part
-    return None, None
-
-
-def _files_of(name: str, split: str | None) -> list[str]:
-    """The data files behind a local name; none for a folder of save_to_disk, which datasets reads itself."""
-    if not Path(name).is_dir():
-        return [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
-    if odd := next((file for file in Path(name).rglob("*") if not (file.is_file() or file.is_dir())), None):
-        raise UserError(f"{name}: {odd.name} in it is not a file")
-    if any((Path(name) / file).exists() for file in SAVED):
-        return []
-    from datasets.data_files import DataFilesDict, get_data_patterns  # slow to import
-
-    try:  # as datasets tells by their names which files are of which split
-        found = DataFilesDict.from_patterns(get_data_patterns(name), base_path=name)
-    except FileNotFoundError:  # as it calls a folder without files
-        found = {}
-    found = {part: [file for file in files if _suffix(file) in SUFFIXES and not Path(file).match("dataset_infos.json")]
-             for part, files in found.items()}
-    if not (found := {part: files for part, files in found.items() if files}):
-        raise UserError(f"{name}: is a folder without data files ({', '.join(SUFFIXES)})")
-    return _one_split(name, found, split)
-
-
-def _one_split(name: str, splits: dict, split: str | None):
-    """The split that was asked for, or the only one. Raises UserError."""
-    if split is None and len(splits) == 1:
-        return next(iter(splits.values()))
-    if split in splits:
-        return splits[split]
-    asked = f"has no split {split!r}; it has {', '.join(splits)}" if split else (
-        f"holds several splits ({', '.join(splits)}); name one")
-    raise UserError(f"{name}: {asked}, like {name}::{next(iter(splits))}")
-
-
-def _suffix(file: str) -> str:
-    """.jsonl also of a file that is called .jsonl.gz."""
-    path = Path(file)
-    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
-
-
-def _kind(files: list[str]) -> str:
-    """The suffix that files share. Raises UserError for mixed, unknown and empty ones, and for what is no file."""
-    if odd := [file for file in files if not Path(file).is_file()]:
-        raise UserError(f"{odd[0]}: is not a file")
-    suffixes = {_suffix(file) for file in files}
-    if len(suffixes) != 1 or not suffixes <= {*SUFFIXES}:
-        raise UserError(f"{files[0]}: expected {', '.join(SUFFIXES)} (the text ones also with "
-                        f"{', '.join(PACKED)} behind), all files of one kind, found "
-                        f"{', '.join(sorted(suffixes)) if any(suffixes) else 'no suffix'}")
-    if empty := [file for file in files if not Path(file).stat().st_size]:
-        raise UserError(f"{empty[0]}: is an empty file")
-    kind = suffixes.pop()
-    if kind in (".parquet", ".arrow") and (packed := [file for file in files if Path(file).suffix in PACKED]):
-        raise UserError(f"{packed[0]}: unpack it first; {kind} files are packed inside")
-    return kind
 
 
 # Text
@@ -195,7 +102,7 @@ def _json_rows(file: str, kind: str, split: str | None):
         with contextlib.suppress(json.JSONDecodeError):  # else they are JSON lines under this name
             whole = _parse_all(file)
             splits = whole and {*whole} <= {*SPLITS} and all(isinstance(rows, list) for rows in whole.values())
-            found = _one_split(file, whole, split) if splits else [whole]
+            found = one_split(file, whole, split) if splits else [whole]
     found = ([(f"item {i}", item) for i, item in enumerate(found)] if found is not None else
              ((f"line {i}", _parse(line, f"{file}, line {i}")) for i, line in enumerate(_lines(file), 1)
               if line.strip()))
@@ -342,7 +249,7 @@ def _saved(name: str, split: str | None):
     import datasets
 
     table = datasets.load_from_disk(name)
-    return _one_split(name, table, split) if isinstance(table, datasets.DatasetDict) else table
+    return one_split(name, table, split) if isinstance(table, datasets.DatasetDict) else table
 
 
 def _from_hub(place: str):
@@ -350,6 +257,6 @@ def _from_hub(place: str):
     import datasets
 
     name, revision, config, split = hub_parts(place)
-    if _suffix(name) in SUFFIXES or name.count("/") > 1 or name[:1] in (".", "/", "~") or glob.has_magic(name):
+    if suffix_of(name) in SUFFIXES or name.count("/") > 1 or name[:1] in (".", "/", "~") or glob.has_magic(name):
         raise UserError(f"{place}: no such file")
     return datasets.load_dataset(name, config or None, split=split or "train", revision=revision or None)

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from ..core.losses import LOSSES
-from ..data.rows import hub_parts, places_of
+from ..data.places import hub_parts, places_of
 from ..files import read_text
 
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected")

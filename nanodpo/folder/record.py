@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.rows import absolute
+from ..data.places import absolute
 from ..errors import RunStopped, UserError
 from ..files import read_text
 from .atomic import aside, check_writable, clear_partials, flush, new_file, steps_of, writing

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..data.rows import SUFFIXES
+from ..data.places import SUFFIXES
 from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments

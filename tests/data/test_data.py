@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_tokenizers as tiny
 
+from nanodpo.data import places
 from nanodpo.data import rows as rows_module
 from nanodpo.data.rows import read_rows
 from nanodpo.data.shapes import Columns, choose_columns, describe_columns, unread_parts
@@ -447,7 +448,7 @@ def test_a_run_keeps_the_names_of_its_data_so_that_they_are_found_from_any_folde
     for name, kept in (("a.jsonl", "@/a.jsonl"), ("a.jsonl, a.jsonl", "@/a.jsonl,@/a.jsonl"), ("*.jsonl", "@/*.jsonl"),
                        ("folder::test", "@/folder::test"), ("org/pairs:a:b[:9]", "org/pairs:a:b[:9]"),
                        ("folder,org/pairs", "@/folder,org/pairs")):
-        assert rows_module.absolute(name) == kept.replace("@", str(tmp_path))
+        assert places.absolute(name) == kept.replace("@", str(tmp_path))
 
 
 @pytest.mark.parametrize("name, given", [

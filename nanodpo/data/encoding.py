@@ -1,0 +1,129 @@
+"""Texts -> token ids, and the boundary between prompt and response."""
+
+import dataclasses
+import itertools
+
+from .example import Answers, Example
+from .template import added_tokens
+from .texts import Texts
+
+
+def tokenize(texts: list[Texts], tokenizer, boundary: str, may_be_equal: bool) -> list[Example | str]:
+    """An Example for each text, or the reason why there is none."""
+    if not texts:
+        return []
+    prompts = _encode(tokenizer, [t.prompt for t in texts], texts)
+    sides = []
+    for side in ("chosen", "rejected"):
+        responses = [getattr(t, side) for t in texts]
+        if responses[0] is None:
+            sides.append([None] * len(texts))
+        else:
+            sides.append(_responses(tokenizer, texts, prompts, responses, boundary))
+    examples = [_example(*row, may_be_equal) for row in zip(texts, prompts, *sides)]
+    return [_with_places(text, example, tokenizer, boundary) if text.places and isinstance(example, Example)
+            else example for text, example in zip(texts, examples)]
+
+
+def _with_places(text: Texts, example: Example, tokenizer, boundary: str) -> Example | str:
+    """The example with the numbers of the tokens that are scored: those of the places of its text."""
+    borders = [border for place in text.places for border in place]  # the first is 0, the last the end
+    pieces = _ids(tokenizer, [text.chosen[a:b] for a, b in itertools.pairwise(borders)])
+    if [i for piece in pieces for i in piece] == example.chosen:
+        ends = [*itertools.accumulate(map(len, pieces), initial=0)]
+    else:  # a tokenizer that puts something before every text
+        heads = _responses(tokenizer, [text] * len(borders), [example.prompt] * len(borders),
+                           [text.chosen[:border] for border in borders], boundary)
+        if any(isinstance(head, str) or example.chosen[: len(head)] != head for head in heads):
+            return ("chosen: an answer and what is beside it merge in tokens; score the last answers alone with "
+                    "--train_on last")
+        ends = [*map(len, heads)]
+    scored = [place for stretch in zip(ends[::2], ends[1::2]) for place in range(*stretch)]
+    return dataclasses.replace(example, chosen=Answers(example.chosen, scored))
+
+
+def _responses(tokenizer, texts: list[Texts], prompts: list[list[int]], responses: list[str], boundary: str) -> list:
+    """Ids of a response to each text's prompt, or what is wrong with it."""
+    if boundary == "concat":
+        return _apart(tokenizer, prompts, responses)
+    wholes = _encode(tokenizer, [t.prompt + r for t, r in zip(texts, responses)], texts)
+    return [_after(prompt, whole, tokenizer) for prompt, whole in zip(prompts, wholes)]
+
+
+def tokenize_more(texts: list[Texts], examples: list, tokenizer, boundary: str, limit: int) -> None:
+    """Gives each Example its further responses; puts a reason in its place where one merges with the prompt."""
+    for i, (text, example) in enumerate(zip(texts, examples)):
+        for name, response in text.more.items() if isinstance(example, Example) else ():
+            ids, = _responses(tokenizer, [text], [example.prompt], [response], boundary)
+            if isinstance(ids, str):
+                examples[i] = f"column {name}: {ids}"
+                break
+            example.more[name] = ids[: max(0, limit - len(example.prompt))]
+
+
+def _example(text: Texts, prompt: list[int], chosen, rejected, may_be_equal: bool) -> Example | str:
+    if not text.prompt and not prompt:  # one text: its first token, which nothing predicts, is given
+        prompt, chosen = chosen[:1], chosen[1:]
+    for name, ids in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(ids, str):
+            return f"{name}: {ids}"
+        if ids == []:
+            return f"{name} has no tokens"
+    if not prompt:
+        return "prompt has no tokens"
+    if chosen == rejected and not may_be_equal:
+        return "chosen and rejected are equal in tokens"
+    return Example(text.row, prompt, chosen, rejected)
+
+
+def _encode(tokenizer, lines: list[str], texts: list[Texts]) -> list[list[int]]:
+    """Token ids; of plain text with exactly one BOS in front where the tokenizer uses one.
+
+    What the chat template rendered has the BOS that the template wrote, or none, as at inference.
+    """
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    return [[bos, *ids] if adds_bos and not text.rendered and ids[:1] != [bos] else ids
+            for ids, text in zip(_ids(tokenizer, lines), texts)]
+
+
+def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    # Not verbose: it would warn of texts beyond the model's context, which are handled here.
+    how = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, **how).input_ids if texts else []
+
+
+def _apart(tokenizer, prompts: list[list[int]], responses: list[str]) -> list[list[int] | str]:
+    """Ids of responses by themselves, but as they are within a text: many tokenizers put a space before every text.
+
+    Those are given something that comes first and is taken away again, and that no token joins with what follows: the
+    prompt's last token where it is an added one, else a mark or letter.
+    """
+    if not _puts_in_front(tokenizer):
+        return _ids(tokenizer, responses)
+    added, found = set(added_tokens(tokenizer)), []
+    for prompt, response in zip(prompts, responses):
+        last = tokenizer.convert_ids_to_tokens(prompt[-1]) if prompt else ""
+        for first in [last] if last in added else "\n.a\u4e00":
+            before, whole = _ids(tokenizer, [first, first + response])
+            if whole[: len(before)] == before:
+                found.append(whole[len(before):])
+                break
+        else:
+            found.append("can't be tokenised apart from its prompt; leave out --boundary concat")
+    return found
+
+
+def _puts_in_front(tokenizer) -> bool:
+    line, word, both = _ids(tokenizer, ["\n", "a", "\na"])
+    return both != line + word
+
+
+def _after(prompt: list[int], whole: list[int], tokenizer) -> list[int] | str:
+    """Ids of the response, or what is wrong where the prompt's ids are not a prefix of the whole's."""
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt):]
+    at = next(i for i, (a, b) in enumerate(zip(prompt, whole + [None] * len(prompt))) if a != b)
+    show = [tokenizer.convert_ids_to_tokens(ids[at : at + 3]) for ids in (prompt, whole)]
+    return (f"prompt and response merge in tokens: {show[0]} alone, {show[1]} together; end the prompt elsewhere, or "
+            "tokenise them apart with --boundary concat")
