@@ -49,9 +49,9 @@ class Template:
         return dataclasses.replace(self, options=self.options | options) if options else self
 
 
-def template_for(tokenizer, settings, date: str | None = None) -> Template:
-    """The template as a run's settings have it: its --assistant_header and --chat_template_kwargs. Raises UserError."""
-    return read_template(tokenizer, settings.assistant_header, date, options_of(settings.chat_template_kwargs))
+def template_for(tokenizer, args, date: str | None = None) -> Template:
+    """The template as a run's flags have it: its --assistant_header and --chat_template_kwargs. Raises UserError."""
+    return read_template(tokenizer, args.assistant_header, date, options_of(args.chat_template_kwargs))
 
 
 def read_template(tokenizer, assistant_header: str | None = None, date: str | None = None,
