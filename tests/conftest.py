@@ -64,7 +64,8 @@ def environment() -> dict[str, str]:
     """Of a process that no launcher started yet, whatever this one was told."""
     told = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     clean = {name: value for name, value in os.environ.items() if name not in told}
-    return clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # where optional packages may be
+    return clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def launch(*arguments, ranks: int = 1, launcher: str = "python", check: bool = True, cwd=ROOT):
