@@ -25,6 +25,7 @@ from nanodpo.errors import Preempted, RunStopped, leave, run_script
 from nanodpo.figures.after import draw_after, is_drawn
 from nanodpo.folder import checkpoint, state
 from nanodpo.model import loading
+from nanodpo.model.quantised import bits_of
 from nanodpo.ranks import distributed
 from nanodpo.run import agreement, lifecycle, memory, monitors
 from nanodpo.run.engine import join_ranks, make_engine
@@ -254,7 +255,7 @@ def end_again(start: Start) -> None:
     distributed.say(f"{folder}: this run is finished, all {steps} steps")
     distributed.say(f"next: {command_line(SCRIPT.with_name('score.py'), folder)}")
     if args.merge_weights and distributed.is_main() and not (folder / "merged").is_dir():
-        lifecycle.merge(folder, steps, args.bf16, args.trust_remote_code)
+        lifecycle.merge(folder, steps, args.bf16, args.trust_remote_code, bits_of(args))
     if args.draw and distributed.is_main() and not is_drawn(folder):  # it was killed while it drew, or was not to
         distributed.say(draw_after(folder))
 

@@ -94,6 +94,9 @@ class TrainArguments:
     # Precision and memory
     bf16: bool = _flag(False, "Frozen matrices, and on a GPU matrix products, in bfloat16; all else, and without it "
                         "all, in float32.")
+    load_in_4bit: bool = _flag(False, "QLoRA: hold the base's matrices in 4 bits (nf4, double quantisation); needs "
+                               "bitsandbytes.")
+    load_in_8bit: bool = _flag(False, "Hold them in 8 bits; needs bitsandbytes.")
     use_flash_attention: bool = _flag(False, "Demand the variable-length flash kernel (CUDA); stop where it fails.")
     gradient_checkpointing: bool = _flag(False, "Recompute activations in backward instead of keeping them.")
     activation_memory: float = _flag(None, "GiB a rank has for activations: as many layers are recomputed as each "

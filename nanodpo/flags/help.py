@@ -7,7 +7,7 @@ FIRST = ("model_name train_file_path output_dir loss beta learning_rate num_trai
          "gradient_accumulation_steps bf16").split()
 # The other flags, in the order of the arguments: each group begins at the flag named here.
 GROUPS = {"trust_remote_code": "model", "eval_file_path": "data", "label_smoothing": "training", "use_lora": "LoRA",
-          "use_flash_attention": "precision and memory", "resume": "output and resuming",
+          "load_in_4bit": "precision and memory", "resume": "output and resuming",
           "inspect": "looking without training", "local_rank": "launcher"}
 VALUES = {bool: "", str: " TEXT", int: " N", float: " X"}
 USAGE = """usage: train.py [settings.yaml] [--flag value ...]

@@ -12,7 +12,8 @@ RENAMED = {name: ours for ours, names in {
     "train_file_path": "dataset_name dataset dataset_path data_path train_file train_data train_dataset data",
     "eval_file_path": "eval_dataset eval_dataset_name validation_file eval_file test_file eval_data",
     "max_length": "max_seq_length max_seq_len model_max_length cutoff_len max_tokens",
-    "use_lora": "use_peft peft use_qlora", "lora_r": "lora_rank peft_lora_r", "lora_alpha": "peft_lora_alpha",
+    "use_lora": "use_peft peft", "lora_r": "lora_rank peft_lora_r", "lora_alpha": "peft_lora_alpha",
+    "load_in_4bit": "use_qlora qlora",
     "lora_dropout": "peft_lora_dropout", "lora_target_modules": "target_modules lora_target",
     "num_train_epochs": "epochs num_epochs n_epochs", "learning_rate": "lr",
     "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size per_gpu_train_batch_size",
@@ -39,8 +40,10 @@ OTHERWISE = {name: what for what, names in {
     "not needed: --save_steps saves every so many steps, besides the first and the last": "save_strategy",
     "not needed: the same command goes on with a run; --resume names another folder": "resume_from_checkpoint",
     "no folder is written over; name a new --output_dir": "overwrite_output_dir overwrite_cache",
-    "there is --bf16, else float32; no fp16, and no weights of 4 or 8 bits":
-        "mixed_precision fp16 torch_dtype dtype tf32 load_in_4bit load_in_8bit quantization_bit bnb_4bit_quant_type",
+    "there is --bf16, else float32; no fp16": "mixed_precision fp16 torch_dtype dtype tf32",
+    "it is --load_in_4bit (nf4, double quantisation; products in bfloat16 with --bf16) or --load_in_8bit here":
+        "quantization_bit quantization use_bnb_nested_quant bnb_4bit_quant_type bnb_4bit_use_double_quant "
+        "bnb_4bit_compute_dtype bnb_4bit_quant_storage",
     "not needed: each run finds out what is right for its model; --use_flash_attention demands the kernel":
         "attn_implementation padding_free packing group_by_length use_liger_kernel use_liger_loss",
     "AdamW is the only optimizer; leave it out": "optim optimizer optim_args",

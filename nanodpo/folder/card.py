@@ -19,6 +19,8 @@ SETTINGS = ("loss", "reference", "beta", "label_smoothing", "learning_rate", "lr
             "use_lora", "lora_r", "lora_alpha", "lora_target_modules", "bf16", "seed")
 RS_LORA = ("The adapter is rank-stabilised LoRA: its scale is lora_alpha / sqrt(r), as `use_rslora` in "
            "adapter_config.json says. A converter that reads lora_alpha alone scales it wrongly.")
+QUANTISED = ("The adapter was trained on its base as bitsandbytes quantises it; in the words of transformers' "
+             "BitsAndBytesConfig: `{}`.")
 
 
 def texts(facts: dict, step: int, metrics: Path, base: str, peft=None) -> dict[str, str]:
@@ -52,6 +54,7 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
     text = [f"# {_short(base)}, {loss}, step {step} of {facts['steps']}",
             f"This is {what} from a run of nanodpo: {_short(base)} after {step} of {facts['steps']} updates with the "
             f"`{loss}` loss ({_source(loss)}).", *([RS_LORA] if getattr(peft, "use_rslora", False) else []),
+            *([QUANTISED.format(json.dumps(how))] if peft and (how := facts.get("quantisation")) else []),
             "## Data", *(f"- {_short_report(report)}" for report in facts["data_report"])]
     held_out = [line for line in log if "eval_loss" in line]
     if held_out:

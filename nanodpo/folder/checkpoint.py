@@ -4,6 +4,7 @@ A checkpoint is written under another name, read back, compared with the weights
 manifest.json has the step, and the size and hash of every file.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from ..data.template import read_template
 from ..errors import RunStopped, UserError, first_line
 from ..model.adapters import add_adapter, open_base
+from ..model.quantised import quantised_layers
 from ..model.source import base_of
 from ..ranks.distributed import is_main, say
 from .atomic import new_folder, remove, steps_of
@@ -144,14 +146,18 @@ def rotate(run: Path, keep: int | None) -> None:
 
 
 def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bool, check=lambda model, base: None,
-          texts: dict[str, str] | None = None) -> None:
+          texts: dict[str, str] | None = None, bits: int | None = None) -> None:
     """Merges an adapter into its base and saves the whole model, in one process, on CPU. `check(model, base's name)`
-    may raise before, for a base that is not the right one."""
+    may raise before, for a base that is not the right one. A quantised base is merged as the matrices that it stands
+    for: on those the adapter was trained."""
     from transformers import AutoTokenizer
 
     base, _ = base_of(str(adapter))
-    model = open_base(base, dtype, trust_remote_code)
+    model = open_base(base, dtype, trust_remote_code, bits)
     check(model, base)
+    if quantised_layers(model):
+        logging.getLogger("transformers.integrations.bitsandbytes").disabled = True  # it says the dtype, once
+        model = model.cpu().dequantize(dtype)
     model = add_adapter(model, str(adapter))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

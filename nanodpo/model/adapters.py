@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError, first_line
 from ..files import read_text
+from .quantised import check_loaded, loading_options
 from .source import BROKEN, hold_logs
 
 NOT_SHAPE = ("base_model_name_or_path", "peft_version", "inference_mode", "revision")  # of an adapter's config
@@ -21,16 +22,16 @@ NOT_SHAPE = ("base_model_name_or_path", "peft_version", "inference_mode", "revis
 TABLES = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
-def open_base(name: str, dtype, trust_remote_code: bool):
-    """A causal LM with its weights. Raises UserError for files that are broken, lack a weight, or have one of another
-    shape or one too many."""
+def open_base(name: str, dtype, trust_remote_code: bool, bits: int | None = None):
+    """A causal LM with its weights, its matrices quantised to so many bits. Raises UserError for files that are broken,
+    lack a weight, or have one of another shape or one too many."""
     from transformers import AutoModelForCausalLM
 
     try:
         with hold_logs():
             model, keys = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
-                ignore_mismatched_sizes=True)  # the error below names the weight
+                ignore_mismatched_sizes=True, **loading_options(bits))  # the error below names the weight
             if keys["mismatched_keys"]:
                 key, written, wanted = sorted(keys["mismatched_keys"])[0]
                 raise UserError(f"{name}: does not fit its config.json: {key} is {list(written)} in the weights, and "
@@ -45,6 +46,7 @@ def open_base(name: str, dtype, trust_remote_code: bool):
         raise
     except BROKEN as error:
         raise UserError(f"{name}: the weights can't be loaded: {first_line(error)}") from error
+    check_loaded(model, name, bits)
     return model
 
 

@@ -14,7 +14,7 @@ Shapes: (..., I) inputs, (..., O) outputs, R rank of LoRA; (..., F) within an ML
 import functools
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraVariant
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
@@ -27,12 +27,14 @@ def fuse_lora(model: nn.Module, in_place: bool = True) -> None:
     A layer that is more than W x + s B A x (DoRA, a bias of B) stays PEFT's own. `in_place`: adds into W x itself; not
     under ZeRO-3, whose hooks still hold that tensor.
     """
-    for layer in [module for module in model.modules() if type(module) is Linear]:
+    for layer in [module for module in model.modules() if isinstance(module, LoraLayer) and type(module).__name__ in
+                  ("Linear", "Linear4bit", "Linear8bitLt")]:  # the last two are there with bitsandbytes alone
         for name, second in layer.lora_B.items():
             dtypes = {linear.weight.dtype for linear in (layer.lora_A[name], second)}
             base = layer.get_base_layer().weight.dtype
-            # A and B have one dtype: the base's, or float32 beside a bfloat16 base.
-            fits = len(dtypes) == 1 and dtypes <= {base, torch.float32 if base == torch.bfloat16 else base}
+            # A and B have one dtype: the base's, or float32 beside a base in bfloat16 or a quantised one.
+            beside = torch.float32 if base in (torch.bfloat16, torch.uint8, torch.int8) else base
+            fits = len(dtypes) == 1 and dtypes <= {base, beside}
             if name not in layer.lora_variant and second.bias is None and fits:
                 layer.cast_input_dtype_enabled = False  # PEFT's cast of x; autocast takes mixed dtypes
                 layer.lora_B[name] = Added(second, in_place)

@@ -14,6 +14,7 @@ from ..ranks.distributed import say
 from .adapters import add_adapter, open_base
 from .lora_settings import take_over
 from .precision import storage_dtype
+from .quantised import bits_of, numel, quantised_layers
 from .source import BROKEN, Source, absolute
 
 
@@ -30,7 +31,7 @@ def load_model(source: Source, args, lora: dict | None = None) -> nn.Module:
         except BROKEN as error:
             raise UserError(f"{source.base}: no model can be made of its config: {first_line(error)}") from error
     else:
-        model = open_base(source.base, dtype, remote)
+        model = open_base(source.base, dtype, remote, bits_of(args))
     if source.adapter:
         model = _open_adapter(model, source, args)
     elif args.use_lora:
@@ -143,9 +144,11 @@ def _remove_dropout(model: nn.Module) -> None:
 def describe(model: nn.Module) -> str:
     """For the screen: how many parameters are trained, their dtype, and the modules that have LoRA."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    count, total = sum(p.numel() for _, p in trained), sum(p.numel() for p in model.parameters())
+    count, total = sum(p.numel() for _, p in trained), sum(map(numel, model.parameters()))
     dtype = str(trained[0][1].dtype).removeprefix("torch.")
     line = f"model: {total:,} parameters, {count:,} of them trained ({count / total:.2%}), {dtype}"
+    if held := sum(numel(layer.weight) for layer in quantised_layers(model)):
+        line += f"; {held:,} held in {'4' if hasattr(quantised_layers(model)[0].weight, 'quant_state') else '8'} bits"
     adapted = sorted({name.split(".lora_")[0].rpartition(".")[2] for name, _ in trained if ".lora_" in name})
     return line + (f"\n  LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning")
 
@@ -191,6 +194,8 @@ def check_base(hashes: list[str], base: str, record: dict, run) -> None:
         return say(f"{run}/run.json: has no hash of its base's weights; {base} is taken as it is")
     back = f"put back what was there, or copy it to another folder and name that in {run}'s adapter_config.json files"
     if hashes[0] != recorded[0]:
+        back += ("; or another device, or release of bitsandbytes, than the run's has quantised it"
+                 ) * bool(record.get("quantisation"))
         raise UserError(f"{base}: holds other weights than those that {run} was trained on; {back}")
     if hashes[1] != recorded[1]:
         then, now = record.get("versions", {}).get("transformers"), importlib.metadata.version("transformers")
@@ -206,7 +211,8 @@ def load_reference(source: Source | None, policy: nn.Module, adapter_off: bool, 
         return None, None
     if adapter_off:
         return None, weights_hash(policy, fresh_lora=True)
-    model = open_base(source.base, storage_dtype(args.bf16, frozen=args.use_lora), args.trust_remote_code)
+    dtype = storage_dtype(args.bf16, frozen=args.use_lora)
+    model = open_base(source.base, dtype, args.trust_remote_code, bits_of(args))
     model = add_adapter(model, source.adapter)
     return model, weights_hash(model, fresh_lora=False)
 

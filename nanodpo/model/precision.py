@@ -71,20 +71,22 @@ class Bf16Linear(nn.Linear):
     """A frozen layer that holds its weight in bfloat16 and multiplies in the dtype of its inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Bf16Product.apply(x, self.weight, self.bias)
+        return FrozenProduct.apply(x, self.weight, self.bias, Tensor.to)
 
 
-class _Bf16Product(torch.autograd.Function):
-    """W x + b, (..., out). Keeps W itself for backward, which makes the float32 copy again."""
+class FrozenProduct(torch.autograd.Function):
+    """W x + b, (..., out), of a frozen W that is held in another form, `weight`. Keeps that form for backward, which
+    makes W again: widen(weight, dtype)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, widen):
         ctx.save_for_backward(weight)
-        y = nn.functional.linear(x, weight.to(x.dtype))
+        ctx.widen = widen
+        y = nn.functional.linear(x, widen(weight, x.dtype))
         return y if bias is None else y.add_(bias)  # in one call it would be a view, to which LoRA can't add in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None, None
+        return grad @ ctx.widen(weight, grad.dtype), None, None, None

@@ -5,6 +5,7 @@ from torch import nn
 
 from ..core.logprobs import SequenceLogProbs
 from .precision import mix_precision, product_dtype
+from .quantised import multiply_dequantised
 
 
 def prepare(model: nn.Module, bf16: bool, device: torch.device, in_place: bool = True) -> torch.dtype:
@@ -15,6 +16,7 @@ def prepare(model: nn.Module, bf16: bool, device: torch.device, in_place: bool =
     product = product_dtype(bf16, device)
     if bf16:
         mix_precision(model, product)
+    multiply_dequantised(model)
     layers.fuse_lora(model, in_place)
     layers.keep_less(model)
     return product

@@ -34,6 +34,11 @@ class Source:
     tokenizer: object
 
     @property
+    def stored(self) -> dict | None:
+        """How bitsandbytes has quantised the weights on disk; None where they are not."""
+        return getattr(self.config, "quantization_config", None)
+
+    @property
     def context(self) -> int | None:
         """The longest sequence the model's config allows, in tokens."""
         config = self.config.get_text_config()
@@ -85,9 +90,9 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
             moved = (f". If the base has moved, write its place into {Path(name) / 'adapter_config.json'}, "
                      "base_model_name_or_path") * bool(adapter and what == "config.json")
             raise UserError(f"model {where}: {what} can't be opened: {first_line(error)}{moved}") from error
-        if quantised:
-            raise UserError(f"model {where}: its weights are quantised (quantization_config in config.json); log-probs "
-                            "and updates are of weights in float32 or bfloat16, so name the model that they come from")
+        if quantised and not (isinstance(quantised, dict) and quantised.get("quant_method") == "bitsandbytes"):
+            raise UserError(f"model {where}: its weights are quantised (quantization_config in config.json), and only "
+                            "those of bitsandbytes are supported; name the model that they come from")
         _check_files(Path(adapter or base))
         if adapter and not any(Path(adapter).glob("adapter_model.*")):
             raise UserError(f"model {name}: has adapter_config.json, but no adapter_model.safetensors")

@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..folder import card, checkpoint, record, resume, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
 from ..model import loading
+from ..model.quantised import bits_of
 from ..model.source import base_of
 from ..ranks import distributed
 from . import agreement, engine, memory, metrics
@@ -150,13 +151,13 @@ def finish(run: Run) -> None:
     if run.rank == 0:
         record.check_held(run.folder, run.lock)
         if run.args.merge_weights:
-            merge(run.folder, run.steps, run.args.bf16, run.args.trust_remote_code)
+            merge(run.folder, run.steps, run.args.bf16, run.args.trust_remote_code, bits_of(run.args))
         remove(run.folder / "resume")  # large, and of no use to a finished run
         record.finish(run.folder)
         (run.folder / "monitors.json").unlink(missing_ok=True)
 
 
-def merge(folder: Path, steps: int, bf16: bool, trust_remote_code: bool) -> None:
+def merge(folder: Path, steps: int, bf16: bool, trust_remote_code: bool, bits: int | None = None) -> None:
     """Writes the last checkpoint's adapter, merged into its base, to merged/: a model like any other. Raises UserError
     where the base is no longer the one that was trained on."""
     def check(model, base):
@@ -166,5 +167,5 @@ def merge(folder: Path, steps: int, bf16: bool, trust_remote_code: bool) -> None
     check_whole(last)
     facts = record.read(folder)
     texts = card.texts(facts, steps, folder / "metrics.jsonl", base_of(str(last))[0])
-    checkpoint.merge(last, folder / "merged", dtype, trust_remote_code, check, texts)
+    checkpoint.merge(last, folder / "merged", dtype, trust_remote_code, check, texts, bits)
     distributed.say(f"merged: {folder / 'merged'}")

@@ -9,6 +9,7 @@ import torch
 from ..core.logprobs import CHUNK_BYTES
 from ..errors import RankStopped, UserError
 from ..folder.atomic import nearest
+from ..model.quantised import is_quantised, numel
 from ..ranks.distributed import rank_and_world
 
 ADVICE = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), a smaller "
@@ -47,7 +48,9 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     """Bytes by purpose: checkpoints (all that will stay), states to resume from, the merged model."""
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if args.use_lora else list(model.parameters())
-    weights, whole = (sum(_numel(p) * p.element_size() for p in kept) for kept in (saved, model.parameters()))
+    weights = sum(_numel(p) * p.element_size() for p in saved)
+    whole = sum(numel(p) * (2 if args.bf16 else 4) if is_quantised(p) else _numel(p) * p.element_size()
+                for p in model.parameters())
     extra = len(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else 0
     times = saves(args.save_steps, steps)
     kept = min(times, args.save_total_limit + 1) if args.save_total_limit else times  # one more while it is written

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import importlib.metadata
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from ..folder import record
 from ..folder.atomic import check_whole, check_writable
 from ..model.adapters import adapter_shape
 from ..model.lora_settings import check_dora, check_trainable, read_lora_settings, take_over
+from ..model.quantised import QUANTISATION, bits_of, check_quantised
 from ..model.source import Source, absolute, base_of, check_ids, check_reference, open_source
 from ..ranks import distributed
 from . import agreement, engine
@@ -137,6 +139,8 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         monitors = take_blocks(settings, args.report_to)
         distributed.check_device(args)
         source = open_start(args)
+        how = quantisation(args, source, settings)
+        say_other_bits(args, source.adapter)
         check_lora(args, lora, source, settings)
         new = f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
         folder, old, wanted = record.find(args.resume, args.output_dir, new)
@@ -144,7 +148,8 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         train, held_out, limit = load_data(args, source, date)
         sets = [data for data in (train, held_out) if data]
         facts = record.facts(args, settings, limit, sets, script.parent, [str(script), *argv])
-        facts |= {"date": date, "peft_config": lora or None}
+        facts |= {"date": date, "peft_config": lora or None, "quantisation": how}
+        facts["versions"] |= {"bitsandbytes": importlib.metadata.version("bitsandbytes")} if how else {}
         if old:
             record.check_same(folder, old, facts, before_loading=bool(source.adapter))
         start = Start(args, settings, source, train, held_out, folder, facts, old, wanted, monitors, lora=lora)
@@ -164,11 +169,31 @@ def look(args, lora: dict, deepspeed: Path) -> None:
         settings = engine.read_settings(args, deepspeed)
         distributed.check_device(args)
         source = open_start(args)
+        quantisation(args, source, settings)
         check_lora(args, lora, source, settings)
         train, held_out, limit = load_data(inspection.lenient(args), source)
         if args.reference:
             open_reference(args, source, [data for data in (train, held_out) if data])
     distributed.say(inspection.inspect(train, source.tokenizer, limit, args.inspect_row, held_out))
+
+
+def quantisation(args, source: Source, settings: dict) -> dict | None:
+    """How the base's matrices are quantised; None where they are not. Raises UserError where they can't be, or can't be
+    trained on."""
+    bits, stage = bits_of(args), settings["zero_optimization"].get("stage", 0)
+    check_quantised(bits, source.stored, source.base, args.use_lora, stage)
+    return source.stored or QUANTISATION.get(bits)
+
+
+def say_other_bits(args, adapter: str | None) -> None:
+    """A line where a checkpoint is trained on whose run had its base in other bits."""
+    folder = Path(adapter or "").parent
+    if adapter and (folder / "run.json").is_file():
+        before = record.read(folder)["arguments"]
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if bool(before.get(name)) != getattr(args, name):
+                distributed.say(f"{adapter}: was trained with{'' if before.get(name) else 'out'} --{name}; here its "
+                                "base is another one")
 
 
 def read_lora(args) -> dict:
@@ -213,6 +238,7 @@ def open_start(args) -> Source:
 def open_reference(args, source: Source, sets: list[DataSet]) -> Source:
     """The model or adapter of --reference. Raises UserError where it can't read the token ids of these data sets."""
     reference = open_whole(args.reference, args.trust_remote_code)
+    check_quantised(bits_of(args), reference.stored, reference.base)
     for data in sets:
         check_reference(source, reference, args.reference, data.path, data.examples)
     return reference

@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..flags.launchers import local_rank
 from ..flags.unknown import parse_known
 from .responses import GREEDY, KINDS
-from .runs import FLAGS, READING, newest_run, own_data
+from .runs import FLAGS, PRECISION, READING, newest_run, own_data
 
 OF_TRAIN = {"model_name": "name models as they are", "train_file_path": "--dataset_path names data",
             "eval_file_path": "--dataset_path names data", "per_device_eval_batch_size": "--max_tokens bounds a batch"}
@@ -38,7 +38,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--max_tokens", type=int, default=16384 if torch.cuda.is_available() else 2048,
                         help="in a micro-batch")
     parser.add_argument("--seed", type=int, default=42, help="of drawn and shuffled responses")
-    parser.add_argument("--bf16", action="store_true", help="also for models that no run says it of")
+    for name in PRECISION:
+        parser.add_argument(f"--{name}", action="store_true", help="also for models that no run says it of")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
     for name in READING:
         parser.add_argument(f"--{name}", choices=FLAGS[name].metadata.get("choices"), type=FLAGS[name].type,
@@ -67,7 +68,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     args.targets = args.targets or [newest_run(Path("runs"))]
     args.own = not args.dataset_path
     args.dataset_path = named_data(args.dataset_path) or [own_data(args.targets[0])]
-    args.changes = {name: getattr(args, name) for name in (*READING, "trust_remote_code", "bf16")
+    args.changes = {name: getattr(args, name) for name in (*READING, "trust_remote_code", *PRECISION)
                     if getattr(args, name)}
     return args
 

@@ -11,6 +11,7 @@ from ..core.logprobs import SequenceLogProbs
 from ..model.adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
 from ..model.loading import base_hashes, check_base
 from ..model.precision import storage_dtype
+from ..model.quantised import bits_of
 from ..model.ready import freeze
 from ..model.source import base_of
 from ..ranks import distributed
@@ -21,7 +22,7 @@ class Opened:
     """A checkpoint, ready to be scored."""
 
     checkpoint: object  # a runs.Checkpoint
-    made_of: tuple[str, dict | None, bool]  # the base, the shape of its adapter, bf16
+    made_of: tuple[str, dict | None, bool, int | None]  # the base, the shape of its adapter, bf16, bits
     module: SequenceLogProbs
     layout: str
     attention: str  # of the layout
@@ -54,7 +55,7 @@ class Opener:
         if self.last and self.last.checkpoint is checkpoint:
             return self.last
         base, adapter = base_of(checkpoint.path)
-        wanted = base, adapter_shape(adapter), checkpoint.settings.bf16
+        wanted = base, adapter_shape(adapter), checkpoint.settings.bf16, bits_of(checkpoint.settings)
         if self.last and adapter and self.last.made_of == wanted:
             exchange_adapter(self.last.module.model, adapter)
             self.last = dataclasses.replace(self.last, checkpoint=checkpoint)
@@ -69,27 +70,29 @@ class Opener:
 
     def _check_base(self, checkpoint, base: str) -> None:
         """Raises UserError where the base under a run's adapter is not the one that it was trained on."""
-        key, run = (base, checkpoint.recorded.bf16), Path(checkpoint.path).parent
+        key, run = (base, checkpoint.recorded.bf16, bits_of(checkpoint.recorded)), Path(checkpoint.path).parent
         if (run, key) in self.checked:
             return
         if key not in self.hashes:  # scored in another precision than it was trained in
             dtype = storage_dtype(checkpoint.recorded.bf16, frozen=True)
-            self.hashes[key] = base_hashes(open_base(base, dtype, checkpoint.settings.trust_remote_code))
+            self.hashes[key] = base_hashes(open_base(base, dtype, checkpoint.settings.trust_remote_code, key[2]))
         check_base(self.hashes[key], base, checkpoint.settings.record, run)
         self.checked.add((run, key))
 
-    def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool) -> Opened:
+    def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool,
+              bits: int | None) -> Opened:
         from ..model import selfcheck  # slow to import
 
-        model = open_base(base, storage_dtype(bf16, frozen=adapter is not None), checkpoint.settings.trust_remote_code)
+        dtype = storage_dtype(bf16, frozen=adapter is not None)
+        model = open_base(base, dtype, checkpoint.settings.trust_remote_code, bits)
         if checkpoint.settings.record and adapter:
-            self.hashes[base, bf16] = base_hashes(model)
+            self.hashes[base, bf16, bits] = base_hashes(model)
         own = model.config._attn_implementation
         model = add_adapter(model, adapter)
         module, layout, attention = freeze(model, bf16, self.device, self.longest)
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         distributed.say(f"{base}: {selfcheck.describe(layout, attention)}")
-        return Opened(checkpoint, (base, shape, bf16), module, layout, attention, own, trained)
+        return Opened(checkpoint, (base, shape, bf16, bits), module, layout, attention, own, trained)
 
 
 def open_device(local_rank: int, gpu_id: int | None) -> torch.device:

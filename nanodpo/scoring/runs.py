@@ -29,8 +29,9 @@ from .contents import Contents
 # Flags that say how data are read; without them data are read as the run read its own.
 READING = ("prompt_field", "chosen_field", "rejected_field", "assistant_header", "chat_template_kwargs", "boundary",
            "max_length", "max_prompt_length", "overlong", "on_bad_row")
+PRECISION = ("bf16", "load_in_4bit", "load_in_8bit")
 FLAGS = {flag.name: flag for flag in dataclasses.fields(TrainArguments) if flag.name in (
-    *READING, "train_on", "loss", "beta", "label_smoothing", "bf16", "train_file_path", "eval_file_path",
+    *READING, "train_on", "loss", "beta", "label_smoothing", *PRECISION, "train_file_path", "eval_file_path",
     "reference")}
 # The settings of a model that comes from no run.
 DEFAULTS = {name: flag.default for name, flag in FLAGS.items()} | {
@@ -55,7 +56,8 @@ class Checkpoint:
     @property
     def key(self) -> str:
         """All of a checkpoint that could change a number, wherever it lies: weights, precision, device, libraries."""
-        return " ".join([self.contents.key, self.base.key, "bf16" * self.settings.bf16, machine()])
+        quantised = [name for name in PRECISION[1:] if getattr(self.settings, name)]
+        return " ".join([self.contents.key, self.base.key, "bf16" * self.settings.bf16, *quantised, machine()])
 
 
 @functools.cache
@@ -72,7 +74,8 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     """
     found = [checkpoint for target in targets for checkpoint in _open(target)]
     for model in (c for c in found if not c.phase):  # the reference of a run is scored in the run's precision
-        model.settings.bf16 = any(c.settings.bf16 for c in runs_against(model, found))
+        for name in PRECISION:
+            setattr(model.settings, name, any(getattr(c.settings, name) for c in runs_against(model, found)))
     for checkpoint in found:
         checkpoint.recorded = checkpoint.settings
         checkpoint.settings = SimpleNamespace(**vars(checkpoint.settings) | (changes or {}))
