@@ -6,6 +6,7 @@ manifest.json has the step, and the size and hash of every file.
 
 import logging
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors import safe_open
@@ -57,8 +58,8 @@ def _write(model: nn.Module, tokenizer, state, folder: Path) -> None:
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(own, name), set):
                 setattr(own, name, sorted(names))  # the order of a set is another one in each process
-        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        with mock.patch.object(type(model), "create_or_update_model_card"):  # an empty one; see card.py
+            model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     else:
         _mend_generation(model)
         if ends := other_ends(model, tokenizer):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -241,8 +242,11 @@ def finish(folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    packages = {name: _version(name) for name in PACKAGES}
     return {"python": sys.version.split()[0]} | packages | {"torch": str(torch.__version__)}  # with its CUDA version
+
+
+_version = functools.cache(importlib.metadata.version)  # it reads a file
 
 
 def git_commit(program: Path) -> str | None:
