@@ -78,13 +78,14 @@ def hint(typed: str, known, otherwise: dict[str, str] | None = None, dashes: str
     `otherwise`: hints for the names of other programs, by name.
     """
     name = typed.lstrip("-").partition("=")[0].replace("-", "_")
-    if name in (otherwise or {}):
-        return otherwise[name]
-    ours = next((ours for ours in [RENAMED.get(name)] if ours in known), None)
-    if ours:
-        return f"it is {dashes}{ours} here"
-    close = difflib.get_close_matches(name, known, 1, 0.7)
-    return f"did you mean {dashes}{close[0]}?" if close else ""
+    others = {theirs: f"it is {dashes}{ours} here" for theirs, ours in RENAMED.items() if ours in known}
+    others |= otherwise or {}
+    if name in others:
+        return others[name]
+    for words in (dict.fromkeys(known, ""), others):
+        if close := difflib.get_close_matches(name, words, 1, 0.7):
+            return f"did you mean {dashes}{close[0]}? {words[close[0]]}".rstrip()
+    return ""
 
 
 def parse_known(parser, argv: list[str], script: str, otherwise: dict[str, str] | None = None):
