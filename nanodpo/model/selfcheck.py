@@ -55,7 +55,7 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
                                                 dtype)
             if errors[attention] <= TOLERANCE[dtype]:
                 return layout, attention
-            say(f"{layout} batches with {attention} are wrong for this model (error {errors[attention]:.2g} standard "
+            say(f"not for this model: {describe(layout, attention)} (wrong by {errors[attention]:.2g} standard "
                 "deviations of a token's log-prob)")
             if attention == VARLEN and demand_flash:
                 raise UserError("--use_flash_attention: the flash kernel does not give this model's own log-probs "
@@ -70,6 +70,8 @@ def describe(layout: str, attention: str) -> str:
     """A line for the screen: how batches are laid out, and the attention."""
     how = ("packed, without padding, each prompt once" if layout == "packed" else
            "plain, a line for each response, padded to one length")
+    attention = {LOOP: "sequence by sequence, in PyTorch", VARLEN: "the flash kernel"}.get(
+        attention, f"the model's own ({attention})")
     return f"batches: {how}; attention: {attention}"
 
 

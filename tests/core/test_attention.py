@@ -344,7 +344,17 @@ def test_a_kernel_without_a_backward_is_passed_over(monkeypatch, capsys):
     monkeypatch.setattr(selfcheck, "_candidates", lambda *args: [("packed", VARLEN), ("packed", LOOP)])
     module = SequenceLogProbs(tiny("llama", torch.float32))
     assert choose_layout(module, CPU, torch.float32, False) == ("packed", LOOP)
-    assert "no backward for this head size" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no backward for this head size" in said and "attention: the flash kernel (wrong by inf" in said
+
+
+def test_layout_and_attention_are_said_in_words():
+    """Not by the names under which transformers finds them; of a model's own there is no other name."""
+    names = ("packed", LOOP), ("packed", VARLEN), ("plain", "sdpa")
+    said = [selfcheck.describe(layout, name) for layout, name in names]
+    assert [line.rpartition("attention: ")[2] for line in said] == [
+        "sequence by sequence, in PyTorch", "the flash kernel", "the model's own (sdpa)"]
+    assert "each prompt once" in said[0] and "padded to one length" in said[2]
 
 
 @pytest.mark.parametrize("wrong", [False, True])
