@@ -26,11 +26,12 @@ class DataSet:
     dropped: list[dict]  # {"file", "row", "reason"}
     notes: collections.Counter  # what was normalised or found, and in how many rows
     lengths: list[int] = dataclasses.field(default_factory=list)  # of every tokenised row, before any cut or drop
-    held_out: int = 0  # examples that went to a data set of their own
+    held_out: int = 0  # examples that went to a data set of their own, or are the only ones that stay here
+    total: int = 0  # examples of the file, where some of them are not here
     columns: str = ""  # which are read, and which are not
 
     def report(self) -> str:
-        lines = [f"data {self.path}: {_rows(len(self.examples) + self.held_out)}, {len(self.dropped)} dropped"
+        lines = [f"data {self.path}: {_rows(self.total or len(self.examples))}, {len(self.dropped)} dropped"
                  + f", {self.held_out} held out" * bool(self.held_out)]
         lines += [f"  {self.columns}"] * bool(self.columns)
         lines += [f"  {_rows(count)}: {note}" for note, count in sorted(self.notes.items())]

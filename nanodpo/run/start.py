@@ -276,5 +276,6 @@ def load_data(args, source, date: str | None = None):
         raise UserError(f"--eval_size {args.eval_size}: {args.train_file_path} has {n} usable row{'s' * (n > 1)}")
     held = set(epoch_order(n, args.seed, -1)[: args.eval_size])
     held_out = DataSet(f"{args.eval_size} rows of {train.path}", [train.examples[i] for i in sorted(held)], [], {}, [])
-    train.examples, train.held_out = [e for i, e in enumerate(train.examples) if i not in held], args.eval_size
+    train.total, train.held_out = n, args.eval_size
+    train.examples = [example for i, example in enumerate(train.examples) if i not in held]
     return train, held_out, limit
