@@ -97,7 +97,7 @@ def add_greedy(opener: Opener, first: Checkpoint, data: ResponseSet, parts: Part
 def score_all(opener: Opener, work: list[Work], parts: Parts, max_tokens: int) -> None:
     """Scores what is not there yet, one checkpoint and data set after the other."""
     left = [item for item in work if any(result.missing for result in item.results)]
-    distributed.say(f"{len(work)} parts, {len(work) - len(left)} of them done before")
+    distributed.say(f"{len(work)} part{'s' * (len(work) > 1)}, {len(work) - len(left)} of them done before")
     with Progress("scoring", sum(len(item.missing("scores", "tokens", "gradients")) for item in left), "row") as bar:
         for item in left:
             bar.update(0, f"{item.checkpoint.run} step {item.checkpoint.step} {item.data.name}")

@@ -24,6 +24,7 @@ from nanodpo.data.schedule import pairs_of_step
 from nanodpo.errors import RankStopped, UserError, run_script
 from nanodpo.scoring import means, responses, tables
 from nanodpo.scoring import opened as models_of
+from nanodpo.scoring.flags import check_gpu
 from nanodpo.scoring.runs import open_targets
 
 KEYS = ["run", "step", "dataset", "row", "response"]
@@ -273,6 +274,17 @@ def test_one_model_in_memory_at_a_time(tiny, tmp_path, monkeypatch):
     assert len(opened) == 3
 
 
+def test_a_gpu_that_is_not_there(monkeypatch):
+    """A machine without any says what to do instead; one with two says which there are."""
+    monkeypatch.delenv("RANK", raising=False)
+    for gpus, named, words in ((0, 0, "no CUDA device that torch finds; leave it out to score on the CPU"),
+                               (2, 2, "this machine has 2 CUDA devices, from 0")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        with pytest.raises(UserError, match=f"--gpu_id {named}: .*{words}"):
+            check_gpu(named)
+
+
 def test_libraries_use_the_gpu_that_was_named(monkeypatch):
     """--gpu_id 1: what PEFT and transformers put on "cuda" is there too."""
     named = []
@@ -310,11 +322,14 @@ def test_by_default_what_the_data_has_and_starts_first(run, tiny, tmp_path):
     assert pandas.read_parquet(bare / "pairs.parquet").margin.isna().all()  # no run, so no start to compare with
 
 
-def test_rows_that_a_run_held_out_are_its_test_set(tiny, tmp_path):
-    """--eval_size 3: by default these three rows alone, with the numbers that the run's own evaluation logged."""
+def test_rows_that_a_run_held_out_are_its_test_set(tiny, tmp_path, capsys):
+    """--eval_size 3: by default these three rows alone, with the numbers that the run's own evaluation logged. The
+    report is of the file, since its notes count all of its rows."""
     train(tiny, tmp_path / "run", "--eval_size", "3", "--max_steps", "1", "--eval_steps", "1")
     held = json.loads((tmp_path / "run" / "run.json").read_text())["held_out_rows"]
+    capsys.readouterr()
     table = scored(tmp_path / "out", tmp_path / "run")
+    assert f"data {tiny / 'train.jsonl'}: 11 rows, 0 dropped, 3 held out\n" in capsys.readouterr().out
     assert len(held) == 3 and set(table["row"]) == set(held) and set(table["dataset"]) == {"test"}
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line["eval_logps/chosen"] for line in lines if "eval_logps/chosen" in line]
