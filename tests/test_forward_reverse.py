@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import re
 import sys
 
 import pandas
 import pytest
 from conftest import ROOT
+
+from nanodpo import progress
 
 spec = importlib.util.spec_from_file_location("forward_reverse", ROOT / "examples" / "forward_reverse.py")
 experiment = importlib.util.module_from_spec(spec)
@@ -65,8 +68,11 @@ def call(monkeypatch, *flags):
     return experiment.run_script(experiment.main)
 
 
-def test_the_whole_of_it(commands, tmp_path, monkeypatch):
+def test_the_whole_of_it(commands, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     assert call(monkeypatch, "--output_dir", tmp_path, "--seeds", "2", "--parallel", "1") == 0
+    counted = re.findall(r"(\d+) of 14 commands", capsys.readouterr().out)
+    assert list(map(int, counted)) == [*range(1, 14)], "how far it is, before the last of them"
     scripts = [script for script, _ in commands]
     assert scripts == ["train.py"] * 10 + ["score.py"] * 4 + ["plot.py"]
     (forward, dpo, gentle), plot = [commands[i][1] for i in (2, 6, 7)], commands[-1][1]
