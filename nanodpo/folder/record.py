@@ -19,6 +19,7 @@ import torch
 from ..data.places import absolute
 from ..errors import RunStopped, UserError
 from ..files import read_text
+from ..flags.arguments import TrainArguments
 from .atomic import aside, check_writable, clear_partials, flush, new_file, steps_of, writing
 from .reference import data_hash
 
@@ -32,6 +33,8 @@ BY_CONTENT = {"model_name", "reference", "peft_config", "train_file_path", "eval
               "deepspeed"}
 # An adapter that is trained on has settings of its own, which are known only when it is loaded.
 ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
+# A record that an earlier version wrote lacks the flags that came later; what they do by default it did.
+DEFAULTS = {flag.name: flag.default for flag in dataclasses.fields(TrainArguments)}
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.
 MACHINE = ("versions", "git_commit", "device", "threads")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
@@ -139,7 +142,7 @@ def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False)
     free = FREE | BY_CONTENT | (ADAPTER if before_loading else set())
     new = json.loads(json.dumps(new))  # tuples become lists, as in the file
     entries = [(name, old.get(name), new[name]) for name in COMPARED if name in new and name != "arguments"]
-    before, now = old["arguments"], new["arguments"]
+    before, now = DEFAULTS | old["arguments"], new["arguments"]
     flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
     different = [(name, was, is_now) for name, was, is_now in flags + entries if was != is_now]
     if different:
@@ -167,10 +170,15 @@ def _short(value) -> str:
     return text if len(text) <= 60 else f"{text[:30]}...{text[-20:]}"
 
 
+def chosen(arguments: dict, free: set[str]) -> dict:
+    """The settings that are neither free nor at their defaults."""
+    return {name: value for name, value in arguments.items() if name not in free and value != DEFAULTS.get(name)}
+
+
 def fingerprint(record: dict) -> str:
     """16 hexadecimal digits, a hash of all entries of run.json that make a run this one."""
     kept = {name: record[name] for name in COMPARED}
-    kept["arguments"] = {name: value for name, value in record["arguments"].items() if name not in FREE | BY_CONTENT}
+    kept["arguments"] = chosen(record["arguments"], FREE | BY_CONTENT)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

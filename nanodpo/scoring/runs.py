@@ -21,7 +21,7 @@ from ..data.places import SUFFIXES
 from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
-from ..folder.record import FREE, versions
+from ..folder.record import FREE, chosen, versions
 from ..model.source import base_of
 from ..ranks.distributed import device_name
 from .contents import Contents
@@ -221,7 +221,7 @@ def recipe(record: dict) -> tuple[str, int | None]:
     """(everything in run.json that makes a run, but its seed, as text; the seed). Weights that the seed drew and rows
     that it held out are part of the seed."""
     given = record["arguments"]
-    kept = {name: value for name, value in given.items() if name not in FREE and name != "seed"}
+    kept = chosen(given, FREE | {"seed"})
     content = ["steps", "max_length", "world_size", "peft_config", *["weights"] * (not given.get("random_init")),
                *["data"] * (not given.get("eval_size"))]
     return json.dumps([kept, *(record.get(name) for name in content)], sort_keys=True), given.get("seed")

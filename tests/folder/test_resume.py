@@ -575,7 +575,10 @@ def test_another_run_is_refused_and_a_finished_one_is_left_alone(tiny, tmp_path,
         assert codes == [2] * ranks and all(word in said for word in words), (more, said)
         assert "Traceback" not in said
     assert files() == before
-    # Where it is read from, and what is printed, changes nothing.
+    # Where it is read from, and what is printed, changes nothing; nor does a record without flags that came later.
+    record = json.loads((run / "run.json").read_text())
+    del record["arguments"]["train_on"], record["arguments"]["load_in_4bit"], record["arguments"]["peft_config"]
+    (run / "run.json").write_text(json.dumps(record))
     shutil.copytree(tiny / "model", tmp_path / "copy")
     moved = ["--model_name", tmp_path / "copy", "--logging_steps", "3", "--resume", run]
     codes, said = forked(TRAIN, *flags(tiny, run, *moved))

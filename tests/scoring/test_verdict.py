@@ -320,6 +320,8 @@ def test_what_a_recipe_is():
 
     same, seed = changed()
     assert seed == 1 and changed({"seed": 2, "output_dir": "b"}, command="x") == (same, 2)
+    assert changed({"train_on": "all"})[0] == same, "a record of an earlier version lacks flags that came later"
+    assert changed({"train_on": "last"})[0] != same
     assert all(changed(*other[:1], **dict(other[1:]))[0] != same for other in (
         [{"learning_rate": 2e-4}], [{}, ("steps", 8)], [{}, ("weights", "v")], [{}, ("data", ["e"])]))
     for flag, fact in (({"eval_size": 5}, {"data": ["e"]}), ({"random_init": True}, {"weights": "v"})):
