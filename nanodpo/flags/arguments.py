@@ -25,7 +25,7 @@ def _flag(default, help: str, limit: Limit | None = None, choices=None):
 @dataclass
 class TrainArguments:
     # Model
-    model_name: str = _flag(None, "Folder or hub id of a causal LM, or folder of a PEFT adapter to train on.")
+    model_name: str = _flag(None, "Folder or hub id[@revision] of a causal LM, or of a PEFT adapter to train on.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the weights.")
     reference: str = _flag(None, "Another model or adapter, as the reference. Default: model_name before training.")
     random_init: bool = _flag(False, "Start from model_name's config with random weights instead of its weights.")

@@ -46,6 +46,7 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
     given = facts["arguments"]
     loss, data = given["loss"], [given["train_file_path"], given["eval_file_path"] or ""]
     data = [hub_parts(place)[0] for path in data for place in places_of(path)]
+    base = hub_parts(base)[0] if _is_hub_id(hub_parts(base)[0]) else base
     head = {"base_model": base if _is_hub_id(base) else None, "library_name": "peft" if peft else "transformers",
             "pipeline_tag": "text-generation", "license": license_of(base),
             "tags": ["nanodpo", loss] + ["lora"] * bool(peft),

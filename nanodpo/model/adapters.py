@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import UserError, first_line
 from ..files import read_text
 from .quantised import check_loaded, loading_options
-from .source import BROKEN, hold_logs
+from .source import BROKEN, hold_logs, place_of
 
 NOT_SHAPE = ("base_model_name_or_path", "peft_version", "inference_mode", "revision")  # of an adapter's config
 
@@ -30,7 +30,7 @@ def open_base(name: str, dtype, trust_remote_code: bool, bits: int | None = None
     try:
         with hold_logs():
             model, keys = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
+                place_of(name), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
                 ignore_mismatched_sizes=True, **loading_options(bits))  # the error below names the weight
             if keys["mismatched_keys"]:
                 key, written, wanted = sorted(keys["mismatched_keys"])[0]

@@ -15,7 +15,7 @@ from .adapters import add_adapter, open_base
 from .lora_settings import take_over
 from .precision import storage_dtype
 from .quantised import bits_of, numel, quantised_layers
-from .source import BROKEN, Source, absolute
+from .source import BROKEN, Source, name_and_revision
 
 
 def load_model(source: Source, args, lora: dict | None = None) -> nn.Module:
@@ -45,12 +45,12 @@ def load_model(source: Source, args, lora: dict | None = None) -> nn.Module:
 
 def _open_adapter(model: nn.Module, source: Source, args) -> nn.Module:
     if not args.use_lora:
-        raise UserError(f"--model_name {source.adapter} is an adapter; merge it into its base for full fine-tuning")
+        raise UserError(f"--model_name {args.model_name} is an adapter; merge it into its base for full fine-tuning")
     model = add_adapter(model, source.adapter, trainable=True)
     own = model.peft_config["default"]
-    check_plain_lora(model, source.adapter)
+    check_plain_lora(model, args.model_name)
     settings = {name: getattr(own, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
-    take_over(args, settings, f"the adapter {source.adapter}")
+    take_over(args, settings, f"the adapter {args.model_name}")
     return model
 
 
@@ -97,7 +97,8 @@ def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:
     check_plain_lora(model, flag)
     if lora:
         _check_used(model, lora, flag, args.merge_weights)
-    model.peft_config["default"].base_model_name_or_path = absolute(source.base)
+    own = model.peft_config["default"]
+    own.base_model_name_or_path, own.revision = name_and_revision(source.base)
     return model
 
 

@@ -3,8 +3,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import os
 import pickle
 import re
 import struct
@@ -22,6 +24,8 @@ from ..files import check_regular, read_text
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
           AssertionError, EOFError, struct.error, pickle.UnpicklingError, re.error, SafetensorError,
           StrictDataclassError)
+# Of a model or adapter on the hub: weights, settings, tokenizer, code.
+FILES = ["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
 @dataclasses.dataclass
@@ -80,20 +84,21 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
     where, what = name if base == name else f"{name}: its base {base}", "config.json"
     with hold_logs():
         try:
-            config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+            place = place_of(base)
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
             vocabulary, what = config.get_text_config().vocab_size, "the tokenizer"
             quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
-            tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base,
+            tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else place,
                                                       trust_remote_code=trust_remote_code)
             tokenizer("a")  # settings of a wrong type may raise only here
         except BROKEN as error:
-            moved = (f". If the base has moved, write its place into {Path(name) / 'adapter_config.json'}, "
+            moved = (f". If the base has moved, write its place into {Path(adapter or '') / 'adapter_config.json'}, "
                      "base_model_name_or_path") * bool(adapter and what == "config.json")
             raise UserError(f"model {where}: {what} can't be opened: {first_line(error)}{moved}") from error
         if quantised and not (isinstance(quantised, dict) and quantised.get("quant_method") == "bitsandbytes"):
             raise UserError(f"model {where}: its weights are quantised (quantization_config in config.json), and only "
                             "those of bitsandbytes are supported; name the model that they come from")
-        _check_files(Path(adapter or base))
+        _check_files(Path(adapter or place))
         if adapter and not any(Path(adapter).glob("adapter_model.*")):
             raise UserError(f"model {name}: has adapter_config.json, but no adapter_model.safetensors")
         if vocabulary < 1:
@@ -158,21 +163,45 @@ def _check_files(folder: Path) -> None:
                         "model.safetensors.index.json lists; remove those that are not meant")
 
 
-def base_of(name: str) -> tuple[str, str | None]:
-    """(base model, adapter or None) of a model or adapter. Raises UserError for a folder that is neither."""
-    file = Path(name) / "adapter_config.json"
+@functools.cache
+def place_of(name: str) -> str:
+    """Where a model or adapter is read from. Of an adapter on the hub, and of a hub id with a revision, NAME@REVISION,
+    this is the folder of its files in the hub's cache, where they are fetched to; all other names stay. Raises
+    UserError where the hub has no such files."""
+    repository, _, revision = name.partition("@")
+    if os.path.lexists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.startswith("."):
+        return name
+    from huggingface_hub import snapshot_download  # slow to import
+    from transformers.utils.peft_utils import find_adapter_config_file
+
     try:
+        if not revision and not find_adapter_config_file(repository):
+            return name
+        return snapshot_download(repository, revision=revision or None, allow_patterns=FILES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name}: can't be fetched from the hub: {first_line(error)}") from error
+
+
+def base_of(name: str) -> tuple[str, str | None]:
+    """(name of the base model, folder of the adapter or None) of a model or adapter. Raises UserError for a folder that
+    is neither."""
+    try:
+        folder = place_of(name)
+        file = Path(folder) / "adapter_config.json"
         if not file.is_file():
-            _check_model(Path(name), name)
+            _check_model(Path(folder), name)
             return name, None
-        base = json.loads(read_text(file))["base_model_name_or_path"]
+        config = json.loads(read_text(file))
+        base, revision = config["base_model_name_or_path"], config.get("revision")
     except OSError as error:
         raise UserError(f"model {name}: can't be opened: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: no base_model_name_or_path can be read from it: {first_line(error)}") from error
     if not isinstance(base, str) or not base:
         raise UserError(f"{file}: base_model_name_or_path is {base!r}, not a model's name")
-    return base, name
+    if isinstance(revision, str) and revision not in ("", "main") and not os.path.exists(base):
+        base += f"@{revision}"  # of a base on the hub, as AutoPeftModel reads it
+    return base, folder
 
 
 def _check_model(path: Path, name: str) -> None:
@@ -183,6 +212,12 @@ def _check_model(path: Path, name: str) -> None:
         raise UserError(f"model {name}: has neither config.json nor adapter_config.json")
     if name.startswith(("/", "./", "../")) and not path.exists():
         raise UserError(f"model {name}: no such folder")
+
+
+def name_and_revision(base: str) -> tuple[str, str | None]:
+    """A base as an adapter_config.json names it: a local folder by its full path, a hub id with its revision apart."""
+    name, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
+    return absolute(name), revision or None
 
 
 def absolute(name: str) -> str:

@@ -213,11 +213,11 @@ def check_lora(args, lora: dict, source: Source, settings: dict) -> None:
     if not source.adapter:
         return
     if args.peft_config:
-        raise UserError(f"--peft_config {args.peft_config}: --model_name {source.adapter} is an adapter, which has "
+        raise UserError(f"--peft_config {args.peft_config}: --model_name {args.model_name} is an adapter, which has "
                         "settings of its own; leave it out")
     own = adapter_shape(source.adapter)
-    check_trainable(own, f"--model_name {source.adapter}")
-    check_dora(own, f"--model_name {source.adapter}", args.bf16, stage)
+    check_trainable(own, f"--model_name {args.model_name}")
+    check_dora(own, f"--model_name {args.model_name}", args.bf16, stage)
 
 
 def open_whole(name: str, trust_remote_code: bool) -> Source:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError, first_line
 from ..folder.atomic import BESIDE, check_whole, file_facts
+from ..model.source import place_of
 
 KINDS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.py")  # weights, settings, tokenizer, code
 
@@ -20,7 +21,7 @@ class Contents:
 
     def __init__(self, name: str):
         """Raises UserError for a folder that is not what its manifest says, or that can't be read."""
-        self.name, self.folder = name, Path(name)
+        self.name, self.folder = name, Path(place_of(name))
         self.stamps = self._stamps()
         facts = check_whole(self.folder)
         try:
