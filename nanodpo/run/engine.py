@@ -109,8 +109,9 @@ def join_ranks(local_rank: int, settings: dict, file: str | None) -> torch.devic
     device = distributed.start(local_rank)
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
 
+    asked = Asked(json.loads(json.dumps(settings)))
     try:
-        DeepSpeedConfig(json.loads(json.dumps(settings)))
+        DeepSpeedConfig(asked)
         for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
             if (dtype := settings.get("data_types", {}).get(name)) is not None:
                 DtypeEnum(dtype)
@@ -120,7 +121,40 @@ def join_ranks(local_rank: int, settings: dict, file: str | None) -> torch.devic
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise UserError(f"{file or 'ds_config.json'}: DeepSpeed does not take it: {reason}") from error
+    blocks = {name: block for name, block in asked.items() if isinstance(block, Asked) and name != "zero_optimization"}
+    if unknown := [words for name, block in blocks.items() for words in block.unknown(name)]:
+        raise UserError(f"{file or 'ds_config.json'}: sets {', '.join(unknown)}, which DeepSpeed does not know; "
+                        "remove it")
     return device
+
+
+class Asked(dict):
+    """Settings that note which names they are asked for: of some blocks DeepSpeed asks for each name that it knows, and
+    passes over the others. Other blocks, like zero_optimization, it checks itself, and asks for nothing, or for little.
+    """
+
+    def __init__(self, settings: dict):
+        super().__init__({name: Asked(value) if isinstance(value, dict) else value for name, value in settings.items()})
+        self.names = set()
+
+    def get(self, name, default=None):
+        self.names.add(name)
+        return super().get(name, default)
+
+    def __contains__(self, name) -> bool:
+        self.names.add(name)
+        return super().__contains__(name)
+
+    def unknown(self, path: str) -> list[str]:
+        """The names within that nobody asked for, with what may have been meant; none where nobody asked for any."""
+        found = []
+        for name, value in self.items() if self.names else ():
+            if name not in self.names:
+                words = hint(name, sorted(self.names), dashes=f"{path}.")
+                found.append(f"{path}.{name}{f' ({words})' * bool(words)}")
+            elif isinstance(value, Asked):
+                found += value.unknown(f"{path}.{name}")
+        return found
 
 
 def _without_auto(value):

@@ -549,6 +549,15 @@ FLAGS += [(f"DeepSpeed: {text[:80]!r}", written("ds.json", text), ["--deepspeed=
     ('{"zero_optimisation": {"stage": 2}}', "sets zero_optimisation, which train.py does not support; did you mean "
      "zero_optimization?"),
     ('{"steps_per_prnt": 10}', "did you mean steps_per_print?"), ('{"_comment": "x"}', "sets _comment, which"),
+    # So it would within blocks that it has no model of.
+    *((json.dumps({block: {"nope": 1}}), f"sets {block}.nope, which DeepSpeed does not know; remove it") for block in (
+        "activation_checkpointing", "aio", "checkpoint", "data_types", "flops_profiler", "timers")),
+    ('{"checkpoint": {"parallel_write": {"pipeline_stag": 1}, "writer": null, "tag_validaton": "Warn"}}',
+     "sets checkpoint.parallel_write.pipeline_stag (did you mean checkpoint.parallel_write.pipeline_stage?), "
+     "checkpoint.tag_validaton (did you mean checkpoint.tag_validation?), which DeepSpeed does not know"),
+    ('{"timers": {"throughput": {"nope": 1}}}', "nope: Extra inputs"),
+    ('{"csv_monitor": {"nope": 1}}', "csv_monitor.nope: Extra inputs"),
+    ('{"comms_logger": {"nope": 1}}', "nope: Extra inputs"),
     ('{"timers": []}', "timers is []; it must be an object"), ('{"dump_state": "no"}', 'is "no"; it must be true or'),
 ]]
 

@@ -372,3 +372,19 @@ def test_offloaded_optimizer_gives_the_same_run(tiny, tmp_path):
              for name, settings in (("on", file), ("off", zero(tiny, 2)))]
     for a, b in zip(*lines, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["grad_norm"] == pytest.approx(b["grad_norm"])
+
+
+def test_settings_that_deepspeed_knows_are_taken(tiny, tmp_path):
+    """All names of the blocks that it does not check itself, as its documentation has them."""
+    (tmp_path / "ds.json").write_text(json.dumps({
+        "activation_checkpointing": {
+            "partition_activations": False, "cpu_checkpointing": False, "contiguous_memory_optimization": False,
+            "number_checkpoints": None, "synchronize_checkpoint_boundary": False, "profile": False},
+        "aio": {"block_size": 1048576, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False,
+                "overlap_events": True, "use_gds": False},
+        "checkpoint": {"tag_validation": "Warn", "load_universal": False, "use_node_local_storage": False,
+                       "parallel_write": {"pipeline_stage": False}},
+        "data_types": {"grad_accum_dtype": "fp32"}, "timers": {"throughput": {"enabled": False, "synchronized": True}},
+        "flops_profiler": {"enabled": False, "profile_step": 1, "module_depth": -1, "top_modules": 1, "detailed": True,
+                           "output_file": None, "recompute_fwd_factor": 0.0}}))
+    assert len(train(tiny, tmp_path / "run", "--deepspeed", tmp_path / "ds.json", "--max_steps", "1")) == 1
