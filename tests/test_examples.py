@@ -4,7 +4,9 @@ import json
 import math
 import re
 
+import pyarrow.parquet
 import pytest
+import yaml
 from conftest import ROOT, launch
 from safetensors.torch import load_file
 
@@ -25,6 +27,14 @@ def test_the_default_run_starts_at_ln_2_and_tells_chosen_from_rejected(tmp_path)
     assert f"{lines[0]['eval_logps_per_token/chosen']:.3f}" in README
     assert f"{lines[0]['eval_logps_per_token/rejected']:.3f}" in README
     assert "loss 0.6931" in done.stdout
+
+
+def test_the_readme_counts_the_default_run():
+    """The pairs that its steps visit, of those there are."""
+    settings = yaml.safe_load((ROOT / "examples" / "dpo.yaml").read_text())
+    visited = settings["max_steps"] * settings["per_device_train_batch_size"]
+    rows = pyarrow.parquet.read_metadata(ROOT / settings["train_file_path"]).num_rows
+    assert f"in {settings['max_steps']} steps on {visited} of {rows:,} shipped pairs" in README
 
 
 def test_shipped_models_are_small_and_of_one_shape():
