@@ -22,7 +22,7 @@ from nanodpo.core.losses import loss_divisor, pair_losses
 from nanodpo.core.packing import scored_places
 from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
 from nanodpo.errors import Preempted, RunStopped, leave, run_script
-from nanodpo.figures.after import draw_after, is_drawn
+from nanodpo.figures.after import draw_run_after, is_drawn
 from nanodpo.folder import checkpoint, state
 from nanodpo.model import loading
 from nanodpo.model.quantised import bits_of
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
             lifecycle.finish(run)
         if run.rank == 0:
             if run.args.draw:
-                distributed.say(draw_after(run.folder))
+                distributed.say(draw_run_after(run.folder))
             distributed.say(f"done: {run.folder}\nlast: {run.folder / f'checkpoint-{run.steps}'}")
             distributed.say(f"next: {command_line(SCRIPT.with_name('score.py'), run.folder)}")
 
@@ -257,7 +257,7 @@ def end_again(start: Start) -> None:
     if args.merge_weights and distributed.is_main() and not (folder / "merged").is_dir():
         lifecycle.merge(folder, steps, args.bf16, args.trust_remote_code, bits_of(args))
     if args.draw and distributed.is_main() and not is_drawn(folder):  # it was killed while it drew, or was not to
-        distributed.say(draw_after(folder))
+        distributed.say(draw_run_after(folder))
 
 
 def command() -> None:

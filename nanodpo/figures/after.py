@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..errors import UserError, first_line
+from ..folder import card
 from ..model.source import BROKEN
 from ..screen import command_line
 
@@ -18,6 +19,17 @@ def draw_after(folder: Path) -> str:
     except BROKEN as error:
         plot = Path(__file__).resolve().parents[2] / "plot.py"
         return f"no figure: {first_line(error)}; `{command_line(plot, folder)}` says more"
+
+
+def draw_run_after(run: Path) -> str:
+    """Draws the figures of a run that has ended, and puts that of its training into its model cards. Returns the words
+    of `draw_after`."""
+    said = draw_after(run)
+    try:
+        card.add_figure(run)
+    except OSError as error:
+        said += f"\nno figure in the model cards: {first_line(error)}"
+    return said
 
 
 def is_drawn(run: Path) -> bool:

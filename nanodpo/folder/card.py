@@ -7,12 +7,15 @@ the same bytes.
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 from ..core.losses import LOSSES
 from ..data.places import hub_parts, places_of
 from ..files import read_text
+from .atomic import new_file
 
+FIGURE = "training.png"
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected")
 SETTINGS = ("loss", "reference", "beta", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps",
             "weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
@@ -30,6 +33,18 @@ def texts(facts: dict, step: int, metrics: Path, base: str, peft=None) -> dict[s
     state = {"global_step": step, "max_steps": facts["steps"], "log_history": log}
     return {"README.md": model_card(facts, step, log, base, peft),
             "trainer_state.json": f"{json.dumps(state, indent=1)}\n"}
+
+
+def add_figure(run: Path) -> None:
+    """Puts the figure of a run that has ended beside the card of each checkpoint and of the merged model, and at the
+    card's end. A folder that has it stays as it is: somebody may have edited the card since."""
+    figure = run / FIGURE
+    for card in [*run.glob("checkpoint-*/README.md"), *run.glob("merged/README.md")] if figure.is_file() else ():
+        if not card.with_name(FIGURE).exists():
+            with new_file(card.with_name(FIGURE)) as place:
+                shutil.copyfile(figure, place)
+            with new_file(card) as place:
+                place.write_text(f"{read_text(card)}\n## Training\n\n![Training, step by step]({FIGURE})\n")
 
 
 def history(metrics: Path, step: int, every: int) -> list[dict]:
@@ -54,7 +69,7 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
     what = "an adapter" if peft else "a model"
     text = [f"# {_short(base)}, {loss}, step {step} of {facts['steps']}",
             f"This is {what} from a run of nanodpo: {_short(base)} after {step} of {facts['steps']} updates with the "
-            f"`{loss}` loss ({_source(loss)}).", *([RS_LORA] if getattr(peft, "use_rslora", False) else []),
+            f"`{loss}` loss.", *([RS_LORA] if getattr(peft, "use_rslora", False) else []),
             *([QUANTISED.format(json.dumps(how))] if peft and (how := facts.get("quantisation")) else []),
             "## Data", *(f"- {_short_report(report)}" for report in facts["data_report"])]
     held_out = [line for line in log if "eval_loss" in line]
@@ -70,6 +85,8 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
     made = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     text += ["## Settings", "\n".join(["| | |", "|---|---|", *settings]),
              f"{facts['world_size']} process(es), {facts['device']}; {made}."]
+    if paper := _paper(loss):
+        text += ["## Citation", f"The loss is that of [arXiv {paper}](https://arxiv.org/abs/{paper})."]
     return "\n".join(["---", *_yaml(head), "---", "", "\n\n".join(text).replace("\n\n- ", "\n- "), ""])
 
 
@@ -89,9 +106,10 @@ def _yaml(head: dict) -> list[str]:
     return [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in head.items() if value]
 
 
-def _source(loss: str) -> str:
-    found = re.search(r"arXiv \d{4}\.\d{5}", LOSSES[loss].__doc__)
-    return found[0] if found else "negative log-likelihood"
+def _paper(loss: str) -> str | None:
+    """The number on arXiv of the paper that a loss is from."""
+    found = re.search(r"arXiv (\d{4}\.\d{5})", LOSSES[loss].__doc__)
+    return found and found[1]
 
 
 def _is_hub_id(name: str) -> bool:

@@ -168,4 +168,6 @@ def merge(folder: Path, steps: int, bf16: bool, trust_remote_code: bool, bits: i
     facts = record.read(folder)
     texts = card.texts(facts, steps, folder / "metrics.jsonl", base_of(str(last))[0])
     checkpoint.merge(last, folder / "merged", dtype, trust_remote_code, check, texts, bits)
+    with writing(folder / "merged"):
+        card.add_figure(folder)  # where an earlier call has drawn it
     distributed.say(f"merged: {folder / 'merged'}")

@@ -83,6 +83,26 @@ def test_every_checkpoint_and_the_merged_model_have_both(tiny, tmp_path):
            tmp_path / "scores", launcher="fork")
 
 
+def test_a_card_shows_the_figure_of_its_run(tiny, tmp_path):
+    """It lies beside the card, and is the run's own, also in a merged model that is made later. Without a figure there
+    is no link, and what the user has written since stays."""
+    flags, run = ("--max_steps", "2", "--save_steps", "1"), tmp_path / "run"
+    train(tiny, run, *flags)
+    assert "training.png" not in (run / "checkpoint-2" / "README.md").read_text()
+    again = (ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
+             "--output_dir", run, *flags)
+    launch(*again, launcher="fork")  # without --draw false
+    (run / "checkpoint-1" / "README.md").write_text("my own words")
+    launch(*again, "--merge_weights", launcher="fork")
+    for name in ("checkpoint-0", "checkpoint-2", "merged"):
+        text = (run / name / "README.md").read_text()
+        assert text.count("](training.png)") == 1 and ModelCard(text).data.tags[:2] == ["nanodpo", "dpo"]
+        assert "https://arxiv.org/abs/2305.18290" in text
+        assert (run / name / "training.png").read_bytes() == (run / "training.png").read_bytes()
+        assert check_whole(run / name)
+    assert (run / "checkpoint-1" / "README.md").read_text() == "my own words"
+
+
 def test_a_card_may_be_edited_and_its_numbers_are_those_of_the_weights(tiny, tmp_path):
     """What is written beside the weights is no part of a checkpoint's manifest, nor of the key of its scores."""
     train(tiny, tmp_path / "run", "--max_steps", "2", "--save_steps", "1")
