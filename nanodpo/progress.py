@@ -15,17 +15,19 @@ NOTEBOOK = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)  # w
 
 class Progress:
     """Counts the units of a work that are done, and shows them on rank 0: `with Progress("reference", 100, "step") as
-    bar`. `done`: units that were done before."""
+    bar`. `done`: units that were done before; `here`: whether this rank shows them, where it is not rank 0 that does.
+    """
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0):
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, here: bool | None = None):
+        here = is_main() if here is None else here
         # Lines go to stdout, the bar to stderr. Where one of them goes elsewhere (`| tee log`), a line would end up
         # behind the bar.
         bar = NOTEBOOK or sys.stdout.isatty() and sys.stderr.isatty()
         self.what, self.total, self.unit, self.done, self.start = printable(what), total, unit, done, done
-        self.lines, self.began = is_main() and not bar, time.monotonic()
+        self.lines, self.began = here and not bar, time.monotonic()
         self.said = self.began
         self.bar = tqdm(desc=self.what, total=total, initial=done, unit=unit, dynamic_ncols=True, leave=False, delay=1,
-                        disable=not (is_main() and bar))
+                        disable=not (here and bar))
 
     def __enter__(self):
         return self

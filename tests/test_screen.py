@@ -337,8 +337,8 @@ def test_greedy_answers_are_counted_as_they_come():
     assert said == [[7], [7], [7], [], []] and sum(told) == 5 and len(told) > 2
 
 
-def test_texts_are_tokenised_a_thousand_at_a_time(tiny):
-    """With the ids of one call for all."""
+def test_texts_get_the_ids_that_the_tokenizer_gives_them(tiny):
+    """Without special tokens of its own; no text is no call."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")

@@ -50,7 +50,7 @@ def _responses(tokenizer, texts: list[Texts], prompts: list[list[int]], response
     return [_after(prompt, whole, tokenizer) for prompt, whole in zip(prompts, wholes)]
 
 
-def tokenize_more(texts: list[Texts], examples: list, tokenizer, boundary: str, limit: int) -> None:
+def tokenize_more(texts: list[Texts], examples: list, tokenizer, boundary: str) -> None:
     """Gives each Example its further responses; puts a reason in its place where one merges with the prompt."""
     for i, (text, example) in enumerate(zip(texts, examples)):
         for name, response in text.more.items() if isinstance(example, Example) else ():
@@ -58,7 +58,7 @@ def tokenize_more(texts: list[Texts], examples: list, tokenizer, boundary: str, 
             if isinstance(ids, str):
                 examples[i] = f"column {name}: {ids}"
                 break
-            example.more[name] = ids[: max(0, limit - len(example.prompt))]
+            example.more[name] = ids
 
 
 def _example(text: Texts, prompt: list[int], chosen, rejected, may_be_equal: bool) -> Example | str:

@@ -2,6 +2,7 @@
 
 import array
 import dataclasses
+from typing import NamedTuple
 
 
 class Answers(list):
@@ -12,14 +13,26 @@ class Answers(list):
         self.scored = scored
 
 
+class Packed(NamedTuple):
+    """Token ids in 4 bytes each, where a list of numbers takes 36: in an array, or in a file in memory."""
+
+    ids: array.array | memoryview
+    scored: array.array | memoryview | None = None  # the places of Answers
+
+    @classmethod
+    def of(cls, ids: list[int]) -> "Packed":
+        scored = getattr(ids, "scored", None)
+        return cls(array.array("i", ids), None if scored is None else array.array("i", scored))
+
+
 class TokenIds:
-    """A field of token ids: kept in 4 bytes each, where a list of numbers takes 36, and read as a new list."""
+    """A field of token ids: set to a list of them or as Packed, kept as Packed, and read as a new list."""
 
     def __set_name__(self, owner, name: str):
         self.name = f"_{name}"
 
-    def __set__(self, example, ids: list[int] | None) -> None:
-        setattr(example, self.name, None if ids is None else (array.array("i", ids), getattr(ids, "scored", None)))
+    def __set__(self, example, ids: list[int] | Packed | None) -> None:
+        setattr(example, self.name, ids if ids is None or isinstance(ids, Packed) else Packed.of(ids))
 
     def __get__(self, example, owner=None) -> list[int] | None:
         if example is None:
@@ -27,7 +40,7 @@ class TokenIds:
         if (kept := getattr(example, self.name)) is None:
             return None
         ids, scored = kept
-        return ids.tolist() if scored is None else Answers(ids.tolist(), scored)
+        return ids.tolist() if scored is None else Answers(ids.tolist(), scored.tolist())
 
 
 @dataclasses.dataclass
@@ -45,7 +58,11 @@ class Example:
     @property
     def length(self) -> int:
         """The longest [prompt | response], in tokens."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected or ()))
+        return len(self._prompt.ids) + max(len(side.ids) for side in (self._chosen, self._rejected) if side)
+
+    def packed(self) -> tuple[Packed, Packed, Packed | None]:
+        """Prompt, chosen and rejected as they are kept."""
+        return self._prompt, self._chosen, self._rejected
 
     def last_answer(self) -> "Example":
         """The same row with the last of several scored answers as its response, and all before it as its prompt."""

@@ -3,11 +3,13 @@
 import bz2
 import glob
 import gzip
+import hashlib
 import lzma
 import os
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import check_regular
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}  # after one of the suffixes
@@ -102,3 +104,22 @@ def kind_of(files: list[str]) -> str:
     if kind in (".parquet", ".arrow") and (packed := [file for file in files if Path(file).suffix in PACKED]):
         raise UserError(f"{packed[0]}: unpack it first; {kind} files are packed inside")
     return kind
+
+
+def contents(path: str) -> list[tuple] | None:
+    """All that the rows of `path` follow from: split, name, hash and size in bytes of each file, in order; None for a
+    data set of the hub, and for what can't be read, of which reading it says why."""
+    found = []
+    try:
+        for place in places_of(path):
+            name, split = local(place)
+            if name is None:
+                return None
+            for file in files_of(name, split) or sorted(file for file in Path(name).rglob("*") if file.is_file()):
+                check_regular(file)
+                own = os.path.relpath(file, name) if Path(name).is_dir() else Path(file).name
+                with open(file, "rb") as opened:
+                    found.append((split, own, hashlib.file_digest(opened, "sha256").hexdigest(), os.path.getsize(file)))
+    except (OSError, UserError):
+        return None
+    return found

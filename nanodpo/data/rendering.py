@@ -24,7 +24,10 @@ class Rendered:
 
 
 def render_prompt(template: Template, messages: list[dict]) -> str:
-    """Messages -> their text and the header of the assistant's next turn."""
+    """Messages -> their text and the header of the assistant's next turn. Of a pair both sides ask for the same."""
+    key = repr((messages, template.options))  # in which 1 is not True
+    if template.asked[0] == key:
+        return template.asked[1]
     if not template.tokenizer.chat_template:
         raise UserError("is a conversation, but the tokenizer has no chat template; give one with --chat_template, "
                         "such as examples/plain.jinja beside train.py, or put it into the model's folder as "
@@ -32,6 +35,7 @@ def render_prompt(template: Template, messages: list[dict]) -> str:
     text = apply(template, messages, add_generation_prompt=True)
     _check_written(template, messages, text)
     _check_tools(template, text)
+    template.asked = key, text
     return text
 
 

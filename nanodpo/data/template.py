@@ -43,6 +43,7 @@ class Template:
     date: datetime.date | None = None
     options: dict = dataclasses.field(default_factory=dict)
     left_out: dict = dataclasses.field(default_factory=dict)  # what rendering.py found out about roles
+    asked: tuple[str, str] = ("", "")  # the last prompt that it rendered: (messages and options, text)
 
     def given(self, options: dict) -> "Template":
         """The same template, given these options, too: those of one row."""

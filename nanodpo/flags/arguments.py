@@ -116,7 +116,7 @@ class TrainArguments:
     save_total_limit: int = _flag(None, "Keep only the N newest checkpoints, and checkpoint-0. Default: all.", ABOVE_0)
     merge_weights: bool = _flag(False, "At the end also save the adapter merged into its base, in merged/.")
     draw: bool = _flag(True, "Draw the run's figures at its end.")
-    cache_dir: str = _flag("~/.cache/nanodpo", "Folder for reference log-probs.")
+    cache_dir: str = _flag("~/.cache/nanodpo", "Folder for reference log-probs and prepared data.")
 
     # Looking without training
     inspect: bool = _flag(False, "Print one tokenised pair, the boundary and the lengths, and stop.")

@@ -39,7 +39,7 @@ class writing:
                              "and the same command goes on from there") from error
 
 
-def aside(place: Path, owner: int | None = None) -> Path:
+def aside(place: Path, owner: int | str | None = None) -> Path:
     """The name under which a file or folder is written until it is whole. `owner`, a process, has one of its own."""
     return place.with_name(f".{place.name}{f'.{owner}' if owner else ''}.partial")
 

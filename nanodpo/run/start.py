@@ -18,7 +18,7 @@ from ..data.tokens import DataSet, load_dataset
 from ..errors import UserError
 from ..files import read_text, why
 from ..flags.arguments import TrainArguments, parse
-from ..folder import record
+from ..folder import data_cache, record
 from ..folder.atomic import check_whole, check_writable
 from ..model.adapters import adapter_shape
 from ..model.lora_settings import check_dora, check_trainable, read_lora_settings, take_over
@@ -262,11 +262,11 @@ def load_data(args, source, date: str | None = None):
     limit = args.max_length or context
     if limit > context:
         raise UserError(f"--max_length {limit}: the model's context is {context} tokens (max_position_embeddings)")
-    pairs = args.loss != "sft"
-    train = load_dataset(args.train_file_path, template, args, limit, pairs)
+    pairs, keep = args.loss != "sft", functools.partial(data_cache.keep, args.cache_dir)
+    train = load_dataset(args.train_file_path, template, args, limit, pairs, keep=keep)
     check_ids(source, train.path, train.examples)
     if args.eval_file_path:
-        held_out = load_dataset(args.eval_file_path, template, args, limit, pairs)
+        held_out = load_dataset(args.eval_file_path, template, args, limit, pairs, keep=keep)
         check_ids(source, held_out.path, held_out.examples)
         return train, held_out, limit
     if not args.eval_size:

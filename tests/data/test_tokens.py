@@ -9,7 +9,7 @@ import pytest
 import tiny_tokenizers as tiny
 from tokenizers import normalizers
 
-from nanodpo.data import tokens
+from nanodpo.data import prepared
 from nanodpo.data.example import Answers, Example, truncate
 from nanodpo.data.inspection import histogram, inspect
 from nanodpo.data.template import read_template
@@ -258,7 +258,7 @@ def test_a_file_is_prepared_in_parts_as_it_is_at_once(tmp_path, monkeypatch):
     rows = [row(f"{i % 4}?", "4", f"five{i}" if i != 3 else "4") for i in range(9)]
     found = []
     for at_once in (1, 2, 100):
-        monkeypatch.setattr(tokens, "AT_ONCE", at_once)
+        monkeypatch.setattr(prepared, "AT_ONCE", at_once)
         data = load(tmp_path, tiny.chatml(), rows + [rows[0], row("2?", "", "x")], on_bad_row="drop")
         found.append((data.examples, [e.problem for e in data.examples], data.dropped, data.notes, data.lengths))
     assert found[0] == found[1] == found[2]
@@ -269,7 +269,7 @@ def test_a_file_is_prepared_in_parts_as_it_is_at_once(tmp_path, monkeypatch):
 def test_token_ids_take_four_bytes_each():
     """A list of numbers takes 8 bytes for each place, and 28 for each number above 256."""
     example = Example(0, [7] * 1000, Answers([300] * 2000, [5, 6]), None)
-    assert sum(sys.getsizeof(kept[0]) for kept in (example._prompt, example._chosen)) < 4 * 3000 + 300
+    assert sum(sys.getsizeof(kept.ids) for kept in example.packed()[:2]) < 4 * 3000 + 300
     assert example.prompt == [7] * 1000 and example.chosen == [300] * 2000 and example.chosen.scored == [5, 6]
     assert example.rejected is None and example.length == 3000
 

@@ -7,7 +7,7 @@ import pandas
 import pytest
 
 from nanodpo.data.example import Example
-from nanodpo.data.problems import with_problems
+from nanodpo.data.problems import find_problems
 from nanodpo.figures import intervals
 from nanodpo.scoring import estimates, means
 from nanodpo.stats import over_problems
@@ -77,7 +77,8 @@ def test_rows_of_one_problem_are_known():
 
     def problems(rows, *prompts):
         examples = [Example(i, [prompt], [9], None) for i, prompt in enumerate(prompts)]
-        return [example.problem for example in with_problems(examples, rows)]
+        find_problems(examples, {i: (row.get("question"), row.get("relevant-question")) for i, row in enumerate(rows)})
+        return [example.problem for example in examples]
 
     first, second, third, reverse, again, plain, other = problems(rows, 1, 2, 3, 4, 1, 2, 5)
     assert first == reverse == again and second == plain

@@ -1,0 +1,158 @@
+"""All rows of a data set in token ids, before any limit: made by several processes, and kept in little memory."""
+
+import array
+import contextlib
+import dataclasses
+import functools
+import hashlib
+from typing import NamedTuple
+
+from ..errors import UserError
+from ..progress import Progress
+from .encoding import tokenize, tokenize_more
+from .example import Example, Packed
+from .forks import cores, in_forks
+from .rows import read_rows
+from .shapes import Columns, choose_columns, describe_columns, in_messages, read_row, unread_parts
+from .template import Template
+from .texts import Texts, render_more, render_row, render_whole
+
+AT_ONCE = 500  # rows whose texts are in memory at one time, in each process
+MANY = 2000  # rows from which on it is worth while to start processes
+
+
+class Reading(NamedTuple):
+    """The settings that decide which token ids a row gets. Nothing else is known while rows are prepared, so prepared
+    rows are right under any other settings."""
+
+    prompt_field: str | None
+    chosen_field: str | None
+    rejected_field: str | None
+    boundary: str
+    train_on: str
+    loss: str  # "sft", which is trained on chosen alone, or empty
+    pairs: bool  # rejected is required
+    more: tuple[str, ...]  # further columns with responses
+
+    @classmethod
+    def of(cls, args, pairs: bool, more: tuple[str, ...] = ()) -> "Reading":
+        return cls(args.prompt_field, args.chosen_field, args.rejected_field, args.boundary, args.train_on,
+                   "sft" if args.loss == "sft" else "", pairs, more)
+
+
+class Line(NamedTuple):
+    """What is kept of a row that could be rendered, beside its token ids."""
+
+    row: int
+    notes: tuple[str, ...]
+    content: str  # a hash of prompt, chosen and rejected
+    whole: bool  # there is no prompt
+    lengths: tuple[int, ...]  # of its pieces of token ids; -1: there is none. Empty: the row can't be tokenised
+
+
+@dataclasses.dataclass
+class Prepared:
+    """The rows of a data set. `ids` has the token ids of all of them, piece after piece: prompt, chosen, rejected, the
+    places of chosen that are scored where not all are, and the further columns."""
+
+    columns: str  # which are read, and which are not
+    unread: dict[str, int]  # columns that are not read and may be part of what is asked, and in how many rows
+    count: int  # rows
+    more: tuple[str, ...]  # further columns with responses
+    questions: dict[int, tuple]  # the paper's columns, by row: (question, relevant-question)
+    lines: list[Line] = dataclasses.field(default_factory=list)
+    dropped: list[tuple[int, str]] = dataclasses.field(default_factory=list)  # (row, reason)
+    ids: array.array | memoryview = dataclasses.field(default_factory=lambda: array.array("i"))
+
+    def examples(self) -> list[Example]:
+        """Of the rows that could be tokenised, in their order. Their ids are stretches of `ids`, not copies."""
+        found, ids, at = [], memoryview(self.ids), 0
+        for line in filter(lambda line: line.lengths, self.lines):
+            pieces = []
+            for length in line.lengths:
+                pieces.append(ids[at : at + length] if length >= 0 else None)
+                at += max(length, 0)
+            prompt, chosen, rejected, scored, *more = pieces
+            said = {name: piece.tolist() for name, piece in zip(self.more, more) if piece is not None}
+            found.append(Example(line.row, Packed(prompt), Packed(chosen, scored), rejected and Packed(rejected),
+                                 more=said))
+        return found
+
+
+class Part(NamedTuple):
+    """Some rows of a Prepared."""
+
+    lines: list[Line]
+    dropped: list[tuple[int, str]]
+    ids: array.array
+
+
+def prepare(path: str, template: Template, how: Reading, alone: bool = False) -> Prepared:
+    """Reads, renders and tokenises the rows of a data set. `alone`: the other ranks of this machine wait meanwhile.
+
+    Raises UserError for an unreadable file, and for columns that are missing.
+    """
+    rows = read_rows(path)
+    columns = choose_columns(path, rows, how, how.pairs)
+    if missing := [name for name in how.more if name not in rows[0]]:
+        raise UserError(f"--responses {missing[0]}: {path} has no such column; it has {', '.join(rows[0])}")
+    found = Prepared(describe_columns(rows, columns, how.more), unread_parts(rows, columns), len(rows), how.more,
+                     _questions(rows))
+    parts = in_forks(functools.partial(_prepare_some, rows, template, how, columns), range(0, len(rows), AT_ONCE),
+                     cores(alone) if len(rows) > MANY else 1)
+    del rows  # forks have them
+    with Progress("preparing", found.count, "row", here=alone or None) as bar, contextlib.closing(parts):
+        for part in parts:
+            found.lines += part.lines
+            found.dropped += part.dropped
+            found.ids.extend(part.ids)
+            bar.update(AT_ONCE)
+    return found
+
+
+def _questions(rows: list[dict]) -> dict[int, tuple]:
+    """The columns by which problems.py links rows, where a row has a link."""
+    if not any(isinstance(row.get("relevant-question"), str) for row in rows):
+        return {}
+    return {i: tuple(value if isinstance(value := row.get(name), str) else None
+                     for name in ("question", "relevant-question")) for i, row in enumerate(rows)}
+
+
+def _prepare_some(rows: list[dict], template: Template, how: Reading, columns: Columns, first: int) -> Part:
+    """AT_ONCE rows from this one on."""
+    texts, dropped, ids, lines, alone = [], [], array.array("i"), [], how.loss == "sft"
+    for number, row in enumerate(rows[first : first + AT_ONCE], first):
+        try:
+            texts.append(_render(template, number, row, columns, how.more, alone, alone and how.train_on == "all"))
+        except UserError as error:
+            dropped.append((number, str(error)))
+    examples = tokenize(texts, template.tokenizer, how.boundary, may_be_equal=alone)
+    tokenize_more(texts, examples, template.tokenizer, how.boundary)
+    for text, example in zip(texts, examples):
+        if isinstance(example, str):
+            dropped.append((text.row, example))
+        pieces = () if isinstance(example, str) else _pieces(example, how.more)
+        ids.extend(i for piece in pieces for i in piece or ())
+        content = hashlib.sha256(repr((text.prompt, text.chosen, text.rejected)).encode(errors="surrogatepass"))
+        lines.append(Line(text.row, text.notes, content.hexdigest()[:32], not text.prompt,
+                          tuple(-1 if piece is None else len(piece) for piece in pieces)))
+    return Part(lines, sorted(dropped), ids)
+
+
+def _pieces(example: Example, more: tuple[str, ...]) -> list:
+    prompt, chosen, rejected = example.packed()
+    return [prompt.ids, chosen.ids, rejected and rejected.ids, chosen.scored, *map(example.more.get, more)]
+
+
+def _render(template: Template, number: int, row: dict, columns: Columns, more: tuple[str, ...], alone: bool,
+            every: bool) -> Texts:
+    """The texts of one row, those of `more` columns with them."""
+    values = read_row(row, columns)
+    template = template.given(values.options)
+    text = render_whole(template, number, values.chosen) if columns.whole else None
+    text = text or render_row(template, number, values.prompt, values.chosen, values.rejected,
+                              columns.rejected is not None, may_be_equal=alone, every=every, alike=columns.alike)
+    found = {name: render_more(template, text.prompt, name, in_messages(f"column {name}", row[name])) for name in more}
+    notes = (*text.notes, *(note for _, notes in found.values() for note in notes))
+    said = {name: response for name, (response, _) in found.items() if response}
+    return dataclasses.replace(text, notes=notes, more=said)
