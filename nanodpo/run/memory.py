@@ -98,15 +98,23 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: dict[str, int]) -> str:
+def weight_bytes(model) -> int:
+    return sum(_numel(p) * p.element_size() for p in model.parameters()) if model is not None else 0
+
+
+def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: dict[str, int],
+             reference: int = 0) -> str:
     """Lines for the screen after a dry run: memory, time and disk. `peaks`: GiB by rank; `shards`: the weights that
-    this rank trains; `needs`: from `disk_needed`."""
-    model = sum(_numel(p) * p.element_size() for p in engine.module.parameters())
+    this rank trains; `needs`: from `disk_needed`; `reference`: bytes of the model of --reference."""
+    model = weight_bytes(engine.module)
     state = sum(p.numel() for p in shards)
     spread = " shared by all ranks" if engine.zero_optimization_stage() == 3 else ""
     lines = [f"peak memory by rank: {', '.join(f'{peak:.2f}' for peak in peaks)} GiB, of which weights {gib(model)}"
              f"{spread}, float32 weights and AdamW's moments {gib(12 * state)}, gradients at least {gib(4 * state)}; "
              "the rest are activations"]
+    if reference:
+        lines.append(f"before the first step each rank holds the reference's weights as well, {gib(reference)}; the "
+                     "peak is of both")
     if device.type == "cuda":
         lines.append(f"the GPU has {gib(torch.cuda.get_device_properties(device).total_memory)}")
     lines.append(f"the longest micro-batch took {seconds:.2f} s, forward, backward and update")

@@ -35,6 +35,11 @@ def add_references(run: Run) -> None:
     """Sets run.ref and run.held_ref, (n, 2) log-probs under the reference, nats. It is the policy before the first
     step, or the model of --reference, which is gone afterwards."""
     _add_references(run)
+    _let_go(run)
+
+
+def _let_go(run: Run) -> None:
+    """Frees the memory of the model of --reference. Nobody may hold it but the run."""
     if run.reference_model is not None:
         run.reference_model = None
         gc.collect()  # its parts refer to each other
@@ -120,12 +125,14 @@ def dry_run(run: Run) -> None:
     args, sides = run.args, PAIR[:1] if run.args.loss == "sft" else PAIR
     longest = sorted(run.train_set.examples, key=lambda example: -total_tokens(groups_of([example], sides)))
     examples = longest[: args.per_device_train_batch_size]
-    groups, began = groups_of(examples, sides), time.perf_counter()
+    groups = groups_of(examples, sides)
     distributed.say(f"dry run on {memory.describe(examples)}")
+    ref, size = None if args.loss == "sft" else _reference_of(run, examples), memory.weight_bytes(run.reference_model)
+    _let_go(run)
     run.engine.train()
+    began = time.perf_counter()
     with memory.shortage_named(run.rank, "the dry run", lambda: memory.describe(examples)):
         logps = run.engine(make_batch(groups, run.layout, run.device)).view(len(groups), -1)
-        ref = None if args.loss == "sft" else torch.zeros_like(logps)
         lengths = response_lengths(groups, run.device)
         losses = pair_losses(args.loss, logps, ref, lengths, args.beta, args.label_smoothing)
         run.engine.set_gradient_accumulation_boundary(True)
@@ -133,4 +140,10 @@ def dry_run(run: Run) -> None:
         run.engine.step()
     peaks = distributed.gather_or_raise(None, metrics.peak_gib(run.device))
     distributed.say(memory.estimate(run.engine, run.device, state.shards(run.engine), peaks,
-                                    time.perf_counter() - began, disk_needed(run)))
+                                    time.perf_counter() - began, disk_needed(run), size))
+
+
+def _reference_of(run: Run, examples: list[Example]) -> torch.Tensor:
+    """(P, 2) log-probs of these pairs under the reference, nats."""
+    with _reference(run) as (policy, layout, *_):
+        return logps_of(run, examples, PAIR, "the reference's dry run", policy, layout).to(run.device)

@@ -207,6 +207,29 @@ def test_a_dry_run_writes_nothing(tiny, tmp_path, forked):
     assert codes == [1] and "ran out of memory in the dry run on rows" in said and "--max_length" in said
 
 
+def test_a_dry_run_counts_the_reference(tiny, tmp_path, forked):
+    """Another model's weights, to the byte, and its pass over the longest pairs, which may be short of memory itself;
+    nothing is written. The policy with its adapter off takes no more, and SFT has no reference."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=264, hidden_size=1024, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=258))
+    size = 4 * sum(p.numel() for p in model.parameters())
+    model.save_pretrained(tmp_path / "large")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny / "model" / name, tmp_path / "large")
+    dry = [*flags(tiny, tmp_path / "run", "--dry_run"), "--reference"]
+    codes, said = forked(TRAIN, *dry, tmp_path / "large", "--deepspeed", zero(tmp_path, 3), ranks=2)
+    assert codes == [0, 0] and f"the reference's weights as well, {size / 2**20:.1f} MiB" in said, said
+    for more in ([tiny / "model"], [tiny / "model", "--use_lora", "false"]):
+        codes, said = forked(TRAIN, *dry, *more)
+        assert codes == [0] and ("the reference's weights as well, 0.1 MiB" in said) == ("false" in more), said
+    codes, said = forked(FAULTY, "memory-reference@1", *dry, tmp_path / "large")
+    assert codes == [1] and "ran out of memory in the reference's dry run on rows" in said, said
+    assert not (tmp_path / "run").exists()
+
+
 def test_state_is_what_the_optimizer_has(tiny):
     """The shards of plain AdamW, through a file's tensors and back, bit for bit; random numbers too."""
     torch.manual_seed(0)
