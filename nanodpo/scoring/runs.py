@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import torch
 
 from ..data.places import SUFFIXES
+from ..data.shapes import options_of
 from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
@@ -163,6 +164,10 @@ def _settings(run: Path) -> SimpleNamespace:
     given = {key: given[key] for key in DEFAULTS if key in given}
     if wrong := next((key for key, value in given.items() if not _right(key, value)), None):
         raise UserError(f"{run / 'run.json'}: is not what train.py writes: {wrong} is {json.dumps(given[wrong])[:100]}")
+    try:
+        options_of(given.get("chat_template_kwargs"))
+    except UserError as error:
+        raise UserError(f"{run / 'run.json'}: is not what train.py writes: {error}") from error
     return SimpleNamespace(**DEFAULTS | NOT_A_RUN | given | {"record": record})
 
 

@@ -52,6 +52,11 @@ RUNS += [(f"run.json: {name} was {value}", setting(**{name: value}), RUN, [WRITE
     ("beta", None), ("beta", True), ("bf16", "yes"), ("bf16", 1), ("prompt_field", 3),
     ("chosen_field", ["a"]), ("train_file_path", 3), ("eval_file_path", {}), ("assistant_header", 3),
     ("max_prompt_length", "x"), ("max_prompt_length", 0), ("max_prompt_length", -1)]]
+RUNS += [(f"run.json: chat_template_kwargs were {value}", setting(chat_template_kwargs=value), RUN,
+          [WRITES, f"--chat_template_kwargs {value}: has {words}"]) for value, words in [
+    ("x", "options that can't be read as JSON"), ("[1]", "options of type list"),
+    ('{"tokenize": true}', "tokenize in options, which is not the template's to decide"),
+    ('{"chat_template": "x"}', "chat_template in options, which is not")]]
 RUNS += [
     ("run.json: beta is beyond all floats", setting(beta=10**400), RUN, [WRITES, f"beta is 1{99 * '0'}"]),
     ("run.json is a folder", broken("run/run.json", "a folder"), RUN,
