@@ -3,5 +3,6 @@
 Read places (names to files), rows (files to rows), shapes (rows of any shape to prompt, chosen and rejected), template
 and rendering (messages to text), texts (prompt, chosen and rejected as text), encoding (texts to ids), example (one
 row in ids), prepared (all rows in ids) with forks (the processes that share the work), tokens (the data set in ids,
-its limits) and schedule (which rows at which step). problems tells which rows belong together, inspection prints them.
+its limits), mixing (how often an epoch has a row) and schedule (which rows at which step). problems tells which rows
+belong together, inspection prints them.
 """

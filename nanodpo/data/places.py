@@ -36,6 +36,22 @@ def hub_parts(place: str) -> tuple[str, str, str, str]:
     return name, revision, config, split
 
 
+def with_split(path: str, split: str | None, flag: str) -> str:
+    """The same names, each with this split behind it; `flag` is where it comes from. Raises UserError for a name that
+    has one."""
+    if split is None:
+        return path
+    if "," in split or not split:
+        raise UserError(f"{flag} {split}: must be one split; several are FOLDER::A,FOLDER::B in the name of the data")
+    found = []
+    for place in places_of(path):
+        there, own = local(place)
+        if own or there is None and hub_parts(place)[3]:
+            raise UserError(f"{flag} {split}: {place} names a split already; leave one of them out")
+        found.append(place + ("::" if there or ":" not in place else ":") + split)
+    return ",".join(found)
+
+
 def absolute(path: str) -> str:
     """The same names, those of files and folders that are there by their full path."""
     return ",".join(os.path.abspath(place) if local(place)[0] else place for place in places_of(path))

@@ -12,7 +12,7 @@ from ..progress import Progress
 from .encoding import tokenize, tokenize_more
 from .example import Example, Packed
 from .forks import cores, in_forks
-from .rows import read_rows
+from .rows import read_places
 from .shapes import Columns, choose_columns, describe_columns, in_messages, read_row, unread_parts
 from .template import Template
 from .texts import Texts, render_more, render_row, render_whole
@@ -57,12 +57,17 @@ class Prepared:
 
     columns: str  # which are read, and which are not
     unread: dict[str, int]  # columns that are not read and may be part of what is asked, and in how many rows
-    count: int  # rows
+    counts: list[int]  # rows of each data set that was named
     more: tuple[str, ...]  # further columns with responses
     questions: dict[int, tuple]  # the paper's columns, by row: (question, relevant-question)
     lines: list[Line] = dataclasses.field(default_factory=list)
     dropped: list[tuple[int, str]] = dataclasses.field(default_factory=list)  # (row, reason)
     ids: array.array | memoryview = dataclasses.field(default_factory=lambda: array.array("i"))
+
+    @property
+    def count(self) -> int:
+        """Rows in all."""
+        return sum(self.counts)
 
     def examples(self) -> list[Example]:
         """Of the rows that could be tokenised, in their order. Their ids are stretches of `ids`, not copies."""
@@ -92,11 +97,13 @@ def prepare(path: str, template: Template, how: Reading, alone: bool = False) ->
 
     Raises UserError for an unreadable file, and for columns that are missing.
     """
-    rows = read_rows(path)
+    places = read_places(path)
+    counts, rows = [*map(len, places)], [row for rows in places for row in rows]
+    del places
     columns = choose_columns(path, rows, how, how.pairs)
     if missing := [name for name in how.more if name not in rows[0]]:
         raise UserError(f"--responses {missing[0]}: {path} has no such column; it has {', '.join(rows[0])}")
-    found = Prepared(describe_columns(rows, columns, how.more), unread_parts(rows, columns), len(rows), how.more,
+    found = Prepared(describe_columns(rows, columns, how.more), unread_parts(rows, columns), counts, how.more,
                      _questions(rows))
     parts = in_forks(functools.partial(_prepare_some, rows, template, how, columns), range(0, len(rows), AT_ONCE),
                      cores(alone) if len(rows) > MANY else 1)

@@ -22,7 +22,13 @@ LINE = 16 * LONGEST  # characters of a line of text
 
 
 def read_rows(path: str) -> list[dict]:
-    """The rows of what `path` names: file(s), a folder, a data set of the hub, or several of these with commas between.
+    """The rows of all that `path` names, one after the other."""
+    return [row for rows in read_places(path) for row in rows]
+
+
+def read_places(path: str) -> list[list[dict]]:
+    """The rows of what `path` names: file(s), a folder, a data set of the hub, or each of several of these with commas
+    between.
 
     "NAME:CONFIG:SPLIT" names one split of a folder, or of a data set of the hub, which also has NAME@REVISION. Raises
     UserError for what is not there, can't be read or holds nothing.
@@ -42,16 +48,20 @@ def read_rows(path: str) -> list[dict]:
         if [*rows[0]] != [*found[0][0]]:
             raise UserError(f"{place}: has the columns {', '.join(rows[0])}, and {places[0]} has "
                             f"{', '.join(found[0][0])}")
-    return [row for rows in found for row in rows]
+    return found
 
 
 def _read(place: str) -> list[dict]:
     name, split = local(place)
     files = files_of(name, split) if name else []
     kind = kind_of(files) if files else None
+    whole = bool(name) and not Path(name).is_dir()  # a file, of which one kind alone holds splits
+    if split and whole and kind != ".json":
+        raise UserError(f"{place}: {kind} files hold no splits; leave out {split!r}")
     if kind in (None, ".parquet", ".arrow"):
         return _bounded(place, _table_rows(place, name, split, files, kind))
-    rows = _bounded(place, itertools.chain.from_iterable(_text_rows(file, kind, split) for file in files))
+    rows = _bounded(place, itertools.chain.from_iterable(_text_rows(file, kind, split if whole else None)
+                                                          for file in files))
     columns = dict.fromkeys(name for row in rows for name in row)
     return [dict.fromkeys(columns) | row for row in rows]  # what a row does not have is None in it
 
@@ -103,6 +113,9 @@ def _json_rows(file: str, kind: str, split: str | None):
             whole = _parse_all(file)
             splits = whole and {*whole} <= {*SPLITS} and all(isinstance(rows, list) for rows in whole.values())
             found = one_split(file, whole, split) if splits else [whole]
+            split = None if splits else split
+    if split:
+        raise UserError(f"{file}: holds no splits; leave out {split!r}")
     found = ([(f"item {i}", item) for i, item in enumerate(found)] if found is not None else
              ((f"line {i}", _parse(line, f"{file}, line {i}")) for i, line in enumerate(_lines(file), 1)
               if line.strip()))

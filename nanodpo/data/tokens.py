@@ -23,11 +23,19 @@ class DataSet:
     held_out: int = 0  # examples that went to a data set of their own, or are the only ones that stay here
     total: int = 0  # examples of the file, where some of them are not here
     columns: str = ""  # which are read, and which are not
+    sizes: list[int] = dataclasses.field(default_factory=list)  # rows of each of the data sets that `path` names
+    mixture: str = ""  # what mixing.py made of them, and ...
+    unmixed: list[Example] | None = None  # ... the examples that it took
+
+    @property
+    def once(self) -> list[Example]:
+        """The examples of which an epoch is made, each once."""
+        return self.examples if self.unmixed is None else self.unmixed
 
     def report(self) -> str:
         lines = [f"data {self.path}: {_rows(self.total or len(self.examples))}, {len(self.dropped)} dropped"
                  + f", {self.held_out} held out" * bool(self.held_out)]
-        lines += [f"  {self.columns}"] * bool(self.columns)
+        lines += [f"  {text}" for text in (self.columns, self.mixture) if text]
         lines += [f"  {_rows(count)}: {note}" for note, count in sorted(self.notes.items())]
         lines += [f"  dropped row {row['row']}: {one_line(row['reason'])}" for row in self.dropped[:SHOWN]]
         return "\n".join(lines + [f"  ... and {len(self.dropped) - SHOWN} more"] * (len(self.dropped) > SHOWN))
@@ -43,7 +51,7 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
     """
     how = Reading.of(args, pairs, more)
     prepared = keep(path, template, how) if keep else prepare(path, template, how)
-    data = DataSet(path, [], [], collections.Counter(), columns=prepared.columns)
+    data = DataSet(path, [], [], collections.Counter(), columns=prepared.columns, sizes=prepared.counts)
     for row, reason in prepared.dropped:
         _drop(data, row, reason)
     overlong = _add(data, prepared.examples(), limit, args)

@@ -35,6 +35,10 @@ class TrainArguments:
                                "id[@revision][:config[:split]]; several with commas between.")
     eval_file_path: str = _flag(None, "Data to evaluate on, given as train_file_path is.")
     eval_size: int = _flag(0, "Without eval_file_path: hold out this many training rows, drawn by seed.", NOT_NEGATIVE)
+    split: str = _flag(None, "Split of train_file_path. Default: the only one; of the hub, train.")
+    eval_split: str = _flag(None, "The same of eval_file_path.")
+    mix_weights: str = _flag(None, "How often an epoch has each row of the data sets in train_file_path: 1,0.5. "
+                             "Default: once.")
     prompt_field: str = _flag(None, "Column of prompts. Default: prompt, or question.")
     chosen_field: str = _flag(None, "Column of preferred responses. Default: chosen, text, completion or messages.")
     rejected_field: str = _flag(None, "Column of dispreferred responses. Default: rejected, or worse-text.")

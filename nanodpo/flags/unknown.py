@@ -11,6 +11,8 @@ RENAMED = {name: ours for ours, names in {
     "train_on": "mask_history roles_to_train",
     "train_file_path": "dataset_name dataset dataset_path data_path train_file train_data train_dataset data",
     "eval_file_path": "eval_dataset eval_dataset_name validation_file eval_file test_file eval_data",
+    "split": "dataset_split dataset_train_split train_split", "eval_split": "dataset_test_split test_split",
+    "mix_weights": "dataset_mixer interleave_probs dataset_weights mixing_weights datasets_weights",
     "max_length": "max_seq_length max_seq_len model_max_length cutoff_len max_tokens",
     "use_lora": "use_peft peft", "lora_r": "lora_rank peft_lora_r", "lora_alpha": "peft_lora_alpha",
     "load_in_4bit": "use_qlora qlora",
@@ -58,9 +60,8 @@ OTHERWISE = {name: what for what, names in {
     "not needed: dropout is off unless --allow_dropout": "disable_dropout",
     "--overlong truncate cuts the end of a response to --max_length; a prompt is never cut":
         "truncation_mode max_completion_length max_target_length max_response_length",
-    "a part of --train_file_path, which may be NAME@REVISION:CONFIG:SPLIT of the hub, or FOLDER::SPLIT":
-        "dataset_config dataset_config_name dataset_split dataset_train_split dataset_test_split "
-        "split subset revision",
+    "a part of --train_file_path, which may be NAME@REVISION:CONFIG:SPLIT of the hub":
+        "dataset_config dataset_config_name subset revision",
     "answers alone are scored, with their ends of turn; --train_on last scores the last one":
         "assistant_only_loss completion_only_loss train_on_prompt train_on_inputs train_on_input",
     "all checkpoints of --save_steps stay; score.py compares them": "load_best_model_at_end metric_for_best_model",

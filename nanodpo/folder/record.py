@@ -48,7 +48,7 @@ def facts(args, settings: dict, limit: int, data_sets: list, program: Path, comm
         "command": shlex.join(command), "arguments": arguments(args), "max_length": limit,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)), "deepspeed": json.loads(json.dumps(settings)),
         "versions": versions(), "git_commit": git_commit(program), "threads": torch.get_num_threads(),
-        "data": [data_hash(data.examples) for data in data_sets],
+        "data": [data_hash(data.once) for data in data_sets],  # an epoch follows from them and mix_weights
         "data_report": [data.report() for data in data_sets],
     }
 

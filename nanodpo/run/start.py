@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from ..data import inspection
+from ..data.mixing import mix, read_weights
+from ..data.places import with_split
 from ..data.schedule import epoch_order, steps_of
 from ..data.template import template_for
 from ..data.tokens import DataSet, load_dataset
@@ -120,6 +122,8 @@ def prepare(argv: list[str], script: Path) -> Start | None:
     loaded or a folder made. None where nothing is to be trained."""
     with agreement.same_on_all_ranks() as compared:
         args = parse(argv, script.parent / "examples" / "dpo.yaml")
+        name_splits(args)
+        weights = read_weights(args.mix_weights, args.train_file_path)
         lora = read_lora(args)
         compared |= {"--peft_config with": json.dumps(lora)}
         compared |= agreement.flags(dataclasses.asdict(args)) | agreement.program(script, args.local_rank)
@@ -146,6 +150,8 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         folder, old, wanted = record.find(args.resume, args.output_dir, new)
         date = (old or {}).get("date") or today  # some chat templates write it
         train, held_out, limit = load_data(args, source, date)
+        if weights:
+            mix(train, weights, args.seed)
         sets = [data for data in (train, held_out) if data]
         facts = record.facts(args, settings, limit, sets, script.parent, [str(script), *argv])
         facts |= {"date": date, "peft_config": lora or None, "quantisation": how}
@@ -161,6 +167,15 @@ def prepare(argv: list[str], script: Path) -> Start | None:
     if not start.finished:
         distributed.say("\n".join(data.report() for data in sets))
     return start
+
+
+def name_splits(args) -> None:
+    """Writes --split and --eval_split into the names of the data, as which they are recorded. Raises UserError."""
+    if args.eval_split and not args.eval_file_path:
+        raise UserError(f"--eval_split {args.eval_split}: has no meaning without --eval_file_path; leave it out")
+    args.train_file_path = with_split(args.train_file_path, args.split, "--split")
+    args.eval_file_path = args.eval_file_path and with_split(args.eval_file_path, args.eval_split, "--eval_split")
+    args.split = args.eval_split = None
 
 
 def look(args, lora: dict, deepspeed: Path) -> None:

@@ -11,6 +11,7 @@ import tiny_tokenizers as tiny
 
 from nanodpo.data import places
 from nanodpo.data import rows as rows_module
+from nanodpo.data.places import hub_parts, with_split
 from nanodpo.data.rows import read_rows
 from nanodpo.data.shapes import Columns, choose_columns, describe_columns, unread_parts
 from nanodpo.data.template import close_turn, prompt_leads, read_template
@@ -506,6 +507,40 @@ def test_a_folder_of_save_to_disk(tmp_path):
     assert read_rows(f"{tmp_path / 'two'}::b") == ROWS[1:]
     with pytest.raises(UserError, match="two: has no split 'c'; it has a, b, like"):
         read_rows(f"{tmp_path / 'two'}::c")
+
+
+@pytest.mark.parametrize("name, split, whole", [
+    ("org/pairs", "test", "org/pairs::test"), ("org/pairs:default", "test", "org/pairs:default:test"),
+    ("org/pairs@main", "train[:10%]", "org/pairs@main::train[:10%]"), ("org/a,org/b:c", "x", "org/a::x,org/b:c:x"),
+    ("org/pairs", None, "org/pairs"), ("a/b::train", None, "a/b::train")])
+def test_a_split_by_its_flag_is_one_in_the_name(name, split, whole):
+    assert with_split(name, split, "--split") == whole
+    parts = [hub_parts(place) for place in whole.split(",")]
+    assert split is None or {part[3] for part in parts} == {split}
+
+
+def test_a_split_by_its_flag_is_that_of_a_folder_or_object(tmp_path):
+    """Of each of several; one that names a split already, or holds none, is refused, and not read whole in silence."""
+    datasets = pytest.importorskip("datasets")
+    folder, file = tmp_path / "two", tmp_path / "rows.json"
+    datasets.DatasetDict({"a": datasets.Dataset.from_list(ROWS[:1]), "b": datasets.Dataset.from_list(ROWS[1:])}
+                         ).save_to_disk(folder)
+    file.write_text(json.dumps({"train": ROWS[:1], "test": ROWS[1:]}))
+    assert read_rows(with_split(str(folder), "b", "--split")) == ROWS[1:]
+    assert read_rows(with_split(str(file), "test", "--split")) == ROWS[1:]
+    assert read_rows(with_split(f"{folder},{folder}", "a", "--split")) == ROWS[:1] * 2
+    for name in (f"{folder}::a", f"{folder}::b", "org/pairs:c:train", f"{file},{folder}::b"):
+        with pytest.raises(UserError, match="^--split b: .* names a split already; leave one of them out"):
+            with_split(name, "b", "--split")
+    for split in ("a,b", ""):
+        with pytest.raises(UserError, match=f"^--eval_split {split}: must be one split"):
+            with_split(str(folder), split, "--eval_split")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "list.json").write_text(json.dumps(ROWS))
+    for name in ("rows.parquet", "rows.jsonl", "list.json", "rows.par*"):
+        with pytest.raises(UserError, match=r"holds? no splits; leave out 'train'"):
+            read_rows(f"{tmp_path / name}::train")
 
 
 def test_files_of_two_types_are_refused(tmp_path):
