@@ -99,8 +99,8 @@ def score_all(opener: Opener, work: list[Work], parts: Parts, max_tokens: int) -
     left = [item for item in work if any(result.missing for result in item.results)]
     results = [result for item in left for result in item.results]
     rows, missing = sum(len(result.rows) for result in results), sum(len(result.missing) for result in results)
-    distributed.say(f"{len(work)} part{'s' * (len(work) > 1)}, {len(work) - len(left)} of them done before"
-                    + f", and {1 - missing / rows:.0%} of the rest" * (missing < rows))
+    some = f", and {1 - missing / rows:.0%} of the rest" if missing < rows else ""
+    distributed.say(f"{len(work)} part{'s' * (len(work) > 1)}, {len(work) - len(left)} of them done before{some}")
     with Progress("scoring", sum(len(item.missing("scores", "tokens", "gradients")) for item in left), "row") as bar:
         for item in left:
             bar.update(0, f"{item.checkpoint.run} step {item.checkpoint.step} {item.data.name}")
