@@ -180,6 +180,10 @@ def open_dataset(name: str, reader: Reader, settings, wanted: Wanted) -> Respons
     there = [kind for kind, make in KINDS.items() if any(make(examples, i, wanted.seed) for i in range(len(examples)))]
     asked = wanted.responses or there
     say(read.report())
+    if several := sum(alone is not example for alone, example in zip(examples, read.examples)):
+        # Responses of other kinds answer the last question, too.
+        say(f"{name}: {several} of {len(examples)} rows have several answers; the run was trained on all of them "
+            "(--train_on all), and the last one is scored, after all that is before it")
     kinds = [*asked, *(kind for kind in there if kind not in asked)]
     groups = make_groups(examples, kinds, wanted.seed, limit)
     longest = wanted.max_new_tokens or max(len(example.chosen) for example in examples)

@@ -106,7 +106,7 @@ def test_a_run_with_weights_is_recorded_and_scored(tiny, tmp_path):
     (("--split", "train"), "a.jsonl::train: .jsonl files hold no splits; leave out 'train'"),
     (("--split", "a,b"), "^--split a,b: must be one split"),
     (("--eval_split", "test"), "^--eval_split test: has no meaning without --eval_file_path"),
-    (("--train_file_path", "org/name:c:train", "--split", "test"), "^--split test: org/name:c:train names a split alr")])
+    (("--train_file_path", "org/name:c:train", "--split", "test"), "^--split test: org/name:c:train names a split al")])
 def test_flags_that_fit_no_data_are_refused_before_a_model_is_read(tiny, tmp_path, more, what):
     with pytest.raises(UserError, match=what):
         prepare(run_of(tiny, tmp_path)("--output_dir", str(tmp_path / "run"), *more), ROOT / "train.py")
