@@ -2,24 +2,34 @@
 
 import dataclasses
 import itertools
+from typing import NamedTuple
 
 from .example import Answers, Example
 from .template import added_tokens
 from .texts import Texts
 
 
+class Head(NamedTuple):
+    """The beginning of a text up to a token that nothing merges with, which is tokenised once for all its responses."""
+
+    length: int = 0  # characters; the token is what follows
+    ids: tuple[int, ...] = ()  # without that token
+    token: int | None = None
+
+
 def tokenize(texts: list[Texts], tokenizer, boundary: str, may_be_equal: bool) -> list[Example | str]:
     """An Example for each text, or the reason why there is none."""
     if not texts:
         return []
-    prompts = _encode(tokenizer, [t.prompt for t in texts], texts)
+    heads = _heads(tokenizer, [t.prompt for t in texts])
+    prompts = _encode(tokenizer, [t.prompt for t in texts], texts, heads)
     sides = []
     for side in ("chosen", "rejected"):
         responses = [getattr(t, side) for t in texts]
         if responses[0] is None:
             sides.append([None] * len(texts))
         else:
-            sides.append(_responses(tokenizer, texts, prompts, responses, boundary))
+            sides.append(_responses(tokenizer, texts, prompts, responses, boundary, heads))
     examples = [_example(*row, may_be_equal) for row in zip(texts, prompts, *sides)]
     return [_with_places(text, example, tokenizer, boundary) if text.places and isinstance(example, Example)
             else example for text, example in zip(texts, examples)]
@@ -42,11 +52,12 @@ def _with_places(text: Texts, example: Example, tokenizer, boundary: str) -> Exa
     return dataclasses.replace(example, chosen=Answers(example.chosen, scored))
 
 
-def _responses(tokenizer, texts: list[Texts], prompts: list[list[int]], responses: list[str], boundary: str) -> list:
+def _responses(tokenizer, texts: list[Texts], prompts: list[list[int]], responses: list[str], boundary: str,
+               heads: list[Head] | None = None) -> list:
     """Ids of a response to each text's prompt, or what is wrong with it."""
     if boundary == "concat":
         return _apart(tokenizer, prompts, responses)
-    wholes = _encode(tokenizer, [t.prompt + r for t, r in zip(texts, responses)], texts)
+    wholes = _encode(tokenizer, [t.prompt + r for t, r in zip(texts, responses)], texts, heads)
     return [_after(prompt, whole, tokenizer) for prompt, whole in zip(prompts, wholes)]
 
 
@@ -76,15 +87,57 @@ def _example(text: Texts, prompt: list[int], chosen, rejected, may_be_equal: boo
     return Example(text.row, prompt, chosen, rejected)
 
 
-def _encode(tokenizer, lines: list[str], texts: list[Texts]) -> list[list[int]]:
-    """Token ids; of plain text with exactly one BOS in front where the tokenizer uses one.
+def _encode(tokenizer, lines: list[str], texts: list[Texts], heads: list[Head] | None = None) -> list[list[int]]:
+    """Token ids; of plain text with exactly one BOS in front where the tokenizer uses one. `heads` are those with which
+    the lines begin.
 
     What the chat template rendered has the BOS that the template wrote, or none, as at inference.
     """
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     return [[bos, *ids] if adds_bos and not text.rendered and ids[:1] != [bos] else ids
-            for ids, text in zip(_ids(tokenizer, lines), texts)]
+            for ids, text in zip(_after_heads(tokenizer, lines, heads or [Head()] * len(lines)), texts)]
+
+
+def _after_heads(tokenizer, lines: list[str], heads: list[Head]) -> list[list[int]]:
+    """Token ids of lines that begin with these heads."""
+    found = []
+    for line, head, ids in zip(lines, heads, _ids(tokenizer, [line[head.length:] for line, head in zip(lines, heads)])):
+        apart = head.token is None or ids[:1] == [head.token]  # else the token is part of a longer one
+        found.append([*head.ids, *ids] if apart else _ids(tokenizer, [line])[0])
+    return found
+
+
+def _heads(tokenizer, prompts: list[str]) -> list[Head]:
+    """The heads of prompts, each to the last place of a token that opens the assistant's turn; empty ones where there
+    is no such token. A tokenizer of the tokenizers library takes added tokens out of a text before it looks at the
+    rest, so that what is before one and what is after it can be tokenised apart."""
+    token = _border(tokenizer, prompts[0])
+    places = [prompt.rfind(token) if token else -1 for prompt in prompts]
+    cut = [i for i, place in enumerate(places) if place > 0]
+    heads = [Head()] * len(prompts)
+    for i, ids in zip(cut, _ids(tokenizer, [prompts[i][: places[i] + len(token)] for i in cut])):
+        if ids[-1:] == [tokenizer.convert_tokens_to_ids(token)]:
+            heads[i] = Head(places[i], tuple(ids[:-1]), ids[-1])
+    return heads
+
+
+def _border(tokenizer, prompt: str) -> str | None:
+    """The last added token in a prompt, if it is found as it is written, and shares no character with another one,
+    whatever stands beside it."""
+    if not tokenizer.is_fast:
+        return None
+    added = list(tokenizer.added_tokens_decoder.values())
+    here = [token for token in added if token.content in prompt]
+    last = max(here, key=lambda token: prompt.rfind(token.content), default=None)
+    if last is None or last.normalized or last.lstrip or last.rstrip or last.single_word:
+        return None
+    text = last.content
+    for other in (token.content for token in added if token.content != text):
+        if text in other or other in text or any(
+                other.endswith(text[:k]) or other.startswith(text[-k:]) for k in range(1, min(len(text), len(other)))):
+            return None
+    return text
 
 
 def _ids(tokenizer, texts: list[str]) -> list[list[int]]:

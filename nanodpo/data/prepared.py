@@ -139,7 +139,8 @@ def _prepare_some(rows: list[dict], template: Template, how: Reading, columns: C
         if isinstance(example, str):
             dropped.append((text.row, example))
         pieces = () if isinstance(example, str) else _pieces(example, how.more)
-        ids.extend(i for piece in pieces for i in piece or ())
+        for piece in filter(None, pieces):
+            ids.extend(piece)
         content = hashlib.sha256(repr((text.prompt, text.chosen, text.rejected)).encode(errors="surrogatepass"))
         lines.append(Line(text.row, text.notes, content.hexdigest()[:32], not text.prompt,
                           tuple(-1 if piece is None else len(piece) for piece in pieces)))

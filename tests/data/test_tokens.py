@@ -2,14 +2,15 @@
 
 import itertools
 import json
+import random
 import sys
 from types import SimpleNamespace
 
 import pytest
 import tiny_tokenizers as tiny
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
 
-from nanodpo.data import prepared
+from nanodpo.data import encoding, prepared
 from nanodpo.data.example import Answers, Example, truncate
 from nanodpo.data.inspection import histogram, inspect
 from nanodpo.data.template import read_template
@@ -393,3 +394,39 @@ def test_histogram_counts_every_length_once():
     assert [line.split()[-1] for line in lines[1:]][:1] == ["3"]
     assert sum(int(line.split()[-1]) for line in lines[1:]) == 5
     assert histogram([7], 10).splitlines()[1].split() == ["7-7", "#" * 50, "1"]
+
+
+# What is before a chat's last header is tokenised once
+
+
+CHARACTERS = ["2", "3", " ", "  3", "\n", "é", "e\u0301", "数", "<", "|", ">", "<|im_end|>", "<|im_start|>", "<s>",
+              "im_", "assistant", "Yes", "<a>"]
+
+
+@pytest.mark.parametrize("tokenizer", [tiny.chatml(), tiny.llama(), tiny.pad_is_eos(), tiny.plain(),
+                                       *map(tiny.spaced, ("prepend", "first", "always", "bytes"))], ids=lambda t: "")
+def test_a_text_cut_at_an_added_token_has_the_ids_of_the_whole(tokenizer):
+    """Random texts of whatever characters, spaces and tokens, before and after the token: the tokenizer's own ids of
+    all of it."""
+    draw = random.Random(0)
+    prompts = ["".join(draw.choices(CHARACTERS, k=draw.randrange(1, 12))) for _ in range(300)]
+    lines = [prompt + "".join(draw.choices(CHARACTERS, k=4)) for prompt in prompts]
+    for token in tokenizer.get_added_vocab():
+        asked = [prompt + token + draw.choice(["", "assistant\n", " "]) for prompt in prompts]
+        heads = encoding._heads(tokenizer, asked)
+        assert all(head.length for head in heads) and encoding._after_heads(tokenizer, asked, heads) == encoding._ids(
+            tokenizer, asked)
+        whole = [a + b for a, b in zip(asked, lines)]
+        assert encoding._after_heads(tokenizer, whole, heads) == encoding._ids(tokenizer, whole)
+
+
+@pytest.mark.parametrize("how, content", [
+    ({"normalized": True}, "<b>"), ({"lstrip": True}, "<b>"), ({"rstrip": True}, "<b>"), ({"single_word": True}, "<b>"),
+    ({}, "<|im_start|>assistant"), ({}, "a<|im_start|>"), ({}, "><|im"), ({}, "|>x"), ({}, "t|")])
+def test_no_text_is_cut_at_a_token_that_may_be_another_one(how, content):
+    """One that is found in changed text, takes spaces with it, asks for what is beside it, or may overlap another."""
+    tokenizer = tiny.chatml()
+    tokenizer.add_tokens([AddedToken(content, **{"normalized": False} | how)])
+    prompt = f"2?<|im_start|>{content if how else 'assistant'}"
+    assert encoding._border(tokenizer, prompt) is None
+    assert encoding._border(tiny.chatml(), prompt) == "<|im_start|>"
