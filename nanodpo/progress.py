@@ -24,6 +24,7 @@ class Progress:
         # behind the bar.
         bar = NOTEBOOK or sys.stdout.isatty() and sys.stderr.isatty()
         self.what, self.total, self.unit, self.done, self.start = printable(what), total, unit, done, done
+        self.units = f"{unit}{'e' * unit.endswith('ch')}s"
         self.lines, self.began = here and not bar, time.monotonic()
         self.said = self.began
         self.bar = tqdm(desc=self.what, total=total, initial=done, unit=unit, dynamic_ncols=True, leave=False, delay=1,
@@ -43,7 +44,7 @@ class Progress:
             self.bar.set_postfix_str(printable(text), refresh=False)
         self.bar.update(count)
         if self.lines and time.monotonic() - self.said >= EVERY and self.start < self.done < self.total:
-            put(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {self.timing()}")
+            put(f"{self.what}: {self.done:,} of {self.total:,} {self.units}, {self.timing()}")
 
     def timing(self) -> str:
         """Seconds a unit, the time so far, and about how long the rest takes. The next line waits for EVERY seconds."""

@@ -259,7 +259,7 @@ def test_only_rank_0_says_how_far_it_is(monkeypatch, capsys):
 
 def test_every_work_that_may_be_long_says_how_far_it_is(tiny, tmp_path, forked):
     """Of train.py and of score.py: reading, the reference pass, steps, evaluation; scoring and answering."""
-    plan = json.dumps({"0": {"set": {"progress.EVERY": 0.0, "data.tokens.AT_ONCE": 4}}})
+    plan = json.dumps({"0": {"set": {"progress.EVERY": 0.0, "data.prepared.AT_ONCE": 4}}})
     given = [word for word in again(tiny, tmp_path / "run") if word not in ("--max_steps", 1)]
     scoring = [tmp_path / "run" / "checkpoint-0", "--dataset_path", tiny / "train.jsonl", "--answers", "9",
                "--max_tokens", "5", "--max_new_tokens", "4", "--output_dir", tmp_path / "scores"]
@@ -269,6 +269,7 @@ def test_every_work_that_may_be_long_says_how_far_it_is(tiny, tmp_path, forked):
         codes, shown = forked(ROOT / "tests" / "apart.py", script, plan, *flags)
         assert codes == [0], shown
         assert {*re.findall(r"^([a-z ]+): \d+ of \d+ [a-z]+, ", shown, re.MULTILINE)} == {*works}, shown
+        assert ("evaluation: 1 of 2 batches, " in shown) == (script == "train")
 
 
 def test_a_bar_never_passes_its_end(monkeypatch, capsys):
