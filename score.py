@@ -19,14 +19,14 @@ import torch
 
 from nanodpo.core.batches import make_batch
 from nanodpo.core.logprobs import sum_by_sequence
-from nanodpo.errors import leave, run_script
+from nanodpo.errors import UserError, leave, run_script
 from nanodpo.figures.after import draw_after
 from nanodpo.folder.atomic import check_writable
 from nanodpo.progress import Progress
 from nanodpo.ranks import distributed
 from nanodpo.run import agreement, memory, noise
 from nanodpo.run.signals import Stop
-from nanodpo.scoring import answers, plausible, side_by_side, tables, verdict
+from nanodpo.scoring import answers, plausible, risers, side_by_side, tables, verdict
 from nanodpo.scoring.contents import hash_of
 from nanodpo.scoring.datasets import ResponseSet, Wanted, open_datasets
 from nanodpo.scoring.describe import describe
@@ -36,13 +36,13 @@ from nanodpo.scoring.measures import token_measures
 from nanodpo.scoring.opened import Opened, Opener, open_device
 from nanodpo.scoring.pairs import gradient_products
 from nanodpo.scoring.parts import Parts
-from nanodpo.scoring.plan import PAIR, Result, Work, greedy_result, plan
+from nanodpo.scoring.plan import FORWARD, PAIR, Result, Work, greedy_result, plan
 from nanodpo.scoring.responses import Group, batches
-from nanodpo.scoring.runs import Checkpoint, find_bases, open_targets, recipe
+from nanodpo.scoring.runs import Checkpoint, check_starts, find_bases, open_targets, recipe
 
 AT_ONCE = 32  # micro-batches on each rank, or greedy answers, after which what is done is kept
 LESS = ("what is done is kept, and the same command goes on from there. It needs a smaller --max_tokens, or --bf16, or "
-        "to be without --gradients")
+        "to be without --gradients or --risers")
 
 
 def main(argv: list[str]) -> None:
@@ -61,8 +61,11 @@ def score(argv: list[str]) -> None:
         compared |= agreement.program(Path(__file__), args.local_rank)
     with agreement.same_on_all_ranks() as compared:
         checkpoints = open_targets(args.targets, args.changes)
+        check_starts(checkpoints, args.risers)
         wanted = Wanted(args.responses, args.seed, args.answers, args.max_new_tokens)
         datasets = open_datasets(checkpoints, args.dataset_path, args.own, wanted, args.other_prompts)
+        if (args.risers or 0) > (most := datasets[0].vocabulary):
+            raise UserError(f"--risers {args.risers}: the vocabulary has {most} tokens; give fewer")
         is_run = (Path(args.targets[0]) / "run.json").is_file()
         folder = Path(args.output_dir or (args.targets[0] if is_run else "scores"))
         check_writable(folder / "parts", f"--output_dir {folder}")
@@ -75,7 +78,7 @@ def score(argv: list[str]) -> None:
         with shortage_named("scoring"):
             for data in datasets:
                 add_greedy(opener, checkpoints[0], data, parts, args.max_tokens)
-            work = plan(checkpoints, datasets, parts, args.tokens, args.gradients)
+            work = plan(checkpoints, datasets, parts, args.tokens, args.gradients, args.risers or 0)
             score_all(opener, work, parts, args.max_tokens)
         distributed.leave()
         if distributed.is_main():
@@ -101,20 +104,23 @@ def score_all(opener: Opener, work: list[Work], parts: Parts, max_tokens: int) -
     rows, missing = sum(len(result.rows) for result in results), sum(len(result.missing) for result in results)
     some = f", and {1 - missing / rows:.0%} of the rest" if missing < rows else ""
     distributed.say(f"{len(work)} part{'s' * (len(work) > 1)}, {len(work) - len(left)} of them done before{some}")
-    with Progress("scoring", sum(len(item.missing("scores", "tokens", "gradients")) for item in left), "row") as bar:
+    starts = Opener(opener.device, False, opener.longest)  # for risers, which need both models at once
+    with Progress("scoring", sum(len(item.missing(*FORWARD, "gradients")) for item in left), "row") as bar:
         for item in left:
             bar.update(0, f"{item.checkpoint.run} step {item.checkpoint.step} {item.data.name}")
             # Nobody else holds what is opened: the next one may need its memory.
-            score_part(opener.open(item.checkpoint), item, parts, max_tokens, bar)
+            start = starts.open(item.start_checkpoint) if item.missing("risers") else None
+            score_part(opener.open(item.checkpoint), start, item, parts, max_tokens, bar)
             for result in item.of_kind("answers"):
                 if result.missing:
                     answer(opener.open(item.checkpoint), item.data, result, parts, max_tokens)
 
 
-def score_part(opened: Opened, work: Work, parts: Parts, max_tokens: int, bar: Progress) -> None:
-    """Scores what is missing of a data set under a checkpoint, and keeps it after every so many micro-batches."""
+def score_part(opened: Opened, start: Opened | None, work: Work, parts: Parts, max_tokens: int, bar: Progress) -> None:
+    """Scores what is missing of a data set under a checkpoint, and keeps it after every so many micro-batches.
+    `start`: step 0 of its run, where risers are missing."""
     rank, world = distributed.rank_and_world()
-    missing = {"scores": work.missing("scores", "tokens"), "gradients": work.missing("gradients")}  # {index: results}
+    missing = {"scores": work.missing(*FORWARD), "gradients": work.missing("gradients")}  # {index: results}
     groups, tokens = work.missing_groups(), work.missing("tokens")
     tasks = [("scores", indices) for indices in batches(groups, max_tokens)]
     start_sets = work.start_sets(parts) if tasks else None
@@ -123,7 +129,7 @@ def score_part(opened: Opened, work: Work, parts: Parts, max_tokens: int, bar: P
         mine = {}
         for kind, indices in tasks[first : first + AT_ONCE * world][rank::world]:
             if kind == "scores":
-                mine |= score_groups(opened, work, {i: groups[i] for i in indices}, tokens, start_sets)
+                mine |= score_groups(opened, start, work, {i: groups[i] for i in indices}, tokens, start_sets)
             else:
                 mine |= score_gradients(opened, work, *indices)
             bar.update(world * sum(kind == "scores" or i not in missing["scores"] for i in indices))
@@ -132,20 +138,24 @@ def score_part(opened: Opened, work: Work, parts: Parts, max_tokens: int, bar: P
 
 
 @torch.no_grad()
-def score_groups(opened: Opened, work: Work, groups: dict[int, Group], tokens, start_sets: dict | None) -> dict:
+def score_groups(opened: Opened, start: Opened | None, work: Work, groups: dict[int, Group], tokens,
+                 start_sets: dict | None) -> dict:
     """{("scores", index): {table: lines}} of the responses in these groups, {index: group}: one forward pass.
 
-    `tokens` are the indices for which every token's numbers are kept. `start_sets` has the plausible tokens of the
-    run's start; None where this is the start, or where there is none.
+    `start` is step 0 of the run, where risers are missing. `tokens` are the indices for which every token's numbers
+    are kept. `start_sets` has the plausible tokens of the run's start; None where this is the start, or where there is
+    none.
     """
     data, sequences = work.data, [(i, kind) for i, (_, responses) in groups.items() for kind in responses]  # S of them
     lengths = [len(groups[i][1][kind]) for i, kind in sequences]  # N tokens in all
     rows = [(data.examples[i].row, kind) for i, kind in sequences]
-    start = None if start_sets is None else plausible.join(start_sets, rows, opened.device)
+    known = None if start_sets is None else plausible.join(start_sets, rows, opened.device)
     with shortage_named(f"scoring under {opened.checkpoint.path}", [data.examples[i] for i in groups]):
-        batch = make_batch([(prompt, [*responses.values()]) for prompt, responses in groups.values()], opened.layout,
-                           opened.device)
-        measures, sets, states = token_measures(opened.module, batch, start)  # (N,) each; the sets; (S, D)
+        plain = [(prompt, [*responses.values()]) for prompt, responses in groups.values()]
+        batch = make_batch(plain, opened.layout, opened.device)
+        beside = start and risers.Risers(start.module, make_batch(plain, start.layout, start.device), work.k)
+        # (N,) each; the sets; (S, D)
+        measures, sets, states = token_measures(opened.module, batch, known, beside and beside.add)
     if work.start is None:  # nobody knows which tokens the start found implausible
         for name in ("implausible_mass", "implausible_mass_start"):
             measures[name].fill_(torch.nan)
@@ -154,6 +164,9 @@ def score_groups(opened: Opened, work: Work, groups: dict[int, Group], tokens, s
     measured = {key: {"logps": sums[s], "states": states[s],
                       "tokens": {name: values[s].numpy() for name, values in columns.items()}}
                 for s, key in enumerate(sequences)}
+    if beside:
+        for key, part in zip(sequences, beside.split(lengths)):
+            measured[key]["risers"] = part
     own = dict(zip(sequences, plausible.split(sets, lengths))) if work.is_start else {}
     found = {}
     for i, (_, responses) in groups.items():
@@ -212,7 +225,7 @@ def report(folder: Path, checkpoints: list[Checkpoint], work: list[Work], parts:
     lines = verdict.judge(found["scores"], found["pairs"], found["answers"], found["tenths"],
                           {run: recipe(c.settings.record) for run, c in runs.items()},
                           {run: noise.of_record(c.settings.record, Path(c.path).parent / "run.json")
-                           for run, c in runs.items()})
+                           for run, c in runs.items()}, found["risers"])
     tables.write_text(folder / "verdict.json", json.dumps(lines, indent=1) + "\n")
     tables.write_text(folder / "answers.txt", side_by_side.to_file(found["answers"]))
     distributed.say(show(found["summary"]))
@@ -224,7 +237,8 @@ def report(folder: Path, checkpoints: list[Checkpoint], work: list[Work], parts:
     if failed := len(found["failed"]):
         distributed.say(f"{failed} log-probs are not finite and in no mean; they are listed in "
                         f"{folder / 'failed.jsonl'}")
-    for text in [*side_by_side.to_screen(found["answers"]), *(verdict.show(line) for line in lines)]:
+    for text in [*risers.to_screen(found["risers"]), *side_by_side.to_screen(found["answers"]),
+                 *(verdict.show(line) for line in lines)]:
         distributed.say(text)
     if gone := [item for item in before if item not in tables.contents(folder)]:
         names = ", ".join(gone[:6]) + " ..." * (len(gone) > 6)

@@ -41,6 +41,7 @@ class ResponseSet:
     template: Template
     limit: int  # tokens of prompt and response
     answer_limit: int  # tokens of a greedy answer
+    vocabulary: int  # of the model: how many tokens it gives a probability
     questions: dict[int, int] = dataclasses.field(default_factory=dict)  # {row: index} that each checkpoint answers
     found: dict = dataclasses.field(default_factory=dict)  # what rows_with has found
 
@@ -187,7 +188,8 @@ def open_dataset(name: str, reader: Reader, settings, wanted: Wanted) -> Respons
     kinds = [*asked, *(kind for kind in there if kind not in asked)]
     groups = make_groups(examples, kinds, wanted.seed, limit)
     longest = wanted.max_new_tokens or max(len(example.chosen) for example in examples)
-    data = ResponseSet(name, examples, asked, kinds, groups, template, limit, longest)
+    vocabulary = reader.source.config.get_text_config().vocab_size
+    data = ResponseSet(name, examples, asked, kinds, groups, template, limit, longest, vocabulary)
     known = (i for i in range(len(examples)) if data.expected(i))
     data.questions = {examples[i].row: i for i in itertools.islice(known, wanted.answers)}
     if len(data.questions) < min(wanted.answers, len(examples)):

@@ -5,19 +5,21 @@ import math
 import numpy as np
 import pandas
 
+from . import risers
 from .means import MEASURES
 from .pairs import ches
 from .sections import answer_start, sections, shared_prefix
 
 
 def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict], token_texts, tokens: bool) -> dict:
-    """{table: lines} of one row; of "tokens", where asked for, a table a response. `row` has the columns that tell it
-    from others, row and problem.
+    """{table: lines} of one row; of "tokens" and "risers", where asked for, a table a response. `row` has the columns
+    that tell it from others, row and problem.
 
-    `found[kind]` has "logps" (the sum, nats), "states" (D,) and "tokens", {measure: (n,)}. `token_texts` turns token
-    ids into their texts. A response whose sum is not finite keeps its place without numbers.
+    `found[kind]` has "logps" (the sum, nats), "states" (D,) and "tokens", {measure: (n,)}; and, where asked for,
+    "risers" (risers.py). `token_texts` turns token ids into their texts. A response whose sum is not finite keeps its
+    place without numbers.
     """
-    out = {"scores": [], "sections": [], "tokens": [], "failed": [], "pairs": []}
+    out = {"scores": [], "sections": [], "tokens": [], "risers": [], "failed": [], "pairs": []}
     pair = "chosen" in responses and "rejected" in responses
     shared = shared_prefix(responses["chosen"], responses["rejected"]) if pair else None
     for kind, ids in responses.items():
@@ -37,6 +39,8 @@ def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict],
                             for (name, part), mean in zip(parts.items(), means)]
         if tokens:
             out["tokens"].append(_token_table(key, texts, measures))
+        if "risers" in found[kind]:
+            out["risers"].append(risers.table_of(key, found[kind]["risers"]))
     if pair and all(math.isfinite(found[side]["logps"]) for side in ("chosen", "rejected")):
         raw, normalised = ches(found["chosen"]["states"], found["rejected"]["states"], len(responses["chosen"]),
                                len(responses["rejected"]))

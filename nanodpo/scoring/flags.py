@@ -27,6 +27,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         "as far as the data has them")
     parser.add_argument("--output_dir", help="default: the first run's folder, or scores/")
     parser.add_argument("--tokens", action="store_true", help="also keep every token's numbers: tokens.parquet")
+    parser.add_argument("--risers", type=int, metavar="K", help="also keep, at each position, the K tokens of the "
+                        "vocabulary that gained and the K that lost most probability since the run's step 0: "
+                        "risers.parquet, risers.csv; takes the memory of two models")
     parser.add_argument("--gradients", action="store_true",
                         help="also the inner product and cosine of a pair's gradients by the LoRA weights")
     parser.add_argument("--answers", type=int, default=0, metavar="ROWS",
@@ -57,7 +60,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     """
     args = parse_known(make_parser(description), argv, "score.py", OF_TRAIN)
     args.local_rank = local_rank(args.local_rank)
-    for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0), ("max_length", 1),
+    for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0), ("risers", 1), ("max_length", 1),
                         ("max_prompt_length", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")

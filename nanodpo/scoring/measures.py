@@ -18,6 +18,8 @@ with the other sign: a model that only jitters changes nothing on average, one t
 changes nothing, and one that spreads its probability over what was and is unlikely shows a rise.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -32,10 +34,11 @@ Sets = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def token_measures(module, batch: Batch, plausible: Sets | None) -> tuple[dict[str, Tensor], Sets, Tensor]:
+def token_measures(module, batch: Batch, plausible: Sets | None, see=None) -> tuple[dict[str, Tensor], Sets, Tensor]:
     """A batch -> (measures by name, (N,) each), the plausible tokens of each place, (S, D) float64 sums of states.
 
     Without `plausible` this model is the starting checkpoint: the sets are its own. `module` is a SequenceLogProbs.
+    `see` is called with each chunk: which of the N places, and their (C, V) probabilities.
     """
     states, parts, sets = module.states(batch), [], []
     borders = None if plausible is None else torch.cat([plausible[0].new_zeros(1), plausible[0].cumsum(0)])
@@ -45,7 +48,8 @@ def token_measures(module, batch: Batch, plausible: Sets | None) -> tuple[dict[s
         if plausible is not None:
             counts, rest = plausible[0][here], plausible[1][here]
             known = counts, rest, *(side[borders[i] : borders[i + len(counts)]] for side in plausible[2:])
-        found, own = _measure(module.head.logits(states[here]), batch.targets[here], known)
+        found, own = _measure(module.head.logits(states[here]), batch.targets[here], known,
+                              see and functools.partial(see, here))
         parts.append(found)
         sets.append(own)
     measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -54,12 +58,15 @@ def token_measures(module, batch: Batch, plausible: Sets | None) -> tuple[dict[s
     return measures, tuple(map(torch.cat, zip(*sets))), sums
 
 
-def _measure(z: Tensor, targets: Tensor, plausible: Sets | None) -> tuple[dict[str, Tensor], Sets]:
-    """(C, V) logits, which it overwrites, and (C,) targets -> measures, and the plausible tokens."""
+def _measure(z: Tensor, targets: Tensor, plausible: Sets | None, see) -> tuple[dict[str, Tensor], Sets]:
+    """(C, V) logits, which it overwrites, and (C,) targets -> measures, and the plausible tokens. Shows `see` the
+    probabilities."""
     rank = 1 + (z > z.gather(1, targets[:, None])).sum(1, dtype=torch.int32)
     chunk = chunk_logps(z, targets, keep=True)  # from here on z is less the largest logit
     p, total = chunk.exps.div_(chunk.total[:, None]), chunk.total[:, None]
     found = {"logps": chunk.logps, "argmax_logps": chunk.top - chunk.lse, "rank": rank}
+    if see:
+        see(p)
     found["entropy"] = -z.sub_(total.log()).clamp_(min=FLOOR).mul_(p).sum(1)
     if plausible is None:
         kept = p >= IMPLAUSIBLE

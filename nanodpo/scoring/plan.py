@@ -1,8 +1,8 @@
 """Plans a scoring: which results are asked for, which of them are there, and what is missing.
 
-A result is kept and found again by itself. It is of one kind (scores, tokens, gradients, answers, greedy), of one
-checkpoint, and of responses that are scored for each other: chosen and rejected together, every other response alone.
-Asking for one more scores that one alone.
+A result is kept and found again by itself. It is of one kind (scores, tokens, risers, gradients, answers, greedy), of
+one checkpoint, and of responses that are scored for each other: chosen and rejected together, every other response
+alone. Asking for one more scores that one alone.
 """
 
 import dataclasses
@@ -16,12 +16,13 @@ from .responses import GREEDY, Group
 from .runs import Checkpoint
 
 PAIR = ("chosen", "rejected")
+FORWARD = ("scores", "tokens", "risers")  # kinds that one forward pass gives
 
 
 @dataclasses.dataclass
 class Result:
     """`rows` are {row of the file: index of its example}, `key` is a hash of everything that could change a number,
-    `family` the same but for how long an answer may be."""
+    `family` the same but for how long an answer may be, and how many risers are kept."""
 
     kind: str
     responses: tuple[str, ...] | None
@@ -43,6 +44,8 @@ class Work:
     data: ResponseSet
     start: str | None  # the key of the checkpoint of its run's step 0
     results: list[Result]
+    start_checkpoint: Checkpoint | None = None
+    k: int = 0  # tokens that gained and that lost most, of each position, where these are asked for
 
     @property
     def is_start(self) -> bool:
@@ -60,8 +63,8 @@ class Work:
         return dict(sorted(found.items()))
 
     def missing_groups(self) -> list[Group]:
-        """The groups of the examples, with the responses alone whose scores or tokens are missing."""
-        missing = self.missing("scores", "tokens")
+        """The groups of the examples, with the responses alone of which a forward pass is missing."""
+        missing = self.missing(*FORWARD)
         kinds = {i: {kind for result in results for kind in result.responses} for i, results in missing.items()}
         return [(prompt, {kind: ids for kind, ids in responses.items() if kind in kinds.get(i, ())})
                 for i, (prompt, responses) in enumerate(self.data.groups)]
@@ -78,26 +81,29 @@ class Work:
 
 
 def plan(checkpoints: list[Checkpoint], datasets: list[ResponseSet], parts: Parts, tokens: bool,
-         gradients: bool) -> list[Work]:
+         gradients: bool, risers: int = 0) -> list[Work]:
     """All checkpoints on all data sets, in order of work: a run's start comes first. `tokens`, `gradients`: these are
-    asked for, too."""
-    work, starts = [], {c.run: c.key for c in checkpoints if c.step == 0}
-    asked = {"scores": True, "tokens": tokens, "gradients": gradients}
+    asked for, too; `risers`: how many of these, if any."""
+    work, starts = [], {c.run: c for c in checkpoints if c.step == 0}
+    asked = {"scores": True, "tokens": tokens, "risers": risers, "gradients": gradients}
     for checkpoint in checkpoints:
         for data in datasets:
-            start = starts.get(checkpoint.run)
+            first = starts.get(checkpoint.run)
+            start = first and first.key
             results = response_results(checkpoint, start, data, parts, asked)
             if answers := answer_result("answers", checkpoint, data, data.questions, parts, bool(data.questions)):
                 results.append(answers)
-            work.append(Work(checkpoint, data, start, results))
+            work.append(Work(checkpoint, data, start, results, first, risers))
     return work
 
 
 def response_results(checkpoint: Checkpoint, start: str | None, data: ResponseSet, parts: Parts,
-                     asked: dict[str, bool]) -> list[Result]:
+                     asked: dict[str, int]) -> list[Result]:
     """The results that are asked for, and those that earlier calls left of the same weights and responses."""
     def result_of(kind, unit):
         result = response_result(kind, checkpoint.key, start, data, unit)
+        if kind == "risers":  # where they are not asked for, those that were made last
+            result.key = hash_of([result.family, asked[kind]]) if asked[kind] else parts.newest(result.family) or ""
         result.missing = result.rows.keys() - parts.rows(result.key)
         return result
 
@@ -106,7 +112,9 @@ def response_results(checkpoint: Checkpoint, start: str | None, data: ResponseSe
         if unit not in scored and not result_of("scores", unit).missing:
             scored = [other for other in scored if not {*other} & {*unit}] + [unit]
     for unit in scored:
-        for kind in [*asked][: 2 + (unit == PAIR)]:  # only of a pair there are gradients
+        for kind in [*asked][: 3 + (unit == PAIR)]:  # only of a pair there are gradients
+            if kind == "risers" and start in (None, checkpoint.key):  # nothing has moved since the start
+                continue
             result = result_of(kind, unit)
             if not result.missing or asked[kind] and {*unit} & {*data.asked}:
                 found.append(result)
@@ -114,10 +122,10 @@ def response_results(checkpoint: Checkpoint, start: str | None, data: ResponseSe
 
 
 def response_result(kind: str, model: str, start: str | None, data: ResponseSet, unit: tuple[str, ...]) -> Result:
-    """Scores, tokens or gradients of a unit. `model` and `start` are keys of checkpoints. The key holds the measures
-    too, so that kept results which lack a new one are not taken for it."""
+    """Scores, tokens, risers or gradients of a unit. `model` and `start` are keys of checkpoints. The key holds the
+    measures too, so that kept results which lack a new one are not taken for it."""
     rows, content = data.rows_with(unit)
-    key = hash_of([kind, model, *([] if kind == "gradients" else [start, MEASURES]), content])
+    key = hash_of([kind, model, *{"gradients": [], "risers": [start]}.get(kind, [start, MEASURES]), content])
     return Result(kind, unit, rows, key, key)
 
 

@@ -113,6 +113,20 @@ def find_bases(checkpoints: list[Checkpoint]) -> None:
         checkpoint.base = bases[base] if adapter else checkpoint.contents
 
 
+def check_starts(checkpoints: list[Checkpoint], k: int | None) -> None:
+    """Raises UserError where `k` risers are asked for, and a checkpoint has no step 0 of its run to be compared with.
+    The model of a run's --reference needs none."""
+    starts = {c.run for c in checkpoints if c.phase and c.step == 0}
+    for c in without_references(checkpoints) if k else ():
+        if not c.phase:
+            raise UserError(f"--risers {k}: {c.path} is no checkpoint of a run, so there is no step 0 to compare it "
+                            "with; leave it out, or --risers")
+        if c.run not in starts:
+            first = Path(c.path).parent / "checkpoint-0"
+            mend = f"name {first}, too" if first.is_dir() else "it is gone, so leave --risers out"
+            raise UserError(f"--risers {k}: {c.path} is compared with its run's checkpoint-0; {mend}")
+
+
 def _tell_apart(found: list[Checkpoint]) -> None:
     """Runs of one name in two folders, seed-1/dpo and seed-2/dpo, take the folder's name into theirs."""
     homes = {}

@@ -23,6 +23,15 @@ def sections(length: int, shared: int | None, answer: int | None) -> dict[str, r
     return {name: part for name, part in parts.items() if len(part)}
 
 
+def tenth_of(position, length):
+    """The tenth, from 0, in which a position lies; numbers or arrays of them.
+
+    >>> [tenth_of(i, 4) for i in range(4)], tenth_of(9, 10), tenth_of(24, 25)
+    ([2, 4, 7, 9], 9, 9)
+    """
+    return (10 * position + 9) // length
+
+
 def shared_prefix(chosen: list[int], rejected: list[int]) -> int:
     """How many tokens two responses have in common from the start."""
     return next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))

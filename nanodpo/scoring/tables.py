@@ -16,6 +16,16 @@ errors are over the problems of one run (stats.py).
                       of 1, else 0; of ipo, whose loss is not of this margin, and of sft it is missing
     sections.csv      by response and part of it (tenths, prefix and suffix of a pair, think and answer): n, problems,
                       mean and standard error of mean_logps, and the means of the measures, over rows of one run
+    risers.parquet    row, response, position, place, id and token (its text), before, after, moved: the K tokens of the
+                      whole vocabulary that gained most probability at this position since step 0 (place 1, 2, ...)
+                      and the K that lost most (-1, -2, ...), with their probabilities at step 0 and now. A token that
+                      did not move has no line, so step 0 has none. moved: what all tokens together gained there,
+                      which is what all others lost
+    risers.csv        the same over a data set, by response and section (all, and tenths): tokens (positions in it), the
+                      K tokens that gained most (place 1, 2, ...) and lost most (-1, ...), id, token (its text in
+                      quotes), positions (how many lines it has in risers.parquet), change = the sum of after - before
+                      over these lines / tokens, and kept: the part of all gains, or losses, that the lines of
+                      risers.parquet hold. Where it is well below 1, a larger K may name other tokens
     tokens.parquet    row, response, position, token (text), logp, entropy, argmax_logp, rank, implausible_mass,
                       implausible_mass_start
     answers.parquet   row, found, expected, correct, ended, tokens, repetition, prompt_end, text: greedy answers of each
@@ -38,12 +48,14 @@ import pyarrow.parquet
 
 from ..errors import UserError
 from ..folder.atomic import new_file, writing
+from . import risers
 from .answers import check_answers
 from .means import KEYS, MEASURES, add_rewards, means, summary
 from .parts import Parts
 from .plan import PAIR, Result, Work
 
 COLUMNS = [*KEYS, "row", "problem", "response", "tokens", "logps", "mean_logps", *MEASURES]
+BY_POSITION = {"tokens", "risers"}
 TABLES = ("scores", "pairs", "sections", "answers", "failed")
 
 
@@ -53,14 +65,15 @@ def keep(parts: Parts, work: Work, done: list[tuple[list[Result], int, dict[str,
     for results, i, tables in done:
         for result in results:
             held.setdefault(result.key, result.held([]))["rows"].add(work.data.examples[i].row)
-        # Where tokens alone were missing, the rest is there already.
-        for name in tables if {result.kind for result in results} != {"tokens"} else ["tokens"]:
+        kinds = {result.kind for result in results}
+        # Where tokens or risers alone were missing, the rest is there already.
+        for name in tables if kinds - BY_POSITION else kinds:
             lines[name] += tables[name]
     if not any(parts.index.get(key) for key in held) and lines["scores"] and all(
             math.isnan(line["logps"]) for line in lines["scores"]):
         raise UserError(f"{work.checkpoint.path}: no log-prob of {work.data.name} is finite: the weights are broken")
     sets = lines.pop("plausible", [])
-    frames = {name: pandas.concat(its) if name == "tokens" else pandas.DataFrame(its)
+    frames = {name: pandas.concat(its) if name in BY_POSITION else pandas.DataFrame(its)
               for name, its in lines.items() if its}
     parts.add(held, frames, sets)
 
@@ -71,12 +84,15 @@ def table_of(work: Work, parts: Parts, name: str) -> pandas.DataFrame:
         table = _concat([pandas.DataFrame(check_answers(work.data, parts.answers(result.key, result.kind)))
                          for result in work.of_kind("answers")])
     else:
-        results = work.of_kind("tokens" if name == "tokens" else "scores")
+        results = work.of_kind(name if name in BY_POSITION else "scores")
         table = _concat([parts.read(result.key, name) for result in results
                          if name != "pairs" or result.responses == PAIR])
     if name == "pairs" and len(table):
         products = _concat([parts.read(result.key, "gradients") for result in work.of_kind("gradients")])
         table = table.merge(products, on="row", how="left") if len(products) else table
+    if name == "risers" and len(table):
+        ids = table["id"].unique().tolist()
+        table.insert(list(table).index("id") + 1, "token", table["id"].map(dict(zip(ids, work.data.token_texts(ids)))))
     return _labelled(table, work) if len(table) else table
 
 
@@ -92,8 +108,9 @@ def _labelled(table: pandas.DataFrame, work: Work) -> pandas.DataFrame:
 
 
 def join(folder: Path, work: list[Work], parts: Parts, runs: dict) -> dict[str, pandas.DataFrame]:
-    """Writes the output files; `runs` are the settings of each run by name. Returns the tables, less tokens, which may
-    be larger than memory, and as "tenths" the sections' lines of chosen's tenths, row by row."""
+    """Writes the output files; `runs` are the settings of each run by name. Returns the tables, less tokens,
+    which may be larger than memory, as "tenths" the sections' lines of chosen's tenths, row by row, and as "risers"
+    those of risers.csv."""
     tables = {name: _concat([table_of(item, parts, name) for item in work]) for name in TABLES}
     tables["scores"] = tables["scores"][COLUMNS]
     tables["pairs"] = add_rewards(tables["pairs"], tables["scores"], runs)
@@ -110,12 +127,25 @@ def join(folder: Path, work: list[Work], parts: Parts, runs: dict) -> dict[str, 
     _write(folder / "failed.jsonl", tables["failed"],
            lambda file, table: table.to_json(file, orient="records", lines=True))
     _stream((table_of(item, parts, "tokens") for item in work), folder / "tokens.parquet")
+    sums: list[pandas.DataFrame] = []
+    _stream((_summed(table_of(item, parts, "risers"), tables["scores"], sums) for item in work),
+            folder / "risers.parquet")
+    tables["risers"] = _concat(sums)
+    _write(folder / "risers.csv", tables["risers"], lambda file, table: table.to_csv(file, index=False))
     return tables
+
+
+def _summed(table: pandas.DataFrame, scores: pandas.DataFrame, sums: list) -> pandas.DataFrame:
+    """The lines of risers.parquet as they are; their sums go to `sums`."""
+    if len(table):
+        at = ["run", "step", "dataset"]
+        sums.append(risers.summed(table, scores[(scores[at] == table[at].iloc[0]).all(axis=1)]))
+    return table
 
 
 def contents(folder: Path) -> list[str]:
     """Names what the tables of a folder hold; nothing where there are none that can be read."""
-    found = [f"{name}.parquet" for name in ("tokens", "answers") if (folder / f"{name}.parquet").exists()]
+    found = [f"{name}.parquet" for name in ("tokens", "risers", "answers") if (folder / f"{name}.parquet").exists()]
     try:
         table = pandas.read_parquet(folder / "scores.parquet", columns=["run", "step", "dataset", "response"])
     except (OSError, ValueError, pyarrow.ArrowException):

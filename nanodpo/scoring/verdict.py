@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas
 
+from . import risers
 from .estimates import ROW, change, change_of_share, mean, over_runs, share
 
 NOTABLE = 0.01  # nats a token: one percent of a token's probability
@@ -26,6 +27,7 @@ AT_LEAST = 0.001  # rise of the implausible mass: of a thousand tokens one more
 SATURATED = 0.2  # of the weight that the loss gave a pair at the start
 SURE = 0.9  # reward accuracy of a run that believes in itself
 LOOPS = 0.1  # rise of the repetition rate
+RISERS = 3  # tokens that gained most, named
 SILENT = 0.1  # rise of the share of answers that give no answer
 
 
@@ -106,13 +108,14 @@ WORDS = {"change of chosen": "chosen {change} nats a token", "change of chosen t
 
 
 def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.DataFrame, tenths: pandas.DataFrame,
-          recipes: dict[str, tuple[str, int]] | None = None, noises: dict[str, dict] | None = None) -> list[dict]:
+          recipes: dict[str, tuple[str, int]] | None = None, noises: dict[str, dict] | None = None,
+          rising: pandas.DataFrame | None = None) -> list[dict]:
     """A verdict for each run and data set with two checkpoints or more: names, numbers, rules, and a sentence. Then one
     for each group of runs that differ in their seed alone.
 
     `tenths`: lines of the chosen responses' tenths, row by row. `recipes`: of runs by name, what they were made with
     beside their seed, and the seed (runs.py). `noises`: of runs in bfloat16 by name, what rounding alone does to one
-    pair's metrics, nats (run/noise.py).
+    pair's metrics, nats (run/noise.py). `rising`: lines of risers.csv, where there are some; over all rows.
     """
     found = []
     for (run, phase, dataset), table in scores.groupby(["run", "phase", "dataset"], sort=False):
@@ -130,7 +133,7 @@ def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.Dat
         rows = next(iter(numbers.values()), {"over": "no rows of one run"})["over"]
         found.append(_named({"run": run, "phase": phase, "dataset": dataset, "first": int(first), "last": int(last),
                              "over": rows, "there": place if "change of chosen there" in numbers else None,
-                             "numbers": numbers}))
+                             "risers": _risers(rising, run, dataset, last, place), "numbers": numbers}))
     return found + _over_seeds(found, recipes or {})
 
 
@@ -141,6 +144,15 @@ def _add_noise(numbers: dict[str, dict], noise: dict[str, float]) -> None:
     of["change of gap"] = None if None in sides.values() else math.hypot(*sides.values())
     for name in (name for name, value in of.items() if value and name in numbers):
         numbers[name]["noise"] = 2 * of[name] / math.sqrt(numbers[name]["n"])
+
+
+def _risers(rising: pandas.DataFrame | None, run: str, dataset: str, last, place: str | None) -> str | None:
+    """The tokens that gained most along chosen at this place, and by how much, in words."""
+    if rising is None or not len(rising):
+        return None
+    here = {"run": run, "dataset": dataset, "step": last, "response": "chosen", "section": place}
+    lines = rising[(rising[[*here]] == pandas.Series(here)).all(axis=1)]
+    return risers.top(lines, 1, RISERS) or None
 
 
 def _over_seeds(lines: list[dict], recipes: dict) -> list[dict]:
@@ -186,6 +198,8 @@ def _words(line: dict) -> list[str]:
     words = [f"{who} on {line['dataset']}, step {line['first']} to {line['last']}, over {line['over']}"]
     for rule in (rule for rule in RULES if rule.name in line["names"]):
         shown = [_phrase(name, Numbers(line["numbers"]), line) for name in rule.shown if name in line["numbers"]]
+        if rule.name == "squeezing" and line.get("risers"):
+            shown.append(f"tokens that gained most probability there: {line['risers']}")
         words.append(f"{rule.name} ({'; '.join(shown)})" if shown else rule.name)
     return words
 

@@ -129,7 +129,7 @@ CHECKPOINTS += [(f"a manifest, and {name} {how}", listed(f"run/checkpoint-3/{nam
                              "tokenizer_config.json", "chat_template.jinja") for how, change in HURT.items()]
 FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for flags, words in [
     *(([f"--{name}={value}"], f"argument --{name}: invalid int value: '{value}'")
-      for name in ("max_tokens", "answers", "max_new_tokens", "seed", "gpu_id", "local_rank")
+      for name in ("max_tokens", "answers", "max_new_tokens", "risers", "seed", "gpu_id", "local_rank")
       for value in ("x", "1.5", "nan", "", "1e400")),
     (["--max_tokens=-1"], "--max_tokens -1: must be at least 1"),
     (["--max_new_tokens=0"], "--max_new_tokens 0: must be"),
@@ -138,6 +138,9 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["--responses"], "--responses: expected at least one argument"), (["--responses", ""], "has no such column"),
     (["--responses", "chosen", "chosen"], "--responses: chosen is named twice"),
     (["--bf16=yes"], "--bf16: ignored expl"),
+    *(([f"--risers={k}"], f"--risers {k}: must be at least 1") for k in (0, -3)),
+    (["--risers=999"], "--risers 999: the vocabulary has"),
+    (["--risers=2", "--model_path=@/model"], "--risers 2: @/model is no checkpoint of a run"),
     (["--dataset_path"], "--dataset_path: expected at least one"),
     (["--dataset_path", ""], "expected FILE or NAME=FILE"),
     (["--dataset_path", "a="], "--dataset_path a=: expected FILE or NAME=FILE"),
@@ -159,6 +162,14 @@ FLAGS += [(f"target {target[:20]!r}", nothing_changed, [target, *DATA], [words])
     ("@/rows.jsonl", "model @/rows.jsonl: config.json ca"),
     ("@/run/checkpoint-9", "model @/run/checkpoint-9: no such folder"),
 ]]
+FLAGS += [
+    ("risers of a checkpoint alone", nothing_changed, [*LAST, "--risers=2"],
+     ["--risers 2: @/run/checkpoint-3 is compared with its run's checkpoint-0; name @/run/checkpoint-0, too"]),
+    ("risers without step 0", lambda folder: shutil.rmtree(folder / "run/checkpoint-0"), [*RUN, "--risers=2"],
+     ["--risers 2: @/run/checkpoint-3 is compared with its run's checkpoint-0; it is gone, so leave --risers out"]),
+    ("risers of a model", nothing_changed, ["@/model", *DATA, "--risers=2"],
+     ["--risers 2: @/model is no checkpoint of a run, so there is no step 0"]),
+]
 PROBES = [(f"data: {what}", jsonl(*rows), [*RUN, *flags], [words]) for what, rows, flags, words in [
     ("one row", ROWS[:1], ["--responses", "other"], "--responses other: no row of the data set has one"),
     ("one prompt", [ROWS[0], ROWS[0] | {"chosen": "x"}], ["--responses", "other"], "--responses other: no row"),
