@@ -283,7 +283,8 @@ def test_tables_are_written_anew_from_the_parts(run, tmp_path, work):
 
 def test_what_another_device_or_library_computed_is_not_taken(monkeypatch):
     """It rounds otherwise: tables of both would be a mix."""
-    settings, files = SimpleNamespace(bf16=False), SimpleNamespace(key="weights")
+    settings = SimpleNamespace(bf16=False, load_in_4bit=False, load_in_8bit=False)
+    files = SimpleNamespace(key="weights")
     keys = []
     for device, version in (("cpu", "1"), ("cpu", "2"), ("cuda", "2")):
         monkeypatch.setattr(runs, "device_name", lambda _, name=device: name)
