@@ -18,7 +18,7 @@ import torch
 
 from nanodpo import progress
 from nanodpo.core.batches import groups_of, make_batch, response_lengths, total_tokens
-from nanodpo.core.losses import loss_divisor, pair_losses
+from nanodpo.core.losses import inputs_of, loss_divisor, pair_losses, pair_weights
 from nanodpo.core.packing import scored_places
 from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
 from nanodpo.errors import Preempted, RunStopped, leave, run_script
@@ -88,7 +88,7 @@ def train(run: Run) -> None:
     how += "" if args.resume == "auto" else " and without --resume"
     run.stop.advice = lambda: f" after {run.step} of {run.steps} steps; to go on: {how}"
     run.stop.wait()
-    if args.loss != "sft":
+    if "ref_chosen" in inputs_of(run.loss):
         add_references(run)
     lifecycle.go_on(run, saved)
     with monitors.reporting(run), progress.Progress("training", run.steps, "step", run.step) as bar:
@@ -146,8 +146,9 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         batch = make_batch(groups, run.layout, run.device)  # [prompt | chosen | rejected] ..., no padding
         # DeepSpeed's engine calls SequenceLogProbs of core/logprobs.py: log pi(y|x), summed over the tokens of y.
         logps = engine(batch).view(-1, len(sides))  # (P, 2), since a batch goes pair by pair
-        losses = pair_losses(args.loss, logps, ref, lengths, args.beta, args.label_smoothing)  # (P,)
-        meter.add({"loss": losses.detach(), **pair_metrics(logps, ref, lengths, args.beta)}, weight)
+        losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)  # (P,)
+        weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)  # (P, 2): -dL/dchosen, dL/drejected
+        meter.add({"loss": losses.detach(), **pair_metrics(logps, ref, lengths, args.beta, weights)}, weight)
         engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # at the last one gradients are reduced
         losses = guard.nan_where_nonfinite(indices, logps, losses)
         engine.backward(losses.sum() * weight * share, scale_wrt_gas=False)
@@ -235,8 +236,9 @@ def evaluate(run: Run) -> None:
             ref = None if run.held_ref is None else run.held_ref[indices].to(run.device, non_blocking=True)
             known = step == 0 and ref is not None and run.starts_as_reference
             logps = ref if known else logps_of(run, here, sides, f"step {step}")
-            losses = pair_losses(args.loss, logps, ref, lengths, args.beta, args.label_smoothing)
-            meter.add({"loss": losses, **pair_metrics(logps, ref, lengths, args.beta)}, weight)
+            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
+            weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)
+            meter.add({"loss": losses, **pair_metrics(logps, ref, lengths, args.beta, weights)}, weight)
     means = meter.means()
     means["loss"] *= len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples])
     means.pop("ref_gap", None)

@@ -211,12 +211,12 @@ class Nanodpo(Contender):
         return self.module(row).view(-1, 2)
 
     def losses(self, pairs, ref):
-        from nanodpo.core.losses import pair_losses
+        from nanodpo.core.losses import dpo, pair_losses
         from nanodpo.run.metrics import Meter, pair_metrics
 
         tokens = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs], dtype=torch.float64)
         logps, tokens = self.logps(pairs), tokens.to(ref.device)
-        losses = pair_losses("dpo", logps, ref, tokens, BETA)
+        losses = pair_losses(functools.partial(dpo, beta=BETA), logps, ref, tokens)
         self.meter = Meter(ref.device)
         self.meter.add({"loss": losses.detach(), **pair_metrics(logps, ref, tokens, BETA)}, 1.0)
         return losses

@@ -1,16 +1,23 @@
 """The losses: log-probabilities of whole responses in, one loss a pair out. Pure functions, torch only.
 
 Shapes: P pairs. chosen, rejected, ref_chosen, ref_rejected are (P,), in nats: log pi(y|x) summed over the tokens of a
-response, under the policy and under the frozen reference. `ipo` alone takes means over tokens (see MEAN_LOGPS).
+response, under the policy and under the frozen reference. lengths is (P, 2), tokens of chosen and of rejected. A loss
+takes what it needs of these, by name; one that takes no ref_... needs no reference. beta, label_smoothing and all other
+parameters are its settings.
 
     m = (chosen - ref_chosen) - (rejected - ref_rejected)
 
 is the difference of the two log-ratios, nats; beta m is the margin of the two rewards.
 """
 
+import inspect
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+INPUTS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "lengths")
 
 
 def logratio(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
@@ -39,12 +46,20 @@ def robust(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smooth
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def ipo(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
+def dpo_norm(chosen, rejected, ref_chosen, ref_rejected, lengths, beta: float) -> Tensor:
+    """dpo of mean instead of summed log-probs: (P,). arXiv 2411.15124 (Tulu 3, with beta 5)."""
+    n_chosen, n_rejected = lengths.unbind(1)
+    return dpo(chosen / n_chosen, rejected / n_rejected, ref_chosen / n_chosen, ref_rejected / n_rejected, beta)
+
+
+def ipo(chosen, rejected, ref_chosen, ref_rejected, lengths, beta: float) -> Tensor:
     """(m - 1/(2 beta))^2: (P,). Eq. 17 of arXiv 2310.12036, beta being its tau; 0 at m = 1/(2 beta).
 
     m is of *mean* log-probs: with sums each token of a long response would have to move less than each of a short one.
     """
-    return (logratio(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * beta)) ** 2
+    n_chosen, n_rejected = lengths.unbind(1)
+    m = logratio(chosen / n_chosen, rejected / n_rejected, ref_chosen / n_chosen, ref_rejected / n_rejected)
+    return (m - 1 / (2 * beta)) ** 2
 
 
 def hinge(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
@@ -52,32 +67,115 @@ def hinge(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
     return torch.relu(1 - beta * logratio(chosen, rejected, ref_chosen, ref_rejected))
 
 
-def sft(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
-    """-chosen: (P,), the negative log-likelihood of the chosen response. Ignores everything else."""
+def apo_zero(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
+    """1 - sigmoid(beta (chosen - ref_chosen)) + sigmoid(beta (rejected - ref_rejected)): (P,). Eq. 7 of arXiv
+    2408.06266; 1 where the policy is the reference. Chosen is pushed up and rejected down, each for itself."""
+    return torch.sigmoid(-beta * (chosen - ref_chosen)) + torch.sigmoid(beta * (rejected - ref_rejected))
+
+
+def dpop(chosen, rejected, ref_chosen, ref_rejected, beta: float, dpop_lambda: float = 50.0) -> Tensor:
+    """-log sigmoid(beta (m - lambda max(0, ref_chosen - chosen))): (P,). arXiv 2402.13228, with its lambda.
+
+    dpo as long as chosen is no less likely than under the reference; below, chosen weighs 1 + lambda times as much.
+    """
+    loss_of_chosen = torch.relu(ref_chosen - chosen)
+    return -F.logsigmoid(beta * (logratio(chosen, rejected, ref_chosen, ref_rejected) - dpop_lambda * loss_of_chosen))
+
+
+def shift(chosen, rejected, ref_chosen, ref_rejected, beta: float, shift_lambda: float = 0.95) -> Tensor:
+    """-log sigmoid(beta ((chosen - ref_chosen) - lambda (rejected - ref_rejected))): (P,). arXiv 2502.07599 with a
+    constant f(lambda); dpo at lambda = 1. Below 1 rejected weighs less than chosen."""
+    return -F.logsigmoid(beta * ((chosen - ref_chosen) - shift_lambda * (rejected - ref_rejected)))
+
+
+def gate(chosen, rejected, ref_chosen, ref_rejected, lengths, beta: float, gate_slope: float = 20.0,
+         gate_threshold: float = 0.1) -> Tensor:
+    """dpo whose gradient by rejected is multiplied by g = sigmoid(slope (p - threshold)): (P,). The sequence form of
+    arXiv 2605.02626.
+
+    p is the geometric mean of the probabilities of rejected's tokens. A response that is hardly possible any more is
+    not pushed down further. g is a constant for the gradient, and the loss has dpo's value.
+    """
+    value = rejected.detach()
+    g = torch.sigmoid(gate_slope * ((value / lengths[:, 1]).exp() - gate_threshold))
+    return dpo(chosen, value + g * (rejected - value), ref_chosen, ref_rejected, beta)
+
+
+def squared(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
+    """-log sigmoid(beta (r(chosen) - r(rejected))) with r = u exp(-u) of u = logps - ref_logps: (P,).
+
+    The divergence f(t) = (log t)^2 / 2 of arXiv 2602.06788 (SquaredPO): r is f' at t = pi / pi_ref, largest at u = 1.
+    So chosen is not pushed beyond e times its probability under the reference. Below u = -30 nats r goes on as a
+    straight line: exp(-u) would soon be infinite.
+    """
+    def reward(u):
+        return u * torch.exp(-u.clamp(min=-30))
+
+    return -F.logsigmoid(beta * (reward(chosen - ref_chosen) - reward(rejected - ref_rejected)))
+
+
+def simpo(chosen, rejected, lengths, beta: float, simpo_gamma: float = 0.5) -> Tensor:
+    """-log sigmoid(beta (chosen/|chosen| - rejected/|rejected|) - gamma): (P,). Eq. 6 of arXiv 2405.14734, whose beta
+    is 2 to 10. Needs no reference."""
+    means = chosen / lengths[:, 0] - rejected / lengths[:, 1]
+    return -F.logsigmoid(beta * means - simpo_gamma)
+
+
+def cpo(chosen, rejected, lengths, beta: float, cpo_alpha: float = 1.0) -> Tensor:
+    """-log sigmoid(beta (chosen - rejected)) - alpha chosen/|chosen|: (P,). arXiv 2401.08417, its second term a mean
+    over tokens, as in its authors' code. Needs no reference."""
+    return -F.logsigmoid(beta * (chosen - rejected)) - cpo_alpha * chosen / lengths[:, 0]
+
+
+def orpo(chosen, rejected, lengths, beta: float) -> Tensor:
+    """-chosen/|chosen| - beta log sigmoid(log odds(chosen) - log odds(rejected)): (P,). Eq. 6 and 7 of arXiv
+    2403.07691, beta being its lambda; odds = p / (1 - p) of p, the geometric mean of the tokens' probabilities.
+    Needs no reference."""
+    means = chosen / lengths[:, 0], rejected / lengths[:, 1]
+    log_odds = [mean - torch.log(-torch.expm1(mean)) for mean in means]
+    return -means[0] - beta * F.logsigmoid(log_odds[0] - log_odds[1])
+
+
+def sft(chosen) -> Tensor:
+    """-chosen: (P,), the negative log-likelihood of the chosen response."""
     return -chosen
 
 
-LOSSES = {"dpo": dpo, "ipo": ipo, "hinge": hinge, "robust": robust, "sft": sft}
-MEAN_LOGPS = {"ipo"}  # fed with means over tokens instead of sums
-SMOOTHED = {"dpo", "robust"}  # take label smoothing
+LOSSES = {loss.__name__: loss for loss in (dpo, ipo, hinge, robust, dpo_norm, apo_zero, dpop, shift, gate, squared,
+                                           simpo, cpo, orpo, sft)}
 
 
-def pair_losses(loss: str, logps: Tensor, ref: Tensor | None, lengths: Tensor, beta: float,
-                label_smoothing: float = 0.0) -> Tensor:
+def inputs_of(loss: Callable) -> set[str]:
+    """The names in INPUTS that this loss takes."""
+    return {*inspect.signature(loss).parameters} & {*INPUTS}
+
+
+def pair_losses(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tensor,
+                sft_weight: float = 0.0) -> Tensor:
     """(P, 2) summed log-probs of policy and reference, nats, and lengths in tokens -> (P,): the loss of each pair.
 
-    Columns are chosen and rejected. Only `sft` does without the second column, and without a reference. Raises
-    ValueError for label smoothing of a loss that has none.
+    Columns are chosen and rejected; where the loss takes chosen alone, logps may be (P, 1). `loss` has its settings
+    filled in: functools.partial(dpo, beta=0.1). sft_weight a adds a times -chosen/|chosen| (RPO, arXiv 2404.19733).
     """
-    if label_smoothing and loss not in SMOOTHED:
-        raise ValueError(f"{loss} has no label smoothing, got {label_smoothing}; {' and '.join(sorted(SMOOTHED))} have")
-    if loss in MEAN_LOGPS:
-        logps, ref = logps / lengths, ref / lengths
-    chosen = logps[:, 0]
-    rejected = logps[:, 1] if logps.shape[1] > 1 else None
-    ref_chosen, ref_rejected = (None, None) if ref is None else ref.unbind(1)
-    smoothing = (label_smoothing,) if loss in SMOOTHED else ()
-    return LOSSES[loss](chosen, rejected, ref_chosen, ref_rejected, beta, *smoothing)
+    given = dict(zip(INPUTS, logps.unbind(1))) | {"lengths": lengths}
+    if ref is not None:
+        given |= {"ref_chosen": ref[:, 0], "ref_rejected": ref[:, 1]}
+    losses = loss(**{name: given[name] for name in inputs_of(loss)})
+    return losses - sft_weight * logps[:, 0] / lengths[:, 0] if sft_weight else losses
+
+
+def pair_weights(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tensor,
+                 sft_weight: float = 0.0) -> Tensor:
+    """(P, 2) -> (P, 2): -dL/dchosen and dL/drejected of each pair, by autograd of the loss itself, per nat; (P, 1)
+    where the loss takes chosen alone.
+
+    How hard a pair pushes its chosen response up and its rejected one down: the gradient of a pair's loss by the
+    weights is the sum of its two responses' gradients, times these. For dpo both are beta sigmoid(-beta m).
+    """
+    with torch.enable_grad():
+        logps = logps.detach().clone().requires_grad_()
+        (grads,) = torch.autograd.grad(pair_losses(loss, logps, ref, lengths, sft_weight).sum(), logps)
+    return torch.cat([-grads[:, :1], grads[:, 1:]], 1) if "rejected" in inputs_of(loss) else -grads[:, :1]
 
 
 def loss_divisor(loss: str, chosen_tokens: list[int]) -> int:

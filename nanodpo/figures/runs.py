@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError, first_line
 from ..files import parse_json, read_text
+from ..flags.loss import loss_name
 from ..run.noise import of_record
 from .axes import listed
 from .noise import Noise
@@ -23,13 +24,17 @@ class Facts:
     smoothing: float = 0.0
     beta: float | None = None
     model: str = ""
+    sft_weight: float = 0.0
+    kwargs: str | None = None  # of --loss_kwargs
     noise: Noise = dataclasses.field(default_factory=Noise)
     pairs: int = 1  # of a step
 
     @property
     def kind(self) -> str:
         """Names the loss: numbers of two kinds are different quantities."""
-        return self.loss.upper() + (f", label smoothing {self.smoothing:g}" if self.loss and self.smoothing else "")
+        more = {"label smoothing": self.smoothing, "SFT weight": self.sft_weight}
+        words = [self.loss.upper(), *(f"{name} {value:g}" for name, value in more.items() if value), self.kwargs or ""]
+        return ", ".join(filter(None, words)) if self.loss else ""
 
 
 def read_facts(folder: Path) -> Facts:
@@ -45,15 +50,18 @@ def read_facts(folder: Path) -> Facts:
     if not isinstance(given, dict):
         raise UserError(f"{file}: is not what train.py writes; arguments must be an object")
     facts = Facts(given.get("loss", ""), given.get("label_smoothing", 0.0), given.get("beta"),
-                  given.get("model_name", ""), Noise(of_record(record, file)), record.get("world_size", 1))
-    numbers = {"label_smoothing": facts.smoothing, "beta": facts.beta or 0.0}
+                  given.get("model_name", ""), given.get("sft_weight", 0.0), given.get("loss_kwargs"),
+                  Noise(of_record(record, file)), record.get("world_size", 1))
+    numbers = {"label_smoothing": facts.smoothing, "beta": facts.beta or 0.0, "sft_weight": facts.sft_weight}
     wrong = [name for name, value in numbers.items() if type(value) not in (int, float) or not 0 <= value < math.inf]
-    wrong += [name for name, value in (("loss", facts.loss), ("model_name", facts.model)) if not isinstance(value, str)]
+    texts = {"loss": facts.loss, "model_name": facts.model, "loss_kwargs": facts.kwargs or ""}
+    wrong += [name for name, value in texts.items() if not isinstance(value, str)]
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         facts.pairs = given.get(name, 1) * facts.pairs if type(given.get(name, 1)) is int else 0
     wrong += [] if type(facts.pairs) is int and facts.pairs > 0 else ["the number of pairs of a step"]
     if wrong:
         raise UserError(f"{file}: is not what train.py writes: {wrong[0]} has no value that it could have")
+    facts.loss = loss_name(facts.loss)
     return facts
 
 

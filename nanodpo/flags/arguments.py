@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from os.path import expanduser
 from pathlib import Path
 
-from ..core.losses import LOSSES, SMOOTHED
+from ..core.losses import LOSSES
 from ..errors import UserError
 from .help import help_text
 from .launchers import local_rank
@@ -58,10 +58,13 @@ class TrainArguments:
                             choices=["error", "drop"])
 
     # Loss
-    loss: str = _flag("dpo", "What to minimise.", choices=[*LOSSES])
+    loss: str = _flag("dpo", f"What to minimise: {', '.join(LOSSES)}; or FILE.py:FUNCTION, your own.")
     beta: float = _flag(0.1, "How strongly the reference holds the policy.", ABOVE_0)
-    label_smoothing: float = _flag(0.0, f"Chance that a label is flipped, for {' and '.join(sorted(SMOOTHED))}: 0 to "
-                                   "below 0.5.", BELOW_HALF)
+    label_smoothing: float = _flag(0.0, "Chance that a label is flipped, for dpo and robust: 0 to below 0.5.",
+                                   BELOW_HALF)
+    loss_kwargs: str = _flag(None, "A loss's own settings, as JSON: '{\"simpo_gamma\": 1.0}'.")
+    sft_weight: float = _flag(0.0, "Adds so many times -log pi of chosen, per token, to the loss of each pair.",
+                              NOT_NEGATIVE)
 
     # Training
     max_steps: int = _flag(-1, "Optimizer steps; -1: num_train_epochs decides.", STEPS)

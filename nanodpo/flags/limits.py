@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..core.losses import SMOOTHED
 from ..errors import UserError
+from .loss import check_loss
 
 
 class Limit(NamedTuple):
@@ -35,11 +35,7 @@ def check(args) -> None:
             raise UserError(f"--{name} {value}: {limit.words}")
         if (isinstance(value, int) and name != "seed" or name == "num_train_epochs") and abs(value) >= 2**53:
             raise UserError(f"--{name} {value}: must be below 2^53")  # beyond it floats don't count in ones
-    if args.label_smoothing and args.loss not in SMOOTHED:
-        raise UserError(f"--label_smoothing has no meaning for --loss {args.loss}; leave it out, or use "
-                        f"{' or '.join(sorted(SMOOTHED))}")
-    if args.reference and args.loss == "sft":
-        raise UserError(f"--reference {args.reference} has no meaning for --loss sft; leave it out")
+    check_loss(args)
     if args.peft_config and not args.use_lora:
         raise UserError(f"--peft_config {args.peft_config} has no meaning without LoRA; leave it out")
     if args.lora_dropout and args.use_lora and not args.allow_dropout:

@@ -13,13 +13,15 @@ from pathlib import Path
 from ..core.losses import LOSSES
 from ..data.places import hub_parts, places_of
 from ..files import read_text
+from ..flags.loss import loss_name
 from .atomic import new_file
 
 FIGURE = "training.png"
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected")
-SETTINGS = ("loss", "reference", "beta", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps",
-            "weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
-            "use_lora", "lora_r", "lora_alpha", "lora_target_modules", "bf16", "seed")
+SETTINGS = ("loss", "loss_kwargs", "sft_weight", "reference", "beta", "label_smoothing", "learning_rate",
+            "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "per_device_train_batch_size",
+            "gradient_accumulation_steps", "max_length", "use_lora", "lora_r", "lora_alpha", "lora_target_modules",
+            "bf16", "seed")
 RS_LORA = ("The adapter is rank-stabilised LoRA: its scale is lora_alpha / sqrt(r), as `use_rslora` in "
            "adapter_config.json says. A converter that reads lora_alpha alone scales it wrongly.")
 QUANTISED = ("The adapter was trained on its base as bitsandbytes quantises it; in the words of transformers' "
@@ -59,7 +61,7 @@ def history(metrics: Path, step: int, every: int) -> list[dict]:
 def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) -> str:
     """Markdown with a YAML head. Folders of this machine are named by their last part."""
     given = facts["arguments"]
-    loss, data = given["loss"], [given["train_file_path"], given["eval_file_path"] or ""]
+    loss, data = loss_name(given["loss"]), [given["train_file_path"], given["eval_file_path"] or ""]
     data = [hub_parts(place)[0] for path in data for place in places_of(path)]
     base = hub_parts(base)[0] if _is_hub_id(hub_parts(base)[0]) else base
     head = {"base_model": base if _is_hub_id(base) else None, "library_name": "peft" if peft else "transformers",
@@ -107,8 +109,8 @@ def _yaml(head: dict) -> list[str]:
 
 
 def _paper(loss: str) -> str | None:
-    """The number on arXiv of the paper that a loss is from."""
-    found = re.search(r"arXiv (\d{4}\.\d{5})", LOSSES[loss].__doc__)
+    """The number on arXiv of the paper that a loss is from; None for a function of the user's own."""
+    found = re.search(r"arXiv\s+(\d{4}\.\d{5})", LOSSES[loss].__doc__) if loss in LOSSES else None
     return found and found[1]
 
 

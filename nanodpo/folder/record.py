@@ -38,7 +38,7 @@ DEFAULTS = {flag.name: flag.default for flag in dataclasses.fields(TrainArgument
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.
 MACHINE = ("versions", "git_commit", "device", "threads")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
-            "peft_config", "layout", "attention")
+            "peft_config", "loss_function", "layout", "attention")
 
 
 def facts(args, settings: dict, limit: int, data_sets: list, program: Path, command: list[str]) -> dict:

@@ -11,8 +11,11 @@ Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of 
     logps_per_token/chosen   each pair's logps/chosen by its number of tokens, the end of turn included; .../rejected
     ref_logps/chosen         the reference's sum, as logps/chosen; ref_logps/rejected likewise
     ref_logps_per_token/chosen  as logps_per_token/chosen: their difference is how far pi moved; .../rejected likewise
+    weights/chosen           -dL/dchosen, per nat: how hard a pair's loss pushes chosen up; weights/rejected dL/drejected
 
 SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected.
+simpo, cpo and orpo have no reference either.
+
 A line of metrics.jsonl has besides
 
     step                     the update's number, from 0; its numbers are those under the weights of checkpoint-<step>
@@ -40,10 +43,12 @@ from ..errors import RankStopped
 from ..ranks.distributed import sum_over_ranks
 
 
-def pair_metrics(logps: Tensor, ref: Tensor | None, lengths: Tensor, beta: float) -> dict[str, Tensor]:
+def pair_metrics(logps: Tensor, ref: Tensor | None, lengths: Tensor, beta: float, weights: Tensor | None = None
+                 ) -> dict[str, Tensor]:
     """(P, R) summed log-probs, nats, and lengths in tokens -> (P,) values by name, without gradients.
 
     R is 2, chosen and rejected, or 1 for SFT data without rejected. `ref` is (P, 2), the reference's sums, or None.
+    `weights` are those of pair_weights; they are no metric where the loss takes chosen alone.
     """
     values, logps = {}, logps.detach()
     for side, sums, counts in zip(("chosen", "rejected"), logps.unbind(1), lengths.unbind(1)):
@@ -57,6 +62,8 @@ def pair_metrics(logps: Tensor, ref: Tensor | None, lengths: Tensor, beta: float
                    "ref_logps_per_token/chosen": ref[:, 0] / lengths[:, 0],
                    "ref_logps_per_token/rejected": ref[:, 1] / lengths[:, 1],
                    "ref_gap": ((logps - ref).abs() / lengths).mean(1)}  # 0 at step 0: a check, not logged
+    if weights is not None and weights.shape[1] == 2:
+        values |= {"weights/chosen": weights[:, 0], "weights/rejected": weights[:, 1]}
     return values
 
 

@@ -7,7 +7,7 @@ import time
 import torch
 
 from ..core.batches import groups_of, make_batch, response_lengths, response_logps, total_tokens
-from ..core.losses import pair_losses
+from ..core.losses import inputs_of, pair_losses
 from ..data.example import Example
 from ..data.schedule import micro_batches_of, pairs_of_step
 from ..data.tokens import DataSet
@@ -113,7 +113,7 @@ def measure_noise(run: Run) -> dict[str, float]:
 
     result = noise.measure(run.engine, run.engine.module.model, score,
                           micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world), lengths,
-                          None if args.loss == "sft" else args.beta)
+                          args.beta if "ref_chosen" in inputs_of(run.loss) else None)
     distributed.say(noise.describe(result, run.pairs_per_step))
     return result
 
@@ -127,14 +127,15 @@ def dry_run(run: Run) -> None:
     examples = longest[: args.per_device_train_batch_size]
     groups = groups_of(examples, sides)
     distributed.say(f"dry run on {memory.describe(examples)}")
-    ref, size = None if args.loss == "sft" else _reference_of(run, examples), memory.weight_bytes(run.reference_model)
+    ref = _reference_of(run, examples) if "ref_chosen" in inputs_of(run.loss) else None
+    size = memory.weight_bytes(run.reference_model)
     _let_go(run)
     run.engine.train()
     began = time.perf_counter()
     with memory.shortage_named(run.rank, "the dry run", lambda: memory.describe(examples)):
         logps = run.engine(make_batch(groups, run.layout, run.device)).view(len(groups), -1)
         lengths = response_lengths(groups, run.device)
-        losses = pair_losses(args.loss, logps, ref, lengths, args.beta, args.label_smoothing)
+        losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
         run.engine.set_gradient_accumulation_boundary(True)
         run.engine.backward(losses.mean(), scale_wrt_gas=False)
         run.engine.step()

@@ -7,10 +7,12 @@ import importlib.metadata
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from ..core.losses import inputs_of
 from ..data import inspection
 from ..data.mixing import mix, read_weights
 from ..data.places import with_split
@@ -20,6 +22,7 @@ from ..data.tokens import DataSet, load_dataset
 from ..errors import UserError
 from ..files import read_text, why
 from ..flags.arguments import TrainArguments, parse
+from ..flags.loss import loss_name, read_loss
 from ..folder import data_cache, record
 from ..folder.atomic import check_whole, check_writable
 from ..model.adapters import adapter_shape
@@ -38,6 +41,7 @@ class Start:
     """A run before its model is loaded."""
 
     args: TrainArguments
+    loss: Callable  # of core/losses.py, its settings filled in
     settings: dict  # DeepSpeed's
     source: Source
     train_set: DataSet
@@ -125,7 +129,8 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         name_splits(args)
         weights = read_weights(args.mix_weights, args.train_file_path)
         lora = read_lora(args)
-        compared |= {"--peft_config with": json.dumps(lora)}
+        loss, loss_hash = read_loss(args)
+        compared |= {"--peft_config with": json.dumps(lora), "a loss function's file that hashes to": loss_hash}
         compared |= agreement.flags(dataclasses.asdict(args)) | agreement.program(script, args.local_rank)
     if args.print_config:
         # A settings file, from which a run can start: what only this process was told is not part of it.
@@ -146,7 +151,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         how = quantisation(args, source, settings)
         say_other_bits(args, source.adapter)
         check_lora(args, lora, source, settings)
-        new = f"runs/{args.loss}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
+        new = f"runs/{loss_name(args.loss)}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
         folder, old, wanted = record.find(args.resume, args.output_dir, new)
         date = (old or {}).get("date") or today  # some chat templates write it
         train, held_out, limit = load_data(args, source, date)
@@ -154,14 +159,14 @@ def prepare(argv: list[str], script: Path) -> Start | None:
             mix(train, weights, args.seed)
         sets = [data for data in (train, held_out) if data]
         facts = record.facts(args, settings, limit, sets, script.parent, [str(script), *argv])
-        facts |= {"date": date, "peft_config": lora or None, "quantisation": how}
+        facts |= {"date": date, "peft_config": lora or None, "quantisation": how, "loss_function": loss_hash}
         facts["versions"] |= {"bitsandbytes": importlib.metadata.version("bitsandbytes")} if how else {}
         if old:
             record.check_same(folder, old, facts, before_loading=bool(source.adapter))
-        start = Start(args, settings, source, train, held_out, folder, facts, old, wanted, monitors, lora=lora)
+        start = Start(args, loss, settings, source, train, held_out, folder, facts, old, wanted, monitors, lora=lora)
         if args.reference and not start.finished:
             start.reference = open_reference(args, source, sets)
-        if args.loss != "sft" and not start.finished:
+        if "ref_chosen" in inputs_of(loss) and not start.finished:
             check_writable(Path(args.cache_dir), f"--cache_dir {args.cache_dir}")
         compared |= agreement.inputs((args.train_file_path, args.eval_file_path), facts, old, wanted)
     if not start.finished:

@@ -4,36 +4,66 @@ import os
 
 import numpy as np
 import pandas
+import torch
 
+from ..core.losses import LOSSES, pair_weights
+from ..flags.loss import bind
 from ..stats import over_problems
 
 KEYS = ["run", "phase", "checkpoint", "step", "dataset"]
+SIDES = ["chosen", "rejected"]
+WEIGHTS = ["weights/chosen", "weights/rejected"]
 MEASURES = ["argmax_logps", "entropy", "argmax_mass", "implausible_mass", "implausible_mass_start", "accuracy"]
 
 
 def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, runs: dict) -> pandas.DataFrame:
-    """The pairs with the rewards that training has, against each run's reference, and with their weights. The reference
-    is the run's own step 0, or the model of its --reference where that was scored on the same rows; else they are
-    missing.
+    """The pairs with the rewards that training has, against each run's reference, and with their weights in its loss.
+    The reference is the run's own step 0, or the model of its --reference where that was scored on the same rows; else
+    they are missing.
 
-    `runs` are the settings of each run by name: beta, loss, label_smoothing and reference.
+    `runs` are the settings of each run by name.
     """
     if pairs.empty:
         return pairs
-    at, betas = ["run", "dataset", "row"], {run: settings.beta for run, settings in runs.items()}
-    starts = _references(scores, runs)
-    for side in ("chosen", "rejected"):
-        here = scores[scores["response"] == side]
-        start = starts[starts["response"] == side].set_index(at)["logps"].rename("start")
-        joined = here.join(start, on=at).set_index([*at, "step"])
-        reward = (joined["logps"] - joined["start"]) * joined.index.get_level_values("run").map(betas)
-        pairs = pairs.join(reward.rename(f"rewards/{side}"), on=[*at, "step"])
+    at, starts = ["run", "dataset", "row"], _references(scores, runs)
+    for side in SIDES:
+        here = scores[scores["response"] == side].set_index([*at, "step"])
+        start = starts[starts["response"] == side].set_index(at)["logps"].rename(f"start {side}")
+        pairs = pairs.join(here[["logps", "tokens"]].add_suffix(f" {side}"), on=[*at, "step"]).join(start, on=at)
+        pairs[f"rewards/{side}"] = (pairs[f"logps {side}"] - pairs[f"start {side}"]) * pairs["run"].map(
+            {run: settings.beta for run, settings in runs.items()})
     pairs["margin"] = pairs["rewards/chosen"] - pairs["rewards/rejected"]
-    pairs["weight"] = np.nan
+    pairs[WEIGHTS] = np.nan
     for run, settings in runs.items():
         here = pairs["run"] == run
-        pairs.loc[here, "weight"] = pair_weight(settings.loss, settings.label_smoothing, pairs["margin"][here])
-    return pairs
+        pairs.loc[here, WEIGHTS] = _weights(settings, pairs[here])
+    pairs = pairs.drop(columns=[f"{name} {side}" for name in ("logps", "tokens", "start") for side in SIDES])
+    return pairs.join(_band(pairs)) if "grad_cosine" in pairs else pairs
+
+
+def _weights(settings, pairs: pandas.DataFrame) -> np.ndarray:
+    """(n, 2) weights of these pairs in the loss of their run; NaN for sft, for a bare model, and for a loss that is the
+    user's own function, since no code is run that a record names."""
+    if settings.loss not in LOSSES or settings.loss == "sft":
+        return np.full((len(pairs), 2), np.nan)
+    logps, ref, lengths = (torch.from_numpy(pairs[[f"{name} {side}" for side in SIDES]].to_numpy(float))
+                           for name in ("logps", "start", "tokens"))
+    return pair_weights(bind(LOSSES[settings.loss], settings), logps, ref, lengths, settings.sft_weight).numpy()
+
+
+def _band(pairs: pandas.DataFrame) -> pandas.DataFrame:
+    """The disentanglement band of each pair (arXiv 2604.18239), from its gradients g of chosen and rejected.
+
+    A small step along weights/chosen g(chosen) - weights/rejected g(rejected) lowers rejected and does not lower chosen
+    exactly where the ratio of the weights is between cos |g(rejected)|/|g(chosen)| and |g(rejected)|/(cos |g(chosen)|);
+    with cos <= 0, always. Columns: weight_ratio, band_low, band_high, in_band.
+    """
+    size, cosine = pairs["grad_norm_rejected"] / pairs["grad_norm_chosen"], pairs["grad_cosine"]
+    ratio = pairs["weights/chosen"] / pairs["weights/rejected"]
+    low, high = (cosine * size).clip(lower=0), (size / cosine).where(cosine > 0, np.inf)
+    known = ratio.notna() & low.notna()
+    return pandas.DataFrame({"weight_ratio": ratio, "band_low": low, "band_high": high,
+                             "in_band": ((low <= ratio) & (ratio <= high)).astype(object).where(known, None)})
 
 
 def _references(scores: pandas.DataFrame, runs: dict) -> pandas.DataFrame:
@@ -42,23 +72,6 @@ def _references(scores: pandas.DataFrame, runs: dict) -> pandas.DataFrame:
     own = scores[(scores["step"] == 0) & ~scores["run"].isin(other)]
     places = scores["checkpoint"].map({path: os.path.realpath(path) for path in scores["checkpoint"].unique()})
     return pandas.concat([own, *(scores[places == place].assign(run=run) for run, place in other.items())])
-
-
-def pair_weight(loss: str, smoothing: float, margin) -> np.ndarray:
-    """-d loss / d margin, margins being of rewards: how hard the loss still pushes a pair apart; below 0, together.
-
-    Missing for every loss that is no function of this margin: ipo, whose margin is one of means over tokens, and sft.
-    """
-    margin = np.asarray(margin, dtype=float)
-    with np.errstate(invalid="ignore"):  # a missing margin has a missing weight
-        wrong = np.exp(-np.logaddexp(0, margin))  # sigma(-margin)
-    if loss == "dpo":
-        return wrong - smoothing  # (1-e) sigma(-margin) - e sigma(margin)
-    if loss == "robust":
-        return wrong + smoothing / (1 - 2 * smoothing)  # ((1-e) sigma(-margin) + e sigma(margin)) / (1-2e)
-    if loss == "hinge":
-        return np.where(np.isnan(margin), np.nan, margin < 1)
-    return np.full_like(margin, np.nan)
 
 
 def summary(table: pandas.DataFrame, answers: pandas.DataFrame | None = None) -> pandas.DataFrame:

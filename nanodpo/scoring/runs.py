@@ -22,6 +22,7 @@ from ..data.shapes import options_of
 from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
+from ..flags.loss import loss_name
 from ..folder.record import FREE, chosen, versions
 from ..model.source import base_of
 from ..ranks.distributed import device_name
@@ -32,8 +33,8 @@ READING = ("prompt_field", "chosen_field", "rejected_field", "assistant_header",
            "max_length", "max_prompt_length", "overlong", "on_bad_row")
 PRECISION = ("bf16", "load_in_4bit", "load_in_8bit")
 FLAGS = {flag.name: flag for flag in dataclasses.fields(TrainArguments) if flag.name in (
-    *READING, "train_on", "loss", "beta", "label_smoothing", *PRECISION, "train_file_path", "eval_file_path",
-    "reference")}
+    *READING, "train_on", "loss", "beta", "label_smoothing", "loss_kwargs", "sft_weight", *PRECISION, "train_file_path",
+    "eval_file_path", "reference")}
 # The settings of a model that comes from no run.
 DEFAULTS = {name: flag.default for name, flag in FLAGS.items()} | {
     "loss": "", "train_on": "last", "prompt_leads": None, "held_out_rows": None, "date": None}
@@ -158,14 +159,14 @@ def _open(target: str) -> list[Checkpoint]:
         name, step = path.name or target, STEP.fullmatch(path.name)
         if step and (path.parent / "run.json").is_file():
             settings = _settings(path.parent)
-            return [Checkpoint(path.parent.resolve().name, settings.loss, int(step[1]), target, settings)]
+            return [Checkpoint(path.parent.resolve().name, loss_name(settings.loss), int(step[1]), target, settings)]
         return [Checkpoint(name, "", 0, target, SimpleNamespace(**DEFAULTS | NOT_A_RUN))]
     settings = _settings(path)
     steps = sorted((int(m[1]), str(f)) for f in path.iterdir() if (m := STEP.fullmatch(f.name)))
     if not steps:
         raise UserError(f"{target}: the run has no checkpoint")
     name = path.resolve().name
-    return [Checkpoint(name, settings.loss, step, folder, settings) for step, folder in steps]
+    return [Checkpoint(name, loss_name(settings.loss), step, folder, settings) for step, folder in steps]
 
 
 def _settings(run: Path) -> SimpleNamespace:

@@ -7,13 +7,13 @@ errors are over the problems of one run (stats.py).
     scores.parquet    row, response, tokens, logps (the sum, float64), mean_logps (logps / tokens), and means over the
                       response's tokens: argmax_logps, entropy, argmax_mass, implausible_mass and
                       implausible_mass_start (measures.py), accuracy (rank 1)
-    pairs.parquet     row, rewards of chosen and rejected = beta (logps - those of the run's reference), margin, weight
-                      = -d loss / d margin, shared (tokens before the responses part), ches, ches_normalised; the
-                      products of gradients where they were asked for. The reference is the run's step 0, or what its
+    pairs.parquet     row, rewards of chosen and rejected = beta (logps - those of the run's reference), margin,
+                      weights/chosen and weights/rejected = -dL/dchosen and dL/drejected of the run's loss, by autograd
+                      (missing for sft and for a loss that is the user's own function), shared (tokens before the
+                      responses part), ches, ches_normalised. The reference is the run's step 0, or what its
                       --reference named; where that was not scored beside the run, rewards are missing.
-                      The weight under the run's label smoothing e: of dpo, sigma(-margin) - e, which is 0.5 - e where
-                      the policy is its reference; of robust, sigma(-margin) + e / (1 - 2e); of hinge, 1 below a margin
-                      of 1, else 0; of ipo, whose loss is not of this margin, and of sft it is missing
+                      Where gradients were asked for: grad_dot, grad_cosine and norms, and the disentanglement band:
+                      weight_ratio, band_low, band_high, in_band (means.py, _band)
     sections.csv      by response and part of it (tenths, prefix and suffix of a pair, think and answer): n, problems,
                       mean and standard error of mean_logps, and the means of the measures, over rows of one run
     risers.parquet    row, response, position, place, id and token (its text), before, after, moved: the K tokens of the

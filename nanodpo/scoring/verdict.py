@@ -72,7 +72,7 @@ RULES = [
          and of.of("implausible mass") >= SPREAD * of.of("implausible mass at the start") > 0, ("implausible mass",)),
     Rule("narrowing", f"the gap of chosen to rejected falls, by {NOTABLE} nats a token or more",
          lambda of: of.falls("change of gap", NOTABLE), ("change of gap",)),
-    Rule("saturation", "the weight that the dpo loss still gives a pair, sigma(-margin) less the label smoothing, is "
+    Rule("saturation", "the weight that the dpo loss still gives a pair, beta (sigma(-margin) - label smoothing), is "
          f"below {SATURATED} of what it was at the start",
          lambda of: of.of("weight", "high") < SATURATED * of.of("weight at the start"), ("weight",)),
     Rule("over-confidence", f"greedy answers are right less often, while the reward accuracy is {SURE} or more",
@@ -245,8 +245,8 @@ def _of_pairs(pairs, last, phase: str) -> dict[str, dict]:
         return {}
     numbers, end = {}, pairs[pairs["step"] == last].set_index(ROW)
     if phase == "dpo":  # other losses weigh a pair otherwise
-        numbers = {"weight": mean(end["weight"]),
-                   "weight at the start": mean(pairs[pairs["step"] == 0].set_index(ROW)["weight"])}
+        numbers = {"weight": mean(end["weights/chosen"]),
+                   "weight at the start": mean(pairs[pairs["step"] == 0].set_index(ROW)["weights/chosen"])}
     return numbers | {"reward accuracy": share(end["margin"].dropna() > 0)}
 
 

@@ -1,12 +1,34 @@
 """Each loss at points where its value follows from its formula, and the optimum that DPO is named for."""
 
+import inspect
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from nanodpo.core.losses import LOSSES, MEAN_LOGPS, SMOOTHED, dpo, hinge, ipo, logratio, pair_losses, robust, sft
+from nanodpo.core.losses import (
+    LOSSES,
+    apo_zero,
+    cpo,
+    dpo,
+    dpo_norm,
+    dpop,
+    gate,
+    hinge,
+    inputs_of,
+    ipo,
+    logratio,
+    orpo,
+    pair_losses,
+    pair_weights,
+    robust,
+    sft,
+    shift,
+    simpo,
+    squared,
+)
 
 BETAS = [0.05, 0.1, 0.5, 2.0]
 MARGINS = [-7.0, -1.0, -0.1, 0.0, 0.3, 2.0, 11.0]
@@ -20,7 +42,7 @@ def at(m: float, dtype=torch.float64, requires_grad: bool = False):
 
 def value_and_slope(loss, m: float, beta: float, **kwargs) -> tuple[float, float]:
     logps = at(m, requires_grad=True)
-    out = loss(*logps, beta, **kwargs).sum()
+    out = loss(*logps, beta=beta, **kwargs).sum()
     (slope,) = torch.autograd.grad(out, logps[0])
     return out.item(), slope.item()
 
@@ -112,14 +134,16 @@ def test_robust_without_flips_is_dpo(m):
 @pytest.mark.parametrize("off", [-3.0, -0.5, 0.0, 0.25, 4.0])
 def test_ipo_is_a_parabola_around_its_target(beta, off):
     """Value off^2 and slope 2 off at m = 1/(2 beta) + off."""
-    value, slope = value_and_slope(ipo, 1 / (2 * beta) + off, beta)
+    value, slope = value_and_slope(partial(ipo, lengths=torch.ones(1, 2)), 1 / (2 * beta) + off, beta=beta)
     assert value == pytest.approx(off**2, rel=1e-9, abs=1e-20)
     assert slope == pytest.approx(2 * off, rel=1e-9, abs=1e-12)
 
 
-def test_ipo_alone_is_fed_means_over_tokens():
+def test_ipo_is_of_means_over_tokens():
     """With sums a 1,000-token response would have to move a thousandth as much a token as a one-token response."""
-    assert MEAN_LOGPS == {"ipo"}
+    logps, ref = torch.tensor([[-1.0, -16.0]]), torch.tensor([[-3.0, -8.0]])
+    (loss,) = pair_losses(partial(ipo, beta=0.5), logps, ref, torch.tensor([[4.0, 2.0]])).tolist()
+    assert loss == ((-1 + 3) / 4 - (-16 + 8) / 2 - 1) ** 2
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -133,16 +157,180 @@ def test_hinge_ends_at_one_over_beta(beta):
 def test_sft_is_the_chosen_likelihood_and_nothing_else():
     """-chosen, slope -1; rejected and reference may be missing."""
     chosen = torch.tensor([-3.5, -800.0], requires_grad=True)
-    out = sft(chosen, None, None, None, beta=0.1)
+    out = pair_losses(sft, chosen[:, None], None, torch.ones(2, 1))
     assert out.tolist() == [3.5, 800.0]
     assert torch.autograd.grad(out.sum(), chosen)[0].tolist() == [-1.0, -1.0]
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES.keys() - SMOOTHED))
-def test_label_smoothing_is_refused_where_it_means_nothing(name):
-    """A setting that a loss would ignore is an error."""
-    with pytest.raises(ValueError, match=f"{name} has no label smoothing, got 0.1"):
-        pair_losses(name, torch.zeros(3, 2), torch.zeros(3, 2), torch.ones(3, 2), 0.1, label_smoothing=0.1)
+# Losses of later papers, at one pair of 4 and 2 tokens: log-ratios 2 of chosen and -8 of rejected
+
+PAIR = {"logps": torch.tensor([[-1.0, -16.0]], dtype=torch.float64),
+        "ref": torch.tensor([[-3.0, -8.0]], dtype=torch.float64),
+        "lengths": torch.tensor([[4.0, 2.0]], dtype=torch.float64)}
+
+
+def loss_and_weights(loss, **settings) -> tuple[float, list[float]]:
+    """Of PAIR, some of its tensors replaced: the loss, and -dL/dchosen and dL/drejected."""
+    pair = PAIR | {name: settings.pop(name) for name in [*PAIR] if name in settings}
+    bound = partial(loss, **settings)
+    return pair_losses(bound, **pair).item(), pair_weights(bound, **pair)[0].tolist()
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_dpo_norm_is_dpo_of_means(beta):
+    """Margin beta (2/4 + 8/2); a token's weight is its response's by the number of its tokens."""
+    value, weights = loss_and_weights(dpo_norm, beta=beta)
+    assert value == pytest.approx(softplus(-beta * 4.5), rel=1e-12)
+    slope = beta * sigmoid(-beta * 4.5)
+    assert weights == pytest.approx([slope / 4, slope / 2], rel=1e-12)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_apo_zero_moves_each_side_for_itself(beta):
+    """sigmoid(-2 beta) + sigmoid(-8 beta), slopes beta s(1-s) of each; 1 and beta/4 where the policy is the reference;
+    0 in the limit."""
+    value, weights = loss_and_weights(apo_zero, beta=beta)
+    sides = [sigmoid(-2 * beta), sigmoid(-8 * beta)]
+    assert value == pytest.approx(sum(sides), rel=1e-12)
+    assert weights == pytest.approx([beta * s * (1 - s) for s in sides], rel=1e-12)
+    assert loss_and_weights(apo_zero, beta=beta, logps=PAIR["ref"]) == (1.0, pytest.approx([beta / 4] * 2))
+    assert loss_and_weights(apo_zero, beta=beta, logps=PAIR["ref"] + torch.tensor([[1e5, -1e5]]))[0] == 0
+
+
+@pytest.mark.parametrize("lam", [0.0, 5.0, 50.0])
+def test_dpop_holds_chosen_above_its_reference(lam):
+    """dpo while chosen is above; 0.5 nats below, the margin loses 0.5 lambda and chosen weighs 1 + lambda times."""
+    assert loss_and_weights(dpop, beta=0.1, dpop_lambda=lam) == loss_and_weights(dpo, beta=0.1)
+    value, weights = loss_and_weights(dpop, beta=0.1, dpop_lambda=lam, logps=torch.tensor([[-3.5, -16.0]]))
+    margin = 0.1 * (-0.5 + 8 - lam * 0.5)
+    assert value == pytest.approx(softplus(-margin), rel=1e-6)
+    assert weights == pytest.approx([0.1 * sigmoid(-margin) * (1 + lam), 0.1 * sigmoid(-margin)], rel=1e-5)
+
+
+@pytest.mark.parametrize("lam", [0.5, 0.95, 1.0])
+def test_shift_weighs_rejected_less(lam):
+    """Margin beta (2 + 8 lambda); rejected's weight is lambda times chosen's; ln 2 at the reference, dpo at 1."""
+    value, weights = loss_and_weights(shift, beta=0.1, shift_lambda=lam)
+    slope = 0.1 * sigmoid(-0.1 * (2 + 8 * lam))
+    assert value == pytest.approx(softplus(-0.1 * (2 + 8 * lam)), rel=1e-12)
+    assert weights == pytest.approx([slope, lam * slope], rel=1e-12)
+    assert loss_and_weights(shift, beta=0.1, logps=PAIR["ref"])[0] == pytest.approx(math.log(2), rel=1e-12)
+    value, weights = loss_and_weights(shift, beta=0.1, shift_lambda=1.0)
+    assert [value, *weights] == pytest.approx([softplus(-1.0), *[0.1 * sigmoid(-1.0)] * 2], rel=1e-12)
+
+
+def test_gate_lets_go_of_what_is_hardly_possible_any_more():
+    """dpo's value and chosen's weight; rejected's times sigmoid(20 (p - 0.1)), p = exp(-16/2) or, at the threshold,
+    one half."""
+    value, weights = loss_and_weights(gate, beta=0.1)
+    slope = 0.1 * sigmoid(-1.0)
+    assert value == loss_and_weights(dpo, beta=0.1)[0]
+    assert weights == pytest.approx([slope, slope * sigmoid(20 * (math.exp(-8) - 0.1))], rel=1e-9)
+    at_threshold = loss_and_weights(gate, beta=0.1, gate_threshold=math.exp(-8), gate_slope=3.0)[1]
+    assert at_threshold == pytest.approx([slope, slope / 2], rel=1e-9)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_squared_is_dpo_at_the_start_and_stops_at_e_times_the_reference(beta):
+    """ln 2 and weights beta/2 at u = 0; r(2) = 2/e^2 and r(-8) = -8 e^8; chosen's weight is 0 at u = 1."""
+    value, weights = loss_and_weights(squared, beta=beta, logps=PAIR["ref"])
+    assert (value, weights) == (pytest.approx(math.log(2)), pytest.approx([beta / 2] * 2))
+    value, weights = loss_and_weights(squared, beta=beta, logps=PAIR["ref"] + torch.tensor([[2.0, -0.5]]))
+    margin = beta * (2 * math.exp(-2) + 0.5 * math.exp(0.5))
+    assert value == pytest.approx(softplus(-margin), rel=1e-9)
+    by_hand = [(1 - 2) * math.exp(-2), (1 + 0.5) * math.exp(0.5)]  # r'(u) = (1 - u) exp(-u)
+    assert weights == pytest.approx([beta * sigmoid(-margin) * slope for slope in by_hand], rel=1e-6)
+    assert loss_and_weights(squared, beta=beta, logps=PAIR["ref"] + torch.tensor([[1.0, 0.0]]))[1][0] == 0
+
+
+def test_squared_reward_is_the_slope_of_its_divergence():
+    """r = f'(t) of f(t) = (log t)^2 / 2 at t = pi / pi_ref, by autograd; seen through the loss at beta 1."""
+    for u in (-3.0, -0.2, 0.0, 0.7, 4.0):
+        t = torch.tensor(math.exp(u), dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(t.log() ** 2 / 2, t)
+        moved = PAIR["ref"] + torch.tensor([[u, 0.0]], dtype=torch.float64)
+        value, _ = loss_and_weights(squared, beta=1.0, logps=moved)
+        assert value == pytest.approx(softplus(-slope.item()), rel=1e-9)
+
+
+@pytest.mark.parametrize("beta, gamma", [(2.0, 0.5), (10.0, 1.6)])
+def test_simpo_is_of_means_with_a_target_margin(beta, gamma):
+    """Margin beta (-1/4 + 16/2) - gamma, without any reference."""
+    value, weights = loss_and_weights(simpo, beta=beta, simpo_gamma=gamma, ref=None, logps=torch.tensor([[-1.0, -1.5]]))
+    margin = beta * (-0.25 + 0.75) - gamma
+    assert value == pytest.approx(softplus(-margin), rel=1e-6)
+    assert weights == pytest.approx([beta * sigmoid(-margin) / 4, beta * sigmoid(-margin) / 2], rel=1e-6)
+
+
+def test_cpo_is_a_margin_without_reference_and_the_chosen_likelihood():
+    """softplus(-beta (-1 + 16)) + alpha/4; chosen's weight has the likelihood's alpha/4 besides."""
+    value, weights = loss_and_weights(cpo, beta=0.1, cpo_alpha=0.5, ref=None)
+    assert value == pytest.approx(softplus(-1.5) + 0.125, rel=1e-12)
+    assert weights == pytest.approx([0.1 * sigmoid(-1.5) + 0.125, 0.1 * sigmoid(-1.5)], rel=1e-12)
+
+
+def test_orpo_is_of_odds():
+    """p = exp(-1/4) and exp(-16/2), odds p / (1 - p), from their definition; equal means: -mean + beta ln 2."""
+    value, _ = loss_and_weights(orpo, beta=0.1, ref=None)
+    p, q = math.exp(-0.25), math.exp(-8)
+    odds_ratio = p / (1 - p) / (q / (1 - q))
+    assert value == pytest.approx(0.25 - 0.1 * math.log(sigmoid(math.log(odds_ratio))), rel=1e-12)
+    value, _ = loss_and_weights(orpo, beta=0.1, ref=None, logps=torch.tensor([[-4.0, -2.0]], dtype=torch.float64))
+    assert value == pytest.approx(1 + 0.1 * math.log(2), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_sft_weight_adds_the_chosen_likelihood_a_token(name):
+    """a times 1/4 for a response of log-prob -1 and 4 tokens, and a/4 on chosen's weight."""
+    loss = partial(LOSSES[name], **({"beta": 0.1} if name != "sft" else {}))
+    plain, more = pair_losses(loss, **PAIR), pair_losses(loss, **PAIR, sft_weight=0.2)
+    assert (more - plain).item() == pytest.approx(0.2 / 4, rel=1e-9)
+    weights = [pair_weights(loss, **PAIR, sft_weight=a)[0] for a in (0.0, 0.2)]
+    assert (weights[1] - weights[0]).tolist() == pytest.approx([0.2 / 4, 0.0][: len(weights[0])], abs=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("gate", "sft")])
+def test_weights_are_the_slopes_of_the_loss(name):
+    """Central differences in float64, on pairs left and right of every kink. gate stops a part of its gradient."""
+    loss = partial(LOSSES[name], beta=0.1, **({"label_smoothing": 0.2} if name in ("dpo", "robust") else {}))
+    ref = torch.tensor([[-30.0, -28.0]] * 5, dtype=torch.float64)
+    logps = ref + torch.tensor([[0.2, 0.1], [3.0, -9.0], [-3.0, -2.0], [0.5, 4.0], [-1.0, -20.0]], dtype=torch.float64)
+    lengths = torch.tensor([[7.0, 3.0]] * 5, dtype=torch.float64)
+    found = pair_weights(loss, logps, ref, lengths, 0.3)
+    for side, sign in ((0, -1), (1, 1)):
+        ends = []
+        for nudge in (1e-5, -1e-5):
+            moved = logps.clone()
+            moved[:, side] += nudge
+            ends.append(pair_losses(loss, moved, ref, lengths, 0.3))
+        slope = (ends[0] - ends[1]) / 2e-5
+        assert found[:, side].tolist() == pytest.approx((sign * slope).tolist(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "sft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_loss_is_finite_for_long_responses(name, dtype):
+    """20,000 tokens whose log-prob moved by thousands of nats, either way, or is 0 to the last digit: no infinite and
+    no undefined gradient."""
+    ref = torch.full((4, 2), -2e4, dtype=dtype)
+    logps = ref + torch.tensor([[-5e3, -6e3], [5e3, -6e3], [-5e3, 6e3], [1e4, 19999.9]], dtype=dtype)
+    loss, lengths = partial(LOSSES[name], beta=0.1), torch.full((4, 2), 2e4, dtype=dtype)
+    assert pair_losses(loss, logps, ref, lengths).isfinite().all()
+    assert pair_weights(loss, logps, ref, lengths).isfinite().all()
+
+
+def test_a_loss_says_by_its_parameters_what_it_needs():
+    """The reference pass is left out, and with it a third of the time, where no parameter asks for it."""
+    free = {name for name, loss in LOSSES.items() if "ref_chosen" not in inputs_of(loss)}
+    assert free == {"simpo", "cpo", "orpo", "sft"}
+    assert {name for name, loss in LOSSES.items() if "lengths" in inputs_of(loss)} == {
+        "dpo_norm", "ipo", "gate", "simpo", "cpo", "orpo"}
+    assert {name for name, loss in LOSSES.items() if "label_smoothing" in inspect.signature(loss).parameters} == {
+        "dpo", "robust"}
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])

@@ -37,8 +37,10 @@ save_steps save_total_limit logging_steps eval_steps eval_file_path eval_size bf
 lora_r lora_alpha lora_dropout lora_target_modules use_flash_attention deepspeed local_rank merge_weights prompt_field
 chosen_field rejected_field""".split()
 # Values that mean something only beside another setting, and some that are not the first guess by type.
-BESIDE = {"lora_dropout": ["--allow_dropout"], "eval_steps": ["--eval_size=5"], "random_init": ["--use_lora=false"]}
-VALUES = {"label_smoothing": 0.2, "lora_dropout": 0.05, "max_steps": 7, "adam_beta1": 0.5, "adam_beta2": 0.5}
+BESIDE = {"lora_dropout": ["--allow_dropout"], "eval_steps": ["--eval_size=5"], "random_init": ["--use_lora=false"],
+          "loss_kwargs": ["--loss=simpo"]}
+VALUES = {"loss": "ipo", "loss_kwargs": '{"simpo_gamma": 1}', "label_smoothing": 0.2, "lora_dropout": 0.05,
+          "max_steps": 7, "adam_beta1": 0.5, "adam_beta2": 0.5}
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +217,7 @@ def test_unreadable_settings_files(tmp_path):
     (["x"], "unknown argument x"), (["run.yaml"], "a settings file comes first"),
     (["--beta"], "--beta: expected one argument"), (["--beta", "x"], "--beta: invalid float value: 'x'"),
     (["--max_steps", "1.5"], "--max_steps: invalid int"), (["--bf16", "perhaps"], "--bf16"),
-    (["--loss", "ppo"], "--loss: invalid choice: 'ppo'"), (["--overlong", "cut"], "--overlong: invalid choice"),
+    (["--loss", "ppo"], "--loss ppo: there is no such loss"), (["--overlong", "cut"], "--overlong: invalid choice"),
     (["--beta", "nan"], "--beta nan: must be a finite number"), (["--beta=-inf"], "must be a finite number"),
     (["--learning_rate", "inf"], "must be a finite number"), (["--num_train_epochs", "inf"], "must be a finite"),
     (["--max_grad_norm", "nan"], "must be a finite number"), (["--weight_decay", "nan"], "must be a finite number"),

@@ -3,13 +3,14 @@
 import ast
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 
-from nanodpo.core.losses import pair_losses
+from nanodpo.core.losses import dpo, hinge, ipo, pair_losses, pair_weights, sft
 from nanodpo.run import metrics
 from nanodpo.run.metrics import Meter, pair_metrics, write_line
 
@@ -20,7 +21,9 @@ TOKENS = torch.tensor([[5.0, 10.0], [4.0, 2.0], [1.0, 5.0]], dtype=torch.float64
 
 def test_the_values_of_three_pairs():
     """Margins 3, 0 and -2 nats; a tie is no success; sums and means a token both."""
-    losses, values = pair_losses("dpo", LOGPS, REF, TOKENS, 0.5), pair_metrics(LOGPS, REF, TOKENS, 0.5)
+    loss = partial(dpo, beta=0.5)
+    losses, weights = pair_losses(loss, LOGPS, REF, TOKENS), pair_weights(loss, LOGPS, REF, TOKENS)
+    values = pair_metrics(LOGPS, REF, TOKENS, 0.5, weights)
     assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.5 * m)) for m in (3, 0, -2)])
     assert values["rewards/chosen"].tolist() == [1.0, 0.0, -0.5]
     assert values["rewards/rejected"].tolist() == [-0.5, 0.0, 0.5]
@@ -35,20 +38,25 @@ def test_the_values_of_three_pairs():
         by_hand = [logp / tokens for logp, tokens in zip(REF[:, i].tolist(), TOKENS[:, i].tolist())]
         assert values[f"ref_logps_per_token/{side}"].tolist() == pytest.approx(by_hand)
     assert values["ref_gap"].tolist() == pytest.approx([(2 / 5 + 1 / 10) / 2, 0.0, (1 + 1 / 5) / 2])
+    for side in ("chosen", "rejected"):
+        by_hand = [0.5 / (1 + math.exp(0.5 * m)) for m in (3, 0, -2)]
+        assert values[f"weights/{side}"].tolist() == pytest.approx(by_hand)
     assert losses.requires_grad and not any(value.requires_grad for value in values.values())
 
 
 def test_ipo_takes_means_and_the_others_sums():
     """arXiv 2310.12036 on means over tokens: margins 2/5+1/10, 0, -1-1/5; its zero is at 1/(2 beta)."""
-    losses = pair_losses("ipo", LOGPS, REF, TOKENS, 0.5)
+    losses = pair_losses(partial(ipo, beta=0.5), LOGPS, REF, TOKENS)
     assert losses.tolist() == pytest.approx([(m - 1.0) ** 2 for m in (0.5, 0.0, -1.2)])
-    hinge = pair_losses("hinge", LOGPS, REF, TOKENS, 0.5)
-    assert hinge.tolist() == pytest.approx([0.0, 1.0, 2.0])
+    hinges = pair_losses(partial(hinge, beta=0.5), LOGPS, REF, TOKENS)
+    assert hinges.tolist() == pytest.approx([0.0, 1.0, 2.0])
 
 
 def test_sft_with_and_without_a_rejected_side():
-    both, one = (pair_losses("sft", logps, None, TOKENS, 0.5) for logps in (LOGPS, LOGPS[:, :1]))
-    values, fewer = (pair_metrics(LOGPS[:, :r], None, TOKENS[:, :r], 0.5) for r in (2, 1))
+    both, one = (pair_losses(sft, logps, None, TOKENS) for logps in (LOGPS, LOGPS[:, :1]))
+    values, fewer = (pair_metrics(LOGPS[:, :r], None, TOKENS[:, :r], 0.5, pair_weights(
+        sft, LOGPS[:, :r], None, TOKENS[:, :r])) for r in (2, 1))
+    assert not any(name.startswith("weights/") for name in values)  # of chosen alone they would be 1
     assert both.tolist() == one.tolist() == [10.0, 8.0, 5.0]
     assert "logps/rejected" in values and "logps/rejected" not in fewer and "rewards/chosen" not in values
 
@@ -68,7 +76,7 @@ def test_the_docstring_says_what_every_name_is():
     written = {key.value for step in steps for node in ast.walk(step) if isinstance(node, ast.Dict)
                for key in node.keys if isinstance(key, ast.Constant)}
     assert {"grad_norm", "num_tokens", "perf/step_seconds", "mem/peak_gib"} <= written
-    values = pair_metrics(LOGPS, REF, TOKENS, 0.5).keys() - {"ref_gap"}
+    values = pair_metrics(LOGPS, REF, TOKENS, 0.5, TOKENS).keys() - {"ref_gap"}
     explained = {line.split()[0] for line in metrics.__doc__.splitlines() if line.startswith("    ")}
     chosen = {name.replace("rejected", "chosen") for name in values}
     assert written | chosen | {"loss"} == explained

@@ -11,6 +11,7 @@ import time
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import oracle
 import pandas
 import pytest
@@ -18,7 +19,6 @@ import torch
 from conftest import ROOT, environment, launch, make_model, make_tokenizer, train
 
 import score
-from nanodpo.core.losses import pair_losses
 from nanodpo.data.example import Example
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.errors import RankStopped, UserError, run_script
@@ -221,7 +221,8 @@ def test_pairs_by_an_independent_computation(run, full, tiny):
         cosine = torch.nn.functional.cosine_similarity(*grads, dim=0).item()
         assert line.grad_cosine == pytest.approx(cosine, abs=1e-4)
         assert [line["rewards/chosen"], line["rewards/rejected"]] == pytest.approx(rewards, abs=1e-9)
-        assert line.weight == pytest.approx(1 / (1 + 2.718281828459045 ** (rewards[0] - rewards[1])), rel=1e-9)
+        assert [line["weights/chosen"], line["weights/rejected"]] == pytest.approx(
+            [0.1 / (1 + 2.718281828459045 ** (rewards[0] - rewards[1]))] * 2, rel=1e-9)
         assert line.shared == next(i for i, (a, b) in enumerate(zip(*sides)) if a != b)
 
 
@@ -578,65 +579,86 @@ def test_summary_by_hand():
     assert found.loc["rejected", ["n", "sem"]].tolist() == [4, 0.0]
 
 
-@pytest.mark.parametrize("loss, smoothing", [("dpo", 0.0), ("dpo", 0.1), ("robust", 0.1), ("hinge", 0.0)])
-def test_a_pairs_weight_is_the_slope_of_its_loss(loss, smoothing):
-    """The gradient of the loss itself, by autograd in float64; conservative DPO pushes back beyond logit(1 - e)."""
-    margins = torch.tensor([-30.0, -1.0, 0.0, 0.5, 2.1972245773, 30.0], dtype=torch.float64)
-    chosen, zero = (margins / 0.2).requires_grad_(), torch.zeros(6, dtype=torch.float64)
-    logps, tokens = torch.stack([chosen, zero], 1), torch.ones(6, 2, dtype=torch.float64)
-    pair_losses(loss, logps, torch.zeros_like(logps), tokens, 0.2, smoothing).sum().backward()
-    found = means.pair_weight(loss, smoothing, margins.numpy())
-    assert found == pytest.approx((-chosen.grad / 0.2).tolist(), abs=1e-12)
-    # At ln 9, sigma(-margin) is 0.1.
-    by_hand = {("dpo", 0.0): (0.5, 0.1), ("dpo", 0.1): (0.4, 0.0), ("robust", 0.1): (0.625, 0.225),
-               ("hinge", 0.0): (1, 0)}
-    assert (found[2], found[4]) == pytest.approx(by_hand[loss, smoothing], abs=1e-9)
+def settings_of(loss: str, beta: float = 0.1, smoothing: float = 0.0, **more) -> SimpleNamespace:
+    """What add_rewards reads of a run's settings."""
+    return SimpleNamespace(**{"loss": loss, "beta": beta, "label_smoothing": smoothing, "reference": None,
+                              "loss_kwargs": None, "sft_weight": 0.0} | more)
 
 
 def test_rewards_and_weights_are_those_of_each_run():
-    """beta, loss and label smoothing by run; no weight for losses that are not of this margin, nor without a start."""
-    key = {"checkpoint": "c", "dataset": "d", "row": 0}
-    runs = {name: SimpleNamespace(loss=loss, beta=beta, label_smoothing=smoothing, reference=None)
-            for name, loss, beta, smoothing in [
-        ("a", "dpo", 0.1, 0.2), ("b", "robust", 0.2, 0.2), ("c", "hinge", 0.2, 0.0), ("d", "ipo", 0.1, 0.0),
-        ("e", "sft", 0.1, 0.0), ("f", "dpo", 0.1, 0.0)]}
-    table = pandas.DataFrame([key | {"run": run, "step": step, "response": side, "logps": logps * (step > 0)}
-                              for run in [*runs, "bare"] for step in {"f": [9], "bare": [0]}.get(run, [0, 9])
-                              for side, logps in (("chosen", 4.0), ("rejected", -6.0))])
+    """beta, loss and its settings by run, chosen of 4 tokens 4 nats above the start, rejected of 2 tokens 6 below it.
+    No weight for sft, for a function of somebody's own, and without a start."""
+    key, nan = {"checkpoint": "c", "dataset": "d", "row": 0}, math.nan
+    sigma = [1 / (1 + math.e**m) for m in (0, 1, 2)]  # sigmoid(-m)
+    expected = {  # rewards/chosen, margin, -dL/dchosen and dL/drejected by hand
+        "a": (settings_of("dpo", 0.1, 0.2), [0.4, 1, *[0.1 * (sigma[1] - 0.2)] * 2]),
+        "b": (settings_of("robust", 0.2, 0.2), [0.8, 2, *[0.2 * (sigma[2] + 0.2 / 0.6)] * 2]),
+        "c": (settings_of("hinge", 0.2), [0.8, 2, 0, 0]),
+        "d": (settings_of("ipo", 0.1), [0.4, 1, -2 * (4 / 4 + 6 / 2 - 5) / 4, -2 * (4 / 4 + 6 / 2 - 5) / 2]),
+        "e": (settings_of("sft"), [0.4, 1, nan, nan]),
+        "f": (settings_of("dpo"), [nan] * 4),
+        "g": (settings_of("dpop", loss_kwargs='{"dpop_lambda": 3}', sft_weight=0.5),
+              [0.4, 1, 0.1 * sigma[1] + 0.5 / 4, 0.1 * sigma[1]]),
+        "h": (settings_of("/somewhere/mine.py:mine"), [0.4, 1, nan, nan])}
+    table = pandas.DataFrame([
+        key | {"run": run, "step": step, "response": side, "logps": logps * (step > 0), "tokens": tokens}
+        for run in [*expected, "bare"] for step in {"f": [9], "bare": [0]}.get(run, [0, 9])
+        for side, logps, tokens in (("chosen", 4.0, 4), ("rejected", -6.0, 2))])
     pairs = table[table["response"] == "chosen"][["run", "dataset", "row", "step"]].reset_index(drop=True)
-    found = means.add_rewards(pairs, table, runs).set_index(["run", "step"])
-    sigma = 1 / (1 + math.e)  # of minus the margin 0.1 (4 + 6) = 1
-    nan = math.nan
-    for run, chosen, margin, weight in [("a", 0.4, 1, sigma - 0.2), ("b", 0.8, 2, 1 / (1 + math.e**2) + 0.2 / 0.6),
-                                        ("c", 0.8, 2, 0), ("d", 0.4, 1, nan), ("e", 0.4, 1, nan), ("f", nan, nan, nan)]:
-        line = found.loc[(run, 9), ["rewards/chosen", "margin", "weight"]].tolist()
-        assert line == pytest.approx([chosen, margin, weight], abs=1e-12, nan_ok=True), run
-    assert found.loc[("a", 0), "weight"] == pytest.approx(0.5 - 0.2)
-    assert found.loc[("bare", 0), ["margin", "weight"]].isna().all()
+    found = means.add_rewards(pairs, table, {run: settings for run, (settings, _) in expected.items()})
+    assert [*found] == ["run", "dataset", "row", "step", "rewards/chosen", "rewards/rejected", "margin",
+                        "weights/chosen", "weights/rejected"]
+    found = found.set_index(["run", "step"])
+    for run, (_, numbers) in expected.items():
+        line = found.loc[(run, 9), ["rewards/chosen", "margin", "weights/chosen", "weights/rejected"]].tolist()
+        assert line == pytest.approx(numbers, abs=1e-12, nan_ok=True), run
+    assert found.loc[("a", 0), "weights/chosen"] == pytest.approx(0.1 * (0.5 - 0.2))
+    assert found.loc[("bare", 0), ["margin", "weights/chosen"]].isna().all()
+
+
+@pytest.mark.parametrize("cosine, beta_ratio, inside", [
+    (0.5, 1.0, True), (0.5, 0.9, False), (0.5, 4.1, False), (0.5, 3.9, True), (-0.2, 100.0, True)])
+def test_the_band_is_where_a_small_step_lowers_rejected_alone(cosine, beta_ratio, inside):
+    """Two gradients of lengths 1 and 2 in a plane: the step w g+ - v g- lowers <g-, .> and not <g+, .>, by hand, in the
+    band and nowhere else. shift with lambda v/w gives these weights."""
+    chosen, rejected = np.array([1.0, 0.0]), 2 * np.array([cosine, (1 - cosine**2) ** 0.5])
+    step = beta_ratio * chosen - rejected
+    assert (step @ chosen >= -1e-12 and step @ rejected <= 1e-12) == inside
+    settings = settings_of("shift", loss_kwargs=json.dumps({"shift_lambda": 1 / beta_ratio}))
+    key = {"run": "r", "dataset": "d", "row": 0, "step": 0}
+    table = pandas.DataFrame([key | {"checkpoint": "c", "response": side, "logps": -1.0, "tokens": 2}
+                              for side in ("chosen", "rejected")])
+    products = {"grad_dot": chosen @ rejected, "grad_cosine": cosine, "grad_norm_chosen": 1.0,
+                "grad_norm_rejected": 2.0}
+    (line,) = means.add_rewards(pandas.DataFrame([key | products]), table, {"r": settings}).to_dict("records")
+    assert line["weight_ratio"] == pytest.approx(beta_ratio) and line["in_band"] is inside
+    assert line["band_low"] == pytest.approx(max(0, 2 * cosine))
+    assert line["band_high"] == pytest.approx(2 / cosine if cosine > 0 else math.inf)
 
 
 def test_rewards_are_of_the_rows_own_data_set():
     """Row 0 of one set moves by 4 and -6 nats, row 0 of the other by 2 and 0, from another start; beta is 0.1."""
     key = {"run": "r", "checkpoint": "c", "row": 0}
-    table = pandas.DataFrame([key | {"dataset": name, "step": step, "response": side, "logps": logps}
+    table = pandas.DataFrame([key | {"dataset": name, "step": step, "response": side, "logps": logps, "tokens": 5}
                               for name, side, ends in [("d", "chosen", (0, 4)), ("d", "rejected", (0, -6)),
                                                        ("e", "chosen", (-100, -98)), ("e", "rejected", (-50, -50))]
                               for step, logps in zip((0, 9), ends)])
     pairs = table[table["response"] == "chosen"][["run", "dataset", "row", "step"]].reset_index(drop=True)
-    settings = {"r": SimpleNamespace(loss="dpo", beta=0.1, label_smoothing=0.0, reference=None)}
+    settings = {"r": settings_of("dpo")}
     found = means.add_rewards(pairs, table, settings).set_index(["dataset", "step"])
     assert len(found) == 4 and found.loc[("d", 9), ["rewards/chosen", "margin"]].tolist() == pytest.approx([0.4, 1.0])
     assert found.loc[("e", 9), ["rewards/chosen", "margin"]].tolist() == pytest.approx([0.2, 0.2])
 
 
 def test_label_smoothing_is_read_from_the_run(run, tmp_path):
-    """All the way: run.json says 0.1, so that step 0 begins with 0.5 - 0.1."""
+    """All the way: run.json says 0.1, so that step 0 begins with beta (0.5 - 0.1)."""
     shutil.copytree(run, tmp_path / "dpo")
     record = json.loads((run / "run.json").read_text())
     record["arguments"]["label_smoothing"] = 0.1
     (tmp_path / "dpo" / "run.json").write_text(json.dumps(record))
     scored(tmp_path / "out", tmp_path / "dpo" / "checkpoint-0", "--responses", "chosen", "rejected")
-    assert pandas.read_parquet(tmp_path / "out" / "pairs.parquet")["weight"].tolist() == pytest.approx([0.4] * 11)
+    pairs = pandas.read_parquet(tmp_path / "out" / "pairs.parquet")
+    assert pairs["weights/chosen"].tolist() == pytest.approx([0.04] * 11)
 
 
 def test_wrong_input_is_one_line(run, tiny, tmp_path, capsys, monkeypatch):

@@ -43,7 +43,7 @@ def tables(rows=40, **changes):
                                       "mean_logps": -1.0 + share * values["chosen"] + noise * (step > 0),
                                       "argmax_logps": -0.5 + (share > 0) * values["argmax"] + noise * (step > 0)})
             margin = (1.0 if row < rows * values["reward"] else -1.0) if step else 0.0
-            pairs.append(here | {"margin": margin, "weight": values["weight"] + noise if step else 0.5})
+            pairs.append(here | {"margin": margin, "weights/chosen": values["weight"] + noise if step else 0.5})
             right = row < rows * values["correct"] if step else True
             silent = step and row < rows * values["silent"]
             answers.append(here | {"correct": right, "tokens": 20, "found": None if silent else "7",
@@ -196,7 +196,7 @@ def test_saturation_is_measured_by_the_start():
     """With label smoothing 0.45 a pair begins with a weight of 0.05: 0.045 is no saturation, 0.005 is."""
     for weight, names in ((0.045, ["healthy"]), (0.005, ["saturation"])):
         scores, pairs, *others = tables(weight=weight)
-        pairs.loc[pairs["step"] == 0, "weight"] = 0.05
+        pairs.loc[pairs["step"] == 0, "weights/chosen"] = 0.05
         (found,) = judge(scores, pairs, *others)
         assert found["names"] == names
     assert "a pair's weight in the loss is 0.1 of the start's (0.05 -> 0.005)" in found["text"]

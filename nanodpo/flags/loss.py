@@ -1,0 +1,104 @@
+"""The loss that --loss names, one of core/losses.py or a function of your own, with its settings filled in."""
+
+import functools
+import hashlib
+import importlib.util
+import inspect
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..core.losses import INPUTS, LOSSES, inputs_of, pair_losses
+from ..errors import UserError
+from ..files import parse_json, read_text, why
+from .unknown import hint
+
+TRL = {"sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "slic": "hinge", "rpo": "dpo"}
+OWN = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
+
+
+def own_function(loss: str) -> tuple[str, str] | None:
+    """(FILE.py, FUNCTION) where --loss names a function of the user's own."""
+    found = OWN.fullmatch(loss)
+    return found and (found["file"], found["function"])
+
+
+def loss_name(loss: str) -> str:
+    """A loss in one word: the name of its function."""
+    return (own_function(loss) or (None, loss))[1]
+
+
+def check_loss(args) -> None:
+    """Raises UserError for a loss that is not there, or whose settings are not its own. Runs no code of the user's."""
+    if args.loss in LOSSES:
+        bind(LOSSES[args.loss], args)
+    elif not own_function(args.loss):
+        ours = TRL.get(args.loss)
+        words = f"TRL's {args.loss} is {ours} here" if ours else hint(args.loss, LOSSES, dashes="")
+        raise UserError(f"--loss {args.loss}: there is no such loss{'; ' * bool(words)}{words}. There are "
+                        f"{', '.join(LOSSES)}, and FILE.py:FUNCTION, a function of your own like those in "
+                        "nanodpo/core/losses.py")
+
+
+def read_loss(args) -> tuple[Callable, str | None]:
+    """(the loss as pair_losses takes it, the hash of the file that it was read from). Raises UserError."""
+    if not (own := own_function(args.loss)):
+        return bind(LOSSES[args.loss], args), None
+    spec = importlib.util.spec_from_file_location(Path(own[0]).stem, own[0])
+    module = importlib.util.module_from_spec(spec)
+    try:
+        text = read_text(own[0])
+        spec.loader.exec_module(module)  # the command line named it
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"--loss {args.loss}: can't be read ({why(error)})") from error
+    function = getattr(module, own[1], None)
+    if not inspect.isfunction(function):
+        raise UserError(f"--loss {args.loss}: {own[0]} has no function {own[1]}")
+    if not {"chosen", "rejected"} <= inputs_of(function):
+        raise UserError(f"--loss {args.loss}: takes no chosen and rejected; the parameters of a loss are named "
+                        f"{', '.join(INPUTS)}, beta, label_smoothing, and what --loss_kwargs gives")
+    loss = bind(function, args)
+    found = pair_losses(loss, torch.full((3, 2), -2.0), torch.full((3, 2), -2.0), torch.ones(3, 2))
+    if getattr(found, "shape", None) != (3,):
+        shape = tuple(found.shape) if hasattr(found, "shape") else type(found).__name__
+        raise UserError(f"--loss {args.loss}: gives {shape} for 3 pairs; a loss gives one number for each, a tensor of "
+                        "shape (3,)")
+    return loss, hashlib.sha256(text.encode()).hexdigest()
+
+
+def bind(function: Callable, args) -> Callable:
+    """The function with its settings filled in: --beta, --label_smoothing and --loss_kwargs. Raises UserError."""
+    takes = {name: p for name, p in inspect.signature(function).parameters.items() if name not in INPUTS}
+    given = _kwargs(args.loss_kwargs)
+    own = [name for name in takes if name not in ("beta", "label_smoothing")]
+    if odd := [name for name in given if name not in own]:
+        raise UserError(f"--loss_kwargs {args.loss_kwargs}: {function.__name__} takes no {odd[0]}"
+                        + (f"; it takes {', '.join(own)}" if own else ""))
+    if args.label_smoothing and "label_smoothing" not in takes:
+        able = [name for name, loss in LOSSES.items() if "label_smoothing" in inspect.signature(loss).parameters]
+        raise UserError(f"--label_smoothing has no meaning for --loss {args.loss}; leave it out, or use "
+                        f"{' or '.join(sorted(able))}")
+    inputs = inputs_of(function)
+    for flag, needed in (("reference", "ref_chosen"), ("sft_weight", "rejected")):
+        if (value := getattr(args, flag)) and needed not in inputs:
+            raise UserError(f"--{flag} {value} has no meaning for --loss {args.loss}; leave it out")
+    given |= {name: getattr(args, name) for name in ("beta", "label_smoothing") if name in takes}
+    if missing := [name for name, p in takes.items() if name not in given and p.default is p.empty]:
+        raise UserError(f"--loss {args.loss}: takes {missing[0]}, which is no input of a loss ({', '.join(INPUTS)}) "
+                        "and has no default; give it with --loss_kwargs")
+    return functools.partial(function, **given)
+
+
+def _kwargs(text: str | None) -> dict[str, float]:
+    """The value of --loss_kwargs. Raises UserError for what is no JSON object of numbers."""
+    try:
+        found = parse_json(text or "{}")
+        if not isinstance(found, dict) or not all(type(v) in (int, float) and math.isfinite(v) for v in found.values()):
+            raise ValueError("is no object of numbers")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--loss_kwargs {text}: must be a JSON object of numbers, as '{{\"simpo_gamma\": 1.0}}' "
+                        f"({error})") from error
+    return found

@@ -1,0 +1,60 @@
+"""Whole runs with losses beside dpo: the user's own, those without a reference, and all of them one after another."""
+
+import json
+import math
+
+import pytest
+from conftest import ROOT, launch, train
+
+from nanodpo.core.losses import LOSSES
+
+pytestmark = pytest.mark.slow
+SHORT = ("--learning_rate", "1e-2", "--lora_r", "4", "--max_steps", "3")
+OWN = """from torch.nn.functional import logsigmoid
+
+def mine(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return -logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
+"""
+
+
+def test_dpo_as_a_function_of_the_users_own(tiny, tmp_path):
+    """To the last bit the run of --loss dpo. A run goes on with the same file alone; score.py runs no part of it."""
+    (tmp_path / "my.py").write_text(OWN)
+    flags = ("--loss", f"{tmp_path}/my.py:mine", *SHORT)
+    own, house = train(tiny, tmp_path / "own", *flags), train(tiny, tmp_path / "house", "--loss", "dpo", *SHORT)
+    for a, b in zip(own, house, strict=True):
+        assert all(a[name] == b[name] for name in a if not name.startswith(("perf/", "mem/")))
+    again = [ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
+             "--output_dir", tmp_path / "own", "--cache_dir", tmp_path / "cache", *flags]
+    assert "this run is finished" in launch(*again, launcher="fork").stdout
+    (tmp_path / "my.py").write_text(OWN.replace("-logsigmoid", "-2 * logsigmoid"))
+    done = launch(*again, launcher="fork", check=False)
+    assert done.returncode == 2 and "loss_function" in done.stderr
+    (tmp_path / "my.py").write_text("raise SystemError('score.py has run this')")
+    launch(ROOT / "score.py", tmp_path / "own", "--output_dir", tmp_path / "scores", launcher="fork")
+
+
+@pytest.mark.parametrize("name", ["simpo", "cpo", "orpo"])
+def test_without_a_reference(name, tiny, tmp_path):
+    """No reference is computed or kept, no number of one is logged, and the loss is that of the log-probs in the same
+    line: a step of one pair."""
+    lines = train(tiny, tmp_path / "run", "--loss", name, "--beta", "2", *SHORT)
+    assert not [*(tmp_path / "cache").glob("*")] and not any("ref" in key or "reward" in key for key in lines[0])
+    for line in lines:
+        sums = [line[f"logps/{side}"] for side in ("chosen", "rejected")]
+        means = [line[f"logps_per_token/{side}"] for side in ("chosen", "rejected")]
+        odds = [mean - math.log(1 - math.exp(mean)) for mean in means]
+        by_hand = {"simpo": math.log1p(math.exp(0.5 - 2 * (means[0] - means[1]))),
+                   "cpo": math.log1p(math.exp(-2 * (sums[0] - sums[1]))) - means[0],
+                   "orpo": 2 * math.log1p(math.exp(-(odds[0] - odds[1]))) - means[0]}[name]
+        assert line["loss"] == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("simpo", "cpo", "orpo", "sft")])
+def test_a_run_of_each_loss(name, tiny, tmp_path):
+    """All 11 rows in each step, three times: the loss falls, and at the start both sides are pushed."""
+    lines = train(tiny, tmp_path / "run", "--loss", name, *SHORT, "--gradient_accumulation_steps", "11")
+    assert lines[2]["loss"] < lines[0]["loss"]
+    assert lines[0]["weights/chosen"] > 0 and lines[0]["weights/rejected"] > 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["arguments"]["loss"] == name and record["loss_function"] is None
