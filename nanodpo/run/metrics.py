@@ -11,7 +11,7 @@ Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of 
     logps_per_token/chosen   each pair's logps/chosen by its number of tokens, the end of turn included; .../rejected
     ref_logps/chosen         the reference's sum, as logps/chosen; ref_logps/rejected likewise
     ref_logps_per_token/chosen  as logps_per_token/chosen: their difference is how far pi moved; .../rejected likewise
-    weights/chosen           -dL/dchosen, per nat: how hard a pair's loss pushes chosen up; weights/rejected dL/drejected
+    weights/chosen           -dL/dchosen, per nat: how hard a pair pushes chosen up; weights/rejected: dL/drejected
 
 SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected.
 simpo, cpo and orpo have no reference either.
