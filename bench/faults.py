@@ -345,10 +345,11 @@ def count(hits: list[dict], key: str, values: tuple) -> str:
 
 
 def warm_up() -> None:
-    """Imports what train.py will, so that the ranks made by fork need not."""
+    """Imports what train.py and score.py will, so that the ranks made by fork need not."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     sys.path.insert(0, str(ROOT))
-    for name in ("torch", "transformers", "peft", "deepspeed", "datasets", "safetensors.torch", "tqdm"):
+    for name in ("torch", "transformers", "peft", "deepspeed", "datasets", "safetensors.torch", "tqdm", "pandas",
+                 "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg"):
         importlib.import_module(name)
     from transformers import AutoModelForCausalLM, Qwen2ForCausalLM  # noqa: F401, its parts are imported by use
 
