@@ -22,7 +22,7 @@ from ..data.shapes import options_of
 from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
-from ..flags.loss import loss_name
+from ..flags.loss import LOSSES, loss_name, own_function
 from ..folder.record import FREE, chosen, versions
 from ..model.source import base_of
 from ..ranks.distributed import device_name
@@ -195,6 +195,8 @@ def _right(key: str, value) -> bool:
         return isinstance(value, list) and all(type(item) in lists[key] for item in value)
     if key not in FLAGS:
         return isinstance(value, str)
+    if key == "loss":
+        return isinstance(value, str) and bool(value in LOSSES or own_function(value))
     kind, limit, choices = FLAGS[key].type, FLAGS[key].metadata["limit"], FLAGS[key].metadata.get("choices")
     if kind is float and type(value) in (int, float):
         return abs(value) <= sys.float_info.max and limit.holds(value)
