@@ -58,8 +58,9 @@ def _band(pairs: pandas.DataFrame) -> pandas.DataFrame:
     exactly where the ratio of the weights is between cos |g(rejected)|/|g(chosen)| and |g(rejected)|/(cos |g(chosen)|);
     with cos <= 0, always. Columns: weight_ratio, band_low, band_high, in_band.
     """
-    size, cosine = pairs["grad_norm_rejected"] / pairs["grad_norm_chosen"], pairs["grad_cosine"]
-    ratio = pairs["weights/chosen"] / pairs["weights/rejected"]
+    names = ("norm_chosen", "norm_rejected", "cosine")
+    chosen, rejected, cosine = (pairs[f"grad_{name}"].astype(float) for name in names)
+    size, ratio = rejected / chosen, pairs["weights/chosen"] / pairs["weights/rejected"]
     low, high = (cosine * size).clip(lower=0), (size / cosine).where(cosine > 0, np.inf)
     known = ratio.notna() & low.notna()
     return pandas.DataFrame({"weight_ratio": ratio, "band_low": low, "band_high": high,
