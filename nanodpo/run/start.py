@@ -133,10 +133,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         compared |= {"--peft_config with": json.dumps(lora), "a loss function's file that hashes to": loss_hash}
         compared |= agreement.flags(dataclasses.asdict(args)) | agreement.program(script, args.local_rank)
     if args.print_config:
-        # A settings file, from which a run can start: what only this process was told is not part of it.
-        kept = {name: value for name, value in vars(args).items() if name not in ("print_config", "local_rank")}
-        distributed.say(json.dumps(kept, indent=2))
-        return None
+        return say_config(args)
     if args.inspect:
         look(args, lora, script.parent / "ds_config.json")
         return None
@@ -181,6 +178,12 @@ def name_splits(args) -> None:
     args.train_file_path = with_split(args.train_file_path, args.split, "--split")
     args.eval_file_path = args.eval_file_path and with_split(args.eval_file_path, args.eval_split, "--eval_split")
     args.split = args.eval_split = None
+
+
+def say_config(args) -> None:
+    """--print_config: a settings file from which a run can start. What only this process was told is no part of it."""
+    kept = {name: value for name, value in vars(args).items() if name not in ("print_config", "local_rank")}
+    distributed.say(json.dumps(kept, indent=2))
 
 
 def look(args, lora: dict, deepspeed: Path) -> None:
