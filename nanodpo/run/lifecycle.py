@@ -12,7 +12,7 @@ from ..model import loading
 from ..model.quantised import bits_of
 from ..model.source import base_of
 from ..ranks import distributed
-from . import agreement, engine, memory, metrics
+from . import agreement, engine, memory, metrics, noise
 from .start import Run
 
 
@@ -142,7 +142,8 @@ def _owner(run: Run) -> dict:
 
 
 def finish(run: Run) -> None:
-    """Leaves the other ranks. Rank 0 merges the adapter where --merge_weights asks for it, and marks the run finished.
+    """Leaves the other ranks. Rank 0 merges the adapter where --merge_weights asks for it, marks the run finished, and
+    says so where nothing was learned.
     """
     if run.args.merge_weights:
         run.stop.check()  # merging takes long, and can be done by the next call; the rest takes no time
@@ -155,6 +156,10 @@ def finish(run: Run) -> None:
         remove(run.folder / "resume")  # large, and of no use to a finished run
         record.finish(run.folder)
         (run.folder / "monitors.json").unlink(missing_ok=True)
+        found = noise.of_record(record.read(run.folder), run.folder / "run.json")
+        if line := noise.nothing_learned(run.folder / "metrics.jsonl", found, run.pairs_per_step,
+                                         run.args.learning_rate):
+            distributed.say(line)
 
 
 def merge(folder: Path, steps: int, bf16: bool, trust_remote_code: bool, bits: int | None = None) -> None:

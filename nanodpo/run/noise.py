@@ -8,6 +8,7 @@ a change of that size in training may be noise as well.
 import contextlib
 import json
 import math
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from ..errors import UserError
 from ..ranks.distributed import sum_over_ranks
 
 PART, PAIRS = 2.0**-20, 8
+LONG = 10  # steps, below which a run is too short to say that it learns nothing
 MARGIN, LOGPS = "rewards/margins", ("logps_per_token/chosen", "logps_per_token/rejected")
 
 
@@ -73,6 +75,19 @@ def of_record(record: dict, file) -> dict[str, float]:
     if not isinstance(noise, dict) or not all(type(x) in (int, float) and 0 <= x <= 1e12 for x in noise.values()):
         raise UserError(f"{file}: is not what train.py writes: noise is {json.dumps(noise)[:100]}")
     return noise
+
+
+def nothing_learned(file: Path, noise: dict[str, float], pairs_per_step: int, rate: float) -> str | None:
+    """A line for the end of a run of 10 steps or more whose margins, over its last half, are no larger than twice the
+    noise of a step's mean (root mean square); else None. `file`: its metrics.jsonl, `rate`: its learning rate."""
+    lines = map(json.loads, file.read_text().splitlines()) if MARGIN in noise else ()
+    margins = [line[MARGIN] for line in lines if MARGIN in line]
+    last, here = margins[len(margins) // 2:], noise.get(MARGIN, 0.0) / math.sqrt(pairs_per_step)
+    if len(margins) < LONG or (size := math.sqrt(sum(x * x for x in last) / len(last))) > 2 * here:
+        return None
+    return (f"nothing is learned: {MARGIN} of the last {len(last)} steps are {size:.1g} (root mean square), within "
+            f"bfloat16's noise of {here:.1g} for a step's mean. --learning_rate {rate:g} may be too small, the run too "
+            "short or most of it warm-up, or the two sides of a pair too much alike")
 
 
 def describe(noise: dict[str, float], pairs_per_step: int) -> str:

@@ -199,6 +199,31 @@ def test_noise_costs_little_and_is_said():
     assert "logps_per_token/chosen +-0.001 for one pair; a" in noise.describe({"logps_per_token/chosen": 1e-3}, 1)
 
 
+@pytest.mark.parametrize("size, steps, said", [(1.9, 40, True), (0.0, 10, True), (2.1, 40, False), (1.9, 8, False)])
+def test_margins_within_noise_to_the_end_are_nothing_learned(size, steps, said, tmp_path):
+    """Noise of 0.06 for one pair is 0.03 for the mean of 4. The last half counts, in which margins of either sign are
+    this many times as large; what went before may be anything, and lines of evaluations are none of it."""
+    file = tmp_path / "metrics.jsonl"
+    margins = [5.0 if i < steps // 2 else 0.03 * size * (-1) ** i for i in range(steps)]
+    file.write_text("".join(json.dumps({"rewards/margins": x}) + "\n" + json.dumps({"eval_rewards/margins": 7.0}) + "\n"
+                            for x in margins))
+    line = noise.nothing_learned(file, {"rewards/margins": 0.06}, 4, 1e-9)
+    assert (line is not None) == said
+    if said:
+        assert line.startswith(f"nothing is learned: rewards/margins of the last {steps // 2} steps")
+        assert "noise of 0.03 for a step's mean. --learning_rate 1e-09 may be too small" in line
+    assert noise.nothing_learned(file, {}, 4, 1e-9) is None  # a run in float32
+
+
+@pytest.mark.parametrize("rate, said", [("1e-12", True), ("1e-2", False)])
+def test_a_run_says_at_its_end_that_nothing_is_learned(rate, said, tiny, tmp_path):
+    done = launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
+                  "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--draw", "false", "--bf16",
+                  "--max_steps", "10", "--learning_rate", rate, launcher="fork")
+    assert (done.stdout.count("nothing is learned: ") == 1) == said
+    assert f"--learning_rate {rate} may be too small" in done.stdout or not said
+
+
 @pytest.mark.parametrize("product", [torch.float32, torch.bfloat16])
 def test_what_is_computed_again_rounds_alike(product):
     """Layers that backward computes again, with products in either dtype, change no bit of a gradient; and rows' memory
