@@ -50,7 +50,10 @@ def keep(cache_dir: str, path: str, template: Template, how: Reading) -> Prepare
             return found
         found = prepare(path, template, how, bool(alone))
         # If the files have changed meanwhile, nobody knows which content was read.
-        return _save(file, found) if found.ids and contents(path) == files else found
+        if not (found.ids and contents(path) == files and _save(file, found)):
+            return found
+        found.ids = found.ids[:0]  # not in memory twice
+        return _load(file) or prepare(path, template, how, bool(alone))
 
 
 def fingerprint(files: list[tuple], template: Template, how: Reading) -> str:
@@ -133,9 +136,8 @@ def _load(file: Path) -> Prepared | None:
                               "ids": memoryview(tensors["ids"].numpy())})
 
 
-def _save(file: Path, found: Prepared) -> Prepared:
-    """Writes an entry. Returns the same rows, mapped from it, or as they are where it can't be written, which is said:
-    they are as good without it."""
+def _save(file: Path, found: Prepared) -> bool:
+    """Writes an entry. Returns whether it could be written; where not, that is said, and the rows are as good."""
     rows = {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name != "ids"}
     tensors = {"ids": torch.frombuffer(found.ids, dtype=torch.int32),
                "rows": torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)}
@@ -144,9 +146,9 @@ def _save(file: Path, found: Prepared) -> Prepared:
             save_file(tensors, place, {"sha256": _digest(tensors)})
     except (OSError, SafetensorError) as error:
         say(f"data: {file} can't be written ({first_line(error)}); the next start prepares the rows again")
-        return found
+        return False
     say(f"data: {found.count:,} rows prepared, kept in {file}")
-    return _load(file) or found
+    return True
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
