@@ -9,7 +9,8 @@ import weakref
 import pytest
 
 from nanodpo.data.forks import cores, in_forks
-from nanodpo.errors import RunStopped
+from nanodpo.errors import Preempted, RunStopped
+from nanodpo.run.signals import Stop
 
 
 def ended(pid: int, seconds: float = 20) -> bool:
@@ -89,6 +90,30 @@ def test_forks_end_with_a_process_that_is_killed():
     process.kill()
     process.join()
     assert len(pids) == 2 and all(ended(pid) for pid in pids)
+
+
+def test_a_run_that_is_told_to_stop_takes_its_forks_along():
+    """As long as there is nothing to save it ends at once."""
+    here, there = multiprocessing.Pipe()
+
+    def run():
+        try:
+            with Stop():
+                for pid in in_forks(lambda item: time.sleep(0.1) or os.getpid(), range(1000), 2):
+                    there.send(pid)
+        except Preempted as told:
+            there.send(str(told))
+            os._exit(75)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    pids = {here.recv(), here.recv()}
+    process.terminate()
+    process.join(20)
+    assert process.exitcode == 75 and len(pids) == 2 and all(ended(pid) for pid in pids)
+    while isinstance(said := here.recv(), int):
+        pass
+    assert said.startswith("stopped by SIGTERM")
 
 
 def test_a_signal_to_all_is_the_first_process_to_handle():
