@@ -22,9 +22,10 @@ from nanodpo.run import lifecycle
 
 
 def args(**changes):
-    return SimpleNamespace(**{"bf16": False, "trust_remote_code": False, "seed": 0, "random_init": False,
-                              "use_lora": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0,
-                              "lora_target_modules": "all-linear", "allow_dropout": False} | changes)
+    flags = {"bf16": False, "load_in_4bit": False, "load_in_8bit": False, "trust_remote_code": False, "seed": 0,
+             "random_init": False, "use_lora": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0,
+             "lora_target_modules": "all-linear", "allow_dropout": False}
+    return SimpleNamespace(**flags | changes)
 
 
 def load(tiny, **changes):
