@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,14 @@ def test_tests_lie_in_folders_of_the_same_names():
     """What tests a folder of nanodpo/ lies in tests/ under its name; what tests the whole lies beside them."""
     folders = {file.parent.name for file in (ROOT / "tests").glob("*/test_*.py")}
     assert folders == {file.parent.name for file in HOUSE.glob("*/__init__.py")}
+
+
+def test_the_lowest_versions_are_those_of_the_ranges():
+    """.ci/lowest.txt is what CI tries beside the newest known-good ones; it follows pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    lowest = dict(re.match(r"([\w-]+)>=([\d.]+)", entry).groups() for entry in ranges)
+    tried = dict(line.split("==") for line in (ROOT / ".ci" / "lowest.txt").read_text().splitlines() if "==" in line)
+    assert tried.keys() == lowest.keys() - {"ruff", "setuptools"}
+    for name, version in tried.items():
+        assert f"{version.removesuffix('.*')}.0.0".startswith(f"{lowest[name]}."), name
