@@ -30,7 +30,7 @@ from nanodpo.ranks import distributed
 from nanodpo.run import agreement, lifecycle, memory, monitors
 from nanodpo.run.engine import join_ranks, make_engine
 from nanodpo.run.guards import StepGuard, check_start, not_finite
-from nanodpo.run.metrics import Meter, pair_metrics, peak_gib
+from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, peak_gib
 from nanodpo.run.passes import PAIR, add_references, dry_run, eval_batches, logps_of, measure_noise
 from nanodpo.run.signals import Stop
 from nanodpo.run.start import Run, Start, prepare
@@ -136,7 +136,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         parameters["lr"] = rate
 
     engine.train()
-    meter = Meter(run.device)
+    meter, tokens = Meter(run.device), TokenMetrics(engine.module.head)
     micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world)
     for i, (indices, weight) in enumerate(guard.each(micro_batches)):  # weight 0: a repeat that keeps ranks in step
         groups = groups_of([examples[k] for k in indices], sides)
@@ -148,7 +148,8 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         logps = engine(batch).view(-1, len(sides))  # (P, 2), since a batch goes pair by pair
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)  # (P,)
         weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)  # (P, 2): -dL/dchosen, dL/drejected
-        meter.add({"loss": losses.detach(), **pair_metrics(logps, ref, lengths, args.beta, weights)}, weight)
+        values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths)
+        meter.add({"loss": losses.detach(), **values}, weight)
         engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # at the last one gradients are reduced
         losses = guard.nan_where_nonfinite(indices, logps, losses)
         engine.backward(losses.sum() * weight * share, scale_wrt_gas=False)
@@ -226,6 +227,7 @@ def evaluate(run: Run) -> None:
         return
     run.engine.eval()
     examples, meter = run.held_out.examples, Meter(run.device)
+    tokens = TokenMetrics(run.engine.module.head, whole=True)
     sides = PAIR if examples[0].rejected is not None else PAIR[:1]
     batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.world)
     for pairs in progress.track(batches, "evaluation", "batch"):
@@ -238,7 +240,8 @@ def evaluate(run: Run) -> None:
             logps = ref if known else logps_of(run, here, sides, f"step {step}")
             losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
             weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)
-            meter.add({"loss": losses, **pair_metrics(logps, ref, lengths, args.beta, weights)}, weight)
+            values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths)
+            meter.add({"loss": losses, **values}, weight)
     means = meter.means()
     means["loss"] *= len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples])
     means.pop("ref_gap", None)

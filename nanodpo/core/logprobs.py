@@ -44,12 +44,13 @@ class LogProbHead(nn.Module):
         super().__init__()
         self.weight, self.bias = lm_head.weight, lm_head.bias
         self.scale, self.cap = scale, cap
+        self.see = None  # called with every chunk (run/metrics.py, TokenMetrics); changes no number
         self.product_dtype = getattr(lm_head, "product", None)  # set by model/precision.py
         self.chunk = chunk or max(1, CHUNK_BYTES // (4 * lm_head.out_features))
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """(N, D), (N,) -> (N,): log softmax(logits)[target], nats, float32 (float64 for float64 hidden states)."""
-        return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.chunk, self.form(hidden))
+        return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.chunk, self.form(hidden), self.see)
 
     def form(self, hidden: Tensor) -> LogitSettings:
         low = hidden.is_cuda and torch.bfloat16 in (hidden.dtype, self.weight.dtype, self.product_dtype)
@@ -139,7 +140,7 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk, form):
+    def forward(ctx, hidden, weight, bias, targets, chunk, form, see):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         lse = torch.empty_like(logps)
@@ -151,10 +152,12 @@ class _TokenLogProbs(torch.autograd.Function):
             here = slice(i, i + chunk)
             z = _logits(buffer, hidden[here], weight, bias, form)
             slope = None if kept is None else _slope(z, form)  # before exponentials overwrite z
-            found = chunk_logps(z, targets[here])
+            found = chunk_logps(z, targets[here], keep=see is not None and see.whole)
             logps[here], lse[here] = found.logps, found.lse
             if kept is not None:
                 kept[here] = _times(_product_grad(found.exps, found.total, targets[here], slope), weight, form.low)
+            if see:
+                see(found, z, hidden[here], None if kept is None else kept[here])
         ctx.chunk, ctx.form = chunk, form
         ctx.save_for_backward(*((hidden, weight, bias, targets, lse) if ctx.trainable else (kept,)))
         return logps
@@ -164,7 +167,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx, grad):
         if not ctx.trainable:
             (kept,) = ctx.saved_tensors
-            return (kept * grad[:, None]).to(kept.dtype), *[None] * 5
+            return (kept * grad[:, None]).to(kept.dtype), *[None] * 6
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         chunk, form = ctx.chunk, ctx.form
         d_hidden = torch.empty_like(hidden)
@@ -182,7 +185,7 @@ class _TokenLogProbs(torch.autograd.Function):
             d_weight += dz.bfloat16().T @ hidden[here].bfloat16() if form.low else dz.T @ hidden[here].to(dz.dtype)
             if d_bias is not None:
                 d_bias += dz.sum(0)
-        return d_hidden, d_weight.to(weight.dtype), d_bias, *[None] * 3
+        return d_hidden, d_weight.to(weight.dtype), d_bias, *[None] * 4
 
 
 def sum_by_sequence(token_logps: Tensor, seq: Tensor, n_sequences: int) -> Tensor:

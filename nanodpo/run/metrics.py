@@ -13,6 +13,12 @@ Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of 
     ref_logps_per_token/chosen  as logps_per_token/chosen: their difference is how far pi moved; .../rejected likewise
     weights/chosen           -dL/dchosen, per nat: how hard a pair pushes chosen up; weights/rejected: dL/drejected
 
+    entropy                  -sum p log p of the next token, nats: mean over all tokens of the responses
+    mean_token_accuracy      share of chosen's tokens that the model finds likeliest
+
+In training, entropy is there with LoRA, unless the model caps its logits (TokenMetrics says why); an evaluation has
+both, but at step 0, where it takes the reference's log-probs and makes no pass.
+
 SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected.
 simpo, cpo and orpo have no reference either.
 
@@ -39,6 +45,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.logprobs import sum_by_sequence
 from ..errors import RankStopped
 from ..ranks.distributed import sum_over_ranks
 
@@ -67,6 +74,51 @@ def pair_metrics(logps: Tensor, ref: Tensor | None, lengths: Tensor, beta: float
     return values
 
 
+# A metric that is a mean over tokens: what the sum of its pairs is divided by.
+PER_TOKEN = {"entropy": "tokens", "mean_token_accuracy": "tokens/chosen"}
+
+
+class TokenMetrics:
+    """Entropy and accuracy of the tokens that a LogProbHead scores, from the chunks of its log-probs.
+
+    In training the entropy comes from the gradient that the kernel keeps. Logits z = W h with d log p(y) / dh =
+    W[y] - E[W], the mean E over the vocabulary being that of p, have h . d log p(y) / dh = z[y] - E[z], so that
+
+        entropy = logsumexp(z) - E[z] = h . d log p(y) / dh - log p(y)
+
+    which takes N * D multiplications. A head that is trained keeps no such gradient, and one with a cap or a bias is
+    not linear: there, entropy is of evaluations alone, which with `whole` sum over the vocabulary.
+    """
+
+    def __init__(self, head, whole: bool = False):
+        self.whole, self.linear, self.parts = whole, head.cap is None and head.bias is None, []
+        head.see = self
+
+    def __call__(self, chunk, z: Tensor, hidden: Tensor, kept: Tensor | None) -> None:
+        """`z`: logits less the largest, where `whole`; `kept`: the gradient by the hidden states, where there is one.
+        """
+        found = {"mean_token_accuracy": chunk.logps == chunk.top - chunk.lse}
+        if self.whole:
+            mean = torch.linalg.vecdot(chunk.exps, z.clamp_(min=-1e4)) / chunk.total  # 0 times -inf would be NaN
+            found["entropy"] = chunk.total.log() - mean
+        elif kept is not None and self.linear:
+            found["entropy"] = (hidden.double() * kept).sum(1) - chunk.logps
+        self.parts.append(found)
+
+    def take(self, lengths: Tensor) -> dict[str, Tensor]:
+        """(P, R) tokens of each response -> (P,) sums of what was scored since the last call, and numbers of tokens:
+        entropy of all responses, accuracy of chosen alone, as in TRL. Nothing where nothing was scored."""
+        parts, self.parts = self.parts, []
+        if not parts:
+            return {}
+        values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        each = torch.arange(lengths.numel(), device=lengths.device)
+        each = each.repeat_interleave(lengths.long().flatten(), output_size=len(values["mean_token_accuracy"]))
+        sums = {name: sum_by_sequence(value, each, lengths.numel()).view_as(lengths) for name, value in values.items()}
+        found = {"mean_token_accuracy": sums["mean_token_accuracy"][:, 0], "tokens/chosen": lengths[:, 0]}
+        return found | ({"entropy": sums["entropy"].sum(1), "tokens": lengths.sum(1)} if "entropy" in sums else {})
+
+
 class Meter:
     """Adds up (P,) values of micro-batches; `means` sums them over the ranks, once a step."""
 
@@ -80,12 +132,13 @@ class Meter:
         self.pairs += weight * len(value)
 
     def means(self) -> dict[str, float]:
-        """Every name's mean over the pairs of all ranks. The same on every rank."""
+        """Every name's mean over the pairs of all ranks, or over their tokens (PER_TOKEN). The same on every rank."""
         names = list(self.sums)
         sums = torch.stack([torch.as_tensor(self.sums[name], device=self.device) for name in names]).double()
         pairs = torch.tensor([self.pairs], dtype=torch.float64, device=self.device)
         *sums, pairs = sum_over_ranks(torch.cat([sums, pairs])).tolist()
-        return {name: value / pairs for name, value in zip(names, sums)}
+        found = {name: value / pairs for name, value in zip(names, sums)}
+        return found | {name: found[name] / found.pop(per) for name, per in PER_TOKEN.items() if name in found}
 
 
 def peak_gib(device: torch.device) -> float:

@@ -6,13 +6,16 @@ import math
 from functools import partial
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, train
 
+from nanodpo.core.logprobs import LogProbHead
 from nanodpo.core.losses import dpo, hinge, ipo, pair_losses, pair_weights, sft
+from nanodpo.data.schedule import pairs_of_step
 from nanodpo.run import metrics
-from nanodpo.run.metrics import Meter, pair_metrics, write_line
+from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, write_line
 
 LOGPS = torch.tensor([[-10.0, -20.0], [-8.0, -6.0], [-5.0, -5.0]], dtype=torch.float64, requires_grad=True)
 REF = torch.tensor([[-12.0, -19.0], [-8.0, -6.0], [-4.0, -6.0]], dtype=torch.float64)
@@ -79,7 +82,7 @@ def test_the_docstring_says_what_every_name_is():
     values = pair_metrics(LOGPS, REF, TOKENS, 0.5, TOKENS).keys() - {"ref_gap"}
     explained = {line.split()[0] for line in metrics.__doc__.splitlines() if line.startswith("    ")}
     chosen = {name.replace("rejected", "chosen") for name in values}
-    assert written | chosen | {"loss"} == explained
+    assert written | chosen | {"loss", *metrics.PER_TOKEN} == explained
 
 
 def test_a_line_is_whole_json(tmp_path):
@@ -97,3 +100,74 @@ def test_the_peak_of_a_process_is_in_gib():
     """Linux counts the same peak in KiB, 2^20 to a GiB; a larger parent's may stand in its place."""
     (kib,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
     assert 0.95 < metrics.peak_gib(torch.device("cpu")) / (int(kib) / 2**20) < 100
+
+
+LENGTHS = torch.tensor([[3.0, 2.0], [1.0, 4.0]], dtype=torch.float64)  # tokens of two pairs, ten in all
+
+
+def scored_tokens(dtype, trainable, bias, scale, cap, whole, watched=True):
+    """(head, log-probs and gradient by the hidden states, TokenMetrics, hidden states, targets)."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(12, 31, bias=bias).to(dtype).requires_grad_(trainable)
+    hidden, targets = (2 * torch.randn(10, 12)).to(dtype).requires_grad_(not whole), torch.randint(31, (10,))
+    head = LogProbHead(layer, scale, cap, chunk=4)
+    with torch.no_grad():
+        targets[::2] = head.logits(hidden[::2]).argmax(1)  # every other token is the likeliest
+    tokens = TokenMetrics(head, whole) if watched else None
+    logps = head(hidden, targets)
+    if not whole:
+        logps.square().sum().backward()
+    return head, [logps.detach(), hidden.grad], tokens, hidden, targets
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("trainable, bias, scale, cap, whole", [
+    (False, False, 1.0, None, False), (False, False, 0.25, None, False), (True, False, 1.0, None, True),
+    (False, True, 1.0, None, True), (False, True, 2.0, 3.0, True), (False, False, 1.0, None, True)])
+def test_entropy_and_accuracy_are_those_of_all_logits(dtype, tolerance, trainable, bias, scale, cap, whole):
+    """Of training with a frozen head, and of evaluations with any: means over all tokens, and over chosen's; pairs of
+    a weight of 0 count for nothing; and log-probs and gradients are, to the last bit, those of a head that nobody
+    watches."""
+    settings = dtype, trainable, bias, scale, cap, whole
+    head, numbers, tokens, hidden, targets = scored_tokens(*settings)
+    for mine, other in zip(numbers, scored_tokens(*settings, watched=False)[1]):
+        assert mine is other is None or torch.equal(mine, other)
+    with torch.no_grad():
+        logits = head.logits(hidden).double()
+    p = logits.softmax(1)
+    entropy = -(p * p.log()).sum(1)
+    hits = (logits.argmax(1) == targets)[[0, 1, 2, 5]].double()  # chosen's three of the first pair, one of the second
+    meter = Meter(torch.device("cpu"))
+    meter.add(tokens.take(LENGTHS), 1.0)
+    head(hidden, targets)
+    meter.add(tokens.take(LENGTHS), 0.0)
+    means = meter.means()
+    assert means.keys() == {"entropy", "mean_token_accuracy"} and tokens.take(LENGTHS) == {}
+    assert means["entropy"] == pytest.approx(entropy.mean().item(), rel=tolerance) and 0.5 < means["entropy"] < 3.4
+    assert means["mean_token_accuracy"] == hits.mean().item() and 0.4 < hits.mean() < 1
+
+
+@pytest.mark.parametrize("trainable, bias, cap", [(True, False, None), (False, True, None), (False, False, 3.0)])
+def test_entropy_that_the_gradient_does_not_tell_is_not_there(trainable, bias, cap):
+    tokens = scored_tokens(torch.float64, trainable, bias, 1.0, cap, False)[2]
+    assert tokens.take(LENGTHS).keys() == {"mean_token_accuracy", "tokens/chosen"}
+
+
+def test_a_runs_entropy_and_accuracy_are_those_of_plain_transformers(tiny, tmp_path):
+    """Of each step's pairs under its checkpoint, and of all held-out pairs after step 0, one sequence at a time."""
+    lines = train(tiny, tmp_path / "run", "--max_steps", "2", "--save_steps", "1", "--eval_steps", "1",
+                  "--eval_file_path", tiny / "train.jsonl", "--per_device_train_batch_size", "2",
+                  "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2")
+    pairs = oracle.read_pairs(tiny / "train.jsonl")
+    assert len(lines) == 5 and not any("eval_entropy" in line for line in lines if line["step"] == 0)
+    for line in (line for line in lines if line["step"] or "loss" in line):
+        model = oracle.load(tmp_path / "run" / f"checkpoint-{line['step']}", tiny / "model").eval()
+        entropy, hits, prefix = [], [], "" if "loss" in line else "eval_"
+        for prompt, *sides in ([pairs[i] for i in pairs_of_step(11, 4, 42, line["step"])] if not prefix else pairs):
+            for i, ids in enumerate(sides):
+                with torch.no_grad():
+                    logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].double()
+                entropy += (-(logits.softmax(1) * logits.log_softmax(1)).sum(1)).tolist()
+                hits += (logits.argmax(1) == torch.tensor(ids)).tolist() if i == 0 else []
+        assert line[f"{prefix}entropy"] == pytest.approx(sum(entropy) / len(entropy), rel=1e-5)
+        assert line[f"{prefix}mean_token_accuracy"] == pytest.approx(sum(hits) / len(hits), abs=1e-12)
