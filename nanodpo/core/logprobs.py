@@ -155,9 +155,9 @@ class _TokenLogProbs(torch.autograd.Function):
             found = chunk_logps(z, targets[here], keep=see is not None and see.whole)
             logps[here], lse[here] = found.logps, found.lse
             if kept is not None:
-                kept[here] = _times(_product_grad(found.exps, found.total, targets[here], slope), weight, form.low)
+                kept[here] = g = _times(_product_grad(found.exps, found.total, targets[here], slope), weight, form.low)
             if see:
-                see(found, z, hidden[here], None if kept is None else kept[here])
+                see(found, z, hidden[here], None if kept is None else g)  # not yet rounded to kept's dtype
         ctx.chunk, ctx.form = chunk, form
         ctx.save_for_backward(*((hidden, weight, bias, targets, lse) if ctx.trainable else (kept,)))
         return logps

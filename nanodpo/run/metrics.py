@@ -16,8 +16,8 @@ Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of 
     entropy                  -sum p log p of the next token, nats: mean over all tokens of the responses
     mean_token_accuracy      share of chosen's tokens that the model finds likeliest
 
-In training, entropy is there with LoRA, unless the model caps its logits (TokenMetrics says why); an evaluation has
-both, but at step 0, where it takes the reference's log-probs and makes no pass.
+In training, entropy is there with LoRA, unless the model caps its logits or a GPU computes in bfloat16 (TokenMetrics
+says why); an evaluation has both, but at step 0, where it takes the reference's log-probs and makes no pass.
 
 SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected.
 simpo, cpo and orpo have no reference either.
@@ -86,8 +86,9 @@ class TokenMetrics:
 
         entropy = logsumexp(z) - E[z] = h . d log p(y) / dh - log p(y)
 
-    which takes N * D multiplications. A head that is trained keeps no such gradient, and one with a cap or a bias is
-    not linear: there, entropy is of evaluations alone, which with `whole` sum over the vocabulary.
+    which takes N * D multiplications. A head that is trained keeps no such gradient, one with a cap or a bias is not
+    linear, and a GPU's product in bfloat16 rounds it: there, entropy is of evaluations alone, which with `whole` sum
+    over the vocabulary.
     """
 
     def __init__(self, head, whole: bool = False):
@@ -101,7 +102,7 @@ class TokenMetrics:
         if self.whole:
             mean = torch.linalg.vecdot(chunk.exps, z.clamp_(min=-1e4)) / chunk.total  # 0 times -inf would be NaN
             found["entropy"] = chunk.total.log() - mean
-        elif kept is not None and self.linear:
+        elif kept is not None and self.linear and kept.dtype != torch.bfloat16:
             found["entropy"] = (hidden.double() * kept).sum(1) - chunk.logps
         self.parts.append(found)
 

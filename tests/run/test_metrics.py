@@ -120,7 +120,7 @@ def scored_tokens(dtype, trainable, bias, scale, cap, whole, watched=True):
     return head, [logps.detach(), hidden.grad], tokens, hidden, targets
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
 @pytest.mark.parametrize("trainable, bias, scale, cap, whole", [
     (False, False, 1.0, None, False), (False, False, 0.25, None, False), (True, False, 1.0, None, True),
     (False, True, 1.0, None, True), (False, True, 2.0, 3.0, True), (False, False, 1.0, None, True)])
