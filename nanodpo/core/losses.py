@@ -1,9 +1,11 @@
 """The losses: log-probabilities of whole responses in, one loss a pair out. Pure functions, torch only.
 
 Shapes: P pairs. chosen, rejected, ref_chosen, ref_rejected are (P,), in nats: log pi(y|x) summed over the tokens of a
-response, under the policy and under the frozen reference. lengths is (P, 2), tokens of chosen and of rejected. A loss
-takes what it needs of these, by name; one that takes no ref_... needs no reference. beta, label_smoothing and all other
-parameters are its settings.
+response, under the policy and under the frozen reference. lengths is (P, 2), tokens of chosen and of rejected.
+
+A loss takes what it needs of these inputs, by their names; for one that takes no ref_... no reference is computed. Its
+other parameters are settings: beta and label_smoothing are flags, all others come from --loss_kwargs. A value that a
+loss can't have raises ValueError. The first "arXiv NNNN.NNNNN" of a docstring is named in model cards.
 
     m = (chosen - ref_chosen) - (rejected - ref_rejected)
 
@@ -37,9 +39,10 @@ def dpo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing
 
 
 def robust(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """((1-e) L(m) - e L(-m)) / (1-2e) with L = dpo: (P,). Eq. 13 of arXiv 2403.00409.
+    """((1-e) L(m) - e L(-m)) / (1-2e) with L = dpo and e = label_smoothing: (P,). Eq. 13 of arXiv 2403.00409.
 
-    Unbiased: where labels are flipped with chance e = label_smoothing, its expectation is the clean DPO loss.
+    Unbiased: where labels are flipped with chance e, its expectation is the clean DPO loss. L(-m) is dpo with chosen
+    and rejected exchanged.
     """
     kept = dpo(chosen, rejected, ref_chosen, ref_rejected, beta)  # the label as it is
     flipped = dpo(rejected, chosen, ref_rejected, ref_chosen, beta)
@@ -55,7 +58,7 @@ def dpo_norm(chosen, rejected, ref_chosen, ref_rejected, lengths, beta: float) -
 def ipo(chosen, rejected, ref_chosen, ref_rejected, lengths, beta: float) -> Tensor:
     """(m - 1/(2 beta))^2: (P,). Eq. 17 of arXiv 2310.12036, beta being its tau; 0 at m = 1/(2 beta).
 
-    m is of *mean* log-probs: with sums each token of a long response would have to move less than each of a short one.
+    Here m is of *mean* log-probs: with sums each token of a long response would have to move less than one of a short.
     """
     n_chosen, n_rejected = lengths.unbind(1)
     m = logratio(chosen / n_chosen, rejected / n_rejected, ref_chosen / n_chosen, ref_rejected / n_rejected)
@@ -179,5 +182,5 @@ def pair_weights(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Ten
 
 
 def loss_divisor(loss: str, chosen_tokens: list[int]) -> int:
-    """What the summed loss of these pairs is divided by: their number; for `sft` the number of their scored tokens."""
+    """The sum of the pairs' losses is divided by this: the number of pairs; for `sft`, of chosen's scored tokens."""
     return sum(chosen_tokens) if loss == "sft" else len(chosen_tokens)

@@ -14,6 +14,7 @@ from ..errors import UserError
 from .help import help_text
 from .launchers import local_rank
 from .limits import ABOVE_0, BELOW_1, BELOW_HALF, GIB, NOT_NEGATIVE, SEED, STEPS, Limit, check
+from .loss import SMOOTHED
 from .settings import check_path, read_settings
 from .unknown import OTHERWISE, unknown_arguments
 
@@ -60,8 +61,8 @@ class TrainArguments:
     # Loss
     loss: str = _flag("dpo", f"What to minimise: {', '.join(LOSSES)}; or FILE.py:FUNCTION, your own.")
     beta: float = _flag(0.1, "How strongly the reference holds the policy.", ABOVE_0)
-    label_smoothing: float = _flag(0.0, "Chance that a label is flipped, for dpo and robust: 0 to below 0.5.",
-                                   BELOW_HALF)
+    label_smoothing: float = _flag(0.0, f"Chance that a label is flipped, for {' and '.join(SMOOTHED)}: 0 to below "
+                                   "0.5.", BELOW_HALF)
     loss_kwargs: str = _flag(None, "A loss's own settings, as JSON: '{\"simpo_gamma\": 1.0}'.")
     sft_weight: float = _flag(0.0, "Adds so many times -log pi of chosen, per token, to the loss of each pair.",
                               NOT_NEGATIVE)

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from ..core.losses import INPUTS, LOSSES, inputs_of, pair_losses
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import parse_json, read_text, why
 from .unknown import hint
 
 TRL = {"sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "slic": "hinge", "rpo": "dpo"}
+SMOOTHED = sorted(name for name, loss in LOSSES.items() if "label_smoothing" in inspect.signature(loss).parameters)
 OWN = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 
 
@@ -46,7 +47,7 @@ def check_loss(args) -> None:
 def read_loss(args) -> tuple[Callable, str | None]:
     """(the loss as pair_losses takes it, the hash of the file that it was read from). Raises UserError."""
     if not (own := own_function(args.loss)):
-        return bind(LOSSES[args.loss], args), None
+        return _tried(bind(LOSSES[args.loss], args), args), None
     spec = importlib.util.spec_from_file_location(Path(own[0]).stem, own[0])
     module = importlib.util.module_from_spec(spec)
     try:
@@ -60,13 +61,21 @@ def read_loss(args) -> tuple[Callable, str | None]:
     if not {"chosen", "rejected"} <= inputs_of(function):
         raise UserError(f"--loss {args.loss}: takes no chosen and rejected; the parameters of a loss are named "
                         f"{', '.join(INPUTS)}, beta, label_smoothing, and what --loss_kwargs gives")
-    loss = bind(function, args)
-    found = pair_losses(loss, torch.full((3, 2), -2.0), torch.full((3, 2), -2.0), torch.ones(3, 2))
+    return _tried(bind(function, args), args), hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tried(loss: Callable, args) -> Callable:
+    """The loss, after a call with three pairs. Raises UserError for a value of a setting that it refuses by ValueError,
+    and for a result that is not one number a pair."""
+    try:
+        found = pair_losses(loss, torch.full((3, 2), -2.0), torch.full((3, 2), -2.0), torch.ones(3, 2))
+    except ValueError as error:
+        raise UserError(f"--loss {args.loss}: {first_line(error)}") from error
     if getattr(found, "shape", None) != (3,):
         shape = tuple(found.shape) if hasattr(found, "shape") else type(found).__name__
         raise UserError(f"--loss {args.loss}: gives {shape} for 3 pairs; a loss gives one number for each, a tensor of "
                         "shape (3,)")
-    return loss, hashlib.sha256(text.encode()).hexdigest()
+    return loss
 
 
 def bind(function: Callable, args) -> Callable:
@@ -78,14 +87,14 @@ def bind(function: Callable, args) -> Callable:
         raise UserError(f"--loss_kwargs {args.loss_kwargs}: {function.__name__} takes no {odd[0]}"
                         + (f"; it takes {', '.join(own)}" if own else ""))
     if args.label_smoothing and "label_smoothing" not in takes:
-        able = [name for name, loss in LOSSES.items() if "label_smoothing" in inspect.signature(loss).parameters]
         raise UserError(f"--label_smoothing has no meaning for --loss {args.loss}; leave it out, or use "
-                        f"{' or '.join(sorted(able))}")
+                        f"{' or '.join(SMOOTHED)}")
     inputs = inputs_of(function)
     for flag, needed in (("reference", "ref_chosen"), ("sft_weight", "rejected")):
         if (value := getattr(args, flag)) and needed not in inputs:
             raise UserError(f"--{flag} {value} has no meaning for --loss {args.loss}; leave it out")
-    given |= {name: getattr(args, name) for name in ("beta", "label_smoothing") if name in takes}
+    given |= {"beta": args.beta} if "beta" in takes else {}
+    given |= {"label_smoothing": args.label_smoothing} if args.label_smoothing else {}  # else the function's default
     if missing := [name for name, p in takes.items() if name not in given and p.default is p.empty]:
         raise UserError(f"--loss {args.loss}: takes {missing[0]}, which is no input of a loss ({', '.join(INPUTS)}) "
                         "and has no default; give it with --loss_kwargs")

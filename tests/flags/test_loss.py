@@ -48,6 +48,13 @@ def no_sides(chosen, beta): return -chosen
 def mean(chosen, rejected): return (rejected - chosen).mean()
 def nothing(chosen, rejected): pass
 def asks(chosen, rejected, strength): return strength * (rejected - chosen)
+def smoothed(chosen, rejected, label_smoothing=0.125): return label_smoothing * (rejected - chosen)
+
+def refuses(chosen, rejected, limit=0.0):
+    if limit <= 0:
+        raise ValueError("limit must be above 0")
+    return rejected - chosen
+
 NUMBER = 3
 """)
     return file
@@ -59,6 +66,8 @@ def test_a_function_of_the_users_own(own):
     assert loss_of("--loss", f"{own}:mine", "--beta", "0.05") == pytest.approx(0.25 + 0.04)
     assert loss_of("--loss", f"{own}:mine", "--beta", "0.05", "--loss_kwargs", '{"power": 1}') == pytest.approx(0.54)
     assert loss_of("--loss", f"{own}:asks", "--loss_kwargs", '{"strength": 2}') == pytest.approx(-30.0)
+    assert loss_of("--loss", f"{own}:smoothed") == -15 / 8  # its own default, unless the flag is given
+    assert loss_of("--loss", f"{own}:smoothed", "--label_smoothing", "0.25") == -15 / 4
     assert loss_name(f"{own}:mine") == "mine" and loss_name("dpo") == "dpo"
 
 
@@ -85,6 +94,7 @@ def test_every_loss_of_the_house_can_be_named(name):
     (["--loss", "@my losses.py:mean"], "gives () for 3 pairs"),
     (["--loss", "@my losses.py:nothing"], "gives NoneType for 3 pairs"),
     (["--loss", "@my losses.py:asks"], "takes strength, which is no input of a loss"),
+    (["--loss", "@my losses.py:refuses"], "my losses.py:refuses: limit must be above 0"),
     (["--loss_kwargs", '{"gamma": 1}'], "dpo takes no gamma"),
     (["--loss", "simpo", "--loss_kwargs", '{"gamma": 1}'], "simpo takes no gamma; it takes simpo_gamma"),
     (["--loss", "simpo", "--loss_kwargs", '{"simpo_gamma": "1"}'], "must be a JSON object of numbers"),
@@ -94,7 +104,7 @@ def test_every_loss_of_the_house_can_be_named(name):
     (["--loss", "simpo", "--reference", "M"], "--reference M has no meaning for --loss simpo"),
     (["--loss", "sft", "--sft_weight", "0.5"], "--sft_weight 0.5 has no meaning for --loss sft"),
     (["--sft_weight", "-1"], "--sft_weight -1.0: must not be negative"),
-    (["--loss", "gate", "--label_smoothing", "0.1"], "no meaning for --loss gate; leave it out, or use dpo or robust"),
+    (["--loss", "gate", "--label_smoothing", "0.1"], "no meaning for --loss gate; leave it out, or use dpo or "),
 ])
 def test_wrong_input(own, flags, words):
     """One line that names the flag, what was found and what would do."""
