@@ -18,7 +18,7 @@ import torch
 
 from nanodpo import progress
 from nanodpo.core.batches import groups_of, make_batch, response_lengths, total_tokens
-from nanodpo.core.losses import inputs_of, loss_divisor, pair_losses, pair_weights
+from nanodpo.core.losses import loss_divisor, needs_reference, pair_losses, pair_weights
 from nanodpo.core.packing import scored_places
 from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
 from nanodpo.errors import Preempted, RunStopped, leave, run_script
@@ -88,7 +88,7 @@ def train(run: Run) -> None:
     how += "" if args.resume == "auto" else " and without --resume"
     run.stop.advice = lambda: f" after {run.step} of {run.steps} steps; to go on: {how}"
     run.stop.wait()
-    if "ref_chosen" in inputs_of(run.loss):
+    if needs_reference(run.loss):
         add_references(run)
     lifecycle.go_on(run, saved)
     with monitors.reporting(run), progress.Progress("training", run.steps, "step", run.step) as bar:

@@ -153,6 +153,11 @@ def inputs_of(loss: Callable) -> set[str]:
     return {*inspect.signature(loss).parameters} & {*INPUTS}
 
 
+def needs_reference(loss: Callable) -> bool:
+    """Whether this loss takes a log-prob of the reference."""
+    return not inputs_of(loss).isdisjoint(("ref_chosen", "ref_rejected"))
+
+
 def pair_losses(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tensor,
                 sft_weight: float = 0.0) -> Tensor:
     """(P, 2) summed log-probs of policy and reference, nats, and lengths in tokens -> (P,): the loss of each pair.

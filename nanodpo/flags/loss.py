@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.losses import INPUTS, LOSSES, inputs_of, pair_losses
+from ..core.losses import INPUTS, LOSSES, inputs_of, needs_reference, pair_losses
 from ..errors import UserError, first_line
 from ..files import parse_json, read_text, why
 from .unknown import hint
@@ -89,9 +89,8 @@ def bind(function: Callable, args) -> Callable:
     if args.label_smoothing and "label_smoothing" not in takes:
         raise UserError(f"--label_smoothing has no meaning for --loss {args.loss}; leave it out, or use "
                         f"{' or '.join(SMOOTHED)}")
-    inputs = inputs_of(function)
-    for flag, needed in (("reference", "ref_chosen"), ("sft_weight", "rejected")):
-        if (value := getattr(args, flag)) and needed not in inputs:
+    for flag, used in (("reference", needs_reference(function)), ("sft_weight", "rejected" in inputs_of(function))):
+        if (value := getattr(args, flag)) and not used:
             raise UserError(f"--{flag} {value} has no meaning for --loss {args.loss}; leave it out")
     given |= {"beta": args.beta} if "beta" in takes else {}
     given |= {"label_smoothing": args.label_smoothing} if args.label_smoothing else {}  # else the function's default

@@ -7,7 +7,7 @@ import time
 import torch
 
 from ..core.batches import groups_of, make_batch, response_lengths, response_logps, total_tokens
-from ..core.losses import inputs_of, pair_losses
+from ..core.losses import needs_reference, pair_losses
 from ..data.example import Example
 from ..data.schedule import micro_batches_of, pairs_of_step
 from ..data.tokens import DataSet
@@ -113,7 +113,7 @@ def measure_noise(run: Run) -> dict[str, float]:
 
     result = noise.measure(run.engine, run.engine.module.model, score,
                           micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world), lengths,
-                          args.beta if "ref_chosen" in inputs_of(run.loss) else None)
+                          args.beta if needs_reference(run.loss) else None)
     distributed.say(noise.describe(result, run.pairs_per_step))
     return result
 
@@ -127,7 +127,7 @@ def dry_run(run: Run) -> None:
     examples = longest[: args.per_device_train_batch_size]
     groups = groups_of(examples, sides)
     distributed.say(f"dry run on {memory.describe(examples)}")
-    ref = _reference_of(run, examples) if "ref_chosen" in inputs_of(run.loss) else None
+    ref = _reference_of(run, examples) if needs_reference(run.loss) else None
     size = memory.weight_bytes(run.reference_model)
     _let_go(run)
     run.engine.train()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.losses import inputs_of
+from ..core.losses import needs_reference
 from ..data import inspection
 from ..data.mixing import mix, read_weights
 from ..data.places import with_split
@@ -163,7 +163,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         start = Start(args, loss, settings, source, train, held_out, folder, facts, old, wanted, monitors, lora=lora)
         if args.reference and not start.finished:
             start.reference = open_reference(args, source, sets)
-        if "ref_chosen" in inputs_of(loss) and not start.finished:
+        if needs_reference(loss) and not start.finished:
             check_writable(Path(args.cache_dir), f"--cache_dir {args.cache_dir}")
         compared |= agreement.inputs((args.train_file_path, args.eval_file_path), facts, old, wanted)
     if not start.finished:

@@ -20,6 +20,7 @@ from nanodpo.core.losses import (
     inputs_of,
     ipo,
     logratio,
+    needs_reference,
     orpo,
     pair_losses,
     pair_weights,
@@ -333,6 +334,8 @@ def test_a_loss_says_by_its_parameters_what_it_needs():
     assert inputs_of(ipo) == {"chosen", "rejected", "ref_chosen", "ref_rejected", "lengths"}
     assert inputs_of(simpo) == inputs_of(cpo) == inputs_of(orpo) == {"chosen", "rejected", "lengths"}
     assert inputs_of(sft) == {"chosen"}
+    assert needs_reference(dpo) and not any(map(needs_reference, (simpo, cpo, orpo, sft)))
+    assert needs_reference(lambda chosen, rejected, ref_rejected: rejected - ref_rejected)  # of one side is one, too
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])
