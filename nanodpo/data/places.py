@@ -36,6 +36,15 @@ def hub_parts(place: str) -> tuple[str, str, str, str]:
     return name, revision, config, split
 
 
+def name_splits(args) -> None:
+    """Writes --split and --eval_split into the names of the data, as which they are recorded. Raises UserError."""
+    if args.eval_split and not args.eval_file_path:
+        raise UserError(f"--eval_split {args.eval_split}: has no meaning without --eval_file_path; leave it out")
+    args.train_file_path = with_split(args.train_file_path, args.split, "--split")
+    args.eval_file_path = args.eval_file_path and with_split(args.eval_file_path, args.eval_split, "--eval_split")
+    args.split = args.eval_split = None
+
+
 def with_split(path: str, split: str | None, flag: str) -> str:
     """The same names, each with this split behind it; `flag` is where it comes from. Raises UserError for a name that
     has one."""

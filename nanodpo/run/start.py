@@ -15,7 +15,7 @@ import torch
 from ..core.losses import needs_reference
 from ..data import inspection
 from ..data.mixing import mix, read_weights
-from ..data.places import with_split
+from ..data.places import name_splits
 from ..data.schedule import epoch_order, steps_of
 from ..data.template import template_for
 from ..data.tokens import DataSet, load_dataset
@@ -169,15 +169,6 @@ def prepare(argv: list[str], script: Path) -> Start | None:
     if not start.finished:
         distributed.say("\n".join(data.report() for data in sets))
     return start
-
-
-def name_splits(args) -> None:
-    """Writes --split and --eval_split into the names of the data, as which they are recorded. Raises UserError."""
-    if args.eval_split and not args.eval_file_path:
-        raise UserError(f"--eval_split {args.eval_split}: has no meaning without --eval_file_path; leave it out")
-    args.train_file_path = with_split(args.train_file_path, args.split, "--split")
-    args.eval_file_path = args.eval_file_path and with_split(args.eval_file_path, args.eval_split, "--eval_split")
-    args.split = args.eval_split = None
 
 
 def say_config(args) -> None:
