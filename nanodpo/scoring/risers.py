@@ -70,9 +70,8 @@ def summed(table: pandas.DataFrame, scores: pandas.DataFrame) -> pandas.DataFram
     texts = table.drop_duplicates("id").set_index("id")["token"]
     names = {id: named(token, id) for id, token in texts.items()}
     found = []
-    for section in ("all", *(f"tenth {i + 1}" for i in range(10))):
-        i = None if section == "all" else int(section.split()[1]) - 1
-        here = table if i is None else table[table["tenth"] == i]
+    for i in (None, *range(10)):
+        section, here = ("all", table) if i is None else (f"tenth {i + 1}", table[table["tenth"] == i])
         for response, lines in here.groupby("response", sort=False):
             n = lengths.xs(response, level="response")
             n = n.sum() if i is None else ((i + 1) * n // 10 - i * n // 10).sum()
