@@ -31,7 +31,7 @@ from nanodpo.run import agreement, lifecycle, memory, monitors
 from nanodpo.run.engine import join_ranks, make_engine
 from nanodpo.run.guards import StepGuard, check_start, not_finite
 from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, peak_gib
-from nanodpo.run.passes import PAIR, add_references, dry_run, eval_batches, logps_of, measure_noise
+from nanodpo.run.passes import PAIR, add_references, dry_run, eval_batches, logps_of, measure_noise, row_weights
 from nanodpo.run.signals import Stop
 from nanodpo.run.start import Run, Start, prepare
 from nanodpo.screen import command_line
@@ -122,14 +122,15 @@ def between_steps(run: Run) -> None:
 def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     """One update; returns its line of metrics.jsonl.
 
-    Every pair of a step weighs the same, however the step is cut into micro-batches and ranks.
+    Every pair of a step counts by the weight of its row, however the step is cut into micro-batches and ranks.
     """
     args, engine, examples, began = run.args, run.engine, run.train_set.examples, time.perf_counter()
     pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step)
     sides = PAIR[:1] if args.loss == "sft" else PAIR  # SFT trains on chosen alone
-    # A step's loss is the sum over its pairs divided by their number (sft: by their tokens). DeepSpeed averages the
-    # gradient over ranks, so each rank's part of the sum is multiplied by their number.
-    divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs])
+    # A step's loss is the weighted mean over its pairs (sft: over their tokens). DeepSpeed averages the gradient over
+    # ranks, so each rank's part of the sum is multiplied by their number.
+    divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs],
+                           [examples[k].weight for k in pairs])
     share = run.world / divisor
     rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
     for parameters in engine.optimizer.param_groups:
@@ -147,6 +148,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         # DeepSpeed's engine calls SequenceLogProbs of core/logprobs.py: log pi(y|x), summed over the tokens of y.
         logps = engine(batch).view(-1, len(sides))  # (P, 2), since a batch goes pair by pair
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)  # (P,)
+        losses = losses * row_weights([examples[k] for k in indices], run.device)
         weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)  # (P, 2): -dL/dchosen, dL/drejected
         values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths)
         meter.add({"loss": losses.detach(), **values}, weight)
@@ -190,7 +192,7 @@ def check_means(run: Run, meter: Meter, scale: float, guard: StepGuard) -> tuple
     isn't.
     """
     means = meter.means()
-    means["loss"] *= scale  # the meter divided by the number of pairs; sft divides by tokens
+    means["loss"] *= scale  # the meter divided by the number of pairs, and not by the sum of their weights
     gap = means.pop("ref_gap", 0.0)
     wrong = not_finite(means, guard)
     if wrong and run.skipped >= run.args.skip_nonfinite:
@@ -238,12 +240,13 @@ def evaluate(run: Run) -> None:
             ref = None if run.held_ref is None else run.held_ref[indices].to(run.device, non_blocking=True)
             known = step == 0 and ref is not None and run.starts_as_reference
             logps = ref if known else logps_of(run, here, sides, f"step {step}")
-            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
+            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight) * row_weights(here, run.device)
             weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)
             values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths)
             meter.add({"loss": losses, **values}, weight)
     means = meter.means()
-    means["loss"] *= len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples])
+    means["loss"] *= len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples],
+                                                  [e.weight for e in examples])
     means.pop("ref_gap", None)
     if bad := [name for name, value in means.items() if not math.isfinite(value)]:
         raise RunStopped(f"evaluation under checkpoint-{step}: {', '.join(bad)} not finite")

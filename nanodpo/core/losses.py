@@ -186,6 +186,11 @@ def pair_weights(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Ten
     return torch.cat([-grads[:, :1], grads[:, 1:]], 1) if "rejected" in inputs_of(loss) else -grads[:, :1]
 
 
-def loss_divisor(loss: str, chosen_tokens: list[int]) -> int:
-    """The sum of the pairs' losses is divided by this: the number of pairs; for `sft`, of chosen's scored tokens."""
-    return sum(chosen_tokens) if loss == "sft" else len(chosen_tokens)
+def loss_divisor(loss: str, chosen_tokens: list[int], weights: list[float]) -> float:
+    """The sum of the pairs' losses, each times the weight of its row in the data, is divided by this: the sum of the
+    weights; for `sft`, of each weight times chosen's scored tokens. Without weights in the data all are 1.
+
+    Where all weights are 0 it is 1: the loss and its gradient are 0 then.
+    """
+    counts = chosen_tokens if loss == "sft" else [1] * len(chosen_tokens)
+    return sum(w * n for w, n in zip(weights, counts, strict=True)) or 1.0

@@ -53,6 +53,7 @@ class Example:
     rejected: list[int] | None = TokenIds()
     cut: tuple[bool, bool] = (False, False)  # was chosen, rejected truncated
     more: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # responses of further columns
+    weight: float = 1.0  # of the row in the loss
     problem: str = dataclasses.field(default="", compare=False)  # the same in rows of one problem, a short hash
 
     @property

@@ -23,8 +23,9 @@ def inspect(data, tokenizer, limit: int, row: int | None = None, held_out=None) 
     drawn from that file, if one was. Raises UserError for a row that is not used.
     """
     example = data.examples[0] if row is None else _find(data, held_out, row)
+    weight = f", weight {example.weight:g}" * (example.weight != 1)
     note = ["  dropped rows stop a run, but for --on_bad_row drop, --overlong drop or truncate"] * bool(data.dropped)
-    parts = [data.report(), *note, f"\nrow {example.row}; [scored tokens] in brackets"]
+    parts = [data.report(), *note, f"\nrow {example.row}{weight}; [scored tokens] in brackets"]
     for side, cut in zip(("chosen", "rejected"), example.cut):
         response = getattr(example, side)
         if response is None:

@@ -48,6 +48,7 @@ class Line(NamedTuple):
     content: str  # a hash of prompt, chosen and rejected
     whole: bool  # there is no prompt
     lengths: tuple[int, ...]  # of its pieces of token ids; -1: there is none. Empty: the row can't be tokenised
+    weight: float  # in the loss
 
 
 @dataclasses.dataclass
@@ -80,7 +81,7 @@ class Prepared:
             prompt, chosen, rejected, scored, *more = pieces
             said = {name: piece.tolist() for name, piece in zip(self.more, more) if piece is not None}
             found.append(Example(line.row, Packed(prompt), Packed(chosen, scored), rejected and Packed(rejected),
-                                 more=said))
+                                 more=said, weight=line.weight))
         return found
 
 
@@ -143,7 +144,7 @@ def _prepare_some(rows: list[dict], template: Template, how: Reading, columns: C
             ids.extend(piece)
         content = hashlib.sha256(repr((text.prompt, text.chosen, text.rejected)).encode(errors="surrogatepass"))
         lines.append(Line(text.row, text.notes, content.hexdigest()[:32], not text.prompt,
-                          tuple(-1 if piece is None else len(piece) for piece in pieces)))
+                          tuple(-1 if piece is None else len(piece) for piece in pieces), text.weight))
     return Part(lines, sorted(dropped), ids)
 
 
@@ -163,4 +164,4 @@ def _render(template: Template, number: int, row: dict, columns: Columns, more: 
     found = {name: render_more(template, text.prompt, name, in_messages(f"column {name}", row[name])) for name in more}
     notes = (*text.notes, *(note for _, notes in found.values() for note in notes))
     said = {name: response for name, (response, _) in found.items() if response}
-    return dataclasses.replace(text, notes=notes, more=said)
+    return dataclasses.replace(text, notes=notes, more=said, weight=values.weight)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .places import PACKED, SPLITS, SUFFIXES, files_of, hub_parts, kind_of, local, one_split, places_of, suffix_of
+from .shapes import WEIGHT
 
 # Bounds for files that are small on disk and are not in memory. The longest text that a model reads has a few MB.
 MOST_ROWS, LONGEST = 5_000_000, 16 * 2**20  # rows of a data set; characters of a cell, those of nested ones together
@@ -145,7 +146,7 @@ def _parse(line: str, where: str):
 
 
 def _csv_rows(file: str, delimiter: str):
-    """Every field is text: guessed, an answer "007" would be a number and "None" nothing."""
+    """Every field is text, but for a weight: guessed, an answer "007" would be a number and "None" nothing."""
     csv.field_size_limit(sys.maxsize)
     lines = csv.reader(_lines(file, newline=""), strict=True, delimiter=delimiter)
     columns = next(lines, [])
@@ -155,7 +156,10 @@ def _csv_rows(file: str, delimiter: str):
         if len(fields) > len(columns):
             raise UserError(f"{file}, line {lines.line_num}: can't be read: {len(fields)} fields, and the first "
                             f"line names {len(columns)} columns")
-        yield dict.fromkeys(columns, "") | dict(zip(columns, fields))
+        row = dict.fromkeys(columns, "") | dict(zip(columns, fields))
+        with contextlib.suppress(KeyError, ValueError):  # what is no number stays as it is, and is refused as a weight
+            row[WEIGHT] = float(row[WEIGHT])
+        yield row
 
 
 # Bounds

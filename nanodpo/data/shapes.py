@@ -7,6 +7,7 @@ with answers, contents in parts. What is no message stays as it is, and is refus
 
 import dataclasses
 import json
+import sys
 
 from ..errors import UserError
 
@@ -19,6 +20,7 @@ PROMPT_FIELDS, CHOSEN_FIELDS, REJECTED_FIELDS = (
 SYSTEM = ("system", "system_prompt")
 OF_PROMPTS = (*SYSTEM, "input", "instruction", "history", "context")  # part of what is asked, by name
 FOR_TEMPLATES = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
+WEIGHT = "weight"  # how much a row counts in the loss
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # a language model of text can't be asked about these
 RESERVED = {"chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "padding",
             "return_tensors", "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs",
@@ -39,7 +41,7 @@ class Columns:
     asks: bool = False  # is the prompt what a user says, a part of a conversation, though it is text?
     whole: bool = False  # is a row one text without a prompt, for language modelling?
     alike: bool = False  # do chosen and rejected, as text, begin with their prompt?
-    beside: tuple[str, ...] = ()  # columns that belong to a conversation's prompt, or that a chat template is given
+    beside: tuple[str, ...] = ()  # columns of a conversation's prompt, those for a chat template, and the weight
 
     @property
     def fields(self) -> tuple[str | None, str, str | None]:
@@ -54,6 +56,7 @@ class Row:
     chosen: object
     rejected: object
     options: dict = dataclasses.field(default_factory=dict)  # for apply_chat_template
+    weight: float = 1.0
 
 
 def choose_columns(path: str, rows: list[dict], args, pairs: bool) -> Columns:
@@ -114,8 +117,9 @@ def _rendered(row: dict, columns: Columns) -> bool:
 def _beside(rows: list[dict], columns: Columns) -> tuple[str, ...]:
     alpaca = columns.asks and columns.prompt in ALPACA
     names = (*SYSTEM, *("input", "history") * alpaca, *FOR_TEMPLATES)
-    return tuple(name for name in names if name not in columns.fields
-                 and any(row.get(name) and _rendered(row, columns) for row in rows))
+    found = [name for name in names if any(row.get(name) and _rendered(row, columns) for row in rows)]
+    found += [WEIGHT] * any(row.get(WEIGHT) is not None for row in rows)
+    return tuple(name for name in found if name not in columns.fields)
 
 
 def describe_columns(rows: list[dict], columns: Columns, more: tuple[str, ...] = ()) -> str:
@@ -163,7 +167,17 @@ def read_row(row: dict, columns: Columns) -> Row:
         raise UserError(f"has tools of type {type(options['tools']).__name__}; they must be a list")
     kwargs = options.pop("chat_template_kwargs", {})
     check_options("chat_template_kwargs", kwargs)
-    return Row(prompt, chosen, rejected, options | kwargs)
+    return Row(prompt, chosen, rejected, options | kwargs, _weight(row[WEIGHT]) if WEIGHT in columns.beside else 1.0)
+
+
+def _weight(value) -> float:
+    """The value of a column `weight`. Raises UserError for what is no number of 0 or more."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and 0 <= value <= sys.float_info.max:  # NaN is not
+        return float(value)
+    raise UserError(f"has the weight {str(value)[:40] if number else json.dumps(value, default=str)[:40]}, and the "
+                    "weight of a row in the loss is a finite number of 0 or more; give one in every row, or rename the "
+                    "column where it means something else")
 
 
 def check_options(name: str, options) -> None:

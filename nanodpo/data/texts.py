@@ -37,6 +37,7 @@ class Texts:
     rendered: bool = False  # by the chat template, which then has written all special tokens
     more: dict[str, str] = dataclasses.field(default_factory=dict)  # responses of further columns
     places: tuple[tuple[int, int], ...] = ()  # of what is scored of chosen, in characters; empty: all of it
+    weight: float = 1.0
 
 
 def render_row(template: Template, number: int, prompt, chosen, rejected, has_rejected: bool,

@@ -88,6 +88,10 @@ def _add_notes(data: DataSet, lines: list[Line]) -> None:
     left = {example.row for example in data.examples}
     for line in (lines := [line for line in lines if line.row in left]):
         data.notes.update(set(line.notes))  # a set: both sides may say the same of one row
+    for what, count in (("weight 0, which counts nothing in the loss", sum(not e.weight for e in data.examples)),
+                        ("a weight other than 0 and 1", sum(e.weight not in (0, 1) for e in data.examples))):
+        if count:
+            data.notes[what] = count
     if duplicates := len(lines) - len({line.content for line in lines}):
         data.notes["repeats an earlier row"] = duplicates
 
@@ -99,6 +103,13 @@ def _check_repeated(path: str, lines: list[Line]) -> None:
         if 2 * count >= len(lines):
             raise UserError(f"{path}: {note}, and its second copy would be scored (in {count} of {_rows(len(lines))}); "
                             "cut it off, so that the column holds answers alone")
+
+
+def check_weights(data: DataSet) -> None:
+    """Raises UserError where every row has the weight 0, so that there is nothing to learn or to measure."""
+    if not any(example.weight for example in data.examples):
+        raise UserError(f"{data.path}: every row that is left has the weight 0, so the loss is 0 whatever the model "
+                        "says; give some row a weight above 0, or remove the column weight")
 
 
 def _rows(count: int) -> str:

@@ -31,7 +31,17 @@ def _scored(response: list[int]) -> list[list[int]]:
 
 
 def data_hash(examples) -> str:
-    """A hash of the token ids of all examples, in order: data, tokenizer, template and limits in one."""
+    """A hash of the token ids of all examples, in order, and of their weights where these are not all 1: data,
+    tokenizer, template and limits in one."""
+    weights = [example.weight for example in examples]
+    if {*weights} <= {1.0}:
+        return token_hash(examples)
+    return hashlib.sha256(token_hash(examples).encode() + array.array("d", weights).tobytes()).hexdigest()
+
+
+def token_hash(examples) -> str:
+    """A hash of the token ids of all examples, in order. Log-probs of a model follow from them, whatever the weights.
+    """
     digest = hashlib.sha256()
     for example in examples:
         for ids in (example.prompt, example.chosen, example.rejected or [], *_scored(example.chosen)):

@@ -1,5 +1,8 @@
 """The metrics of a step: means over all its pairs, on all ranks and in all micro-batches, every pair once.
 
+Where the data have a column `weight`, the loss alone is a weighted mean; L below is the loss as --loss defines it, not
+yet times this weight.
+
 Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of a step is their mean over its pairs:
 
     loss                     dpo, ipo ...: the mean over pairs; sft: -log pi per token, over all tokens of the step

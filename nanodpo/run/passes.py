@@ -31,6 +31,11 @@ def logps_of(run: Run, examples: list[Example], sides: list[str], where: str, mo
         return response_logps(model or run.engine, groups_of(examples, sides), layout or run.layout, run.device)
 
 
+def row_weights(examples: list[Example], device: torch.device) -> torch.Tensor:
+    """(P,) float64: how much each pair counts in the loss, the weight of its row in the data."""
+    return torch.tensor([example.weight for example in examples], dtype=torch.float64).to(device, non_blocking=True)
+
+
 def add_references(run: Run) -> None:
     """Sets run.ref and run.held_ref, (n, 2) log-probs under the reference, nats. It is the policy before the first
     step, or the model of --reference, which is gone afterwards."""
@@ -78,7 +83,7 @@ def _references(run: Run, model: tuple, data: DataSet, steps: list[list[int]], b
     args, (policy, layout, attention, stage) = run.args, model
     fingerprint = {"model_name": args.reference or args.model_name, "data_path": data.path,
                    "weights": run.reference_weights or run.weights, "bf16": args.bf16,
-                   "data": reference.data_hash(data.examples), "layout": layout, "attention": attention,
+                   "data": reference.token_hash(data.examples), "layout": layout, "attention": attention,
                    # Stage 3 has matrix products of its own, which round otherwise.
                    "zero": stage, "device": distributed.device_name(run.device), "versions": record.versions()}
     if args.bf16:  # its rounding depends on what else is in the micro-batch

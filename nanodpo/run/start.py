@@ -18,7 +18,7 @@ from ..data.mixing import mix, read_weights
 from ..data.places import name_splits
 from ..data.schedule import epoch_order, steps_of
 from ..data.template import template_for
-from ..data.tokens import DataSet, load_dataset
+from ..data.tokens import DataSet, check_weights, load_dataset
 from ..errors import UserError
 from ..files import read_text, why
 from ..flags.arguments import TrainArguments, parse
@@ -155,6 +155,8 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         if weights:
             mix(train, weights, args.seed)
         sets = [data for data in (train, held_out) if data]
+        for data in sets:
+            check_weights(data)
         facts = record.facts(args, settings, limit, sets, script.parent, [str(script), *argv])
         facts |= {"date": date, "peft_config": lora or None, "quantisation": how, "loss_function": loss_hash}
         facts["versions"] |= {"bitsandbytes": importlib.metadata.version("bitsandbytes")} if how else {}
@@ -186,8 +188,10 @@ def look(args, lora: dict, deepspeed: Path) -> None:
         quantisation(args, source, settings)
         check_lora(args, lora, source, settings)
         train, held_out, limit = load_data(inspection.lenient(args), source)
+        for data in (sets := [data for data in (train, held_out) if data]):
+            check_weights(data)
         if args.reference:
-            open_reference(args, source, [data for data in (train, held_out) if data])
+            open_reference(args, source, sets)
     distributed.say(inspection.inspect(train, source.tokenizer, limit, args.inspect_row, held_out))
 
 

@@ -20,6 +20,7 @@ from nanodpo.core.losses import (
     inputs_of,
     ipo,
     logratio,
+    loss_divisor,
     needs_reference,
     orpo,
     pair_losses,
@@ -314,6 +315,50 @@ def test_weights_are_the_slopes_of_the_loss(name):
             ends.append(pair_losses(loss, moved, ref, lengths, 0.3))
         slope = (ends[0] - ends[1]) / 2e-5
         assert found[:, side].tolist() == pytest.approx((sign * slope).tolist(), rel=1e-6, abs=1e-9)
+
+
+def step_of(name: str, rows: list[int], weights: list[float], sft_weight: float = 0.2):
+    """(loss of a step of these of four pairs, its gradient by each of the four), as train.py puts them together."""
+    logps = torch.tensor([[-30.0, -28], [-11, -40.5], [-3, -2], [-20, -20]], dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([[7.0, 3], [2, 9], [4, 4], [1, 5]], dtype=torch.float64)
+    loss, ref = partial(LOSSES[name], beta=0.1, **smoothing(name)), logps.detach().roll(1, 0)
+    if name == "sft":
+        loss, sft_weight = sft, 0.0
+    losses = pair_losses(loss, logps[rows], ref[rows], lengths[rows], sft_weight)
+    losses = losses * torch.tensor(weights, dtype=torch.float64)
+    total = losses.sum() / loss_divisor(name, [int(lengths[row, 0]) for row in rows], weights)
+    total.backward()
+    return total.item(), logps.grad.flatten().tolist()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_weight_is_how_often_a_pair_stands_in_the_step(name):
+    """Weights 2, 1, 0 and 3 are the pairs given twice, once, never and three times; a common factor is nothing."""
+    weighted, repeated = step_of(name, [0, 1, 2, 3], [2, 1, 0, 3]), step_of(name, [3, 0, 1, 3, 0, 3], [1.0] * 6)
+    less = step_of(name, [0, 1, 2, 3], [0.02, 0.01, 0, 0.03])
+    for loss, grads in (repeated, less):
+        assert weighted[0] == pytest.approx(loss, rel=1e-12) and weighted[1] == pytest.approx(grads, rel=1e-12)
+    assert weighted[0] != pytest.approx(step_of(name, [0, 1, 2, 3], [1.0] * 4)[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_without_a_weight_above_0_loss_and_gradient_are_0(name):
+    loss, grads = step_of(name, [0, 1], [0.0, 0.0])
+    assert loss == 0 and grads == [0.0] * 8
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 4, [0.3, 2.0, 0.0, 1.7]])
+def test_a_steps_loss_is_the_weighted_mean_by_hand(weights):
+    """sft: sum of w (-log pi of chosen) by sum of w times its tokens; dpo: sum of w times the pair's loss by sum of w.
+    Weights of 1 give, to the last bit, the sum divided by a number of tokens or pairs."""
+    chosen, tokens = [-30.0, -11.0, -3.0, -20.0], [7, 2, 4, 1]
+    nll = sum(-w * x for w, x in zip(weights, chosen)) / sum(w * n for w, n in zip(weights, tokens))
+    assert step_of("sft", [0, 1, 2, 3], weights)[0] == pytest.approx(nll, rel=1e-14)
+    margins = [(-30 + 20) - (-28 + 20), (-11 + 30) - (-40.5 + 28), (-3 + 11) - (-2 + 40.5), (-20 + 3) - (-20 + 2)]
+    losses = [w * (0.8 * math.log1p(math.exp(-0.1 * m)) + 0.2 * math.log1p(math.exp(0.1 * m)))
+              for w, m in zip(weights, margins)]  # with the label smoothing of `smoothing`
+    assert step_of("dpo", [0, 1, 2, 3], weights, 0.0)[0] == pytest.approx(sum(losses) / sum(weights), rel=1e-14)
+    assert loss_divisor("sft", tokens, [1.0] * 4) == 14 and loss_divisor("dpo", tokens, [1.0] * 4) == 4
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "sft"])
