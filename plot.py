@@ -7,6 +7,7 @@
     python plot.py SFT_RUN DPO_RUN --phases         dynamics of runs that followed one another, on one axis
     python plot.py RUN --heatmap                    every example of a run at every checkpoint
     python plot.py RUN --strip 7                    every token of the pair in row 7, from tokens.parquet
+    python plot.py RUN --page                       page.html, to look around in the tokens with a browser
     python plot.py --series published.csv           curves of a csv, alone or beside one's own
     python plot.py --three_panel --forward RUN ... --reverse RUN ... --mixed RUN ... --dpo RUN ... --scores FILE ...
 
@@ -21,8 +22,9 @@ import sys
 from pathlib import Path
 
 from nanodpo.errors import UserError, run_script
-from nanodpo.figures.choice import draw
+from nanodpo.figures.choice import draw, noise_of
 from nanodpo.figures.drawing import house_style, save
+from nanodpo.figures.page import write_page
 from nanodpo.figures.three_panel import ROLES
 from nanodpo.flags.unknown import parse_known
 from nanodpo.scoring.runs import newest_run
@@ -42,11 +44,20 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{flag}: is for the figure of scores.parquet, and there is none; "
                             "--scores FILE names one")
     places = list(dict.fromkeys(folders.values())) or [Path(file).parent for file in [*files, args.series][:1]]
-    default = places[0] if len(places) == 1 else "runs/figures"
+    target = home(args.output_dir or (places[0] if len(places) == 1 else "runs/figures"))
+    if args.page:
+        noise = noise_of(list(folders.values()), files)
+        file, notes = write_page(files, target, names if args.scores else [], args.test, noise)
+        put(file)
+        return tell(notes)
     with house_style(args.style, args.serif, args.usetex):
         drawn, notes = draw(args, list(folders.values()), files, names)
-        for file in save(drawn, home(args.output_dir or default), args.columns):
+        for file in save(drawn, target, args.columns):
             put(file)
+    tell(notes)
+
+
+def tell(notes: list[str]) -> None:
     for note in notes:
         put("note:", note, file=sys.stderr)
 
@@ -69,6 +80,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("--heatmap", action="store_true", help="Examples x checkpoints: how far each moved.")
     one.add_argument("--strip", type=int, metavar="ROW", help="The tokens of one pair, from tokens.parquet beside "
                      "the scores: how far each moved, or with one checkpoint its log-prob.")
+    one.add_argument("--page", action="store_true", help="One HTML file, for any browser and without a network: every "
+                     "token at every checkpoint, and curves. score.py makes it where it is told --tokens.")
     one.add_argument("--three_panel", action="store_true", help="The figure of arXiv 2509.13079; with the four below.")
     for role in ROLES:
         what = "DPO from the mixed runs" if role == "dpo" else f"SFT on {role} data"
@@ -114,8 +127,10 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag}: must be finite, and no larger than 1e12")
     if args.panel_ratios and min(args.panel_ratios) <= 0:
         raise UserError("--panel_ratios: must be above 0")
-    if (args.heatmap or args.strip is not None) and (args.series or args.focus or args.floor is not None):
+    if (args.heatmap or args.strip is not None or args.page) and (args.series or args.focus or args.floor is not None):
         raise UserError("--series, --focus and --floor: are for the figures of curves")
+    if args.page and (look := [flag for flag in ("style", "serif", "usetex") if getattr(args, flag)]):
+        raise UserError(f"--{look[0]}: is for figures, and --page makes none")
 
 
 def home(path: str | Path) -> Path:
@@ -134,7 +149,8 @@ def find_scores(args: argparse.Namespace, folders: list[Path]) -> list[Path]:
     """The files of --scores, or those in the runs' folders, which a figure that can't do without must have."""
     if args.scores:
         return [home(file) for file in args.scores]
-    needed = args.phases or args.heatmap or args.strip is not None or (args.three_panel and not args.series)
+    needed = args.phases or args.heatmap or args.strip is not None or args.page
+    needed = needed or (args.three_panel and not args.series)
     return [file for folder in folders if os.path.exists(file := folder / "scores.parquet") or needed]
 
 

@@ -20,7 +20,7 @@ import torch
 from nanodpo.core.batches import make_batch
 from nanodpo.core.logprobs import sum_by_sequence
 from nanodpo.errors import UserError, leave, run_script
-from nanodpo.figures.after import draw_after
+from nanodpo.figures.after import draw_after, page_after
 from nanodpo.folder.atomic import check_writable
 from nanodpo.progress import Progress
 from nanodpo.ranks import distributed
@@ -245,6 +245,8 @@ def report(folder: Path, checkpoints: list[Checkpoint], work: list[Work], parts:
         distributed.say(f"no longer in {folder}: {names}; the command that scored it brings it back from parts/, and "
                         "another --output_dir keeps both")
     distributed.say(draw_after(folder))
+    if page := page_after(folder):
+        distributed.say(page)
     distributed.say(f"done: {folder / 'scores.parquet'}")
 
 

@@ -47,3 +47,4 @@ def test_installed_commands_run_the_example_from_any_folder(tmp_path):
     assert json.loads((work / "run" / "run.json").read_text())["arguments"]["model_name"].startswith(str(place))
     assert "Log-probabilities" in run("nanodpo-score", "--help") and "training.png" in run("nanodpo-plot", "run")
     assert Path(work / "run" / "training.png").stat().st_size > 10_000
+    assert (place / "nanodpo" / "figures" / "page.html").is_file()

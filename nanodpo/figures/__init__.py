@@ -2,7 +2,7 @@
 
 Read tables, records and runs (what is read back), selection and choice (what is drawn of it), intervals and noise;
 then a figure each: training, dynamics, bars, aside, heatmap, strip, three_panel; axes and drawing make the figures and
-files, scored and after the ones that nobody asks for.
+files, scored and after the ones that nobody asks for. page writes a web page of single tokens, by page.html.
 """
 
 import os

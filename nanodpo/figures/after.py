@@ -1,4 +1,5 @@
-"""The figures that nobody has to ask for, of a run or scoring that has ended: it has, whatever becomes of them."""
+"""The figures and the page that nobody has to ask for, of a run or scoring that has ended: it has, whatever becomes of
+them."""
 
 from pathlib import Path
 
@@ -10,15 +11,37 @@ from ..screen import command_line
 
 def draw_after(folder: Path) -> str:
     """Draws the default figures of `folder`, for the last lines on the screen: their names, or why there are none."""
-    try:
-        from .drawing import draw_run  # slow to import, and matplotlib may not take its settings
+    return _made("figure", folder, _figures)
 
-        return "figures: " + ", ".join(file.name for file in draw_run(folder) if file.suffix == ".png")
+
+def page_after(folder: Path) -> str:
+    """Makes the page of a scoring that kept single tokens, in words as `draw_after`; "" where none are kept."""
+    return _made("page", folder, _page, "--page") if (folder / "tokens.parquet").exists() else ""
+
+
+def _made(what: str, folder: Path, make, *flags: str) -> str:
+    try:
+        return make(folder)  # slow to import, and matplotlib may not take its settings
     except UserError as error:
-        return f"no figure: {error}"
+        return f"no {what}: {error}"
     except BROKEN as error:
         plot = Path(__file__).resolve().parents[2] / "plot.py"
-        return f"no figure: {first_line(error)}; `{command_line(plot, folder)}` says more"
+        return f"no {what}: {first_line(error)}; `{command_line(plot, folder, *flags)}` says more"
+
+
+def _figures(folder: Path) -> str:
+    from .drawing import draw_run
+
+    return "figures: " + ", ".join(file.name for file in draw_run(folder) if file.suffix == ".png")
+
+
+def _page(folder: Path) -> str:
+    from .choice import noise_of
+    from .page import write_page
+
+    scores = [folder / "scores.parquet"]
+    file, notes = write_page(scores, folder, [], None, noise_of([], scores))
+    return f"page: {file}, for a browser" + "".join(f" ({note})" for note in notes)
 
 
 def draw_run_after(run: Path) -> str:

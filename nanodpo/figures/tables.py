@@ -12,8 +12,8 @@ import pyarrow.parquet
 from ..errors import UserError
 from ..files import check_regular, why
 
-NUMBERS = ("step", "row", "position", "tokens", "mean_logps", "logp", "implausible_mass",
-           "implausible_mass_start")
+NUMBERS = ("step", "row", "position", "tokens", "mean_logps", "logp", "entropy", "rank", "implausible_mass",
+           "implausible_mass_start", "place", "id", "before", "after")
 TRUTHS = ("correct",)  # the other columns hold text
 LARGEST = 1e12  # of a step or a log-prob: beyond it, sums and axes overflow
 LONGEST = 200  # characters of a name: a longer one fits no figure, and takes minutes to set

@@ -1,0 +1,283 @@
+"""The page to look around in a scoring of single tokens: one HTML file that holds all it shows, and asks nobody for
+more. page.html is its template, with the script that draws it.
+
+Every row of a data set is packed by itself, so that a browser unpacks the one that it shows: its tokens once, and of
+each checkpoint whole numbers, each less that of the checkpoint before, in the letters of `letters`. DETAILS are the
+sizes of 1 in these. The finest with which all rows fit is taken; where none is coarse enough, the rows whose chosen
+response fell least are left out, and a note says how many.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pyarrow.compute
+import pyarrow.parquet
+
+from ..errors import UserError, first_line, one_line
+from ..folder.atomic import new_file
+from ..screen import command_line
+from .intervals import levels
+from .noise import Noise
+from .records import SIDES, read_scores
+from .selection import select
+from .tables import read_parquet, refuse
+
+LIMIT = 10_000_000  # bytes of the file
+BATCH = 1_000_000  # lines of tokens.parquet in memory at once
+# The smallest differences that are kept, the finest first; `probability` is of risers.
+DETAILS = [dict(zip(("logp", "entropy", "probability"), units)) for units in (
+    (0.001, 0.01, 0.001), (0.001, 0.01, 0.01), (0.01, 0.05, 0.02), (0.02, 0.1, 0.05), (0.05, 0.1, 0.1))]
+ROW, PART = ["dataset", "row"], ["dataset", "row", "response", "run", "step"]
+NUMBERS = ["logp", "entropy", "rank"]
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def write_page(files: list[Path], folder: Path, runs: list[str], sets: list[str] | None,
+               noise: dict[str, Noise]) -> tuple[Path, list[str]]:
+    """Writes page.html into a folder, of these files of scores, with the tokens and risers beside them: of these runs
+    and data sets, all where none is named. Returns the file, and what the user should be told of it."""
+    tokens = [file.with_name("tokens.parquet") for file in files]
+    for file in tokens:
+        if not file.exists():
+            command = command_line(Path(__file__).resolve().parents[2] / "score.py", file.parent, "--tokens")
+            raise UserError(f"{file}: is not there; `{command}` makes it")
+    (scores,) = select([read_scores(files)], runs, sets)
+    text, notes = make_page(tokens, scores, one_line(folder.resolve().name), noise)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with new_file(folder / "page.html") as place:
+            place.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: can't be written ({first_line(error)})") from error
+    return folder / "page.html", notes
+
+
+def make_page(files: list[Path], scores: pandas.DataFrame, title: str,
+              noise: dict[str, Noise]) -> tuple[str, list[str]]:
+    """(the page, notes), of these files of tokens."""
+    order = _order(scores, lines := _lines(files, scores))
+    frame = {"title": title, "runs": _runs(scores, noise), "sets": _sets(scores, [name for name, _ in order])}
+    room = LIMIT - len(_fill(frame | {"detail": DETAILS[0], "notes": [" " * 200]}))
+    means = _row_means(scores, order, frame["runs"])
+    for detail in DETAILS:
+        rows, left_out = _pack_rows(files, scores, order, lines, detail, means, room)
+        if not left_out:
+            break
+    notes = [f"rows left out, so that the page stays below {LIMIT // 10**6} MB: {left_out} of {len(order)}, those "
+             f"whose {_first_side(scores)} response fell least"] * bool(left_out)
+    for name, found in rows.items():
+        frame["sets"][name]["rows"] = found
+    return _fill(frame | {"detail": detail, "notes": notes}), notes
+
+
+def _first_side(scores: pandas.DataFrame) -> str:
+    """The response whose fall orders the rows."""
+    found = scores["response"].unique()
+    return next((side for side in SIDES if side in found), found[0])
+
+
+def _lines(files: list[Path], scores: pandas.DataFrame) -> dict[tuple[str, int], int]:
+    """How many lines the files have of each (data set, row) that is in `scores`."""
+    found = []
+    for file in files:
+        for part in pyarrow.parquet.ParquetFile(file).iter_batches(columns=["run", *ROW]):
+            table = part.to_pandas()
+            found.append(table[table["run"].isin(scores["run"].unique())].groupby(ROW).size())
+    lines = pandas.concat(found).groupby(level=ROW).sum()
+    return lines[lines.index.isin(scores.set_index(ROW).index)].to_dict()
+
+
+def _order(scores: pandas.DataFrame, lines: dict) -> list[tuple[str, int]]:
+    """(data set, row) of all rows that have tokens, those that fell most in one of the runs first, the data sets in
+    turns."""
+    sides = scores[scores["response"] == _first_side(scores)].sort_values("step", kind="stable")
+    means = sides.groupby(["run", *ROW])["mean_logps"]
+    moved = (means.last() - means.first()).groupby(level=ROW).min()
+    moved = moved.reindex(pandas.MultiIndex.from_tuples(sorted(lines), names=ROW))
+    table = moved.sort_values(kind="stable", na_position="last").reset_index()
+    table["place"] = table.groupby("dataset").cumcount()
+    return list(table.sort_values(["place", "dataset"], kind="stable")[ROW].itertuples(index=False, name=None))
+
+
+def _runs(scores: pandas.DataFrame, noise: dict) -> dict:
+    """{run: its loss, its steps, and the noise of a single token}."""
+    return {run: {"phase": part["phase"].iloc[0], "steps": sorted(map(int, part["step"].unique())),
+                  "noise": float(f"{noise[run].logps:.2g}") if run in noise else 0}
+            for run, part in scores.groupby("run", sort=False)}
+
+
+def _sets(scores: pandas.DataFrame, names: list[str]) -> dict:
+    """{data set: the means of its rows, {run: {response: [step, mean, low, high, rows] of each step}}}."""
+    table = levels(scores.assign(at=scores["step"]))
+    table = table[table["response"] != "gap"].sort_values("step", kind="stable")
+    found = {name: {"means": {}, "rows": []} for name in scores["dataset"].unique() if name in set(names)}
+    for (name, run, response), part in table.groupby(["dataset", "run", "response"], sort=False):
+        if name in found:
+            found[name]["means"].setdefault(run, {})[response] = [
+                [int(step), *map(_short, numbers), int(n)]
+                for step, *numbers, n in part[["step", "mean", "low", "high", "n"]].itertuples(index=False)]
+    return found
+
+
+def _row_means(scores: pandas.DataFrame, order: list, runs: dict) -> dict:
+    """{(data set, row): {run: {response: its mean log-prob at each of the run's steps}}}."""
+    found = {key: {} for key in order}
+    for (*key, run, response), part in scores.groupby([*ROW, "run", "response"], sort=False):
+        if tuple(key) in found:
+            at = dict(zip(part["step"], part["mean_logps"]))
+            found[tuple(key)].setdefault(run, {})[response] = [_short(at.get(step)) for step in runs[run]["steps"]]
+    return found
+
+
+def _short(number) -> float | None:
+    """A number in six digits; None for one that is missing."""
+    return None if number is None or pandas.isna(number) else float(f"{number:.6g}")
+
+
+def _pack_rows(files, scores, order, lines, detail, means, room: int) -> tuple[dict, int]:
+    """({data set: its rows}, how many rows did not fit into so many bytes)."""
+    found, packed = {}, 0
+    batches = np.cumsum([lines[key] for key in order]) // BATCH
+    for batch in np.unique(batches):
+        keys = [key for key, its in zip(order, batches) if its == batch]
+        for (name, row), parts in _read(files, scores, keys, detail["probability"]).items():
+            entry = {"row": int(row), "means": means[name, row], "data": _pack_row(parts, detail)}
+            room -= len(_escaped(entry)) + 2
+            if room < 0:
+                return found, len(order) - packed
+            found.setdefault(name, []).append(entry)
+            packed += 1
+    return found, 0
+
+
+def _read(files: list[Path], scores: pandas.DataFrame, keys: list, least: float) -> dict:
+    """{(data set, row): {(response, run): [(step, its tokens, its risers)]}}, columns by name; of risers those whose
+    probability changed by `least` or more."""
+    rows = pyarrow.compute.field("row").isin(sorted({row for _, row in keys}))
+    change = pyarrow.compute.abs(pyarrow.compute.field("after") - pyarrow.compute.field("before"))
+    runs, responses, found = set(scores["run"]), list(scores["response"].unique()), {key: {} for key in keys}
+    for file in files:
+        tokens = read_parquet(file, [*PART, "position", "token", *NUMBERS], rows)
+        refuse(file, tokens, tokens.isna().any(axis=1) | np.isinf(tokens[["step", *NUMBERS]]).any(axis=1),
+               "has a value that is missing or not finite")
+        tokens = _by_part(file, tokens)
+        risers, beside = {}, file.with_name("risers.parquet")
+        if beside.exists():
+            table = read_parquet(beside, [*PART, "position", "place", "id", "token", "before", "after"],
+                                 rows & (change >= least))
+            refuse(beside, table, table.isna().any(axis=1), "has a value that is missing")
+            risers = _by_part(beside, table)
+        for (name, row, response, run, step), its in tokens.items():
+            if (name, row) in found and run in runs:
+                found[name, row].setdefault((response, run), []).append(
+                    (int(step), its, risers.get((name, row, response, run, step))))
+    return {key: dict(sorted(parts.items(), key=lambda item: responses.index(item[0][0])))
+            for key, parts in found.items() if parts}
+
+
+def _by_part(file: Path, table: pandas.DataFrame) -> dict[tuple, dict[str, np.ndarray]]:
+    """{its PART: the other columns}, of tokens in the order of their positions, of risers from the first gain to the
+    last, then of losses."""
+    codes, names = zip(*(pandas.factorize(table[name], sort=True) for name in PART))
+    words, texts = pandas.factorize(table["token"])
+    columns = {name: table[name].to_numpy() for name in table if name not in (*PART, "token")}
+    place = columns.get("place", np.zeros(len(table)))
+    order = np.lexsort([abs(place), place < 0, columns["position"], *codes[::-1]])
+    codes, columns = np.stack(codes)[:, order], {name: column[order] for name, column in columns.items()}
+    columns["token"] = np.array([*texts, ""], dtype=object)[words[order]]
+    starts = np.flatnonzero((codes != np.roll(codes, 1, axis=1)).any(axis=0)) if len(table) else []
+    starts = starts if len(starts) else np.zeros(min(len(table), 1), int)  # of a single part nothing changes
+    lengths = np.diff(starts, append=len(table))
+    if "place" not in columns:
+        wrong = np.zeros(len(table), bool)
+        wrong[order] = columns["position"] != np.arange(len(table)) - np.repeat(starts, lengths)
+        refuse(file, table, pandas.Series(wrong), "is out of place: positions must be 0, 1, 2 ... once each")
+    return {tuple(its[code] for its, code in zip(names, codes[:, start])):
+            {name: column[start : start + n] for name, column in columns.items()} for start, n in zip(starts, lengths)}
+
+
+def _pack_row(parts: dict, detail: dict) -> str:
+    """The parts of a row that `_read` found -> base64 of JSON that zlib packed: names, the tokens that gained or lost
+    somewhere, and entries: a response, its tokens, and by run the steps and their numbers."""
+    entries, names = {}, {}
+    for (response, run), steps in parts.items():
+        words = tuple(steps[0][1]["token"])
+        for step, its, _ in steps:
+            if tuple(its["token"]) != words:
+                raise UserError(f"{response} of {run} has other tokens at step {step} than at step {steps[0][0]}; "
+                                "score it again")
+        entry = entries.setdefault((response, words), {"response": response, "tokens": words, "runs": {}})
+        logps, entropies, ranks = (np.stack([its[name] for _, its, _ in steps]).astype(float) for name in NUMBERS)
+        entry["runs"][run] = {
+            "at": [step for step, *_ in steps], "logp": _moves(logps / detail["logp"]),
+            "entropy": _moves(entropies / detail["entropy"]), "rank": _moves(_two_digits(ranks)),
+            "risers": _pack_risers([risers for *_, risers in steps], len(words), detail["probability"], names)}
+    text = json.dumps({"names": list(names), "entries": list(entries.values())}, separators=(",", ":"))
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def _pack_risers(steps: list, n: int, least: float, names: dict) -> dict | None:
+    """Of each step and each of n positions: how many tokens gained and lost; and of these, one after the other, which
+    (its number in `names`, which grows) and its probabilities before and after. None where there are no risers."""
+    found = [table for table in steps if table is not None]
+    if not found:
+        return None
+    gained, lost = ([np.bincount(table["position"][sign * table["place"] > 0], minlength=n) if table is not None
+                     else np.zeros(n, int) for table in steps] for sign in (1, -1))
+    columns = {name: np.concatenate([table[name] for table in found]) for name in found[0]}
+    # A token whose text alone does not tell it from others goes by its number.
+    words = [id if not text or "\ufffd" in text else text for id, text in zip(columns["id"].tolist(), columns["token"])]
+    who = [names.setdefault(word, len(names)) for word in words]
+    before, after = (np.round(columns[side].astype(float) / least) for side in ("before", "after"))
+    return {"gained": letters(np.stack(gained)), "lost": letters(np.stack(lost)), "who": letters(np.array(who)),
+            "before": letters(before), "change": letters(after - before)}
+
+
+def _moves(values: np.ndarray) -> str:
+    """(steps, n) numbers as letters: whole, the first step's as they are, each other's less the step before."""
+    return letters(np.diff(np.round(values), axis=0, prepend=0))
+
+
+def _two_digits(ranks: np.ndarray) -> np.ndarray:
+    """Ranks, those of 100 and more in their first two digits."""
+    scale = 10.0 ** np.maximum(np.floor(np.log10(np.maximum(ranks, 1))) - 1, 0)
+    return np.round(ranks / scale) * scale
+
+
+def letters(values: np.ndarray) -> str:
+    """Whole numbers as text, a letter for one from -16 to 15, in Google's encoding of polylines: the sign as the lowest
+    bit, five bits a letter, the lowest first, 32 more where another follows, and 63 to be printable.
+
+    >>> letters(np.array([3850000, -12020000]))
+    '_p~iF~ps|U'
+    """
+    whole = np.ravel(values).astype(np.int64)
+    whole = (whole << 1) ^ (whole >> 63)
+    shifts = np.arange(0, 60, 5)
+    rest = whole[:, None] >> shifts  # (numbers, letters)
+    more = (whole[:, None] >> shifts + 5) > 0
+    return ((rest & 31) + 32 * more + 63)[(rest > 0) | (shifts == 0)].astype(np.uint8).tobytes().decode("ascii")
+
+
+def _escaped(value) -> str:
+    """JSON in ASCII that a reader of HTML takes for nothing else."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
+
+
+def _fill(data: dict) -> str:
+    """The template with these data, and the hashes of its own script and style, all that the browser may run."""
+    template = TEMPLATE.read_text(encoding="utf-8")
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    for tag in ("script", "style"):
+        (own,) = re.findall(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+        policy += f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()}'"
+    start, end = template.replace("@policy@", policy).split("@data@")
+    return start.replace("@title@", html.escape(data["title"])) + _escaped(data) + end
