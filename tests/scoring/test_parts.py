@@ -52,6 +52,7 @@ def assert_same(one, two):
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     monkeypatch.setattr("score.draw_after", lambda folder: "")
+    monkeypatch.setattr("score.page_after", lambda folder: "")
 
 
 @pytest.fixture
@@ -169,6 +170,7 @@ def scored_all(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("all") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("score.draw_after", lambda folder: "")
+        patch.setattr("score.page_after", lambda folder: "")
         return run, folder, scored(run, "--answers", "2", "--gradients", folder)
 
 

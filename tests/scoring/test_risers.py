@@ -109,6 +109,7 @@ def whole(run, tmp_path_factory):  # noqa: F811
     """Everything that moved: K is the whole vocabulary."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("score.draw_after", lambda folder: "")
+        patch.setattr("score.page_after", lambda folder: "")
         folder = tmp_path_factory.mktemp("whole")
         return folder, scored(folder, run, "--risers", str(V))
 
