@@ -125,7 +125,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     Every pair of a step counts by the weight of its row, however the step is cut into micro-batches and ranks.
     """
     args, engine, examples, began = run.args, run.engine, run.train_set.examples, time.perf_counter()
-    pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step)
+    pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step, run.row_starts)
     sides = PAIR[:1] if args.loss == "sft" else PAIR  # SFT trains on chosen alone
     # A step's loss is the weighted mean over its pairs (sft: over their tokens). DeepSpeed averages the gradient over
     # ranks, so each rank's part of the sum is multiplied by their number.
@@ -140,17 +140,17 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     meter, tokens = Meter(run.device), TokenMetrics(engine.module.head)
     micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world)
     for i, (indices, weight) in enumerate(guard.each(micro_batches)):  # weight 0: a repeat that keeps ranks in step
-        groups = groups_of([examples[k] for k in indices], sides)
-        lengths = response_lengths(groups, run.device)  # (P, 2), in tokens
+        groups, index = groups_of([examples[k] for k in indices], sides, run.device)
+        lengths = response_lengths(groups, run.device)[index]  # (P, 2), in tokens
         # The reference's log-probs (P, 2) were computed before the first step: run/passes.py, add_references.
         ref = None if run.ref is None else run.ref[indices].to(run.device, non_blocking=True)
         batch = make_batch(groups, run.layout, run.device)  # [prompt | chosen | rejected] ..., no padding
         # DeepSpeed's engine calls SequenceLogProbs of core/logprobs.py: log pi(y|x), summed over the tokens of y.
-        logps = engine(batch).view(-1, len(sides))  # (P, 2), since a batch goes pair by pair
+        logps = engine(batch)[index]  # (P, 2): pairs of one row share what they have in common
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)  # (P,)
         losses = losses * row_weights([examples[k] for k in indices], run.device)
         weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)  # (P, 2): -dL/dchosen, dL/drejected
-        values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths)
+        values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths, index)
         meter.add({"loss": losses.detach(), **values}, weight)
         engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # at the last one gradients are reduced
         losses = guard.nan_where_nonfinite(indices, logps, losses)
@@ -161,7 +161,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     if not applied:
         why = f"the gradient is not finite (norm {norm})" if not math.isfinite(norm) else "DeepSpeed skipped the update"
         skip_or_stop(run, wrong or f"{why}; {memory.describe([examples[k] for k in pairs])}")
-    n_tokens = total_tokens(groups_of([examples[k] for k in pairs], sides))
+    n_tokens = total_tokens(groups_of([examples[k] for k in pairs], sides)[0])
     seconds = time.perf_counter() - began
     run.tokens += n_tokens
     return {"step": run.step, "epoch": run.step / run.steps_per_epoch, **means, "grad_norm": norm,
@@ -236,13 +236,14 @@ def evaluate(run: Run) -> None:
         run.stop.check()
         for indices, weight in micro_batches_of(pairs, args.per_device_eval_batch_size, run.rank, run.world):
             here = [examples[k] for k in indices]
-            lengths = response_lengths(groups_of(here, sides), run.device)
+            groups, index = groups_of(here, sides, run.device)
+            lengths = response_lengths(groups, run.device)[index]
             ref = None if run.held_ref is None else run.held_ref[indices].to(run.device, non_blocking=True)
             known = step == 0 and ref is not None and run.starts_as_reference
             logps = ref if known else logps_of(run, here, sides, f"step {step}")
             losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight) * row_weights(here, run.device)
             weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)
-            values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths)
+            values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths, index)
             meter.add({"loss": losses, **values}, weight)
     means = meter.means()
     means["loss"] *= len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples],

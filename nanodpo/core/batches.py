@@ -1,8 +1,8 @@
 """From pairs of token ids to batches, and to log-probabilities without gradients. Torch only.
 
-A group is a prompt with its responses, as packing.py takes it; all groups of a call have the same number of responses.
+A group is a prompt with its responses, as packing.py takes it.
 
-Shapes: P groups, R responses of each.
+Shapes: P pairs, R responses of each, S responses of all groups.
 """
 
 import torch
@@ -11,9 +11,21 @@ from torch import Tensor
 from .packing import LAYOUTS, Batch, Group, scored_places
 
 
-def groups_of(examples: list, sides: list[str]) -> list[Group]:
-    """The group of each example: its `prompt` ids, and the ids of these sides of it, e.g. its `chosen`."""
-    return [(example.prompt, [getattr(example, side) for side in sides]) for example in examples]
+def groups_of(examples: list, sides: list[str], device: torch.device | None = None) -> tuple[list[Group], Tensor]:
+    """(groups, index): prompts with the ids of these sides, e.g. `chosen`, and (P, R): where each pair's responses are
+    among the S of all groups. A pair has a group of its own; but pairs of one row of the data that follow each other
+    share its prompt, and each response that several of them have."""
+    groups, index, known = [], [], {}
+    for before, example in zip([None, *examples], examples):
+        if before is None or not example.follows(before):
+            groups.append((example.prompt, []))
+        index.append([])
+        for side, number in zip(sides, example.which):
+            if (key := (len(groups), side, number)) not in known:
+                known[key] = len(known)
+                groups[-1][1].append(getattr(example, side))
+            index[-1].append(known[key])
+    return groups, torch.tensor(index).to(device, non_blocking=True)
 
 
 def total_tokens(groups: list[Group]) -> int:
@@ -27,15 +39,16 @@ def make_batch(groups: list[Group], layout: str, device: torch.device) -> Batch:
 
 
 def response_lengths(groups: list[Group], device: torch.device) -> Tensor:
-    """(P, R) float64: how many tokens of each response are scored."""
-    counts = [[len(scored_places(response)) for response in responses] for _, responses in groups]
+    """(S,) float64: how many tokens of each response are scored."""
+    counts = [len(scored_places(response)) for _, responses in groups for response in responses]
     return torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
 
 
 @torch.no_grad()
-def response_logps(model, groups: list[Group], layout: str, device: torch.device) -> Tensor:
+def response_logps(model, examples: list, sides: list[str], layout: str, device: torch.device) -> Tensor:
     """(P, R) float64: log pi(y|x) of each response, summed over its tokens, nats; without gradients.
 
     `model` is a SequenceLogProbs or DeepSpeed's engine around one.
     """
-    return model(make_batch(groups, layout, device)).view(len(groups), -1)
+    groups, index = groups_of(examples, sides, device)
+    return model(make_batch(groups, layout, device))[index]

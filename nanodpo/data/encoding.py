@@ -143,7 +143,9 @@ def _border(tokenizer, prompt: str) -> str | None:
 def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
     # Not verbose: it would warn of texts beyond the model's context, which are handled here.
     how = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return tokenizer(texts, **how).input_ids if texts else []
+    once = [*dict.fromkeys(texts)]  # the pairs of a row have many texts in common
+    ids = dict(zip(once, tokenizer(once, **how).input_ids)) if texts else {}
+    return [ids[text] for text in texts]
 
 
 def _apart(tokenizer, prompts: list[list[int]], responses: list[str]) -> list[list[int] | str]:

@@ -54,6 +54,7 @@ class Example:
     cut: tuple[bool, bool] = (False, False)  # was chosen, rejected truncated
     more: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # responses of further columns
     weight: float = 1.0  # of the row in the loss
+    which: tuple[int, int] = (0, 0)  # the numbers of chosen and rejected in the row's lists of answers
     problem: str = dataclasses.field(default="", compare=False)  # the same in rows of one problem, a short hash
 
     @property
@@ -65,6 +66,10 @@ class Example:
         """Prompt, chosen and rejected as they are kept."""
         return self._prompt, self._chosen, self._rejected
 
+    def follows(self, other: "Example") -> bool:
+        """Whether it is a later pair of the row that `other` is a pair of."""
+        return self.row == other.row and self.which > other.which
+
     def last_answer(self) -> "Example":
         """The same row with the last of several scored answers as its response, and all before it as its prompt."""
         if not isinstance(self.chosen, Answers):
@@ -72,6 +77,17 @@ class Example:
         scored = self.chosen.scored
         start = max(place for place, before in zip(scored, [-1, *scored]) if place == 0 or place - 1 != before)
         return dataclasses.replace(self, prompt=self.prompt + self.chosen[:start], chosen=self.chosen[start:])
+
+
+def answers_named(which: tuple[int, int], has_rejected: bool) -> str:
+    """The answers of a pair by their numbers in the row's lists."""
+    return f"chosen[{which[0]}]" + f" and rejected[{which[1]}]" * has_rejected
+
+
+def row_starts(examples: list[Example]) -> tuple[int, ...] | None:
+    """The indices of the first pair of each row; None where every row is one pair."""
+    starts = [i for i, example in enumerate(examples) if not (i and example.follows(examples[i - 1]))]
+    return None if len(starts) == len(examples) else tuple(starts)
 
 
 def too_long(example: Example, max_prompt: int | None, limit: int, max_length: int | None) -> str | None:

@@ -17,31 +17,39 @@ def lenient(args):
 
 
 def inspect(data, tokenizer, limit: int, row: int | None = None, held_out=None) -> str:
-    """One example with its scored tokens in brackets, the ids around the boundary, and the lengths of all.
+    """One row: its answers with the scored tokens in brackets, the ids around the boundary; and the lengths of all.
 
     `row` is the number of a row in the training file, None takes the first example; `held_out` is the set that was
     drawn from that file, if one was. Raises UserError for a row that is not used.
     """
-    example = data.examples[0] if row is None else _find(data, held_out, row)
-    weight = f", weight {example.weight:g}" * (example.weight != 1)
+    pairs = _find(data, held_out, data.examples[0].row if row is None else row)
+    first, count = pairs[0], f", {len(pairs)} pairs" * (len(pairs) > 1)
+    weight = f", weight {first.weight:g}" * (first.weight != 1)
     note = ["  dropped rows stop a run, but for --on_bad_row drop, --overlong drop or truncate"] * bool(data.dropped)
-    parts = [data.report(), *note, f"\nrow {example.row}{weight}; [scored tokens] in brackets"]
-    for side, cut in zip(("chosen", "rejected"), example.cut):
-        response = getattr(example, side)
-        if response is None:
-            continue
-        near = [(i, "") for i in example.prompt[-5:]] + [(i, "*") for i in response[:5]]
-        ids = "  ".join(f"{star}{i}:{tokenizer.decode([i])!r}" for i, star in near)
-        count, others = len(scored_places(response)), len(response) - len(scored_places(response))
-        parts += [f"\n--- {side}: {len(example.prompt)} prompt + {count} scored tokens"
-                  + f", {others} others between them" * bool(others) + ", cut" * cut,
-                  tokenizer.decode(example.prompt) + _stretches(tokenizer, response),
-                  f"boundary, scored ids starred: {ids}"]
+    parts = [data.report(), *note, f"\nrow {first.row}{count}{weight}; [scored tokens] in brackets"]
+    for k, side in enumerate(("chosen", "rejected")):
+        answers = {pair.which[k]: (getattr(pair, side), pair.cut[k]) for pair in pairs}
+        for number, (response, cut) in sorted(answers.items()):
+            if response is not None:
+                name = f"{side}[{number}]" if len(answers) > 1 else side
+                parts += _response(tokenizer, name, first.prompt, response, cut)
     return "\n".join([*parts, "", histogram(data.lengths, limit)])
 
 
+def _response(tokenizer, name: str, prompt: list[int], response: list[int], cut: bool) -> list[str]:
+    near = [(i, "") for i in prompt[-5:]] + [(i, "*") for i in response[:5]]
+    ids = "  ".join(f"{star}{i}:{tokenizer.decode([i])!r}" for i, star in near)
+    count, others = len(scored_places(response)), len(response) - len(scored_places(response))
+    return [f"\n--- {name}: {len(prompt)} prompt + {count} scored tokens"
+            + f", {others} others between them" * bool(others) + ", cut" * cut,
+            tokenizer.decode(prompt) + _stretches(tokenizer, response), f"boundary, scored ids starred: {ids}"]
+
+
 def _find(data, held_out, row: int):
-    examples = {example.row: example for example in [*data.examples, *(held_out.examples if data.held_out else ())]}
+    """The pairs of a row."""
+    examples = {}
+    for example in [*data.examples, *(held_out.examples if data.held_out else ())]:
+        examples.setdefault(example.row, []).append(example)
     if row in examples:
         return examples[row]
     reasons = {dropped["row"]: dropped["reason"] for dropped in data.dropped}

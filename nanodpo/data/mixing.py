@@ -30,15 +30,19 @@ def mix(data: DataSet, weights: list[float], seed: int) -> None:
     """Gives a data set the rows of an epoch: every row of its k-th part as often as weights[k] says. The fraction of a
     weight is that part of the rows, rounded; drawn by `seed`, they are the same in every epoch. Raises UserError where
     a part has no rows in an epoch."""
-    data.unmixed, data.total, mixed, words = data.examples, data.total or len(data.examples), [], []
+    data.unmixed, data.total, mixed, total, words = data.examples, data.total or data.rows, [], 0, []
     borders = [*itertools.accumulate(data.sizes, initial=0)]
     for k, (name, weight) in enumerate(zip(places_of(data.path), weights)):
         own = [example for example in data.examples if borders[k] <= example.row < borders[k + 1]]
         whole, part = divmod(weight, 1)
-        drawn = sorted(epoch_order(len(own), seed, -2 - k)[: round(part * len(own))])  # -1 is the held-out rows'
-        found = [*own * int(whole), *(own[i] for i in drawn)]
+        rows = list(dict.fromkeys(example.row for example in own))
+        # -1 is the held-out rows'
+        drawn = {rows[i] for i in epoch_order(len(rows), seed, -2 - k)[: round(part * len(rows))]}
+        found = [*own * int(whole), *(example for example in own if example.row in drawn)]
         if not found:
-            raise UserError(f"--mix_weights {weight:g}: leaves none of {len(own)} usable rows of {name} to train on")
-        words.append(f"{len(found)} of {name} ({weight:g} times {len(own)})")
+            raise UserError(f"--mix_weights {weight:g}: leaves none of {len(rows)} usable rows of {name} to train on")
+        count = len(rows) * int(whole) + len(drawn)
+        words.append(f"{count} of {name} ({weight:g} times {len(rows)})")
         mixed += found
-    data.examples, data.mixture = mixed, f"an epoch has {len(mixed)} rows: {', '.join(words)}"
+        total += count
+    data.examples, data.mixture = mixed, f"an epoch has {total} rows: {', '.join(words)}"

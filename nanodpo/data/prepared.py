@@ -10,10 +10,10 @@ from typing import NamedTuple
 from ..errors import UserError
 from ..progress import Progress
 from .encoding import tokenize, tokenize_more
-from .example import Example, Packed
+from .example import Example, Packed, answers_named
 from .forks import cores, in_forks
 from .rows import read_places
-from .shapes import Columns, choose_columns, describe_columns, in_messages, read_row, unread_parts
+from .shapes import Columns, choose_columns, describe_columns, in_messages, pairs_of, read_row, unread_parts, weight_of
 from .template import Template
 from .texts import Texts, render_more, render_row, render_whole
 
@@ -41,7 +41,7 @@ class Reading(NamedTuple):
 
 
 class Line(NamedTuple):
-    """What is kept of a row that could be rendered, beside its token ids."""
+    """What is kept of a row that could be rendered, or of each of its pairs, beside its token ids."""
 
     row: int
     notes: tuple[str, ...]
@@ -49,6 +49,7 @@ class Line(NamedTuple):
     whole: bool  # there is no prompt
     lengths: tuple[int, ...]  # of its pieces of token ids; -1: there is none. Empty: the row can't be tokenised
     weight: float  # in the loss
+    which: tuple[int, int]  # numbers of chosen and rejected in lists of answers
 
 
 @dataclasses.dataclass
@@ -81,7 +82,7 @@ class Prepared:
             prompt, chosen, rejected, scored, *more = pieces
             said = {name: piece.tolist() for name, piece in zip(self.more, more) if piece is not None}
             found.append(Example(line.row, Packed(prompt), Packed(chosen, scored), rejected and Packed(rejected),
-                                 more=said, weight=line.weight))
+                                 more=said, weight=line.weight, which=tuple(line.which)))
         return found
 
 
@@ -131,26 +132,53 @@ def _prepare_some(rows: list[dict], template: Template, how: Reading, columns: C
     texts, dropped, ids, lines, alone = [], [], array.array("i"), [], how.loss == "sft"
     for number, row in enumerate(rows[first : first + AT_ONCE], first):
         try:
-            texts.append(_render(template, number, row, columns, how.more, alone, alone and how.train_on == "all"))
+            texts += _render_pairs(template, number, row, columns, how)
         except UserError as error:
             dropped.append((number, str(error)))
     examples = tokenize(texts, template.tokenizer, how.boundary, may_be_equal=alone)
     tokenize_more(texts, examples, template.tokenizer, how.boundary)
+    several = {text.row for text in texts if text.which != (0, 0)}
+    wrong = {}  # one bad answer makes a bad row
     for text, example in zip(texts, examples):
         if isinstance(example, str):
-            dropped.append((text.row, example))
-        pieces = () if isinstance(example, str) else _pieces(example, how.more)
+            where = f"{answers_named(text.which, bool(columns.rejected))}: "
+            wrong.setdefault(text.row, where * (text.row in several) + example)
+    dropped += wrong.items()
+    for text, example in zip(texts, examples):
+        pieces = () if text.row in wrong else _pieces(example, how.more)
         for piece in filter(None, pieces):
             ids.extend(piece)
         content = hashlib.sha256(repr((text.prompt, text.chosen, text.rejected)).encode(errors="surrogatepass"))
         lines.append(Line(text.row, text.notes, content.hexdigest()[:32], not text.prompt,
-                          tuple(-1 if piece is None else len(piece) for piece in pieces), text.weight))
+                          tuple(-1 if piece is None else len(piece) for piece in pieces), text.weight, text.which))
     return Part(lines, sorted(dropped), ids)
 
 
 def _pieces(example: Example, more: tuple[str, ...]) -> list:
     prompt, chosen, rejected = example.packed()
     return [prompt.ids, chosen.ids, rejected and rejected.ids, chosen.scored, *map(example.more.get, more)]
+
+
+def _render_pairs(template: Template, number: int, row: dict, columns: Columns, how: Reading) -> list[Texts]:
+    """The texts of one row, or of each of its pairs, without an answer that was there before. Raises UserError where
+    one can't be used, or where they do not answer one prompt."""
+    alone, weight = how.loss == "sft", weight_of(row, columns)
+    pairs, found = pairs_of(row, columns, alone), {}
+    for which, own in pairs:
+        try:
+            text = _render(template, number, own, columns, how.more, alone, alone and how.train_on == "all")
+        except UserError as error:
+            where = f"{answers_named(which, bool(columns.rejected))}: "
+            raise UserError(where * (len(pairs) > 1) + str(error)) from error
+        text.weight, text.which = weight, which
+        found.setdefault((text.chosen, None if alone else text.rejected), text)
+    first, *others = found.values()
+    if other := next((text.prompt for text in others if text.prompt != first.prompt), None):
+        raise UserError(f"has lists of answers to different prompts, {first.prompt[-40:]!r} and {other[-40:]!r}; give "
+                        "their prompt in a column of its own")
+    if len(found) < len(pairs):
+        first.notes += ("an answer that a list has twice is taken once",)
+    return [first, *others]
 
 
 def _render(template: Template, number: int, row: dict, columns: Columns, more: tuple[str, ...], alone: bool,
@@ -164,4 +192,4 @@ def _render(template: Template, number: int, row: dict, columns: Columns, more: 
     found = {name: render_more(template, text.prompt, name, in_messages(f"column {name}", row[name])) for name in more}
     notes = (*text.notes, *(note for _, notes in found.values() for note in notes))
     said = {name: response for name, (response, _) in found.items() if response}
-    return dataclasses.replace(text, notes=notes, more=said, weight=values.weight)
+    return dataclasses.replace(text, notes=notes, more=said)

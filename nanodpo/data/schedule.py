@@ -22,11 +22,26 @@ def steps_of(max_steps: int, epochs: float, steps_per_epoch: int) -> int:
     return max_steps if max_steps > 0 else math.ceil(round(epochs * steps_per_epoch, 6))
 
 
-def pairs_of_step(n: int, pairs_per_step: int, seed: int, step: int) -> list[int]:
-    """Indices of the pairs of a step; steps count from 0. An epoch's last step takes what is left: no pair comes twice
-    in an epoch."""
+@functools.lru_cache(maxsize=2)
+def pair_order(n: int, seed: int, epoch: int, starts: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The order in which an epoch visits n pairs: that of its rows. Pairs of one row stay together; `starts` has the
+    index of each row's first pair, None where every row is one pair.
+
+    >>> epoch_order(3, 0, 0), pair_order(6, 0, 0, (0, 1, 4))
+    ((0, 2, 1), (0, 4, 5, 1, 2, 3))
+    """
+    if starts is None:
+        return epoch_order(n, seed, epoch)
+    ends = (*starts[1:], n)
+    return tuple(i for row in epoch_order(len(starts), seed, epoch) for i in range(starts[row], ends[row]))
+
+
+def pairs_of_step(n: int, pairs_per_step: int, seed: int, step: int,
+                  starts: tuple[int, ...] | None = None) -> list[int]:
+    """Indices of the pairs of a step, which `pair_order` puts in order; steps count from 0. An epoch's last step takes
+    what is left: no pair comes twice in an epoch."""
     epoch, step_of_epoch = divmod(step, math.ceil(n / pairs_per_step))
-    return list(epoch_order(n, seed, epoch)[step_of_epoch * pairs_per_step :][:pairs_per_step])
+    return list(pair_order(n, seed, epoch, starts)[step_of_epoch * pairs_per_step :][:pairs_per_step])
 
 
 def micro_batches_of(pairs: list[int], batch_size: int, rank: int, world: int) -> list[tuple[list[int], float]]:

@@ -6,6 +6,7 @@ with answers, contents in parts. What is no message stays as it is, and is refus
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -56,7 +57,6 @@ class Row:
     chosen: object
     rejected: object
     options: dict = dataclasses.field(default_factory=dict)  # for apply_chat_template
-    weight: float = 1.0
 
 
 def choose_columns(path: str, rows: list[dict], args, pairs: bool) -> Columns:
@@ -111,7 +111,8 @@ def _check_unread(where: str, row: dict, columns: Columns) -> None:
 
 def _rendered(row: dict, columns: Columns) -> bool:
     """Does the chat template write this row, or a part of it? Plain text brings all that it says."""
-    return columns.asks or any(name and isinstance(row[name], (list, dict)) for name in columns.fields)
+    return columns.asks or any(isinstance(answer, (list, dict)) for name in columns.fields if name
+                               for answer in answers_of(row[name]))
 
 
 def _beside(rows: list[dict], columns: Columns) -> tuple[str, ...]:
@@ -143,6 +144,29 @@ def unread_parts(rows: list[dict], columns: Columns) -> dict[str, int]:
 # Rows
 
 
+def answers_of(value) -> list:
+    """The answers in a cell: several, where it is a list of texts or of lists of messages, or else its value.
+
+    >>> answers_of(["4", "four"]), answers_of("4"), answers_of([{"role": "assistant", "content": "4"}])
+    (['4', 'four'], ['4'], [[{'role': 'assistant', 'content': '4'}]])
+    """
+    several = isinstance(value, list) and value and all(isinstance(item, (str, list, type(None))) for item in value)
+    return value if several else [value]
+
+
+def pairs_of(row: dict, columns: Columns, alone: bool) -> list[tuple[tuple[int, int], dict]]:
+    """The pairs of a row: each of its chosen with each of its rejected answers, as rows of one answer a side, with the
+    numbers of these answers. `alone`: chosen is trained on alone, so that each of its answers comes once, the first
+    one with the first rejected answer and so on, again from the first where there are no more."""
+    if columns.whole:
+        return [((0, 0), row)]
+    chosen, rejected = (answers_of(row[name]) if name else [None] for name in (columns.chosen, columns.rejected))
+    numbers = ([(i, i % len(rejected)) for i in range(len(chosen))] if alone else
+               itertools.product(range(len(chosen)), range(len(rejected))))
+    return [((i, j), row | {columns.chosen: chosen[i]} | ({columns.rejected: rejected[j]} if columns.rejected else {}))
+            for i, j in numbers]
+
+
 def read_row(row: dict, columns: Columns) -> Row:
     """One row in the form that texts.py takes. Raises UserError for what it can't mean."""
     prompt, chosen, rejected = (row[name] if name else None for name in columns.fields)
@@ -167,11 +191,12 @@ def read_row(row: dict, columns: Columns) -> Row:
         raise UserError(f"has tools of type {type(options['tools']).__name__}; they must be a list")
     kwargs = options.pop("chat_template_kwargs", {})
     check_options("chat_template_kwargs", kwargs)
-    return Row(prompt, chosen, rejected, options | kwargs, _weight(row[WEIGHT]) if WEIGHT in columns.beside else 1.0)
+    return Row(prompt, chosen, rejected, options | kwargs)
 
 
-def _weight(value) -> float:
-    """The value of a column `weight`. Raises UserError for what is no number of 0 or more."""
+def weight_of(row: dict, columns: Columns) -> float:
+    """What the column `weight` says, 1 without one. Raises UserError for what is no number of 0 or more."""
+    value = row[WEIGHT] if WEIGHT in columns.beside else 1
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and 0 <= value <= sys.float_info.max:  # NaN is not
         return float(value)

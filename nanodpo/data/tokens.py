@@ -4,7 +4,7 @@ import collections
 import dataclasses
 
 from ..errors import UserError, one_line
-from .example import Example, too_long, truncate
+from .example import Example, answers_named, too_long, truncate
 from .prepared import Line, Reading, prepare
 from .problems import find_problems
 from .template import Template
@@ -32,9 +32,16 @@ class DataSet:
         """The examples of which an epoch is made, each once."""
         return self.examples if self.unmixed is None else self.unmixed
 
+    @property
+    def rows(self) -> int:
+        """How many rows the examples are of; a row with lists of answers is several examples."""
+        return len({example.row for example in self.once})
+
     def report(self) -> str:
-        lines = [f"data {self.path}: {_rows(self.total or len(self.examples))}, {len(self.dropped)} dropped"
+        lines = [f"data {self.path}: {_rows(self.total or self.rows)}, {len(self.dropped)} dropped"
                  + f", {self.held_out} held out" * bool(self.held_out)]
+        if len(self.once) > self.rows:
+            lines.append(f"  lists of answers: {_rows(self.rows)} make {len(self.once)} pairs")
         lines += [f"  {text}" for text in (self.columns, self.mixture) if text]
         lines += [f"  {_rows(count)}: {note}" for note, count in sorted(self.notes.items())]
         lines += [f"  dropped row {row['row']}: {one_line(row['reason'])}" for row in self.dropped[:SHOWN]]
@@ -71,13 +78,14 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
 
 def _add(data: DataSet, examples: list[Example], limit: int, args) -> list[tuple[Example, str]]:
     """Adds the examples that fit to the data set. Returns the others, each with the limit that it breaks."""
-    overlong = []
+    overlong, several = [], {example.row for example in examples if example.which != (0, 0)}
     for example in examples:
         room = max(0, limit - len(example.prompt)) if example.more else 0
         example.more = {name: ids[:room] for name, ids in example.more.items()}
         data.lengths.append(example.length)
         if reason := too_long(example, args.max_prompt_length, limit, args.max_length):
-            overlong.append((example, reason))
+            where = f"{answers_named(example.which, example.rejected is not None)}: " * (example.row in several)
+            overlong.append((example, where + reason))
         else:
             data.examples.append(example)
     return overlong
@@ -85,14 +93,17 @@ def _add(data: DataSet, examples: list[Example], limit: int, args) -> list[tuple
 
 def _add_notes(data: DataSet, lines: list[Line]) -> None:
     """Counts what was changed or found in the rows that stay."""
-    left = {example.row for example in data.examples}
-    for line in (lines := [line for line in lines if line.row in left]):
-        data.notes.update(set(line.notes))  # a set: both sides may say the same of one row
-    for what, count in (("weight 0, which counts nothing in the loss", sum(not e.weight for e in data.examples)),
-                        ("a weight other than 0 and 1", sum(e.weight not in (0, 1) for e in data.examples))):
+    left, rows = {example.row: example.weight for example in data.examples}, {}
+    for line in lines:
+        if line.row in left:
+            rows.setdefault(line.row, []).append(line)
+    for own in rows.values():  # a set: both sides, and all pairs, may say the same of one row
+        data.notes.update({note for line in own for note in line.notes})
+    for what, count in (("weight 0, which counts nothing in the loss", sum(not w for w in left.values())),
+                        ("a weight other than 0 and 1", sum(w not in (0, 1) for w in left.values()))):
         if count:
             data.notes[what] = count
-    if duplicates := len(lines) - len({line.content for line in lines}):
+    if duplicates := len(rows) - len({tuple(line.content for line in own) for own in rows.values()}):
         data.notes["repeats an earlier row"] = duplicates
 
 
@@ -131,10 +142,12 @@ def _worst(dropped: list[dict]) -> str:
 def _handle_overlong(data: DataSet, overlong: list[tuple[Example, str]], limit: int, args) -> None:
     if overlong and args.overlong == "error":
         worst = sorted(overlong, key=lambda item: -item[0].length)[:SHOWN]
-        total = len(data.examples) + len(overlong)
-        raise UserError(f"{data.path}: {len(overlong)} of {_rows(total)} ({len(overlong) / total:.1%}) are too long; "
+        count, total = (len({e.row for e in examples}) for examples in (
+            [e for e, _ in overlong], [*data.examples, *(e for e, _ in overlong)]))
+        raise UserError(f"{data.path}: {count} of {_rows(total)} ({count / total:.1%}) are too long; "
                         f"longest: {'; '.join(f'row {e.row}: {reason}' for e, reason in worst)}. Raise the limit, or "
                         "use --overlong drop or --overlong truncate")
+    shortened = set()  # (row, what was done): pairs of one row have answers in common
     for example, reason in overlong:
         cut = None
         if args.overlong == "truncate":
@@ -144,6 +157,7 @@ def _handle_overlong(data: DataSet, overlong: list[tuple[Example, str]], limit: 
             continue
         data.examples.append(cut)
         sides = "both responses" if all(cut.cut) else f"only {'chosen' if cut.cut[0] else 'rejected'}"
-        data.notes[f"{sides} cut to fit {limit} tokens"] += 1
-    data.examples.sort(key=lambda example: example.row)
+        shortened.add((example.row, f"{sides} cut to fit {limit} tokens"))
+    data.notes.update(note for _, note in shortened)
+    data.examples.sort(key=lambda example: (example.row, example.which))
     data.dropped.sort(key=lambda row: row["row"])

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.example import Answers
+from ..data.example import Answers, row_starts
 from ..errors import Preempted, RunStopped, UserError, first_line
 from ..progress import Progress
 from ..ranks.distributed import from_main, is_main, main_first, say, sum_over_ranks
@@ -40,12 +40,14 @@ def data_hash(examples) -> str:
 
 
 def token_hash(examples) -> str:
-    """A hash of the token ids of all examples, in order. Log-probs of a model follow from them, whatever the weights.
-    """
+    """A hash of the token ids of all examples, in order, and of where rows begin where one is several pairs. Log-probs
+    of a model follow from these, whatever the weights."""
     digest = hashlib.sha256()
     for example in examples:
         for ids in (example.prompt, example.chosen, example.rejected or [], *_scored(example.chosen)):
             digest.update(array.array("q", [len(ids), *ids]).tobytes())
+    if starts := row_starts(examples):
+        digest.update(array.array("q", starts).tobytes())
     return digest.hexdigest()
 
 

@@ -25,7 +25,7 @@ def open_folder(run: Run) -> dict:
     run.facts |= {"arguments": record.arguments(run.args), "steps": run.steps, "layout": run.layout,
                   "attention": run.attention, "weights": run.weights, "reference": run.reference_weights,
                   "device": distributed.device_name(run.device),
-                  "held_out_rows": [e.row for e in run.held_out.examples] if run.args.eval_size else None,
+                  "held_out_rows": sorted({e.row for e in run.held_out.examples}) if run.args.eval_size else None,
                   "prompt_leads": prompt_leads(template_for(run.source.tokenizer, run.args, run.facts["date"]),
                                                [example.prompt for example in run.train_set.examples])}
     with agreement.same_on_all_ranks() as compared:

@@ -31,7 +31,7 @@ A line of metrics.jsonl has besides
     epoch                    passes over the training data at the beginning of the step
     grad_norm                of the whole step's gradient, over all ranks and before clipping
     learning_rate            of this step's update
-    num_tokens               prompts and responses seen so far, this step's included, all ranks; a shared prompt once
+    num_tokens               prompts and responses seen so far, this step's included, all ranks; what is shared once
     skipped_steps            updates that were left out up to and including this one, see --skip_nonfinite
     perf/step_seconds        of the whole step with its update, on rank 0; without evaluation and saving
     perf/tokens_per_second   this step's part of num_tokens by step_seconds
@@ -109,16 +109,19 @@ class TokenMetrics:
             found["entropy"] = (hidden.double() * kept).sum(1) - chunk.logps
         self.parts.append(found)
 
-    def take(self, lengths: Tensor) -> dict[str, Tensor]:
-        """(P, R) tokens of each response -> (P,) sums of what was scored since the last call, and numbers of tokens:
-        entropy of all responses, accuracy of chosen alone, as in TRL. Nothing where nothing was scored."""
+    def take(self, lengths: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """(P, R) tokens of each response, and its number among those of the batch (core/batches.py, groups_of) -> (P,)
+        sums of what was scored since the last call, and numbers of tokens: entropy of all responses, accuracy of
+        chosen alone, as in TRL. Nothing where nothing was scored."""
         parts, self.parts = self.parts, []
         if not parts:
             return {}
         values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        each = torch.arange(lengths.numel(), device=lengths.device)
-        each = each.repeat_interleave(lengths.long().flatten(), output_size=len(values["mean_token_accuracy"]))
-        sums = {name: sum_by_sequence(value, each, lengths.numel()).view_as(lengths) for name, value in values.items()}
+        counts = torch.zeros(lengths.numel(), dtype=torch.long, device=lengths.device)  # 0 beyond the last response
+        counts[index] = lengths.long()
+        each = torch.arange(len(counts), device=counts.device)
+        each = each.repeat_interleave(counts, output_size=len(values["mean_token_accuracy"]))
+        sums = {name: sum_by_sequence(value, each, len(counts))[index] for name, value in values.items()}
         found = {"mean_token_accuracy": sums["mean_token_accuracy"][:, 0], "tokens/chosen": lengths[:, 0]}
         return found | ({"entropy": sums["entropy"].sum(1), "tokens": lengths.sum(1)} if "entropy" in sums else {})
 

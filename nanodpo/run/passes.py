@@ -28,7 +28,7 @@ def logps_of(run: Run, examples: list[Example], sides: list[str], where: str, mo
     the memory is too small; `where` names the pass. `model`: a SequenceLogProbs with its layout, in place of the
     policy."""
     with memory.shortage_named(run.rank, where, lambda: memory.describe(examples)):
-        return response_logps(model or run.engine, groups_of(examples, sides), layout or run.layout, run.device)
+        return response_logps(model or run.engine, examples, sides, layout or run.layout, run.device)
 
 
 def row_weights(examples: list[Example], device: torch.device) -> torch.Tensor:
@@ -67,7 +67,7 @@ def _reference(run: Run):
 def _add_references(run: Run) -> None:
     n, batch = len(run.train_set.examples), run.args.per_device_train_batch_size
     # The micro-batches are those of training's first epoch: at step 0 policy and reference agree to the last bit.
-    steps = [pairs_of_step(n, run.pairs_per_step, run.args.seed, step)
+    steps = [pairs_of_step(n, run.pairs_per_step, run.args.seed, step, run.row_starts)
              for step in range(min(run.steps, run.steps_per_epoch))]
     with _reference(run) as model:
         run.ref = _references(run, model, run.train_set, steps, batch)
@@ -108,13 +108,14 @@ def measure_noise(run: Run) -> dict[str, float]:
     """The standard deviation that bfloat16's rounding gives one pair's numbers, nats, by metric; see noise.py."""
     examples, args = run.train_set.examples, run.args
     sides = PAIR if examples[0].rejected is not None else PAIR[:1]
-    pairs = pairs_of_step(len(examples), noise.count(run.steps * run.pairs_per_step), args.seed, 0)
+    pairs = pairs_of_step(len(examples), noise.count(run.steps * run.pairs_per_step), args.seed, 0, run.row_starts)
 
     def score(indices):
         return logps_of(run, [examples[i] for i in indices], sides, "measuring rounding")
 
     def lengths(indices):
-        return response_lengths(groups_of([examples[i] for i in indices], sides), torch.device("cpu"))
+        groups, index = groups_of([examples[i] for i in indices], sides)
+        return response_lengths(groups, torch.device("cpu"))[index]
 
     result = noise.measure(run.engine, run.engine.module.model, score,
                           micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world), lengths,
@@ -128,9 +129,9 @@ def dry_run(run: Run) -> None:
     nothing.
     """
     args, sides = run.args, PAIR[:1] if run.args.loss == "sft" else PAIR
-    longest = sorted(run.train_set.examples, key=lambda example: -total_tokens(groups_of([example], sides)))
+    longest = sorted(run.train_set.examples, key=lambda example: -total_tokens(groups_of([example], sides)[0]))
     examples = longest[: args.per_device_train_batch_size]
-    groups = groups_of(examples, sides)
+    groups = [groups_of([example], sides)[0][0] for example in examples]  # nothing shared: no micro-batch takes more
     distributed.say(f"dry run on {memory.describe(examples)}")
     ref = _reference_of(run, examples) if needs_reference(run.loss) else None
     size = memory.weight_bytes(run.reference_model)
@@ -139,7 +140,7 @@ def dry_run(run: Run) -> None:
     began = time.perf_counter()
     with memory.shortage_named(run.rank, "the dry run", lambda: memory.describe(examples)):
         logps = run.engine(make_batch(groups, run.layout, run.device)).view(len(groups), -1)
-        lengths = response_lengths(groups, run.device)
+        lengths = response_lengths(groups, run.device).view(len(groups), -1)
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
         run.engine.set_gradient_accumulation_boundary(True)
         run.engine.backward(losses.mean(), scale_wrt_gas=False)

@@ -14,6 +14,7 @@ import torch
 
 from ..core.losses import needs_reference
 from ..data import inspection
+from ..data.example import row_starts
 from ..data.mixing import mix, read_weights
 from ..data.places import name_splits
 from ..data.schedule import epoch_order, steps_of
@@ -106,6 +107,11 @@ class Run(Start):
     @functools.cached_property
     def pairs_per_step(self) -> int:
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.world
+
+    @functools.cached_property
+    def row_starts(self) -> tuple[int, ...] | None:
+        """Where the rows of the training set begin among its pairs; None where every row is one pair."""
+        return row_starts(self.train_set.examples)
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:
@@ -289,11 +295,12 @@ def load_data(args, source, date: str | None = None):
         return train, held_out, limit
     if not args.eval_size:
         return train, None, limit
-    n = len(train.examples)
+    rows = list(dict.fromkeys(example.row for example in train.examples))  # one may be several pairs, and stays whole
+    n = len(rows)
     if args.eval_size >= n:
         raise UserError(f"--eval_size {args.eval_size}: {args.train_file_path} has {n} usable row{'s' * (n > 1)}")
-    held = set(epoch_order(n, args.seed, -1)[: args.eval_size])
-    held_out = DataSet(f"{args.eval_size} rows of {train.path}", [train.examples[i] for i in sorted(held)], [], {}, [])
-    train.total, train.held_out = n, args.eval_size
-    train.examples = [example for i, example in enumerate(train.examples) if i not in held]
+    held = {rows[i] for i in epoch_order(n, args.seed, -1)[: args.eval_size]}
+    parts = [[example for example in train.examples if (example.row in held) == out] for out in (True, False)]
+    held_out = DataSet(f"{args.eval_size} rows of {train.path}", parts[0], [], {}, [])
+    train.total, train.held_out, train.examples = n, args.eval_size, parts[1]
     return train, held_out, limit

@@ -15,7 +15,7 @@ from ..model.source import Source, check_ids, open_source
 from ..ranks.distributed import say
 from .answers import final_answer, thinks
 from .contents import hash_of
-from .responses import GREEDY, KINDS, Group, make_groups
+from .responses import GREEDY, KINDS, Group, make_groups, one_a_row
 from .runs import READING, Checkpoint, check_own, own_rows, without_references
 
 
@@ -111,7 +111,7 @@ class Reader:
             data = load_dataset(self.path, template, settings, self.limit(settings), pairs=False, more=columns)
             check_ids(self.source, self.path, data.examples)
             if self.rows:
-                data.total, data.held_out = len(data.examples), len(self.rows)
+                data.total, data.held_out = data.rows, len(self.rows)
                 data.examples = [example for example in data.examples if example.row in self.rows]
             self.known[how] = data, template
         return self.known[how]
@@ -178,10 +178,16 @@ def open_dataset(name: str, reader: Reader, settings, wanted: Wanted) -> Respons
     asked = wanted.responses or [*KINDS]
     read, template = reader.read(settings, tuple(kind for kind in asked if kind not in KINDS and kind != GREEDY))
     examples, limit = [example.last_answer() for example in read.examples], reader.limit(settings)
+    several = len({alone.row for alone, example in zip(examples, read.examples) if alone is not example})
+    examples, further = one_a_row(examples)
     there = [kind for kind, make in KINDS.items() if any(make(examples, i, wanted.seed) for i in range(len(examples)))]
     asked = wanted.responses or there
+    asked = [*asked, *(name for name in further if name.partition("[")[0] in asked)]
     say(read.report())
-    if several := sum(alone is not example for alone, example in zip(examples, read.examples)):
+    if further:
+        say(f"{name}: of rows with lists of answers the first ones are chosen and rejected, and a pair; further ones "
+            f"are scored as {', '.join(further[:4])}{' ...' * (len(further) > 4)}")
+    if several:
         # Responses of other kinds answer the last question, too.
         say(f"{name}: {several} of {len(examples)} rows have several answers; the run was trained on all of them "
             "(--train_on all), and the last one is scored, after all that is before it")

@@ -3,6 +3,7 @@
 Every kind of response is a function of the data set and a seed alone: asking for one more changes no other's numbers.
 """
 
+import dataclasses
 import random
 
 from ..data.example import Example
@@ -30,6 +31,22 @@ def shuffled(examples: list[Example], i: int, seed: int) -> list[int] | None:
 KINDS = {"chosen": lambda examples, i, seed: examples[i].chosen,
          "rejected": lambda examples, i, seed: examples[i].rejected, "other": other, "shuffled": shuffled}
 GREEDY = "greedy"  # the starting model's own answer, which takes the model to know
+
+
+def one_a_row(examples: list[Example]) -> tuple[list[Example], list[str]]:
+    """(the first pair of each row, names): the further answers of a row's lists are among its `more`, under names like
+    rejected[2]. An answer that follows another prompt (that of the last answer of a conversation of its own) is not."""
+    found, names, before = [], {}, None
+    for example in examples:
+        if before is None or not example.follows(before):
+            found.append(dataclasses.replace(example, more={**example.more}))
+        for side, number, own in zip(("chosen", "rejected"), example.which, found[-1].which):
+            ids = getattr(example, side)
+            if number != own and ids is not None and example.prompt == found[-1].prompt:
+                found[-1].more[f"{side}[{number}]"] = ids
+                names[number, f"{side}[{number}]"] = None
+        before = example
+    return found, [name for _, name in sorted(names)]
 
 
 def make_groups(examples: list[Example], kinds: list[str], seed: int, limit: int) -> list[Group]:

@@ -68,7 +68,7 @@ def test_of_a_response_only_some_tokens_may_count(layout, predictors):
         assert torch.equal(getattr(batch, name), getattr(whole, name))
     assert batch.segments == whole.segments if whole.segments is None else (
         batch.segments.spans == whole.segments.spans and torch.equal(batch.segments.keys, whole.segments.keys))
-    assert response_lengths(groups, torch.device("cpu")).tolist() == [[3, 1]]
+    assert response_lengths(groups, torch.device("cpu")).tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -103,6 +103,7 @@ def test_the_peak_of_a_process_is_in_gib():
 
 
 LENGTHS = torch.tensor([[3.0, 2.0], [1.0, 4.0]], dtype=torch.float64)  # tokens of two pairs, ten in all
+INDEX = torch.arange(4).view(2, 2)  # each has its own responses
 
 
 def scored_tokens(dtype, trainable, bias, scale, cap, whole, watched=True):
@@ -138,11 +139,11 @@ def test_entropy_and_accuracy_are_those_of_all_logits(dtype, tolerance, trainabl
     entropy = -(p * p.log()).sum(1)
     hits = (logits.argmax(1) == targets)[[0, 1, 2, 5]].double()  # chosen's three of the first pair, one of the second
     meter = Meter(torch.device("cpu"))
-    meter.add(tokens.take(LENGTHS), 1.0)
+    meter.add(tokens.take(LENGTHS, INDEX), 1.0)
     head(hidden, targets)
-    meter.add(tokens.take(LENGTHS), 0.0)
+    meter.add(tokens.take(LENGTHS, INDEX), 0.0)
     means = meter.means()
-    assert means.keys() == {"entropy", "mean_token_accuracy"} and tokens.take(LENGTHS) == {}
+    assert means.keys() == {"entropy", "mean_token_accuracy"} and tokens.take(LENGTHS, INDEX) == {}
     assert means["entropy"] == pytest.approx(entropy.mean().item(), rel=tolerance) and 0.5 < means["entropy"] < 3.4
     assert means["mean_token_accuracy"] == hits.mean().item() and 0.4 < hits.mean() < 1
 
@@ -150,7 +151,7 @@ def test_entropy_and_accuracy_are_those_of_all_logits(dtype, tolerance, trainabl
 @pytest.mark.parametrize("trainable, bias, cap", [(True, False, None), (False, True, None), (False, False, 3.0)])
 def test_entropy_that_the_gradient_does_not_tell_is_not_there(trainable, bias, cap):
     tokens = scored_tokens(torch.float64, trainable, bias, 1.0, cap, False)[2]
-    assert tokens.take(LENGTHS).keys() == {"mean_token_accuracy", "tokens/chosen"}
+    assert tokens.take(LENGTHS, INDEX).keys() == {"mean_token_accuracy", "tokens/chosen"}
 
 
 def test_a_runs_entropy_and_accuracy_are_those_of_plain_transformers(tiny, tmp_path):
