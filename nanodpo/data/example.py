@@ -79,9 +79,11 @@ class Example:
         return dataclasses.replace(self, prompt=self.prompt + self.chosen[:start], chosen=self.chosen[start:])
 
 
-def answers_named(which: tuple[int, int], has_rejected: bool) -> str:
-    """The answers of a pair by their numbers in the row's lists."""
-    return f"chosen[{which[0]}]" + f" and rejected[{which[1]}]" * has_rejected
+def answers_named(which: tuple[int, int], row: list[tuple[int, int]]) -> str:
+    """The answers of a pair by their numbers, for the beginning of a message, where the pairs of its row have several;
+    `row` has the numbers of all of them."""
+    parts = [f"{side}[{k}]" for side, k, numbers in zip(("chosen", "rejected"), which, zip(*row)) if any(numbers)]
+    return f"{' and '.join(parts)}: " if parts else ""
 
 
 def row_starts(examples: list[Example]) -> tuple[int, ...] | None:

@@ -137,12 +137,11 @@ def _prepare_some(rows: list[dict], template: Template, how: Reading, columns: C
             dropped.append((number, str(error)))
     examples = tokenize(texts, template.tokenizer, how.boundary, may_be_equal=alone)
     tokenize_more(texts, examples, template.tokenizer, how.boundary)
-    several = {text.row for text in texts if text.which != (0, 0)}
     wrong = {}  # one bad answer makes a bad row
     for text, example in zip(texts, examples):
         if isinstance(example, str):
-            where = f"{answers_named(text.which, bool(columns.rejected))}: "
-            wrong.setdefault(text.row, where * (text.row in several) + example)
+            where = answers_named(text.which, [other.which for other in texts if other.row == text.row])
+            wrong.setdefault(text.row, where + example)
     dropped += wrong.items()
     for text, example in zip(texts, examples):
         pieces = () if text.row in wrong else _pieces(example, how.more)
@@ -168,8 +167,7 @@ def _render_pairs(template: Template, number: int, row: dict, columns: Columns, 
         try:
             text = _render(template, number, own, columns, how.more, alone, alone and how.train_on == "all")
         except UserError as error:
-            where = f"{answers_named(which, bool(columns.rejected))}: "
-            raise UserError(where * (len(pairs) > 1) + str(error)) from error
+            raise UserError(answers_named(which, [numbers for numbers, _ in pairs]) + str(error)) from error
         text.weight, text.which = weight, which
         found.setdefault((text.chosen, None if alone else text.rejected), text)
     first, *others = found.values()

@@ -78,14 +78,15 @@ def load_dataset(path: str, template: Template, args, limit: int, pairs: bool, m
 
 def _add(data: DataSet, examples: list[Example], limit: int, args) -> list[tuple[Example, str]]:
     """Adds the examples that fit to the data set. Returns the others, each with the limit that it breaks."""
-    overlong, several = [], {example.row for example in examples if example.which != (0, 0)}
+    overlong, rows = [], {}
+    for example in examples:
+        rows.setdefault(example.row, []).append(example.which)
     for example in examples:
         room = max(0, limit - len(example.prompt)) if example.more else 0
         example.more = {name: ids[:room] for name, ids in example.more.items()}
         data.lengths.append(example.length)
         if reason := too_long(example, args.max_prompt_length, limit, args.max_length):
-            where = f"{answers_named(example.which, example.rejected is not None)}: " * (example.row in several)
-            overlong.append((example, where + reason))
+            overlong.append((example, answers_named(example.which, rows[example.row]) + reason))
         else:
             data.examples.append(example)
     return overlong

@@ -122,11 +122,13 @@ def test_an_answer_that_a_list_has_twice_is_taken_once(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"rejected": ["5", "4"]}, "chosen[0] and rejected[1]: chosen and rejected are equal"),
+    ({"rejected": ["5", "4"]}, "row 1: chosen[0] and rejected[1]: chosen and rejected are equal"),
     ({"rejected": ["5", " "]}, "chosen[0] and rejected[1]: rejected is empty"),
     ({"chosen": ["4", None]}, "chosen[1] and rejected[0]: chosen is missing"),
     ({"chosen": ["4", ["four", "five"]]}, "chosen[1] and rejected[0]: chosen is of type list"),
-    ({"chosen": []}, "chosen is an empty list"), ({"chosen": ["4", {"role": "assistant"}]}, "chosen is of type list"),
+    ({"chosen": [], "rejected": "5"}, "row 1: chosen is an empty list"),
+    ({"chosen": ["4", {"role": "assistant"}]}, "row 1: rejected[0]: chosen is of type list"),
+    ({"chosen": ["4", 3], "rejected": ["5"]}, "row 1: chosen is of type list"),
     ({"rejected": [["5"], [said("6")]]}, "chosen[0] and rejected[0]: rejected is of type list")])
 def test_a_bad_answer_makes_a_bad_row(changes, words, tmp_path):
     """It is named, and all pairs of the row are left out with --on_bad_row drop."""
