@@ -27,6 +27,7 @@ anything differs.
 """
 
 import argparse
+import gc
 import importlib
 import itertools
 import json
@@ -345,13 +346,17 @@ def count(hits: list[dict], key: str, values: tuple) -> str:
 
 
 def warm_up() -> None:
-    """Imports what train.py and score.py will, so that the ranks made by fork need not."""
+    """Imports what train.py, score.py and plot.py will, so that the ranks made by fork need not."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     sys.path.insert(0, str(ROOT))
     for name in ("torch", "transformers", "peft", "deepspeed", "datasets", "safetensors.torch", "tqdm", "pandas",
-                 "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg"):
+                 "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg", "train", "score", "plot"):
         importlib.import_module(name)
     from transformers import AutoModelForCausalLM, Qwen2ForCausalLM  # noqa: F401, its parts are imported by use
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("qwen2")  # compiles patterns for all models, 0.3 s, and keeps them
+    gc.freeze()  # a fork that collects garbage would write to, and so copy, all that is imported
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gc
 import itertools
 import json
 import os
@@ -45,6 +46,13 @@ def make_model(seed: int = 0, tied: bool = True, dtype=torch.float32):
         vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, eos_token_id=258,
         pad_token_id=256)).to(dtype)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_no_garbage():
+    """A run in this process collects garbage before it loads a model: without what was there before, in no time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,8 @@ if __name__ == "__main__":
     from faults import warm_up
 
     sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from transformers import LlamaForCausalLM  # noqa: F401, the model of most tests
+
     warm_up()
     for line in sys.stdin:
         print(json.dumps(run(*json.loads(line))), flush=True)

@@ -13,6 +13,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
+from .. import errors
 from ..errors import RankStopped, RunStopped, UserError, first_line
 from ..flags.launchers import check_meeting, take_over
 from ..screen import put
@@ -124,8 +125,9 @@ def start(local_rank: int) -> torch.device:
     # DeepSpeed calls collectives by old names, of which PyTorch warns: a user can't change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # On CPU DeepSpeed would compile a shared-memory op, and die where there is no compiler; gloo serves as well here.
-    if not cuda and "deepspeed_shm_comm" in getattr(deepspeed.ops, "__compatible_ops__", {}):
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # That it has no ops is said here: finding out which it could compile would start a compiler.
+    if not cuda:
+        deepspeed.ops.__compatible_ops__ = {}
     if cuda:
         torch.cuda.set_device(local_rank)
     backend, rank, world = "nccl" if cuda else "gloo", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -178,8 +180,8 @@ def leave() -> None:
 @contextlib.contextmanager
 def process_as_it_was():
     """Leaves a process that no launcher started as it was before, so that another run can be made in it."""
-    if "deepspeed" in sys.modules:
-        gc.collect()  # an earlier run's model and engine
+    if "deepspeed" in sys.modules and not errors.as_script:
+        gc.collect()  # an earlier run's model and engine; a script's process has none
     before, linear = {name: os.environ.get(name) for name in NAMES}, torch.nn.functional.linear
     try:
         yield
