@@ -272,10 +272,10 @@ def finish_off(config: dict, pids: list[int]) -> None:
         raise SystemExit(f"{config['name']}: did not go on, exit codes {codes}\n{log[-3000:]}")
 
 
-def wait_until(pids: list[int], true, seconds: float = 600) -> None:
+def wait_until(pids: list[int], true, seconds: float = 600, pause: float = 0.001) -> None:
     end = time.monotonic() + seconds
     while not true() and None in ended(pids) and time.monotonic() < end:
-        time.sleep(0.001)
+        time.sleep(pause)
 
 
 def count_lines(folder: Path) -> int:
@@ -352,7 +352,8 @@ def warm_up() -> None:
     for name in ("torch", "transformers", "peft", "deepspeed", "datasets", "safetensors.torch", "tqdm", "pandas",
                  "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg", "train", "score", "plot"):
         importlib.import_module(name)
-    from transformers import AutoModelForCausalLM, Qwen2ForCausalLM  # noqa: F401, its parts are imported by use
+    # Parts of transformers are imported by use: these models are the harness's and most tests'.
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM  # noqa: F401
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     get_checkpoint_conversion_mapping("qwen2")  # compiles patterns for all models, 0.3 s, and keeps them

@@ -22,12 +22,21 @@ import score
 from nanodpo.data.example import Example
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.errors import RankStopped, UserError, run_script
+from nanodpo.figures.after import draw_after
 from nanodpo.scoring import means, responses, tables
 from nanodpo.scoring import opened as models_of
 from nanodpo.scoring.flags import check_gpu
 from nanodpo.scoring.runs import open_targets
 
 KEYS = ["run", "step", "dataset", "row", "response"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_figures():
+    """Most of a scoring's time would be theirs; `full` has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "draw_after", lambda folder: "")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +153,10 @@ def full(run, tiny, tmp_path_factory):
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--dataset_path", f"d={folder / 'data.jsonl'}", "--tokens", "--gradients", "--answers", "5",
              "--max_new_tokens", "7", "--responses", "chosen", "rejected", "greedy", "third"]
-    scored(folder / "one", run, *flags)
-    launch(ROOT / "score.py", run, *flags, "--output_dir", folder / "two", ranks=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "draw_after", draw_after)
+        scored(folder / "one", run, *flags)
+    launch(ROOT / "score.py", run, *flags, "--output_dir", folder / "two", ranks=2, launcher="fork")
     return folder
 
 
@@ -466,11 +477,9 @@ def test_a_run_is_scored_from_any_folder(tiny, tmp_path, monkeypatch):
     for name in ("model", "train.jsonl"):
         (shutil.copy if "." in name else shutil.copytree)(tiny / name, tmp_path / name)
     (tmp_path / "elsewhere").mkdir()
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--model_name", "model", "--train_file_path",
-                           "train*.jsonl", "--eval_size", "3", "--max_steps", "1", "--cache_dir", "cache", "--draw",
-                           "false", "--output_dir", "run"],
-                          cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    launch(ROOT / "train.py", "--model_name", "model", "--train_file_path", "train*.jsonl", "--eval_size", "3",
+           "--max_steps", "1", "--cache_dir", "cache", "--draw", "false", "--output_dir", "run", launcher="fork",
+           cwd=tmp_path)
     named = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
     assert (named["model_name"], named["train_file_path"]) == (f"{tmp_path}/model", f"{tmp_path}/train*.jsonl")
     monkeypatch.chdir(tmp_path / "elsewhere")
