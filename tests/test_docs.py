@@ -116,7 +116,7 @@ for rank in 0 1; do
     pids[$rank]=$!
 done
 if [ ! -e out ]; then
-    until [ -s out/metrics.jsonl ]; do sleep 0.2; done
+    until [ -s out/metrics.jsonl ]; do sleep 0.05; done
     kill -TERM "${pids[@]}"
 fi
 for pid in "${pids[@]}"; do wait "$pid"; code=$?; [ "$code" -gt "$worst" ] && worst=$code; done
@@ -124,11 +124,11 @@ exit "$worst\"""")
     for name in ("train.py", "nanodpo", "examples", "ds_config.json"):
         (tmp_path / name).symlink_to(ROOT / name)
     flags = ["--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--output_dir", "out",
-             "--cache_dir", "cache", "--max_steps", "60", "--per_device_train_batch_size", "1", "--draw", "false",
+             "--cache_dir", "cache", "--max_steps", "30", "--per_device_train_batch_size", "1", "--draw", "false",
              "--deepspeed", "examples/launch/zero3.json"]
     told = environment() | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "PYTHON": sys.executable,
                             "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     job = ["bash", "examples/launch/slurm.sh", *flags]
     codes = [subprocess.run(job, cwd=tmp_path, env=told, capture_output=True, timeout=300).returncode for _ in range(2)]
     assert codes == [75, 0] and (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
-    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 60
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 30

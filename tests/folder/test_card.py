@@ -91,7 +91,8 @@ def test_a_card_shows_the_figure_of_its_run(tiny, tmp_path):
     assert "training.png" not in (run / "checkpoint-2" / "README.md").read_text()
     again = (ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
              "--output_dir", run, *flags)
-    launch(*again, launcher="fork")  # without --draw false
+    again = (*again, "--draw", "true")
+    launch(*again, launcher="fork")
     (run / "checkpoint-1" / "README.md").write_text("my own words")
     launch(*again, "--merge_weights", launcher="fork")
     for name in ("checkpoint-0", "checkpoint-2", "merged"):

@@ -47,11 +47,11 @@ def test_a_checkpoint_after_an_evaluation_under_zero3(tmp_path):
     settings = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 5000,
                 "stage3_max_reuse_distance": 1, "stage3_max_live_parameters": 10**8}
     (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": settings}))
-    launch(ROOT / "train.py", "--deepspeed", tmp_path / "zero3.json", "--max_steps", "4", "--gradient_checkpointing",
-           "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--draw", "false",
-           "--eval_steps", "0", "--save_steps", "0", "--resume_steps", "2", "--eval_size", "8", "--eval_file_path", "",
+    launch(ROOT / "train.py", "--deepspeed", tmp_path / "zero3.json", "--max_steps", "2", "--gradient_checkpointing",
+           "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--draw", "false",
+           "--eval_steps", "0", "--save_steps", "0", "--resume_steps", "1", "--eval_size", "2", "--eval_file_path", "",
            "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run", ranks=2, launcher="fork")
-    assert (tmp_path / "run" / "checkpoint-4" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")
