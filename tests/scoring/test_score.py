@@ -22,12 +22,13 @@ import score
 from nanodpo.data.example import Example
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.errors import RankStopped, UserError, run_script
-from nanodpo.figures.after import draw_after
+from nanodpo.figures import after
 from nanodpo.scoring import means, responses, tables
 from nanodpo.scoring import opened as models_of
 from nanodpo.scoring.flags import check_gpu
 from nanodpo.scoring.runs import open_targets
 
+MADE = after._made
 KEYS = ["run", "step", "dataset", "row", "response"]
 
 
@@ -35,7 +36,7 @@ KEYS = ["run", "step", "dataset", "row", "response"]
 def no_figures():
     """Most of a scoring's time would be theirs; `full` has them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "draw_after", lambda folder: "")
+        patch.setattr(after, "_made", lambda what, *_: f"no {what}")
         yield
 
 
@@ -154,7 +155,7 @@ def full(run, tiny, tmp_path_factory):
     flags = ["--dataset_path", f"d={folder / 'data.jsonl'}", "--tokens", "--gradients", "--answers", "5",
              "--max_new_tokens", "7", "--responses", "chosen", "rejected", "greedy", "third"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "draw_after", draw_after)
+        patch.setattr(after, "_made", MADE)
         scored(folder / "one", run, *flags)
     launch(ROOT / "score.py", run, *flags, "--output_dir", folder / "two", ranks=2, launcher="fork")
     return folder
