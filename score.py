@@ -4,6 +4,7 @@
     python score.py RUN [RUN ...] --dataset_path forward=f.parquet reverse=r.parquet --output_dir O
     python score.py --model_path M --dataset_path D         any model or adapter
     torchrun --nproc_per_node=2 score.py RUN                the same work, shared by the ranks
+    python score.py RUN --ledger 16                         which training pairs moved 16 rows of the data
 
 Leaves scores.parquet, a line for each checkpoint, data set, row and response, summary.csv, their means, verdict.json,
 what became of each run, and the other tables that nanodpo/scoring/tables.py describes. A scoring that was stopped goes
@@ -22,6 +23,7 @@ from nanodpo.core.logprobs import sum_by_sequence
 from nanodpo.errors import UserError, leave, run_script
 from nanodpo.figures.after import draw_after, page_after
 from nanodpo.folder.atomic import check_writable
+from nanodpo.ledger.making import make_ledger
 from nanodpo.progress import Progress
 from nanodpo.ranks import distributed
 from nanodpo.run import agreement, memory, noise
@@ -41,6 +43,7 @@ from nanodpo.scoring.responses import Group, batches
 from nanodpo.scoring.runs import Checkpoint, check_starts, find_bases, open_targets, recipe
 
 AT_ONCE = 32  # micro-batches on each rank, or greedy answers, after which what is done is kept
+LESS_LEDGER = "what is done is kept, and the same command goes on from there. It needs a smaller --ledger_memory"
 LESS = ("what is done is kept, and the same command goes on from there. It needs a smaller --max_tokens, or --bf16, or "
         "to be without --gradients or --risers")
 
@@ -73,6 +76,10 @@ def score(argv: list[str]) -> None:
         compared |= {f"files of {c.path} that hash to": hash_of(c.key)[:8] for c in checkpoints}
         compared |= {f"responses of data set {data.name} that hash to": data.hash[:8] for data in datasets}
     device = open_device(args.local_rank, args.gpu_id)
+    if args.ledger:
+        with shortage_named("the ledger", less=LESS_LEDGER):
+            lines = make_ledger(checkpoints, datasets, args, lambda longest: Opener(device, False, longest), folder)
+        return distributed.say("\n".join(lines))
     opener = Opener(device, args.gradients, max(example.length for data in datasets for example in data.examples))
     with Parts(folder / "parts") as parts:
         with shortage_named("scoring"):
@@ -211,10 +218,10 @@ def answer_greedily(opened: Opened, data: ResponseSet, prompts: list[list[int]],
     return [found[i % world][i // world] for i in range(len(prompts))]
 
 
-def shortage_named(where: str, examples=()):
+def shortage_named(where: str, examples=(), less: str = LESS):
     """Names the rank and the rows for which memory was short, and what to change."""
     rows = (lambda: memory.describe(examples)) if examples else None
-    return memory.shortage_named(distributed.rank_and_world()[0], where, rows, LESS)
+    return memory.shortage_named(distributed.rank_and_world()[0], where, rows, less)
 
 
 def report(folder: Path, checkpoints: list[Checkpoint], work: list[Work], parts: Parts) -> None:

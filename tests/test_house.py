@@ -18,7 +18,7 @@ SCRIPTS = [*(ROOT / f"{name}.py" for name in ("train", "score", "plot")),
 CORE = [name for name in MODULES if name.startswith("core.")]
 # From the ground up: a folder, or a module that lies beside them, imports those before it alone.
 ORDER = ("core", "screen", "errors", "files", "stats", "flags", "ranks", "progress", "data", "model",
-         "folder", "run", "scoring", "figures")
+         "folder", "run", "scoring", "ledger", "figures")
 LENGTHS = {"train.py": 300, "score.py": 320}
 
 

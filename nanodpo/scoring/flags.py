@@ -32,6 +32,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         "risers.parquet, risers.csv; takes the memory of two models")
     parser.add_argument("--gradients", action="store_true",
                         help="also the inner product and cosine of a pair's gradients by the LoRA weights")
+    parser.add_argument("--ledger", type=int, default=0, metavar="ROWS", help="instead of scores: split the change of "
+                        "the mean log-prob of the first so many rows, from step 0 to the last, over the training pairs "
+                        "and their two sides: ledger.parquet, ledger.json; needs a run with --save_steps 1")
+    parser.add_argument("--ledger_rows", type=int, nargs="+", metavar="ROW", help="also of each of these rows alone")
+    parser.add_argument("--ledger_memory", type=float, default=4.0, metavar="GIB", help="that the ledger may take beside "
+                        "the model; with less it goes through the run more often")
     parser.add_argument("--answers", type=int, default=0, metavar="ROWS",
                         help="also let each checkpoint answer the first so many rows of each data set whose chosen "
                         r"response ends in a \boxed{...} or a number, greedily, and check that")
@@ -60,7 +66,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     """
     args = parse_known(make_parser(description), argv, "score.py", OF_TRAIN)
     args.local_rank = local_rank(args.local_rank)
-    for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0), ("risers", 1), ("max_length", 1),
+    for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0), ("risers", 1), ("ledger", 0), ("max_length", 1),
                         ("max_prompt_length", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")

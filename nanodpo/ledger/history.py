@@ -1,0 +1,207 @@
+"""A run's steps once more: its checkpoints, the pairs of each step, and gradients by the weights that it trained."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.batches import groups_of, make_batch, response_lengths, response_logps
+from ..core.losses import loss_divisor, needs_reference, pair_losses, pair_weights
+from ..core.packing import scored_places
+from ..data.example import Example
+from ..data.mixing import mix, read_weights
+from ..data.schedule import learning_rate, pairs_of_step
+from ..errors import UserError
+from ..files import read_text
+from ..flags.arguments import TrainArguments
+from ..flags.loss import own_function, read_loss
+from ..folder.reference import data_hash
+from ..model.source import open_source
+from ..run.passes import PAIR
+from ..run.start import load_data
+from ..scoring.opened import Opened, Opener
+from ..scoring.runs import Checkpoint, find_bases, open_targets
+from .adamw import AdamW
+from .probes import Probes
+
+
+@dataclasses.dataclass
+class History:
+    """A finished run, or the steps of one so far, each of which left a checkpoint."""
+
+    checkpoints: list[Checkpoint]  # of step 0, 1, ... K
+    args: TrainArguments
+    loss: Callable  # of core/losses.py, its settings filled in
+    examples: list[Example]
+    pairs_per_step: int
+    planned: int  # steps of the whole run, on which the learning rate depends
+    skipped: set[int]  # steps that made no update
+    norms: dict[int, float]  # of each step's gradient, as training logged them
+    opener: Opener
+    reference: Checkpoint | None  # where the loss takes one
+    ref: Tensor | None = None  # (n, 2) its log-probs, nats
+    opened: Opened | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.checkpoints) - 1
+
+    @property
+    def adam(self) -> AdamW:
+        a = self.args
+        return AdamW(a.adam_beta1, a.adam_beta2, a.adam_epsilon, a.max_grad_norm, a.weight_decay)
+
+    @property
+    def sides(self) -> list[str]:
+        return PAIR[:1] if self.args.loss == "sft" else PAIR
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """What the run trained: LoRA weights, or all."""
+        named = [*self.opened.module.model.named_parameters()]
+        return [p for name, p in named if ".lora_" in name] or [p for _, p in named]
+
+    def open(self, step: int) -> None:
+        """Loads the weights that step `step` began with."""
+        self.opened = self.opener.open(self.checkpoints[step])
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+
+    def weights(self) -> Tensor:
+        """(D,): the trained weights, one after the other."""
+        return torch.cat([p.detach().flatten() for p in self.trained])
+
+    def decayed(self) -> Tensor:
+        """(D,): those that weight decay shrinks, and 0 for vectors, which it leaves alone."""
+        return torch.cat([(p.detach() if p.ndim > 1 else torch.zeros_like(p)).flatten() for p in self.trained])
+
+    def gradient(self, value: Tensor) -> Tensor:
+        """(D,): of a number by the trained weights."""
+        found = torch.autograd.grad(value, self.trained, materialize_grads=True)
+        return torch.cat([part.flatten() for part in found])
+
+    def rate(self, step: int) -> float:
+        a = self.args
+        return learning_rate(step, self.planned, a.learning_rate, a.warmup_steps, a.lr_scheduler_type)
+
+    def pairs(self, step: int) -> list[int]:
+        """Indices of the examples of a step."""
+        return pairs_of_step(len(self.examples), self.pairs_per_step, self.args.seed, step)
+
+    def divisor(self, step: int) -> float:
+        tokens = [len(scored_places(self.examples[k].chosen)) for k in self.pairs(step)]
+        return loss_divisor(self.args.loss, tokens)
+
+    def add_references(self, track: Callable) -> None:
+        """Computes the reference's log-probs of all pairs, where the loss takes them. `track`: around the work."""
+        if self.reference is None:
+            return
+        seen = sorted({k for step in range(self.steps) for k in self.pairs(step)})
+        opened, self.ref = self.opener.open(self.reference), torch.full((len(self.examples), 2), torch.nan).double()
+        for k in track(seen, "reference", "pair"):
+            groups = groups_of([self.examples[k]], PAIR)
+            self.ref[k] = response_logps(opened.module, groups, opened.layout, opened.device).cpu()[0]
+
+    def _logps(self, indices: list[int], sides: list[str]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Log-probs (P, R) of these sides of examples with their graph, the reference's of both (P, 2), lengths (P, R).
+        """
+        groups = groups_of([self.examples[k] for k in indices], sides)
+        logps = self.opened.module(make_batch(groups, self.opened.layout, self.opened.device))
+        ref = None if self.ref is None else self.ref[indices].to(self.opened.device)
+        return logps.view(-1, len(sides)), ref, response_lengths(groups, self.opened.device)
+
+    def step_gradient(self, step: int) -> Tensor:
+        """(D,): of the loss of a step, before clipping, by the weights that are open."""
+        total, pairs, size = 0.0, self.pairs(step), self.args.per_device_train_batch_size
+        for i in range(0, len(pairs), size):
+            logps, ref, lengths = self._logps(pairs[i : i + size], self.sides)
+            losses = pair_losses(self.loss, logps, ref, lengths, self.args.sft_weight)
+            total = total + self.gradient(losses.sum() / self.divisor(step))
+        return total
+
+    def pair_gradients(self, step: int) -> Iterator[tuple[int, int, Tensor]]:
+        """(index of an example, 0 for chosen and 1 for rejected, (D,)): the parts of `step_gradient`."""
+        for k in self.pairs(step):
+            # Each response in a pass of its own: a backward pass goes through all that went through the forward one.
+            found = [self._logps([k], [side]) for side in self.sides]
+            logps, lengths = (torch.cat([one[i] for one in found], 1) for i in (0, 2))
+            weights = pair_weights(self.loss, logps, found[0][1], lengths, self.args.sft_weight)[0] / self.divisor(step)
+            for side, weight in enumerate(weights.tolist()):
+                part = self.gradient(found[side][0].sum())
+                yield k, side, part * (weight if side else -weight)
+
+    def probe_gradients(self, probes: Probes) -> tuple[Tensor, Tensor]:
+        """((M,) values of the probes, nats a token, (M, D) their gradients) under the weights that are open."""
+        values = torch.zeros(len(probes.names), dtype=torch.float64)
+        grads = [0.0] * len(probes.names)
+        for m, groups, weights in probes.batches:
+            logps = self.opened.module(make_batch(groups, self.opened.layout, self.opened.device))
+            value = logps @ weights.to(logps.device)
+            values[m] += value.item()
+            grads[m] = grads[m] + self.gradient(value)
+        return values, torch.stack(grads)
+
+
+def open_history(checkpoints: list[Checkpoint], opener_of: Callable[[int], Opener], trust_remote_code: bool) -> History:
+    """The history of the run whose checkpoints these are. `opener_of` makes an Opener for sequences of so many tokens.
+
+    Raises UserError where they are not those of every step of one run, where its training data are others by now, and
+    for what made gradients that can't be made again: dropout.
+    """
+    first = checkpoints[0]
+    check_steps(checkpoints)
+    folder, record = Path(first.path).parent, first.settings.record
+    known = {field.name for field in dataclasses.fields(TrainArguments)}
+    args = TrainArguments(**{name: value for name, value in record["arguments"].items() if name in known}
+                          | {"trust_remote_code": trust_remote_code, "local_rank": -1})
+    if args.allow_dropout:
+        raise UserError(f"--ledger: {folder} was trained with dropout, whose gradients can't be made again")
+    if own_function(args.loss) and not trust_remote_code:
+        raise UserError(f"--ledger: the loss of {folder} is {args.loss}; --trust_remote_code runs that file")
+    loss, written = read_loss(args)
+    if written != record.get("loss_function"):
+        raise UserError(f"--ledger: {args.loss} is not what {folder} was trained with: the file has changed")
+    train, _, _ = load_data(args, open_source(first.path, trust_remote_code), record.get("date"))
+    if data_hash(train.once) != record["data"][0]:
+        raise UserError(f"{args.train_file_path}: has changed since run {folder} was trained on it; put the file back")
+    if weights := read_weights(args.mix_weights, args.train_file_path):
+        mix(train, weights, args.seed)
+    reference = (open_targets([args.reference])[0] if args.reference else first) if needs_reference(loss) else None
+    if args.reference and reference:
+        find_bases([reference])
+    skipped, norms = read_steps(folder)
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * record["world_size"]
+    opener = opener_of(max(example.length for example in train.examples))
+    return History(checkpoints, args, loss, train.examples, per_step, record["steps"], skipped, norms, opener,
+                   reference)
+
+
+def check_steps(checkpoints: list[Checkpoint]) -> None:
+    """Raises UserError where these are not the checkpoints of one run at step 0, 1, 2 and so on."""
+    first = checkpoints[0]
+    if len({c.run for c in checkpoints}) > 1 or not first.phase:
+        raise UserError(f"--ledger: is of one run, and {first.path} is no run, or not the only one; name a run's folder")
+    steps, folder = [c.step for c in checkpoints], Path(first.path).parent
+    if lacking := sorted({*range(steps[-1] + 1)} - {*steps}):
+        raise UserError(f"--ledger: needs a checkpoint of every step, and {folder} has none of step {lacking[0]}; train "
+                        "with --save_steps 1 and without --save_total_limit")
+    if len(steps) < 2:
+        raise UserError(f"--ledger: {folder} has checkpoint-0 alone, so nothing has changed")
+
+
+def read_steps(folder: Path) -> tuple[set[int], dict[int, float]]:
+    """(steps that made no update, {step: norm of its gradient}) of a run's metrics.jsonl. Raises UserError."""
+    file, skipped, norms, before = folder / "metrics.jsonl", set(), {}, 0
+    try:
+        for line in map(json.loads, read_text(file, 2**32).splitlines()):
+            if (count := line.get("skipped_steps", before)) > before:
+                skipped.add(line["step"])
+                before = count
+            if "grad_norm" in line:
+                norms[line["step"]] = line["grad_norm"]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise UserError(f"{file}: is not what train.py writes ({type(error).__name__}: {error})") from error
+    return skipped, norms

@@ -1,0 +1,87 @@
+"""What a ledger says: its table, a sentence for each probe, and the pairs that did most."""
+
+import numpy as np
+import pandas
+from torch import Tensor
+
+from .history import History
+from .probes import Probe
+from .sweeps import DECAY, Found
+
+SIDES = ("chosen", "rejected", "weight_decay")
+UNRELIABLE = 0.05  # of the change: a residual above it
+
+
+def to_table(history: History, probes: list[Probe], found: Found) -> pandas.DataFrame:
+    """A line for each probe, step, pair and side of it."""
+    step, index, side = (found.lines[name].numpy() for name in ("step", "index", "side"))
+    rows = np.array([example.row for example in history.examples])
+    pair = pandas.array(rows[np.maximum(index, 0)], dtype="Int64")
+    pair[side == DECAY] = pandas.NA
+    order = np.lexsort((side, index, step))
+    tables = []
+    for m, probe in enumerate(probes):
+        table = pandas.DataFrame({
+            "run": history.checkpoints[0].run, "dataset": probe.dataset,
+            "row": pandas.array([probe.row] * len(step), dtype="Int64"), "response": probe.response, "step": step,
+            "pair": pair, "side": np.array(SIDES)[side], "share": found.lines["share"][:, m].numpy(),
+            "effect": found.lines["effect"][:, m].numpy()})
+        tables.append(table.iloc[order])
+    return pandas.concat(tables, ignore_index=True)
+
+
+def to_record(history: History, probes: list[Probe], found: Found) -> list[dict]:
+    """What ledger.json says of each probe: its change, nats a token, and what made it."""
+    side, lines = found.lines["side"], found.lines["share"]
+    rebuilt = [value for value in found.rebuilt.tolist() if value == value]
+    records = []
+    for m, probe in enumerate(probes):
+        start, end = found.levels[[0, -1], m].tolist()
+        parts = {name: lines[side == i, m].sum().item() for i, name in enumerate(SIDES) if (side == i).any()}
+        rest = end - start - sum(parts.values())
+        records.append(probe._asdict() | {
+            "run": history.checkpoints[0].run, "steps": history.steps, "start": start, "end": end,
+            "change": end - start, "from": parts, "residual": rest / (end - start) if end != start else 0.0,
+            "levels": found.levels[:, m].tolist(), "updates_rebuilt": {
+                "median": float(np.median(rebuilt)), "largest": max(rebuilt)} if rebuilt else None})
+    return records
+
+
+def sentence(record: dict) -> str:
+    """How a probe changed and what made it, in one line, and one more where that is not to be relied on."""
+    whose = f"row {record['row']}" if record["row"] is not None else f"mean of {record['rows']} rows"
+    names = {"chosen": "from chosen halves", "rejected": "from rejected halves", "weight_decay": "from weight decay"}
+    parts = "".join(f" {'-' if part < 0 else '+'} {abs(part):.4f} {names[name]}"
+                    for name, part in record["from"].items()).removeprefix(" + ").removeprefix(" ")
+    text = (f"{record['dataset']}, {whose}, {record['response']}: {record['change']:+.4f} nats a token = {parts}; "
+            f"residual {abs(record['residual']):.1%}")
+    if abs(record["residual"]) > UNRELIABLE:
+        text += ("\n  unreliable: what the pairs' shares leave over is more than 5% of the change. Either it is close to "
+                 "0, or the steps are too large for their gradients to tell it")
+    return text
+
+
+def worst_pairs(table: pandas.DataFrame, count: int = 3) -> list[str]:
+    """For the mean of each data set and response: the pairs that lowered it and raised it most, and how much of all
+    that lowered it came from a tenth of the pairs."""
+    lines = []
+    for (dataset, response), part in table[table["row"].isna()].groupby(["dataset", "response"], sort=False):
+        net = part.dropna(subset="pair").groupby("pair")["share"].sum().sort_values()
+        falls = net[net < 0]
+        if falls.empty:
+            continue
+        tenth = falls.iloc[: max(1, len(net) // 10)].sum() / falls.sum()
+        words = [", ".join(f"row {pair} ({share:+.4f})" for pair, share in side.items())
+                 for side in (net.head(count), net.iloc[::-1].head(count))]
+        lines.append(f"{dataset}, {response}: lowered most by {words[0]}; raised most by {words[1]}; the "
+                     f"{max(1, len(net) // 10)} of {len(net)} pairs that lowered it most made {tenth:.0%} of all that "
+                     "lowered it")
+    return lines
+
+
+def rebuilt_line(history: History, norms: dict[int, float], rebuilt: Tensor) -> str:
+    """How well gradients and updates were made again: what training logged and left is known without the ledger."""
+    worst = max((abs(norms[k] / history.norms[k] - 1) for k in norms if history.norms.get(k)), default=0.0)
+    errors = rebuilt[~rebuilt.isnan()]
+    return (f"made again: gradient norms within {worst:.1e} of those in metrics.jsonl; updates within "
+            f"{errors.median().item():.1e} of those between checkpoints (median; {errors.max().item():.1e} at worst)")

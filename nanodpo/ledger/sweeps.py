@@ -1,0 +1,138 @@
+"""Two passes through a run. Forwards: each step's gradient, and so AdamW's moments. Backwards: what each pair's parts
+of these gradients made of the probes' change.
+
+What is done is kept in a folder, so that a ledger that was stopped goes on. Shapes as in adamw.py.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import UserError, first_line
+from ..folder.atomic import new_file, writing
+from .adamw import Adjoint, Moments
+from .history import History
+from .probes import Probes
+
+DECAY = 2  # the side of a line that is weight decay's; 0 and 1 are chosen and rejected
+KEEP_EVERY = 30  # seconds, of the backward pass
+COLUMNS = ("step", "index", "side", "share", "effect")
+
+
+class Store:
+    """The folder in which the passes keep what is done. Raises RunStopped where the disk won't take it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, name: str, *keys: str) -> dict[str, Tensor] | None:
+        """What was kept under this name, or these keys of it; None where nothing was. Raises UserError for a damaged
+        file."""
+        file = self.folder / f"{name}.safetensors"
+        try:
+            with safe_open(file, "pt") as opened:
+                return {key: opened.get_tensor(key) for key in keys or opened.keys()}
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: is damaged ({first_line(error)}); remove {self.folder}") from error
+
+    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        with writing(self.folder), new_file(self.folder / f"{name}.safetensors") as place:
+            save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, place)
+
+    def moments(self, step: int, like: Tensor) -> Moments:
+        """After this step; before the first update all are 0. A step that made no update has those before it."""
+        if step < 0:
+            return Moments(torch.zeros_like(like), torch.zeros_like(like))
+        found = self.read(f"step-{step}")
+        if found is None:
+            return self.moments(step - 1, like)
+        return Moments(found["m"].to(like), found["v"].to(like), int(found["t"]))
+
+    def norm(self, step: int) -> float:
+        """Of the step's gradient before clipping."""
+        return self.read(f"step-{step}", "norm")["norm"].item()
+
+
+def forward(history: History, store: Store, track: Callable) -> None:
+    """Keeps the moments after each step that made an update, and the norm of its gradient."""
+    steps = [step for step in range(history.steps) if step not in history.skipped]
+    left = [step for step in steps if store.read(f"step-{step}", "norm") is None]
+    moments = None
+    for step in track(left, "gradients", "step"):
+        history.open(step)
+        grad = history.step_gradient(step)
+        norm = grad.norm().item()
+        moments = moments or store.moments(step - 1, grad)
+        moments = moments.after(grad * history.adam.clip_factor(norm), history.adam)
+        store.write(f"step-{step}", {"m": moments.m, "v": moments.v, "t": torch.tensor(moments.t),
+                                     "norm": torch.tensor(norm, dtype=torch.float64)})
+
+
+@dataclasses.dataclass
+class Found:
+    """What the backward pass found of M probes."""
+
+    levels: Tensor  # (K + 1, M): their values at every step, nats a token
+    lines: dict[str, Tensor]  # step, index (of an example; -1 for weight decay), side: (L,); share, effect: (L, M)
+    rebuilt: Tensor  # (K,): |update - its reconstruction| / |update|; NaN where none was made
+
+
+def backward(history: History, probes: Probes, store: Store, name: str, track: Callable) -> Found:
+    """Shares and effects of all pairs, from the last step to the first. `name`: under which it keeps what is done."""
+    kept = store.read(name)
+    history.open(history.steps)
+    if kept is None:
+        level, end = history.probe_gradients(probes)
+        levels = torch.full((history.steps + 1, len(probes.names)), torch.nan, dtype=torch.float64)
+        levels[-1] = level
+        kept = {"next": end, "after": history.weights(), "end": end, "levels": levels, "at": torch.tensor(history.steps),
+                "rebuilt": torch.full((history.steps,), torch.nan, dtype=torch.float64)}
+    device = history.opened.device
+    state = {key: value.to(device) for key, value in kept.items()}
+    adjoint = Adjoint(history.adam, state["end"])
+    if "q" in state:
+        adjoint.restore(state)
+    lines = [{key: kept[key] for key in COLUMNS}] if "share" in kept else []
+    last = time.monotonic()
+    for step in track(range(int(kept["at"]) - 1, -1, -1), "ledger", "step"):
+        history.open(step)
+        state["levels"][step], here = history.probe_gradients(probes)
+        weights = history.weights()
+        if step not in history.skipped:
+            lines.append(_step(history, store, adjoint, step, (here + state["next"]) / 2, state, weights))
+        state |= {"next": here, "after": weights, "at": torch.tensor(step)}
+        if time.monotonic() - last > KEEP_EVERY or step == 0:
+            lines = [{key: torch.cat([part[key] for part in lines]) for key in COLUMNS}]
+            store.write(name, {key: value.clone() for key, value in (state | adjoint.state() | lines[0]).items()})
+            last = time.monotonic()
+    return Found(state["levels"].cpu(), lines[0], state["rebuilt"].cpu())
+
+
+def _step(history: History, store: Store, adjoint: Adjoint, step: int, path: Tensor, state: dict[str, Tensor],
+          weights: Tensor) -> dict[str, Tensor]:
+    """The lines of one step: of each pair's two sides, and of weight decay, where there is any."""
+    adam, rate = history.adam, history.rate(step)
+    now, before = store.moments(step, weights), store.moments(step - 1, weights)
+    made, decayed = state["after"] - weights, history.decayed()
+    state["rebuilt"][step] = (made - now.update(rate, adam, decayed)).norm() / made.norm()
+    adjoint.back(path, rate, now)
+    clip = adam.clip_factor(store.norm(step))
+    heavier = adjoint.heavier((now.m - adam.beta1 * before.m) / (1 - adam.beta1), clip)
+    found = [(step, k, side, adjoint.share(part * clip), heavier @ (part * clip))
+             for k, side, part in history.pair_gradients(step)]
+    if adam.decay:
+        shrunk = path @ (-rate * adam.decay * decayed)
+        found.append((step, -1, DECAY, shrunk, torch.full_like(shrunk, torch.nan)))
+    columns = dict(zip(COLUMNS, zip(*found)))
+    return {key: torch.stack(values).double().cpu() if key in ("share", "effect") else torch.tensor(values)
+            for key, values in columns.items()}
