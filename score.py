@@ -76,7 +76,7 @@ def score(argv: list[str]) -> None:
         compared |= {f"files of {c.path} that hash to": hash_of(c.key)[:8] for c in checkpoints}
         compared |= {f"responses of data set {data.name} that hash to": data.hash[:8] for data in datasets}
     device = open_device(args.local_rank, args.gpu_id)
-    if args.ledger:
+    if args.ledger or args.ledger_rows:
         with shortage_named("the ledger", less=LESS_LEDGER):
             lines = make_ledger(checkpoints, datasets, args, lambda longest: Opener(device, False, longest), folder)
         return distributed.say("\n".join(lines))

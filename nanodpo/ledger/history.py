@@ -20,7 +20,7 @@ from ..flags.arguments import TrainArguments
 from ..flags.loss import own_function, read_loss
 from ..folder.reference import data_hash
 from ..model.source import open_source
-from ..run.passes import PAIR
+from ..run.passes import PAIR, row_weights
 from ..run.start import load_data
 from ..scoring.opened import Opened, Opener
 from ..scoring.runs import Checkpoint, find_bases, open_targets
@@ -92,18 +92,23 @@ class History:
         return pairs_of_step(len(self.examples), self.pairs_per_step, self.args.seed, step)
 
     def divisor(self, step: int) -> float:
-        tokens = [len(scored_places(self.examples[k].chosen)) for k in self.pairs(step)]
-        return loss_divisor(self.args.loss, tokens)
+        here = [self.examples[k] for k in self.pairs(step)]
+        return loss_divisor(self.args.loss, [len(scored_places(e.chosen)) for e in here], [e.weight for e in here])
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """The pairs of a step as training cut them."""
+        pairs, size = self.pairs(step), self.args.per_device_train_batch_size
+        return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
     def add_references(self, track: Callable) -> None:
         """Computes the reference's log-probs of all pairs, where the loss takes them. `track`: around the work."""
         if self.reference is None:
             return
-        seen = sorted({k for step in range(self.steps) for k in self.pairs(step)})
         opened, self.ref = self.opener.open(self.reference), torch.full((len(self.examples), 2), torch.nan).double()
-        for k in track(seen, "reference", "pair"):
-            groups = groups_of([self.examples[k]], PAIR)
-            self.ref[k] = response_logps(opened.module, groups, opened.layout, opened.device).cpu()[0]
+        for step in track(range(self.steps), "reference", "step"):
+            for indices in self.micro_batches(step):
+                groups = groups_of([self.examples[k] for k in indices], PAIR)
+                self.ref[indices] = response_logps(opened.module, groups, opened.layout, opened.device).cpu()
 
     def _logps(self, indices: list[int], sides: list[str]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probs (P, R) of these sides of examples with their graph, the reference's of both (P, 2), lengths (P, R).
@@ -115,10 +120,11 @@ class History:
 
     def step_gradient(self, step: int) -> Tensor:
         """(D,): of the loss of a step, before clipping, by the weights that are open."""
-        total, pairs, size = 0.0, self.pairs(step), self.args.per_device_train_batch_size
-        for i in range(0, len(pairs), size):
-            logps, ref, lengths = self._logps(pairs[i : i + size], self.sides)
+        total = 0.0
+        for indices in self.micro_batches(step):
+            logps, ref, lengths = self._logps(indices, self.sides)
             losses = pair_losses(self.loss, logps, ref, lengths, self.args.sft_weight)
+            losses = losses * row_weights([self.examples[k] for k in indices], self.opened.device)
             total = total + self.gradient(losses.sum() / self.divisor(step))
         return total
 
@@ -128,7 +134,8 @@ class History:
             # Each response in a pass of its own: a backward pass goes through all that went through the forward one.
             found = [self._logps([k], [side]) for side in self.sides]
             logps, lengths = (torch.cat([one[i] for one in found], 1) for i in (0, 2))
-            weights = pair_weights(self.loss, logps, found[0][1], lengths, self.args.sft_weight)[0] / self.divisor(step)
+            weights = pair_weights(self.loss, logps, found[0][1], lengths, self.args.sft_weight)[0]
+            weights *= self.examples[k].weight / self.divisor(step)
             for side, weight in enumerate(weights.tolist()):
                 part = self.gradient(found[side][0].sum())
                 yield k, side, part * (weight if side else -weight)
@@ -183,11 +190,12 @@ def check_steps(checkpoints: list[Checkpoint]) -> None:
     """Raises UserError where these are not the checkpoints of one run at step 0, 1, 2 and so on."""
     first = checkpoints[0]
     if len({c.run for c in checkpoints}) > 1 or not first.phase:
-        raise UserError(f"--ledger: is of one run, and {first.path} is no run, or not the only one; name a run's folder")
+        raise UserError(f"--ledger: is of one run, and {first.path} is no run, or not the only one; name the folder of "
+                        "a run")
     steps, folder = [c.step for c in checkpoints], Path(first.path).parent
     if lacking := sorted({*range(steps[-1] + 1)} - {*steps}):
-        raise UserError(f"--ledger: needs a checkpoint of every step, and {folder} has none of step {lacking[0]}; train "
-                        "with --save_steps 1 and without --save_total_limit")
+        raise UserError(f"--ledger: needs a checkpoint of every step, and {folder} has none of step {lacking[0]}; "
+                        "train with --save_steps 1 and without --save_total_limit")
     if len(steps) < 2:
         raise UserError(f"--ledger: {folder} has checkpoint-0 alone, so nothing has changed")
 

@@ -27,7 +27,7 @@ def make_ledger(checkpoints: list[Checkpoint], datasets: list[ResponseSet], args
     score.py. Raises UserError, also where the memory or the disk would be too small."""
     if rank_and_world()[1] > 1:
         raise UserError("--ledger: works on one rank; start it with plain python")
-    probes = make_probes(datasets, args.responses, args.ledger, args.ledger_rows or [], args.max_tokens)
+    probes = make_probes(datasets, args.responses, args.ledger, args.ledger_rows, args.max_tokens)
     longest = max(len(prompt) + len(ids) for _, groups, _ in probes.batches for prompt, (ids,) in groups)
     history = open_history(checkpoints, lambda length: opener_of(max(length, longest)), args.trust_remote_code)
     keys = [c.key for c in history.checkpoints] + [c.key for c in [history.reference] if c]

@@ -56,8 +56,8 @@ def sentence(record: dict) -> str:
     text = (f"{record['dataset']}, {whose}, {record['response']}: {record['change']:+.4f} nats a token = {parts}; "
             f"residual {abs(record['residual']):.1%}")
     if abs(record["residual"]) > UNRELIABLE:
-        text += ("\n  unreliable: what the pairs' shares leave over is more than 5% of the change. Either it is close to "
-                 "0, or the steps are too large for their gradients to tell it")
+        text += ("\n  unreliable: what the pairs' shares leave over is more than 5% of the change. Either the change "
+                 "is close to 0, or the steps are too large for their gradients to tell it")
     return text
 
 

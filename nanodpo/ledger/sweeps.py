@@ -95,7 +95,8 @@ def backward(history: History, probes: Probes, store: Store, name: str, track: C
         level, end = history.probe_gradients(probes)
         levels = torch.full((history.steps + 1, len(probes.names)), torch.nan, dtype=torch.float64)
         levels[-1] = level
-        kept = {"next": end, "after": history.weights(), "end": end, "levels": levels, "at": torch.tensor(history.steps),
+        kept = {"next": end, "after": history.weights(), "end": end, "levels": levels,
+                "at": torch.tensor(history.steps),
                 "rebuilt": torch.full((history.steps,), torch.nan, dtype=torch.float64)}
     device = history.opened.device
     state = {key: value.to(device) for key, value in kept.items()}

@@ -1,6 +1,7 @@
 """score.py's command line."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -36,8 +37,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         "the mean log-prob of the first so many rows, from step 0 to the last, over the training pairs "
                         "and their two sides: ledger.parquet, ledger.json; needs a run with --save_steps 1")
     parser.add_argument("--ledger_rows", type=int, nargs="+", metavar="ROW", help="also of each of these rows alone")
-    parser.add_argument("--ledger_memory", type=float, default=4.0, metavar="GIB", help="that the ledger may take beside "
-                        "the model; with less it goes through the run more often")
+    parser.add_argument("--ledger_memory", type=float, default=4.0, metavar="GIB", help="that the ledger may take "
+                        "beside the model; with less it goes through the run more often")
     parser.add_argument("--answers", type=int, default=0, metavar="ROWS",
                         help="also let each checkpoint answer the first so many rows of each data set whose chosen "
                         r"response ends in a \boxed{...} or a number, greedily, and check that")
@@ -71,6 +72,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     check_gpu(args.gpu_id)
+    check_ledger(args)
     if twice := [kind for kind in args.responses or [] if args.responses.count(kind) > 1]:
         raise UserError(f"--responses: {twice[0]} is named twice")
     args.targets += [args.model_path] if args.model_path else []
@@ -80,6 +82,20 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     args.changes = {name: getattr(args, name) for name in (*READING, "trust_remote_code", *PRECISION)
                     if getattr(args, name)}
     return args
+
+
+def check_ledger(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that go with no ledger, or values that it can't take."""
+    if not 0 < args.ledger_memory < math.inf:
+        raise UserError(f"--ledger_memory {args.ledger_memory:g}: must be above 0 GiB")
+    if bad := [row for row in args.ledger_rows or [] if row < 0]:
+        raise UserError(f"--ledger_rows {bad[0]}: must be the number of a row, from 0")
+    args.ledger_rows = [*dict.fromkeys(args.ledger_rows or [])]
+    for name in ("tokens", "risers", "gradients", "answers"):
+        if (args.ledger or args.ledger_rows) and getattr(args, name):
+            raise UserError(f"--ledger: makes no scores; --{name} is for another call")
+    if (args.ledger or args.ledger_rows) and GREEDY in (args.responses or []):
+        raise UserError(f"--ledger: makes no answers, so {GREEDY} is no response that it can split")
 
 
 def check_gpu(gpu_id: int | None) -> None:

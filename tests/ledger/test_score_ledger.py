@@ -1,0 +1,119 @@
+"""score.py --ledger on real runs of train.py: what it writes is true by the scores of the same checkpoints."""
+
+import json
+
+import pandas
+import pytest
+from conftest import ROOT, launch
+
+import score
+
+STEPS = ["--max_steps", "5", "--save_steps", "1", "--per_device_train_batch_size", "2", "--draw", "false"]
+
+
+def train(tiny, folder, *flags):
+    launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--cache_dir",
+           folder.parent / "cache", "--output_dir", folder, *STEPS, *flags, launcher="fork")
+    return folder
+
+
+def ledger(run, output, *flags):
+    score.main([*map(str, [run, "--output_dir", output, *flags])])
+    return pandas.read_parquet(output / "ledger.parquet"), json.loads((output / "ledger.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    return train(tiny, tmp_path_factory.mktemp("ledger") / "dpo", "--learning_rate", "5e-4", "--weight_decay", "0.01",
+                 "--gradient_accumulation_steps", "2", "--warmup_steps", "2", "--max_grad_norm", "0.5")
+
+
+def test_shares_add_up_to_what_the_scores_say(run, tmp_path, capsys):
+    """The mean of four rows and one row alone, from scores.parquet of step 0 and the last."""
+    table, records = ledger(run, tmp_path, "--ledger", "4", "--ledger_rows", "6")
+    said = capsys.readouterr().out
+    score.main([str(run), "--output_dir", str(tmp_path / "scores")])
+    scores = pandas.read_parquet(tmp_path / "scores" / "scores.parquet").set_index(["step", "row", "response"])
+    assert len(records) == 6  # chosen, rejected, other; of the mean and of row 6
+    for record in records:
+        rows = [record["row"]] if record["row"] is not None else range(4)
+        start, end = (scores.loc[[(step, row, record["response"]) for row in rows], "mean_logps"].mean()
+                      for step in (0, 5))
+        assert record["start"] == pytest.approx(start, abs=1e-6) and record["end"] == pytest.approx(end, abs=1e-6)
+        here = table[(table["response"] == record["response"])
+                     & (table["row"].isna() if record["row"] is None else table["row"] == record["row"])]
+        assert here["share"].sum() == pytest.approx(end - start, rel=0.01, abs=1e-5)
+        assert f"{record['change']:+.4f} nats a token" in said
+        assert abs(record["residual"]) < 0.01 and record["updates_rebuilt"]["median"] < 1e-4
+    assert {*table["side"]} == {"chosen", "rejected", "weight_decay"}
+    assert {*table["step"]} == {0, 1, 2, 3, 4}
+    assert len(table[(table["step"] == 0) & (table["response"] == "chosen") & table["row"].isna()]) == 2 * 4 + 1
+    assert not [place for place in tmp_path.iterdir() if "partial" in place.name]  # nothing stays of the work
+
+
+@pytest.mark.parametrize("flags", [
+    ["--loss", "simpo", "--beta", "2", "--sft_weight", "0.3"], ["--loss", "sft"], ["--use_lora", "false"],
+    ["--loss", "ipo", "--bf16"]], ids=["no reference", "sft", "full", "bf16"])
+def test_every_kind_of_run_has_a_ledger(tiny, tmp_path, flags):
+    run = train(tiny, tmp_path / "run", "--learning_rate", "1e-3", *flags)
+    table, records = ledger(run, tmp_path / "out", "--ledger", "3", "--responses", "chosen")
+    (record,) = records
+    assert abs(record["residual"]) < 0.01 and abs(record["change"]) > 1e-4
+    assert record["updates_rebuilt"]["median"] < 1e-3
+    assert {*table["side"]} == {"chosen", "rejected"} - ({"rejected"} if "sft" in flags else set())
+
+
+def test_a_weight_of_a_row_is_in_its_shares(tiny, tmp_path):
+    """A pair of weight 0 makes nothing; with weights the shares add up as without."""
+    rows = [json.loads(line) | {"weight": float(i % 3)} for i, line in
+            enumerate((tiny / "train.jsonl").read_text().splitlines())]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train(tiny, tmp_path / "run", "--train_file_path", tmp_path / "data.jsonl", "--learning_rate", "1e-3")
+    table, (record, *_) = ledger(run, tmp_path / "out", "--ledger", "3")
+    assert abs(record["residual"]) < 0.01 and record["updates_rebuilt"]["median"] < 1e-3
+    light = table["pair"] % 3 == 0
+    assert light.any() and (table[light]["share"] == 0).all() and (table[~light]["share"] != 0).all()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["@", "--ledger", "-1"], "--ledger -1: must be at least 0"),
+    (["@", "--ledger", "2", "--tokens"], "--ledger: makes no scores; --tokens is for another call"),
+    (["@", "--ledger", "2", "--responses", "greedy"], "--ledger: makes no answers"),
+    (["@", "--ledger", "2", "--ledger_memory", "0"], "--ledger_memory 0: must be above 0 GiB"),
+    (["@", "--ledger", "2", "--ledger_memory", "1e-9"], "--ledger_memory 1e-09: a probe takes 0.00 GiB"),
+    (["@", "--ledger_rows", "99"], "--ledger_rows 99: no data set has such a row"),
+    (["@", "--ledger_rows", "-3"], "--ledger_rows -3: must be the number of a row"),
+    (["@/checkpoint-2", "@/checkpoint-3", "--ledger", "2"], "has none of step 0; train with --save_steps 1"),
+    (["@/checkpoint-0", "@/checkpoint-3", "--ledger", "2"], "has none of step 1; train with --save_steps 1"),
+    (["@/checkpoint-0", "--ledger", "2"], "has checkpoint-0 alone, so nothing has changed"),
+    (["MODEL", "--dataset_path", "DATA", "--ledger", "2"], "is no run, or not the only one"),
+])
+def test_wrong_input_is_one_line(run, tiny, tmp_path, flags, words):
+    places = {"MODEL": str(tiny / "model"), "DATA": str(tiny / "train.jsonl")}
+    flags = [places.get(flag, flag.replace("@", str(run))) for flag in flags]
+    done = launch(ROOT / "score.py", *flags, "--output_dir", tmp_path / "out", launcher="fork", check=False)
+    assert done.returncode == 2 and words in done.stdout and "Traceback" not in done.stdout
+    assert not [*tmp_path.rglob("*.parquet")]
+
+
+def test_a_run_of_its_own_loss_is_asked_about(tiny, tmp_path):
+    """run.json may come from somebody else, and never has code run."""
+    (tmp_path / "own.py").write_text("def own(chosen, rejected):\n    return rejected - chosen\n")
+    run = train(tiny, tmp_path / "run", "--loss", f"{tmp_path / 'own.py'}:own", "--learning_rate", "1e-3")
+    done = launch(ROOT / "score.py", run, "--ledger", "2", "--output_dir", tmp_path / "out", launcher="fork", check=False)
+    assert done.returncode == 2 and "--trust_remote_code runs that file" in done.stdout
+    _, (record, *_) = ledger(run, tmp_path / "out", "--ledger", "2", "--trust_remote_code")
+    assert abs(record["residual"]) < 0.01
+    (tmp_path / "own.py").write_text("def own(chosen, rejected):\n    return 2 * (rejected - chosen)\n")
+    done = launch(ROOT / "score.py", run, "--ledger", "2", "--trust_remote_code", "--output_dir", tmp_path / "out",
+                  launcher="fork", check=False)
+    assert done.returncode == 2 and "the file has changed" in done.stdout
+
+
+def test_changed_training_data_are_refused(tiny, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes((tiny / "train.jsonl").read_bytes())
+    run = train(tiny, tmp_path / "run", "--train_file_path", data, "--eval_file_path", tiny / "train.jsonl")
+    data.write_text(data.read_text().replace("It is", "It was"))
+    done = launch(ROOT / "score.py", run, "--ledger", "2", "--output_dir", tmp_path / "out", launcher="fork", check=False)
+    assert done.returncode == 2 and "has changed since run" in done.stdout
