@@ -6,6 +6,7 @@
     python plot.py --scores scores.parquet          the dynamics in files of score.py alone
     python plot.py SFT_RUN DPO_RUN --phases         dynamics of runs that followed one another, on one axis
     python plot.py RUN --heatmap                    every example of a run at every checkpoint
+    python plot.py RUN --ledger                     which training pairs moved the log-probs, from ledger.parquet
     python plot.py RUN --strip 7                    every token of the pair in row 7, from tokens.parquet
     python plot.py RUN --page                       page.html, to look around in the tokens with a browser
     python plot.py --series published.csv           curves of a csv, alone or beside one's own
@@ -78,6 +79,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     one = figures.add_mutually_exclusive_group()
     one.add_argument("--phases", action="store_true", help="Dynamics of the RUNs one after the other, in this order.")
     one.add_argument("--heatmap", action="store_true", help="Examples x checkpoints: how far each moved.")
+    one.add_argument("--ledger", action="store_true", help="What the training pairs made of a change, from "
+                     "ledger.parquet.")
     one.add_argument("--strip", type=int, metavar="ROW", help="The tokens of one pair, from tokens.parquet beside "
                      "the scores: how far each moved, or with one checkpoint its log-prob.")
     one.add_argument("--page", action="store_true", help="One HTML file, for any browser and without a network: every "
@@ -127,7 +130,8 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag}: must be finite, and no larger than 1e12")
     if args.panel_ratios and min(args.panel_ratios) <= 0:
         raise UserError("--panel_ratios: must be above 0")
-    if (args.heatmap or args.strip is not None or args.page) and (args.series or args.focus or args.floor is not None):
+    no_curves = args.heatmap or args.ledger or args.strip is not None or args.page
+    if no_curves and (args.series or args.focus or args.floor is not None):
         raise UserError("--series, --focus and --floor: are for the figures of curves")
     if args.page and (look := [flag for flag in ("style", "serif", "usetex") if getattr(args, flag)]):
         raise UserError(f"--{look[0]}: is for figures, and --page makes none")

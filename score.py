@@ -21,7 +21,7 @@ import torch
 from nanodpo.core.batches import make_batch
 from nanodpo.core.logprobs import sum_by_sequence
 from nanodpo.errors import UserError, leave, run_script
-from nanodpo.figures.after import draw_after, page_after
+from nanodpo.figures.after import draw_after, ledger_after, page_after
 from nanodpo.folder.atomic import check_writable
 from nanodpo.ledger.making import make_ledger
 from nanodpo.progress import Progress
@@ -79,7 +79,7 @@ def score(argv: list[str]) -> None:
     if args.ledger or args.ledger_rows:
         with shortage_named("the ledger", less=LESS_LEDGER):
             lines = make_ledger(checkpoints, datasets, args, lambda longest: Opener(device, False, longest), folder)
-        return distributed.say("\n".join(lines))
+        return distributed.say("\n".join([*lines, ledger_after(folder)]))
     opener = Opener(device, args.gradients, max(example.length for data in datasets for example in data.examples))
     with Parts(folder / "parts") as parts:
         with shortage_named("scoring"):

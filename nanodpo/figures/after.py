@@ -14,6 +14,11 @@ def draw_after(folder: Path) -> str:
     return _made("figure", folder, _figures)
 
 
+def ledger_after(folder: Path) -> str:
+    """Draws the figure of a folder's ledger, in words as `draw_after`."""
+    return _made("figure", folder, _ledger, "--ledger")
+
+
 def page_after(folder: Path) -> str:
     """Makes the page of a scoring that kept single tokens, in words as `draw_after`; "" where none are kept."""
     return _made("page", folder, _page, "--page") if (folder / "tokens.parquet").exists() else ""
@@ -32,7 +37,17 @@ def _made(what: str, folder: Path, make, *flags: str) -> str:
 def _figures(folder: Path) -> str:
     from .drawing import draw_run
 
-    return "figures: " + ", ".join(file.name for file in draw_run(folder) if file.suffix == ".png")
+    return _named(draw_run(folder))
+
+
+def _ledger(folder: Path) -> str:
+    from .drawing import draw_ledger
+
+    return _named(draw_ledger(folder))
+
+
+def _named(files: list[Path]) -> str:
+    return "figures: " + ", ".join(file.name for file in files if file.suffix == ".png")
 
 
 def _page(folder: Path) -> str:

@@ -9,6 +9,7 @@ from ..errors import UserError
 from .axes import listed
 from .heatmap import heatmap_figure
 from .intervals import levels, with_gaps
+from .ledger import ledger_figure
 from .noise import Noise, read_verdicts
 from .records import read_answers, read_metrics, read_scores, read_series, read_tokens
 from .runs import Facts, in_order, read_facts
@@ -28,6 +29,10 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
         tokens = [file.with_name("tokens.parquet") for file in files]
         (tokens,) = select([read_tokens(tokens, args.strip, runs, args.test)], runs, args.test)
         return {"strip": strip_figure(tokens, args.strip, args.columns, noise_of(folders, files))}, []
+    if args.ledger:
+        if len(folders) != 1:
+            raise UserError(f"--ledger: is of one run, and {len(folders)} are named")
+        return {"ledger": ledger_figure(folders[0], args.columns)}, []
     scores = read_scores(files) if files else None
     series = read_series(args.series) if args.series else None
     if args.three_panel:

@@ -33,7 +33,7 @@ USETEX = {"text.usetex": True, "font.family": "serif"}
 FIXED = {"svg.hashsalt": "nanodpo", "savefig.bbox": None, "pdf.fonttype": 42}
 # The flags of plot.py that draw reads, none of them given.
 ASKED = argparse.Namespace(columns=2, **dict.fromkeys((
-    "strip", "three_panel", "phases", "heatmap", "series", "scores", "test", "focus", "floor")))
+    "strip", "three_panel", "phases", "heatmap", "ledger", "series", "scores", "test", "focus", "floor")))
 SNIPPET = r"""%% In the preamble: \usepackage{graphicx}
 \begin{figure%(star)s}[t]
   \centering
@@ -51,6 +51,12 @@ def draw_run(folder: Path) -> list[Path]:
     runs = [folder] if (folder / "metrics.jsonl").exists() or not scored.exists() else []
     with house_style():
         return save(draw(ASKED, runs, [scored] if scored.exists() else [], [])[0], folder, 2)
+
+
+def draw_ledger(folder: Path) -> list[Path]:
+    """Draws the figure of a folder's ledger into it, as plot.py --ledger does. Returns the files; raises UserError."""
+    with house_style():
+        return save(draw(argparse.Namespace(**vars(ASKED) | {"ledger": True}), [folder], [], [])[0], folder, 2)
 
 
 def subset_prefix(letters) -> str:

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..files import check_regular, why
 
 NUMBERS = ("step", "row", "position", "tokens", "mean_logps", "logp", "entropy", "rank", "implausible_mass",
-           "implausible_mass_start", "place", "id", "before", "after")
+           "implausible_mass_start", "place", "id", "before", "after", "pair", "share")
 TRUTHS = ("correct",)  # the other columns hold text
 LARGEST = 1e12  # of a step or a log-prob: beyond it, sums and axes overflow
 LONGEST = 200  # characters of a name: a longer one fits no figure, and takes minutes to set

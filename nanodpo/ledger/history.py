@@ -1,6 +1,7 @@
 """A run's steps once more: its checkpoints, the pairs of each step, and gradients by the weights that it trained."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..core.batches import groups_of, make_batch, response_lengths, response_logps
 from ..core.losses import loss_divisor, needs_reference, pair_losses, pair_weights
 from ..core.packing import scored_places
-from ..data.example import Example
+from ..data.example import Example, row_starts
 from ..data.mixing import mix, read_weights
 from ..data.schedule import learning_rate, pairs_of_step
 from ..errors import UserError
@@ -44,6 +45,10 @@ class History:
     reference: Checkpoint | None  # where the loss takes one
     ref: Tensor | None = None  # (n, 2) its log-probs, nats
     opened: Opened | None = None
+
+    @functools.cached_property
+    def row_starts(self) -> tuple[int, ...] | None:
+        return row_starts(self.examples)
 
     @property
     def steps(self) -> int:
@@ -89,7 +94,7 @@ class History:
 
     def pairs(self, step: int) -> list[int]:
         """Indices of the examples of a step."""
-        return pairs_of_step(len(self.examples), self.pairs_per_step, self.args.seed, step)
+        return pairs_of_step(len(self.examples), self.pairs_per_step, self.args.seed, step, self.row_starts)
 
     def divisor(self, step: int) -> float:
         here = [self.examples[k] for k in self.pairs(step)]
@@ -107,16 +112,17 @@ class History:
         opened, self.ref = self.opener.open(self.reference), torch.full((len(self.examples), 2), torch.nan).double()
         for step in track(range(self.steps), "reference", "step"):
             for indices in self.micro_batches(step):
-                groups = groups_of([self.examples[k] for k in indices], PAIR)
-                self.ref[indices] = response_logps(opened.module, groups, opened.layout, opened.device).cpu()
+                here = [self.examples[k] for k in indices]
+                self.ref[indices] = response_logps(opened.module, here, PAIR, opened.layout, opened.device).cpu()
 
     def _logps(self, indices: list[int], sides: list[str]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probs (P, R) of these sides of examples with their graph, the reference's of both (P, 2), lengths (P, R).
         """
-        groups = groups_of([self.examples[k] for k in indices], sides)
-        logps = self.opened.module(make_batch(groups, self.opened.layout, self.opened.device))
-        ref = None if self.ref is None else self.ref[indices].to(self.opened.device)
-        return logps.view(-1, len(sides)), ref, response_lengths(groups, self.opened.device)
+        opened = self.opened
+        groups, index = groups_of([self.examples[k] for k in indices], sides, opened.device)
+        logps = opened.module(make_batch(groups, opened.layout, opened.device))[index]
+        ref = None if self.ref is None else self.ref[indices].to(opened.device)
+        return logps, ref, response_lengths(groups, opened.device)[index]
 
     def step_gradient(self, step: int) -> Tensor:
         """(D,): of the loss of a step, before clipping, by the weights that are open."""

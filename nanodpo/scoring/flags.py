@@ -67,8 +67,8 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     """
     args = parse_known(make_parser(description), argv, "score.py", OF_TRAIN)
     args.local_rank = local_rank(args.local_rank)
-    for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0), ("risers", 1), ("ledger", 0), ("max_length", 1),
-                        ("max_prompt_length", 1)):
+    for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0), ("risers", 1), ("ledger", 0),
+                        ("max_length", 1), ("max_prompt_length", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     check_gpu(args.gpu_id)

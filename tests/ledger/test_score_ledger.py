@@ -49,6 +49,7 @@ def test_shares_add_up_to_what_the_scores_say(run, tmp_path, capsys):
     assert {*table["step"]} == {0, 1, 2, 3, 4}
     assert len(table[(table["step"] == 0) & (table["response"] == "chosen") & table["row"].isna()]) == 2 * 4 + 1
     assert not [place for place in tmp_path.iterdir() if "partial" in place.name]  # nothing stays of the work
+    assert (tmp_path / "ledger.png").stat().st_size > 10_000  # nobody had to ask for it
 
 
 @pytest.mark.parametrize("flags", [
@@ -100,7 +101,8 @@ def test_a_run_of_its_own_loss_is_asked_about(tiny, tmp_path):
     """run.json may come from somebody else, and never has code run."""
     (tmp_path / "own.py").write_text("def own(chosen, rejected):\n    return rejected - chosen\n")
     run = train(tiny, tmp_path / "run", "--loss", f"{tmp_path / 'own.py'}:own", "--learning_rate", "1e-3")
-    done = launch(ROOT / "score.py", run, "--ledger", "2", "--output_dir", tmp_path / "out", launcher="fork", check=False)
+    done = launch(ROOT / "score.py", run, "--ledger", "2", "--output_dir", tmp_path / "out", launcher="fork",
+                  check=False)
     assert done.returncode == 2 and "--trust_remote_code runs that file" in done.stdout
     _, (record, *_) = ledger(run, tmp_path / "out", "--ledger", "2", "--trust_remote_code")
     assert abs(record["residual"]) < 0.01
@@ -115,5 +117,6 @@ def test_changed_training_data_are_refused(tiny, tmp_path):
     data.write_bytes((tiny / "train.jsonl").read_bytes())
     run = train(tiny, tmp_path / "run", "--train_file_path", data, "--eval_file_path", tiny / "train.jsonl")
     data.write_text(data.read_text().replace("It is", "It was"))
-    done = launch(ROOT / "score.py", run, "--ledger", "2", "--output_dir", tmp_path / "out", launcher="fork", check=False)
+    done = launch(ROOT / "score.py", run, "--ledger", "2", "--output_dir", tmp_path / "out", launcher="fork",
+                  check=False)
     assert done.returncode == 2 and "has changed since run" in done.stdout

@@ -1,0 +1,79 @@
+"""The figure of a ledger: its bars and curves are the table's sums; what it refuses."""
+
+import json
+
+import numpy as np
+import pandas
+import pytest
+
+import plot
+from nanodpo.errors import UserError
+from nanodpo.figures.ledger import NAMED, ledger_figure
+
+PAIRS, STEPS = 14, 7
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two pairs a step; pair k has the share +-(k + 1) / 1000 for each side, and weight decay a tenth of it."""
+    lines = []
+    for k in range(PAIRS):
+        share = (k + 1) / 1000 * (-1) ** k
+        lines += [(k // 2, k, "chosen", share), (k // 2, k, "rejected", share / 2)]
+    lines += [(step, None, "weight_decay", 1e-3) for step in range(STEPS)]
+    table = pandas.DataFrame(lines, columns=["step", "pair", "side", "share"])
+    table = table.assign(run="r", dataset="test", response="chosen", row=pandas.NA, effect=0.0)
+    table[["row", "pair"]] = table[["row", "pair"]].astype("Int64")
+    single = table.assign(row=pandas.array([3] * len(table), dtype="Int64"), share=99.0)  # not in the figure
+    pandas.concat([table, single]).to_parquet(tmp_path / "ledger.parquet")
+    change = table["share"].sum() + 0.002
+    record = {"dataset": "test", "row": None, "response": "chosen", "rows": 5, "run": "r", "steps": STEPS,
+              "change": change, "residual": 0.002 / change,
+              "levels": [-1 + change * k / STEPS for k in range(STEPS + 1)]}
+    (tmp_path / "ledger.json").write_text(json.dumps([record, record | {"row": 3}]))
+    return tmp_path
+
+
+def test_the_bars_follow_one_another_to_the_change(folder):
+    figure, caption = ledger_figure(folder, 2)
+    left, right = figure.axes
+    table = pandas.read_parquet(folder / "ledger.parquet")
+    table = table[table["row"].isna()]
+    bars = right.patches
+    names = [label.get_text() for label in right.get_yticklabels()]
+    ends = np.cumsum([bar.get_width() for bar in bars[:-1]])
+    assert names[0] == "row 13" and bars[0].get_width() == pytest.approx(-0.014 * 1.5)  # lowered it most
+    assert names[NAMED] == "2 others that lowered it" and names[-3:] == ["weight decay", "left over", "change"]
+    assert [bar.get_x() for bar in bars[1:-1]] == pytest.approx(ends[:-1])
+    assert ends[-1] == pytest.approx(bars[-1].get_width()) == pytest.approx(table["share"].sum() + 0.002)
+    assert bars[-2].get_width() == pytest.approx(0.002)
+    chosen = next(line for line in left.lines if line.get_label() == "from chosen halves")
+    assert chosen.get_ydata()[-1] == pytest.approx(table[table["side"] == "chosen"]["share"].sum())
+    assert chosen.get_ydata()[1] == pytest.approx((1 - 2) / 1000)  # pairs 0 and 1 of step 0
+    assert "5 rows of test" in caption
+
+
+def test_plot_writes_it(folder):
+    plot.main([str(folder), "--ledger"])
+    assert {"ledger.png", "ledger.pdf", "ledger.svg", "ledger.tex"} <= {file.name for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda f: (f / "ledger.parquet").unlink(), "is not there; score.py makes it where it is told --ledger ROWS"),
+    (lambda f: (f / "ledger.parquet").write_text("x"), "ledger.parquet: can't be read"),
+    (lambda f: (f / "ledger.json").unlink(), "ledger.json: is not what score.py writes"),
+    (lambda f: (f / "ledger.json").write_text("3"), "ledger.json: is not what score.py writes"),
+    (lambda f: (f / "ledger.json").write_text('[{"row": null, "dataset": "test"}]'), "is not what score.py writes"),
+    (lambda f: (f / "ledger.json").write_text("[]"), "has single rows alone"),
+    (lambda f: pandas.read_parquet(f / "ledger.parquet").drop(columns="share").to_parquet(f / "ledger.parquet"),
+     "no column share"),
+])
+def test_wrong_files_are_one_line(folder, change, words):
+    change(folder)
+    with pytest.raises(UserError, match=words):
+        plot.main([str(folder), "--ledger"])
+
+
+def test_two_runs_are_refused(folder):
+    with pytest.raises(UserError, match="--ledger: is of one run, and 2 are named"):
+        plot.main([str(folder), str(folder / ".." / folder.name / "x"), "--ledger"])
