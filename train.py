@@ -128,7 +128,8 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step, run.row_starts)
     sides = PAIR[:1] if args.loss == "sft" else PAIR  # SFT trains on chosen alone
     # A step's loss is the weighted mean over its pairs (sft: over their tokens). DeepSpeed averages the gradient over
-    # ranks, so each rank's part of the sum is multiplied by their number.
+    # ranks, so each rank's part of the sum is multiplied by their number. The divisor counts the rows of --without_rows
+    # too: their terms alone are gone, and the others are what they were (counterfactual SGD, arXiv 1906.08473).
     divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs],
                            [examples[k].weight for k in pairs])
     share = run.world / divisor
@@ -148,7 +149,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         # DeepSpeed's engine calls SequenceLogProbs of core/logprobs.py: log pi(y|x), summed over the tokens of y.
         logps = engine(batch)[index]  # (P, 2): pairs of one row share what they have in common
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)  # (P,)
-        losses = losses * row_weights([examples[k] for k in indices], run.device)
+        losses = losses * row_weights([examples[k] for k in indices], run.device, run.without)
         weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)  # (P, 2): -dL/dchosen, dL/drejected
         values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths, index)
         meter.add({"loss": losses.detach(), **values}, weight)

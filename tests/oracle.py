@@ -43,8 +43,9 @@ def cosine(step, steps, peak):
     return peak * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def train(model, pairs, windows, loss="dpo", beta=0.1, peak=1e-3, max_norm=1.0):
-    """AdamW on these windows of pairs; returns [{"loss", "grad_norm", "logps/chosen"}] and changes the model."""
+def train(model, pairs, windows, loss="dpo", beta=0.1, peak=1e-3, max_norm=1.0, without=()):
+    """AdamW on these windows of pairs; returns [{"loss", "grad_norm", "logps/chosen"}] and changes the model. The loss
+    of a window lacks the terms of the pairs `without`, and is divided as if it had them."""
     model.eval()  # no dropout
     with torch.no_grad():
         ref = {i: [sequence_logp(model, pairs[i][0], y).item() for y in pairs[i][1:]] for w in windows for i in w}
@@ -57,12 +58,14 @@ def train(model, pairs, windows, loss="dpo", beta=0.1, peak=1e-3, max_norm=1.0):
         for i in window:
             prompt, *responses = pairs[i]
             chosen, rejected = (sequence_logp(model, prompt, y) for y in responses)
+            chosen_sum += chosen.item()
+            if i in without:
+                continue
             if loss == "dpo":
                 margin = (chosen - ref[i][0]) - (rejected - ref[i][1])
                 total = total + torch.log1p(torch.exp(-beta * margin)) / len(window)
             else:
                 total = total - chosen / sum(len(pairs[j][1]) for j in window)
-            chosen_sum += chosen.item()
         optimizer.zero_grad()
         total.backward()
         norm = torch.sqrt(sum(p.grad.double().square().sum() for p in trained if p.grad is not None)).item()

@@ -5,7 +5,7 @@ import itertools
 import sys
 
 from ..core.packing import scored_places
-from ..errors import UserError
+from .tokens import find_row
 
 BINS, HEAD, TAIL = 12, 200, 60
 
@@ -22,7 +22,7 @@ def inspect(data, tokenizer, limit: int, row: int | None = None, held_out=None) 
     `row` is the number of a row in the training file, None takes the first example; `held_out` is the set that was
     drawn from that file, if one was. Raises UserError for a row that is not used.
     """
-    pairs = _find(data, held_out, data.examples[0].row if row is None else row)
+    pairs = find_row(data, held_out, data.examples[0].row if row is None else row, f"--inspect_row {row}")
     first, count = pairs[0], f", {len(pairs)} pairs" * (len(pairs) > 1)
     weight = f", weight {first.weight:g}" * (first.weight != 1)
     note = ["  dropped rows stop a run, but for --on_bad_row drop, --overlong drop or truncate"] * bool(data.dropped)
@@ -43,19 +43,6 @@ def _response(tokenizer, name: str, prompt: list[int], response: list[int], cut:
     return [f"\n--- {name}: {len(prompt)} prompt + {count} scored tokens"
             + f", {others} others between them" * bool(others) + ", cut" * cut,
             tokenizer.decode(prompt) + _stretches(tokenizer, response), f"boundary, scored ids starred: {ids}"]
-
-
-def _find(data, held_out, row: int):
-    """The pairs of a row."""
-    examples = {}
-    for example in [*data.examples, *(held_out.examples if data.held_out else ())]:
-        examples.setdefault(example.row, []).append(example)
-    if row in examples:
-        return examples[row]
-    reasons = {dropped["row"]: dropped["reason"] for dropped in data.dropped}
-    if row in reasons:
-        raise UserError(f"--inspect_row {row}: {data.path}: this row is left out: {reasons[row]}")
-    raise UserError(f"--inspect_row {row}: {data.path} has rows 0 to {max(examples | reasons)}")
 
 
 def _stretches(tokenizer, response: list[int]) -> str:

@@ -117,11 +117,35 @@ def _check_repeated(path: str, lines: list[Line]) -> None:
                             "cut it off, so that the column holds answers alone")
 
 
-def check_weights(data: DataSet) -> None:
-    """Raises UserError where every row has the weight 0, so that there is nothing to learn or to measure."""
-    if not any(example.weight for example in data.examples):
-        raise UserError(f"{data.path}: every row that is left has the weight 0, so the loss is 0 whatever the model "
-                        "says; give some row a weight above 0, or remove the column weight")
+def check_weights(train: DataSet, held_out: DataSet | None = None, without: str | None = None) -> frozenset[int]:
+    """The rows of --without_rows, `without`. Raises UserError for one that is not trained on, and where no row is left
+    in a data set that counts, so that there is nothing to learn or to measure."""
+    rows = frozenset(map(int, without.split(",") if without else ()))
+    trained = {example.row for example in train.examples}
+    for row in sorted(rows - trained):
+        find_row(train, held_out, row, flag := f"--without_rows {without}: row {row}")
+        raise UserError(f"{flag}: {train.path}: this row is held out, and is not trained on; leave it out of the list")
+    for data in filter(None, (train, held_out)):
+        if not any(example.weight for example in data.examples):
+            raise UserError(f"{data.path}: every row that is left has the weight 0, so the loss is 0 whatever the "
+                            "model says; give some row a weight above 0, or remove the column weight")
+    if not any(example.weight for example in train.examples if example.row not in rows):
+        raise UserError(f"--without_rows {without}: {train.path}: no row is left that counts in the loss")
+    return rows
+
+
+def find_row(data: DataSet, held_out: DataSet | None, row: int, flag: str) -> list[Example]:
+    """The pairs of a row, also where it was held out of this data set. Raises UserError, which begins with `flag`, for
+    a row that is not used."""
+    examples = {}
+    for example in [*data.examples, *(held_out.examples if data.held_out else ())]:
+        examples.setdefault(example.row, []).append(example)
+    if row in examples:
+        return examples[row]
+    reasons = {dropped["row"]: dropped["reason"] for dropped in data.dropped}
+    if row in reasons:
+        raise UserError(f"{flag}: {data.path}: this row is left out: {reasons[row]}")
+    raise UserError(f"{flag}: {data.path} has rows 0 to {max(examples | reasons)}")
 
 
 def _rows(count: int) -> str:

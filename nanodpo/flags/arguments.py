@@ -4,7 +4,9 @@
     train.py run.yaml --learning_rate 1e-5    a YAML or JSON file, then flags that override it
 """
 
+import argparse
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from os.path import expanduser
 from pathlib import Path
@@ -13,9 +15,9 @@ from ..core.losses import LOSSES
 from ..errors import UserError
 from .help import help_text
 from .launchers import local_rank
-from .limits import ABOVE_0, BELOW_1, BELOW_HALF, GIB, NOT_NEGATIVE, SEED, STEPS, Limit, check
+from .limits import ABOVE_0, BELOW_1, BELOW_HALF, GIB, NOT_NEGATIVE, SEED, STEPS, Limit, check, row_numbers
 from .loss import SMOOTHED
-from .settings import check_path, read_settings
+from .settings import as_flags, check_path, read_settings
 from .unknown import OTHERWISE, unknown_arguments
 
 
@@ -40,6 +42,8 @@ class TrainArguments:
     eval_split: str = _flag(None, "The same of eval_file_path.")
     mix_weights: str = _flag(None, "How often an epoch has each row of the data sets in train_file_path: 1,0.5. "
                              "Default: once.")
+    without_rows: str = _flag(None, "Rows of train_file_path whose pairs stay where they are in the order of the data, "
+                              "and take no part in the loss: 17,56.")
     prompt_field: str = _flag(None, "Column of prompts. Default: prompt, or question.")
     chosen_field: str = _flag(None, "Column of preferred responses. Default: chosen, text, completion or messages.")
     rejected_field: str = _flag(None, "Column of dispreferred responses. Default: rejected, or worse-text.")
@@ -116,6 +120,9 @@ class TrainArguments:
     resume: str = _flag("auto", "auto: go on if output_dir holds this very run; never; or the folder to go on from.")
     resume_steps: int = _flag(0, "Keep a state to resume from every so many steps, besides those of save_steps.",
                               NOT_NEGATIVE)
+    keep_states: bool = _flag(False, "Keep all these states, also those of a finished run: --fork can go on from each.")
+    fork: str = _flag(None, "RUN@STEP: a new run that goes on from this state of RUN, whose settings are then the "
+                      "defaults of all flags; @0 is the start.")
     logging_steps: int = _flag(1, "Print the means every so many steps; metrics.jsonl has every step.", ABOVE_0)
     report_to: list[str] = _flag(None, "Send the metrics there, too. Default: what the file of --deepspeed turns on.",
                                  choices=["tensorboard", "wandb", "csv_monitor", "comet", "none"])
@@ -144,6 +151,7 @@ class TrainArguments:
             check_path(f"--{name}", value or "")
         if self.assistant_header:  # a shell passes on what an error message shows: a backslash and an n
             self.assistant_header = self.assistant_header.replace("\\n", "\n")
+        self.without_rows = row_numbers(self.without_rows)
         self.inspect = self.inspect or self.inspect_row is not None
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
@@ -152,11 +160,15 @@ class TrainArguments:
 
 LISTS = ("report_to",)
 PATHS = ("model_name", "reference", "peft_config", "train_file_path", "eval_file_path", "chat_template", "deepspeed",
-         "output_dir", "cache_dir", "resume")
+         "output_dir", "cache_dir", "resume", "fork")
 
 
-def parse(argv: list[str], default_file: Path) -> TrainArguments:
-    """Command line -> arguments. Raises UserError for unknown flags or keys, wrong types and wrong values."""
+def parse(argv: list[str], default_file: Path,
+          settings_of: Callable = lambda fork, output_dir: ({}, "")) -> TrainArguments:
+    """Command line -> arguments. Raises UserError for unknown flags or keys, wrong types and wrong values.
+
+    `settings_of` maps --fork and --output_dir to (settings that the other flags override, the file they come from).
+    """
     from transformers import HfArgumentParser  # slow to import
 
     class Parser(HfArgumentParser):
@@ -173,7 +185,11 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
     if argv and argv[0].endswith((".yaml", ".yml", ".json")) and not argv[0].startswith("-"):
         file = argv[0]
         argv = read_settings(file, names, LISTS) + argv[1:]
-    elif not own & {"--model_name", "--model-name", "--train_file_path", "--train-file-path"}:
+    told = _before_all_others(argv)
+    if told.fork:
+        settings, recorded = settings_of(told.fork, told.output_dir)
+        argv, file = as_flags(settings, recorded, LISTS) + argv, file or recorded
+    elif not file and not own & {"--model_name", "--model-name", "--train_file_path", "--train-file-path"}:
         # Neither a model nor data: the example, changed by these flags. Its paths are relative to the program.
         example = read_settings(str(default_file), names, LISTS)
         argv = [flag.replace("=examples/", f"={default_file.parent}/") for flag in example] + argv
@@ -190,6 +206,15 @@ def parse(argv: list[str], default_file: Path) -> TrainArguments:
     if missing := [name for name in ("model_name", "train_file_path") if not getattr(args, name)]:
         raise UserError(f"--{missing[0]} is missing")
     return args
+
+
+def _before_all_others(argv: list[str]) -> argparse.Namespace:
+    """--fork and --output_dir: they decide what the other flags are by default."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.error = _raise
+    parser.add_argument("--fork")
+    parser.add_argument("--output_dir", "--output-dir")
+    return parser.parse_known_args(argv)[0]
 
 
 def _as_typed(message: str, own: set[str], file: str | None) -> str:

@@ -52,3 +52,13 @@ def check(args) -> None:
         raise UserError("--random_init with LoRA would freeze random weights; add --use_lora false")
     if args.merge_weights and not args.use_lora:
         raise UserError("--merge_weights: nothing to merge without LoRA; every checkpoint is a whole model")
+
+
+def row_numbers(text: str | None) -> str | None:
+    """The rows of --without_rows, each once and in order, so that one choice has one name; None for no rows. Raises
+    UserError for what is no list of numbers."""
+    numbers = [number.strip() for number in text.split(",")] if text and text.strip() else []
+    if wrong := [number for number in numbers if not (number.isascii() and number.isdecimal() and len(number) < 16)]:
+        raise UserError(f"--without_rows {text}: must be numbers of rows with commas between, as in 17,56; found "
+                        f"{wrong[0]!r}")
+    return ",".join(map(str, sorted({int(number) for number in numbers}))) or None

@@ -39,6 +39,11 @@ def read_settings(path: str, names: list[str], lists: tuple[str, ...] = ()) -> l
     if unknown := [str(key) for key in settings if key not in names]:
         hinted = [f"{key} ({words})" if (words := hint(key, names, OTHERWISE, "")) else key for key in unknown]
         raise UserError(f"{path}: unknown setting {', '.join(hinted)}; `train.py --help` lists them")
+    return as_flags(settings, path, lists)
+
+
+def as_flags(settings: dict, path: str, lists: tuple[str, ...] = ()) -> list[str]:
+    """Settings as flags. Raises UserError, which names `path`, for a nested value."""
     for key, value in settings.items():
         several = isinstance(value, list) and key in lists and not any(isinstance(v, (dict, list)) for v in value)
         if isinstance(value, (dict, list)) and not several:

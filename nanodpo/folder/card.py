@@ -20,8 +20,8 @@ FIGURE = "training.png"
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected")
 SETTINGS = ("loss", "loss_kwargs", "sft_weight", "reference", "beta", "label_smoothing", "learning_rate",
             "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "max_length", "use_lora", "lora_r", "lora_alpha", "lora_target_modules",
-            "bf16", "seed")
+            "gradient_accumulation_steps", "without_rows", "max_length", "use_lora", "lora_r", "lora_alpha",
+            "lora_target_modules", "bf16", "seed")
 RS_LORA = ("The adapter is rank-stabilised LoRA: its scale is lora_alpha / sqrt(r), as `use_rslora` in "
            "adapter_config.json says. A converter that reads lora_alpha alone scales it wrongly.")
 QUANTISED = ("The adapter was trained on its base as bitsandbytes quantises it; in the words of transformers' "
@@ -72,6 +72,7 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
     text = [f"# {_short(base)}, {loss}, step {step} of {facts['steps']}",
             f"This is {what} from a run of nanodpo: {_short(base)} after {step} of {facts['steps']} updates with the "
             f"`{loss}` loss.", *([RS_LORA] if getattr(peft, "use_rslora", False) else []),
+            *_forked(facts, step),
             *([QUANTISED.format(json.dumps(how))] if peft and (how := facts.get("quantisation")) else []),
             "## Data", *(f"- {_short_report(report)}" for report in facts["data_report"])]
     held_out = [line for line in log if "eval_loss" in line]
@@ -90,6 +91,15 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
     if paper := _paper(loss):
         text += ["## Citation", f"The loss is that of [arXiv {paper}](https://arxiv.org/abs/{paper})."]
     return "\n".join(["---", *_yaml(head), "---", "", "\n\n".join(text).replace("\n\n- ", "\n- "), ""])
+
+
+def _forked(facts: dict, step: int) -> list[str]:
+    """A sentence on what a fork's steps before its own had otherwise, where the checkpoint comes after them."""
+    fork = facts.get("fork") or {"step": step}
+    was = ", ".join(f"`{name.removeprefix('--')}` {pair[0]}" for name, pair in fork.get("changed", {}).items()
+                    if name.startswith("--") and name.removeprefix("--") in SETTINGS)
+    return [f"Its first {fork['step']} steps had other settings than those below: {was}."] * (
+        0 < fork["step"] < step and bool(was))
 
 
 def license_of(base: str) -> str | None:
@@ -126,5 +136,5 @@ def _short(names: str) -> str:
 def _short_report(report: str) -> str:
     """A data set's report in one line, without the folder of its file."""
     first, *rest = (line.strip() for line in report.splitlines())
-    path, colon, said = first.removeprefix("data ").rpartition(": ")
-    return "; ".join([f"{_short(path)}{colon}{said}", *rest])
+    part, path, said = re.fullmatch(r"data (\d+ rows of )?(.*)(: .*)", first).groups(default="")
+    return "; ".join([f"{part}{_short(path)}{said}", *rest])

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizer
 # Flags that may differ between a run and its continuation, since they change no number ...
 FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
         "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "inspect_row", "print_config", "dry_run",
-        "gradient_checkpointing", "activation_memory", "report_to"}
+        "gradient_checkpointing", "activation_memory", "report_to", "keep_states", "fork"}
 # ... or since the content of what they name is compared instead: weights, token ids, settings of DeepSpeed and PEFT.
 BY_CONTENT = {"model_name", "reference", "peft_config", "train_file_path", "eval_file_path", "chat_template",
               "deepspeed"}
@@ -38,7 +38,7 @@ DEFAULTS = {flag.name: flag.default for flag in dataclasses.fields(TrainArgument
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.
 MACHINE = ("versions", "git_commit", "device", "threads")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
-            "peft_config", "loss_function", "layout", "attention")
+            "peft_config", "loss_function", "layout", "attention", "fork")
 
 
 def facts(args, settings: dict, limit: int, data_sets: list, program: Path, command: list[str]) -> dict:
@@ -86,6 +86,9 @@ def find(resume: str, output_dir: str | None, name: str) -> tuple[Path, dict | N
     if not (folder / "run.json").is_file():
         raise UserError(f"--resume {path}: is no run (run.json is missing)")
     record = read(folder)
+    if step and record.get("finished"):
+        raise UserError(f"--resume {path}: the run is finished; --fork {folder}@{step} goes on from this state in a "
+                        "new --output_dir")
     trained = record.get("finished") or (folder / f"checkpoint-{record.get('steps')}").is_dir()  # needs no state
     if not trained and not (folder / "resume").is_dir():
         raise UserError(f"--resume {path}: holds no state to go on from (the folder resume/ is missing)")
@@ -126,11 +129,20 @@ def read(folder: Path) -> dict:
     try:
         record = json.loads(read_text(folder / "run.json"))
         if (isinstance(record["arguments"], dict) and type(record["world_size"]) is type(record["steps"]) is int
-                and record["steps"] > 0 and type(record.get("finished", False)) is bool):
+                and record["steps"] > 0 and type(record.get("finished", False)) is bool
+                and _is_fork(record.get("fork"))):
             return record
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f"{folder / 'run.json'}: is not what train.py writes; name another --output_dir")
+
+
+def _is_fork(entry) -> bool:
+    """Whether run.json can have this as its `fork`: nothing, or what fork.py writes."""
+    return entry is None or (
+        isinstance(entry, dict) and isinstance(entry["run"], str) and type(entry["step"]) is int
+        and isinstance(entry["fingerprint"], str) and isinstance(entry["changed"], dict)
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in entry["changed"].values()))
 
 
 def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False) -> None:
@@ -139,16 +151,9 @@ def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False)
     `new` may lack entries that are not known yet. `before_loading`: an adapter to train on is not loaded, so its
     settings are not compared.
     """
-    free = FREE | BY_CONTENT | (ADAPTER if before_loading else set())
-    new = json.loads(json.dumps(new))  # tuples become lists, as in the file
-    entries = [(name, old.get(name), new[name]) for name in COMPARED if name in new and name != "arguments"]
-    before, now = DEFAULTS | old["arguments"], new["arguments"]
-    flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
-    different = [(name, was, is_now) for name, was, is_now in flags + entries if was != is_now]
+    different = differences(old, new, before_loading)
     if different:
-        different += [(f"--{name}", before.get(name), now[name]) for name in sorted(BY_CONTENT)
-                      if before.get(name) != now[name]]
-        changes = ", ".join(f"{name}: {_short(was)} -> {_short(is_now)}" for name, was, is_now in different)
+        changes = in_words(different)
         advice = "give it the same ones to go on with it, or name a new folder"
         if {name for name, *_ in different} <= {"--max_steps", "--num_train_epochs", "steps"} and old.get("finished"):
             last = folder / f"checkpoint-{old['steps']}"
@@ -157,6 +162,25 @@ def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False)
                       "is then the reference, too, unless --reference names another); for one longer run, name a new "
                       "--output_dir alone")
         raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); {advice}")
+
+
+def differences(old: dict, new: dict, before_loading: bool = False) -> list[tuple]:
+    """(name, value in `old`, value in `new`) of what makes two runs different ones: flags as --name, then what was read
+    and found, then, where there is any such difference, the names of what was read. The arguments are those of
+    `check_same`."""
+    free = FREE | BY_CONTENT | (ADAPTER if before_loading else set())
+    new = json.loads(json.dumps(new))  # tuples become lists, as in the file
+    before, now = DEFAULTS | old["arguments"], new["arguments"]
+    flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
+    entries = [(name, old.get(name), new[name]) for name in COMPARED if name in new and name != "arguments"]
+    different = [(name, was, is_now) for name, was, is_now in flags + entries if was != is_now]
+    named = [(f"--{name}", before.get(name), now[name]) for name in sorted(BY_CONTENT)] if different else []
+    return different + [(name, was, is_now) for name, was, is_now in named if was != is_now]
+
+
+def in_words(different: list[tuple]) -> str:
+    """What `differences` found, for a message."""
+    return ", ".join(f"{name}: {_short(was)} -> {_short(is_now)}" for name, was, is_now in different)
 
 
 def changed_machine(old: dict, new: dict) -> str:
@@ -176,8 +200,12 @@ def chosen(arguments: dict, free: set[str]) -> dict:
 
 
 def fingerprint(record: dict) -> str:
-    """16 hexadecimal digits, a hash of all entries of run.json that make a run this one."""
-    kept = {name: record[name] for name in COMPARED}
+    """16 hexadecimal digits, a hash of all entries of run.json that make a run this one. A fork that changed nothing is
+    the run that it goes on from."""
+    if (fork := record.get("fork")) and not fork["changed"]:
+        return fork["fingerprint"]
+    kept = {name: record.get(name) for name in COMPARED if name != "fork"}
+    kept |= {"fork": fork | {"run": None}} if fork else {}  # wherever that run lies
     kept["arguments"] = chosen(record["arguments"], FREE | BY_CONTENT)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 

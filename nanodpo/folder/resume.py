@@ -3,9 +3,10 @@
     <run>/resume/step-<k>/rank<r>.safetensors    float32 weights, AdamW's moments, random numbers of rank r
     <run>/resume/step-<k>/manifest.json          sizes, hashes, the step, the counters, the run it belongs to
 
-Every rank writes its own file, without pickles. The two newest states are kept, so that one may be damaged. To the
-state of step k belongs metrics.jsonl up to step k - 1. A run goes on with as many ranks as it started with: a file has
-the shard of one of them, and with another number of ranks sums would be rounded otherwise.
+Every rank writes its own file, without pickles. The two newest states are kept, so that one may be damaged; all of them
+with --keep_states, for fork.py. To the state of step k belongs metrics.jsonl up to step k - 1. A run goes on with as
+many ranks as it started with: a file has the shard of one of them, and with another number of ranks sums would be
+rounded otherwise.
 """
 
 import json
@@ -23,19 +24,19 @@ from .atomic import aside, clear, file_facts, flush, new_file, publish, read_man
 KEEP = 2
 
 
-def begin(run: Path, steps: int, world: int, wanted: int | None) -> tuple[dict, set[int]]:
+def begin(run: Path, steps: int, world: int, wanted: int | None, first: int = 0) -> tuple[dict, set[int]]:
     """(facts of the state to go on from, steps with an evaluation); cuts the run's folder back to it. On one rank.
 
     The facts have the step: 0 where the run was stopped before its first state, and `steps` where training is done and
-    only the run's end is missing, which needs no state. `wanted`: the step that the user asked for. Raises UserError
-    where the run can't go on.
+    only the run's end is missing, which needs no state. `wanted`: the step that the user asked for; `first`: the
+    step that the run began with, a fork's. Raises UserError where the run can't go on.
     """
-    written = {line["step"] for _, line in _lines(run / "metrics.jsonl") if not _is_eval(line)}
+    written = {line["step"] for _, line in lines_of(run) if not _is_eval(line)}
     if (wanted is None and sum(0 <= step < steps for step in written) == steps
             and isinstance(read_manifest(run / f"checkpoint-{steps}"), dict)):
         facts = {"step": steps, "complete": True}  # the last thing that training writes
     else:
-        facts = find(run, world, wanted) or {"step": 0}
+        facts = find(run, world, wanted, first) or {"step": 0}
     evaluated = go_back(run, facts["step"])
     # Checkpoint 0 and the one of this step are made again where they are damaged.
     for place in [run / f"checkpoint-{k}" for k in steps_of(run) if 0 < k < facts["step"]]:
@@ -53,11 +54,11 @@ def steps_in(run: Path) -> list[int]:
     return steps_of(run / "resume", "step")
 
 
-def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: int) -> None:
+def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: int, keep: bool = False) -> None:
     """Writes resume/step-<step>, all ranks together. Raises RunStopped on all of them where one can't write.
 
     The state gets its name last, when every rank has read its file back and rank 0 has seen them all. `facts` go into
-    the manifest.
+    the manifest. `keep`: older states stay.
     """
     folder, place = folder_of(run, step), aside(folder_of(run, step))
     file, error, written = place / f"rank{rank}.safetensors", None, None
@@ -83,7 +84,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
                 with writing(folder):
                     flush(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else None
                     publish(folder, {"step": step, **facts}, names)
-                for old in [s for s in steps_in(run) if s < step][KEEP - 1 :]:
+                for old in [s for s in steps_in(run) if s < step][KEEP - 1 :] if not keep else ():
                     remove(folder_of(run, old))
     finally:
         if is_main():
@@ -100,31 +101,41 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> dict:
     return file_facts(file)
 
 
-def find(run: Path, world: int, wanted: int | None = None) -> dict | None:
+def find(run: Path, world: int, wanted: int | None = None, first: int = 0) -> dict | None:
     """The facts of the newest state that is whole and has all its lines in metrics.jsonl, or of the step `wanted`. On
     one rank.
 
-    None where the run was stopped before its first state. Says which states it passes over, and why. Raises UserError
-    where none is left: starting again from step 0 would throw away the work of the run.
+    None where the run was stopped before its first state; a run that began with a step `first` above 0 always has one.
+    Says which states it passes over, and why. Raises UserError where none is left: starting again from step 0 would
+    throw away the work of the run.
     """
     steps, passed = steps_in(run) if wanted is None else [wanted], []
-    written = {line["step"] for _, line in _lines(run / "metrics.jsonl") if not _is_eval(line)}
     for step in steps:
-        facts = read_manifest(folder_of(run, step))
+        facts = state(run, step, world)
         if isinstance(facts, dict):
-            missing = {f"rank{r}.safetensors" for r in range(world)} - facts["files"].keys()
-            lost = next((k for k in range(step) if k not in written), None)
-            if not missing and lost is None and facts.get("step") == step:
-                return facts
-            lost = "misnamed" if lost is None else f"metrics.jsonl lacks step {lost}"
-            facts = f"no {min(missing)}" if missing else lost
+            return facts
         passed.append(f"step-{step}: {facts}")
         say(f"resume: passing over {folder_of(run, step)}: {facts}")
     done = [step for step in steps_of(run) if step > 0]
-    if passed or done:
-        broken = "; ".join(passed) or f"there is none, but checkpoint-{done[0]} is there"
+    if passed or done or first:
+        there = f"checkpoint-{done[0]} is there" if done else f"it is a fork at step {first}"
+        broken = "; ".join(passed) or f"there is none, but {there}"
         raise UserError(f"{run}: no state to go on from ({broken}); train again into a new --output_dir")
     return None
+
+
+def state(run: Path, step: int, world: int) -> dict | str:
+    """The facts of a state; words where it is not whole, or metrics.jsonl lacks a line before it. On one rank."""
+    facts = read_manifest(folder_of(run, step))
+    if isinstance(facts, str):
+        return facts
+    if missing := {f"rank{r}.safetensors" for r in range(world)} - facts["files"].keys():
+        return f"no {min(missing)}"
+    written = {line["step"] for _, line in lines_of(run) if not _is_eval(line)}
+    lost = next((k for k in range(step) if k not in written), None)
+    if lost is not None:
+        return f"metrics.jsonl lacks step {lost}"
+    return facts if facts.get("step") == step else "misnamed"
 
 
 def load(run: Path, step: int, rank: int, replicated: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -140,7 +151,7 @@ def go_back(run: Path, step: int) -> set[int]:
     the same numbers. Returns the steps whose evaluation is there.
     """
     metrics, kept = run / "metrics.jsonl", []
-    for text, line in _lines(metrics):
+    for text, line in lines_of(run):
         if line["step"] < step or (_is_eval(line) and line["step"] == step):
             kept.append((text, line))
     if metrics.exists() and read_text(metrics, 2**32, "replace") != "".join(text for text, _ in kept):
@@ -152,9 +163,9 @@ def go_back(run: Path, step: int) -> set[int]:
     return {line["step"] for _, line in kept if _is_eval(line)}
 
 
-def _lines(metrics: Path) -> list[tuple[str, dict]]:
-    """(text, values) of each whole line: a killed process may leave half of the last one."""
-    lines = []
+def lines_of(run: Path) -> list[tuple[str, dict]]:
+    """(text, values) of each whole line of metrics.jsonl: a killed process may leave half of the last one."""
+    lines, metrics = [], run / "metrics.jsonl"
     for text in read_text(metrics, 2**32, "replace").splitlines(keepends=True) if metrics.exists() else ():
         try:
             line = json.loads(text)

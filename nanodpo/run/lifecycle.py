@@ -6,7 +6,7 @@ import torch
 
 from ..data.template import prompt_leads, template_for
 from ..errors import UserError
-from ..folder import card, checkpoint, record, resume, state
+from ..folder import card, checkpoint, fork, record, resume, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
 from ..model import loading
 from ..model.quantised import bits_of
@@ -39,7 +39,7 @@ def open_folder(run: Run) -> dict:
         run.folder = Path(distributed.from_main(str(run.folder)))  # ranks may have read the clock in different seconds
     _check_shared(run.folder, run.rank)
     facts, run.evaluated = distributed.from_main((facts, run.evaluated))
-    going = f", going on at step {facts['step']}" if run.old else ""
+    going = f", going on at step {facts['step']}" if run.old or run.fork else ""
     epochs = f"{run.steps / run.steps_per_epoch:.3g} epochs"
     distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs, {epochs}{going}")
     if (warmup := run.args.warmup_steps) > run.steps:
@@ -53,17 +53,24 @@ def _open_as_main(run: Run) -> dict:
     if run.old:
         record.check_same(run.folder, run.old, run.facts)
     else:
+        if run.fork:
+            run.facts["fork"]["changed"] = changed = fork.check(run.fork, run.facts)
+            words = record.in_words([(name, *values) for name, values in changed.items()])
+            distributed.say(f"fork: {run.fork.run} at step {run.fork.step}, {words or 'with nothing changed'}")
         memory.check_disk(run.folder, disk_needed(run))
         run.folder = run.folder if run.args.output_dir else record.take(run.folder)
         record.create(run.folder, run.facts)
     run.lock = record.lock(run.folder)
     record.list_dropped(run.folder, [row for data in (run.train_set, run.held_out) if data for row in data.dropped])
-    if not run.old:
+    first = run.fork.step if run.fork else 0
+    if not (run.old or first):
         return {"step": 0}
     memory.check_disk(run.folder, disk_needed(run))  # now, when half-written files of an ended process are removed
-    if changed := record.changed_machine(run.old, run.facts):
+    if changed := record.changed_machine(run.old or run.fork.source, run.facts):
         distributed.say(f"resume: the last bits may differ, since another machine goes on ({changed})")
-    facts, run.evaluated = resume.begin(run.folder, run.steps, run.world, run.wanted)
+    if run.fork:
+        fork.fill(run.fork, run.folder)
+    facts, run.evaluated = resume.begin(run.folder, run.steps, run.world, run.wanted, first)
     checkpoint.rotate(run.folder, run.args.save_total_limit)  # the run may have been killed before it did
     return facts
 
@@ -133,7 +140,7 @@ def save_state(run: Run) -> None:
     if run.rank == 0 or run.engine.zero_optimization_stage():  # without ZeRO all ranks have the same
         tensors = tensors | state.weights_and_moments(run.engine)
     facts = {"tokens": run.tokens, "skipped": run.skipped} | {n: getattr(run.engine, n) for n in state.COUNTERS}
-    resume.save(run.folder, run.step, tensors, facts | _owner(run), run.rank)
+    resume.save(run.folder, run.step, tensors, facts | _owner(run), run.rank, run.args.keep_states)
 
 
 def _owner(run: Run) -> dict:
@@ -153,7 +160,8 @@ def finish(run: Run) -> None:
         record.check_held(run.folder, run.lock)
         if run.args.merge_weights:
             merge(run.folder, run.steps, run.args.bf16, run.args.trust_remote_code, bits_of(run.args))
-        remove(run.folder / "resume")  # large, and of no use to a finished run
+        if not run.args.keep_states:
+            remove(run.folder / "resume")  # large, and of no use to a finished run
         record.finish(run.folder)
         (run.folder / "monitors.json").unlink(missing_ok=True)
         found = noise.of_record(record.read(run.folder), run.folder / "run.json")

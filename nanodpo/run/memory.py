@@ -55,8 +55,10 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     times = saves(args.save_steps, steps)
     kept = min(times, args.save_total_limit + 1) if args.save_total_limit else times  # one more while it is written
     needs = {"checkpoints": (kept + 1) * (weights + extra)}  # and checkpoint-0
-    # The float32 weights and AdamW's two moments; two states stay and a third is being written.
-    needs["states to resume from"] = 3 * 12 * sum(map(_numel, trained))
+    # The float32 weights and AdamW's two moments; two states stay and a third is being written, or all of them stay.
+    steps_of_states = [every for every in (args.save_steps, args.resume_steps) if every]
+    states = max(3, sum(steps // every for every in steps_of_states)) if args.keep_states else 3
+    needs["states to resume from"] = states * 12 * sum(map(_numel, trained))
     return needs | ({"the merged model": whole + extra} if args.merge_weights else {})
 
 

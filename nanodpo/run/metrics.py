@@ -1,7 +1,9 @@
 """The metrics of a step: means over all its pairs, on all ranks and in all micro-batches, every pair once.
 
 Where the data have a column `weight`, the loss alone is a weighted mean; L below is the loss as --loss defines it, not
-yet times this weight.
+yet times this weight. With --without_rows the loss alone lacks the terms of these rows: it is the sum of the others,
+divided as if none were missing. All other metrics are of all pairs, so that they can be compared with those of a run
+with these rows.
 
 Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of a step is their mean over its pairs:
 

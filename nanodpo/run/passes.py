@@ -31,9 +31,11 @@ def logps_of(run: Run, examples: list[Example], sides: list[str], where: str, mo
         return response_logps(model or run.engine, examples, sides, layout or run.layout, run.device)
 
 
-def row_weights(examples: list[Example], device: torch.device) -> torch.Tensor:
-    """(P,) float64: how much each pair counts in the loss, the weight of its row in the data."""
-    return torch.tensor([example.weight for example in examples], dtype=torch.float64).to(device, non_blocking=True)
+def row_weights(examples: list[Example], device: torch.device, without: frozenset[int] = frozenset()) -> torch.Tensor:
+    """(P,) float64: how much each pair counts in the loss, the weight of its row in the data; 0 for the rows `without`.
+    """
+    weights = [0.0 if example.row in without else example.weight for example in examples]
+    return torch.tensor(weights, dtype=torch.float64).to(device, non_blocking=True)
 
 
 def add_references(run: Run) -> None:
@@ -69,19 +71,21 @@ def _add_references(run: Run) -> None:
     # The micro-batches are those of training's first epoch: at step 0 policy and reference agree to the last bit.
     steps = [pairs_of_step(n, run.pairs_per_step, run.args.seed, step, run.row_starts)
              for step in range(min(run.steps, run.steps_per_epoch))]
+    names = run.facts["arguments"]  # full paths, so that a run from another folder, or a fork, finds them
     with _reference(run) as model:
-        run.ref = _references(run, model, run.train_set, steps, batch)
+        run.ref = _references(run, model, run.train_set, names["train_file_path"], steps, batch)
         if run.held_out:
             batch = run.args.per_device_eval_batch_size
             steps = eval_batches(len(run.held_out.examples), batch * run.world)
-            run.held_ref = _references(run, model, run.held_out, steps, batch)
+            name = names["eval_file_path"] or [names["train_file_path"], run.args.eval_size]
+            run.held_ref = _references(run, model, run.held_out, name, steps, batch)
 
 
-def _references(run: Run, model: tuple, data: DataSet, steps: list[list[int]], batch: int) -> torch.Tensor:
+def _references(run: Run, model: tuple, data: DataSet, name, steps: list[list[int]], batch: int) -> torch.Tensor:
     """(n, 2) log-probs, nats: from the cache where nothing that could change a number has changed, else computed.
-    `model` is from `_reference`."""
-    args, (policy, layout, attention, stage) = run.args, model
-    fingerprint = {"model_name": args.reference or args.model_name, "data_path": data.path,
+    `model` is from `_reference`; `name` tells the data set from others."""
+    args, names, (policy, layout, attention, stage) = run.args, run.facts["arguments"], model
+    fingerprint = {"model_name": names["reference"] or names["model_name"], "data_path": name,
                    "weights": run.reference_weights or run.weights, "bf16": args.bf16,
                    "data": reference.token_hash(data.examples), "layout": layout, "attention": attention,
                    # Stage 3 has matrix products of its own, which round otherwise.

@@ -24,8 +24,9 @@ from ..errors import UserError
 from ..files import read_text, why
 from ..flags.arguments import TrainArguments, parse
 from ..flags.loss import loss_name, read_loss
-from ..folder import data_cache, record
+from ..folder import data_cache, fork, record
 from ..folder.atomic import check_whole, check_writable
+from ..folder.fork import Fork
 from ..model.adapters import adapter_shape
 from ..model.lora_settings import check_dora, check_trainable, read_lora_settings, take_over
 from ..model.quantised import QUANTISATION, bits_of, check_quantised
@@ -51,9 +52,11 @@ class Start:
     facts: dict  # what makes it this very run; run.json
     old: dict | None  # the run.json of the run to go on with
     wanted: int | None  # the step to go on from, where one was asked for
+    fork: Fork | None = None  # what --fork names
+    without: frozenset[int] = frozenset()  # rows whose pairs take no part in the loss
     monitors: dict[str, dict] = dataclasses.field(default_factory=dict)  # DeepSpeed's settings of each
-    reference: Source | None = None  # of --reference
     lora: dict = dataclasses.field(default_factory=dict)  # the settings of --peft_config
+    reference: Source | None = None  # of --reference
 
     @property
     def finished(self) -> bool:
@@ -131,7 +134,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
     """Reads the flags and the data, and finds what is wrong with them, or not the same on all ranks, before a weight is
     loaded or a folder made. None where nothing is to be trained."""
     with agreement.same_on_all_ranks() as compared:
-        args = parse(argv, script.parent / "examples" / "dpo.yaml")
+        args = parse(argv, script.parent / "examples" / "dpo.yaml", fork.settings_of)
         name_splits(args)
         weights = read_weights(args.mix_weights, args.train_file_path)
         lora = read_lora(args)
@@ -141,8 +144,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
     if args.print_config:
         return say_config(args)
     if args.inspect:
-        look(args, lora, script.parent / "ds_config.json")
-        return None
+        return look(args, lora, script.parent / "ds_config.json")
     today = distributed.from_main(str(datetime.date.today()))  # one day for all ranks
     with agreement.same_on_all_ranks() as compared:
         settings = engine.read_settings(args, script.parent / "ds_config.json")
@@ -150,25 +152,26 @@ def prepare(argv: list[str], script: Path) -> Start | None:
             distributed.say(differs)
         monitors = take_blocks(settings, args.report_to)
         distributed.check_device(args)
-        source = open_start(args)
-        how = quantisation(args, source, settings)
+        source, how = open_checked(args, lora, settings)
         say_other_bits(args, source.adapter)
-        check_lora(args, lora, source, settings)
         new = f"runs/{loss_name(args.loss)}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
         folder, old, wanted = record.find(args.resume, args.output_dir, new)
-        date = (old or {}).get("date") or today  # some chat templates write it
+        forked = fork.find(args.fork, folder) if args.fork else None
+        date = (old or (forked and forked.source) or {}).get("date") or today  # some chat templates write it
         train, held_out, limit = load_data(args, source, date)
         if weights:
             mix(train, weights, args.seed)
-        sets = [data for data in (train, held_out) if data]
-        for data in sets:
-            check_weights(data)
+        without, sets = check_weights(train, held_out, args.without_rows), [data for data in (train, held_out) if data]
         facts = record.facts(args, settings, limit, sets, script.parent, [str(script), *argv])
-        facts |= {"date": date, "peft_config": lora or None, "quantisation": how, "loss_function": loss_hash}
+        facts |= {"date": date, "peft_config": lora or None, "quantisation": how, "loss_function": loss_hash,
+                  "fork": fork.entry(forked, old)}
         facts["versions"] |= {"bitsandbytes": importlib.metadata.version("bitsandbytes")} if how else {}
         if old:
             record.check_same(folder, old, facts, before_loading=bool(source.adapter))
-        start = Start(args, loss, settings, source, train, held_out, folder, facts, old, wanted, monitors, lora=lora)
+        elif forked:
+            fork.check(forked, facts, before_loading=bool(source.adapter))
+        start = Start(args, loss, settings, source, train, held_out, folder, facts, old, wanted, forked, without,
+                      monitors, lora)
         if args.reference and not start.finished:
             start.reference = open_reference(args, source, sets)
         if needs_reference(loss) and not start.finished:
@@ -190,14 +193,11 @@ def look(args, lora: dict, deepspeed: Path) -> None:
     with agreement.same_on_all_ranks():
         settings = engine.read_settings(args, deepspeed)
         distributed.check_device(args)
-        source = open_start(args)
-        quantisation(args, source, settings)
-        check_lora(args, lora, source, settings)
+        source, _ = open_checked(args, lora, settings)
         train, held_out, limit = load_data(inspection.lenient(args), source)
-        for data in (sets := [data for data in (train, held_out) if data]):
-            check_weights(data)
+        check_weights(train, held_out, args.without_rows)
         if args.reference:
-            open_reference(args, source, sets)
+            open_reference(args, source, [data for data in (train, held_out) if data])
     distributed.say(inspection.inspect(train, source.tokenizer, limit, args.inspect_row, held_out))
 
 
@@ -257,6 +257,14 @@ def open_start(args) -> Source:
     if args.chat_template:
         source.tokenizer.chat_template = _read_template_file(args.chat_template)
     return source
+
+
+def open_checked(args, lora: dict, settings: dict) -> tuple[Source, dict | None]:
+    """(what the run starts from, how its base is quantised). Raises UserError where it can't be trained so."""
+    source = open_start(args)
+    how = quantisation(args, source, settings)
+    check_lora(args, lora, source, settings)
+    return source, how
 
 
 def open_reference(args, source: Source, sets: list[DataSet]) -> Source:

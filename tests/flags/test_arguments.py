@@ -40,7 +40,8 @@ chosen_field rejected_field""".split()
 BESIDE = {"lora_dropout": ["--allow_dropout"], "eval_steps": ["--eval_size=5"], "random_init": ["--use_lora=false"],
           "loss_kwargs": ["--loss=simpo"]}
 VALUES = {"loss": "ipo", "loss_kwargs": '{"simpo_gamma": 1}', "label_smoothing": 0.2, "lora_dropout": 0.05,
-          "max_steps": 7, "adam_beta1": 0.5, "adam_beta2": 0.5}
+          "max_steps": 7, "adam_beta1": 0.5, "adam_beta2": 0.5,
+          "without_rows": "5,17"}
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,142 @@
+"""A fork: a new run that goes on from a state of another run, its source, with some settings changed.
+
+The fork's folder is made as if it were the source's, stopped at that step: it gets the lines of metrics.jsonl before
+the step, the checkpoints up to it, and the state. From there on it is a run like any other, stopped and gone on with as
+every run is, and the source is not needed any more. A fork at step 0 needs nothing but the source's settings.
+
+At a later step only those settings can be changed that the steps before did not depend on. What they are changed to
+holds from that step on: of a longer run, too, only the steps to come have other learning rates.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+from ..errors import UserError
+from ..ranks.distributed import is_main
+from . import record, resume
+from .atomic import BESIDE, aside, new_file, steps_of, writing
+
+# What a run can have anew from a step on: flags, and entries of run.json that follow from them.
+CHANGEABLE = {f"--{name}" for name in (
+    "without_rows loss beta label_smoothing loss_kwargs sft_weight reference max_steps num_train_epochs "
+    "learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+    "eval_steps save_steps").split()} | {"steps", "reference", "loss_function"}
+# What a process was told of itself alone.
+OWN = ("output_dir", "resume", "local_rank", "fork", "inspect", "inspect_row", "dry_run", "print_config")
+
+
+@dataclasses.dataclass
+class Fork:
+    """What --fork names."""
+
+    run: Path  # the source's folder, its full path
+    step: int
+    source: dict | None  # the source's run.json; None where the fork's own folder is there, and has all that it needs
+
+    def __str__(self) -> str:
+        return f"--fork {self.run}@{self.step}"
+
+
+def settings_of(fork: str, output_dir: str | None) -> tuple[dict, str]:
+    """(the settings that are the defaults of a fork's flags, the file that they come from): the source's, which the
+    fork's own run.json has, too. Raises UserError."""
+    found = find(fork, Path(output_dir) if output_dir else None)
+    if found.source:
+        file, settings = found.run / "run.json", found.source["arguments"]
+    else:
+        file = Path(output_dir) / "run.json"
+        own = record.read(file.parent)
+        settings = own["arguments"] | {name.removeprefix("--"): was for name, (was, _) in own["fork"]["changed"].items()
+                                       if name.startswith("--")}
+    if unknown := settings.keys() - record.DEFAULTS.keys():
+        raise UserError(f"--fork {fork}: {file} is of another version of nanodpo, which has the settings "
+                        f"{', '.join(sorted(unknown))}; fork it with that version")
+    return {name: value for name, value in settings.items() if name not in OWN}, str(file)
+
+
+def find(fork: str, folder: Path | None) -> Fork:
+    """What --fork names; `folder` is the fork's own, which may be there already. Raises UserError for what is no run, a
+    step at which it can't be forked, and a folder that holds another run."""
+    place, at, step = fork.rpartition("@")
+    run = Path(os.path.abspath(os.path.expanduser(place if at else fork)))
+    if folder and (folder / "run.json").is_file():
+        own = record.read(folder).get("fork") or {}
+        if at and (own.get("run"), str(own.get("step"))) == (str(run), step):
+            return Fork(run, int(step), None)
+        what = "the run that is to be forked" if os.path.realpath(folder) == os.path.realpath(run) else "another run"
+        raise UserError(f"--output_dir {folder}: holds {what}; name a new folder for the fork")
+    if not (run / "run.json").is_file():
+        raise UserError(f"--fork {fork}: {run} is no run (run.json is missing)")
+    there = [0, *sorted(resume.steps_in(run))]
+    if not at or step not in map(str, there):
+        said = f"there is no state of step {step}" if at else "must be RUN@STEP"
+        more = "" if len(there) > 1 else "; a run with --keep_states and --resume_steps or --save_steps has more"
+        raise UserError(f"--fork {fork}: {said}; {run} can be forked at step {listed(there)}{more}")
+    return Fork(run, int(step), record.read(run))
+
+
+def listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) if len(steps) <= 20 else f"{listed(steps[:10])} ... {listed(steps[-5:])}"
+
+
+def entry(fork: Fork | None, old: dict | None) -> dict | None:
+    """The entry of run.json; `changed` is filled in when all is known. `old`: the fork's own run.json. Raises UserError
+    where the state is not whole."""
+    if fork is None or old:
+        return fork and old["fork"]
+    if fork.step and is_main():
+        state = resume.state(fork.run, fork.step, fork.source["world_size"])
+        if isinstance(state, str):
+            raise UserError(f"{fork}: the run can't go on from this state: {state}")
+    return {"run": str(fork.run), "step": fork.step, "fingerprint": record.fingerprint(fork.source), "changed": {}}
+
+
+def check(fork: Fork, facts: dict, before_loading: bool = False) -> dict[str, list]:
+    """{name: [value in the source, value in the fork]} of what is changed; `facts` are the entries of run.json that are
+    known. Raises UserError for what can't be changed at this step, and a run that ends before it."""
+    different = [line for line in record.differences(fork.source, facts, before_loading) if not _is_own(*line)]
+    fixed = [line for line in different if line[0] not in CHANGEABLE]
+    if fork.step and any(name.removeprefix("--") not in record.BY_CONTENT for name, *_ in fixed):
+        raise UserError(f"{fork}: the steps before {fork.step} would have been others with {record.in_words(fixed)}; "
+                        "leave it as it was, or fork at 0, where everything can be changed")
+    if facts.get("steps", fork.step + 1) <= fork.step:
+        raise UserError(f"{fork}: the fork would end at step {facts['steps']}; give it more --max_steps")
+    return {name: [was, now] for name, was, now in different}
+
+
+def _is_own(name: str, was, now) -> bool:
+    """Whether a difference is none of the settings: that this is a fork, and what DeepSpeed is told of --max_grad_norm.
+    """
+    clipping = {"gradient_clipping": None}
+    return name == "fork" or name == "deepspeed" and isinstance(was, dict) and was | clipping == now | clipping
+
+
+def fill(fork: Fork, folder: Path) -> None:
+    """Puts into the fork's folder what the source had at this step, unless it is there. On one rank.
+
+    Files are links, so that they take no room and stay when the source is removed; those that people edit, and all of
+    them where the file system has no links, are copies. metrics.jsonl comes last: with it all is there.
+    """
+    if not fork.step or (folder / "metrics.jsonl").exists():
+        return
+    if not resume.folder_of(fork.run, fork.step).is_dir():
+        raise UserError(f"{fork}: the state is gone, and {folder} was stopped before it had it; remove that folder")
+    (folder / "resume").mkdir(exist_ok=True)
+    for name in [*(f"checkpoint-{k}" for k in steps_of(fork.run) if 0 < k <= fork.step), f"resume/step-{fork.step}"]:
+        with writing(folder / name):
+            if not (folder / name).exists():
+                shutil.copytree(fork.run / name, aside(folder / name), copy_function=_link)
+                os.rename(aside(folder / name), folder / name)
+    before = [text for text, line in resume.lines_of(fork.run) if line["step"] < fork.step]
+    with writing(folder / "metrics.jsonl"), new_file(folder / "metrics.jsonl") as place:
+        place.write_text("".join(before))
+
+
+def _link(file: str, place: str) -> None:
+    with contextlib.suppress(OSError):
+        if Path(file).name not in BESIDE:
+            return os.link(file, place)
+    shutil.copy2(file, place)

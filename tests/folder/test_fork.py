@@ -1,0 +1,309 @@
+"""A fork is its source to the last bit, but for what it changes and what follows from that."""
+
+import json
+import math
+import re
+import shutil
+
+import oracle
+import pytest
+import torch
+from conftest import ROOT, make_model, zero
+from test_resume import BREAKS, content, lines
+from test_resume import flags as resume_flags
+
+from nanodpo.data.schedule import epoch_order, pairs_of_step
+from nanodpo.errors import UserError
+from nanodpo.folder import fork, record
+from nanodpo.folder.resume import folder_of
+
+TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
+MORE = ("--max_steps", "4", "--save_steps", "1", "--eval_steps", "2", "--keep_states")  # after those of test_resume
+FULL = ("--use_lora", "false", "--lora_dropout", "0")
+
+
+def flags(tiny, run, *more):
+    return resume_flags(tiny, run, *MORE, *more)
+
+
+@pytest.fixture(scope="module")
+def source(tiny, tmp_path_factory, forked):
+    """A finished run of four steps that has kept its states: LoRA with dropout, so that random numbers count."""
+    run = tmp_path_factory.mktemp("source") / "run"
+    assert forked(TRAIN, *flags(tiny, run))[0] == [0]
+    return run
+
+
+def states(run, first: int = 0) -> dict[str, bytes]:
+    """Every file of the states from step `first` on, byte for byte."""
+    return {str(file.relative_to(run)): file.read_bytes() for file in run.glob("resume/step-*/*")
+            if int(file.parent.name.removeprefix("step-")) >= first}
+
+
+def assert_same(fork, source, step: int) -> None:
+    """The metrics from the first step on, every checkpoint, and the states from the fork's step on."""
+    assert lines(fork) == lines(source) and content(fork) == content(source)
+    assert states(fork) == states(source, step) and len(states(fork)) == 2 * 3 - 2 * (step - 1) * bool(step)
+    assert not list(fork.rglob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [0, 1])
+def test_nothing_changed_is_nothing_different(step, source, tmp_path, forked):
+    """From the folder of another, and then the fork's own settings are the source's."""
+    codes, said = forked(TRAIN, "--fork", f"{source}@{step}", "--output_dir", tmp_path / "fork")
+    assert codes == [0] and f"fork: {source} at step {step}, with nothing changed" in said
+    assert_same(tmp_path / "fork", source, step)
+    made = record.read(tmp_path / "fork")
+    assert made["fork"] == {"run": str(source), "step": step, "changed": {},
+                            "fingerprint": record.fingerprint(record.read(source))}
+    # A run like any other: finished, and forked again, which needs its source no more than itself.
+    codes, said = forked(TRAIN, "--fork", f"{source}@{step}", "--output_dir", tmp_path / "fork")
+    assert codes == [0] and "this run is finished, all 4 steps" in said
+    codes, said = forked(TRAIN, "--fork", f"{tmp_path / 'fork'}@3", "--output_dir", tmp_path / "again")
+    assert codes == [0]
+    assert_same(tmp_path / "again", source, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, ranks, more", [(0, 1, FULL), (2, 2, ())], ids=["full", "zero2-2"])
+def test_a_fork_that_was_killed_goes_on_without_its_source(stage, ranks, more, tiny, tmp_path, forked):
+    """Killed before it had its state, then in step 3, then the source is gone: the same command ends as the source."""
+    run, place, whole = tmp_path / "run", tmp_path / "fork", tmp_path / "whole"
+    assert forked(TRAIN, *flags(tiny, run, *more, "--deepspeed", zero(tiny, stage)), ranks=ranks)[0] == [0] * ranks
+    shutil.copytree(run, whole)
+    command = ("--fork", f"{run}@2", "--output_dir", place)
+    codes, _ = forked(FAULTY, "link@1", *command, ranks=ranks)
+    assert codes[0] == 137 and not (place / "metrics.jsonl").exists()
+    codes, said = forked(FAULTY, f"kill@3:{ranks - 1}", *command, ranks=ranks)
+    assert codes[-1] == 137 and "going on at step 2" in said
+    shutil.rmtree(run)
+    codes, said = forked(TRAIN, *command, ranks=ranks)
+    assert codes == [0] * ranks and "going on at step 3" in said
+    assert lines(place) == lines(whole) and content(place) == content(whole)
+
+
+@pytest.mark.slow
+def test_another_beta_from_step_2_on(source, tmp_path, forked):
+    """Until step 2 nothing differs. The line of step 2 is computed before its update: the log-probs are the source's,
+    the rewards three times as large, and the loss is that of the new margin. Then the weights go another way."""
+    place = tmp_path / "fork"
+    command = ("--fork", f"{source}@2", "--output_dir", place, "--beta", "0.3", "--per_device_train_batch_size", "1")
+    codes, said = forked(TRAIN, *command)
+    assert codes == [0] and f"fork: {source} at step 2, --beta: 0.1 -> 0.3" in said
+    old, new = ({(line["step"], "eval_loss" in line): line for line in lines(run)} for run in (source, place))
+    assert old.keys() == new.keys()
+    for key in old:
+        assert (old[key] == new[key]) == (key[0] < 2), key
+    for prefix, key in (("", (2, False)), ("eval_", (2, True))):
+        for name, value in old[key].items():
+            times = 3 if name.startswith((f"{prefix}rewards/chosen", f"{prefix}rewards/rejected", f"{prefix}rewards/m")
+                                         ) else 1
+            if "weights/" not in name and name not in ("loss", "eval_loss", "grad_norm"):
+                assert new[key][name] == pytest.approx(times * value, rel=1e-12), name
+    assert new[3, False]["logps/chosen"] != old[3, False]["logps/chosen"]
+    before, after = content(source), content(place)
+    same = {name.partition("/")[0] for name in before if before[name] == after[name] and "safetensors" in name}
+    assert same == {"checkpoint-0", "checkpoint-1", "checkpoint-2"}
+    assert record.read(place)["fork"]["changed"] == {"--beta": [0.1, 0.3]}
+    # What goes on is this fork, as it was asked for; a fork of it can take beta back.
+    for wrong in (("--beta", "0.2"), ()):
+        codes, said = forked(TRAIN, "--fork", f"{source}@2", "--output_dir", place, *wrong)
+        assert codes == [2] and "holds a run with other settings (--beta: 0.3 -> 0." in said
+    codes, said = forked(TRAIN, "--fork", f"{place}@2", "--output_dir", tmp_path / "back", "--beta", "0.1")
+    assert codes == [0] and lines(tmp_path / "back") == lines(source)
+
+
+@pytest.mark.slow
+def test_a_step_of_the_fork_is_the_update_of_the_new_loss(source, tiny, tmp_path, forked):
+    """A loss of its own, another rate and a longer run: the loss at step 2 by hand, from the source's log-probs of its
+    single pairs, and the learning rate of a run of six steps."""
+    place = tmp_path / "fork"
+    codes, _ = forked(TRAIN, "--fork", f"{source}@2", "--output_dir", place, "--loss", "simpo", "--beta", "2",
+                      "--learning_rate", "5e-4", "--max_steps", "6", "--max_grad_norm", "0.5", "--loss_kwargs",
+                      '{"simpo_gamma": 1.0}', "--gradient_checkpointing")
+    assert codes == [0]
+    rates = [line["learning_rate"] for line in lines(place) if "learning_rate" in line]
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * k / 4)) / 2 for k in (0, 1)]
+                                  + [5e-4 * (1 + math.cos(math.pi * k / 6)) / 2 for k in (2, 3, 4, 5)], rel=1e-12)
+    old, new = ({line["step"]: line for line in lines(run) if "eval_loss" not in line} for run in (source, place))
+    assert new[2]["logps/chosen"] == old[2]["logps/chosen"] and "rewards/margins" not in new[2]
+    margin = 2 * (old[2]["logps_per_token/chosen"] - old[2]["logps_per_token/rejected"]) - 1
+    # -log sigmoid is convex: its mean over the step's two pairs is no less than that of the mean margin, and near it.
+    assert 0 <= new[2]["loss"] - math.log1p(math.exp(-margin)) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["dpo", "sft"])
+def test_without_a_row(loss, tiny, tmp_path, forked):
+    """Of a row that comes first in step 3, and of another that comes nowhere, a fork at 2 lacks the term, and nothing
+    else: plain transformers and AdamW, one sequence at a time, whose losses leave that term out and divide by the whole
+    step. A run that has been without these rows from the start is the same to the last bit; so is the fork when it is
+    stopped. Log-probs are means over all pairs."""
+    more = ("--use_lora", "false", "--lora_dropout", "0", "--eval_size", "0", "--eval_steps", "0", "--loss", loss)
+    windows = [pairs_of_step(11, 2, 42, step) for step in range(4)]
+    row, never = windows[3][0], (set(range(11)) - set(sum(windows, []))).pop()
+    assert forked(TRAIN, *flags(tiny, tmp_path / "run", *more))[0] == [0]
+    command = ("--fork", f"{tmp_path / 'run'}@2", "--output_dir", tmp_path / "fork", "--without_rows",
+               f"{never}, {row}")
+    assert forked(FAULTY, "kill@3", *command)[0] == [137]
+    codes, said = forked(TRAIN, *command)
+    assert codes == [0] and "going on at step 3" in said
+    names = ",".join(map(str, sorted([row, never])))
+    assert record.read(tmp_path / "fork")["fork"]["changed"] == {"--without_rows": [None, names]}
+    assert forked(TRAIN, *flags(tiny, tmp_path / "plain", *more, "--without_rows", names))[0] == [0]
+    assert lines(tmp_path / "fork") == lines(tmp_path / "plain")
+    weights = [(tmp_path / name / "checkpoint-4" / "model.safetensors").read_bytes()
+               for name in ("fork", "plain", "run")]
+    assert weights[0] == weights[1] != weights[2]
+    model = make_model()
+    expected = oracle.train(model, oracle.read_pairs(tiny / "train.jsonl"), windows, loss, without=(row,))
+    for line, known in zip(lines(tmp_path / "fork"), expected, strict=True):
+        for name, value in known.items():
+            assert line[name] == pytest.approx(value, rel=2e-5), (line["step"], name)
+    after = oracle.load(tmp_path / "fork" / "checkpoint-4")
+    for (name, p), q in zip(model.named_parameters(), after.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=2e-6), name
+
+
+@pytest.mark.slow
+def test_rows_that_can_not_be_left_out(tiny, tmp_path, forked):
+    """Each wrong list is one line, with --inspect, too; a row of the held-out set is none that is trained on."""
+    file, held = tiny / "train.jsonl", epoch_order(11, 42, -1)[0]
+    for rows, words, more in (
+            ("17", f"row 17: {file} has rows 0 to 10", ()), ("3,17", f"row 17: {file} has rows 0 to 10", ["--inspect"]),
+            ("3;4", "must be numbers of rows with commas between, as in 17,56; found '3;4'", ()),
+            ("-1", "found '-1'", ()), ("3,,4", "found ''", ()), ("1.5", "found '1.5'", ()),
+            (str(held), f"row {held}: {file}: this row is held out, and is not trained on", ()),
+            (",".join(str(row) for row in range(11) if row != held), "no row is left that counts in the loss", ())):
+        codes, said = forked(TRAIN, *flags(tiny, tmp_path / "run", "--eval_size", "1", "--without_rows", rows, *more))
+        (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert codes == [2] and error.startswith("error: --without_rows ") and words in error
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_at_the_start_everything_can_be_changed(source, tiny, tmp_path, forked):
+    """A fork at 0 is the run that these settings give without a fork."""
+    more = ("--lora_r", "2", "--seed", "7", "--max_steps", "2", "--loss", "ipo")
+    assert forked(TRAIN, *flags(tiny, tmp_path / "plain", *more))[0] == [0]
+    codes, said = forked(TRAIN, "--fork", f"{source}@0", "--output_dir", tmp_path / "fork", *more)
+    assert codes == [0] and "--lora_r: 4 -> 2, " in said
+    assert lines(tmp_path / "fork") == lines(tmp_path / "plain")
+    weights = [run / "checkpoint-2" / "adapter_model.safetensors" for run in (tmp_path / "fork", tmp_path / "plain")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_fork_is_scored_and_drawn_by_itself(source, tmp_path, forked):
+    """It has its source's first checkpoints: step 0, which all others are compared with, and those between."""
+    shutil.copytree(source, tmp_path / "gone")
+    place = tmp_path / "fork"
+    assert forked(TRAIN, "--fork", f"{tmp_path / 'gone'}@2", "--output_dir", place, "--beta", "1")[0] == [0]
+    shutil.rmtree(tmp_path / "gone")
+    codes, said = forked(ROOT / "score.py", place, "--max_new_tokens", "3")
+    assert codes == [0] and "step 0 to 4" in said
+    codes, said = forked(ROOT / "plot.py", place)
+    assert codes == [0] and (place / "training.png").is_file() and (place / "dynamics.png").is_file()
+
+
+@pytest.mark.slow
+def test_what_can_not_be_forked_is_one_line(source, tiny, tmp_path, forked):
+    """Nothing is written, and the source stays as it was."""
+    before = {file: file.read_bytes() for file in source.rglob("*") if file.is_file()}
+    (tmp_path / "other.jsonl").write_text((tiny / "train.jsonl").read_text().replace("What is 3", "What was 3"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "run.json").write_text((source / "run.json").read_text())
+    for ranks, of, more, words in (
+            (1, f"{source}", (), "must be RUN@STEP; .* can be forked at step 0, 1, 2, 3$"),
+            (1, f"{source}@4", (), "no state of step 4; .* can be forked at step 0, 1, 2, 3$"),
+            (1, f"{source}@02", (), "no state of step 02; "), (1, f"{source}@-1", (), "no state of step -1; "),
+            (1, f"{tmp_path}/none@2", (), "none is no run"),
+            (1, f"{source}@2", ("--lora_r", "8", "--beta", "0.3"), r"others with --lora_r: 4 -> 8; .* fork at 0"),
+            (1, f"{source}@2", ("--seed", "7"), "others with --seed: 42 -> 7"),
+            (1, f"{source}@2", ("--bf16",), "others with --bf16: false -> true"),
+            (1, f"{source}@2", ("--train_file_path", tmp_path / "other.jsonl"), "others with data: .*other.jsonl"),
+            (1, f"{source}@2", ("--model_name", tiny / "untied"), "others with weights: .*untied"),
+            (2, f"{source}@2", (), "others with world_size: 1 -> 2"),
+            (1, f"{source}@2", ("--max_steps", "2"), "would end at step 2; give it more --max_steps"),
+            (1, f"{source}@2", ("--output_dir", source), "holds the run that is to be forked"),
+            (1, f"{source}@2", ("--output_dir", tmp_path / "taken"), "taken: holds another run"),
+            (1, f"{source}@2", ("--resume", source / "resume" / "step-2"), "the run is finished; --fork .*run@2"),
+            (1, f"{source}@2", ("--loss", "sft", "--sft_weight", "0.5"), "--sft_weight 0.5 has no meaning")):
+        codes, said = forked(TRAIN, "--output_dir", tmp_path / "fork", "--fork", of, *more, ranks=ranks)
+        (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert codes == [2] * ranks and "Traceback" not in said, said
+        assert re.search(words, error), error
+    assert {file: file.read_bytes() for file in source.rglob("*") if file.is_file()} == before
+    assert not (tmp_path / "fork").exists() and [file.name for file in (tmp_path / "taken").iterdir()] == ["run.json"]
+
+
+# In one process
+
+
+@pytest.fixture
+def copied(source, tmp_path):
+    shutil.copytree(source, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name, how", [*(("rank0.safetensors", how) for how in BREAKS), ("manifest.json", "cut")])
+def test_a_damaged_state_is_refused(name, how, copied):
+    """So are lines that metrics.jsonl lacks."""
+    BREAKS[how](folder_of(copied, 2) / name)
+    with pytest.raises(UserError, match=rf"^--fork .*run@2: the run can't go on from this state: .*{name}"):
+        fork.entry(fork.find(f"{copied}@2", None), None)
+    (copied / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="state: metrics.jsonl lacks step 0"):
+        fork.entry(fork.find(f"{copied}@3", None), None)
+
+
+def test_a_run_of_another_version(copied):
+    """Settings that this version lacks are refused, those that it has besides are at their defaults."""
+    made = json.loads((copied / "run.json").read_text())
+    del made["arguments"]["keep_states"], made["fork"]
+    (copied / "run.json").write_text(json.dumps(made))
+    settings, file = fork.settings_of(f"{copied}@2", None)
+    assert settings["lora_r"] == 4 and "keep_states" not in settings and file == str(copied / "run.json")
+    made["arguments"]["new_setting"] = 1
+    (copied / "run.json").write_text(json.dumps(made))
+    with pytest.raises(UserError, match="of another version of nanodpo, which has the settings new_setting; fork it"):
+        fork.settings_of(f"{copied}@2", None)
+    (copied / "run.json").write_text(json.dumps(made | {"fork": {"run": 3}}))
+    with pytest.raises(UserError, match="is not what train.py writes"):
+        fork.settings_of(f"{copied}@2", None)
+
+
+def test_a_run_that_keeps_no_states_names_the_flag(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": {}, "steps": 4, "world_size": 1}))
+    with pytest.raises(UserError, match="can be forked at step 0; a run with --keep_states and --resume_steps or"):
+        fork.find(f"{tmp_path}@2", None)
+
+
+def test_links_where_there_are_links_and_copies_of_what_people_edit(copied, tmp_path, monkeypatch):
+    """A large state takes no room; a card that somebody edits stays the source's own. Elsewhere all are copies."""
+    def numbers(folder):
+        return {str(file.relative_to(folder)): file.stat().st_ino for file in folder.rglob("*") if file.is_file()}
+
+    for name, links in (("linked", True), ("copies", False)):
+        if not links:
+            monkeypatch.setattr(fork.os, "link", lambda *_: (_ for _ in ()).throw(OSError("another disk")))
+        (tmp_path / name).mkdir()
+        fork.fill(fork.find(f"{copied}@1", None), tmp_path / name)
+        own, others = numbers(tmp_path / name), numbers(copied)
+        shared = {file.rpartition("/")[2] for file in own if own[file] == others[file]}
+        assert {"adapter_model.safetensors", "rank0.safetensors"} <= shared if links else not shared
+        assert not shared & {"README.md", "trainer_state.json", "metrics.jsonl"}
+        assert [line["step"] for line in lines(tmp_path / name)] == [0, 0]
+        assert sorted(file.name for file in tmp_path.glob(f"{name}/*")) == ["checkpoint-1", "metrics.jsonl", "resume"]
+
+
+def test_a_fork_that_has_lost_its_states_does_not_begin_again(copied):
+    """At step 0 it would train with the new settings from the start, and pass for the fork."""
+    from nanodpo.folder import resume
+
+    shutil.rmtree(copied / "resume")
+    for place in copied.glob("checkpoint-*"):
+        shutil.rmtree(place)
+    with pytest.raises(UserError, match="no state to go on from .there is none, but it is a fork at step 2"):
+        resume.begin(copied, 8, 1, None, 2)
