@@ -5,6 +5,7 @@
                                                     from one another's checkpoints one after the other
     python plot.py --scores scores.parquet          the dynamics in files of score.py alone
     python plot.py SFT_RUN DPO_RUN --phases         dynamics of runs that followed one another, on one axis
+    python plot.py RUN FORK --diff                  the second run less the first, with the fork's step
     python plot.py RUN --heatmap                    every example of a run at every checkpoint
     python plot.py RUN --ledger                     which training pairs moved the log-probs, from ledger.parquet
     python plot.py RUN --strip 7                    every token of the pair in row 7, from tokens.parquet
@@ -78,6 +79,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
                                                    "implausible tokens and right answers.")
     one = figures.add_mutually_exclusive_group()
     one.add_argument("--phases", action="store_true", help="Dynamics of the RUNs one after the other, in this order.")
+    one.add_argument("--diff", action="store_true", help="Two RUNs and, below, the second less the first: of a run and "
+                     "its fork, what the change did.")
     one.add_argument("--heatmap", action="store_true", help="Examples x checkpoints: how far each moved.")
     one.add_argument("--ledger", action="store_true", help="What the training pairs made of a change, from "
                      "ledger.parquet.")
@@ -124,6 +127,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--three_panel: {twice[0]} is named twice")
     if args.phases and len(set(args.runs)) < 2:
         raise UserError("--phases: needs two runs or more, in their order")
+    if args.diff and (len(set(args.runs)) != 2 or args.series or args.focus or args.floor is not None):
+        raise UserError("--diff: needs two runs, and takes no --series, --focus or --floor")
     for flag in ("focus", "floor", "panel_ratios"):
         values = [args.floor or 0] if flag == "floor" else getattr(args, flag) or []
         if not all(abs(value) <= 1e12 for value in values):

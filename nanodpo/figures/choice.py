@@ -7,6 +7,7 @@ import pandas
 
 from ..errors import UserError
 from .axes import listed
+from .difference import scored_difference, training_difference
 from .heatmap import heatmap_figure
 from .intervals import levels, with_gaps
 from .ledger import ledger_figure
@@ -41,6 +42,8 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
     trained = folders and not (args.phases or args.heatmap)
     lines = {run: read_metrics(folder) for run, folder in runs.items()} if trained else {}
     facts = {run: read_facts(folder) for run, folder in runs.items()}
+    if args.diff:
+        return draw_difference(args, lines, facts, scores)
     drawn = {"training": training_figure(lines, args.columns, facts)} if trained else {}
     if scores is not None or series is not None:
         scores, series = select_beside(scores, series, names if args.scores or args.phases else [], args.test)
@@ -54,6 +57,19 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
         answers = read_answers([file.with_name("answers.parquet") for file in files])
         drawn |= scored_figures(scores, series, answers, **how)
     return drawn, notes
+
+
+def draw_difference(args, lines: dict[str, list[dict]], facts: dict[str, Facts], scores) -> tuple[dict, list[str]]:
+    """The difference of two runs in training, and in the scores that both have."""
+    drawn, names = {"difference": training_difference(lines, args.columns, facts)}, [Path(run).name for run in lines]
+    if scores is None:
+        return drawn, []
+    (scores,) = select([scores], [], args.test)
+    if missing := [run for run in names if run not in set(scores["run"])]:
+        return drawn, [f"{listed(missing)} was not scored, so the difference of training alone is drawn"]
+    found = scored_difference(scores, names, args.columns, facts)
+    why = f"{listed(names)} have no score of one row at one step in common; score them in one call"
+    return (drawn | {"difference_scores": found}, []) if found else (drawn, [why])
 
 
 def follow(args, scores, series, names: list[str], runs: dict[str, Path], facts: dict[str, Facts]):

@@ -28,6 +28,7 @@ class Facts:
     kwargs: str | None = None  # of --loss_kwargs
     noise: Noise = dataclasses.field(default_factory=Noise)
     pairs: int = 1  # of a step
+    forked: int | None = None  # the step at which it was forked from another run
 
     @property
     def kind(self) -> str:
@@ -52,6 +53,7 @@ def read_facts(folder: Path) -> Facts:
     facts = Facts(given.get("loss", ""), given.get("label_smoothing", 0.0), given.get("beta"),
                   given.get("model_name", ""), given.get("sft_weight", 0.0), given.get("loss_kwargs"),
                   Noise(of_record(record, file)), record.get("world_size", 1))
+    facts.forked = fork.get("step") if isinstance(fork := record.get("fork"), dict) else None
     numbers = {"label_smoothing": facts.smoothing, "beta": facts.beta or 0.0, "sft_weight": facts.sft_weight}
     wrong = [name for name, value in numbers.items() if type(value) not in (int, float) or not 0 <= value < math.inf]
     texts = {"loss": facts.loss, "model_name": facts.model, "loss_kwargs": facts.kwargs or ""}
@@ -59,6 +61,7 @@ def read_facts(folder: Path) -> Facts:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         facts.pairs = given.get(name, 1) * facts.pairs if type(given.get(name, 1)) is int else 0
     wrong += [] if type(facts.pairs) is int and facts.pairs > 0 else ["the number of pairs of a step"]
+    wrong += [] if facts.forked is None or type(facts.forked) is int and facts.forked >= 0 else ["the step of the fork"]
     if wrong:
         raise UserError(f"{file}: is not what train.py writes: {wrong[0]} has no value that it could have")
     facts.loss = loss_name(facts.loss)

@@ -43,11 +43,11 @@ def training_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, 
     if len(runs) > len(COLOURS):
         raise UserError(f"{len(runs)} runs: at most {len(COLOURS)} can be told apart in one figure")
     facts = {run: (facts or {}).get(run, Facts()) for run in runs}
-    runs = {run: [_with_moved(line) for line in lines] for run, lines in runs.items()}
+    runs = {run: [with_moved(line) for line in lines] for run, lines in runs.items()}
     colours = {run: {"color": colour} for run, colour in zip(runs, COLOURS)} if len(runs) > 1 else {}
     held_out = any(name.startswith("eval_") for lines in runs.values() for line in lines for name in line)
     reach = {run: len({line["step"] for line in lines}) // PART for run, lines in runs.items()}
-    panels = _panels(runs, facts)
+    panels = panels_of(runs, facts)
     kinds = [names for names, _ in panels.values() if "loss" in names]
     fig, axes = grid(len(panels), min(len(panels), 3) if columns == 2 else 1, columns, sharex=len(kinds) < 2)
     marks = Marks("a training step's mean")
@@ -56,14 +56,14 @@ def training_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, 
         for run in here:
             for side, name in names.items():
                 look = LOOKS[side] | colours.get(run, {})
-                _curves(ax, run, runs[run], name, look, FAINT if held_out else {}, reach[run])
+                curves(ax, run, runs[run], name, look, FAINT if held_out else {}, reach[run])
         _noise(marks, ax, label, [(facts[run], runs[run]) for run in here])
     sides = dict.fromkeys(side for names, _ in panels.values() for side in names if side != "loss")
     _legend(fig, runs, colours, sides, held_out, reach, marks.handles)
     return fig, _caption(runs, panels, facts, held_out, reach) + marks.caption
 
 
-def _with_moved(line: dict) -> dict:
+def with_moved(line: dict) -> dict:
     """The line with how far its log-probs are from the reference's, in place of their level."""
     line = dict(line)
     for prefix in ("", "eval_"):
@@ -74,7 +74,7 @@ def _with_moved(line: dict) -> dict:
     return line
 
 
-def _panels(runs: dict, facts: dict) -> dict[str, tuple[dict[str, str], list[str]]]:
+def panels_of(runs: dict, facts: dict) -> dict[str, tuple[dict[str, str], list[str]]]:
     """{y label: (metric of each side, the runs that have one)}, a loss for each kind first."""
     there = {run: {name.removeprefix("eval_") for line in lines for name in line} for run, lines in runs.items()}
     kinds = {}
@@ -91,7 +91,7 @@ def _panels(runs: dict, facts: dict) -> dict[str, tuple[dict[str, str], list[str
     return {label: (names, members) for label, (names, members) in panels.items() if names and members}
 
 
-def _curves(ax, run: str, lines: list[dict], name: str, look: dict, training: dict, reach: int) -> None:
+def curves(ax, run: str, lines: list[dict], name: str, look: dict, training: dict, reach: int) -> None:
     """A metric of a run over steps, in training (`training` alters the look) and under evaluation. A step that was
     skipped is a gap: its line lacks what was not finite, while a line of an evaluation never had it."""
     held_out = [(line["step"], line[f"eval_{name}"]) for line in lines if f"eval_{name}" in line]

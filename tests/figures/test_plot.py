@@ -106,6 +106,68 @@ def test_beside_evaluation_training_is_faint_in_every_run_and_keeps_its_sides_da
         assert len({str(line._dash_pattern) for line in sides}) == 3
 
 
+def forked_from(folder, run, step, change):
+    """A copy of a run whose metrics from this step on are `change` larger; its run.json says that it is a fork."""
+    text = (run / "metrics.jsonl").read_text().splitlines()
+    lines = [{name: value + change if name != "step" and line["step"] >= step else value
+              for name, value in line.items()} for line in map(json.loads, text)]
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "run.json").write_text(json.dumps({"fork": {"run": str(run), "step": step}}))
+    return folder
+
+
+def test_the_difference_of_a_run_and_its_fork(tmp_path, draw):
+    """Both runs' curves above, and below what the files' numbers differ by at each step; the fork's step in each."""
+    run = make_run(tmp_path / "a")
+    found = draw(run, forked_from(tmp_path / "b", run, 2, 0.25), "--diff")
+    fig = found["difference"]
+    for i, (name, panel) in enumerate(zip(("loss", *SIDES), (0, 1, 1, 1, 2, 2))):
+        assert points(fig, f"a {name}") == (panel, [*range(5)], [i + k / 8 for k in range(5)])
+        assert points(fig, f"b {name}") == (panel, [*range(5)], [i + k / 8 + 0.25 * (k >= 2) for k in range(5)])
+        assert points(fig, f"difference {name}") == (panel + 3, [*range(5)], [0, 0, 0.25, 0.25, 0.25])
+        assert points(fig, f"difference eval_{name}") == (panel + 3, [0, 4], [0, 0.25])
+    assert all(any(list(line.get_xdata()) == [2, 2] for line in ax.get_lines()) for ax in fig.axes)
+    assert "b less a" in found["captions"]["difference"] and "fork at step 2" in found["captions"]["difference"]
+    assert found.keys() == {"difference", "folder", "captions"}
+    one = draw(run, tmp_path / "b", "--diff", "--columns", "1")["difference"]  # each difference below its panel
+    assert [points(one, f"{which} loss")[0] for which in ("a", "difference")] == [0, 1]
+
+
+def test_the_difference_of_scores_is_of_the_rows_that_both_have(tmp_path, draw, capsys):
+    """0.1, 0.2 and 0.3 in three rows: mean 0.2, and t = 4.302653 with two degrees of freedom at standard error
+    0.1 / sqrt(3). A row that one run lacks, and a step, count nowhere."""
+    run = make_run(tmp_path / "a")
+    fork = forked_from(tmp_path / "b", run, 2, 0.25)
+    make_scores(run / "scores.parquet", {("test", "chosen", 0): [-1.0, -2.0, -3.0, -9.0],
+                                         ("test", "chosen", 4): [-1.0, -2.0, -3.0]}, "a")
+    assert draw(run, fork, "--diff").keys() == {"difference", "folder", "captions"}
+    assert "note: b was not scored" in capsys.readouterr().err
+    make_scores(fork / "scores.parquet", {("test", "chosen", 0): [-1.0, -2.0, -3.0], ("test", "chosen", 2): [-1.0],
+                                          ("test", "chosen", 4): [-0.9, -1.8, -2.7]}, "b")
+    fig = draw(run, fork, "--diff")["difference_scores"]
+    assert points(fig, "a chosen") == (0, [0, 4], [-2.0, -2.0])
+    assert points(fig, "b chosen")[2] == pytest.approx([-2.0, -1.8])
+    assert points(fig, "difference chosen")[2] == pytest.approx([0, 0.2])
+    (band,) = [part for part in fig.axes[1].collections if isinstance(part, PolyCollection)]
+    ends = sorted(y for x, y in band.get_paths()[0].vertices if x == 4)
+    assert [ends[0], ends[-1]] == pytest.approx([0.2 - 4.302653 * 0.1 / 3**0.5, 0.2 + 4.302653 * 0.1 / 3**0.5])
+
+
+def test_a_difference_that_can_not_be_drawn(tmp_path, draw):
+    """One run or three, flags of other figures, and runs that have nothing in common: one line each."""
+    run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", sides=())
+    (other / "metrics.jsonl").write_text(json.dumps({"step": 9, "loss": 1.0}) + "\n")
+    for arguments, words in (([run], "needs two runs"), ([run, run], "needs two runs"),
+                             ([run, other, tmp_path], "needs two runs"), ([run, other, "--floor", "1"], "takes no"),
+                             ([run, other], "a and b have no metric of one step in common")):
+        with pytest.raises(UserError, match=f"^--diff: {words}|{words}"):
+            draw(*arguments, "--diff")
+    (other / "run.json").write_text('{"fork": {"step": -2}}')
+    with pytest.raises(UserError, match="the step of the fork has no value that it could have"):
+        draw(run, other, "--diff")
+
+
 def test_sft_has_no_panel_of_rewards(tmp_path):
     sides = ("logps_per_token/chosen",)
     fig = training_figure({"sft": read_metrics(make_run(tmp_path / "sft", sides=sides))}, 1)[0]

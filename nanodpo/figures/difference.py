@@ -1,0 +1,133 @@
+"""The figure of a difference: the curves of two runs and below them, step by step, the second's less the first's.
+
+The runs may be any two; of a run and its fork the difference is exactly 0 up to the fork's step, which is marked, and
+later steps have the same pairs in both, so that no part of the difference is that of other data.
+"""
+
+import math
+
+import pandas
+from matplotlib.lines import Line2D
+
+from ..errors import UserError
+from ..run.noise import MARGIN
+from ..stats import over_problems
+from .axes import COLOURS, DASHES, GREY, INTERVAL, LOGPS, MARKERS, add_legend, draw_curve, grid, listed, plain, wrap
+from .noise import Marks
+from .runs import Facts
+from .training import FAINT, LOOKS, PROMINENT, REWARDS, curves, panels_of, with_moved
+
+FORK = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (2, 1))}
+ZERO = {"color": GREY, "linewidth": 0.5, "zorder": 0.5}
+PAIR = ["dataset", "row", "response", "step"]  # a score in two runs
+
+
+def training_difference(runs: dict[str, list[dict]], columns: int, facts: dict[str, Facts]):
+    """(figure, caption) of the metrics that two runs, {name: lines of metrics.jsonl}, have at the same steps. Raises
+    UserError where there are none."""
+    runs = {run: [with_moved(line) for line in lines] for run, lines in runs.items()}
+    panels = {label: names for label, (names, here) in panels_of(runs, facts).items() if len(here) == 2}
+    below = subtract(*runs.values())
+    if not panels or not below:
+        raise UserError(f"--diff: {listed(runs)} have no metric of one step in common")
+    held_out = any(name.startswith("eval_") for line in below for name in line)
+    look = FAINT if held_out else {}
+    marks, fig, pairs = Marks("a step's mean"), *framed(panels, columns, facts)
+    for (label, names), (above, ax) in zip(panels.items(), pairs):
+        for side, name in names.items():
+            for colour, (run, lines) in zip(COLOURS, runs.items()):
+                curves(above, run, lines, name, LOOKS[side] | {"color": colour}, look, 0)
+            curves(ax, "difference", below, name, LOOKS[side] | {"color": "black"}, look, 0)
+        if label not in ("loss", LOGPS):
+            noise = [(f.noise.get(MARGIN, 0.0) if label == REWARDS else f.noise.logps) / math.sqrt(f.pairs)
+                     for f in facts.values()]
+            marks.band(ax, 0, math.hypot(*noise))
+    sides = dict.fromkeys(side for names in panels.values() for side in names if side != "loss")
+    looks = {side: LOOKS[side] | ({} if held_out else {"marker": ""}) for side in sides}
+    finish(fig, runs, looks, facts, marks, held_out)
+    more = ", and at the large markers over all held-out pairs" if held_out else ""
+    more += ". The rewards of each run have its own beta" * (len({f.beta for f in facts.values()}) > 1
+                                                              and REWARDS in panels)
+    return fig, caption("Training", runs, facts, f"means over the pairs of a step{more}") + marks.caption
+
+
+def scored_difference(scores: pandas.DataFrame, runs: list[str], columns: int, facts: dict[str, Facts]):
+    """(figure, caption) of the mean log-probs per token that two runs give the same responses at the same steps, in
+    each data set; None where they have none. Intervals of the difference are over problems, row by row."""
+    first, second = (scores[scores["run"] == run].set_index(PAIR) for run in runs)
+    both = first.join(second["mean_logps"].rename("other"), how="inner").reset_index().dropna(subset="other")
+    if both.empty:
+        return None
+    both = both.assign(at=both["step"], difference=both["other"] - both["mean_logps"])
+    labels = {name: f"{plain(name)}: {LOGPS}" for name in both["dataset"].unique()}
+    responses = list(both["response"].unique())
+    looks = {response: {"color": GREY, "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
+             for i, response in enumerate(responses)}
+    marks, fig, pairs = Marks("a mean"), *framed(labels.values(), columns, facts)
+    for name, (above, ax) in zip(labels, pairs):
+        here = both[both["dataset"] == name]
+        for response, look in looks.items():
+            part = here[here["response"] == response]
+            for colour, run, column in zip(COLOURS, runs, ("mean_logps", "other")):
+                means = part.groupby("step")[column].mean()
+                above.plot(means.index, means, **look | {"color": colour}, label=f"{run} {response}")
+            draw_curve(ax, over_problems(part, ["at"], "difference"), look | {"color": "black"},
+                       f"difference {response}", INTERVAL)
+        rows = here.groupby(["response", "step"]).size().min()
+        marks.band(ax, 0, math.hypot(*(f.noise.logps for f in facts.values())) / math.sqrt(rows))
+    finish(fig, runs, looks, facts, marks)
+    what = "means over the rows that both have, with the 95% interval of the difference over their problems"
+    return fig, caption("Log-probs of responses", runs, facts, what) + marks.caption
+
+
+def subtract(first: list[dict], second: list[dict]) -> list[dict]:
+    """The second run's lines less the first's: of each step the metrics that both have, training and evaluation each
+    in a line of its own."""
+    def by_step(lines):
+        return {(line["step"], any(name.startswith("eval_") for name in line)): line for line in lines}
+
+    first, second = by_step(first), by_step(second)
+    return [{"step": key[0]} | {name: second[key][name] - value for name, value in line.items()
+                                if name != "step" and isinstance(second[key].get(name), (int, float))}
+            for key, line in first.items() if key in second]
+
+
+def framed(labels, columns: int, facts: dict[str, Facts]):
+    """(a figure, [(axes of the curves, axes of their difference below it)] for each label), forks marked."""
+    labels = list(labels)
+    across = len(labels) if columns == 2 and len(labels) <= 3 else 1
+    fig, axes = grid(2 * len(labels), across, columns)
+    pairs = list(zip(axes[:across], axes[across:])) if across > 1 else list(zip(axes[::2], axes[1::2]))
+    for label, (above, below) in zip(labels, pairs):
+        above.set_ylabel(label)
+        below.set_ylabel("difference")
+        below.axhline(0, **ZERO)
+        for step in forks(facts):
+            above.axvline(step, **FORK)
+            below.axvline(step, **FORK)
+    return fig, pairs
+
+
+def forks(facts: dict[str, Facts]) -> list[int]:
+    """The steps at which these runs were forked from another."""
+    return sorted({f.forked for f in facts.values() if f.forked is not None})
+
+
+def finish(fig, runs, looks: dict[str, dict], facts: dict[str, Facts], marks: Marks, held_out: bool = False) -> None:
+    """The legend: the runs by colour, then the sides by dash."""
+    first, second = runs
+    handles = [Line2D([], [], color=colour, label=wrap(run)) for colour, run in zip(COLOURS, runs)]
+    handles.append(Line2D([], [], color="black", label=wrap(f"{second} less {first}")))
+    handles += [Line2D([], [], **look | {"color": GREY}, label=plain(name)) for name, look in looks.items()]
+    handles += [Line2D([], [], **FORK, label="fork")] * bool(forks(facts))
+    if held_out:
+        handles += [Line2D([], [], color=GREY, **FAINT, label="training"),
+                    Line2D([], [], color=GREY, **PROMINENT, marker="o", linestyle="", label="held-out")]
+    add_legend(fig, handles + marks.handles)
+
+
+def caption(what: str, runs, facts: dict[str, Facts], means: str) -> str:
+    first, second = runs
+    steps = listed(forks(facts))
+    forked = f" Dashed: the fork at step {steps}." if steps else ""
+    return f"{what} of {first} and {second} over steps, and below {second} less {first}: {means}.{forked}"
