@@ -246,4 +246,6 @@ def recipe(record: dict) -> tuple[str, int | None]:
     kept = chosen(given, FREE | {"seed"})
     content = ["steps", "max_length", "world_size", "peft_config", *["weights"] * (not given.get("random_init")),
                *["data"] * (not given.get("eval_size"))]
-    return json.dumps([kept, *(record.get(name) for name in content)], sort_keys=True), given.get("seed")
+    fork = record.get("fork")  # one at step 0 is as a run with its settings
+    fork = [fork["step"], fork.get("changed")] if isinstance(fork, dict) and fork.get("step") else None
+    return json.dumps([kept, fork, *(record.get(name) for name in content)], sort_keys=True), given.get("seed")

@@ -324,6 +324,9 @@ def test_what_a_recipe_is():
     assert changed({"train_on": "last"})[0] != same
     assert all(changed(*other[:1], **dict(other[1:]))[0] != same for other in (
         [{"learning_rate": 2e-4}], [{}, ("steps", 8)], [{}, ("weights", "v")], [{}, ("data", ["e"])]))
+    forks = [changed({"seed": seed}, fork={"run": f"r{seed}", "step": step, "changed": beta})[0]
+             for seed, step, beta in ((1, 4, {}), (2, 4, {}), (2, 5, {}), (2, 4, {"--beta": [0.1, 0.3]}), (2, 0, {}))]
+    assert forks[0] == forks[1] and len({*forks}) == 4 and forks[-1] == same, "of two seeds, changed alike at one step"
     for flag, fact in (({"eval_size": 5}, {"data": ["e"]}), ({"random_init": True}, {"weights": "v"})):
         assert changed(flag)[0] == changed(flag, **fact)[0] != same
 
