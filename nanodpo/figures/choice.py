@@ -60,7 +60,10 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
 
 
 def draw_difference(args, lines: dict[str, list[dict]], facts: dict[str, Facts], scores) -> tuple[dict, list[str]]:
-    """The difference of two runs in training, and in the scores that both have."""
+    """The difference of two runs in training, and in the scores that both have. Raises UserError where there are not
+    two folders of runs."""
+    if len(lines) != 2:
+        raise UserError(f"--diff: needs the folders of two runs, and found {listed(lines) or 'none'}")
     drawn, names = {"difference": training_difference(lines, args.columns, facts)}, [Path(run).name for run in lines]
     if scores is None:
         return drawn, []

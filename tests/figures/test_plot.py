@@ -158,10 +158,12 @@ def test_a_difference_that_can_not_be_drawn(tmp_path, draw):
     """One run or three, flags of other figures, and runs that have nothing in common: one line each."""
     run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", sides=())
     (other / "metrics.jsonl").write_text(json.dumps({"step": 9, "loss": 1.0}) + "\n")
+    scores = make_scores(tmp_path / "scores.parquet", SCORES)
     for arguments, words in (([run], "needs two runs"), ([run, run], "needs two runs"),
                              ([run, other, tmp_path], "needs two runs"), ([run, other, "--floor", "1"], "takes no"),
+                             ([run, "dpo", "--scores", scores], "needs the folders of two runs, and found a"),
                              ([run, other], "a and b have no metric of one step in common")):
-        with pytest.raises(UserError, match=f"^--diff: {words}|{words}"):
+        with pytest.raises(UserError, match=f"^--diff: .*?{words}"):
             draw(*arguments, "--diff")
     (other / "run.json").write_text('{"fork": {"step": -2}}')
     with pytest.raises(UserError, match="the step of the fork has no value that it could have"):
