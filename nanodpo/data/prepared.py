@@ -55,7 +55,8 @@ class Line(NamedTuple):
 @dataclasses.dataclass
 class Prepared:
     """The rows of a data set. `ids` has the token ids of all of them, piece after piece: prompt, chosen, rejected, the
-    places of chosen that are scored where not all are, and the further columns."""
+    places of chosen that are scored where not all are, and the further columns; what pairs of a row share is there
+    once."""
 
     columns: str  # which are read, and which are not
     unread: dict[str, int]  # columns that are not read and may be part of what is asked, and in how many rows
@@ -73,13 +74,14 @@ class Prepared:
 
     def examples(self) -> list[Example]:
         """Of the rows that could be tokenised, in their order. Their ids are stretches of `ids`, not copies."""
-        found, ids, at = [], memoryview(self.ids), 0
+        found, ids, at, own = [], memoryview(self.ids), 0, {}
         for line in filter(lambda line: line.lengths, self.lines):
-            pieces = []
-            for length in line.lengths:
-                pieces.append(ids[at : at + length] if length >= 0 else None)
-                at += max(length, 0)
-            prompt, chosen, rejected, scored, *more = pieces
+            own = own if found and found[-1].row == line.row else {}
+            for key, length in (keys := [*zip(_keys(line.which, len(line.lengths)), line.lengths)]):
+                if key not in own:
+                    own[key] = ids[at : at + length] if length >= 0 else None
+                    at += max(length, 0)
+            prompt, chosen, rejected, scored, *more = [own[key] for key, _ in keys]
             said = {name: piece.tolist() for name, piece in zip(self.more, more) if piece is not None}
             found.append(Example(line.row, Packed(prompt), Packed(chosen, scored), rejected and Packed(rejected),
                                  more=said, weight=line.weight, which=tuple(line.which)))
@@ -129,7 +131,7 @@ def _questions(rows: list[dict]) -> dict[int, tuple]:
 
 def _prepare_some(rows: list[dict], template: Template, how: Reading, columns: Columns, first: int) -> Part:
     """AT_ONCE rows from this one on."""
-    texts, dropped, ids, lines, alone = [], [], array.array("i"), [], how.loss == "sft"
+    texts, dropped, ids, lines, stored, alone = [], [], array.array("i"), [], set(), how.loss == "sft"
     for number, row in enumerate(rows[first : first + AT_ONCE], first):
         try:
             texts += _render_pairs(template, number, row, columns, how)
@@ -145,8 +147,10 @@ def _prepare_some(rows: list[dict], template: Template, how: Reading, columns: C
     dropped += wrong.items()
     for text, example in zip(texts, examples):
         pieces = () if text.row in wrong else _pieces(example, how.more)
-        for piece in filter(None, pieces):
-            ids.extend(piece)
+        for key, piece in zip(_keys(text.which, len(pieces)), pieces):
+            if piece and (text.row, key) not in stored:
+                stored.add((text.row, key))
+                ids.extend(piece)
         content = hashlib.sha256(repr((text.prompt, text.chosen, text.rejected)).encode(errors="surrogatepass"))
         lines.append(Line(text.row, text.notes, content.hexdigest()[:32], not text.prompt,
                           tuple(-1 if piece is None else len(piece) for piece in pieces), text.weight, text.which))
@@ -156,6 +160,11 @@ def _prepare_some(rows: list[dict], template: Template, how: Reading, columns: C
 def _pieces(example: Example, more: tuple[str, ...]) -> list:
     prompt, chosen, rejected = example.packed()
     return [prompt.ids, chosen.ids, rejected and rejected.ids, chosen.scored, *map(example.more.get, more)]
+
+
+def _keys(which: tuple[int, int], count: int) -> list[tuple[int, int]]:
+    """What tells the pieces of a pair from those of other pairs of its row: the same key is the same piece."""
+    return [*enumerate((0, *which, which[0], *[0] * count)[:count])]
 
 
 def _render_pairs(template: Template, number: int, row: dict, columns: Columns, how: Reading) -> list[Texts]:

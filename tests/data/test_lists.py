@@ -11,6 +11,7 @@ import tiny_tokenizers as tiny
 from nanodpo.data.example import Example, row_starts
 from nanodpo.data.inspection import inspect
 from nanodpo.data.mixing import mix
+from nanodpo.data.prepared import Reading, prepare
 from nanodpo.data.schedule import epoch_order, pair_order, pairs_of_step
 from nanodpo.data.template import read_template
 from nanodpo.data.tokens import DataSet, load_dataset
@@ -200,6 +201,22 @@ def test_data_with_lists_are_not_those_with_rows_for_them(tmp_path):
         for _ in range(2):
             data = load(tmp_path, *rows, keep=kept)
             assert data.examples == plain.examples and row_starts(data.examples) == (0, 6, 7)
+
+
+def test_what_pairs_share_is_kept_once(tmp_path):
+    """Of 2 and 3 answers one prompt and five answers, in 4 bytes a token; conversations with their scored places."""
+    def ids(loss, *rows):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        how = Reading.of(tiny.DataArguments(loss=loss), loss != "sft")
+        found = prepare(str(tmp_path / "rows.jsonl"), read_template(tiny.chatml()), how)
+        return found.ids, found.examples()
+
+    kept, examples = ids("dpo", ROW, ROW)
+    assert len(kept) == 2 * (len(b"2?") + len(b"4four5six7!") + 5) and len(examples) == 12
+    talks = [[Q, said("4"), Q, said("IV")], [Q, said("four"), Q, said("iv")], [Q, said("4"), Q, said("IV")]]
+    _, examples = ids("sft", {"messages": talks}, {"messages": talks[1]})
+    four = [*range(5), 27, 28, 29]  # between two answers lie 22 tokens
+    assert [e.chosen.scored for e in examples] == [[0, 1, 24, 25, 26], four, four]
 
 
 def test_inspect_shows_every_answer_of_a_row_once(tmp_path):
