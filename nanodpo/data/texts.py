@@ -97,6 +97,10 @@ def _meet(template: Template, first: Rendered, second: Rendered) -> None:
 
 def _refuse_prompts(chosen, rejected, first: str, second: str) -> None:
     """Raises UserError for a pair whose sides do not answer one prompt."""
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if _is_messages(side) and len(side) > 1 and {message["role"] for message in side} == {"assistant"}:
+            raise UserError(f"{name} is a list of {len(side)} assistant messages, which is one conversation; give "
+                            "several answers as a list of lists of messages")
     if _is_messages(chosen) and _is_messages(rejected):
         at = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), None)
         if at is not None and chosen[at]["role"] == rejected[at]["role"] == "assistant" and at + 1 < len(chosen):

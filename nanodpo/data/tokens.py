@@ -110,10 +110,11 @@ def _add_notes(data: DataSet, lines: list[Line]) -> None:
 
 def _check_repeated(path: str, lines: list[Line]) -> None:
     """Raises UserError for a column of whole texts beside a prompt column. Single answers may repeat their question."""
-    notes = [note for line in lines for note in dict.fromkeys(line.notes) if note.endswith(REPEATED)]
-    for note, count in collections.Counter(notes).items():
-        if 2 * count >= len(lines):
-            raise UserError(f"{path}: {note}, and its second copy would be scored (in {count} of {_rows(len(lines))}); "
+    notes = dict.fromkeys((line.row, note) for line in lines for note in line.notes if note.endswith(REPEATED))
+    total = len({line.row for line in lines})
+    for note, count in collections.Counter(note for _, note in notes).items():
+        if 2 * count >= total:
+            raise UserError(f"{path}: {note}, and its second copy would be scored (in {count} of {_rows(total)}); "
                             "cut it off, so that the column holds answers alone")
 
 

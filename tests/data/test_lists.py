@@ -130,6 +130,8 @@ def test_an_answer_that_a_list_has_twice_is_taken_once(tmp_path):
     ({"chosen": [], "rejected": "5"}, "row 1: chosen is an empty list"),
     ({"chosen": ["4", {"role": "assistant"}]}, "row 1: rejected[0]: chosen is of type list"),
     ({"chosen": ["4", 3], "rejected": ["5"]}, "row 1: chosen is of type list"),
+    ({"prompt": [Q], "chosen": [said("4"), said("four")], "rejected": [said("5")]},
+     "row 1: chosen is a list of 2 assistant messages, which is one conversation; give several answers as a list of"),
     ({"rejected": [["5"], [said("6")]]}, "chosen[0] and rejected[0]: rejected is of type list")])
 def test_a_bad_answer_makes_a_bad_row(changes, words, tmp_path):
     """It is named, and all pairs of the row are left out with --on_bad_row drop."""

@@ -72,7 +72,7 @@ def test_dpo_equals_an_independent_trainer(ranks, stage, flags, file, tiny, tmp_
 
 
 def test_sft_trains_on_each_chosen_answer_once(file, tiny, tmp_path):
-    """With --sft_weight in DPO a chosen answer counts in each of its pairs; in SFT once, whatever its rejected ones."""
+    """Whatever its rejected ones; an evaluation follows as many of these."""
     lines = train(tiny, tmp_path / "run", *FLAGS, "--loss", "sft", "--per_device_train_batch_size", "3",
                   "--train_file_path", file, "--eval_file_path", file)
     pairs = pairs_by_hand(chosen_alone=True)
@@ -101,6 +101,9 @@ def test_lists_are_scored_and_a_run_on_them_goes_on(file, tiny, tmp_path):
     first = pairs_of_step(len(pairs), 4, 42, 0, (0, *itertools.accumulate(sizes[:-1])))
     (line,) = [line for line in lines if line["step"] == 0 and "loss" in line]
     found = torch.cat([entropies(prompt, ids) for i in first for prompt, *sides in [pairs[i]] for ids in sides])
+    with torch.no_grad():
+        likely = [oracle.sequence_logp(make_model(), *pairs[i][:2]).item() / len(pairs[i][1]) for i in first]
+    assert line["loss"] == pytest.approx(math.log(2) - 0.5 * sum(likely) / 4, rel=1e-6)  # --sft_weight: of each pair
     assert len(held) == 3 and line["entropy"] == pytest.approx(found.mean().item(), rel=1e-5)
     again = [ROOT / "train.py", "--model_name", tiny / "model", "--output_dir", tmp_path / "run", "--cache_dir",
              tmp_path / "cache", "--draw", "false", *more]
