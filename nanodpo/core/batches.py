@@ -20,8 +20,8 @@ def groups_of(examples: list, sides: list[str], device: torch.device | None = No
         if before is None or not example.follows(before):
             groups.append((example.prompt, []))
         index.append([])
-        for side, number in zip(sides, example.which):
-            if (key := (len(groups), side, number)) not in known:
+        for side in sides:
+            if (key := (len(groups), side, example.number_of(side))) not in known:
                 known[key] = len(known)
                 groups[-1][1].append(getattr(example, side))
             index[-1].append(known[key])

@@ -66,6 +66,10 @@ class Example:
         """Prompt, chosen and rejected as they are kept."""
         return self._prompt, self._chosen, self._rejected
 
+    def number_of(self, side: str) -> int:
+        """The number of this side's response in the row's list of answers."""
+        return self.which[("chosen", "rejected").index(side)]
+
     def follows(self, other: "Example") -> bool:
         """Whether it is a later pair of the row that `other` is a pair of."""
         return self.row == other.row and self.which > other.which

@@ -34,6 +34,8 @@ def test_two_by_three_answers_are_one_prompt_and_five_responses():
     assert batch.input_ids.numel() == 15 and batch.n_sequences == 5 and len(batch.targets) == 11
     assert response_lengths(groups, CPU)[index].tolist() == [[n, m] for n in (3, 1) for m in (2, 4, 1)]
     assert total_tokens(groups_of(row(0, [1, 2, 3, 4], CHOSEN, REJECTED)[::3], ["chosen"])[0]) == 4 + 3 + 1
+    groups, index = groups_of(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), ["rejected"])
+    assert groups == [([1, 2, 3, 4], REJECTED)] and index.tolist() == [[0], [1], [2]] * 2
 
 
 def test_pairs_of_different_rows_share_nothing_however_alike():
