@@ -17,12 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
 from ..errors import UserError, first_line, one_line
+from ..files import why
 from ..folder.atomic import new_file
 from ..screen import command_line
+from .axes import listed
 from .intervals import levels
 from .noise import Noise
 from .records import SIDES, read_scores
@@ -36,6 +39,8 @@ DETAILS = [dict(zip(("logp", "entropy", "probability"), units)) for units in (
     (0.001, 0.01, 0.001), (0.001, 0.01, 0.01), (0.01, 0.05, 0.02), (0.02, 0.1, 0.05), (0.05, 0.1, 0.1))]
 ROW, PART = ["dataset", "row"], ["dataset", "row", "response", "run", "step"]
 NUMBERS = ["logp", "entropy", "rank"]
+TOKENS = [*PART, "position", "token", *NUMBERS]
+RISERS = [*PART, "position", "place", "id", "token", "before", "after"]
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -62,16 +67,22 @@ def write_page(files: list[Path], folder: Path, runs: list[str], sets: list[str]
 def make_page(files: list[Path], scores: pandas.DataFrame, title: str,
               noise: dict[str, Noise]) -> tuple[str, list[str]]:
     """(the page, notes), of these files of tokens."""
-    order = _order(scores, lines := _lines(files, scores))
-    frame = {"title": title, "runs": _runs(scores, noise), "sets": _sets(scores, [name for name, _ in order])}
+    lines = _lines(files)
+    there = scores[pandas.MultiIndex.from_frame(scores[["run", *ROW]]).isin(lines.index)]
+    if there.empty:
+        raise UserError(f"{listed(files)}: no tokens of run {listed(scores['run'].unique())} on data set "
+                        f"{listed(scores['dataset'].unique())}; score.py keeps them where it is told --tokens")
+    scores = scores[scores["run"].isin(there["run"]) & scores["dataset"].isin(there["dataset"])]
+    order, lines = _order(there), lines.groupby(level=ROW).sum().to_dict()
+    frame = {"title": title, "runs": _runs(there, noise), "sets": _sets(scores)}
     room = LIMIT - len(_fill(frame | {"detail": DETAILS[0], "notes": [" " * 200]}))
-    means = _row_means(scores, order, frame["runs"])
+    means = _row_means(there, frame["runs"])
     for detail in DETAILS:
-        rows, left_out = _pack_rows(files, scores, order, lines, detail, means, room)
+        rows, left_out = _pack_rows(files, there, order, lines, detail, means, room)
         if not left_out:
             break
     notes = [f"rows left out, so that the page stays below {LIMIT // 10**6} MB: {left_out} of {len(order)}, those "
-             f"whose {_first_side(scores)} response fell least"] * bool(left_out)
+             f"whose {_first_side(there)} response fell least"] * bool(left_out)
     for name, found in rows.items():
         frame["sets"][name]["rows"] = found
     return _fill(frame | {"detail": detail, "notes": notes}), notes
@@ -83,25 +94,25 @@ def _first_side(scores: pandas.DataFrame) -> str:
     return next((side for side in SIDES if side in found), found[0])
 
 
-def _lines(files: list[Path], scores: pandas.DataFrame) -> dict[tuple[str, int], int]:
-    """How many lines the files have of each (data set, row) that is in `scores`."""
+def _lines(files: list[Path]) -> pandas.Series:
+    """How many lines the files have of each run, data set and row."""
     found = []
     for file in files:
-        for part in pyarrow.parquet.ParquetFile(file).iter_batches(columns=["run", *ROW]):
-            table = part.to_pandas()
-            found.append(table[table["run"].isin(scores["run"].unique())].groupby(ROW).size())
-    lines = pandas.concat(found).groupby(level=ROW).sum()
-    return lines[lines.index.isin(scores.set_index(ROW).index)].to_dict()
+        read_parquet(file, TOKENS, [("row", "<", 0)])  # the columns are there
+        try:
+            for part in pyarrow.parquet.ParquetFile(file).iter_batches(columns=["run", *ROW]):
+                found.append(part.to_pandas().groupby(["run", *ROW]).size())
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{file}: can't be read as Parquet ({why(error)})") from error
+    return pandas.concat(found).groupby(level=["run", *ROW]).sum()
 
 
-def _order(scores: pandas.DataFrame, lines: dict) -> list[tuple[str, int]]:
-    """(data set, row) of all rows that have tokens, those that fell most in one of the runs first, the data sets in
-    turns."""
-    sides = scores[scores["response"] == _first_side(scores)].sort_values("step", kind="stable")
-    means = sides.groupby(["run", *ROW])["mean_logps"]
-    moved = (means.last() - means.first()).groupby(level=ROW).min()
-    moved = moved.reindex(pandas.MultiIndex.from_tuples(sorted(lines), names=ROW))
-    table = moved.sort_values(kind="stable", na_position="last").reset_index()
+def _order(scores: pandas.DataFrame) -> list[tuple[str, int]]:
+    """(data set, row) of all rows, those that fell most in one of the runs first, the data sets in turns."""
+    means = scores[scores["response"] == _first_side(scores)].sort_values("step", kind="stable").groupby(["run", *ROW])
+    moved = (means["mean_logps"].last() - means["mean_logps"].first()).groupby(level=ROW).min()
+    every = pandas.MultiIndex.from_frame(scores[ROW].drop_duplicates().sort_values(ROW))
+    table = moved.reindex(every).sort_values(kind="stable", na_position="last").reset_index()
     table["place"] = table.groupby("dataset").cumcount()
     return list(table.sort_values(["place", "dataset"], kind="stable")[ROW].itertuples(index=False, name=None))
 
@@ -113,26 +124,25 @@ def _runs(scores: pandas.DataFrame, noise: dict) -> dict:
             for run, part in scores.groupby("run", sort=False)}
 
 
-def _sets(scores: pandas.DataFrame, names: list[str]) -> dict:
+def _sets(scores: pandas.DataFrame) -> dict:
     """{data set: the means of its rows, {run: {response: [step, mean, low, high, rows] of each step}}}."""
     table = levels(scores.assign(at=scores["step"]))
     table = table[table["response"] != "gap"].sort_values("step", kind="stable")
-    found = {name: {"means": {}, "rows": []} for name in scores["dataset"].unique() if name in set(names)}
+    found = {name: {"means": {}, "rows": []} for name in scores["dataset"].unique()}
     for (name, run, response), part in table.groupby(["dataset", "run", "response"], sort=False):
-        if name in found:
-            found[name]["means"].setdefault(run, {})[response] = [
-                [int(step), *map(_short, numbers), int(n)]
-                for step, *numbers, n in part[["step", "mean", "low", "high", "n"]].itertuples(index=False)]
+        found[name]["means"].setdefault(run, {})[response] = [
+            [int(step), *map(_short, numbers), int(n)]
+            for step, *numbers, n in part[["step", "mean", "low", "high", "n"]].itertuples(index=False)]
     return found
 
 
-def _row_means(scores: pandas.DataFrame, order: list, runs: dict) -> dict:
+def _row_means(scores: pandas.DataFrame, runs: dict) -> dict:
     """{(data set, row): {run: {response: its mean log-prob at each of the run's steps}}}."""
-    found = {key: {} for key in order}
+    found = {}
     for (*key, run, response), part in scores.groupby([*ROW, "run", "response"], sort=False):
-        if tuple(key) in found:
-            at = dict(zip(part["step"], part["mean_logps"]))
-            found[tuple(key)].setdefault(run, {})[response] = [_short(at.get(step)) for step in runs[run]["steps"]]
+        at = dict(zip(part["step"], part["mean_logps"]))
+        here = found.setdefault(tuple(key), {}).setdefault(run, {})
+        here[response] = [_short(at.get(step)) for step in runs[run]["steps"]]
     return found
 
 
@@ -164,20 +174,24 @@ def _read(files: list[Path], scores: pandas.DataFrame, keys: list, least: float)
     change = pyarrow.compute.abs(pyarrow.compute.field("after") - pyarrow.compute.field("before"))
     runs, responses, found = set(scores["run"]), list(scores["response"].unique()), {key: {} for key in keys}
     for file in files:
-        tokens = read_parquet(file, [*PART, "position", "token", *NUMBERS], rows)
+        tokens = read_parquet(file, TOKENS, rows)
         refuse(file, tokens, tokens.isna().any(axis=1) | np.isinf(tokens[["step", *NUMBERS]]).any(axis=1),
                "has a value that is missing or not finite")
         tokens = _by_part(file, tokens)
         risers, beside = {}, file.with_name("risers.parquet")
         if beside.exists():
-            table = read_parquet(beside, [*PART, "position", "place", "id", "token", "before", "after"],
-                                 rows & (change >= least))
-            refuse(beside, table, table.isna().any(axis=1), "has a value that is missing")
+            table = read_parquet(beside, RISERS, rows & (change >= least))
+            wrong = table.isna().any(axis=1) | (table["place"] == 0) | (table["position"] < 0)
+            refuse(beside, table, wrong | (table[["before", "after"]].abs() > 1.001).any(axis=1),
+                   "has a value that is missing or can't be")
             risers = _by_part(beside, table)
         for (name, row, response, run, step), its in tokens.items():
             if (name, row) in found and run in runs:
-                found[name, row].setdefault((response, run), []).append(
-                    (int(step), its, risers.get((name, row, response, run, step))))
+                beside = risers.get((name, row, response, run, step))
+                if beside is not None and beside["position"][-1] >= len(its["position"]):
+                    raise UserError(f"{file.with_name('risers.parquet')}: row {row} of {name} has a position beyond "
+                                    f"its {len(its['position'])} tokens; score it again")
+                found[name, row].setdefault((response, run), []).append((int(step), its, beside))
     return {key: dict(sorted(parts.items(), key=lambda item: responses.index(item[0][0])))
             for key, parts in found.items() if parts}
 

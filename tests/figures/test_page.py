@@ -38,8 +38,8 @@ def write_scoring(folder, rows=4, runs=("dpo",), steps=STEPS, sets=("test",), le
             "logp": np.minimum(-random.gamma(0.3, 2, n) - moves, 0).ravel().astype(np.float32),
             "entropy": random.random(s * n), "rank": random.integers(1, 12000, s * n).astype(np.int32)})
         gains += [key | {"step": step, "position": i, "place": sign * (k + 1), "id": 10 * k + sign + i % 3 * 100,
-                         "token": (GAINED if sign > 0 else LOST)[(k + i) % 4], "before": np.float32(0.5 - sign * 0.1),
-                         "after": np.float32(0.5 + sign * (0.1 + i / 100 - k / 20))}
+                         "token": (GAINED if sign > 0 else LOST)[(k + i) % 4], "before": np.float32(0.5),
+                         "after": np.float32(0.5 + sign * (0.001 + 0.4 * random.random() ** 3))}
                   for step in steps[1:] for i in range(n) for k in range(risers) for sign in (1, -1)]
     folder.mkdir(parents=True)
     columns = {name: [np.broadcast_to(part[name], len(part["step"])) for part in parts] for name in parts[0]}
@@ -157,18 +157,18 @@ def test_the_same_tables_give_the_same_bytes_and_nothing_else_is_named(folder):
 
 def test_a_page_that_would_be_too_large_is_coarser_then_lacks_rows_and_says_so(tmp_path, monkeypatch, capsys):
     """First all rows stay, in coarser numbers; then those whose chosen response fell least are left out."""
-    folder = write_scoring(tmp_path / "many", rows=30, length=60)
+    folder = write_scoring(tmp_path / "many", rows=14, length=60)
     sizes = []
     for detail in page.DETAILS:
         monkeypatch.setattr(page, "LIMIT", sizes[-1] - 500 if sizes else page.LIMIT)
         data = data_of(make(folder))
         sizes.append((folder / "page.html").stat().st_size)
-        assert data["detail"] == detail and data["notes"] == [] and len(data["sets"]["test"]["rows"]) == 30
+        assert data["detail"] == detail and data["notes"] == [] and len(data["sets"]["test"]["rows"]) == 14
     assert capsys.readouterr().err == "" and sizes == sorted(sizes, reverse=True)
     monkeypatch.setattr(page, "LIMIT", sizes[-1] - 15000)
     data = data_of(make(folder))
     rows, said = [its["row"] for its in data["sets"]["test"]["rows"]], capsys.readouterr().err
-    assert 2 < len(rows) < 29 and f"{30 - len(rows)} of 30" in said and said.count("\n") == 1
+    assert 2 < len(rows) < 13 and f"{14 - len(rows)} of 14" in said and said.count("\n") == 1
     assert data["notes"] == [said.removeprefix("note: ").rstrip()]
     assert page.LIMIT - 10000 < (folder / "page.html").stat().st_size <= page.LIMIT
     scores = pandas.read_parquet(folder / "scores.parquet")
@@ -195,20 +195,44 @@ def test_wrong_flags(tmp_path, flags, said):
         make(write_scoring(tmp_path / "run"), *flags)
 
 
-@pytest.mark.parametrize("column, value, said", [
-    ("position", 3, r"tokens.parquet, row \d+: is out of place: positions must be 0, 1, 2"),
-    ("logp", np.inf, r"tokens.parquet, row \d+: has a value that is missing or not finite"),
-    ("token", None, r"tokens.parquet, row \d+: has a value that is missing or not finite"),
-    ("token", "new", "chosen of dpo has other tokens at step"),
+@pytest.mark.parametrize("name, column, value, said", [
+    ("tokens", "position", 3, r"tokens.parquet, row \d+: is out of place: positions must be 0, 1, 2"),
+    ("tokens", "logp", np.inf, r"tokens.parquet, row \d+: has a value that is missing or not finite"),
+    ("tokens", "token", None, r"tokens.parquet, row \d+: has a value that is missing or not finite"),
+    ("tokens", "token", "new", "chosen of dpo has other tokens at step"),
+    ("tokens", "rank", None, "tokens.parquet: no column rank; it has run"),
+    ("risers", "place", 0, r"risers.parquet, row \d+: has a value that is missing or can't be"),
+    ("risers", "before", 7.0, r"risers.parquet, row \d+: has a value that is missing or can't be"),
+    ("risers", "position", 12, "risers.parquet: row 0 of test has a position beyond its 12 tokens"),
 ])
-def test_damaged_tokens_are_refused(tmp_path, column, value, said):
+def test_damaged_tables_are_refused(tmp_path, name, column, value, said):
     folder = write_scoring(tmp_path / "run", rows=1)
-    table = pandas.read_parquet(folder / "tokens.parquet").reset_index(drop=True)
+    table = pandas.read_parquet(folder / f"{name}.parquet").reset_index(drop=True)
     table.loc[5, column] = value
-    table.to_parquet(folder / "tokens.parquet")
+    (table.drop(columns="rank") if column == "rank" else table).to_parquet(folder / f"{name}.parquet")
     with pytest.raises(UserError, match=said):
         make(folder)
     assert not (folder / "page.html").exists()
+
+
+def test_what_is_no_parquet(tmp_path):
+    folder = write_scoring(tmp_path / "run", rows=1)
+    (folder / "tokens.parquet").write_bytes(b"PAR1 cut off")
+    with pytest.raises(UserError, match="tokens.parquet: can't be read as Parquet"):
+        make(folder)
+    assert page_after(folder).startswith("no page: ") and not (folder / "page.html").exists()
+
+
+def test_runs_and_rows_without_tokens_are_not_offered(tmp_path):
+    """One run kept tokens of two rows, the other none: the page has the first alone, and its means over all rows."""
+    folder = write_scoring(tmp_path / "run", runs=("kept", "none"))
+    tokens = pandas.read_parquet(folder / "tokens.parquet")
+    tokens[(tokens["run"] == "kept") & (tokens["row"] > 1)].to_parquet(folder / "tokens.parquet")
+    data = data_of(make(folder))
+    assert [*data["runs"]] == ["kept"] and {row["row"] for row in data["sets"]["test"]["rows"]} == {2, 3}
+    assert data["sets"]["test"]["means"]["kept"]["chosen"][0][4] == 4
+    with pytest.raises(UserError, match="no tokens of run none on data set test; score.py keeps them"):
+        make(folder, "none")
 
 
 def test_scoring_makes_it_unasked(tmp_path):
@@ -391,7 +415,8 @@ def test_against_the_other_run(folder, hostile, show):
     both, drawn = its.pivot(index="position", columns="run", values="logp"), colours(browser, PANES[0])
     for value, (red, _, blue, alpha) in zip(both["dpo"] - both["<i>&other"], drawn):
         assert not alpha or (blue > red) == (value > 0)
-    assert any(colour[3] for colour in drawn) and "<i>&other" in texts(browser, "#numbers th")
+    assert any(colour[3] for colour in drawn) and "other run" in texts(browser, "#numbers th")
+    assert ask(browser, "[...document.querySelectorAll('aside, .card')].every(e => e.scrollWidth <= e.clientWidth)")
 
 
 def test_text_of_the_data_stays_text(hostile, show):
@@ -430,6 +455,29 @@ def test_nothing_can_be_asked_of_a_network(hostile, show):
     assert len(browser.get_log("browser")) >= 3  # its words on the three; none are left for the check of all tests
 
 
+def test_a_row_that_was_not_scored_at_a_step(tmp_path, show):
+    """Its numbers are missing there, as where a log-prob is not finite; a run of one checkpoint has no change."""
+    folder = write_scoring(tmp_path / "run", runs=("whole", "short"))
+    tokens, scores = (pandas.read_parquet(folder / f"{name}.parquet") for name in ("tokens", "scores"))
+    gone = (tokens["run"] == "whole") & (tokens["row"] == 2) & (tokens["step"] == 40) & (tokens["response"] == "chosen")
+    tokens[~gone & ((tokens["run"] == "whole") | (tokens["step"] == 0))].to_parquet(folder / "tokens.parquet")
+    gone = (scores["run"] == "whole") & (scores["row"] == 2) & (scores["step"] == 40) & (scores["response"] == "chosen")
+    scores.loc[gone, ["logps", "mean_logps"]] = np.nan
+    scores[(scores["run"] == "whole") | (scores["step"] == 0)].to_parquet(folder / "scores.parquet")
+    browser = show(make(folder))
+    choose(browser, row=2)
+    press(browser, "ARROW_LEFT")
+    assert texts(browser, "small")[0].startswith("not scored at this step")
+    assert not any(alpha for *_, alpha in colours(browser, PANES[0]))
+    assert any(alpha for *_, alpha in colours(browser, PANES[1]))
+    press(browser, "3", "END")  # the other run has no such step
+    assert "the other run was not scored at this step" in texts(browser, "small")[0]
+    choose(browser, run="short")
+    assert texts(browser, "#at") == ["step 0 of 0"] and texts(browser, "[aria-pressed=true]") == ["against"]
+    press(browser, "1")
+    assert any(alpha for *_, alpha in colours(browser, PANES[0]))
+
+
 def test_keys(hostile, show):
     browser, title = show(hostile), "document.getElementById('row-title').textContent.startsWith(arguments[0])"
     for keys, step in ((["ARROW_LEFT"], 40), (["HOME"], 0), (["ARROW_LEFT", "ARROW_RIGHT"], 40), (["END"], 120)):
@@ -442,6 +490,11 @@ def test_keys(hostile, show):
     browser.execute_script("document.querySelectorAll(arguments[0])[2].click()", PANES[0])
     press(browser, "SHIFT+ARROW_RIGHT")
     assert texts(browser, "#where") == ["chosen, token 4 of 12"] and texts(browser, ".token.on") == [" w3"]
+    for keys, shown in (([], "chosen, token 4 of 12"), (["ESCAPE"], "rejected, token 7 of 12")):
+        press(browser, *keys)  # lets go of the token that was clicked
+        browser.execute_script("document.querySelectorAll(arguments[0])[6].dispatchEvent("
+                               "new MouseEvent('mouseover', {bubbles: true}))", PANES[1])
+        assert texts(browser, "#where") == [shown]
     press(browser, "HOME", "SPACE")  # plays to the end, then stops
     until(browser, "document.getElementById('at').textContent === 'step 120 of 120'")
     assert texts(browser, "#play") == ["\N{BLACK RIGHT-POINTING TRIANGLE}"]
@@ -479,6 +532,7 @@ def contrast(*colours) -> float:
 def test_dark_and_light_can_be_read(hostile, show, scheme):
     """As the system says, then by the switch; text has WCAG's 4.5 on what lies behind it, the strongest colours too."""
     browser = show(hostile, scheme=scheme)
+    choose(browser, row=1)
     for now in (scheme, {"light": "dark", "dark": "light"}[scheme]):
         (card, *_), (ink, *_) = colours(browser, ".card"), colours(browser, ".token", "color")
         assert (sum(card[:3]) < 200) == (now == "dark") and texts(browser, "#theme") != [now]
@@ -498,6 +552,7 @@ def test_a_phone(hostile, show):
     for row in (3, 1):
         choose(browser, row=row)
         assert ask(browser, "document.documentElement.scrollWidth") <= 390
+        assert all(ask(browser, "[...document.querySelectorAll('#colours button')].map(e => e.clientHeight <= 32)"))
     lefts = ask(browser, "[...document.querySelectorAll('.pane')].map(e => e.getBoundingClientRect().left)")
     assert len({*lefts}) == 1
     hidden = "getComputedStyle(document.getElementById('token')).display === 'none'"
@@ -509,7 +564,7 @@ def test_a_phone(hostile, show):
 
 
 def test_eighty_rows_at_ten_checkpoints_are_seen_within_a_second(tmp_path, show):
-    folder = write_scoring(tmp_path / "large", rows=80, steps=[*range(0, 100, 10)], risers=0, words=[" token"] * 300)
+    folder = write_scoring(tmp_path / "large", rows=80, steps=[*range(0, 100, 10)], risers=0, words=[" token"] * 200)
     file, times = make(folder), []
     assert page.LIMIT / 10 < file.stat().st_size < page.LIMIT
     for _ in range(3):  # the machine may be busy with other tests
