@@ -324,7 +324,7 @@ def cells(browser, table) -> list[list[str]]:
 
 
 def number(text: str) -> float:
-    return float(text.replace("\N{MINUS SIGN}", "-").replace("about ", "").replace(",", ""))
+    return float(text.replace("\N{MINUS SIGN}", "-").replace("\N{ALMOST EQUAL TO}", "").replace(",", ""))
 
 
 DRAWN = """
