@@ -15,6 +15,7 @@ from ..core.packing import scored_places
 from ..data.example import Example, row_starts
 from ..data.mixing import mix, read_weights
 from ..data.schedule import learning_rate, pairs_of_step
+from ..data.tokens import check_weights
 from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
@@ -43,6 +44,7 @@ class History:
     norms: dict[int, float]  # of each step's gradient, as training logged them
     opener: Opener
     reference: Checkpoint | None  # where the loss takes one
+    without: frozenset[int] = frozenset()  # rows whose pairs take no part in the loss
     ref: Tensor | None = None  # (n, 2) its log-probs, nats
     opened: Opened | None = None
 
@@ -130,7 +132,7 @@ class History:
         for indices in self.micro_batches(step):
             logps, ref, lengths = self._logps(indices, self.sides)
             losses = pair_losses(self.loss, logps, ref, lengths, self.args.sft_weight)
-            losses = losses * row_weights([self.examples[k] for k in indices], self.opened.device)
+            losses = losses * row_weights([self.examples[k] for k in indices], self.opened.device, self.without)
             total = total + self.gradient(losses.sum() / self.divisor(step))
         return total
 
@@ -141,7 +143,7 @@ class History:
             found = [self._logps([k], [side]) for side in self.sides]
             logps, lengths = (torch.cat([one[i] for one in found], 1) for i in (0, 2))
             weights = pair_weights(self.loss, logps, found[0][1], lengths, self.args.sft_weight)[0]
-            weights *= self.examples[k].weight / self.divisor(step)
+            weights *= row_weights([self.examples[k]], weights.device, self.without) / self.divisor(step)
             for side, weight in enumerate(weights.tolist()):
                 part = self.gradient(found[side][0].sum())
                 yield k, side, part * (weight if side else -weight)
@@ -170,6 +172,9 @@ def open_history(checkpoints: list[Checkpoint], opener_of: Callable[[int], Opene
     known = {field.name for field in dataclasses.fields(TrainArguments)}
     args = TrainArguments(**{name: value for name, value in record["arguments"].items() if name in known}
                           | {"trust_remote_code": trust_remote_code, "local_rank": -1})
+    if isinstance(fork := record.get("fork"), dict) and fork.get("step") and fork.get("changed"):
+        raise UserError(f"--ledger: {folder} is a fork, and its steps before {fork['step']} had other settings than "
+                        "those after; fork at 0 for a run whose steps are all alike")
     if args.allow_dropout:
         raise UserError(f"--ledger: {folder} was trained with dropout, whose gradients can't be made again")
     if own_function(args.loss) and not trust_remote_code:
@@ -177,11 +182,12 @@ def open_history(checkpoints: list[Checkpoint], opener_of: Callable[[int], Opene
     loss, written = read_loss(args)
     if written != record.get("loss_function"):
         raise UserError(f"--ledger: {args.loss} is not what {folder} was trained with: the file has changed")
-    train, _, _ = load_data(args, open_source(first.path, trust_remote_code), record.get("date"))
+    train, held_out, _ = load_data(args, open_source(first.path, trust_remote_code), record.get("date"))
     if data_hash(train.once) != record["data"][0]:
         raise UserError(f"{args.train_file_path}: has changed since run {folder} was trained on it; put the file back")
     if weights := read_weights(args.mix_weights, args.train_file_path):
         mix(train, weights, args.seed)
+    without = check_weights(train, held_out, args.without_rows)
     reference = (open_targets([args.reference])[0] if args.reference else first) if needs_reference(loss) else None
     if args.reference and reference:
         find_bases([reference])
@@ -189,7 +195,7 @@ def open_history(checkpoints: list[Checkpoint], opener_of: Callable[[int], Opene
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * record["world_size"]
     opener = opener_of(max(example.length for example in train.examples))
     return History(checkpoints, args, loss, train.examples, per_step, record["steps"], skipped, norms, opener,
-                   reference)
+                   reference, without)
 
 
 def check_steps(checkpoints: list[Checkpoint]) -> None:

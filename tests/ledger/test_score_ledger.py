@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, launch
 
 import score
+from nanodpo.errors import UserError
 
 STEPS = ["--max_steps", "5", "--save_steps", "1", "--per_device_train_batch_size", "2", "--draw", "false"]
 
@@ -74,6 +75,20 @@ def test_a_weight_of_a_row_is_in_its_shares(tiny, tmp_path):
     assert abs(record["residual"]) < 0.01 and record["updates_rebuilt"]["median"] < 1e-3
     light = table["pair"] % 3 == 0
     assert light.any() and (table[light]["share"] == 0).all() and (table[~light]["share"] != 0).all()
+
+
+def test_a_row_that_a_run_is_without_made_nothing(tiny, tmp_path):
+    """The others have shares, which add up; a fork with such a change at a later step is refused, for its steps were
+    not alike."""
+    run = train(tiny, tmp_path / "run", "--learning_rate", "1e-3", "--without_rows", "0,3,6,9", "--keep_states")
+    table, (record, *_) = ledger(run, tmp_path / "out", "--ledger", "3")
+    assert abs(record["residual"]) < 0.01 and record["updates_rebuilt"]["median"] < 1e-3
+    gone = table["pair"] % 3 == 0
+    assert gone.any() and (table[gone]["share"] == 0).all() and (table[~gone]["share"] != 0).all()
+    launch(ROOT / "train.py", "--fork", f"{run}@2", "--output_dir", tmp_path / "fork", "--without_rows", "0",
+           launcher="fork")
+    with pytest.raises(UserError, match="fork is a fork, and its steps before 2 had other settings"):
+        score.main([str(tmp_path / "fork"), "--ledger", "3", "--output_dir", str(tmp_path / "no")])
 
 
 @pytest.mark.parametrize("flags, words", [
