@@ -13,24 +13,24 @@ learning rate), scores-<seed>/, findings.json (which of the paper's findings hol
 """
 
 import argparse
-import concurrent.futures
+import functools
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(HERE))
+from commands import Failed, last_checkpoint, run, run_all  # noqa: E402
+
 from nanodpo.errors import RunStopped, UserError, run_script  # noqa: E402
 from nanodpo.files import check_regular, read_text, why  # noqa: E402
 from nanodpo.flags.unknown import parse_known  # noqa: E402
 from nanodpo.progress import Progress  # noqa: E402
-from nanodpo.screen import command_line, put  # noqa: E402
+from nanodpo.screen import put  # noqa: E402
 from nanodpo.stats import t_quantile  # noqa: E402
 
 TESTED = 200  # rows of the tiny world: 100 problems, each in both directions
@@ -38,10 +38,6 @@ FLOOR = -0.156  # the best that a model can reach on these rows, since their wor
 AT_LEAST = 0.001  # rise of a probability that is called one: of a thousand tokens one more
 COLUMNS = ("question", "text", "worse-text", "relevant-question", "sample_type")
 SETS = ("forward", "reverse", "mixed")
-
-
-class Failed(RuntimeError):
-    """A command that ended with an error. The message says which, and where its output is."""
 
 
 def main(argv: list[str]) -> None:
@@ -95,17 +91,10 @@ def experiment(args, model: str | None, folder: Path, table) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_data(table, folder / "data")
     seeds = range(1, args.seeds + 1)
-    with (Progress(folder.name, 7 * args.seeds, "command") as bar,
-          concurrent.futures.ThreadPoolExecutor(args.parallel) as pool):
+    with Progress(folder.name, 7 * args.seeds, "command") as bar:
         for stage in (sft, dpo, scoring):
-            jobs = [pool.submit(run, args, *job) for seed in seeds for job in stage(args, model, folder, seed)]
-            try:
-                for job in concurrent.futures.as_completed(jobs):
-                    job.result()
-                    bar.update()
-            except Failed:
-                pool.shutdown(cancel_futures=True)
-                raise
+            jobs = [functools.partial(run, args, *job) for seed in seeds for job in stage(args, model, folder, seed)]
+            run_all(jobs, args.parallel, bar)
     found = findings(*evidence(folder, seeds))
     (folder / "findings.json").write_text(json.dumps(found, indent=1) + "\n")
     put("\n".join(f"{'holds' if line['holds'] else 'does not':>8}  {line['text']}" for line in found))
@@ -189,19 +178,6 @@ def scoring(args, model: str | None, folder: Path, seed: int) -> list[tuple]:
              "--answers", 100)]
 
 
-def run(args, log: Path, script: str, *flags) -> None:
-    """One command; raises Failed with the last line it said."""
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
-    command = [sys.executable, *(several if args.ranks > 1 else []), str(ROOT / script), *map(str, flags)]
-    put(command_line(*command[1:], cwd=ROOT))
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (args.parallel * args.ranks)))}
-    with open(f"{log}.log", "a") as out:
-        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | threads, cwd=ROOT)
-    if done.returncode:
-        said = [line for line in Path(f"{log}.log").read_text().splitlines() if line.strip()]
-        raise Failed(f"{script} ended with {done.returncode}, {log}.log: {said[-1] if said else ''}")
-
-
 def read_setting(file: Path, name: str, default: str | None = None) -> str:
     """A setting of a flat YAML file, as it is written."""
     lines = (line.partition(":") for line in read_text(file).splitlines() if not line.startswith("#"))
@@ -216,10 +192,6 @@ def steps_of_epoch(args, folder: Path, name: str) -> int:
              for key in ("per_device_train_batch_size", "gradient_accumulation_steps")]
     rows = len(pandas.read_parquet(folder / "data" / f"train-{name}.parquet", columns=["text"]))
     return math.ceil(rows / math.prod([*sizes, args.ranks]))
-
-
-def last_checkpoint(folder: Path) -> Path:
-    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
 
 
 def evidence(folder: Path, seeds) -> tuple[list, list, list]:
