@@ -90,6 +90,7 @@ def train(run: Run) -> None:
     run.stop.wait()
     if needs_reference(run.loss):
         add_references(run)
+    run.row_weights = row_weights(run.train_set.examples, run.without)
     lifecycle.go_on(run, saved)
     with monitors.reporting(run), progress.Progress("training", run.steps, "step", run.step) as bar:
         try:
@@ -149,7 +150,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         # DeepSpeed's engine calls SequenceLogProbs of core/logprobs.py: log pi(y|x), summed over the tokens of y.
         logps = engine(batch)[index]  # (P, 2): pairs of one row share what they have in common
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)  # (P,)
-        losses = losses * row_weights([examples[k] for k in indices], run.device, run.without)
+        losses = losses * run.row_weights[indices].to(run.device, non_blocking=True)
         weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)  # (P, 2): -dL/dchosen, dL/drejected
         values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths, index)
         meter.add({"loss": losses.detach(), **values}, weight)
@@ -242,7 +243,7 @@ def evaluate(run: Run) -> None:
             ref = None if run.held_ref is None else run.held_ref[indices].to(run.device, non_blocking=True)
             known = step == 0 and ref is not None and run.starts_as_reference
             logps = ref if known else logps_of(run, here, sides, f"step {step}")
-            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight) * row_weights(here, run.device)
+            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight) * row_weights(here).to(run.device)
             weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)
             values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths, index)
             meter.add({"loss": losses, **values}, weight)

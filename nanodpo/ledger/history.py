@@ -132,7 +132,7 @@ class History:
         for indices in self.micro_batches(step):
             logps, ref, lengths = self._logps(indices, self.sides)
             losses = pair_losses(self.loss, logps, ref, lengths, self.args.sft_weight)
-            losses = losses * row_weights([self.examples[k] for k in indices], self.opened.device, self.without)
+            losses = losses * row_weights([self.examples[k] for k in indices], self.without).to(self.opened.device)
             total = total + self.gradient(losses.sum() / self.divisor(step))
         return total
 
@@ -143,7 +143,7 @@ class History:
             found = [self._logps([k], [side]) for side in self.sides]
             logps, lengths = (torch.cat([one[i] for one in found], 1) for i in (0, 2))
             weights = pair_weights(self.loss, logps, found[0][1], lengths, self.args.sft_weight)[0]
-            weights *= row_weights([self.examples[k]], weights.device, self.without) / self.divisor(step)
+            weights *= row_weights([self.examples[k]], self.without).to(weights.device) / self.divisor(step)
             for side, weight in enumerate(weights.tolist()):
                 part = self.gradient(found[side][0].sum())
                 yield k, side, part * (weight if side else -weight)

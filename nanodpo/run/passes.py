@@ -31,11 +31,11 @@ def logps_of(run: Run, examples: list[Example], sides: list[str], where: str, mo
         return response_logps(model or run.engine, examples, sides, layout or run.layout, run.device)
 
 
-def row_weights(examples: list[Example], device: torch.device, without: frozenset[int] = frozenset()) -> torch.Tensor:
+def row_weights(examples: list[Example], without: frozenset[int] = frozenset()) -> torch.Tensor:
     """(P,) float64: how much each pair counts in the loss, the weight of its row in the data; 0 for the rows `without`.
     """
     weights = [0.0 if example.row in without else example.weight for example in examples]
-    return torch.tensor(weights, dtype=torch.float64).to(device, non_blocking=True)
+    return torch.tensor(weights, dtype=torch.float64)
 
 
 def add_references(run: Run) -> None:

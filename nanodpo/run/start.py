@@ -78,7 +78,8 @@ class Start:
 
 @dataclasses.dataclass
 class Run(Start):
-    """A run with its engine. `ref` and `held_ref` are (n, 2) reference log-probs, None for SFT."""
+    """A run with its engine. `ref` and `held_ref` are (n, 2) reference log-probs, None for SFT; `row_weights` is (n,):
+    how much each training pair counts in the loss."""
 
     stop: Stop = None
     weights: str = ""  # hashes of the reference, where --reference does not name another: what the run starts from
@@ -92,6 +93,7 @@ class Run(Start):
     attention: str = ""
     ref: torch.Tensor | None = None
     held_ref: torch.Tensor | None = None
+    row_weights: torch.Tensor | None = None
     step: int = 0  # updates made, skipped ones included
     tokens: int = 0  # trained on so far
     skipped: int = 0
