@@ -41,7 +41,7 @@ def jsonl(*rows):
 RESPONSES = [
     ("null", None, "is missing, not text"), ("a number", 7, "is of type int"), ("true", True, "is of type bool"),
     ("a fraction", 0.5, "is of type float"), ("numbers", [1, 2], "is of type list"), ("[]", [], "is an empty list"),
-    ("strings", ["a"], "is of type list"), ("an object", {"a": {"b": 1}}, "is of type dict"), ("empty", "", "is empty"),
+    ("strings in a list of its own", [["a"]], "is of type list"), ("an object", {"a": {"b": 1}}, "is of type dict"), ("empty", "", "is empty"),
     ("white space", " \n\t ", "is empty"), ("only an end", "<|im_end|>", "is empty"),
     ("messages without roles", [{"content": "a"}], "is of type list"),
     ("a role that is a number", [TALK[0], {"role": 3, "content": "b"}], "is of type list"),
@@ -74,6 +74,8 @@ VALUES += [(f"prompt is {what}", jsonl(GOOD | {"prompt": value}), ROWS, ["@/rows
            for what, value, words in PROMPTS]
 VALUES += [("types change", jsonl(GOOD, GOOD | {"chosen": [1]}), ROWS,
             ["1 of 2 rows", "row 1: chosen is of type list"]),
+           ("a weight is text", jsonl(GOOD | {"weight": "2"}), ROWS,
+            ["@/rows.jsonl: 1 of 1 row", 'row 0: has the weight "2"']),
            ("a column is not in every row", jsonl(GOOD, {"prompt": "a"}), ROWS, ["row 1: chosen is missing"])]
 
 
@@ -121,7 +123,7 @@ FILES += [(f"{what} in {name}", written(name, content), [f"--train_file_path=@/{
     ("r.jsonl", "a huge name", json.dumps({"x" * 1_000_000: 1}), "has no column chosen"),
     ("r.jsonl", "a name that acts", json.dumps({"a\x1b[2J\0": 1}), "it has a\\x1b[2J\\x00"),
     ("r.jsonl", "thousands of columns", json.dumps({str(i): 1 for i in range(3000)}), "has no column chosen"),
-    ("r.json", "columns", '{"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}', "row 0: chosen is of type list"),
+    ("r.json", "columns", '{"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}', "row 0: chosen has a prompt that is of type list"),
     ("r.json", "nothing", "{}", "has no column chosen"), ("r.json", "null", "null", "line 1: expected an object"),
     ("r.json", "null in an array", "[null]", "item 0: expected an object"),
     ("r.json", "an array in an array", "[[]]", "item 0: expected an object"),
