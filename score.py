@@ -79,7 +79,7 @@ def score(argv: list[str]) -> None:
     if args.ledger or args.ledger_rows:
         with shortage_named("the ledger", less=LESS_LEDGER):
             lines = make_ledger(checkpoints, datasets, args, lambda longest: Opener(device, False, longest), folder)
-        return distributed.say("\n".join([*lines, ledger_after(folder)]))
+        return distributed.say("\n".join(filter(None, [*lines, ledger_after(folder), page_after(folder)])))
     opener = Opener(device, args.gradients, max(example.length for data in datasets for example in data.examples))
     with Parts(folder / "parts") as parts:
         with shortage_named("scoring"):

@@ -18,7 +18,8 @@ NAMED = 5  # pairs at each end
 
 
 def read_ledger(folder: Path) -> tuple[pandas.DataFrame, list[dict]]:
-    """(ledger.parquet, ledger.json) of a folder, the means over data sets alone. Raises UserError."""
+    """(ledger.parquet, ledger.json) of a folder, the means over data sets alone; of single rows nothing. Raises
+    UserError."""
     file = folder / "ledger.parquet"
     if not file.exists():
         raise UserError(f"{file}: is not there; score.py makes it where it is told --ledger ROWS")
@@ -33,14 +34,14 @@ def read_ledger(folder: Path) -> tuple[pandas.DataFrame, list[dict]]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / 'ledger.json'}: is not what score.py writes ({type(error).__name__}: {error})"
                         ) from error
-    if not records:
-        raise UserError(f"{file}: has single rows alone; the figure is of means, --ledger ROWS")
     return table[table["row"].isna()], records
 
 
 def ledger_figure(folder: Path, columns: int):
     """Two panels a response: forces over steps, and a waterfall of pairs. Returns (figure, caption)."""
     table, records = read_ledger(folder)
+    if not records:
+        raise UserError(f"{folder / 'ledger.parquet'}: has single rows alone; the figure is of means, --ledger ROWS")
     fig, axes = grid(2 * len(records), 2, columns, height=1.9, sharex=False)
     several = len({record["dataset"] for record in records}) > 1
     for record, left, right in zip(records, axes[::2], axes[1::2]):

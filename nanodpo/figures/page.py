@@ -28,6 +28,7 @@ from ..screen import command_line
 from .axes import listed
 from .intervals import levels
 from .noise import Noise
+from .pairs import read_pairs
 from .records import SIDES, read_scores
 from .selection import select
 from .tables import read_parquet, refuse
@@ -54,7 +55,8 @@ def write_page(files: list[Path], folder: Path, runs: list[str], sets: list[str]
             command = command_line(Path(__file__).resolve().parents[2] / "score.py", file.parent, "--tokens")
             raise UserError(f"{file}: is not there; `{command}` makes it")
     (scores,) = select([read_scores(files)], runs, sets)
-    text, notes = make_page(tokens, scores, one_line(folder.resolve().name), noise)
+    ledger = {run: its for file in files for run, its in read_pairs(file.parent).items()}
+    text, notes = make_page(tokens, scores, one_line(folder.resolve().name), noise, ledger)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with new_file(folder / "page.html") as place:
@@ -65,8 +67,8 @@ def write_page(files: list[Path], folder: Path, runs: list[str], sets: list[str]
 
 
 def make_page(files: list[Path], scores: pandas.DataFrame, title: str,
-              noise: dict[str, Noise]) -> tuple[str, list[str]]:
-    """(the page, notes), of these files of tokens."""
+              noise: dict[str, Noise], ledger: dict) -> tuple[str, list[str]]:
+    """(the page, notes), of these files of tokens. `ledger` is of `read_pairs`."""
     lines = _lines(files)
     there = scores[pandas.MultiIndex.from_frame(scores[["run", *ROW]]).isin(lines.index)]
     if there.empty:
@@ -74,7 +76,7 @@ def make_page(files: list[Path], scores: pandas.DataFrame, title: str,
                         f"{listed(scores['dataset'].unique())}; score.py keeps them where it is told --tokens")
     scores = scores[scores["run"].isin(there["run"]) & scores["dataset"].isin(there["dataset"])]
     order, lines = _order(there), lines.groupby(level=ROW).sum().to_dict()
-    frame = {"title": title, "runs": _runs(there, noise), "sets": _sets(scores)}
+    frame = {"title": title, "runs": _runs(there, noise), "sets": _sets(scores), "ledger": ledger}
     room = LIMIT - len(_fill(frame | {"detail": DETAILS[0], "notes": [" " * 200]}))
     means = _row_means(there, frame["runs"])
     for detail in DETAILS:

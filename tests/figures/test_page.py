@@ -240,6 +240,47 @@ def test_scoring_makes_it_unasked(tmp_path):
     assert page_after(folder) == f"page: {folder / 'page.html'}, for a browser" and data_of(folder / "page.html")
 
 
+def add_ledger(folder, run="dpo", name="test"):
+    """A ledger of 20 pairs, a step each: row k moves chosen by (k - 6) / 1000 with its chosen side and by a tenth of
+    that with its rejected one; and the run.json and training data that it came from, with a hostile row. One probe is
+    a single row, which is nobody's mean."""
+    lines = [{"step": k, "pair": k, "side": side, "share": (k - 6) / 1000 * part}
+             for k in range(20) for side, part in (("chosen", 1), ("rejected", 0.1))]
+    lines.append({"step": 0, "pair": None, "side": "weight_decay", "share": 1.0})
+    table = pandas.DataFrame(lines).assign(run=run, dataset=name, response="chosen", row=None)
+    table = pandas.concat([table, table.assign(row=3, share=99.0)])
+    table.astype({"pair": "Int64", "row": "Int64"}).to_parquet(folder / "ledger.parquet")
+    record = {"run": run, "dataset": name, "response": "chosen", "row": None, "rows": 4, "change": 0.077,
+              "levels": [0.0], "residual": 0.07, "steps": 20}
+    (folder / "ledger.json").write_text(json.dumps([record, record | {"row": 3}]))
+    pairs = [{"prompt": f"Q{k}", "chosen": {0: "A0 " * 2000, 19: HOSTILE[0]}.get(k, f"A{k}"), "rejected": f"B{k}"}
+             for k in range(20)]
+    (folder / "train.json").write_text(json.dumps(pairs))
+    arguments = {"train_file_path": str(folder / "train.json"), "loss": "dpo", "prompt_field": None,
+                 "chosen_field": None, "rejected_field": None}
+    (folder / "run.json").write_text(json.dumps({"arguments": arguments}))
+
+
+def test_pairs_of_a_ledger(tmp_path):
+    """Those that lowered the mean most and raised it most, their two sides, and texts, of which a long one is cut."""
+    folder = write_scoring(tmp_path / "run", rows=2)
+    assert data_of(make(folder))["ledger"] == {}
+    add_ledger(folder)
+    found = data_of(make(folder))["ledger"]["dpo"]
+    chosen = found["sets"]["test"]["chosen"]
+    assert [row for row, *_ in chosen["lowered"]] == [0, 1, 2, 3, 4]
+    assert [row for row, *_ in chosen["raised"]] == [19, 18, 17, 16, 15]
+    for row, share, first, second in (*chosen["lowered"], *chosen["raised"]):
+        assert [share, first, second] == pytest.approx([(row - 6) * part / 1000 for part in (1.1, 1, 0.1)])
+    assert (chosen["rows"], chosen["change"], chosen["residual"]) == (4, 0.077, 0.07)
+    assert {*found["texts"]} == {str(row) for row in (0, 1, 2, 3, 4, 15, 16, 17, 18, 19)}
+    assert found["texts"]["19"] == ["Q19", HOSTILE[0], "B19"] and found["why"] == ""
+    assert found["texts"]["0"][1].endswith(" ... (2,000 characters more)")
+    (folder / "train.json").write_text("[]")
+    found = data_of(make(folder))["ledger"]["dpo"]
+    assert found["texts"] == {} and "train.json" in found["why"]
+
+
 # --- In a browser ----------------------------------------------------------------------------------------------------
 
 
@@ -526,6 +567,22 @@ def contrast(*colours) -> float:
         return np.dot(linear, [0.2126, 0.7152, 0.0722])
     low, high = sorted(map(luminance, colours))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_pairs_that_moved_the_mean(tmp_path, show):
+    folder = write_scoring(tmp_path / "run", rows=3)
+    add_ledger(folder)
+    browser = show(make(folder))
+    lines = texts(browser, "#pairs summary")
+    assert len(lines) == 10 and lines[0] == "row 0: \N{MINUS SIGN}0.0066 = \N{MINUS SIGN}0.0060 by its chosen, " \
+        "\N{MINUS SIGN}0.0006 by its rejected" and lines[5].startswith("row 19: +0.014 = +0.013 by its chosen")
+    assert texts(browser, "#pairs .card > .title") == [
+        "mean of 4 rows of test: +0.077 nats per token in all steps; unreliable, pairs leave 7% of it unexplained"]
+    browser.execute_script("document.querySelectorAll('#pairs details')[5].open = true")
+    assert texts(browser, "#pairs details:nth-of-type(6) .text") == ["Q19", HOSTILE[0], "B19"]
+    browser.execute_script("document.querySelector('.pane select').value = 'rejected';"
+                           "document.querySelector('.pane select').dispatchEvent(new Event('change'))")
+    assert texts(browser, "#pairs summary") == []  # the ledger has chosen alone, and both sides show rejected
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
