@@ -45,7 +45,7 @@ class History:
     opener: Opener
     reference: Checkpoint | None  # where the loss takes one
     without: frozenset[int] = frozenset()  # rows whose pairs take no part in the loss
-    ref: Tensor | None = None  # (n, 2) its log-probs, nats
+    ref: Tensor | None = None  # what reference_logps gives; set by sweeps.py
     opened: Opened | None = None
 
     @functools.cached_property
@@ -107,15 +107,14 @@ class History:
         pairs, size = self.pairs(step), self.args.per_device_train_batch_size
         return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
-    def add_references(self, track: Callable) -> None:
-        """Computes the reference's log-probs of all pairs, where the loss takes them. `track`: around the work."""
-        if self.reference is None:
-            return
-        opened, self.ref = self.opener.open(self.reference), torch.full((len(self.examples), 2), torch.nan).double()
+    def reference_logps(self, track: Callable) -> Tensor:
+        """(n, 2): the reference's log-probs of all pairs that the run visited, nats. `track`: around the work."""
+        opened, ref = self.opener.open(self.reference), torch.full((len(self.examples), 2), torch.nan).double()
         for step in track(range(self.steps), "reference", "step"):
             for indices in self.micro_batches(step):
                 here = [self.examples[k] for k in indices]
-                self.ref[indices] = response_logps(opened.module, here, PAIR, opened.layout, opened.device).cpu()
+                ref[indices] = response_logps(opened.module, here, PAIR, opened.layout, opened.device).cpu()
+        return ref
 
     def _logps(self, indices: list[int], sides: list[str]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probs (P, R) of these sides of examples with their graph, the reference's of both (P, 2), lengths (P, R).

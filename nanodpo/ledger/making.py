@@ -16,7 +16,7 @@ from ..scoring.runs import Checkpoint
 from . import report
 from .history import History, open_history
 from .probes import Probes, make_probes
-from .sweeps import Found, Store, backward, forward
+from .sweeps import Found, Store, backward, forward, references
 
 VECTORS = 7  # as large as the trained weights, that the backward pass holds for each probe
 
@@ -33,7 +33,7 @@ def make_ledger(checkpoints: list[Checkpoint], datasets: list[ResponseSet], args
     keys = [c.key for c in history.checkpoints] + [c.key for c in [history.reference] if c]
     store = Store(folder / f"ledger-{hash_of([keys, history.planned])[:16]}.partial")
     at_once = check_cost(history, probes, args.ledger_memory, store.folder)
-    history.add_references(track)
+    references(history, store, track)
     forward(history, store, track)
     found = []
     for first in range(0, len(probes.names), at_once):

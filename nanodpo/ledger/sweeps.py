@@ -63,6 +63,17 @@ class Store:
         return self.read(f"step-{step}", "norm")["norm"].item()
 
 
+def references(history: History, store: Store, track: Callable) -> None:
+    """Gives the history its reference's log-probs, where its loss takes them, and keeps them."""
+    if history.reference is None:
+        return
+    if kept := store.read("reference"):
+        history.ref = kept["ref"]
+        return
+    history.ref = history.reference_logps(track)
+    store.write("reference", {"ref": history.ref})
+
+
 def forward(history: History, store: Store, track: Callable) -> None:
     """Keeps the moments after each step that made an update, and the norm of its gradient."""
     steps = [step for step in range(history.steps) if step not in history.skipped]

@@ -17,7 +17,7 @@ from nanodpo.flags.arguments import TrainArguments
 from nanodpo.ledger.history import History
 from nanodpo.ledger.probes import Probe, Probes
 from nanodpo.ledger.report import sentence, to_record, to_table
-from nanodpo.ledger.sweeps import Store, backward, forward
+from nanodpo.ledger.sweeps import Store, backward, forward, references
 
 STEPS, BETA, N = 12, 0.5, 9
 SETTINGS = {"weight_decay": 0.1, "max_grad_norm": 2.0, "lr_scheduler_type": "linear", "warmup_steps": 3,
@@ -57,7 +57,7 @@ def probe(model) -> torch.Tensor:
 
 
 @functools.cache
-def references():
+def start_logps():
     model = new_model()
     with torch.no_grad():
         return {k: [sequence_logp(model, e.prompt, y).item() for y in (e.chosen, e.rejected)]
@@ -79,7 +79,7 @@ def train(peak: float, heavier: dict | None = None, keep: bool = False):
         pairs = pairs_of_step(N, 2, 42, step)
         total = 0.0
         for k in pairs:
-            ref, logps = references()[k], []
+            ref, logps = start_logps()[k], []
             for side, ids in enumerate((EXAMPLES[k].chosen, EXAMPLES[k].rejected)):
                 logp = sequence_logp(model, EXAMPLES[k].prompt, ids)
                 factor = (heavier or {}).get((step, k, side), 1.0)
@@ -122,7 +122,7 @@ def make_ledger(peak: float, folder):
     weights = torch.tensor([1 / len(y) / len(PROBES) for _, y in PROBES], dtype=torch.float64)
     probes = Probes([Probe("test", None, "chosen", 2)], [(0, [(x, [y]) for x, y in PROBES], weights)])
     store = Store(folder)
-    run.add_references(track)
+    references(run, store, track)
     forward(run, store, track)
     return run, backward(run, probes, store, "probes", track), probes, store, end
 
