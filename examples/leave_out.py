@@ -6,15 +6,15 @@
 
 For each seed: a run on all pairs with its ledger; then the same run without a tenth of the pairs that it visits, chosen
 in four ways: those whose shares lower chosen most, those whose effects do (docs/ledger.md), those with the largest
-CHES (arXiv 2410.08847), and at random. A pair that is left out keeps its place in its step, with weight 0. All runs are
-scored on the rows that the ledger was made of, and on others.
+CHES (arXiv 2410.08847), and at random. All other pairs come when they came (--without_rows). All runs are scored on the
+rows that the ledger was made of, and on others.
 
 Every step is one of this project's commands and is printed before it runs; what it said is in <its folder>.log. A call
 that was stopped goes on when it is made again. Leaves leave_out.md, a table, and leave_out.json.
 """
 
 import argparse
-import concurrent.futures
+import functools
 import json
 import os
 import random
@@ -24,12 +24,13 @@ from pathlib import Path
 import pandas
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
-from forward_reverse import Failed, last_checkpoint, read_setting, run  # noqa: E402
+sys.path.insert(0, str(HERE))
+from commands import ROOT, Failed, last_checkpoint, run, run_all  # noqa: E402
+from forward_reverse import read_setting  # noqa: E402
 
 from nanodpo.errors import RunStopped, UserError, run_script  # noqa: E402
 from nanodpo.flags.unknown import parse_known  # noqa: E402
+from nanodpo.progress import Progress  # noqa: E402
 from nanodpo.screen import put  # noqa: E402
 from nanodpo.stats import t_quantile  # noqa: E402
 
@@ -44,14 +45,14 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files = [ROOT / read_setting(Path(args.settings), f"{name}_file_path") for name in ("train", "eval")]
     write_tests(pandas.read_parquet(files[1]), args.probes, folder)
-    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
-        jobs = [pool.submit(one_seed, args, folder, files[0], seed) for seed in range(1, args.seeds + 1)]
-        try:
-            found = [job.result() for job in jobs]
-        except Failed as error:
-            pool.shutdown(cancel_futures=True)
-            raise RunStopped(str(error)) from error
-    lines = summary(pandas.concat(found))
+    seeds = range(1, args.seeds + 1)
+    try:
+        with Progress("leave out", args.seeds, "seed") as bar:
+            run_all([functools.partial(one_seed, args, folder, files[0], seed) for seed in seeds], args.parallel, bar)
+    except Failed as error:
+        raise RunStopped(str(error)) from error
+    scores = [pandas.read_parquet(folder / f"scores-{seed}" / "scores.parquet") for seed in seeds]
+    lines = summary(pandas.concat([changes(table, seed) for table, seed in zip(scores, seeds)]))
     (folder / "leave_out.json").write_text(json.dumps(lines, indent=1) + "\n")
     (folder / "leave_out.md").write_text(to_markdown(lines))
     put(to_markdown(lines))
@@ -83,10 +84,10 @@ def write_tests(held_out: pandas.DataFrame, probes: int, folder: Path) -> None:
     held_out[probes : 5 * probes].to_parquet(folder / "others.parquet", index=False)
 
 
-def one_seed(args, folder: Path, train_file: Path, seed: int) -> pandas.DataFrame:
-    """All runs of one seed: a line for each way, data set and response, with its change from step 0 to the end."""
+def one_seed(args, folder: Path, train_file: Path, seed: int) -> None:
+    """All runs of one seed, and their scores."""
     everything = folder / f"all-{seed}"
-    train(args, everything, seed, train_file, "--save_steps", 1)
+    train(args, everything, seed, "--save_steps", 1)
     ledger, ches = folder / f"ledger-{seed}", folder / f"pairs-{seed}"
     if not (ledger / "ledger.parquet").is_file():
         run(args, ledger, "score.py", everything, "--ledger", args.probes, "--dataset_path",
@@ -95,23 +96,18 @@ def one_seed(args, folder: Path, train_file: Path, seed: int) -> pandas.DataFram
         "chosen", "rejected", "--output_dir", ches)
     blamed = left_out(pandas.read_parquet(ledger / "ledger.parquet"), pandas.read_parquet(ches / "pairs.parquet"), seed)
     runs = {"all": everything} | {way: folder / f"{way}-{seed}" for way in WAYS}
-    table = pandas.read_parquet(train_file)
     for way, rows in blamed.items():
-        data = folder / f"train-{way}-{seed}.parquet"
-        if not data.is_file():  # a run that goes on must find the bytes that it began with
-            table.assign(weight=[0.0 if i in rows else 1.0 for i in range(len(table))]).to_parquet(data, index=False)
-        train(args, runs[way], seed, data, "--save_steps", 0)
+        train(args, runs[way], seed, "--save_steps", 0, "--without_rows", ",".join(map(str, sorted(rows))))
     ends = [place / end for place in runs.values() for end in ("checkpoint-0", last_checkpoint(place).name)]
     scores = folder / f"scores-{seed}"
     run(args, scores, "score.py", *ends, "--dataset_path", *(f"{name}={folder / name}.parquet" for name in SETS),
         "--responses", "chosen", "rejected", "other", "--output_dir", scores)
-    return changes(pandas.read_parquet(scores / "scores.parquet"), seed)
 
 
-def train(args, place: Path, seed: int, data: Path, *flags) -> None:
+def train(args, place: Path, seed: int, *flags) -> None:
     more = ["--max_steps", args.max_steps] if args.max_steps else []
-    run(args, place, "train.py", args.settings, "--output_dir", place, "--seed", seed, "--train_file_path", data,
-        "--draw", "false", "--eval_steps", 0, *flags, *more)
+    run(args, place, "train.py", args.settings, "--output_dir", place, "--seed", seed, "--draw", "false",
+        "--eval_steps", 0, *flags, *more)
 
 
 def left_out(ledger: pandas.DataFrame, pairs: pandas.DataFrame, seed: int) -> dict[str, set[int]]:
