@@ -1,6 +1,7 @@
 """Memory and disk: how much a run needs, and the error where there is not enough."""
 
 import contextlib
+import math
 import shutil
 from pathlib import Path
 
@@ -56,8 +57,7 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     kept = min(times, args.save_total_limit + 1) if args.save_total_limit else times  # one more while it is written
     needs = {"checkpoints": (kept + 1) * (weights + extra)}  # and checkpoint-0
     # The float32 weights and AdamW's two moments; two states stay and a third is being written, or all of them stay.
-    steps_of_states = [every for every in (args.save_steps, args.resume_steps) if every]
-    states = max(3, sum(steps // every for every in steps_of_states)) if args.keep_states else 3
+    states = max(3, kept_states(args.save_steps, args.resume_steps, steps)) if args.keep_states else 3
     needs["states to resume from"] = states * 12 * sum(map(_numel, trained))
     return needs | ({"the merged model": whole + extra} if args.merge_weights else {})
 
@@ -84,6 +84,13 @@ def memory_budget(device: torch.device, gib: float, reserved: float) -> float:
 def saves(every: int, steps: int) -> int:
     """How many checkpoints follow the first: one after every so many steps, and one after the last."""
     return -(-steps // every) if every else 1
+
+
+def kept_states(save_steps: int, resume_steps: int, steps: int) -> int:
+    """How many states a run leaves that keeps all: before each step but the first that one of the two divides."""
+    every = [number for number in (save_steps, resume_steps) if number]
+    both = (steps - 1) // math.lcm(*every) if len(every) == 2 else 0
+    return sum((steps - 1) // number for number in every) - both
 
 
 def check_disk(folder: Path, needs: dict[str, int]) -> None:
