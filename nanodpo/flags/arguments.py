@@ -197,7 +197,10 @@ def parse(argv: list[str], default_file: Path,
         args, unknown = parser.parse_args_into_dataclasses(argv + launcher, look_for_args_file=False,
                                                            return_remaining_strings=True)
     except UserError as error:
-        raise UserError(_as_typed(str(error), own, file)) from error
+        message = _as_typed(str(error), own, file)
+        if told.fork and message.startswith(f"{file}: "):
+            message += " (a fork takes over its run's flags: give this one another value)"
+        raise UserError(message) from error
     if unknown and unknown[0].endswith((".yaml", ".yml", ".json")) and not unknown[0].startswith("-"):
         raise UserError(f"unknown argument {unknown[0]}; a settings file comes first")
     if unknown:

@@ -94,12 +94,15 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
 
 
 def _forked(facts: dict, step: int) -> list[str]:
-    """A sentence on what a fork's steps before its own had otherwise, where the checkpoint comes after them."""
-    fork = facts.get("fork") or {"step": step}
-    was = ", ".join(f"`{name.removeprefix('--')}` {pair[0]}" for name, pair in fork.get("changed", {}).items()
-                    if name.startswith("--") and name.removeprefix("--") in SETTINGS)
-    return [f"Its first {fork['step']} steps had other settings than those below: {was}."] * (
-        0 < fork["step"] < step and bool(was))
+    """A sentence on the settings that were changed before this step, where the run is a fork."""
+    fork, found = facts.get("fork"), []
+    while fork:
+        pairs = [(name.removeprefix("--"), pair) for name, pair in fork["changed"].items() if name.startswith("--")]
+        words = ", ".join(f"`{name}` {was} -> {now}" for name, (was, now) in pairs if name in SETTINGS)
+        if words and 0 < fork["step"] < step:
+            found.insert(0, f"at step {fork['step']} {words}")
+        fork = fork.get("of")
+    return [f"Settings were changed on the way: {'; '.join(found)}. Those below are the last."] if found else []
 
 
 def license_of(base: str) -> str | None:

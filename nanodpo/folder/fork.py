@@ -83,15 +83,17 @@ def listed(steps: list[int]) -> str:
 
 
 def entry(fork: Fork | None, old: dict | None) -> dict | None:
-    """The entry of run.json; `changed` is filled in when all is known. `old`: the fork's own run.json. Raises UserError
-    where the state is not whole."""
+    """The entry of run.json: the source's folder, the step, a hash of what makes the source that run, what is changed,
+    which is filled in when all is known, and of a source that is a fork itself this entry. `old`: the fork's own
+    run.json. Raises UserError where the state is not whole."""
     if fork is None or old:
         return fork and old["fork"]
     if fork.step and is_main():
         state = resume.state(fork.run, fork.step, fork.source["world_size"])
         if isinstance(state, str):
             raise UserError(f"{fork}: the run can't go on from this state: {state}")
-    return {"run": str(fork.run), "step": fork.step, "fingerprint": record.fingerprint(fork.source), "changed": {}}
+    return {"run": str(fork.run), "step": fork.step, "fingerprint": record.fingerprint(fork.source), "changed": {},
+            "of": fork.source.get("fork")}
 
 
 def check(fork: Fork, facts: dict, before_loading: bool = False) -> dict[str, list]:

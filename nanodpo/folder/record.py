@@ -142,7 +142,8 @@ def _is_fork(entry) -> bool:
     return entry is None or (
         isinstance(entry, dict) and isinstance(entry["run"], str) and type(entry["step"]) is int
         and isinstance(entry["fingerprint"], str) and isinstance(entry["changed"], dict)
-        and all(isinstance(pair, list) and len(pair) == 2 for pair in entry["changed"].values()))
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in entry["changed"].values())
+        and _is_fork(entry.get("of")))
 
 
 def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False) -> None:
@@ -205,7 +206,7 @@ def fingerprint(record: dict) -> str:
     if (fork := record.get("fork")) and not fork["changed"]:
         return fork["fingerprint"]
     kept = {name: record.get(name) for name in COMPARED if name != "fork"}
-    kept |= {"fork": fork | {"run": None}} if fork else {}  # wherever that run lies
+    kept |= {"fork": [fork["fingerprint"], fork["step"], fork["changed"]]} if fork else {}
     kept["arguments"] = chosen(record["arguments"], FREE | BY_CONTENT)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 

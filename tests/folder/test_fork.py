@@ -55,7 +55,7 @@ def test_nothing_changed_is_nothing_different(step, source, tmp_path, forked):
     assert codes == [0] and f"fork: {source} at step {step}, with nothing changed" in said
     assert_same(tmp_path / "fork", source, step)
     made = record.read(tmp_path / "fork")
-    assert made["fork"] == {"run": str(source), "step": step, "changed": {},
+    assert made["fork"] == {"run": str(source), "step": step, "changed": {}, "of": None,
                             "fingerprint": record.fingerprint(record.read(source))}
     # A run like any other: finished, and forked again, which needs its source no more than itself.
     codes, said = forked(TRAIN, "--fork", f"{source}@{step}", "--output_dir", tmp_path / "fork")
@@ -112,6 +112,11 @@ def test_another_beta_from_step_2_on(source, tmp_path, forked):
         assert codes == [2] and "holds a run with other settings (--beta: 0.3 -> 0." in said
     codes, said = forked(TRAIN, "--fork", f"{place}@2", "--output_dir", tmp_path / "back", "--beta", "0.1")
     assert codes == [0] and lines(tmp_path / "back") == lines(source)
+    # The cards say it of the checkpoints that come after the change, and run.json of all before it.
+    cards = [(place / f"checkpoint-{step}" / "README.md").read_text() for step in (2, 3)]
+    assert "were changed" not in cards[0] and "changed on the way: at step 2 `beta` 0.1 -> 0.3. Those" in cards[1]
+    card = (tmp_path / "back" / "checkpoint-4" / "README.md").read_text()
+    assert "on the way: at step 2 `beta` 0.1 -> 0.3; at step 2 `beta` 0.3 -> 0.1. Those" in card
 
 
 @pytest.mark.slow
