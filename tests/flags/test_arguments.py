@@ -118,10 +118,10 @@ def test_every_flag_changes_the_settings(name):
 
 @functools.cache
 def readers():
-    """Names read as args.<name> or run.args.<name> in train.py and the modules, their own checks left out."""
+    """Names read as args.<name> or run.args.<name> in train.py and its modules, their own checks left out."""
     found = set()
     for file in [ROOT / "train.py", *(file for file in (ROOT / "nanodpo").rglob("*.py")
-                                       if file.parent.name not in ("scoring", "figures"))]:
+                                       if file.parent.name not in ("scoring", "ledger", "figures"))]:
         if file.name in ("arguments.py", "limits.py"):
             continue
         for node in ast.walk(ast.parse(file.read_text())):
