@@ -63,9 +63,9 @@ def read_texts(folder: Path, rows: set[int]) -> tuple[dict[int, list[str]], str]
 
 
 def _said(value) -> str:
-    """A text or a conversation as text."""
+    """A text, a conversation or a list of these as text."""
     if isinstance(value, list):
-        value = "\n\n".join(f"{turn.get('role')}: {turn.get('content')}" if isinstance(turn, dict) else str(turn)
+        value = "\n\n".join(f"{turn.get('role')}: {turn.get('content')}" if isinstance(turn, dict) else _said(turn)
                             for turn in value)
     text = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     more = len(text) - LONGEST

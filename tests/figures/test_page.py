@@ -16,6 +16,7 @@ import plot
 from nanodpo.errors import UserError
 from nanodpo.figures import page
 from nanodpo.figures.after import page_after
+from nanodpo.figures.pairs import read_texts
 
 STEPS = [0, 40, 120]
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "<!--", "]]>", "\u2028", "\u202e", "\u2066", "\x00", "&lt;", "",
@@ -628,3 +629,14 @@ def test_eighty_rows_at_ten_checkpoints_are_seen_within_a_second(tmp_path, show)
         browser = show(file)
         times.append(ask(browser, "performance.getEntriesByName('first-contentful-paint')[0].startTime"))
     assert min(times) < 1000 and len(texts(browser, "#row option")) == 80
+
+
+def test_a_pair_of_a_row_with_lists_of_answers_shows_them_all(tmp_path):
+    """Texts, and conversations, one after the other."""
+    answer = [{"role": "assistant", "content": "6"}]
+    row = {"prompt": "2+3?", "chosen": ["5", "five"], "rejected": [answer, [{"role": "assistant", "content": "7"}]]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    settings = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "loss": "dpo",
+                "train_file_path": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": settings}))
+    assert read_texts(tmp_path, {0}) == ({0: ["2+3?", "5\n\nfive", "assistant: 6\n\nassistant: 7"]}, "")
