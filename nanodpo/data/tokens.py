@@ -125,7 +125,8 @@ def check_weights(train: DataSet, held_out: DataSet | None = None, without: str 
     trained = {example.row for example in train.examples}
     for row in sorted(rows - trained):
         find_row(train, held_out, row, flag := f"--without_rows {without}: row {row}")
-        raise UserError(f"{flag}: {train.path}: this row is held out, and is not trained on; leave it out of the list")
+        why = "not drawn by --mix_weights" if row in {example.row for example in train.once} else "held out"
+        raise UserError(f"{flag}: {train.path}: this row is {why}, and is not trained on; leave it out of the list")
     for data in filter(None, (train, held_out)):
         if not any(example.weight for example in data.examples):
             raise UserError(f"{data.path}: every row that is left has the weight 0, so the loss is 0 whatever the "
@@ -139,7 +140,7 @@ def find_row(data: DataSet, held_out: DataSet | None, row: int, flag: str) -> li
     """The pairs of a row, also where it was held out of this data set. Raises UserError, which begins with `flag`, for
     a row that is not used."""
     examples = {}
-    for example in [*data.examples, *(held_out.examples if data.held_out else ())]:
+    for example in [*data.once, *(held_out.examples if data.held_out else ())]:
         examples.setdefault(example.row, []).append(example)
     if row in examples:
         return examples[row]

@@ -146,7 +146,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
     if args.print_config:
         return say_config(args)
     if args.inspect:
-        return look(args, lora, script.parent / "ds_config.json")
+        return look(args, lora, weights, script.parent / "ds_config.json")
     today = distributed.from_main(str(datetime.date.today()))  # one day for all ranks
     with agreement.same_on_all_ranks() as compared:
         settings = engine.read_settings(args, script.parent / "ds_config.json")
@@ -190,13 +190,15 @@ def say_config(args) -> None:
     distributed.say(json.dumps(kept, indent=2))
 
 
-def look(args, lora: dict, deepspeed: Path) -> None:
+def look(args, lora: dict, weights: list[float], deepspeed: Path) -> None:
     """--inspect. Settings that a run would refuse are refused here, too; rows are left out and named."""
     with agreement.same_on_all_ranks():
         settings = engine.read_settings(args, deepspeed)
         distributed.check_device(args)
         source, _ = open_checked(args, lora, settings)
         train, held_out, limit = load_data(inspection.lenient(args), source)
+        if weights:
+            mix(train, weights, args.seed)
         check_weights(train, held_out, args.without_rows)
         if args.reference:
             open_reference(args, source, [data for data in (train, held_out) if data])

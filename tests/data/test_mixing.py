@@ -101,6 +101,25 @@ def test_a_run_with_weights_is_recorded_and_scored(tiny, tmp_path):
     assert codes == [0], said
 
 
+def test_inspect_shows_the_epoch_that_a_run_would_have(tiny, tmp_path, capsys):
+    """Four rows twice, of seven none but round(7 / 4) = 2; each row can be looked at, and says how often it comes."""
+    flags = run_of(tiny, tmp_path)("--mix_weights", "2,0.25", "--inspect")
+    train_set = prepare([flag for flag in flags if flag != "--inspect"] + ["--output_dir", str(tmp_path / "run")],
+                        ROOT / "train.py").train_set
+    drawn = Counter(example.row for example in train_set.examples)
+    left_out = next(row for row in range(4, 11) if row not in drawn)
+    for row, times in ((0, 2), (max(drawn), 1), (left_out, 0)):
+        capsys.readouterr()
+        assert prepare([*flags, "--inspect_row", str(row)], ROOT / "train.py") is None
+        said = capsys.readouterr().out
+        assert "an epoch has 10 rows: 8 of " in said and f"\nrow {row}, {times} times in an epoch; [scored" in said
+        assert said.count("--- chosen: ") == 1
+    with pytest.raises(UserError, match="^--without_rows .*: this row is not drawn by --mix_weights, and is"):
+        prepare([*flags, "--without_rows", str(left_out)], ROOT / "train.py")
+    with pytest.raises(UserError, match="^--mix_weights 0.01: leaves none of 4 usable rows"):
+        prepare(run_of(tiny, tmp_path)("--mix_weights", "0.01,1", "--inspect"), ROOT / "train.py")
+
+
 @pytest.mark.parametrize("more, what", [
     (("--mix_weights", "1"), "^--mix_weights 1: is 1 number"),
     (("--split", "train"), "a.jsonl::train: .jsonl files hold no splits; leave out 'train'"),
