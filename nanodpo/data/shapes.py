@@ -16,8 +16,9 @@ ALPACA = ("instruction", "query")  # what the user says, with `input`, after `hi
 TURNS = ("conversations", "conversation")  # a whole conversation, or beside chosen and rejected its beginning
 PROMPT_FIELDS, CHOSEN_FIELDS, REJECTED_FIELDS = (
     ("prompt", "question", *ALPACA, *TURNS),
-    ("chosen", "completion", "output", "text", "messages", "response", *TURNS, "preferred_output"),
-    ("rejected", "worse-text", "non_preferred_output"))
+    ("chosen", "completion", "output", "text", "messages", "response", "response_j", "chosen_messages", *TURNS,
+     "preferred_output"),
+    ("rejected", "worse-text", "response_k", "rejected_messages", "non_preferred_output"))
 SYSTEM = ("system", "system_prompt")
 OF_PROMPTS = (*SYSTEM, "input", "instruction", "history", "context")  # part of what is asked, by name
 FOR_TEMPLATES = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages

@@ -85,7 +85,8 @@ def world(tmp_path, models, monkeypatch, capsys):
     ([GOOD | {"chosen": "a"}, GOOD | {"chosen": 3}], [], "row 1: chosen is of type int"),
     ([GOOD | {"chosen": 3}], [], "row 0: chosen is of type int"),
     ([GOOD | {"chosen": {"a": 1}}], [], "row 0: chosen is of type dict"),
-    ([{"prompt": "1+1=", "chosen": "2"}], [], "rejected or worse-text or non_preferred_output; it has prompt, chosen"),
+    ([{"prompt": "1+1=", "chosen": "2"}], [], "rejected or worse-text or response_k or rejected_messages or "
+     "non_preferred_output; it has prompt, chosen"),
     ([GOOD], ["--prompt_field", "q"], "no column 'q' (--prompt_field); it has prompt, chosen, rejected"),
     ([GOOD, GOOD | {"prompt": "1+2", "chosen": "3"}], [], "row 1: chosen: prompt and response merge in tokens"),
     ([{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
