@@ -57,7 +57,7 @@ def with_split(path: str, split: str | None, flag: str) -> str:
         there, own = local(place)
         if own or there is None and hub_parts(place)[3]:
             raise UserError(f"{flag} {split}: {place} names a split already; leave one of them out")
-        found.append(place + ("::" if there or ":" not in place else ":") + split)
+        found.append(place + ("::" if there or "://" in place or ":" not in place else ":") + split)
     return ",".join(found)
 
 
@@ -67,7 +67,10 @@ def absolute(path: str) -> str:
 
 
 def local(place: str) -> tuple[str | None, str | None]:
-    """(name of a file, folder or glob that is there, split or None); (None, None) for what may be on the hub."""
+    """(name of a file, folder or glob that is there, split or None); (None, None) for a URL, and what may be on the
+    hub."""
+    if "://" in place:
+        return None, None
     name, config, split = (place.split(":", 2) + ["", ""])[:3]
     for there, part in ((place, None), (os.path.join(name, config) if config else name, split or None)):
         if Path(there).exists() or glob.glob(there, recursive=True):
@@ -89,8 +92,8 @@ def files_of(name: str, split: str | None) -> list[str]:
         found = DataFilesDict.from_patterns(get_data_patterns(name), base_path=name)
     except FileNotFoundError:  # as it calls a folder without files
         found = {}
-    found = {part: [file for file in files
-                    if suffix_of(file) in SUFFIXES and not Path(file).match("dataset_infos.json")]
+    found = {str(part): [file for file in files
+                         if suffix_of(file) in SUFFIXES and not Path(file).match("dataset_infos.json")]
              for part, files in found.items()}
     if not (found := {part: files for part, files in found.items() if files}):
         raise UserError(f"{name}: is a folder without data files ({', '.join(SUFFIXES)})")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import tempfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -430,6 +431,60 @@ def test_a_folder_as_the_hub_has_it(suffix, tmp_path):
         read_rows(str(folder / ".cache" / "huggingface"))
 
 
+def test_a_folder_of_files_that_are_called_as_their_splits(tmp_path):
+    for name, rows in (("train", ROWS[:1]), ("test", ROWS[1:])):
+        write(tmp_path / f"{name}.jsonl", rows)
+    with pytest.raises(UserError, match=r"holds several splits \(train, test\); name one, like .*::train"):
+        read_rows(str(tmp_path))
+    assert read_rows(f"{tmp_path}::test") == ROWS[1:]
+
+
+def test_urls_are_read_as_files_and_folders_are(tmp_path, monkeypatch):
+    """By fsspec, here from its file system in memory: a file, a packed one, a glob, a folder of splits, several.
+    Nothing of them stays, mistakes name the URL, and a run keeps the name as it is."""
+    fsspec = pytest.importorskip("fsspec")
+    place = fsspec.filesystem("memory")
+    write(tmp_path / "a.jsonl", ROWS)
+    for name, rows in (("a.jsonl", ROWS[:1]), ("b.jsonl", ROWS[1:]), ("data/train-0.jsonl", ROWS[:2]),
+                       ("data/test-0.jsonl", ROWS[2:])):
+        place.pipe(f"/urls/{name}", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    place.pipe("/urls/a.jsonl.gz", packed(tmp_path / "a.jsonl", ".gz").read_bytes())
+    place.pipe("/urls/bad.jsonl", b'{"prompt": 1}\n[')
+    fsspec.register_implementation("absent", "no_such_package.System", clobber=True, errtxt="Install it")
+    (tmp_path / "temp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
+    for name, found in (("urls/a.jsonl", ROWS[:1]), ("urls/a.jsonl.gz", ROWS), ("urls/?.jsonl", ROWS),
+                        ("urls/data::test", ROWS[2:]), (f"urls/b.jsonl,{tmp_path / 'a.jsonl'}", ROWS[1:] + ROWS)):
+        assert read_rows(f"memory://{name}") == found, name
+    assert read_rows(with_split("memory://urls/data", "train", "--split")) == ROWS[:2]
+    assert places.absolute("memory://urls/a.jsonl") == "memory://urls/a.jsonl"
+    assert places.contents("memory://urls/a.jsonl") is None
+    for name, words in (("memory://urls/none.jsonl", "^memory://urls/none.jsonl: no such file"),
+                        ("memory://urls/none/*.jsonl", "none/.*: no such file"),
+                        ("memory://urls/bad.jsonl", "^memory://urls/bad.jsonl, line 2: can't be read as JSON"),
+                        ("memory://urls/data", "^memory://urls/data: holds several splits .* memory://urls/data::"),
+                        ("nothing://urls/a.jsonl", "^nothing://urls/a.jsonl: can't be fetched .Protocol not known"),
+                        ("absent://urls/a.jsonl", "^absent://urls/a.jsonl: can't be fetched .Install it")):
+        with pytest.raises(UserError, match=words):
+            read_rows(name)
+    with pytest.raises(UserError, match="^--split b: memory://urls/data::test names a split already"):
+        with_split("memory://urls/data::test", "b", "--split")
+    assert not [*(tmp_path / "temp").iterdir()]
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])  # by one of which huggingface_hub reaches hf://
+def test_a_url_that_can_not_be_reached_is_one_line(library):
+    fsspec, client = pytest.importorskip("fsspec"), pytest.importorskip(library)
+
+    class Away(fsspec.AbstractFileSystem):
+        def get(self, *paths, **how):
+            raise client.ConnectError("no such host")
+
+    fsspec.register_implementation("away", Away, clobber=True)
+    with pytest.raises(UserError, match="^away://urls/a.jsonl: can't be fetched .no such host"):
+        read_rows("away://urls/a.jsonl")
+
+
 def test_several_files_with_commas_between(tmp_path):
     """In the order in which they are named, of any kinds; a comma may also be a part of a file's name."""
     first, second = write(tmp_path / "a.jsonl", ROWS[:1]), write(tmp_path / "b.parquet", ROWS[1:])
@@ -554,6 +609,8 @@ def test_files_of_two_types_are_refused(tmp_path):
     (("prompt", "chosen", "rejected"), True, ("prompt", "chosen", "rejected")),
     (("question", "text", "worse-text", "sample_type"), True, ("question", "text", "worse-text")),
     (("chosen", "rejected"), True, (None, "chosen", "rejected")),
+    (("question", "response_j", "response_k"), True, ("question", "response_j", "response_k")),
+    (("chosen_messages", "rejected_messages"), True, (None, "chosen_messages", "rejected_messages")),
     (("prompt", "completion"), False, ("prompt", "completion", None)),
     (("messages",), False, (None, "messages", None)), (("text",), False, (None, "text", None)),
 ])
