@@ -235,6 +235,28 @@ def test_what_is_scored_must_be_whole(tmp_path):
     assert words in error_of(tmp_path, tokenizer_of("qwen25"), reasoned)
 
 
+@pytest.mark.parametrize("empty, thought, opened, said", [
+    ("<think></think>", None, "<think>", "</think>4"),  # Nemotron 3: the two differ in a newline
+    ("<think></think>", "I add.", "<think>\n", "I add.\n</think>\n\n4"),
+    ("<think>\n\n</think>\n\n", None, "<think>\n", "\n</think>\n\n4"),  # Qwen 3.5
+    ("<think>\n\n</think>\n\n", "I add.", "<think>\n", "I add.\n</think>\n\n4"),
+])
+def test_templates_that_open_a_block_for_thoughts(empty, thought, opened, said, tmp_path):
+    """What is scored is what the conversation has after the last token that the prompt of inference shares with it."""
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = tiny.CHATML.replace(
+        "{{ m['content'] }}", "{% if m.role == 'assistant' %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' "
+        f"if m.reasoning_content else {empty!r}" " }}{% endif %}{{ m['content'] }}").replace(
+        "assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    more = {"reasoning_content": thought} if thought else {}
+    chosen, rejected = (message("assistant", text, **more) for text in "45")
+    data = load(tmp_path, tokenizer, {"prompt": [message("user", "2+2?")], "chosen": chosen, "rejected": rejected})
+    example, = data.examples
+    assert tokenizer.decode(example.prompt) == f"<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n{opened}"
+    assert tokenizer.decode(example.chosen) == f"{said}<|im_end|>"
+    assert any("not once it is in the conversation" in note for note in data.notes) == (opened == "<think>")
+
+
 def test_contents_that_are_written_as_json_are_there(tmp_path):
     tokenizer = tokenizer_of("qwen25")
     tokenizer.chat_template = QWEN25.replace("m.content + '\n</tool", "(m.content | tojson) + '\n</tool")
