@@ -248,6 +248,16 @@ def test_no_bar_where_lines_and_bar_go_to_two_places(elsewhere, monkeypatch, cap
     assert bar.bar.disable and out.startswith("work: 1 of 3 items, ") and err == ""
 
 
+def test_a_notebook_has_a_bar_and_no_lines(monkeypatch, capsys):
+    """Though its output is no terminal."""
+    monkeypatch.setattr(progress, "NOTEBOOK", True)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with progress.Progress("work", 3, "item") as bar:
+        bar.update()
+        assert not bar.bar.disable and bar.bar.n == 1
+    assert capsys.readouterr().out == ""
+
+
 def test_only_rank_0_says_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(progress, "EVERY", 0.0)
