@@ -141,6 +141,52 @@ def test_an_offline_run_of_wandb_is_whole(tiny, tmp_path, monkeypatch):
     assert ended
 
 
+COMET = """
+import json
+
+__version__ = "3.41.0"
+
+
+class Experiment:
+    def __init__(self, key):
+        self.key = key
+
+    def tell(self, *words):
+        with open(__file__ + ".told", "a") as file:
+            file.write(json.dumps(words) + "\\n")
+
+    def set_name(self, name):
+        self.tell("name", name, self.key)
+
+    def __internal_api__log_metric__(self, name, value, step):
+        self.tell(name, step, value)
+
+    def end(self):
+        self.tell("end")
+
+
+def start(experiment_key, **how):
+    return Experiment(experiment_key)
+"""
+
+
+def test_comet_is_told_every_number_once(tiny, tmp_path):
+    """A stand-in for its package writes down what it is told: by a run that is killed, and goes on with the same
+    experiment."""
+    (tmp_path / "comet_ml.py").write_text(COMET)
+    script = tmp_path / "with_comet.py"
+    script.write_text(f"import runpy, sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                      "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+    run = flags(tiny, tmp_path / "run", "--report_to", "comet")
+    for words, expected_code in (((FAULTY, "kill@5"), 137), ((TRAIN,), 0)):
+        codes, said = fork(script, *words, *run)
+        assert codes == [expected_code], said
+    told = [tuple(json.loads(line)) for line in (tmp_path / "comet_ml.py.told").read_text().splitlines()]
+    names = [words for words in told if words[0] == "name"]
+    assert len(names) == 2 and names[0] == names[1] and names[0][1] == "run" and told.count(("end",)) == 1
+    same([words for words in told if "/" in words[0]], expected(tmp_path / "run"), range(3, 7))
+
+
 # What is asked for, and what there is
 
 
