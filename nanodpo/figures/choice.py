@@ -7,7 +7,7 @@ import pandas
 
 from ..errors import UserError
 from .axes import listed
-from .difference import scored_difference, training_difference
+from .difference import scored_difference_figure, training_difference_figure
 from .heatmap import heatmap_figure
 from .intervals import levels, with_gaps
 from .ledger import ledger_figure
@@ -33,7 +33,7 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
     if args.ledger:
         if len(folders) != 1:
             raise UserError(f"--ledger: is of one run, and {len(folders)} are named")
-        return {"ledger": ledger_figure(folders[0], args.columns)}, []
+        return {"ledger": ledger_figure(folders[0], args.columns, read_facts(folders[0]).noise)}, []
     scores = read_scores(files) if files else None
     series = read_series(args.series) if args.series else None
     if args.three_panel:
@@ -64,13 +64,14 @@ def draw_difference(args, lines: dict[str, list[dict]], facts: dict[str, Facts],
     two folders of runs."""
     if len(lines) != 2:
         raise UserError(f"--diff: needs the folders of two runs, and found {listed(lines) or 'none'}")
-    drawn, names = {"difference": training_difference(lines, args.columns, facts)}, [Path(run).name for run in lines]
+    names = [Path(run).name for run in lines]
+    drawn = {"difference": training_difference_figure(lines, args.columns, facts)}
     if scores is None:
         return drawn, []
     (scores,) = select([scores], [], args.test)
     if missing := [run for run in names if run not in set(scores["run"])]:
         return drawn, [f"{listed(missing)} was not scored, so the difference of training alone is drawn"]
-    found = scored_difference(scores, names, args.columns, facts)
+    found = scored_difference_figure(scores, names, args.columns, facts)
     why = f"{listed(names)} have no score of one row at one step in common; score them in one call"
     return (drawn | {"difference_scores": found}, []) if found else (drawn, [why])
 

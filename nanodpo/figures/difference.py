@@ -15,14 +15,14 @@ from ..stats import over_problems
 from .axes import COLOURS, DASHES, GREY, INTERVAL, LOGPS, MARKERS, add_legend, draw_curve, grid, listed, plain, wrap
 from .noise import Marks
 from .runs import Facts
-from .training import FAINT, LOOKS, PROMINENT, REWARDS, curves, panels_of, with_moved
+from .training import FAINT, LOOKS, PANELS, PROMINENT, REWARDS, curves, panels_of, with_moved
 
 FORK = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (2, 1))}
 ZERO = {"color": GREY, "linewidth": 0.5, "zorder": 0.5}
 PAIR = ["dataset", "row", "response", "step"]  # a score in two runs
 
 
-def training_difference(runs: dict[str, list[dict]], columns: int, facts: dict[str, Facts]):
+def training_difference_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, Facts]):
     """(figure, caption) of the metrics that two runs, {name: lines of metrics.jsonl}, have at the same steps. Raises
     UserError where there are none."""
     runs = {run: [with_moved(line) for line in lines] for run, lines in runs.items()}
@@ -38,7 +38,7 @@ def training_difference(runs: dict[str, list[dict]], columns: int, facts: dict[s
             for colour, (run, lines) in zip(COLOURS, runs.items()):
                 curves(above, run, lines, name, LOOKS[side] | {"color": colour}, look, 0)
             curves(ax, "difference", below, name, LOOKS[side] | {"color": "black"}, look, 0)
-        if label not in ("loss", LOGPS):
+        if label in PANELS:
             noise = [(f.noise.get(MARGIN, 0.0) if label == REWARDS else f.noise.logps) / math.sqrt(f.pairs)
                      for f in facts.values()]
             marks.band(ax, 0, math.hypot(*noise))
@@ -51,7 +51,7 @@ def training_difference(runs: dict[str, list[dict]], columns: int, facts: dict[s
     return fig, caption("Training", runs, facts, f"means over the pairs of a step{more}") + marks.caption
 
 
-def scored_difference(scores: pandas.DataFrame, runs: list[str], columns: int, facts: dict[str, Facts]):
+def scored_difference_figure(scores: pandas.DataFrame, runs: list[str], columns: int, facts: dict[str, Facts]):
     """(figure, caption) of the mean log-probs per token that two runs give the same responses at the same steps, in
     each data set; None where they have none. Intervals of the difference are over problems, row by row."""
     first, second = (scores[scores["run"] == run].set_index(PAIR) for run in runs)

@@ -8,6 +8,7 @@ from matplotlib import rcParams
 from ..errors import UserError
 from ..files import parse_json, read_text
 from .axes import COLOURS, GREY, add_legend, grid, plain, wrap
+from .noise import Marks, Noise
 from .tables import read_parquet, refuse
 
 COLUMNS = ["run", "dataset", "response", "step", "side", "share"]
@@ -37,8 +38,9 @@ def read_ledger(folder: Path) -> tuple[pandas.DataFrame, list[dict]]:
     return table[table["row"].isna()], records
 
 
-def ledger_figure(folder: Path, columns: int):
-    """Two panels a response: forces over steps, and a waterfall of pairs. Returns (figure, caption)."""
+def ledger_figure(folder: Path, columns: int, noise: Noise | None = None):
+    """Two panels a response: forces over steps, and a waterfall of pairs. `noise` is that of the run in bfloat16.
+    Returns (figure, caption)."""
     table, records = read_ledger(folder)
     if not records:
         raise UserError(f"{folder / 'ledger.parquet'}: has single rows alone; the figure is of means, --ledger ROWS")
@@ -52,13 +54,15 @@ def ledger_figure(folder: Path, columns: int):
     axes[0].set_title("summed over the steps so far", fontsize=rcParams["legend.fontsize"])
     axes[1].set_title("summed over the pairs, one after the other", fontsize=rcParams["legend.fontsize"])
     axes[-1].set_xlabel("change of the log-prob (nats per token)")
-    add_legend(fig, axes[0].get_legend_handles_labels()[0], table["run"].iloc[0])
+    marks = Marks("a pair's share")
+    marks.not_measured([noise or Noise()])
+    add_legend(fig, axes[0].get_legend_handles_labels()[0] + marks.handles, table["run"].iloc[0])
     first = records[0]
     caption = (f"What changed the mean log-prob per token over {first['rows']} rows of {first['dataset']} in "
                f"{first['run']}, {first['steps']} steps. Left: the sum so far of what the chosen and the rejected "
                "sides of the pairs of each step made of the final change, their sum, and the log-prob as it was. "
                "Right: the pairs that lowered and raised it most, by their rows in the training data, and all others.")
-    return fig, caption
+    return fig, caption + marks.caption
 
 
 def _forces(ax, table: pandas.DataFrame, record: dict, name: str) -> None:

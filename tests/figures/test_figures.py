@@ -877,7 +877,7 @@ def test_noise_is_a_band_of_two_standard_deviations(tmp_path, draw):  # noqa: F8
 
 
 def noisy_run(folder, noise=NOISE, steps=(0, 40)):
-    """A run with scores, masses, answers and tokens; its name is its folder's."""
+    """A run with scores, masses, answers, tokens and a ledger; its name is its folder's."""
     run = make_run(folder)
     (run / "run.json").write_text(json.dumps({"noise": noise} if noise else {}))
     rows = {(side, step): [start + row - move * step / 40 for row, move in enumerate((0.125, 0.25, 0.375, 1.0))]
@@ -887,13 +887,19 @@ def noisy_run(folder, noise=NOISE, steps=(0, 40)):
                 implausible_mass=0.5, implausible_mass_start=0.25)
     pandas.DataFrame([{"run": run.name, "phase": "dpo", "dataset": "test", "row": row, "step": step, "correct": row > 1}
                       for row in range(4) for step in steps]).to_parquet(run / "answers.parquet")
+    about = {"run": run.name, "dataset": "test", "response": "chosen"}
+    pandas.DataFrame([about | {"step": 0, "side": "chosen", "share": 0.5, "row": None, "pair": 3}]).to_parquet(
+        run / "ledger.parquet")
+    record = about | {"row": None, "rows": 4, "steps": 1, "change": 0.5, "residual": 0.0, "levels": [-2.0, -1.5]}
+    (run / "ledger.json").write_text(json.dumps([record]))
     return run
 
 
-def all_figures(run, draw, scores, *more):  # noqa: F811
+def all_figures(run, beside, draw, scores, *more):  # noqa: F811
     """({name: figure}, {name: caption}) of every figure of plot.py."""
     roles = [part for role in ROLES for part in (f"--{role}", run if role == "forward" else f"{role}s")]
     found = [draw(run, *more), draw(run, "--heatmap", *more), draw(run, "--strip", "7", *more),
+             draw(run, "--ledger", *more), draw(run, beside, "--diff", *more),
              draw("--three_panel", *roles, "--scores", scores)]
     captions = {name: caption for one in found for name, caption in one["captions"].items()}
     return {name: one[name] for one in found for name in one["captions"]}, captions
@@ -906,7 +912,8 @@ def test_every_figure_says_what_bfloat16_does(tmp_path, draw):  # noqa: F811
         run = noisy_run(tmp_path / f"forward-{len(noise)}", noise)
         lab = make_lab(tmp_path / "lab.parquet", seeds=1, but=lambda t: t.assign(run=t["run"].map(
             {"f0": run.name, "r0": "reverses", "m0": "mixeds", "d0": "dpos"})))  # noqa: B023
-        figures, captions = all_figures(run, draw, lab)
+        beside = noisy_run(tmp_path / f"beside-{len(noise)}", noise)
+        figures, captions = all_figures(run, beside, draw, lab)
         code = "\n".join(file.read_text() for file in (ROOT / "nanodpo" / "figures").glob("*.py"))
         assert len(figures) == len(re.findall(r"^def (?!new_)\w+_figure\(", code, re.MULTILINE))
         for name, caption in captions.items():
