@@ -109,7 +109,8 @@ def fork_server() -> tuple[subprocess.Popen, Path]:
 
 
 def fork(*arguments, ranks: int = 1, cwd=ROOT) -> tuple[list[int], str]:
-    """A script on ranks that are forks, which start ten times as fast: exit codes by rank, and what all printed."""
+    """A script on ranks that are forks, which start ten times as fast: exit codes by rank, and what all printed. It
+    draws figures, and makes a page, only where its flags have --draw."""
     server, folder = fork_server()
     log = folder / f"{next(NUMBERS)}.log"
     server.stdin.write(json.dumps([[str(x) for x in arguments], ranks, str(log), str(cwd)]) + "\n")
