@@ -922,6 +922,19 @@ def test_every_figure_says_what_bfloat16_does(tmp_path, draw):  # noqa: F811
             assert any("bfloat16 noise" in word for word in words) == bool(noise), name
 
 
+def test_noise_in_a_difference(tmp_path, draw):  # noqa: F811
+    """Of two runs with noise, sqrt(2) times that of one; of a run in float32 and one with noise, that one's. A step has
+    one pair, a score's mean is over four rows; two deviations to either side of no difference, and nowhere else."""
+    one, other, exact = (noisy_run(tmp_path / name, noise) for name, noise in (("a", NOISE), ("b", NOISE), ("c", {})))
+    for beside, times in ((other, 2**0.5), (exact, 1.0)):
+        found = draw(one, beside, "--diff")
+        levels, scores = found["difference"].axes[5], found["difference_scores"].axes[1]
+        assert levels.get_ylabel() == scores.get_ylabel() == "difference"
+        assert np.array(hatched(levels)) == pytest.approx(np.array([(-2 * 0.125 * times, 2 * 0.125 * times)]))
+        assert np.array(hatched(scores)) == pytest.approx(np.array([(-0.125 * times, 0.125 * times)]))
+        assert not any(hatched(ax) for ax in found["difference"].axes[:4])
+
+
 def test_noise_in_the_three_panels(tmp_path, draw):  # noqa: F811
     """Three seeds of four rows: a mean over twelve, of which the third seed's have no noise. Around the
     starts of y+ and y- along their curves; of a gap, sqrt(a^2 + b^2) of its sides, around no gap."""
