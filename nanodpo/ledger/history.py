@@ -26,6 +26,7 @@ from ..run.passes import PAIR, row_weights
 from ..run.start import load_data
 from ..scoring.opened import Opened, Opener
 from ..scoring.runs import Checkpoint, find_bases, open_targets
+from ..screen import command_line
 from .adamw import AdamW
 from .probes import Probes
 
@@ -205,8 +206,12 @@ def check_steps(checkpoints: list[Checkpoint]) -> None:
                         "a run")
     steps, folder = [c.step for c in checkpoints], Path(first.path).parent
     if lacking := sorted({*range(steps[-1] + 1)} - {*steps}):
+        keep = ["--save_steps", 1]
+        if first.settings.record["arguments"].get("save_total_limit"):
+            keep += ["--save_total_limit", 10**6]
+        again = command_line(Path(__file__).resolve().parents[2] / "train.py", "--fork", f"{folder}@0", *keep)
         raise UserError(f"--ledger: needs a checkpoint of every step, and {folder} has none of step {lacking[0]}; "
-                        "train with --save_steps 1 and without --save_total_limit")
+                        f"`{again}` trains it again, to the last bit, and keeps them")
     if len(steps) < 2:
         raise UserError(f"--ledger: {folder} has checkpoint-0 alone, so nothing has changed")
 

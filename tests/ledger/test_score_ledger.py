@@ -99,8 +99,8 @@ def test_a_row_that_a_run_is_without_made_nothing(tiny, tmp_path):
     (["@", "--ledger", "2", "--ledger_memory", "1e-9"], "--ledger_memory 1e-09: a probe takes 0.00 GiB"),
     (["@", "--ledger_rows", "99"], "--ledger_rows 99: no data set has such a row"),
     (["@", "--ledger_rows", "-3"], "--ledger_rows -3: must be the number of a row"),
-    (["@/checkpoint-2", "@/checkpoint-3", "--ledger", "2"], "has none of step 0; train with --save_steps 1"),
-    (["@/checkpoint-0", "@/checkpoint-3", "--ledger", "2"], "has none of step 1; train with --save_steps 1"),
+    (["@/checkpoint-2", "@/checkpoint-3", "--ledger", "2"], "@0 --save_steps 1` trains it again"),
+    (["@/checkpoint-0", "@/checkpoint-3", "--ledger", "2"], "has none of step 1; `"),
     (["@/checkpoint-0", "--ledger", "2"], "has checkpoint-0 alone, so nothing has changed"),
     (["MODEL", "--dataset_path", "DATA", "--ledger", "2"], "is no run, or not the only one"),
 ])
