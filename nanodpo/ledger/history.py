@@ -49,6 +49,15 @@ class History:
     ref: Tensor | None = None  # what reference_logps gives; set by sweeps.py
     opened: Opened | None = None
 
+    @property
+    def run(self) -> str:
+        """The run's name in the tables. A fork that was made to keep more checkpoints, and nothing else, has that of
+        its source: its weights are the same, and so are their scores."""
+        first = self.checkpoints[0]
+        fork = first.settings.record.get("fork") or {}
+        again = fork and not fork["step"] and not {*fork["changed"]} - {"--save_steps", "--eval_steps"}
+        return Path(fork["run"]).name if again else first.run
+
     @functools.cached_property
     def row_starts(self) -> tuple[int, ...] | None:
         return row_starts(self.examples)

@@ -22,7 +22,7 @@ def to_table(history: History, probes: list[Probe], found: Found) -> pandas.Data
     tables = []
     for m, probe in enumerate(probes):
         table = pandas.DataFrame({
-            "run": history.checkpoints[0].run, "dataset": probe.dataset,
+            "run": history.run, "dataset": probe.dataset,
             "row": pandas.array([probe.row] * len(step), dtype="Int64"), "response": probe.response, "step": step,
             "pair": pair, "side": np.array(SIDES)[side], "share": found.lines["share"][:, m].numpy(),
             "effect": found.lines["effect"][:, m].numpy()})
@@ -40,7 +40,7 @@ def to_record(history: History, probes: list[Probe], found: Found) -> list[dict]
         parts = {name: lines[side == i, m].sum().item() for i, name in enumerate(SIDES) if (side == i).any()}
         rest = end - start - sum(parts.values())
         records.append(probe._asdict() | {
-            "run": history.checkpoints[0].run, "steps": history.steps, "start": start, "end": end,
+            "run": history.run, "steps": history.steps, "start": start, "end": end,
             "change": end - start, "from": parts, "residual": rest / (end - start) if end != start else 0.0,
             "levels": found.levels[:, m].tolist(), "updates_rebuilt": {
                 "median": float(np.median(rebuilt)), "largest": max(rebuilt)} if rebuilt else None})

@@ -82,7 +82,7 @@ def forward(history: History, store: Store, track: Callable) -> None:
     for step in track(left, "gradients", "step"):
         history.open(step)
         grad = history.step_gradient(step)
-        norm = grad.norm().item()
+        norm = grad.double().norm().item()  # as training sums it: millions of squares
         moments = moments or store.moments(step - 1, grad)
         moments = moments.after(grad * history.adam.clip_factor(norm), history.adam)
         store.write(f"step-{step}", {"m": moments.m, "v": moments.v, "t": torch.tensor(moments.t),

@@ -116,7 +116,8 @@ def make_ledger(peak: float, folder):
     """(the history, what was found, the probes, where it was kept, the probe at the end) of a run."""
     states, end = train(peak, keep=True)
     args = TrainArguments(model_name="m", train_file_path="d", use_lora=False, learning_rate=peak, **SETTINGS)
-    checkpoints = [SimpleNamespace(step=k, run="run") for k in range(len(states))]
+    settings = SimpleNamespace(record={})
+    checkpoints = [SimpleNamespace(step=k, run="run", settings=settings) for k in range(len(states))]
     run = History(checkpoints, args, functools.partial(dpo, beta=BETA), EXAMPLES, 2, STEPS, set(), {}, Weights(states),
                   checkpoints[0])
     weights = torch.tensor([1 / len(y) / len(PROBES) for _, y in PROBES], dtype=torch.float64)

@@ -65,6 +65,23 @@ def test_every_kind_of_run_has_a_ledger(tiny, tmp_path, flags):
     assert {*table["side"]} == {"chosen", "rejected"} - ({"rejected"} if "sft" in flags else set())
 
 
+def test_a_fork_that_only_keeps_more_has_the_ledger_of_its_source(tiny, tmp_path):
+    """A run with its last checkpoint alone names the command; what that trains has the same weights, and the ledger
+    goes by the name of the run that was scored."""
+    first = train(tiny, tmp_path / "first", "--learning_rate", "1e-3", "--save_steps", "0")
+    done = launch(ROOT / "score.py", first, "--ledger", "3", launcher="fork", check=False)
+    assert done.returncode == 2 and f"--fork {first}@0 --save_steps 1` trains it again" in done.stdout
+    launch(ROOT / "train.py", "--fork", f"{first}@0", "--save_steps", "1", "--output_dir", tmp_path / "again",
+           launcher="fork")
+    table, records = ledger(tmp_path / "again", first, "--ledger", "3")
+    assert {*table["run"]} == {"first"} == {record["run"] for record in records}
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (first / "checkpoint-5" / name).read_bytes() == (tmp_path / "again" / "checkpoint-5" / name).read_bytes()
+    launch(ROOT / "train.py", "--fork", f"{first}@0", "--save_steps", "1", "--beta", "0.5", "--output_dir",
+           tmp_path / "other", launcher="fork")
+    assert {*ledger(tmp_path / "other", tmp_path / "out", "--ledger", "3")[0]["run"]} == {"other"}
+
+
 def test_a_weight_of_a_row_is_in_its_shares(tiny, tmp_path):
     """A pair of weight 0 makes nothing; with weights the shares add up as without."""
     rows = [json.loads(line) | {"weight": float(i % 3)} for i, line in
