@@ -13,17 +13,16 @@ from ..core.batches import groups_of, make_batch, response_lengths, response_log
 from ..core.losses import loss_divisor, needs_reference, pair_losses, pair_weights
 from ..core.packing import scored_places
 from ..data.example import Example, row_starts
-from ..data.mixing import mix, read_weights
+from ..data.mixing import read_weights
 from ..data.schedule import learning_rate, pairs_of_step
-from ..data.tokens import check_weights
 from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
 from ..flags.loss import own_function, read_loss
 from ..folder.reference import data_hash
 from ..model.source import open_source
+from ..run.datasets import read_data
 from ..run.passes import PAIR, row_weights
-from ..run.start import load_data
 from ..scoring.opened import Opened, Opener
 from ..scoring.runs import Checkpoint, find_bases, open_targets
 from ..screen import command_line
@@ -191,12 +190,10 @@ def open_history(checkpoints: list[Checkpoint], opener_of: Callable[[int], Opene
     loss, written = read_loss(args)
     if written != record.get("loss_function"):
         raise UserError(f"--ledger: {args.loss} is not what {folder} was trained with: the file has changed")
-    train, held_out, _ = load_data(args, open_source(first.path, trust_remote_code), record.get("date"))
+    weights = read_weights(args.mix_weights, args.train_file_path)
+    train, _, _, without = read_data(args, open_source(first.path, trust_remote_code), weights, record.get("date"))
     if data_hash(train.once) != record["data"][0]:
         raise UserError(f"{args.train_file_path}: has changed since run {folder} was trained on it; put the file back")
-    if weights := read_weights(args.mix_weights, args.train_file_path):
-        mix(train, weights, args.seed)
-    without = check_weights(train, held_out, args.without_rows)
     reference = (open_targets([args.reference])[0] if args.reference else first) if needs_reference(loss) else None
     if args.reference and reference:
         find_bases([reference])

@@ -6,7 +6,6 @@ import functools
 import importlib.metadata
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,24 +14,24 @@ import torch
 from ..core.losses import needs_reference
 from ..data import inspection
 from ..data.example import row_starts
-from ..data.mixing import mix, read_weights
+from ..data.mixing import read_weights
 from ..data.places import name_splits
-from ..data.schedule import epoch_order, steps_of
-from ..data.template import template_for
-from ..data.tokens import DataSet, check_weights, load_dataset
+from ..data.schedule import steps_of
+from ..data.tokens import DataSet
 from ..errors import UserError
 from ..files import read_text, why
 from ..flags.arguments import TrainArguments, parse
 from ..flags.loss import loss_name, read_loss
-from ..folder import data_cache, fork, record
+from ..folder import fork, record
 from ..folder.atomic import check_whole, check_writable
 from ..folder.fork import Fork
 from ..model.adapters import adapter_shape
 from ..model.lora_settings import check_dora, check_trainable, read_lora_settings, take_over
 from ..model.quantised import QUANTISATION, bits_of, check_quantised
-from ..model.source import Source, absolute, base_of, check_ids, check_reference, open_source
+from ..model.source import Source, absolute, base_of, check_reference, open_source
 from ..ranks import distributed
 from . import agreement, engine
+from .datasets import read_data
 from .monitors import take_blocks
 from .other_trainers import accelerate_differs
 from .signals import Stop
@@ -160,10 +159,8 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         folder, old, wanted = record.find(args.resume, args.output_dir, new)
         forked = fork.find(args.fork, folder) if args.fork else None
         date = (old or (forked and forked.source) or {}).get("date") or today  # some chat templates write it
-        train, held_out, limit = load_data(args, source, date)
-        if weights:
-            mix(train, weights, args.seed)
-        without, sets = check_weights(train, held_out, args.without_rows), [data for data in (train, held_out) if data]
+        train, held_out, limit, without = read_data(args, source, weights, date)
+        sets = [data for data in (train, held_out) if data]
         facts = record.facts(args, settings, limit, sets, script.parent, [str(script), *argv])
         facts |= {"date": date, "peft_config": lora or None, "quantisation": how, "loss_function": loss_hash,
                   "fork": fork.entry(forked, old)}
@@ -196,10 +193,7 @@ def look(args, lora: dict, weights: list[float], deepspeed: Path) -> None:
         settings = engine.read_settings(args, deepspeed)
         distributed.check_device(args)
         source, _ = open_checked(args, lora, settings)
-        train, held_out, limit = load_data(inspection.lenient(args), source)
-        if weights:
-            mix(train, weights, args.seed)
-        check_weights(train, held_out, args.without_rows)
+        train, held_out, limit, _ = read_data(inspection.lenient(args), source, weights)
         if args.reference:
             open_reference(args, source, [data for data in (train, held_out) if data])
     distributed.say(inspection.inspect(train, source.tokenizer, limit, args.inspect_row, held_out))
@@ -289,30 +283,3 @@ def _read_template_file(file: str) -> str:
     if not text.strip():
         raise UserError(f"--chat_template {file}: is empty")
     return text
-
-
-def load_data(args, source, date: str | None = None):
-    """(training set, held-out set or None, the longest sequence allowed in tokens). `date`: of the run, ISO."""
-    template = template_for(source.tokenizer, args, date)
-    context = source.context or sys.maxsize
-    limit = args.max_length or context
-    if limit > context:
-        raise UserError(f"--max_length {limit}: the model's context is {context} tokens (max_position_embeddings)")
-    pairs, keep = args.loss != "sft", functools.partial(data_cache.keep, args.cache_dir)
-    train = load_dataset(args.train_file_path, template, args, limit, pairs, keep=keep)
-    check_ids(source, train.path, train.examples)
-    if args.eval_file_path:
-        held_out = load_dataset(args.eval_file_path, template, args, limit, pairs, keep=keep)
-        check_ids(source, held_out.path, held_out.examples)
-        return train, held_out, limit
-    if not args.eval_size:
-        return train, None, limit
-    rows = list(dict.fromkeys(example.row for example in train.examples))  # one may be several pairs, and stays whole
-    n = len(rows)
-    if args.eval_size >= n:
-        raise UserError(f"--eval_size {args.eval_size}: {args.train_file_path} has {n} usable row{'s' * (n > 1)}")
-    held = {rows[i] for i in epoch_order(n, args.seed, -1)[: args.eval_size]}
-    parts = [[example for example in train.examples if (example.row in held) == out] for out in (True, False)]
-    held_out = DataSet(f"{args.eval_size} rows of {train.path}", parts[0], [], {}, [])
-    train.total, train.held_out, train.examples = n, args.eval_size, parts[1]
-    return train, held_out, limit

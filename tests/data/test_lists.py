@@ -19,7 +19,7 @@ from nanodpo.errors import UserError
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.folder.data_cache import keep
 from nanodpo.folder.reference import data_hash
-from nanodpo.run.start import load_data
+from nanodpo.run.datasets import load_data
 
 END = 260
 Q = {"role": "user", "content": "2?"}

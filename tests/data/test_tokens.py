@@ -17,7 +17,7 @@ from nanodpo.data.template import read_template
 from nanodpo.data.tokens import DataSet, load_dataset
 from nanodpo.errors import UserError
 from nanodpo.flags.arguments import TrainArguments
-from nanodpo.run.start import load_data
+from nanodpo.run.datasets import load_data
 
 CHAT_EOS, START, END = 260, 259, 260  # tiny.chatml's <|im_start|> and <|im_end|>
 ASKED = "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"

@@ -24,7 +24,7 @@ from malformed import (
 import train
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.model.source import open_source
-from nanodpo.run.start import load_data
+from nanodpo.run.datasets import load_data
 
 GOOD = {"prompt": "1+1=", "chosen": "2", "rejected": "5"}
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
