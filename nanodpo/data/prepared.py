@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 from ..errors import UserError
 from ..progress import Progress
+from .answers import WEIGHT, pairs_of, weight_of
 from .encoding import tokenize, tokenize_more
 from .example import Example, Packed, answers_named
 from .forks import cores, in_forks
 from .rows import read_places
-from .shapes import Columns, choose_columns, describe_columns, in_messages, pairs_of, read_row, unread_parts, weight_of
+from .shapes import Columns, choose_columns, describe_columns, in_messages, read_row, unread_parts
 from .template import Template
 from .texts import Texts, render_more, render_row, render_whole
 
@@ -170,8 +171,9 @@ def _keys(which: tuple[int, int], count: int) -> list[tuple[int, int]]:
 def _render_pairs(template: Template, number: int, row: dict, columns: Columns, how: Reading) -> list[Texts]:
     """The texts of one row, or of each of its pairs, without an answer that was there before. Raises UserError where
     one can't be used, or where they do not answer one prompt."""
-    alone, weight = how.loss == "sft", weight_of(row, columns)
-    pairs, found = pairs_of(row, columns, alone), {}
+    alone, weight = how.loss == "sft", weight_of(row, WEIGHT in columns.beside)
+    pairs = [((0, 0), row)] if columns.whole else pairs_of(row, columns.chosen, columns.rejected, alone)
+    found = {}
     for which, own in pairs:
         try:
             text = _render(template, number, own, columns, how.more, alone, alone and how.train_on == "all")

@@ -10,13 +10,13 @@ import logging
 import lzma
 import os
 import sys
-import tempfile
 import zlib
 from pathlib import Path
 
-from ..errors import UserError, first_line
+from ..errors import UserError
+from .answers import WEIGHT
 from .places import PACKED, SPLITS, SUFFIXES, files_of, hub_parts, kind_of, local, one_split, places_of, suffix_of
-from .shapes import WEIGHT
+from .urls import copy_of
 
 # Bounds for files that are small on disk and are not in memory. The longest text that a model reads has a few MB.
 MOST_ROWS, LONGEST = 5_000_000, 16 * 2**20  # rows of a data set; characters of a cell, those of nested ones together
@@ -55,7 +55,8 @@ def read_places(path: str) -> list[list[dict]]:
 
 def _read(place: str) -> list[dict]:
     if "://" in place:
-        return _fetched(place)
+        with copy_of(place) as here:
+            return _read(here)
     name, split = local(place)
     files = files_of(name, split) if name else []
     kind = kind_of(files) if files else None
@@ -68,34 +69,6 @@ def _read(place: str) -> list[dict]:
                                                           for file in files))
     columns = dict.fromkeys(name for row in rows for name in row)
     return [dict.fromkeys(columns) | row for row in rows]  # what a row does not have is None in it
-
-
-def _fetched(place: str) -> list[dict]:
-    """The rows of the file, glob or folder that a URL names, copied to this machine for as long as it takes to read."""
-    import fsspec
-
-    url, _, split = place.partition("::")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            system, path = fsspec.core.url_to_fs(url)
-            system.get(path, f"{folder}/", recursive=True)
-        except FileNotFoundError as error:
-            raise UserError(f"{place}: no such file") from error
-        except (OSError, ValueError, ImportError, *_client_errors()) as error:
-            raise UserError(f"{place}: can't be fetched ({first_line(error)})") from error
-        found = os.listdir(folder)
-        here = os.path.join(folder, found[0] if len(found) == 1 else "*")
-        try:
-            return _read(f"{here}::{split}" if split else here)
-        except UserError as error:
-            raise UserError(str(error).replace(folder, url.rpartition("/")[0])) from error
-
-
-def _client_errors() -> list[type]:
-    """Errors of the network, of the libraries by which file systems reach it, that are no OSError."""
-    named = (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("aiohttp", "ClientError"),
-             ("botocore.exceptions", "BotoCoreError"))
-    return [getattr(sys.modules[library], name) for library, name in named if library in sys.modules]
 
 
 # Text

@@ -6,11 +6,10 @@ with answers, contents in parts. What is no message stays as it is, and is refus
 """
 
 import dataclasses
-import itertools
 import json
-import sys
 
 from ..errors import UserError
+from .answers import WEIGHT, answers_of
 
 ALPACA = ("instruction", "query")  # what the user says, with `input`, after `history`
 TURNS = ("conversations", "conversation")  # a whole conversation, or beside chosen and rejected its beginning
@@ -22,7 +21,6 @@ PROMPT_FIELDS, CHOSEN_FIELDS, REJECTED_FIELDS = (
 SYSTEM = ("system", "system_prompt")
 OF_PROMPTS = (*SYSTEM, "input", "instruction", "history", "context")  # part of what is asked, by name
 FOR_TEMPLATES = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
-WEIGHT = "weight"  # how much a row counts in the loss
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # a language model of text can't be asked about these
 RESERVED = {"chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "padding",
             "return_tensors", "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs",
@@ -145,29 +143,6 @@ def unread_parts(rows: list[dict], columns: Columns) -> dict[str, int]:
 # Rows
 
 
-def answers_of(value) -> list:
-    """The answers in a cell: several, where it is a list of texts or of lists of messages, or else its value.
-
-    >>> answers_of(["4", "four"]), answers_of("4"), answers_of([{"role": "assistant", "content": "4"}])
-    (['4', 'four'], ['4'], [[{'role': 'assistant', 'content': '4'}]])
-    """
-    several = isinstance(value, list) and value and all(isinstance(item, (str, list, type(None))) for item in value)
-    return value if several else [value]
-
-
-def pairs_of(row: dict, columns: Columns, alone: bool) -> list[tuple[tuple[int, int], dict]]:
-    """The pairs of a row: each of its chosen with each of its rejected answers, as rows of one answer a side, with the
-    numbers of these answers. `alone`: chosen is trained on alone, so that each of its answers comes once, the first
-    one with the first rejected answer and so on, again from the first where there are no more."""
-    if columns.whole:
-        return [((0, 0), row)]
-    chosen, rejected = (answers_of(row[name]) if name else [None] for name in (columns.chosen, columns.rejected))
-    numbers = ([(i, i % len(rejected)) for i in range(len(chosen))] if alone else
-               itertools.product(range(len(chosen)), range(len(rejected))))
-    return [((i, j), row | {columns.chosen: chosen[i]} | ({columns.rejected: rejected[j]} if columns.rejected else {}))
-            for i, j in numbers]
-
-
 def read_row(row: dict, columns: Columns) -> Row:
     """One row in the form that texts.py takes. Raises UserError for what it can't mean."""
     prompt, chosen, rejected = (row[name] if name else None for name in columns.fields)
@@ -193,17 +168,6 @@ def read_row(row: dict, columns: Columns) -> Row:
     kwargs = options.pop("chat_template_kwargs", {})
     check_options("chat_template_kwargs", kwargs)
     return Row(prompt, chosen, rejected, options | kwargs)
-
-
-def weight_of(row: dict, columns: Columns) -> float:
-    """What the column `weight` says, 1 without one. Raises UserError for what is no number of 0 or more."""
-    value = row[WEIGHT] if WEIGHT in columns.beside else 1
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and 0 <= value <= sys.float_info.max:  # NaN is not
-        return float(value)
-    raise UserError(f"has the weight {str(value)[:40] if number else json.dumps(value, default=str)[:40]}, and the "
-                    "weight of a row in the loss is a finite number of 0 or more; give one in every row, or rename the "
-                    "column where it means something else")
 
 
 def check_options(name: str, options) -> None:

@@ -1,0 +1,41 @@
+"""The parts of a row beside one pair: lists of answers, which make several pairs, and its weight in the loss."""
+
+import itertools
+import json
+import sys
+
+from ..errors import UserError
+
+WEIGHT = "weight"  # a column: how much a row counts in the loss
+
+
+def answers_of(value) -> list:
+    """The answers in a cell: several, where it is a list of texts or of lists of messages, or else its value.
+
+    >>> answers_of(["4", "four"]), answers_of("4"), answers_of([{"role": "assistant", "content": "4"}])
+    (['4', 'four'], ['4'], [[{'role': 'assistant', 'content': '4'}]])
+    """
+    several = isinstance(value, list) and value and all(isinstance(item, (str, list, type(None))) for item in value)
+    return value if several else [value]
+
+
+def pairs_of(row: dict, chosen: str, rejected: str | None, alone: bool) -> list[tuple[tuple[int, int], dict]]:
+    """The pairs of a row: each of its chosen with each of its rejected answers, as rows of one answer a side, with the
+    numbers of these answers. `chosen` and `rejected` are columns. `alone`: chosen is trained on alone, so that each of
+    its answers comes once, the first one with the first rejected answer and so on, again from the first where there are
+    no more."""
+    ours, theirs = (answers_of(row[name]) if name else [None] for name in (chosen, rejected))
+    numbers = ([(i, i % len(theirs)) for i in range(len(ours))] if alone else
+               itertools.product(range(len(ours)), range(len(theirs))))
+    return [((i, j), row | {chosen: ours[i]} | ({rejected: theirs[j]} if rejected else {})) for i, j in numbers]
+
+
+def weight_of(row: dict, there: bool) -> float:
+    """What the column `weight` says, 1 where it is not `there`. Raises UserError for what is no number of 0 or more."""
+    value = row[WEIGHT] if there else 1
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and 0 <= value <= sys.float_info.max:  # NaN is not
+        return float(value)
+    raise UserError(f"has the weight {str(value)[:40] if number else json.dumps(value, default=str)[:40]}, and the "
+                    "weight of a row in the loss is a finite number of 0 or more; give one in every row, or rename the "
+                    "column where it means something else")
