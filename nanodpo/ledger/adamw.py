@@ -1,4 +1,4 @@
-"""Which gradient made how much of AdamW's updates, and what a heavier gradient would have changed.
+"""Splits AdamW's updates over the gradients that made them, and says how heavier gradients would have changed them.
 
     m_k = b1 m_{k-1} + (1 - b1) g_k,    v_k = b2 v_{k-1} + (1 - b2) g_k^2,    d_k = sqrt(v_k / (1 - b2^t)) + eps
     update_k = - rate_k m_k / ((1 - b1^t) d_k) - rate_k decay w_k,             t = k + 1

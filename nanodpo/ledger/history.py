@@ -47,6 +47,7 @@ class History:
     without: frozenset[int] = frozenset()  # rows whose pairs take no part in the loss
     ref: Tensor | None = None  # what reference_logps gives; set by sweeps.py
     opened: Opened | None = None
+    trained: list[torch.nn.Parameter] = dataclasses.field(default_factory=list)  # of it: LoRA weights, or all
 
     @property
     def run(self) -> str:
@@ -74,15 +75,11 @@ class History:
     def sides(self) -> list[str]:
         return PAIR[:1] if self.args.loss == "sft" else PAIR
 
-    @property
-    def trained(self) -> list[torch.nn.Parameter]:
-        """What the run trained: LoRA weights, or all."""
-        named = [*self.opened.module.model.named_parameters()]
-        return [p for name, p in named if ".lora_" in name] or [p for _, p in named]
-
     def open(self, step: int) -> None:
         """Loads the weights that step `step` began with."""
         self.opened = self.opener.open(self.checkpoints[step])
+        named = [*self.opened.module.model.named_parameters()]
+        self.trained = [p for name, p in named if ".lora_" in name] or [p for _, p in named]
         for parameter in self.trained:
             parameter.requires_grad_(True)
 
@@ -136,22 +133,23 @@ class History:
 
     def step_gradient(self, step: int) -> Tensor:
         """(D,): of the loss of a step, before clipping, by the weights that are open."""
-        total = 0.0
+        total, divisor = 0.0, self.divisor(step)
         for indices in self.micro_batches(step):
             logps, ref, lengths = self._logps(indices, self.sides)
             losses = pair_losses(self.loss, logps, ref, lengths, self.args.sft_weight)
             losses = losses * row_weights([self.examples[k] for k in indices], self.without).to(self.opened.device)
-            total = total + self.gradient(losses.sum() / self.divisor(step))
+            total = total + self.gradient(losses.sum() / divisor)
         return total
 
     def pair_gradients(self, step: int) -> Iterator[tuple[int, int, Tensor]]:
         """(index of an example, 0 for chosen and 1 for rejected, (D,)): the parts of `step_gradient`."""
+        divisor = self.divisor(step)
         for k in self.pairs(step):
             # Each response in a pass of its own: a backward pass goes through all that went through the forward one.
             found = [self._logps([k], [side]) for side in self.sides]
             logps, lengths = (torch.cat([one[i] for one in found], 1) for i in (0, 2))
             weights = pair_weights(self.loss, logps, found[0][1], lengths, self.args.sft_weight)[0]
-            weights *= row_weights([self.examples[k]], self.without).to(weights.device) / self.divisor(step)
+            weights *= row_weights([self.examples[k]], self.without).to(weights.device) / divisor
             for side, weight in enumerate(weights.tolist()):
                 part = self.gradient(found[side][0].sum())
                 yield k, side, part * (weight if side else -weight)

@@ -1,4 +1,4 @@
-"""What a ledger says: its table, a sentence for each probe, and the pairs that did most."""
+"""Puts a ledger into a table, a sentence for each probe, and a line on the pairs that did most."""
 
 import numpy as np
 import pandas

@@ -91,10 +91,12 @@ def check_ledger(args: argparse.Namespace) -> None:
     if bad := [row for row in args.ledger_rows or [] if row < 0]:
         raise UserError(f"--ledger_rows {bad[0]}: must be the number of a row, from 0")
     args.ledger_rows = [*dict.fromkeys(args.ledger_rows or [])]
+    if not (args.ledger or args.ledger_rows):
+        return
     for name in ("tokens", "risers", "gradients", "answers"):
-        if (args.ledger or args.ledger_rows) and getattr(args, name):
+        if getattr(args, name):
             raise UserError(f"--ledger: makes no scores; --{name} is for another call")
-    if (args.ledger or args.ledger_rows) and GREEDY in (args.responses or []):
+    if GREEDY in (args.responses or []):
         raise UserError(f"--ledger: makes no answers, so {GREEDY} is no response that it can split")
 
 
