@@ -25,7 +25,7 @@ from pathlib import Path
 from nanodpo import errors
 from nanodpo.data import tokens
 from nanodpo.ranks import distributed
-from nanodpo.run import start
+from nanodpo.run import datasets
 
 
 def act(place: list) -> None:
@@ -66,7 +66,7 @@ def main() -> None:
     at = plan.get("at", {})
     load, come, step = tokens.load_dataset, distributed._come_together, getattr(program, "train_step", None)
     distributed._come_together = lambda *args: (act(at.get("meet", [])), come(*args))
-    reader = start if script == "train" else program
+    reader = datasets if script == "train" else program
     reader.load_dataset = lambda *args, **more: (load(*args, **more), act(at.get("load", [])))[0]
     program.train_step = lambda run, guard: (act(at.get("step", []) if run.step == 2 else []), step(run, guard))[1]
     part, parts = getattr(program, "score_part", None), itertools.count()
