@@ -99,6 +99,7 @@ def _waterfall(ax, table: pandas.DataFrame, record: dict) -> None:
     ax.axvline(0, color=GREY, linewidth=0.5)
     ax.use_sticky_edges = False  # else the longest bar would touch the axis
     ax.margins(x=0.05)
+    ax.locator_params(axis="x", nbins=4, integer=False)  # labels like -0.0125 are long
     ax.set_yticks(range(len(bars) + 1), [plain(name) for name, _ in bars] + ["change"])
     ax.tick_params(axis="y", length=0, labelsize=5)
     ax.invert_yaxis()
