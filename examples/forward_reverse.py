@@ -42,7 +42,7 @@ SETS = ("forward", "reverse", "mixed")
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    root, failed, table = Path(args.output_dir), {}, read_data(args.data)
+    root, failed, table = Path(args.output_dir), {}, read_data(args.data, args.test_every)
     for model in args.models or [None]:
         folder = root / Path(model).name if model else root
         try:
@@ -61,6 +61,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="runs of everything, for intervals")
     parser.add_argument("--sft", default=None, help="settings of SFT, a YAML file; default: those beside this script")
     parser.add_argument("--dpo", default=None, help="settings of DPO")
+    parser.add_argument("--test_every", type=int, default=10, metavar="N",
+                        help="of real data each N-th problem is a test")
     parser.add_argument("--ranks", type=int, default=1, help="processes a run, by torchrun")
     parser.add_argument("--parallel", type=int, help="commands at a time; default: one a core; one for a real model")
     args = parse_known(parser, argv, "forward_reverse.py")
@@ -71,6 +73,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("seeds", "ranks", "parallel"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: must be above 0")
+    if args.test_every < 2:
+        raise UserError(f"--test_every {args.test_every}: must be above 1, or no problem is left to train on")
     args.models, args.data = (args.models[:-1], args.models[-1]) if args.models else ([], None)
     kind = "real" if args.models else "tiny"
     args.output_dir = str(Path(args.output_dir).resolve())  # commands run in this repository's folder
@@ -89,7 +93,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def experiment(args, model: str | None, folder: Path, table) -> None:
     """All seeds of one model, then what they show together."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_data(table, folder / "data")
+    write_data(table, folder / "data", args.test_every)
     seeds = range(1, args.seeds + 1)
     with Progress(folder.name, 7 * args.seeds, "command") as bar:
         for stage in (sft, dpo, scoring):
@@ -103,8 +107,9 @@ def experiment(args, model: str | None, folder: Path, table) -> None:
     draw(args, folder)
 
 
-def read_data(path: str | None) -> pandas.DataFrame | None:
-    """The table of real data; None for the tiny world's. Raises UserError for what is no such table."""
+def read_data(path: str | None, test_every: int) -> pandas.DataFrame | None:
+    """The table of real data; None for the tiny world's. Raises UserError for what is no such table, or has no problem
+    to test on."""
     if path is None:
         return None
     try:
@@ -119,14 +124,14 @@ def read_data(path: str | None) -> pandas.DataFrame | None:
         if any(odd):
             row = odd.index(True)
             raise UserError(f"{path}, row {row}: {name} must be text, found {table[name].iloc[row]!r}")
-    if not {"original", "flipped"} <= set(table["sample_type"]) or len(table) < 20:
-        raise UserError(f"{path}: expected ten problems or more, each a row of original and one of flipped; "
-                        f"found {table['sample_type'].value_counts().to_dict()}")
+    if not {"original", "flipped"} <= set(table["sample_type"]) or len(table) < 2 * test_every:
+        raise UserError(f"{path}: expected {test_every} problems (--test_every) or more, each a row of original and "
+                        f"one of flipped; found {table['sample_type'].value_counts().to_dict()}")
     return table
 
 
-def write_data(table: pandas.DataFrame | None, folder: Path) -> None:
-    """{train,test}-{forward,reverse,mixed}.parquet; of real data each tenth problem is a test."""
+def write_data(table: pandas.DataFrame | None, folder: Path, test_every: int) -> None:
+    """{train,test}-{forward,reverse,mixed}.parquet; of real data each N-th problem is a test."""
     folder.mkdir(exist_ok=True)
     if table is None:
         parts = {part: pandas.read_parquet(HERE / "piles" / f"{part}.parquet") for part in ("train", "test")}
@@ -135,7 +140,7 @@ def write_data(table: pandas.DataFrame | None, folder: Path) -> None:
         # A problem's two directions name each other, and must not be parted.
         problem = [min(pair) for pair in zip(table["question"], table["relevant-question"])]
         order = {name: i for i, name in enumerate(dict.fromkeys(problem))}
-        held = pandas.Series([order[name] % 10 == 9 for name in problem], index=table.index)
+        held = pandas.Series([order[name] % test_every == test_every - 1 for name in problem], index=table.index)
         parts = {"train": table[~held], "test": table[held]}
     for part, table in parts.items():
         forward = table["sample_type"] == "original"

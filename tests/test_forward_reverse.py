@@ -100,16 +100,18 @@ def test_the_whole_of_it(commands, tmp_path, monkeypatch, capsys):
         assert found[f"... where the argmax token rises ({name})"]["mean"] == pytest.approx(0.1)
 
 
-def test_the_split_parts_no_problem(commands, tmp_path):
-    """Both directions of a problem lie on one side; forward and reverse are the mixed set's two kinds of rows."""
+@pytest.mark.parametrize("every, tests", [(10, 3), (3, 10), (2, 15)])
+def test_the_split_parts_no_problem(commands, tmp_path, every, tests):
+    """Both directions of a problem lie on one side; forward and reverse are the mixed set's two kinds of rows; of 30
+    problems each tenth, third or second is a test."""
     rows = [{"question": f"q{i}{side}", "relevant-question": f"q{i}{1 - side}", "text": "t", "worse-text": "w",
              "sample_type": ("original", "flipped")[side]} for side in (0, 1) for i in range(30)]
     pandas.DataFrame(rows).to_parquet(tmp_path / "data.parquet")
-    experiment.write_data(experiment.read_data(str(tmp_path / "data.parquet")), tmp_path / "out")
+    experiment.write_data(experiment.read_data(str(tmp_path / "data.parquet"), every), tmp_path / "out", every)
     parts = {file.stem: pandas.read_parquet(file) for file in (tmp_path / "out").glob("*.parquet")}
     problems = {name: {question[:-1] for question in part["question"]} for name, part in parts.items()}
     assert len(parts) == 6 and not problems["train-mixed"] & problems["test-mixed"]
-    assert (len(parts["train-mixed"]), len(parts["test-mixed"])) == (54, 6)
+    assert (len(parts["train-mixed"]), len(parts["test-mixed"])) == (60 - 2 * tests, 2 * tests)
     for part in ("train", "test"):
         assert problems[f"{part}-forward"] == problems[f"{part}-reverse"] == problems[f"{part}-mixed"]
         assert set(parts[f"{part}-forward"]["sample_type"]) == {"original"}
@@ -159,7 +161,8 @@ def test_one_test_problem_tells_nothing_of_a_place():
 @pytest.mark.parametrize("flags, words", [
     (["model"], "MODEL [MODEL ...] DATA"), (["--seeds", "0"], "--seeds 0"), (["--what"], "unknown argument --what"),
     (["a", "gone.parquet"], "gone.parquet: can't be read"), (["a", "x/a", "gone.parquet"], "share their output"),
-    (["a", str(ROOT / "README.md")], "can't be read as Parquet"),
+    (["a", str(ROOT / "README.md")], "can't be read as Parquet"), (["--test_every", "1"], "--test_every 1"),
+    (["--test_every", "900", "a", str(ROOT / "examples" / "piles" / "test.parquet")], "expected 900 problems"),
     (["a", "other.parquet"], "has no column question, worse-text")])
 def test_wrong_calls_are_one_line(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
