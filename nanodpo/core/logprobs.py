@@ -189,10 +189,10 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def sum_by_sequence(token_logps: Tensor, seq: Tensor, n_sequences: int) -> Tensor:
-    """(N,), (N,) -> (S,): log pi(y|x) of each response, nats, float64."""
+    """(N,), (N,) -> (S,): log pi(y|x) of each response, nats, float64. `seq` must not decrease."""
     # Not index_add: on CUDA it adds in any order, and a policy would differ from itself in the last bit.
-    mine = seq == torch.arange(n_sequences, device=seq.device)[:, None]  # (S, N)
-    return torch.where(mine, token_logps.double(), 0.0).sum(1)
+    offsets = torch.searchsorted(seq, torch.arange(n_sequences + 1, device=seq.device))  # (S+1,) where each begins
+    return torch.segment_reduce(token_logps.double(), "sum", offsets=offsets, unsafe=True, initial=0.0)
 
 
 class SequenceLogProbs(nn.Module):
