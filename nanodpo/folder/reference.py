@@ -76,7 +76,7 @@ def reference_logps(examples, steps, micro_batches_of, score, fingerprint: dict,
             if stopped:
                 raise stopped
     total, new = (len({i for pairs in lists for i in pairs}) for lists in (steps, missing))
-    say(f"reference: {new} pairs computed, {total - new} from the cache, {file}")
+    say(f"reference: {new} pairs computed, {total - new} from the cache\n  {file}")
     return logps
 
 

@@ -67,12 +67,12 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
 
 
 def describe(layout: str, attention: str) -> str:
-    """A line for the screen: how batches are laid out, and the attention."""
+    """Two lines for the screen: how batches are laid out, and the attention."""
     how = ("packed, without padding, each prompt once" if layout == "packed" else
            "plain, a line for each response, padded to one length")
     attention = {LOOP: "sequence by sequence, in PyTorch", VARLEN: "the flash kernel"}.get(
         attention, f"the model's own ({attention})")
-    return f"batches: {how}; attention: {attention}"
+    return f"batches: {how}\n  attention: {attention}"
 
 
 def _candidates(config, own: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """main() as a function: one run after the other in a process that lives on, as in a notebook."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -80,3 +81,27 @@ def test_a_notebook_shows_a_mistake_in_a_line():
     for kind in (UserError, RunStopped, Preempted):
         assert kind("--beta 0: must\nbe above 0")._render_traceback_() == [
             f"{kind.__name__}: --beta 0: must be above 0"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("nbclient", "ipykernel"))),
+                    reason="no kernel of notebooks here: pip install nbclient ipykernel")
+def test_a_notebook_in_a_kernel_of_its_own(tiny, tmp_path, monkeypatch):
+    """Cells executed by nbclient: a run; the same with a wrong flag, of which the notebook keeps one line; and a
+    scoring. The run's files are those of a process of its own."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    given, again = (flags(tiny, tmp_path / name / "run") for name in ("alone", "notebook"))
+    assert fork(ROOT / "train.py", *given)[0] == [0]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cells = [nbformat.v4.new_code_cell(text) for text in (
+        f"import score, train\ntrain.main({again})", f"train.main({[*again, '--lerning_rate', '1']})",
+        f"score.main({[str(tmp_path / 'notebook' / 'run')]})")]
+    cells[1].metadata["tags"] = ["raises-exception"]  # nbclient then goes on, as a reader does
+    NotebookClient(book := nbformat.v4.new_notebook(cells=cells), timeout=300).execute()
+    said = ["".join(output.get("text", "") for output in cell.outputs) for cell in cells]
+    assert f"done: {tmp_path / 'notebook' / 'run'}" in said[0] and "scores.parquet" in said[2]
+    (error,) = [output for output in cells[1].outputs if output.output_type == "error"]
+    assert error.traceback == ["UserError: unknown argument --lerning_rate: did you mean --learning_rate?"], book
+    assert result(tmp_path / "notebook" / "run") == result(tmp_path / "alone" / "run")
