@@ -1,6 +1,6 @@
 """Does the ledger tell the truth? Leaves out the pairs that it blames for the fall of chosen, and trains again.
 
-    python examples/leave_out.py --output_dir out --seeds 3           the tiny world, half an hour on two cores
+    python examples/leave_out.py --output_dir out                     the tiny world, half an hour on two cores
     python examples/leave_out.py --output_dir out --settings my.yaml  your model and data: train_file_path and
                                                                       eval_file_path, Parquet files
 

@@ -28,6 +28,7 @@ ELSEWHERE = {"deepspeed train.py": "tests/test_examples.py", "python -m pytest":
              "python examples/forward_reverse.py --output_dir out --ranks 4 M1 M2 experiment.parquet":
                  "tests/test_forward_reverse.py",
              "python examples/arena.py --output_dir out": "tests/test_arena.py",
+             "python examples/leave_out.py --output_dir out": "tests/test_leave_out.py",
              "ruff check .": "the linter itself"}
 SHORT = {"train.py": ["--max_steps", "1", "--draw", "false", "--cache_dir", "cache"],
          "score.py": ["--max_new_tokens", "3"]}
