@@ -29,6 +29,11 @@ class RankStopped(RunStopped):
     """An error that only one rank knows, so that this rank has to print it."""
 
 
+class Unreachable(RankStopped):
+    """Another rank that is out of reach, since the network or its machine has failed. Exit code 75: the same command
+    can go on."""
+
+
 class Preempted(_Short, BaseException):
     """A run that was told to stop and can go on. Exit code 75, EX_TEMPFAIL: a job script may start it again.
 
@@ -79,7 +84,7 @@ def run_script(main) -> int:
         # Once a machine: files may be missing on one only.
         if isinstance(error, RankStopped) or os.environ.get("LOCAL_RANK", "0") == "0":
             put(f"error: {one_line(str(error))}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return 2 if isinstance(error, UserError) else TEMPFAIL if isinstance(error, Unreachable) else 1
     except Preempted as told:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             put(told, file=sys.stderr)

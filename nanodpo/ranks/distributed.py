@@ -1,7 +1,6 @@
 """Ranks: joins them under any launcher, and exchanges values between them."""
 
 import contextlib
-import datetime
 import gc
 import itertools
 import os
@@ -14,19 +13,12 @@ import torch
 import torch.distributed as dist
 
 from .. import errors
-from ..errors import RankStopped, RunStopped, UserError, first_line
+from ..errors import RankStopped, RunStopped, Unreachable, UserError, first_line
 from ..flags.launchers import check_meeting, take_over
 from ..screen import put
-from .peers import Peers
-
-# Words of gloo's, NCCL's and PyTorch's store's errors where another rank has ended, and where the network has failed.
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
-        "NCCL communicator was aborted", "Connection was likely closed", "Connection refused")
-CUT = ("No route to host", "Network is unreachable", "Host is unreachable", "Connection timed out", "Timed out waiting",
-       "Socket Timeout")
-JOIN = datetime.timedelta(minutes=2)  # the longest time from the first rank's start to the last one's
-# The longest time that a living rank (peers.py) may keep the others waiting: for longer rows, or while rank 0 saves.
-PATIENCE = datetime.timedelta(hours=6)
+from .meeting import meet_at
+from .peers import CUT, LOST, Peers
+from .waits import PATIENCE
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -62,7 +54,7 @@ def use_expandable_segments() -> None:
 def meet() -> None:
     """Waits for the other ranks where a launcher started several, and from then on watches whether they live.
 
-    Raises UserError for an environment that no launcher leaves, and RunStopped where a rank has not come within JOIN.
+    Raises UserError for an environment that no launcher leaves, and RunStopped where a rank does not come.
     """
     take_over()
     rank, world, host, port = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR",
@@ -73,30 +65,8 @@ def meet() -> None:
     rank, world, port = int(rank), int(world), int(port)
     # torchrun has a store of its own at this port, and keeps it when it starts the ranks again.
     agent_store, restart = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("USE_AGENT_STORE", "RESTART_COUNT"))
-    try:
-        store = dist.TCPStore(host, port, None, rank == 0 and agent_store != "True", JOIN, False, multi_tenant=True)
-        store = dist.PrefixStore(f"nanodpo {restart}", store)
-        _come_together(store, rank, world)
-        beats = dist.TCPStore(host, 0 if rank == 0 else int(store.get("beats")), None, rank == 0, JOIN, False)
-        if rank == 0:
-            store.set("beats", str(beats.port))
-    except dist.DistError as error:
-        raise RunStopped(f"rank {rank} can't join the others at {host}:{port} ({first_line(error)[:200]})") from error
-    store.set_timeout(PATIENCE)
-    _met.update(store=store, calls=itertools.count(), peers=Peers(beats, rank, world))
-
-
-def _come_together(store, rank: int, world: int) -> None:
-    """Waits for all ranks. Raises RunStopped where some have not come, and UserError for two with the same number."""
-    if store.add(f"came {rank}", 1) > 1:
-        raise UserError(f"two processes were started with RANK {rank}, or MASTER_PORT is that of another run")
-    store.set(f"here {rank}", "")
-    try:
-        store.wait([f"here {i}" for i in range(world)], JOIN)
-    except dist.DistError as error:
-        missing = [str(i) for i in range(world) if not store.check([f"here {i}"])]
-        raise RunStopped(f"of {world} ranks {', '.join(missing[:8])} did not come within {JOIN.seconds} s; see there "
-                         "why") from error
+    store, peers = meet_at(host, port, rank, world, rank == 0 and agent_store != "True", f"nanodpo {restart}")
+    _met.update(store=store, calls=itertools.count(), peers=peers)
 
 
 def peers() -> Peers | None:
@@ -132,7 +102,12 @@ def start(local_rank: int) -> torch.device:
         torch.cuda.set_device(local_rank)
     backend, rank, world = "nccl" if cuda else "gloo", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if _met["store"]:
-        dist.init_process_group(backend, timeout=PATIENCE, store=_met["store"], rank=rank, world_size=world)
+        try:
+            dist.init_process_group(backend, timeout=PATIENCE, store=_met["store"], rank=rank, world_size=world)
+        except RuntimeError as error:
+            raise RankStopped(f"rank {rank} can't connect to the others ({first_line(error)[-120:]}); all ports must "
+                              "be open between the machines; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name a network "
+                              "device where there are several") from error
     deepspeed.init_distributed(backend, verbose=False, timeout=PATIENCE)
     if cuda and dist.get_world_size() > 1:
         _cpu["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -242,17 +217,19 @@ def main_first():
 
 @contextlib.contextmanager
 def lost_peers_named():
-    """Raises RankStopped, for one line instead of a traceback, where a collective fails because another rank has ended
-    or can't be reached."""
+    """Raises an error of one line instead of a traceback where a collective fails: RankStopped where another rank has
+    ended, Unreachable where the network has failed."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, (UserError, RunStopped)):
             raise
-        said, rank = first_line(error)[-120:], os.environ.get("RANK", 0)
-        if any(sign in str(error) for sign in LOST):
-            raise RankStopped(f"rank {rank} stops because another rank did, see there ({said})") from error
-        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in CUT):
-            raise RankStopped(f"rank {rank} stops because it does not reach another rank; is the network between the "
-                              f"machines there? ({said})") from error
+        rank = os.environ.get("RANK", 0)
+        if lost := next((sign for sign in LOST if sign in str(error)), None):
+            raise RankStopped(f"rank {rank} stops because another rank did, see there ({lost})") from error
+        cut = next((sign for sign in CUT if sign in str(error)), None)
+        if cut or isinstance(error, dist.DistError):  # NCCL has errors of other causes, which would come again
+            kind = Unreachable if cut or isinstance(error, dist.DistNetworkError) else RankStopped
+            raise kind(f"rank {rank} stops because it does not reach another rank; is the network between the machines "
+                       f"there? ({cut or first_line(error)[-120:]})") from error
         raise

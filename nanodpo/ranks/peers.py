@@ -9,7 +9,13 @@ import json
 import threading
 import time
 
-BEAT = 1.0  # seconds
+from .waits import BEAT
+
+# Words of gloo's, NCCL's and PyTorch's store's errors where another rank has ended, and where the network has failed.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
+        "NCCL communicator was aborted", "Connection was likely closed", "Connection refused")
+CUT = ("No route to host", "Network is unreachable", "Host is unreachable", "Connection timed out", "Timed out waiting",
+       "Socket Timeout")
 
 
 class Peers:
@@ -21,6 +27,7 @@ class Peers:
         self.asked = 0  # the rank whose number, or store, this one waits for
         self.silent = 0.0  # seconds for which it has waited
         self.ended = None  # [exit code, reason] of a rank that could not go on
+        self.closed = False  # whether rank 0 has ended, and the store with it
         self.left, self._heard, self._last_words, self._said = False, False, None, threading.Event()
         self._wake = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -61,5 +68,5 @@ class Peers:
                 self.asked = self.next
                 self._heard, last = self._heard or number != last, number
                 self._wake.wait(BEAT)
-        except RuntimeError:  # rank 0 has ended: a collective that waits for it raises an error of its own
-            return
+        except RuntimeError as error:  # mostly a collective that waits for rank 0 raises an error, too, and at once
+            self.closed = not any(sign in str(error) for sign in CUT)

@@ -20,12 +20,10 @@ from pathlib import Path
 
 from .. import errors
 from ..errors import TEMPFAIL, Preempted, RankStopped
-from ..ranks import distributed
+from ..ranks import distributed, waits
 
 GRACE = 5.0  # seconds; Ctrl-C under the deepspeed launcher arrives as SIGINT and, 0.1 s later, as SIGTERM
 REACT = 2.0  # seconds in which a process that has nothing to save must have ended
-SILENCE = 60.0  # seconds for which another rank may be silent (peers.py) ...
-SOON = 20.0  # ... once this one was told to stop
 ALWAYS = (signal.SIGTERM, signal.SIGINT)
 UNLESS_IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
@@ -150,14 +148,17 @@ class Stop:
                 self._end(TEMPFAIL, self.farewell if os.environ.get("LOCAL_RANK", "0") == "0" else "")
         if not peers or distributed.works_alone():
             return
-        code, why = peers.ended or (1, f"rank {peers.asked} has not been heard of for {silent:.0f} s; it is stopped, "
-                                    "or its machine or network is gone")
+        limit = waits.SOON if self.name or peers.closed else waits.SILENCE
+        code, why = peers.ended or (1, "rank 0 did, see there" if peers.closed else
+                                    f"rank {peers.asked} has not been heard of for {silent:.0f} s; it is stopped, or "
+                                    "its machine or network is gone")
         if code == TEMPFAIL and not self.name:
             self._tell_main("a signal to another rank")
-        elif code != TEMPFAIL and (peers.ended or silent > (SOON if self.name else SILENCE)):
-            if self.name:
-                self._end(TEMPFAIL, f"{self.reason}; {why}; the same command goes on from the last state", code, why)
-            self._end(1, f"error: rank {peers.rank} stops because {why}", code, why)
+        elif code != TEMPFAIL and (peers.ended or silent > limit):
+            begin = f"{self.reason}; " if self.name else f"error: rank {peers.rank} stops because "
+            if peers.closed and not self.name:  # a process that has ended would do so again
+                self._end(1, f"{begin}{why}", code, why)
+            self._end(TEMPFAIL, f"{begin}{why}; the same command goes on from what is saved", code, why)
 
     def _end(self, code: int, text: str, told: int = TEMPFAIL, why: str = "") -> None:
         if not self._script:

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from conftest import ROOT, environment, make_model, make_tokenizer, zero
 from test_resume import flags
 
-from nanodpo.errors import Preempted, RankStopped, RunStopped, UserError
+from nanodpo import errors
+from nanodpo.errors import Preempted, RankStopped, RunStopped, Unreachable, UserError
 from nanodpo.folder import resume
 from nanodpo.ranks import distributed
 from nanodpo.run import agreement, signals
@@ -112,9 +113,9 @@ def test_names_may_differ_where_the_content_is_the_same(apart, tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(apart):
-    codes, said = apart({"0": {"env": {"WORLD_SIZE": "2"}, "join": 2}}, ranks=1)
+    codes, said = apart({"0": {"env": {"WORLD_SIZE": "2"}, "set": {"ranks.waits.JOIN": 2}}}, ranks=1)
     assert codes == [1] and "error: of 2 ranks 1 did not come within 2 s" in said and "Traceback" not in said
-    codes, said = apart({"0": {"env": {"WORLD_SIZE": "2", "RANK": "1"}, "join": 2}}, ranks=1)
+    codes, said = apart({"0": {"env": {"WORLD_SIZE": "2", "RANK": "1"}, "set": {"ranks.waits.JOIN": 2}}}, ranks=1)
     assert codes == [1] and "rank 1 can't join the others at 127.0.0.1:" in said and "Traceback" not in said
 
 
@@ -136,25 +137,33 @@ def test_a_signal_to_one_rank_before_the_first_step_ends_all(told, apart):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where, told, code, words", [
-    ("load", [], 1, "error: rank 0 stops because rank 1 has not been heard of for "),
-    ("step", [], 1, "error: rank 0 stops because rank 1 has not been heard of for "),
-    ("step", [["SIGTERM", 1]], 75, "stopped by SIGTERM; rank 1 has not been heard of for ")])
-def test_a_stopped_rank_is_not_waited_for(where, told, code, words, apart, tmp_path):
+@pytest.mark.parametrize("where, told, words", [
+    ("load", [], "error: rank 0 stops because rank 1 has not been heard of for "),
+    ("step", [], "error: rank 0 stops because rank 1 has not been heard of for "),
+    ("step", [["SIGTERM", 1]], "stopped by SIGTERM; rank 1 has not been heard of for ")])
+def test_a_stopped_rank_is_not_waited_for(where, told, words, apart, tmp_path):
     """A process that is stopped keeps its connections: the silence of SILENCE seconds tells, of SOON seconds where this
-    rank was told to stop."""
-    limits = {"run.signals.SOON": 2.0} if told else {"run.signals.SILENCE": 3.0}
+    rank was told to stop. The same command goes on, so the exit code is 75."""
+    limits = {"ranks.waits.SOON": 2.0} if told else {"ranks.waits.SILENCE": 3.0}
     plans = {"0": {"set": limits, "at": {"step": told}}, "1": {"at": {where: ["stop"]}}}
     codes, said = apart(plans, "--save_steps", "1")
-    assert codes[0] == code and codes[1] == 137 and words in said and "Traceback" not in said
+    assert codes == [75, 137] and words in said and "Traceback" not in said
     if where == "step":
         assert resume.find(tmp_path / "run", 2)["step"] == 2
 
 
 @pytest.mark.slow
+def test_the_end_of_the_first_rank_ends_one_that_waits_for_nobody(apart):
+    """The store ends with the first rank. That is no silence, after which a job would be started again."""
+    plan = {"set": {"ranks.waits.SOON": 2.0}, "at": {"load": [60]}}
+    codes, said = apart({"0": {"at": {"load": ["exit 1"]}}, "1": plan})
+    assert codes == [1, 1] and "error: rank 1 stops because rank 0 did, see there" in said
+
+
+@pytest.mark.slow
 def test_a_rank_that_takes_long_is_waited_for(apart):
     """It lives, however long it computes: no silence."""
-    limits = {"run.signals.SILENCE": 2.5, "run.signals.SOON": 2.5}
+    limits = {"ranks.waits.SILENCE": 2.5, "ranks.waits.SOON": 2.5}
     codes, said = apart({"0": {"set": limits}, "1": {"at": {"step": [6]}}})
     assert codes == [0, 0], said
 
@@ -282,17 +291,32 @@ def test_deepspeed_has_two_processes_above_a_rank(monkeypatch):
 
 
 @pytest.mark.parametrize("error, words", [
-    (RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.2]:1"), "rank 0 stops because another rank did"),
     (RuntimeError("connect [10.0.0.2]:1: No route to host"), "does not reach another rank"),
     (RuntimeError("read [10.0.0.2]:1: Connection timed out"), "does not reach another rank"),
     (RuntimeError("Network is unreachable"), "does not reach another rank"),
     (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"),
      "does not reach another rank"),
     (dist.DistNetworkError("failed to recv, got 0 bytes"), "does not reach another rank")])
-def test_a_cut_network_is_one_line(error, words, monkeypatch):
+def test_a_cut_network_is_one_line(error, words, monkeypatch, capsys):
+    """And the exit code is 75, since the same command goes on when the network is there again."""
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(RankStopped, match=words), distributed.lost_peers_named():
-        raise error
+    monkeypatch.setattr(errors, "escape_all_output", lambda: None)
+
+    def main(argv):
+        with distributed.lost_peers_named():
+            raise error
+
+    assert errors.run_script(main) == 75
+    assert words in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_a_rank_that_has_ended_is_one_line(monkeypatch):
+    """It may do so again, for a reason that it has told: no code that starts the run again."""
+    monkeypatch.delenv("RANK", raising=False)
+    words = "rank 0 stops because another rank did, see there .Connection closed by peer.$"
+    with pytest.raises(RankStopped, match=words) as caught, distributed.lost_peers_named():
+        raise RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.2]:1. This is typically caused by ...")
+    assert not isinstance(caught.value, Unreachable)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), UserError("timed out"),

@@ -1,0 +1,123 @@
+"""Several machines make one run: the numbers of one machine, and an end within a minute where the network is cut."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment, zero
+from hosts import Hosts, address
+from test_resume import TRAIN, assert_same, flags
+
+from nanodpo.folder.atomic import read_manifest
+
+APART = ROOT / "tests" / "apart.py"
+FULL = ("--use_lora", "false", "--lora_dropout", "0")
+
+
+@pytest.fixture
+def hosts():
+    """Two machines, see hosts.py."""
+    try:
+        made = Hosts(f"nanodpo-{os.getpid()}").__enter__()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces can be made here: {getattr(error, 'stderr', None) or error}")
+    yield made
+    made.__exit__()
+
+
+@pytest.fixture
+def on_hosts(hosts, forked):
+    """on_hosts(script, flags, at by rank): exit codes and output of two ranks, each on a host of its own."""
+
+    def run(script: str, given, at: dict | None = None):
+        limits = {"ranks.waits.SILENCE": 2.5, "ranks.waits.JOIN": 3, "ranks.peers.BEAT": 0.5}
+        plans = {str(host): {"host": name, "env": {"MASTER_ADDR": address(0)}, "at": (at or {}).get(host, {}),
+                             "set": limits if at else {}} for host, name in enumerate(hosts.names)}
+        return forked(APART, script, json.dumps(plans), *given, ranks=2)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_host(tiny, tmp_path_factory, forked) -> Path:
+    """A run of two ranks on one host."""
+    place = tmp_path_factory.mktemp("one") / "run"
+    assert forked(TRAIN, *flags(tiny, place), ranks=2)[0] == [0, 0]
+    return place
+
+
+@pytest.mark.slow
+def test_two_hosts_compute_what_one_does(on_hosts, one_host, tiny, tmp_path):
+    """All metrics and weights, to the last bit."""
+    codes, said = on_hosts("train", flags(tiny, tmp_path / "two"))
+    assert codes == [0, 0], said
+    assert_same(one_host, tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher, stage", [("torchrun", 3), ("deepspeed", 2)])
+def test_launchers_on_two_hosts(launcher, stage, hosts, tiny, tmp_path, forked):
+    """torchrun's rendezvous, and DeepSpeed's launcher with a hostfile, started once a host: the numbers of one host."""
+    more = (*FULL, "--deepspeed", zero(tiny, stage))
+    assert forked(TRAIN, *flags(tiny, tmp_path / "one", *more), ranks=2)[0] == [0, 0]
+    (tmp_path / "hostfile").write_text("".join(f"{address(host)} slots=1\n" for host in range(2)))
+    commands = {"torchrun": lambda host: [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d",
+        "--rdzv_endpoint", f"{address(0)}:29400", "--rdzv_conf", f"is_host={1 - host}", "--local_addr", address(host)],
+        "deepspeed": lambda host: [
+            Path(sys.executable).with_name("deepspeed"), "--hostfile", tmp_path / "hostfile", "--no_ssh", "--node_rank",
+            host, "--master_addr", address(0)]}
+    started = [hosts.start(host, [*commands[launcher](host), TRAIN, *flags(tiny, tmp_path / "two", *more)],
+                           env=environment(), cwd=tmp_path) for host in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_scoring_on_two_hosts(on_hosts, tiny, tmp_path, forked):
+    """Every table, byte for byte, is that of one process."""
+    given = [tiny / "model", tiny / "untied", "--dataset_path", tiny / "train.jsonl", "--max_tokens", "200"]
+    assert forked(ROOT / "score.py", *given, "--output_dir", tmp_path / "one")[0] == [0]
+    codes, said = on_hosts("score", [*given, "--output_dir", tmp_path / "two"])
+    assert codes == [0, 0], said
+    one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.[pcj]*")}
+                for name in ("one", "two"))
+    assert one == two and {"scores.parquet", "summary.csv", "verdict.json"} <= one.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank, place", [(1, "join"), (0, "reference"), (0, "save")])
+def test_a_cut_network_ends_the_run_on_both_hosts(rank, place, hosts, on_hosts, tiny, tmp_path):
+    """Packets vanish, and nobody is told: while ranks meet in gloo, compute references, or wait for rank 0, which saves
+    the first checkpoint. Both say in a line that the other is silent, and exit with 75, so that a job script starts
+    them again. What is there is whole."""
+    codes, said = on_hosts("train", flags(tiny, tmp_path / "run"), {rank: {place: [hosts.cut]}})
+    assert codes == [75, 75] and "Traceback" not in said, said
+    for own in range(2):
+        assert f"error: rank {own} stops because rank {1 - own} has not been heard of for " in said
+    assert not list(tmp_path.rglob("*.partial"))
+    assert isinstance(read_manifest(tmp_path / "run" / "checkpoint-0"), str if place == "join" else dict)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_the_network_is_there_again(hosts, on_hosts, one_host, tiny, tmp_path):
+    """It was cut in the third step. The same command goes on from the state of the second, to the same bits."""
+    codes, said = on_hosts("train", flags(tiny, tmp_path / "run"), {1: {"step": [hosts.cut]}})
+    assert codes == [75, 75] and "the same command goes on from what is saved" in said, said
+    subprocess.run(hosts.mend, shell=True, check=True)
+    codes, said = on_hosts("train", flags(tiny, tmp_path / "run"))
+    assert codes == [0, 0] and "going on at step 2" in said, said
+    assert_same(one_host, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_network_that_is_cut_while_ranks_meet(hosts, on_hosts, tiny, tmp_path):
+    """The first rank says who has not come; the other one gets no answer, and does not wait for it without end."""
+    codes, said = on_hosts("train", flags(tiny, tmp_path / "run"), {1: {"meet": [hosts.cut]}})
+    assert codes == [1, 1] and "Traceback" not in said and not (tmp_path / "run").exists(), said
+    assert "error: of 2 ranks 1 did not come within 3 s; see there why" in said
+    assert f"error: rank 1 gets no answer from the others at {address(0)}:" in said
