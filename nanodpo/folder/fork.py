@@ -89,7 +89,7 @@ def entry(fork: Fork | None, old: dict | None) -> dict | None:
     if fork is None or old:
         return fork and old["fork"]
     if fork.step and is_main():
-        state = resume.state(fork.run, fork.step, fork.source["world_size"])
+        state = resume.state(fork.run, fork.step)
         if isinstance(state, str):
             raise UserError(f"{fork}: the run can't go on from this state: {state}")
     return {"run": str(fork.run), "step": fork.step, "fingerprint": record.fingerprint(fork.source), "changed": {},

@@ -35,6 +35,8 @@ BY_CONTENT = {"model_name", "reference", "peft_config", "train_file_path", "eval
 ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
 # A record that an earlier version wrote lacks the flags that came later; what they do by default it did.
 DEFAULTS = {flag.name: flag.default for flag in dataclasses.fields(TrainArguments)}
+# How the pairs of a step are shared by ranks and micro-batches; their number is compared, see `pairs_per_step`.
+SHARING = {"gradient_accumulation_steps", "world_size"}
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.
 MACHINE = ("versions", "git_commit", "device", "threads")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
@@ -46,7 +48,7 @@ def facts(args, settings: dict, limit: int, data_sets: list, program: Path, comm
     `program`: the folder of train.py."""
     return {
         "command": shlex.join(command), "arguments": arguments(args), "max_length": limit,
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)), "deepspeed": json.loads(json.dumps(settings)),
+        "world_size": world_size(), "deepspeed": json.loads(json.dumps(settings)),
         "versions": versions(), "git_commit": git_commit(program), "threads": torch.get_num_threads(),
         "data": [data_hash(data.once) for data in data_sets],  # an epoch follows from them and mix_weights
         "data_report": [data.report() for data in data_sets],
@@ -129,7 +131,7 @@ def read(folder: Path) -> dict:
     try:
         record = json.loads(read_text(folder / "run.json"))
         if (isinstance(record["arguments"], dict) and type(record["world_size"]) is type(record["steps"]) is int
-                and record["steps"] > 0 and type(record.get("finished", False)) is bool
+                and record["steps"] > 0 and pairs_per_step(record) > 0 and type(record.get("finished", False)) is bool
                 and _is_fork(record.get("fork"))):
             return record
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -144,6 +146,34 @@ def _is_fork(entry) -> bool:
         and isinstance(entry["fingerprint"], str) and isinstance(entry["changed"], dict)
         and all(isinstance(pair, list) and len(pair) == 2 for pair in entry["changed"].values())
         and _is_fork(entry.get("of")))
+
+
+def pairs_per_step(record: dict) -> int:
+    """The number of pairs of a step, by a run's run.json."""
+    return _micro_batches(record) * (DEFAULTS | record["arguments"])["per_device_train_batch_size"]
+
+
+def _micro_batches(record: dict) -> int:
+    return (DEFAULTS | record["arguments"])["gradient_accumulation_steps"] * record["world_size"]
+
+
+def share_anew(args, old: dict, folder: Path | str, demanded: bool = True) -> None:
+    """Gives the run `old` in this folder the --gradient_accumulation_steps with which this number of ranks makes its
+    steps, unless another one is asked for than it had. Raises UserError where there is none, if it is `demanded`."""
+    world, total = world_size(), _micro_batches(old)
+    if world == old["world_size"] or total != args.gradient_accumulation_steps * old["world_size"]:
+        return
+    if total % world == 0:
+        args.gradient_accumulation_steps = total // world
+    elif demanded:
+        fit = " or ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+        raise UserError(f"{folder}: a step has {pairs_per_step(old)} pairs in {total} micro-batches, which {world} "
+                        f"ranks can't share evenly; go on with {fit} rank{'s' * (total > 1)}")
+
+
+def world_size() -> int:
+    """The number of ranks, also before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False) -> None:
@@ -171,9 +201,11 @@ def differences(old: dict, new: dict, before_loading: bool = False) -> list[tupl
     `check_same`."""
     free = FREE | BY_CONTENT | (ADAPTER if before_loading else set())
     new = json.loads(json.dumps(new))  # tuples become lists, as in the file
+    free |= SHARING if pairs_per_step(old) == pairs_per_step(new) else set()
     before, now = DEFAULTS | old["arguments"], new["arguments"]
     flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
-    entries = [(name, old.get(name), new[name]) for name in COMPARED if name in new and name != "arguments"]
+    compared = [name for name in COMPARED if name in new and name not in {"arguments", *free}]
+    entries = [(name, old.get(name), new[name]) for name in compared]
     different = [(name, was, is_now) for name, was, is_now in flags + entries if was != is_now]
     named = [(f"--{name}", before.get(name), now[name]) for name in sorted(BY_CONTENT)] if different else []
     return different + [(name, was, is_now) for name, was, is_now in named if was != is_now]
@@ -205,9 +237,9 @@ def fingerprint(record: dict) -> str:
     the run that it goes on from."""
     if (fork := record.get("fork")) and not fork["changed"]:
         return fork["fingerprint"]
-    kept = {name: record.get(name) for name in COMPARED if name != "fork"}
+    kept = {name: record.get(name) for name in COMPARED if name not in SHARING | {"fork"}}
     kept |= {"fork": [fork["fingerprint"], fork["step"], fork["changed"]]} if fork else {}
-    kept["arguments"] = chosen(record["arguments"], FREE | BY_CONTENT)
+    kept |= {"arguments": chosen(record["arguments"], FREE | BY_CONTENT | SHARING), "pairs": pairs_per_step(record)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,18 +1,26 @@
 """States to resume from: a run that goes on from one computes, bit for bit, what it would have computed uninterrupted.
 
-    <run>/resume/step-<k>/rank<r>.safetensors    float32 weights, AdamW's moments, random numbers of rank r
-    <run>/resume/step-<k>/manifest.json          sizes, hashes, the step, the counters, the run it belongs to
+    <run>/resume/step-<k>/rank<r>.safetensors    what rank r has of the float32 weights and of AdamW's moments, its
+                                                 random numbers
+    <run>/resume/step-<k>/manifest.json          sizes, hashes, the step, the counters, the run it belongs to, and how
+                                                 many ranks wrote it
 
-Every rank writes its own file, without pickles. The two newest states are kept, so that one may be damaged; all of them
-with --keep_states, for fork.py. To the state of step k belongs metrics.jsonl up to step k - 1. A run goes on with as
-many ranks as it started with: a file has the shard of one of them, and with another number of ranks sums would be
-rounded otherwise.
+Every rank writes its own file, without pickles; without ZeRO, where all have the same, the first rank writes it. The
+two newest states are kept, so that one may be damaged; all of them with --keep_states, for fork.py. To the state of
+step k belongs metrics.jsonl up to step k - 1.
+
+ZeRO cuts a parameter wherever a rank's share ends. So a file has parts of parameters, flat: "exp_avg/<name>/1024" is
+a moment of the parameter <name> from its element 1024 on, as far as it goes. Whoever goes on reads the elements that it
+is to have, from whichever files have them, and no others. This may be another number of ranks, at another ZeRO stage.
+Then sums over ranks are rounded otherwise: the run is the same as far as arithmetic allows.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,9 +30,10 @@ from ..ranks.distributed import gather_or_raise, is_main, main_first, say
 from .atomic import aside, clear, file_facts, flush, new_file, publish, read_manifest, remove, steps_of, writing
 
 KEEP = 2
+LAYOUT = "by name"  # of the tensors in the files; before, a file had the shards of its rank by number
 
 
-def begin(run: Path, steps: int, world: int, wanted: int | None, first: int = 0) -> tuple[dict, set[int]]:
+def begin(run: Path, steps: int, wanted: int | None, first: int = 0) -> tuple[dict, set[int]]:
     """(facts of the state to go on from, steps with an evaluation); cuts the run's folder back to it. On one rank.
 
     The facts have the step: 0 where the run was stopped before its first state, and `steps` where training is done and
@@ -36,7 +45,7 @@ def begin(run: Path, steps: int, world: int, wanted: int | None, first: int = 0)
             and isinstance(read_manifest(run / f"checkpoint-{steps}"), dict)):
         facts = {"step": steps, "complete": True}  # the last thing that training writes
     else:
-        facts = find(run, world, wanted, first) or {"step": 0}
+        facts = find(run, wanted, first) or {"step": 0}
     evaluated = go_back(run, facts["step"])
     # Checkpoint 0 and the one of this step are made again where they are damaged.
     for place in [run / f"checkpoint-{k}" for k in steps_of(run) if 0 < k < facts["step"]]:
@@ -83,7 +92,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
                                     "be a folder that all machines share")
                 with writing(folder):
                     flush(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else None
-                    publish(folder, {"step": step, **facts}, names)
+                    publish(folder, {"step": step, "tensors": LAYOUT, **facts}, names)
                 for old in [s for s in steps_in(run) if s < step][KEEP - 1 :] if not keep else ():
                     remove(folder_of(run, old))
     finally:
@@ -101,7 +110,7 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> dict:
     return file_facts(file)
 
 
-def find(run: Path, world: int, wanted: int | None = None, first: int = 0) -> dict | None:
+def find(run: Path, wanted: int | None = None, first: int = 0) -> dict | None:
     """The facts of the newest state that is whole and has all its lines in metrics.jsonl, or of the step `wanted`. On
     one rank.
 
@@ -111,7 +120,7 @@ def find(run: Path, world: int, wanted: int | None = None, first: int = 0) -> di
     """
     steps, passed = steps_in(run) if wanted is None else [wanted], []
     for step in steps:
-        facts = state(run, step, world)
+        facts = state(run, step)
         if isinstance(facts, dict):
             return facts
         passed.append(f"step-{step}: {facts}")
@@ -124,13 +133,15 @@ def find(run: Path, world: int, wanted: int | None = None, first: int = 0) -> di
     return None
 
 
-def state(run: Path, step: int, world: int) -> dict | str:
+def state(run: Path, step: int) -> dict | str:
     """The facts of a state; words where it is not whole, or metrics.jsonl lacks a line before it. On one rank."""
     facts = read_manifest(folder_of(run, step))
     if isinstance(facts, str):
         return facts
-    if missing := {f"rank{r}.safetensors" for r in range(world)} - facts["files"].keys():
-        return f"no {min(missing)}"
+    if facts.get("tensors") != LAYOUT:
+        return "was written by another version of nanodpo, with which the run can go on"
+    if len(facts["files"]) != facts.get("world_size"):
+        return f"no rank{len(facts['files'])}.safetensors, of {facts.get('world_size')} ranks"
     written = {line["step"] for _, line in lines_of(run) if not _is_eval(line)}
     lost = next((k for k in range(step) if k not in written), None)
     if lost is not None:
@@ -138,12 +149,35 @@ def state(run: Path, step: int, world: int) -> dict | str:
     return facts if facts.get("step") == step else "misnamed"
 
 
-def load(run: Path, step: int, rank: int, replicated: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(weights and moments, random numbers) of this rank. Without ZeRO the first rank's weights are everybody's."""
-    own = load_file(folder_of(run, step) / f"rank{rank}.safetensors")
-    random = {name: tensor for name, tensor in own.items() if name.startswith("random.")}
-    shared = load_file(folder_of(run, step) / "rank0.safetensors") if replicated and rank else own
-    return {name: tensor for name, tensor in shared.items() if name not in random}, random
+def load(run: Path, facts: dict, rank: int) -> tuple[Callable[[str, str, int, int], Tensor], dict[str, Tensor]]:
+    """(`read`, the random numbers of this rank: none where the state is of fewer ranks). `facts`: those of the state.
+
+    read(kind, name, start, size) gives elements start .. start + size of a parameter's "weight", or of a moment, flat
+    and on CPU. Raises RankStopped where the files lack some.
+    """
+    folder, found, random = folder_of(run, facts["step"]), {}, {}
+    for file in facts["files"]:
+        opened = safe_open(folder / file, "pt")
+        for key in opened.keys():
+            if key.startswith("random."):
+                random |= {key: opened.get_tensor(key)} if file == f"rank{rank}.safetensors" else {}
+            else:
+                what, _, first = key.rpartition("/")
+                found.setdefault(what, {})[int(first)] = opened.get_slice(key)
+
+    def read(kind: str, name: str, start: int, size: int) -> Tensor:
+        pieces, end = [], start
+        for first, piece in sorted(found.get(f"{kind}/{name}", {}).items()):
+            last = first + piece.get_shape()[0]
+            if first <= end < min(last, start + size):
+                pieces.append(piece[end - first : min(last, start + size) - first])
+                end += len(pieces[-1])
+        if end < start + size:
+            raise RankStopped(f"{folder}: has no {kind} of {name}, or not all of it; was it written by a version of "
+                              "transformers or PEFT with other names?")
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    return read, random
 
 
 def go_back(run: Path, step: int) -> set[int]:

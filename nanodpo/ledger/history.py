@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
 from ..flags.loss import own_function, read_loss
+from ..folder.record import pairs_per_step
 from ..folder.reference import data_hash
 from ..model.source import open_source
 from ..run.datasets import read_data
@@ -196,10 +197,9 @@ def open_history(checkpoints: list[Checkpoint], opener_of: Callable[[int], Opene
     if args.reference and reference:
         find_bases([reference])
     skipped, norms = read_steps(folder)
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * record["world_size"]
     opener = opener_of(max(example.length for example in train.examples))
-    return History(checkpoints, args, loss, train.examples, per_step, record["steps"], skipped, norms, opener,
-                   reference, without)
+    return History(checkpoints, args, loss, train.examples, pairs_per_step(record), record["steps"], skipped, norms,
+                   opener, reference, without)
 
 
 def check_steps(checkpoints: list[Checkpoint]) -> None:

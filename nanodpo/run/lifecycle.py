@@ -39,6 +39,8 @@ def open_folder(run: Run) -> dict:
         run.folder = Path(distributed.from_main(str(run.folder)))  # ranks may have read the clock in different seconds
     _check_shared(run.folder, run.rank)
     facts, run.evaluated = distributed.from_main((facts, run.evaluated))
+    if words := shared_anew(run, facts):
+        distributed.say(words)
     going = f", going on at step {facts['step']}" if run.old or run.fork else ""
     epochs = f"{run.steps / run.steps_per_epoch:.3g} epochs"
     distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs, {epochs}{going}")
@@ -70,9 +72,23 @@ def _open_as_main(run: Run) -> dict:
         distributed.say(f"resume: the last bits may differ, since another machine goes on ({changed})")
     if run.fork:
         fork.fill(run.fork, run.folder)
-    facts, run.evaluated = resume.begin(run.folder, run.steps, run.world, run.wanted, first)
+    facts, run.evaluated = resume.begin(run.folder, run.steps, run.wanted, first)
     checkpoint.rotate(run.folder, run.args.save_total_limit)  # the run may have been killed before it did
     return facts
+
+
+def shared_anew(run: Run, facts: dict) -> str:
+    """A line for the screen where the run goes on with another number of ranks than have written the state whose facts
+    these are, or than it began with; else an empty text."""
+    before = run.old or (run.fork and run.fork.source)
+    if not before or facts.get("complete") or record.pairs_per_step(before) != run.pairs_per_step:
+        return ""
+    others = [n for n in (facts.get("world_size"), before["world_size"]) if n not in (None, run.world)]
+    if not others:
+        return ""
+    dropout = "; its dropout draws other numbers" if run.args.allow_dropout else ""
+    return (f"resume: {run.world} rank{'s' * (run.world > 1)} in place of {others[0]}; --gradient_accumulation_steps "
+            f"{run.args.gradient_accumulation_steps} keeps {run.pairs_per_step} pairs a step{dropout}")
 
 
 def _check_shared(folder: Path, rank: int) -> None:
@@ -90,9 +106,8 @@ def go_on(run: Run, facts: dict) -> None:
     run.step, run.tokens, run.skipped = facts["step"], facts.get("tokens", 0), facts.get("skipped", 0)
     if run.step == 0 or facts.get("complete"):
         return
-    replicated = run.engine.zero_optimization_stage() == 0
-    tensors, random = resume.load(run.folder, run.step, run.rank, replicated)
-    state.restore(run.engine, tensors)
+    read, random = resume.load(run.folder, facts, run.rank)
+    state.restore(run.engine, read, run.step - run.skipped)
     state.restore_random(random, run.device)
     for name in state.COUNTERS:
         setattr(run.engine, name, facts[name])

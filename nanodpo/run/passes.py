@@ -91,7 +91,9 @@ def _references(run: Run, model: tuple, data: DataSet, name, steps: list[list[in
                    # Stage 3 has matrix products of its own, which round otherwise.
                    "zero": stage, "device": distributed.device_name(run.device), "versions": record.versions()}
     if args.bf16:  # its rounding depends on what else is in the micro-batch
-        fingerprint |= {"batches": [args.seed, batch, len(steps[0])]}
+        # How many ranks share them changes none: evaluation cuts its pairs in order, a micro-batch is `batch` of them.
+        size = len(steps[0]) if data is run.train_set else min(batch, len(data.examples))
+        fingerprint |= {"batches": [args.seed, batch, size]}
 
     def score(indices):
         return logps_of(run, [data.examples[i] for i in indices], PAIR, "the reference pass", policy, layout)

@@ -158,7 +158,9 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         new = f"runs/{loss_name(args.loss)}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
         folder, old, wanted = record.find(args.resume, args.output_dir, new)
         forked = fork.find(args.fork, folder) if args.fork else None
-        date = (old or (forked and forked.source) or {}).get("date") or today  # some chat templates write it
+        if before := old or (forked and forked.source):
+            record.share_anew(args, before, forked or f"--output_dir {folder}", demanded=bool(old or forked.step))
+        date = (before or {}).get("date") or today  # some chat templates write it
         train, held_out, limit, without = read_data(args, source, weights, date)
         sets = [data for data in (train, held_out) if data]
         facts = record.facts(args, settings, limit, sets, script.parent, [str(script), *argv])

@@ -229,7 +229,8 @@ def test_what_can_not_be_forked_is_one_line(source, tiny, tmp_path, forked):
             (1, f"{source}@2", ("--bf16",), "others with --bf16: false -> true"),
             (1, f"{source}@2", ("--train_file_path", tmp_path / "other.jsonl"), "others with data: .*other.jsonl"),
             (1, f"{source}@2", ("--model_name", tiny / "untied"), "others with weights: .*untied"),
-            (2, f"{source}@2", (), "others with world_size: 1 -> 2"),
+            (3, f"{source}@2", (), "run@2: a step has 2 pairs in 2 micro-batches, which 3 ranks can't share evenly"),
+            (2, f"{source}@2", ("--per_device_train_batch_size", "2"), "others with --per_device_train_batch_size: 1"),
             (1, f"{source}@2", ("--max_steps", "2"), "would end at step 2; give it more --max_steps"),
             (1, f"{source}@2", ("--output_dir", source), "holds the run that is to be forked"),
             (1, f"{source}@2", ("--output_dir", tmp_path / "taken"), "taken: holds another run"),
@@ -311,4 +312,4 @@ def test_a_fork_that_has_lost_its_states_does_not_begin_again(copied):
     for place in copied.glob("checkpoint-*"):
         shutil.rmtree(place)
     with pytest.raises(UserError, match="no state to go on from .there is none, but it is a fork at step 2"):
-        resume.begin(copied, 8, 1, None, 2)
+        resume.begin(copied, 8, None, 2)

@@ -256,13 +256,13 @@ def test_a_launcher_changes_nothing(whole, tiny, tmp_path):
 # In one process: which state counts
 
 
-def state(run: Path, step: int, ranks: int = 2, value: float = 1.0):
-    """A state as resume.save leaves it."""
+def state(run: Path, step: int, ranks: int = 2, value: float = 1.0, **facts):
+    """A state of two ranks as resume.save leaves it."""
     folder = resume.folder_of(run, step)
     aside(folder).mkdir(parents=True)
     for rank in range(ranks):
-        save_file({"weight.0": torch.full((4,), value)}, aside(folder) / f"rank{rank}.safetensors")
-    publish(folder, {"step": step, "tokens": 7})
+        save_file({f"weight/a/{4 * rank}": torch.full((4,), value)}, aside(folder) / f"rank{rank}.safetensors")
+    publish(folder, {"step": step, "tensors": resume.LAYOUT, "world_size": 2, "tokens": 7} | facts)
 
 
 @pytest.fixture
@@ -280,12 +280,12 @@ def stopped(tmp_path):
 
 def test_a_run_goes_back_to_its_newest_state(stopped):
     """Metrics lose what comes after it, a half-written line too, and so do the checkpoints."""
-    facts, evaluated = resume.begin(stopped, 8, 2, None)
+    facts, evaluated = resume.begin(stopped, 8, None)
     assert (facts["step"], facts["tokens"], evaluated) == (4, 7, {4})
     left = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in left] == [0, 1, 2, 3, 4] and "eval_loss" in left[-1]
     assert sorted(f.name for f in stopped.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-2", "checkpoint-4"]
-    assert resume.begin(stopped, 8, 2, 2)[0]["step"] == 2  # a state asked for by name
+    assert resume.begin(stopped, 8, 2)[0]["step"] == 2  # a state asked for by name
     assert resume.steps_in(stopped) == [2]
 
 
@@ -299,7 +299,7 @@ def test_going_back_takes_a_link_and_leaves_what_it_points_to(stopped, tmp_path_
     odd = ["checkpoint-007", "checkpoint-\u0669", "checkpoint-5 (copy)", "resume/step-09", "resume/step-\u0669"]
     for name in odd:
         (stopped / name).mkdir()
-    assert resume.begin(stopped, 8, 2, None)[0]["step"] == 2
+    assert resume.begin(stopped, 8, None)[0]["step"] == 2
     assert not any(os.path.lexists(stopped / name) for name in ("checkpoint-5", "resume/step-4"))
     assert (disk / "checkpoint-5").is_dir() and (disk / "step-4" / "rank1.safetensors").is_file()
     assert all((stopped / name).is_dir() for name in odd) and not list(stopped.rglob("*.partial"))
@@ -356,14 +356,14 @@ BREAKS = {"cut": lambda f: f.write_bytes(f.read_bytes()[:-3]), "emptied": lambda
 def test_a_broken_state_is_passed_over(name, how, stopped, capsys):
     """Every file in turn; the run goes on from the state before and says so; with both broken it refuses."""
     BREAKS[how](resume.folder_of(stopped, 4) / name)
-    assert resume.find(stopped, 2)["step"] == 2
+    assert resume.find(stopped)["step"] == 2
     said = capsys.readouterr().out
     assert "passing over" in said and "step-4" in said
     with pytest.raises(UserError, match="no state to go on from"):
-        resume.find(stopped, 2, 4)  # asked for by name, there is no other
+        resume.find(stopped, 4)  # asked for by name, there is no other
     BREAKS[how](resume.folder_of(stopped, 2) / name)
     with pytest.raises(UserError, match="step-4.*step-2"):
-        resume.begin(stopped, 8, 2, None)
+        resume.begin(stopped, 8, None)
     assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 9, "nothing was touched"
 
 
@@ -382,7 +382,7 @@ def test_a_flipped_bit_anywhere_is_found(stopped):
 def test_a_state_under_another_name_is_passed_over(stopped, capsys):
     """A folder that somebody renamed: its weights are those of another step."""
     resume.folder_of(stopped, 4).rename(resume.folder_of(stopped, 3))
-    assert resume.find(stopped, 2)["step"] == 2 and "step-3: misnamed" in capsys.readouterr().out
+    assert resume.find(stopped)["step"] == 2 and "step-3: misnamed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps, wanted, step", [(6, None, 6), (7, None, 4), (6, 2, 2)])
@@ -391,7 +391,7 @@ def test_a_run_is_done_with_its_last_line_and_its_last_checkpoint(steps, wanted,
     place = stopped / f"checkpoint-{steps}"
     aside(place).mkdir()
     publish(place, {"step": steps})
-    facts, _ = resume.begin(stopped, steps, 2, wanted)
+    facts, _ = resume.begin(stopped, steps, wanted)
     assert (facts["step"], facts.get("complete", False), place.exists()) == (step, step == 6, step == 6)
 
 
@@ -403,14 +403,16 @@ def test_a_last_line_without_its_end_is_not_whole(tmp_path):
 
 
 def test_states_that_do_not_fit(stopped, capsys):
-    """Fewer ranks' files than ranks, or metrics that end before the state."""
-    shutil.rmtree(resume.folder_of(stopped, 4))
-    state(stopped, 4, ranks=1)
-    assert resume.find(stopped, 2)["step"] == 2 and "no rank1.safetensors" in capsys.readouterr().out
+    """Fewer ranks' files than ranks have written it, another version's, or metrics that end before the state."""
+    for ranks, facts, words in ((1, {}, "no rank1.safetensors"), (2, {"world_size": None}, "no rank2.safetensors"),
+                                (2, {"tensors": None}, "was written by another version of nanodpo")):
+        shutil.rmtree(resume.folder_of(stopped, 4))
+        state(stopped, 4, ranks=ranks, **facts)
+        assert resume.find(stopped)["step"] == 2 and words in capsys.readouterr().out
     text = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
     (stopped / "metrics.jsonl").write_text("".join(text[:1] + text[2:]))
     with pytest.raises(UserError, match="metrics.jsonl lacks step 1"):
-        resume.find(stopped, 2)
+        resume.find(stopped)
 
 
 def test_a_run_of_any_length_goes_on_at_once(tmp_path):
@@ -418,9 +420,9 @@ def test_a_run_of_any_length_goes_on_at_once(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 1.0}\n')
     state(tmp_path, 2)
     aside(resume.folder_of(tmp_path, 10**12)).mkdir()
-    publish(resume.folder_of(tmp_path, 10**12), {"step": 10**12, "files": {}})
+    publish(resume.folder_of(tmp_path, 10**12), {"step": 10**12, "tensors": resume.LAYOUT, "world_size": 0})
     tracemalloc.start()
-    facts, _ = resume.begin(tmp_path, 10**15, 2, None)
+    facts, _ = resume.begin(tmp_path, 10**15, None)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert facts["step"] == 2 and most < 2**20
@@ -429,10 +431,10 @@ def test_a_run_of_any_length_goes_on_at_once(tmp_path):
 def test_a_run_without_a_state_starts_again_only_if_nothing_is_lost(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 0, "eval_loss": 1.0}\n')
     (tmp_path / "checkpoint-0").mkdir()
-    assert resume.begin(tmp_path, 8, 1, None) == ({"step": 0}, {0})
+    assert resume.begin(tmp_path, 8, None) == ({"step": 0}, {0})
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(UserError, match="checkpoint-4 is there"):
-        resume.begin(tmp_path, 8, 1, None)
+        resume.begin(tmp_path, 8, None)
 
 
 def test_two_states_are_kept(tmp_path):
@@ -456,14 +458,27 @@ def test_a_state_is_read_back_before_it_counts(tmp_path, monkeypatch):
 
 
 def test_what_a_rank_takes_from_a_state(tmp_path):
-    """Its random numbers are its own; so are its weights under ZeRO, and without it they are the first rank's."""
-    resume.folder_of(tmp_path, 3).mkdir(parents=True)
-    for rank in (0, 1):
-        tensors = {"weight.0": torch.tensor([10.0 + rank]), "random.cpu": torch.tensor([20.0 + rank])}
-        save_file(tensors, resume.folder_of(tmp_path, 3) / f"rank{rank}.safetensors")
-    for rank, replicated, weight in ((0, False, 10), (0, True, 10), (1, False, 11), (1, True, 10)):
-        weights, random = resume.load(tmp_path, 3, rank, replicated)
-        assert weights == {"weight.0": torch.tensor([weight])} and random == {"random.cpu": torch.tensor([20 + rank])}
+    """The elements that it asks for, from whichever files have them, and random numbers that are its own. A part that
+    two ranks have alike counts once; what is not there, whole, is an error that names it."""
+    parts = {"a/b.weight": ((0, 3), (3, 10), (13, 2)), "a": ((0, 4), (5, 6)), "b": ((1, 2),)}
+    folder = resume.folder_of(tmp_path, 3)
+    folder.mkdir(parents=True)
+    for rank in (0, 1, 2):
+        own = {f"exp_avg/{name}/{its[rank][0]}": torch.arange(float(its[rank][0]), sum(its[rank]))
+               for name, its in parts.items() if rank < len(its)}
+        twice = {"exp_avg/a/0": torch.arange(4.0)} if rank == 2 else {}
+        save_file(own | twice | {"random.cpu": torch.tensor([20.0 + rank])}, folder / f"rank{rank}.safetensors")
+    facts = {"step": 3, "files": {f"rank{rank}.safetensors": {} for rank in range(3)}}
+    for rank in range(4):  # one more than there were
+        read, random = resume.load(tmp_path, facts, rank)
+        assert random == ({"random.cpu": torch.tensor([20.0 + rank])} if rank < 3 else {})
+    for start, size in ((0, 15), (0, 3), (2, 2), (4, 3), (12, 3), (14, 1)):
+        assert read("exp_avg", "a/b.weight", start, size).tolist() == [*range(start, start + size)]
+    assert read("exp_avg", "a", 0, 4).tolist() == [0, 1, 2, 3] and read("exp_avg", "a", 6, 2).tolist() == [6, 7]
+    for kind, name, start, size in (("exp_avg", "a", 0, 5), ("exp_avg", "a", 4, 2), ("exp_avg", "a", 10, 2),
+                                    ("exp_avg", "b", 0, 2), ("exp_avg", "c", 0, 1), ("weight", "a", 0, 1)):
+        with pytest.raises(RunStopped, match=f"step-3: has no {kind} of {name}, or not all of it"):
+            read(kind, name, start, size)
 
 
 def test_what_resume_may_name(tmp_path):
@@ -570,7 +585,9 @@ def test_another_run_is_refused_and_a_finished_one_is_left_alone(tiny, tmp_path,
             (1, ["--resume", tmp_path / "nothing"], ["is no run"]),
             (1, ["--resume", run / "resume" / "step-7"], ["no such state"]),
             (1, ["--train_file_path", tmp_path / "other.jsonl"], ["data: ", "other.jsonl"]),
-            (2, [], ["world_size: 1 -> 2"]), (1, ["--model_name", tiny / "untied"], ["weights: ", "untied"])):
+            (3, [], ["2 pairs in 2 micro-batches, which 3 ranks can't share evenly; go on with 1 or 2 ranks"]),
+            (2, ["--gradient_accumulation_steps", "4"], ["steps: 2 -> 4, world_size: 1 -> 2"]),
+            (1, ["--model_name", tiny / "untied"], ["weights: ", "untied"])):
         codes, said = forked(TRAIN, *flags(tiny, run, *more), ranks=ranks)
         assert codes == [2] * ranks and all(word in said for word in words), (more, said)
         assert "Traceback" not in said
@@ -599,7 +616,7 @@ def test_told_twice_ends_at_once(ranks, whole, tiny, tmp_path, forked):
     run = tmp_path / "run"
     codes, said = forked(FAULTY, f"twice@3:{ranks - 1}", *flags(tiny, run), ranks=ranks)
     assert codes == [1] * (ranks - 1) + [128 + signal.SIGTERM] and "to go on" not in said
-    assert resume.find(run, ranks)["step"] == 2 and resume.steps_in(run) == [2]
+    assert resume.find(run)["step"] == 2 and resume.steps_in(run) == [2]
     codes, said = forked(TRAIN, *flags(tiny, run), ranks=ranks)
     assert codes == [0] * ranks and "going on at step 2" in said
     assert_same(whole(ranks), run)

@@ -149,7 +149,7 @@ def test_a_stopped_rank_is_not_waited_for(where, told, words, apart, tmp_path):
     codes, said = apart(plans, "--save_steps", "1")
     assert codes == [75, 137] and words in said and "Traceback" not in said
     if where == "step":
-        assert resume.find(tmp_path / "run", 2)["step"] == 2
+        assert resume.find(tmp_path / "run")["step"] == 2
 
 
 @pytest.mark.slow
