@@ -18,7 +18,7 @@ from nanodpo.errors import Preempted, UserError  # noqa: E402
 
 
 def state() -> list:
-    """What a run must leave as it was."""
+    """The parts of the process that a run must leave as they were."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
     wakeup = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakeup)

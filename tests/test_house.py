@@ -87,8 +87,11 @@ def test_imports_go_in_no_circle():
 
 
 @pytest.mark.parametrize("file", [*MODULES.values(), *SCRIPTS], ids=lambda file: file.stem)
-def test_functions_fit_a_screen(file):
+def test_functions_fit_a_screen_and_docstrings_begin_with_a_plain_sentence(file):
+    """No docstring is a clause like "What a row has", of which a reader must guess what is done with it."""
     for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            assert not (ast.get_docstring(node) or "").startswith("What "), f"{file.name}: {ast.get_docstring(node)}"
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 50, f"{file.name}: {node.name}"
         if isinstance(node, ast.ExceptHandler):
@@ -128,7 +131,7 @@ def test_help_and_wrong_input_wait_for_no_model_code(script):
 
 
 def test_tests_lie_in_folders_of_the_same_names():
-    """What tests a folder of nanodpo/ lies in tests/ under its name; what tests the whole lies beside them."""
+    """Tests of a folder of nanodpo/ lie in the folder of tests/ with its name; tests of the whole lie beside them."""
     folders = {file.parent.name for file in (ROOT / "tests").glob("*/test_*.py")}
     assert folders == {file.parent.name for file in HOUSE.glob("*/__init__.py")}
 

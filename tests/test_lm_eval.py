@@ -1,4 +1,4 @@
-"""What a run leaves, opened by lm-eval as its users open any model: an adapter on its base, and the merged weights."""
+"""The models that a run leaves, opened by lm-eval as its users open any: an adapter on its base, and merged weights."""
 
 import importlib.util
 import json

@@ -31,7 +31,7 @@ def pairs_of(row: dict, chosen: str, rejected: str | None, alone: bool) -> list[
 
 
 def weight_of(row: dict, there: bool) -> float:
-    """What the column `weight` says, 1 where it is not `there`. Raises UserError for what is no number of 0 or more."""
+    """The weight of a row: 1 without the column. Raises UserError where its value is not a number of 0 or more."""
     value = row[WEIGHT] if there else 1
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and 0 <= value <= sys.float_info.max:  # NaN is not

@@ -42,7 +42,7 @@ class Reading(NamedTuple):
 
 
 class Line(NamedTuple):
-    """What is kept of a row that could be rendered, or of each of its pairs, beside its token ids."""
+    """A row that could be rendered, or one of its pairs, without its token ids."""
 
     row: int
     notes: tuple[str, ...]
@@ -164,7 +164,7 @@ def _pieces(example: Example, more: tuple[str, ...]) -> list:
 
 
 def _keys(which: tuple[int, int], count: int) -> list[tuple[int, int]]:
-    """What tells the pieces of a pair from those of other pairs of its row: the same key is the same piece."""
+    """A key for each piece of a pair. Pairs of one row whose pieces have the same key share that piece."""
     return [*enumerate((0, *which, which[0], *[0] * count)[:count])]
 
 

@@ -224,7 +224,7 @@ def _with_system(system: dict, prompt, chosen, rejected):
 
 
 def in_messages(name: str, value):
-    """What `as_messages` makes of a value. Raises UserError with the name of what it is the value of."""
+    """The messages of a value, as `as_messages` reads them. Raises UserError with this name before its message."""
     try:
         return as_messages(value)
     except UserError as error:

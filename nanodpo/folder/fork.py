@@ -30,7 +30,7 @@ OWN = ("output_dir", "resume", "local_rank", "fork", "inspect", "inspect_row", "
 
 @dataclasses.dataclass
 class Fork:
-    """What --fork names."""
+    """A step of another run, as --fork names it."""
 
     run: Path  # the source's folder, its full path
     step: int
@@ -58,8 +58,8 @@ def settings_of(fork: str, output_dir: str | None) -> tuple[dict, str]:
 
 
 def find(fork: str, folder: Path | None) -> Fork:
-    """What --fork names; `folder` is the fork's own, which may be there already. Raises UserError for what is no run, a
-    step at which it can't be forked, and a folder that holds another run."""
+    """Finds the run and step of --fork; `folder` is the fork's own, which may be there already. Raises UserError for
+    what is no run, a step at which it can't be forked, and a folder that holds another run."""
     place, at, step = fork.rpartition("@")
     run = Path(os.path.abspath(os.path.expanduser(place if at else fork)))
     if folder and (folder / "run.json").is_file():

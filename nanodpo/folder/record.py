@@ -212,7 +212,7 @@ def differences(old: dict, new: dict, before_loading: bool = False) -> list[tupl
 
 
 def in_words(different: list[tuple]) -> str:
-    """What `differences` found, for a message."""
+    """The pairs of `differences` in words, for a message."""
     return ", ".join(f"{name}: {_short(was)} -> {_short(is_now)}" for name, was, is_now in different)
 
 

@@ -31,7 +31,7 @@ def to_table(history: History, probes: list[Probe], found: Found) -> pandas.Data
 
 
 def to_record(history: History, probes: list[Probe], found: Found) -> list[dict]:
-    """What ledger.json says of each probe: its change, nats a token, and what made it."""
+    """The entries of ledger.json, one a probe: its change, nats a token, and the sums of the shares that made it."""
     side, lines = found.lines["side"], found.lines["share"]
     rebuilt = [value for value in found.rebuilt.tolist() if value == value]
     records = []

@@ -34,7 +34,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str, *keys: str) -> dict[str, Tensor] | None:
-        """What was kept under this name, or these keys of it; None where nothing was. Raises UserError for a damaged
+        """The tensors kept under this name, or these of them; None where there are none. Raises UserError for a damaged
         file."""
         file = self.folder / f"{name}.safetensors"
         try:
@@ -91,7 +91,7 @@ def forward(history: History, store: Store, track: Callable) -> None:
 
 @dataclasses.dataclass
 class Found:
-    """What the backward pass found of M probes."""
+    """The results of the pass backwards through the steps, for M probes."""
 
     levels: Tensor  # (K + 1, M): their values at every step, nats a token
     lines: dict[str, Tensor]  # step, index (of an example; -1 for weight decay), side: (L,); share, effect: (L, M)

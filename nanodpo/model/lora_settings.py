@@ -54,8 +54,8 @@ WHY_NOT = {  # of those that can't be trained, resumed or scored exactly
 
 
 def read_lora_settings(file: str | None) -> dict:
-    """What this file asks of PEFT's LoraConfig beyond its defaults; empty without a file. Raises UserError for one that
-    can't be read, and for what is no LoRA or can't be trained exactly."""
+    """The settings of this file for PEFT's LoraConfig, without defaults; empty without a file. Raises UserError for one
+    that can't be read, and for what is no LoRA or can't be trained exactly."""
     if file is None:
         return {}
     where = f"--peft_config {file}"

@@ -40,7 +40,7 @@ class Risers:
         self.parts.append((ids, before.gather(1, ids), after.gather(1, ids), change.clamp_(min=0).sum(1)))
 
     def split(self, lengths: list[int]) -> list[dict[str, np.ndarray]]:
-        """What was found at each response of so many tokens: `ids`, `before` and `after` (n, 2K), `moved` (n,)."""
+        """The risers of each response of so many tokens: `ids`, `before` and `after` (n, 2K), `moved` (n,)."""
         found = [torch.cat(side).cpu().split(lengths) for side in zip(*self.parts)]
         return [dict(zip(("ids", "before", "after", "moved"), (side.numpy() for side in part))) for part in zip(*found)]
 

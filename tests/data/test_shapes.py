@@ -236,7 +236,7 @@ def test_a_column_that_may_be_the_prompt_is_asked_for(tmp_path):
 
 
 def test_whole_conversations_need_no_column_beside_them(tmp_path):
-    """What an instruction column says beside them is not what the user says, unless it is."""
+    """The text of an instruction column beside them is no turn of the user, unless it is the same."""
     for column in ({"instruction": "Answer."}, {"instruction": "2?"}, {"conversations": turns(("human", "Hi"))}):
         example, = load(tmp_path, column | {"chosen": [Q, A], "rejected": [Q, B]}).examples
         assert example.prompt == ids(ASKED)

@@ -242,7 +242,7 @@ def test_what_is_scored_must_be_whole(tmp_path):
     ("<think>\n\n</think>\n\n", "I add.", "<think>\n", "I add.\n</think>\n\n4"),
 ])
 def test_templates_that_open_a_block_for_thoughts(empty, thought, opened, said, tmp_path):
-    """What is scored is what the conversation has after the last token that the prompt of inference shares with it."""
+    """Scored are the tokens of the conversation after the last one that the prompt of inference shares with it."""
     tokenizer = tiny.chatml()
     tokenizer.chat_template = tiny.CHATML.replace(
         "{{ m['content'] }}", "{% if m.role == 'assistant' %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' "

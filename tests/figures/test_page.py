@@ -60,7 +60,7 @@ def make(folder, *flags) -> Path:
 
 
 def data_of(file: Path) -> dict:
-    """What the page's own script reads."""
+    """The data that the page's own script reads."""
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text()).group(1))
 
 

@@ -105,7 +105,7 @@ def test_a_card_shows_the_figure_of_its_run(tiny, tmp_path):
 
 
 def test_a_card_may_be_edited_and_its_numbers_are_those_of_the_weights(tiny, tmp_path):
-    """What is written beside the weights is no part of a checkpoint's manifest, nor of the key of its scores."""
+    """A text written beside the weights is no part of a checkpoint's manifest, nor of the key of its scores."""
     train(tiny, tmp_path / "run", "--max_steps", "2", "--save_steps", "1")
     folder = tmp_path / "run" / "checkpoint-1"
     before = Contents(str(folder)).key

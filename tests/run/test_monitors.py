@@ -1,4 +1,4 @@
-"""What DeepSpeed's monitors receive is what metrics.jsonl has: each number once, by TRL's name, over the step."""
+"""DeepSpeed's monitors receive the numbers of metrics.jsonl: each number once, by TRL's name, over the step."""
 
 import csv
 import importlib.util

@@ -590,7 +590,7 @@ def test_summary_by_hand():
 
 
 def settings_of(loss: str, beta: float = 0.1, smoothing: float = 0.0, **more) -> SimpleNamespace:
-    """What add_rewards reads of a run's settings."""
+    """The part of a run's settings that add_rewards reads."""
     return SimpleNamespace(**{"loss": loss, "beta": beta, "label_smoothing": smoothing, "reference": None,
                               "loss_kwargs": None, "sft_weight": 0.0} | more)
 
