@@ -102,7 +102,7 @@ def train(run: Run) -> None:
                 run.step += 1
                 between_steps(run)
         except Preempted:
-            lifecycle.save_state(run)  # without the step that was begun: its random numbers are those of before it
+            lifecycle.save_state(run)  # as before the step that was begun, random numbers too
             raise
 
 
@@ -130,7 +130,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     sides = PAIR[:1] if args.loss == "sft" else PAIR  # SFT trains on chosen alone
     # A step's loss is the weighted mean over its pairs (sft: over their tokens). DeepSpeed averages the gradient over
     # ranks, so each rank's part of the sum is multiplied by their number. The divisor counts the rows of --without_rows
-    # too: their terms alone are gone, and the others are what they were (counterfactual SGD, arXiv 1906.08473).
+    # too: leaving them out changes no other pair's term (counterfactual SGD, arXiv 1906.08473).
     divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs],
                            [examples[k].weight for k in pairs])
     share = run.world / divisor
@@ -144,7 +144,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     for i, (indices, weight) in enumerate(guard.each(micro_batches)):  # weight 0: a repeat that keeps ranks in step
         groups, index = groups_of([examples[k] for k in indices], sides, run.device)
         lengths = response_lengths(groups, run.device)[index]  # (P, 2), in tokens
-        # The reference's log-probs (P, 2) were computed before the first step: run/passes.py, add_references.
+        # (P, 2), computed before the first step: add_references in run/passes.py, kept by folder/reference.py.
         ref = None if run.ref is None else run.ref[indices].to(run.device, non_blocking=True)
         batch = make_batch(groups, run.layout, run.device)  # [prompt | chosen | rejected] ..., no padding
         # DeepSpeed's engine calls SequenceLogProbs of core/logprobs.py: log pi(y|x), summed over the tokens of y.
@@ -223,8 +223,8 @@ def log_step(run: Run, bar, line: dict[str, float]) -> None:
 def evaluate(run: Run) -> None:
     """Means over the held-out set under the weights of checkpoint-`run.step`, into metrics.jsonl as eval_*.
 
-    SFT follows both sides where the data has both. At step 0 the policy is its reference, unless --reference names
-    another, and that one's log-probs were just computed: no second pass is made.
+    SFT follows both sides where the data has both. At step 0, where the policy is its reference, whose log-probs were
+    just computed, no second pass is made.
     """
     args, step = run.args, run.step
     if run.held_out is None or step in run.evaluated:

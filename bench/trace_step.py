@@ -2,9 +2,9 @@
 
     python bench/trace_step.py [flags of train.py]
 
-Prints a line a file: the functions entered, in the order of their first call, and their lines. What libraries do
-(transformers, PEFT, DeepSpeed, torch) is not shown, but what of ours they call is. A reader of these lines has read all
-of this project's code that computes a step.
+Prints a line a file: the functions entered, in the order of their first call, and their lines. Functions of libraries
+(transformers, PEFT, DeepSpeed, torch) are not shown; functions of this project that they call are. A reader of these
+lines has read all of this project's code that computes a step.
 """
 
 import os

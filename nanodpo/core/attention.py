@@ -4,9 +4,10 @@ names registered with transformers.
 Shapes: H heads, G key/value heads, T tokens of the batch, E head size, S sequences.
 
 Two implementations of one definition, chosen by name (`config._attn_implementation`): "nanodpo_loop" calls causal SDPA
-once a sequence and runs anywhere; "nanodpo_varlen" is a single variable-length call on CUDA. No T x T mask is built by
-either, except a sequence's own where a model caps its scores or slides a window shorter than the sequence. A later
-response to a prompt, where it is no longer than the prompt and than SHORT, has a mask (response, prompt + response).
+once a sequence and runs anywhere; "nanodpo_varlen" is a single variable-length call on CUDA. Neither builds a mask of
+the whole batch. The loop builds masks of one sequence in two cases: (sequence, sequence) where a model caps its scores
+or has a sliding window shorter than the sequence; and (response, prompt + response) for a later response to a prompt
+that is no longer than the prompt and than SHORT.
 """
 
 import functools

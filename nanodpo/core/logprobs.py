@@ -1,6 +1,6 @@
 """From hidden states to log-probabilities: the one path of policy, reference, evaluation and scoring. Torch only.
 
-What it must equal, for a sequence of T tokens whose last n are the response, is two lines over all logits:
+For a sequence of T tokens whose last n are the response it must equal two lines over all logits:
 
     token_logps = logits[:-1].log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)     # (T - 1,)
     logps = token_logps[-n:].sum()
@@ -44,7 +44,7 @@ class LogProbHead(nn.Module):
         super().__init__()
         self.weight, self.bias = lm_head.weight, lm_head.bias
         self.scale, self.cap = scale, cap
-        self.see = None  # called with every chunk (run/metrics.py, TokenMetrics); changes no number
+        self.see = None  # called with every chunk, with an attribute `whole`: run/metrics.py, TokenMetrics
         self.product_dtype = getattr(lm_head, "product", None)  # set by model/precision.py
         self.chunk = chunk or max(1, CHUNK_BYTES // (4 * lm_head.out_features))
 
@@ -96,7 +96,7 @@ def _times(dz: Tensor, weight: Tensor, low: bool) -> Tensor:
 
 
 class Chunk(NamedTuple):
-    """A chunk of tokens under the model: (C,) each, nats, but for `exps`."""
+    """A chunk of tokens under the model: (C,) each; logps, lse and top in nats."""
 
     logps: Tensor  # of each target
     lse: Tensor  # logsumexp of the logits
@@ -107,8 +107,8 @@ class Chunk(NamedTuple):
 
 def chunk_logps(z: Tensor, targets: Tensor, keep: bool = False) -> Chunk:
     """(C, V) logits, (C,) -> the log-probs of the targets: every log-softmax of this program. From `exps` training
-    computes its gradient, and score.py its measures. Overwrites z with `exps`; with `keep`, z becomes z - top instead.
-    """
+    computes its gradient, and score.py its measures. `exps` takes z's memory; with `keep` it has its own, and z holds
+    z - top afterwards."""
     top = z.amax(1)
     picked = z.gather(1, targets[:, None]).squeeze(1)
     z.sub_(top[:, None])  # no exponential is above 1 then, none overflows
@@ -133,8 +133,8 @@ def _product_grad(exps: Tensor, total: Tensor, targets: Tensor, slope: Tensor | 
 class _TokenLogProbs(torch.autograd.Function):
     """log softmax(W h)[y] for each row of h, in chunks.
 
-    Frozen head: d logp / dh = W[y] - softmax(W h) W is taken while the chunk's logits are in memory, and kept, (N, D).
-    A token's log-prob depends on its own hidden state alone, so token by token, and for any loss, d loss / dh is
+    Frozen head: forward computes d logp / dh = W[y] - softmax(W h) W while the chunk's logits are in memory, and keeps
+    it, (N, D). A token's log-prob depends on its own hidden state alone, so for any loss d loss / dh is
     (d loss / d logp) (d logp / dh): backward multiplies by the incoming (N,) gradient.
     Trainable head: backward computes the logits again and sums dW in float32.
     """

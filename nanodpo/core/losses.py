@@ -4,12 +4,12 @@ Shapes: P pairs. chosen, rejected, ref_chosen, ref_rejected are (P,), in nats: l
 response, under the policy and under the frozen reference. lengths is (P, 2), tokens of chosen and of rejected.
 
 A loss takes what it needs of these inputs, by their names; for one that takes no ref_... no reference is computed. Its
-other parameters are settings: beta and label_smoothing are flags, all others come from --loss_kwargs. A value that a
-loss can't have raises ValueError. The first "arXiv NNNN.NNNNN" of a docstring is named in model cards.
+other parameters are settings: beta and label_smoothing are flags, all others come from --loss_kwargs. |chosen| is the
+number of chosen's tokens. The first "arXiv NNNN.NNNNN" of a docstring is cited in model cards.
 
     m = (chosen - ref_chosen) - (rejected - ref_rejected)
 
-is the difference of the two log-ratios, nats; beta m is the margin of the two rewards.
+is the difference of the two log-ratios, nats; beta m is the difference of the two rewards, the margin.
 """
 
 import inspect
@@ -22,8 +22,8 @@ from torch import Tensor
 INPUTS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "lengths")
 
 
-def logratio(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
-    """How much more the policy prefers chosen over rejected than the reference does: (P,), nats."""
+def logratio_difference(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
+    """m, how much more the policy prefers chosen over rejected than the reference does: (P,), nats."""
     return (chosen - ref_chosen) - (rejected - ref_rejected)
 
 
@@ -33,7 +33,7 @@ def dpo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing
     label_smoothing e in [0, 0.5) is the chance that a label is flipped ("conservative DPO", Eq. 3 of Mitchell's note
     of 2023): -(1-e) log sigmoid(beta m) - e log sigmoid(-beta m), smallest at beta m = logit(1-e).
     """
-    margin = beta * logratio(chosen, rejected, ref_chosen, ref_rejected)
+    margin = beta * logratio_difference(chosen, rejected, ref_chosen, ref_rejected)
     # logsigmoid stays finite where log(sigmoid(x)) is -inf: long responses reach margins of thousands of nats.
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
@@ -61,13 +61,13 @@ def ipo(chosen, rejected, ref_chosen, ref_rejected, lengths, beta: float) -> Ten
     Here m is of *mean* log-probs: with sums each token of a long response would have to move less than one of a short.
     """
     n_chosen, n_rejected = lengths.unbind(1)
-    m = logratio(chosen / n_chosen, rejected / n_rejected, ref_chosen / n_chosen, ref_rejected / n_rejected)
+    m = logratio_difference(chosen / n_chosen, rejected / n_rejected, ref_chosen / n_chosen, ref_rejected / n_rejected)
     return (m - 1 / (2 * beta)) ** 2
 
 
 def hinge(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
     """max(0, 1 - beta m): (P,). Sec. 3 of arXiv 2305.10425 (SLiC) on DPO's rewards; 0 from m = 1/beta on."""
-    return torch.relu(1 - beta * logratio(chosen, rejected, ref_chosen, ref_rejected))
+    return torch.relu(1 - beta * logratio_difference(chosen, rejected, ref_chosen, ref_rejected))
 
 
 def apo_zero(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
@@ -81,8 +81,8 @@ def dpop(chosen, rejected, ref_chosen, ref_rejected, beta: float, dpop_lambda: f
 
     dpo as long as chosen is no less likely than under the reference; below, chosen weighs 1 + lambda times as much.
     """
-    loss_of_chosen = torch.relu(ref_chosen - chosen)
-    return -F.logsigmoid(beta * (logratio(chosen, rejected, ref_chosen, ref_rejected) - dpop_lambda * loss_of_chosen))
+    drop = torch.relu(ref_chosen - chosen)
+    return -F.logsigmoid(beta * (logratio_difference(chosen, rejected, ref_chosen, ref_rejected) - dpop_lambda * drop))
 
 
 def shift(chosen, rejected, ref_chosen, ref_rejected, beta: float, shift_lambda: float = 0.95) -> Tensor:
@@ -165,7 +165,7 @@ def pair_losses(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tens
     Columns are chosen and rejected; where the loss takes chosen alone, logps may be (P, 1). `loss` has its settings
     filled in: functools.partial(dpo, beta=0.1). sft_weight a adds a times -chosen/|chosen| (RPO, arXiv 2404.19733).
     """
-    given = dict(zip(INPUTS, logps.unbind(1))) | {"lengths": lengths}
+    given = dict(zip(("chosen", "rejected"), logps.unbind(1))) | {"lengths": lengths}
     if ref is not None:
         given |= {"ref_chosen": ref[:, 0], "ref_rejected": ref[:, 1]}
     losses = loss(**{name: given[name] for name in inputs_of(loss)})
@@ -177,8 +177,9 @@ def pair_weights(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Ten
     """(P, 2) -> (P, 2): -dL/dchosen and dL/drejected of each pair, by autograd of the loss itself, per nat; (P, 1)
     where the loss takes chosen alone.
 
-    How hard a pair pushes its chosen response up and its rejected one down: the gradient of a pair's loss by the
-    weights is the sum of its two responses' gradients, times these. For dpo both are beta sigmoid(-beta m).
+    They say how hard a pair pushes its chosen response up and its rejected one down. With w of this function the
+    gradient of a pair's loss by the model's parameters is -w_chosen grad(chosen) + w_rejected grad(rejected). For dpo
+    both are beta sigmoid(-beta m).
     """
     with torch.enable_grad():
         logps = logps.detach().clone().requires_grad_()
@@ -187,10 +188,11 @@ def pair_weights(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Ten
 
 
 def loss_divisor(loss: str, chosen_tokens: list[int], weights: list[float]) -> float:
-    """The sum of the pairs' losses, each times the weight of its row in the data, is divided by this: the sum of the
-    weights; for `sft`, of each weight times chosen's scored tokens. Without weights in the data all are 1.
+    """A step's loss is the sum of its pairs' losses, each times the weight of its row in the data, divided by this
+    number: the sum of the weights, or for `sft` the sum of weight times chosen's scored tokens. Without a column
+    `weight` all weights are 1.
 
-    Where all weights are 0 it is 1: the loss and its gradient are 0 then.
+    Returns 1 where all weights are 0: the loss and its gradient are 0 then.
     """
     counts = chosen_tokens if loss == "sft" else [1] * len(chosen_tokens)
     return sum(w * n for w, n in zip(weights, counts, strict=True)) or 1.0

@@ -36,7 +36,7 @@ class TokenIds:
 
     def __get__(self, example, owner=None) -> list[int] | None:
         if example is None:
-            raise AttributeError("a field without a default")  # so dataclasses asks
+            raise AttributeError("a field without a default")  # dataclasses reads the class to find one
         if (kept := getattr(example, self.name)) is None:
             return None
         ids, scored = kept
@@ -47,7 +47,7 @@ class TokenIds:
 class Example:
     """Prompt ids, and the ids of each response with its end of turn; rejected is None in SFT data."""
 
-    row: int  # number of the row in its file
+    row: int  # number of the row in the data set, counted through all files of it
     prompt: list[int] = TokenIds()
     chosen: list[int] = TokenIds()
     rejected: list[int] | None = TokenIds()
@@ -71,7 +71,7 @@ class Example:
         return self.which[("chosen", "rejected").index(side)]
 
     def follows(self, other: "Example") -> bool:
-        """Whether it is a later pair of the row that `other` is a pair of."""
+        """Whether both are pairs of one row, and this one comes later."""
         return self.row == other.row and self.which > other.which
 
     def last_answer(self) -> "Example":
@@ -122,5 +122,5 @@ def truncate(example: Example, limit: int, max_prompt: int | None = None, may_be
     cut = len(example.chosen) > room, len(example.rejected or ()) > room
     if isinstance(example.chosen, Answers):
         scored = [place for place in example.chosen.scored if place < room]
-        chosen = Answers(chosen[: scored[-1] + 1], scored)  # nothing is left of a question whose answer is cut off
+        chosen = Answers(chosen[: scored[-1] + 1], scored)  # without a last question whose answer is cut off
     return dataclasses.replace(example, chosen=chosen, rejected=rejected, cut=cut)

@@ -28,8 +28,8 @@ def _settings(words: str, holds, names: str) -> dict[str, Limit]:
 
 
 # All others that the JSON may have. DeepSpeed checks what is within zero_optimization, the monitors and a few more. Of
-# the rest it takes a value of any kind, and it passes over a name that it does not know: without this list a slip of
-# the pen would train another run than was asked for, and no word would say so.
+# the rest it takes a value of any kind, and it passes over a name that it does not know: without this list a
+# misspelt name would be ignored in silence.
 SETTINGS = (
     _settings("must be an object", lambda value: isinstance(value, dict),
               "activation_checkpointing aio bf16 checkpoint comet comms_logger compile csv_monitor data_types "

@@ -26,8 +26,8 @@ class StepGuard:
         return self.shortage.__exit__(*error)
 
     def each(self, micro_batches):
-        """The micro-batches, one by one. If any rank was told to stop, raises Preempted on all: the question goes out
-        before a micro-batch, and its answer is read after it."""
+        """The micro-batches, one by one. If any rank was told to stop, raises Preempted on all: an all-reduce that asks
+        for it starts before a micro-batch, and is waited for after it."""
         for indices, weight in micro_batches:
             self.indices = indices
             answer = distributed.ask(self.stop.name is not None)

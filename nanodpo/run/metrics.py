@@ -1,11 +1,7 @@
 """The metrics of a step: means over all its pairs, on all ranks and in all micro-batches, every pair once.
 
-Where the data have a column `weight`, the loss alone is a weighted mean; L below is the loss as --loss defines it, not
-yet times this weight. With --without_rows the loss alone lacks the terms of these rows: it is the sum of the others,
-divided as if none were missing. All other metrics are of all pairs, so that they can be compared with those of a run
-with these rows.
-
-Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of a step is their mean over its pairs:
+Names are TRL's where TRL has one. Shapes: P pairs. Per-pair values are (P,) float64; a metric of a step is their mean
+over its pairs:
 
     loss                     dpo, ipo ...: the mean over pairs; sft: -log pi per token, over all tokens of the step
     rewards/chosen           beta * (logps - ref_logps) of the chosen response, nats; rewards/rejected likewise
@@ -24,6 +20,11 @@ Names are TRL's. Shapes: P pairs. Per-pair values are (P,) float64; a metric of 
 In training, entropy is there with LoRA, unless the model caps its logits or a GPU computes in bfloat16 (TokenMetrics
 says why); an evaluation has both, but at step 0, where it takes the reference's log-probs and makes no pass.
 
+Where the data have a column `weight`, the loss alone is a weighted mean; L above is the loss as --loss defines it, not
+yet times this weight. With --without_rows the loss alone lacks the terms of these rows: it is the sum of the others,
+divided as if none were missing. All other metrics are of all pairs, so that they can be compared with those of a run
+with these rows.
+
 SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected.
 simpo, cpo and orpo have no reference either.
 
@@ -33,7 +34,7 @@ A line of metrics.jsonl has besides
     epoch                    passes over the training data at the beginning of the step
     grad_norm                of the whole step's gradient, over all ranks and before clipping
     learning_rate            of this step's update
-    num_tokens               prompts and responses seen so far, this step's included, all ranks; what is shared once
+    num_tokens               prompts and responses seen so far, this step's included, all ranks; a shared prompt once
     skipped_steps            updates that were left out up to and including this one, see --skip_nonfinite
     perf/step_seconds        of the whole step with its update, on rank 0; without evaluation and saving
     perf/tokens_per_second   this step's part of num_tokens by step_seconds

@@ -19,7 +19,7 @@ from nanodpo.core.losses import (
     hinge,
     inputs_of,
     ipo,
-    logratio,
+    logratio_difference,
     loss_divisor,
     needs_reference,
     orpo,
@@ -56,7 +56,7 @@ def sigmoid(x: float) -> float:
 def test_margin_counts_each_of_its_four_parts_once():
     """(chosen - ref_chosen) - (rejected - ref_rejected), with four different numbers in each of two pairs."""
     parts = (torch.tensor(x) for x in ([-1.0, -30.0], [-8.0, -5.0], [-3.0, -10.0], [-16.0, -2.0]))
-    assert logratio(*parts).tolist() == [(-1 + 3) - (-8 + 16), (-30 + 10) - (-5 + 2)]
+    assert logratio_difference(*parts).tolist() == [(-1 + 3) - (-8 + 16), (-30 + 10) - (-5 + 2)]
 
 
 @pytest.mark.parametrize("beta", BETAS)
