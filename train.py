@@ -139,8 +139,8 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         parameters["lr"] = rate
 
     engine.train()
-    meter, tokens = Meter(run.device), TokenMetrics(engine.module.head)
-    micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world)
+    meter, tokens = Meter(run.device), TokenMetrics(engine.module.head, gather=engine.module.parallel.gather)
+    micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.data_rank, run.data_world)
     for i, (indices, weight) in enumerate(guard.each(micro_batches)):  # weight 0: a repeat that keeps ranks in step
         groups, index = groups_of([examples[k] for k in indices], sides, run.device)
         lengths = response_lengths(groups, run.device)[index]  # (P, 2), in tokens
@@ -231,12 +231,12 @@ def evaluate(run: Run) -> None:
         return
     run.engine.eval()
     examples, meter = run.held_out.examples, Meter(run.device)
-    tokens = TokenMetrics(run.engine.module.head, whole=True)
+    tokens = TokenMetrics(run.engine.module.head, whole=True, gather=run.engine.module.parallel.gather)
     sides = PAIR if examples[0].rejected is not None else PAIR[:1]
-    batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.world)
+    batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.data_world)
     for pairs in progress.track(batches, "evaluation", "batch"):
         run.stop.check()
-        for indices, weight in micro_batches_of(pairs, args.per_device_eval_batch_size, run.rank, run.world):
+        for indices, weight in micro_batches_of(pairs, args.per_device_eval_batch_size, run.data_rank, run.data_world):
             here = [examples[k] for k in indices]
             groups, index = groups_of(here, sides, run.device)
             lengths = response_lengths(groups, run.device)[index]

@@ -148,7 +148,7 @@ class _TokenLogProbs(torch.autograd.Function):
         kept = torch.empty_like(hidden) if hidden.requires_grad and not ctx.trainable else None
         # One buffer for all chunks, and all arithmetic inside it: allocating would take longer than the arithmetic.
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
-        for i in range(0, len(hidden), chunk):
+        for i in range(0, len(hidden) or 1, chunk):  # also for no token, so that `see` is called on every rank
             here = slice(i, i + chunk)
             z = _logits(buffer, hidden[here], weight, bias, form)
             slope = None if kept is None else _slope(z, form)  # before exponentials overwrite z
@@ -195,6 +195,13 @@ def sum_by_sequence(token_logps: Tensor, seq: Tensor, n_sequences: int) -> Tenso
     return torch.segment_reduce(token_logps.double(), "sum", offsets=offsets, unsafe=True, initial=0.0)
 
 
+class OneRank:
+    """The ranks that share a batch: one alone. For several model/ulysses.py has another class in place of this."""
+
+    rank, size = 0, 1
+    shard = gather = sum = staticmethod(lambda whole: whole)  # a batch, or values of its scored tokens
+
+
 class SequenceLogProbs(nn.Module):
     """A causal language model that answers a batch with log-probabilities instead of logits."""
 
@@ -202,7 +209,7 @@ class SequenceLogProbs(nn.Module):
         """`model`: a transformers causal LM, bare or wrapped by PEFT. Raises ValueError where its output layer is not a
         plain linear one, as with an adapter on it."""
         super().__init__()
-        self.model = model
+        self.model, self.parallel = model, OneRank()
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         lm_head, config = inner.get_output_embeddings(), inner.config.get_text_config()
         if not isinstance(lm_head, nn.Linear):
@@ -223,7 +230,8 @@ class SequenceLogProbs(nn.Module):
 
     def token_logps(self, batch) -> Tensor:
         """Batch -> (N,): the log-prob of every scored token, nats, in the order of batch.targets."""
-        return self.head(self.states(batch), batch.targets)
+        here = self.parallel.shard(batch)
+        return self.parallel.gather(self.head(self.states(here), here.targets))
 
     def forward(self, batch) -> Tensor:
         """Batch -> (S,): the summed log-prob of each response, nats, float64."""

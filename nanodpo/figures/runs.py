@@ -60,6 +60,8 @@ def read_facts(folder: Path) -> Facts:
     wrong += [name for name, value in texts.items() if not isinstance(value, str)]
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         facts.pairs = given.get(name, 1) * facts.pairs if type(given.get(name, 1)) is int else 0
+    size = given.get("sequence_parallel_size", 1)
+    facts.pairs = facts.pairs // size if type(size) is type(facts.pairs) is int and size > 0 else 0
     wrong += [] if type(facts.pairs) is int and facts.pairs > 0 else ["the number of pairs of a step"]
     wrong += [] if facts.forked is None or type(facts.forked) is int and facts.forked >= 0 else ["the step of the fork"]
     if wrong:

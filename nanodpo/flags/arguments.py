@@ -113,6 +113,8 @@ class TrainArguments:
     gradient_checkpointing: bool = _flag(False, "Recompute activations in backward instead of keeping them.")
     activation_memory: float = _flag(None, "GiB a rank has for activations: as many layers are recomputed as each "
                                      "batch needs. -1: what the GPU has left.", GIB)
+    sequence_parallel_size: int = _flag(1, "Ranks that share each micro-batch, for pairs too long for one (Ulysses); "
+                                        "where batches are counted they are one rank.", ABOVE_0)
     deepspeed: str = _flag(None, "JSON file for DeepSpeed: ZeRO and the like. Default: ds_config.json beside train.py.")
 
     # Output and resuming

@@ -26,6 +26,7 @@ RENAMED = {name: ours for ours, names in {
     "output_dir": "output output_path save_dir", "use_flash_attention": "flash_attn use_flash_attn",
     "beta": "dpo_beta pref_beta", "reference": "ref_model ref_model_name_or_path reference_model",
     "merge_weights": "merge_adapter merge_lora",
+    "sequence_parallel_size": "sp_size sequence_parallel_degree ulysses_size context_parallel_size ring_attn_size",
 }.items() for name in names.split()}
 # ... and those that are not needed, or have another meaning here.
 OTHERWISE = {name: what for what, names in {

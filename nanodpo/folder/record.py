@@ -36,7 +36,7 @@ ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
 # A record that an earlier version wrote lacks the flags that came later; what they do by default it did.
 DEFAULTS = {flag.name: flag.default for flag in dataclasses.fields(TrainArguments)}
 # How the pairs of a step are shared by ranks and micro-batches; their number is compared, see `pairs_per_step`.
-SHARING = {"gradient_accumulation_steps", "world_size"}
+SHARING = {"gradient_accumulation_steps", "sequence_parallel_size", "world_size"}
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.
 MACHINE = ("versions", "git_commit", "device", "threads")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
@@ -154,21 +154,27 @@ def pairs_per_step(record: dict) -> int:
 
 
 def _micro_batches(record: dict) -> int:
-    return (DEFAULTS | record["arguments"])["gradient_accumulation_steps"] * record["world_size"]
+    return (DEFAULTS | record["arguments"])["gradient_accumulation_steps"] * _groups(record)
+
+
+def _groups(record: dict) -> int:
+    """The number of ranks, where those that share a batch count as one."""
+    return record["world_size"] // (DEFAULTS | record["arguments"])["sequence_parallel_size"]
 
 
 def share_anew(args, old: dict, folder: Path | str, demanded: bool = True) -> None:
     """Gives the run `old` in this folder the --gradient_accumulation_steps with which this number of ranks makes its
     steps, unless another one is asked for than it had. Raises UserError where there is none, if it is `demanded`."""
-    world, total = world_size(), _micro_batches(old)
-    if world == old["world_size"] or total != args.gradient_accumulation_steps * old["world_size"]:
+    size, total = args.sequence_parallel_size, _micro_batches(old)
+    groups = world_size() // size
+    if groups == _groups(old) or total != args.gradient_accumulation_steps * _groups(old):
         return
-    if total % world == 0:
-        args.gradient_accumulation_steps = total // world
+    if total % groups == 0:
+        args.gradient_accumulation_steps = total // groups
     elif demanded:
-        fit = " or ".join(str(n) for n in range(1, total + 1) if total % n == 0)
-        raise UserError(f"{folder}: a step has {pairs_per_step(old)} pairs in {total} micro-batches, which {world} "
-                        f"ranks can't share evenly; go on with {fit} rank{'s' * (total > 1)}")
+        fit = " or ".join(str(n * size) for n in range(1, total + 1) if total % n == 0)
+        raise UserError(f"{folder}: a step has {pairs_per_step(old)} pairs in {total} micro-batches, which "
+                        f"{world_size()} ranks can't share evenly; go on with {fit} rank{'s' * (total * size > 1)}")
 
 
 def world_size() -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..core.logprobs import SequenceLogProbs
+from ..core.logprobs import OneRank, SequenceLogProbs
 from .precision import mix_precision, product_dtype
 from .quantised import multiply_dequantised
 
@@ -22,12 +22,14 @@ def prepare(model: nn.Module, bf16: bool, device: torch.device, in_place: bool =
     return product
 
 
-def freeze(model: nn.Module, bf16: bool, device: torch.device, longest: int) -> tuple[SequenceLogProbs, str, str]:
+def freeze(model: nn.Module, bf16: bool, device: torch.device, longest: int,
+           parallel: OneRank) -> tuple[SequenceLogProbs, str, str]:
     """(the model's log-probs on `device` in eval mode, the layout of batches, its attention), as training has them,
-    without being trained. `longest`: tokens of the longest sequence."""
+    without being trained. `longest`: tokens of the longest sequence; `parallel`: the ranks that share a batch."""
     from . import selfcheck  # slow to import, with transformers' models
 
     product = prepare(model, bf16, device)
     model.requires_grad_(False)
     module = SequenceLogProbs(model).to(device).eval()
+    module.parallel = parallel
     return module, *selfcheck.choose_layout(module, device, product, False, longest)

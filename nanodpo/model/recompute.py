@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.packing import LAYOUTS
 from ..errors import UserError
+from ..ranks.distributed import gather_or_raise
 
 # From the fastest to the one that needs the least memory. "full" keeps only the layer's input, "offload" in the CPU's
 # memory.
@@ -58,14 +59,19 @@ class FitToMemory:
     def __init__(self, recompute: Recompute, module: nn.Module, sample_batch, budget: float):
         """`sample_batch(tokens)` makes a batch to measure with. `budget`: bytes for the forward and backward pass of a
         batch's layers, without the head's and the weights' gradients, which do not grow with the batch."""
-        self.recompute, self.budget, self.per_token = recompute, budget, {}  # bytes
+        self.recompute, self.per_token = recompute, {}  # bytes
         short, long = sample_batch(256), sample_batch(512)
         for mode in MODES if long.input_ids.is_cuda else MODES[:2]:  # a CPU has nowhere to offload to
             recompute.use(mode)
             more = long.input_ids.numel() - short.input_ids.numel()
             # A difference, since memory that does not grow with the batch is not the batch's.
             self.per_token[mode] = (peak_bytes(module, long) - peak_bytes(module, short)) / more
-        self.limits = {mode: int(budget / size) for mode, size in self.per_token.items()}  # tokens of a batch
+        # All ranks take the same modes: those that share a batch exchange states within its layers, also when they are
+        # computed again.
+        everyone = gather_or_raise(None, (budget, self.per_token))
+        self.budget = min(budget for budget, _ in everyone)
+        self.per_token = {mode: max(each[mode] for _, each in everyone) for mode in self.per_token}
+        self.limits = {mode: int(self.budget / size) for mode, size in self.per_token.items()}  # tokens of a batch
 
     def __call__(self, tokens: int) -> list[str]:
         """Sets and returns the modes, by layer, of a batch of so many tokens. One that does not fit gets the last mode

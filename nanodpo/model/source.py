@@ -129,6 +129,20 @@ def check_reference(source: Source, reference: Source, name: str, path: str, exa
     check_ids(reference, path, examples)
 
 
+def check_heads(config, size: int, name: str) -> None:
+    """Raises UserError where so many ranks can't share the heads of the model `name`, as model/ulysses.py needs it:
+    each gets as many query heads, and as many key/value heads, or a copy of one."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    if size == 1 or not type(heads) is type(shared) is int:  # of other models selfcheck.py finds out
+        return
+    fit = [n for n in range(2, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0)]
+    if size not in fit:
+        raise UserError(f"--sequence_parallel_size {size}: {name} has {heads} attention heads and {shared} key/value "
+                        f"heads, which {size} ranks can't share; give {', '.join(map(str, [1, *fit]))}")
+
+
 def check_ids(source: Source, path: str, examples) -> None:
     """Raises UserError for a token of the data beyond the model's embedding. Tokens that no row uses may be beyond it,
     as those for images are in published models of text."""

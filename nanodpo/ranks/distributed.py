@@ -131,6 +131,22 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def check_sequence_parallel(size: int) -> None:
+    """Raises UserError where the ranks that were started can't be cut into groups of so many."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world % size:
+        fit = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise UserError(f"--sequence_parallel_size {size}: does not divide the number of ranks, {world}; start {size} "
+                        f"ranks or a multiple of it (torchrun --nproc_per_node {size} ...), or give one of {fit}")
+
+
+def neighbours(size: int):
+    """torch's group of the `size` consecutive ranks that share a batch, this one among them. All ranks must call it."""
+    rank, world = rank_and_world()
+    groups = [dist.new_group(range(first, first + size), timeout=PATIENCE) for first in range(0, world, size)]
+    return groups[rank // size]
+
+
 def from_main(value):
     """Rank 0's value on all ranks."""
     if not dist.is_initialized():

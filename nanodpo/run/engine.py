@@ -20,7 +20,7 @@ from . import memory
 from .other_trainers import leave_out_same
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-         "gradient_clipping", "fp16", "bf16", "torch_autocast")  # settings of the JSON that are train.py's flags
+         "gradient_clipping", "fp16", "bf16", "torch_autocast", "sequence_parallel_size")  # flags of train.py
 
 
 def _settings(words: str, holds, names: str) -> dict[str, Limit]:
@@ -77,7 +77,7 @@ def engine_config(settings: dict, path: str, args) -> dict:
     if taken := [key for key in OWNED if key in settings]:
         raise UserError(f"{path}: sets {', '.join(taken)}, which train.py owns: remove it there and use the flags "
                             "(--learning_rate, --lr_scheduler_type, --per_device_train_batch_size, "
-                            "--gradient_accumulation_steps, --max_grad_norm, --bf16)")
+                            "--gradient_accumulation_steps, --max_grad_norm, --bf16, --sequence_parallel_size)")
     if unknown := [key for key in settings if key not in SETTINGS]:
         hints = "".join(f"; {words}" for key in unknown if (words := hint(key, SETTINGS, dashes="")))
         raise UserError(f"{path}: sets {', '.join(unknown)}, which train.py does not support{hints}; remove it")
@@ -177,7 +177,7 @@ def make_engine(model, args, settings: dict, device, longest: int) -> Built:
     the layout that gives this model's own log-probs. `longest`: tokens of the longest sequence."""
     import deepspeed  # all slow to import, and --help and wrong input don't need them
 
-    from ..model import selfcheck
+    from ..model import selfcheck, ulysses
     from ..model.recompute import FitToMemory, Recompute, sample_batch
 
     stage = settings["zero_optimization"].get("stage", 0)
@@ -191,6 +191,7 @@ def make_engine(model, args, settings: dict, device, longest: int) -> Built:
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
     module = SequenceLogProbs(model)
+    module.parallel = ulysses.ranks_of_a_batch(args.sequence_parallel_size)
     import_muon()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     layout, attention = selfcheck.choose_layout(module, device, product, args.use_flash_attention, longest)
@@ -200,7 +201,10 @@ def make_engine(model, args, settings: dict, device, longest: int) -> Built:
             raise UserError("--activation_memory: this model's attention takes memory by the square of a batch's "
                             "length, which is not foreseen; use --gradient_checkpointing")
         budget = memory.memory_budget(device, args.activation_memory, memory.bytes_to_come(module, stage))
-        fit = FitToMemory(recompute, module, functools.partial(sample_batch, layout, model.config, device), budget)
+        sample = functools.partial(sample_batch, layout, model.config, device)
+        # Of a batch, by whose tokens it chooses, each of the ranks that share it has a part.
+        fit = FitToMemory(recompute, module, lambda tokens: module.parallel.shard(sample(tokens)),
+                          budget * module.parallel.size)
         module.register_forward_pre_hook(fit.before_forward)
         distributed.say(f"activations: {memory.gib(budget)}; {fit}")
     return Built(engine, layout, attention)

@@ -97,8 +97,10 @@ class TokenMetrics:
     over the vocabulary.
     """
 
-    def __init__(self, head, whole: bool = False):
+    def __init__(self, head, whole: bool = False, gather=lambda values: values):
+        """`gather`: that of OneRank, for ranks that share a batch."""
         self.whole, self.linear, self.parts = whole, head.cap is None and head.bias is None, []
+        self.gather = gather
         head.see = self
 
     def __call__(self, chunk, z: Tensor, hidden: Tensor, kept: Tensor | None) -> None:
@@ -119,7 +121,7 @@ class TokenMetrics:
         parts, self.parts = self.parts, []
         if not parts:
             return {}
-        values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        values = {name: self.gather(torch.cat([part[name] for part in parts])) for name in parts[0]}
         counts = torch.zeros(lengths.numel(), dtype=torch.long, device=lengths.device)  # 0 beyond the last response
         counts[index] = lengths.long()
         each = torch.arange(len(counts), device=counts.device)

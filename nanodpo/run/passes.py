@@ -62,7 +62,7 @@ def _reference(run: Run):
             yield run.engine, run.layout, run.attention, run.engine.zero_optimization_stage()
         return
     with memory.shortage_named(run.rank, "loading the reference"):
-        frozen = freeze(run.reference_model, run.args.bf16, run.device, run.longest)
+        frozen = freeze(run.reference_model, run.args.bf16, run.device, run.longest, run.engine.module.parallel)
     yield *frozen, 0
 
 
@@ -76,7 +76,7 @@ def _add_references(run: Run) -> None:
         run.ref = _references(run, model, run.train_set, names["train_file_path"], steps, batch)
         if run.held_out:
             batch = run.args.per_device_eval_batch_size
-            steps = eval_batches(len(run.held_out.examples), batch * run.world)
+            steps = eval_batches(len(run.held_out.examples), batch * run.data_world)
             name = names["eval_file_path"] or [names["train_file_path"], run.args.eval_size]
             run.held_ref = _references(run, model, run.held_out, name, steps, batch)
 
@@ -98,8 +98,10 @@ def _references(run: Run, model: tuple, data: DataSet, name, steps: list[list[in
     def score(indices):
         return logps_of(run, [data.examples[i] for i in indices], PAIR, "the reference pass", policy, layout)
 
-    def own_micro_batches(pairs):
-        return micro_batches_of(pairs, batch, run.rank, run.world)
+    def own_micro_batches(pairs):  # ranks that share a batch have the same log-probs: the first one's count
+        counts = run.engine.module.parallel.rank == 0
+        return [(indices, weight * counts) for indices, weight in
+                micro_batches_of(pairs, batch, run.data_rank, run.data_world)]
 
     return reference.reference_logps(data.examples, steps, own_micro_batches, score, fingerprint, args.cache_dir,
                                      run.device, run.stop.check)
@@ -123,8 +125,8 @@ def measure_noise(run: Run) -> dict[str, float]:
         groups, index = groups_of([examples[i] for i in indices], sides)
         return response_lengths(groups, torch.device("cpu"))[index]
 
-    result = noise.measure(run.engine, run.engine.module.model, score,
-                          micro_batches_of(pairs, args.per_device_train_batch_size, run.rank, run.world), lengths,
+    batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.data_rank, run.data_world)
+    result = noise.measure(run.engine, run.engine.module.model, score, batches, lengths,
                           args.beta if needs_reference(run.loss) else None)
     distributed.say(noise.describe(result, run.pairs_per_step))
     return result
@@ -138,7 +140,8 @@ def dry_run(run: Run) -> None:
     longest = sorted(run.train_set.examples, key=lambda example: -total_tokens(groups_of([example], sides)[0]))
     examples = longest[: args.per_device_train_batch_size]
     groups = [groups_of([example], sides)[0][0] for example in examples]  # nothing shared: no micro-batch takes more
-    distributed.say(f"dry run on {memory.describe(examples)}")
+    shared = f", which {args.sequence_parallel_size} ranks share" if args.sequence_parallel_size > 1 else ""
+    distributed.say(f"dry run on {memory.describe(examples)}{shared}")
     ref = _reference_of(run, examples) if needs_reference(run.loss) else None
     size = memory.weight_bytes(run.reference_model)
     _let_go(run)

@@ -28,7 +28,7 @@ from ..folder.fork import Fork
 from ..model.adapters import adapter_shape
 from ..model.lora_settings import check_dora, check_trainable, read_lora_settings, take_over
 from ..model.quantised import QUANTISATION, bits_of, check_quantised
-from ..model.source import Source, absolute, base_of, check_reference, open_source
+from ..model.source import Source, absolute, base_of, check_heads, check_reference, open_source
 from ..ranks import distributed
 from . import agreement, engine
 from .datasets import read_data
@@ -108,9 +108,19 @@ class Run(Start):
         if self.lock:  # a notebook's process goes on, and may go on with this run
             self.lock.close()
 
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank's batches among the `data_world` that are made at one time: with
+        --sequence_parallel_size several ranks share one."""
+        return self.rank // self.args.sequence_parallel_size
+
+    @property
+    def data_world(self) -> int:
+        return self.world // self.args.sequence_parallel_size
+
     @functools.cached_property
     def pairs_per_step(self) -> int:
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.world
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.data_world
 
     @functools.cached_property
     def row_starts(self) -> tuple[int, ...] | None:
@@ -153,6 +163,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
             distributed.say(differs)
         monitors = take_blocks(settings, args.report_to)
         distributed.check_device(args)
+        distributed.check_sequence_parallel(args.sequence_parallel_size)
         source, how = open_checked(args, lora, settings)
         say_other_bits(args, source.adapter)
         new = f"runs/{loss_name(args.loss)}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
@@ -264,6 +275,7 @@ def open_checked(args, lora: dict, settings: dict) -> tuple[Source, dict | None]
     source = open_start(args)
     how = quantisation(args, source, settings)
     check_lora(args, lora, source, settings)
+    check_heads(source.config, args.sequence_parallel_size, f"--model_name {args.model_name}")
     return source, how
 
 
@@ -271,6 +283,7 @@ def open_reference(args, source: Source, sets: list[DataSet]) -> Source:
     """The model or adapter of --reference. Raises UserError where it can't read the token ids of these data sets."""
     reference = open_whole(args.reference, args.trust_remote_code)
     check_quantised(bits_of(args), reference.stored, reference.base)
+    check_heads(reference.config, args.sequence_parallel_size, f"--reference {args.reference}")
     for data in sets:
         check_reference(source, reference, args.reference, data.path, data.examples)
     return reference

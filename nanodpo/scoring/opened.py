@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core.logprobs import SequenceLogProbs
+from ..core.logprobs import OneRank, SequenceLogProbs
 from ..model.adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
 from ..model.loading import base_hashes, check_base
 from ..model.precision import storage_dtype
@@ -43,9 +43,10 @@ class Opened:
 class Opener:
     """Opens checkpoints one after the other and keeps the last: its base serves the next adapter."""
 
-    def __init__(self, device: torch.device, gradients: bool, longest: int):
-        """`gradients`: LoRA weights are wanted; `longest`: tokens of the longest sequence to be scored."""
-        self.device, self.gradients, self.longest = device, gradients, longest
+    def __init__(self, device: torch.device, gradients: bool, longest: int, parallel: OneRank | None = None):
+        """`gradients`: LoRA weights are wanted; `longest`: tokens of the longest sequence to be scored; `parallel`: the
+        ranks that share a batch."""
+        self.device, self.gradients, self.longest, self.parallel = device, gradients, longest, parallel or OneRank()
         self.last: Opened | None = None
         self.hashes: dict = {}  # of bases, by name and precision
         self.checked: set = set()  # runs and their bases
@@ -89,7 +90,7 @@ class Opener:
             self.hashes[base, bf16, bits] = base_hashes(model)
         own = model.config._attn_implementation
         model = add_adapter(model, adapter)
-        module, layout, attention = freeze(model, bf16, self.device, self.longest)
+        module, layout, attention = freeze(model, bf16, self.device, self.longest, self.parallel)
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         distributed.say(f"{base}: {selfcheck.describe(layout, attention)}")
         return Opened(checkpoint, (base, shape, bf16, bits), module, layout, attention, own, trained)

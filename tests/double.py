@@ -1,0 +1,36 @@
+"""train.py or score.py in float64: double.py SCRIPT ARGUMENTS ...; launched by test_ulysses.py. Two computations of one
+number then differ by 1e-10, where in float32 rounding hides what is wrong."""
+
+import importlib
+import os
+import sys
+
+import torch
+from tiny_models import KeepDouble
+
+from nanodpo.errors import leave, run_script
+from nanodpo.model import ready
+from nanodpo.run import engine
+
+PREPARE = ready.prepare
+
+
+def prepare(model, *args, **kwargs):
+    return PREPARE(model.double(), *args, **kwargs)
+
+
+def main() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    DeepSpeedEngine._DeepSpeedEngine__check_params = lambda *args: None  # that all are float32
+    CPU_Accelerator.supported_dtypes = lambda *args: [torch.float64]
+    engine.prepare = ready.prepare = prepare
+    script = importlib.import_module(sys.argv.pop(1))
+    with KeepDouble():
+        leave(run_script(script.main))
+
+
+if __name__ == "__main__":
+    main()
