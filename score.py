@@ -66,7 +66,8 @@ def score(argv: list[str]) -> None:
         checkpoints = open_targets(args.targets, args.changes)
         check_starts(checkpoints, args.risers)
         wanted = Wanted(args.responses, args.seed, args.answers, args.max_new_tokens)
-        datasets = open_datasets(checkpoints, args.dataset_path, args.own, wanted, args.other_prompts)
+        datasets = open_datasets(checkpoints, args.dataset_path, args.own, wanted, args.other_prompts,
+                                 args.sequence_parallel_size)
         if (args.risers or 0) > (most := datasets[0].vocabulary):
             raise UserError(f"--risers {args.risers}: the vocabulary has {most} tokens; give fewer")
         is_run = (Path(args.targets[0]) / "run.json").is_file()
@@ -80,7 +81,10 @@ def score(argv: list[str]) -> None:
         with shortage_named("the ledger", less=LESS_LEDGER):
             lines = make_ledger(checkpoints, datasets, args, lambda longest: Opener(device, False, longest), folder)
         return distributed.say("\n".join(filter(None, [*lines, ledger_after(folder), page_after(folder)])))
-    opener = Opener(device, args.gradients, max(example.length for data in datasets for example in data.examples))
+    from nanodpo.model.ulysses import ranks_of_a_batch  # slow to import, with transformers' models
+
+    longest = max(example.length for data in datasets for example in data.examples)
+    opener = Opener(device, args.gradients, longest, ranks_of_a_batch(args.sequence_parallel_size))
     with Parts(folder / "parts") as parts:
         with shortage_named("scoring"):
             for data in datasets:
@@ -111,7 +115,7 @@ def score_all(opener: Opener, work: list[Work], parts: Parts, max_tokens: int) -
     rows, missing = sum(len(result.rows) for result in results), sum(len(result.missing) for result in results)
     some = f", and {1 - missing / rows:.0%} of the rest" if missing < rows else ""
     distributed.say(f"{len(work)} part{'s' * (len(work) > 1)}, {len(work) - len(left)} of them done before{some}")
-    starts = Opener(opener.device, False, opener.longest)  # for risers, which need both models at once
+    starts = Opener(opener.device, False, opener.longest, opener.parallel)  # for risers, which need both models at once
     with Progress("scoring", sum(len(item.missing(*FORWARD, "gradients")) for item in left), "row") as bar:
         for item in left:
             bar.update(0, f"{item.checkpoint.run} step {item.checkpoint.step} {item.data.name}")
@@ -126,7 +130,8 @@ def score_all(opener: Opener, work: list[Work], parts: Parts, max_tokens: int) -
 def score_part(opened: Opened, start: Opened | None, work: Work, parts: Parts, max_tokens: int, bar: Progress) -> None:
     """Scores what is missing of a data set under a checkpoint, and keeps it after every so many micro-batches.
     `start`: step 0 of its run, where risers are missing."""
-    rank, world = distributed.rank_and_world()
+    parallel = opened.module.parallel
+    rank, world = (number // parallel.size for number in distributed.rank_and_world())  # of micro-batches
     missing = {"scores": work.missing(*FORWARD), "gradients": work.missing("gradients")}  # {index: results}
     groups, tokens = work.missing_groups(), work.missing("tokens")
     tasks = [("scores", indices) for indices in batches(groups, max_tokens)]
@@ -140,7 +145,8 @@ def score_part(opened: Opened, start: Opened | None, work: Work, parts: Parts, m
             else:
                 mine |= score_gradients(opened, work, *indices)
             bar.update(world * sum(kind == "scores" or i not in missing["scores"] for i in indices))
-        done = dict(item for lines in distributed.gather_or_raise(None, mine) for item in lines.items())
+        everyone = distributed.gather_or_raise(None, mine if parallel.rank == 0 else {})  # of those with the same, one
+        done = dict(item for lines in everyone for item in lines.items())
         tables.keep(parts, work, [(missing[kind][i], i, done[kind, i]) for kind, i in sorted(done)])
 
 
@@ -159,20 +165,25 @@ def score_groups(opened: Opened, start: Opened | None, work: Work, groups: dict[
     known = None if start_sets is None else plausible.join(start_sets, rows, opened.device)
     with shortage_named(f"scoring under {opened.checkpoint.path}", [data.examples[i] for i in groups]):
         plain = [(prompt, [*responses.values()]) for prompt, responses in groups.values()]
-        batch = make_batch(plain, opened.layout, opened.device)
-        beside = start and risers.Risers(start.module, make_batch(plain, start.layout, start.device), work.k)
-        # (N,) each; the sets; (S, D)
-        measures, sets, states = token_measures(opened.module, batch, known, beside and beside.add)
+        batch, parallel = make_batch(plain, opened.layout, opened.device), opened.module.parallel
+        beside = start and risers.Risers(start.module, parallel.shard(make_batch(plain, start.layout, start.device)),
+                                         work.k)
+        # Each of the ranks that share a batch measures its part: (N,) each; the sets; (S, D).
+        here = parallel.shard(batch)
+        measures, sets, states = token_measures(opened.module, here, plausible.part_of(known, parallel),
+                                                beside and beside.add)
+        measures = {name: parallel.gather(values) for name, values in measures.items()}
+        sets, states = plausible.gathered(sets, parallel), parallel.sum(states).cpu()
     if work.start is None:  # nobody knows which tokens the start found implausible
         for name in ("implausible_mass", "implausible_mass_start"):
             measures[name].fill_(torch.nan)
     sums = sum_by_sequence(measures["logps"], batch.sequence, batch.n_sequences).tolist()  # (S,): log pi(y|x)
-    states, columns = states.cpu(), {name: values.cpu().split(lengths) for name, values in measures.items()}
+    columns = {name: values.cpu().split(lengths) for name, values in measures.items()}
     measured = {key: {"logps": sums[s], "states": states[s],
                       "tokens": {name: values[s].numpy() for name, values in columns.items()}}
                 for s, key in enumerate(sequences)}
     if beside:
-        for key, part in zip(sequences, beside.split(lengths)):
+        for key, part in zip(sequences, beside.split(lengths, parallel.gather)):
             measured[key]["risers"] = part
     own = dict(zip(sequences, plausible.split(sets, lengths))) if work.is_start else {}
     found = {}
@@ -189,7 +200,8 @@ def score_gradients(opened: Opened, work: Work, i: int) -> dict:
     example, (prompt, responses) = work.data.examples[i], work.data.groups[i]
     with shortage_named(f"the gradients under {opened.checkpoint.path}", [example]):
         batch = make_batch([(prompt, [responses[side] for side in PAIR])], opened.layout, opened.device)
-        products = gradient_products(opened.module(batch), opened.trained)  # of (2,): log pi(y|x) of both sides
+        # Of (2,): log pi(y|x) of both sides.
+        products = gradient_products(opened.module(batch), opened.trained, opened.module.parallel.sum)
     return {("gradients", i): {"gradients": [{"row": example.row} | products]}}
 
 

@@ -11,7 +11,7 @@ from ..data.template import Template, prompt_leads, template_for
 from ..data.tokens import DataSet, load_dataset
 from ..errors import UserError
 from ..folder.reference import data_hash
-from ..model.source import Source, check_ids, open_source
+from ..model.source import Source, check_heads, check_ids, open_source
 from ..ranks.distributed import say
 from .answers import final_answer, thinks
 from .contents import hash_of
@@ -122,15 +122,17 @@ class Reader:
 
 
 def open_datasets(checkpoints: list[Checkpoint], files: list[tuple[str, str]], own: bool, wanted: Wanted,
-                  other_prompts: bool) -> list[ResponseSet]:
+                  other_prompts: bool, ranks: int = 1) -> list[ResponseSet]:
     """Reads the files, (name, file) each, as the first checkpoint's run did, and says so where another run had other
-    settings. `own`: the file is the runs' own; `other_prompts`: prompts may open as none did in training.
+    settings. `own`: the file is the runs' own; `other_prompts`: prompts may open as none did in training; `ranks`: so
+    many share a micro-batch.
 
-    Raises UserError for what can't be read, for runs with other data of their own, and for other tokenizers.
+    Raises UserError for what can't be read, for runs with other data of their own, for other tokenizers, and for models
+    whose heads the ranks can't share.
     """
     if own:
         check_own(without_references(checkpoints))
-    source, first = one_source(checkpoints), checkpoints[0]
+    source, first = one_source(checkpoints, ranks), checkpoints[0]
     if other := [f"--{name}" for name in READING
                  if len({getattr(known.settings, name) for known in checkpoints if known.phase}) > 1]:
         say(f"data are read as {first.run} read them; other runs had their own {', '.join(other)}")
@@ -145,12 +147,13 @@ def open_datasets(checkpoints: list[Checkpoint], files: list[tuple[str, str]], o
     return datasets
 
 
-def one_source(checkpoints: list[Checkpoint]) -> Source:
+def one_source(checkpoints: list[Checkpoint], ranks: int = 1) -> Source:
     """The first checkpoint's tokenizer and limits. Tokenizers may lie in many folders, but they must say the same:
     log-probs of other tokens don't compare. Raises UserError where they don't."""
     found = {}
     for checkpoint in checkpoints:
         source = open_source(checkpoint.path, checkpoint.settings.trust_remote_code)
+        check_heads(source.config, ranks, checkpoint.path)
         tokenizer, header = source.tokenizer, checkpoint.settings.assistant_header
         spoken = json.dumps([tokenizer.chat_template, header, sorted(tokenizer.get_vocab().items())])
         found.setdefault(spoken, (checkpoint.path, source))

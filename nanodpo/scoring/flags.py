@@ -10,6 +10,7 @@ import torch
 from ..errors import UserError
 from ..flags.launchers import local_rank
 from ..flags.unknown import parse_known
+from ..ranks.distributed import check_sequence_parallel
 from .responses import GREEDY, KINDS
 from .runs import FLAGS, PRECISION, READING, newest_run, own_data
 
@@ -47,6 +48,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         help="score prompts that open (system prompt) as none did in training")
     parser.add_argument("--max_tokens", type=int, default=16384 if torch.cuda.is_available() else 2048,
                         help="in a micro-batch")
+    parser.add_argument("--sequence_parallel_size", type=int, default=1, metavar="N", help="ranks that share a "
+                        "micro-batch, for responses too long for one, as in train.py")
     parser.add_argument("--seed", type=int, default=42, help="of drawn and shuffled responses")
     for name in PRECISION:
         parser.add_argument(f"--{name}", action="store_true", help="also for models that no run says it of")
@@ -68,10 +71,11 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     args = parse_known(make_parser(description), argv, "score.py", OF_TRAIN)
     args.local_rank = local_rank(args.local_rank)
     for name, least in (("max_tokens", 1), ("max_new_tokens", 1), ("answers", 0), ("risers", 1), ("ledger", 0),
-                        ("max_length", 1), ("max_prompt_length", 1)):
+                        ("max_length", 1), ("max_prompt_length", 1), ("sequence_parallel_size", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     check_gpu(args.gpu_id)
+    check_sequence_parallel(args.sequence_parallel_size)
     check_ledger(args)
     if twice := [kind for kind in args.responses or [] if args.responses.count(kind) > 1]:
         raise UserError(f"--responses: {twice[0]} is named twice")

@@ -42,7 +42,7 @@ def token_measures(module, batch: Batch, plausible: Sets | None, see=None) -> tu
     """
     states, parts, sets = module.states(batch), [], []
     borders = None if plausible is None else torch.cat([plausible[0].new_zeros(1), plausible[0].cumsum(0)])
-    for i in range(0, len(states), module.head.chunk):
+    for i in range(0, len(states) or 1, module.head.chunk):  # once at least: a rank's part may have no scored token
         here = slice(i, i + module.head.chunk)
         known = None
         if plausible is not None:

@@ -15,14 +15,16 @@ def ches(chosen: Tensor, rejected: Tensor, n_chosen: int, n_rejected: int) -> tu
     return inner - own, inner / (n_chosen * n_rejected) - own / n_chosen**2
 
 
-def gradient_products(logps: Tensor, parameters: list[Tensor]) -> dict[str, float]:
+def gradient_products(logps: Tensor, parameters: list[Tensor], sum_over=lambda part: part) -> dict[str, float]:
     """(2,) log-probs of chosen and rejected -> inner product, cosine and norms of their gradients by `parameters`.
+    `sum_over`: the `sum` of OneRank, for ranks that share the batch and have a part of each gradient.
 
     Chosen rises and rejected falls in a step only where the inner product is small beside both squared norms
     (arXiv 2410.13828). The cosine is NaN where a gradient is zero.
     """
     grads = [torch.autograd.grad(logp, parameters, retain_graph=i == 0, materialize_grads=True)
              for i, logp in enumerate(logps)]
+    grads = [[sum_over(grad) for grad in side] for side in grads]
     dot = sum((a.double() * b.double()).sum() for a, b in zip(*grads)).item()
     norms = [sum(g.double().square().sum() for g in side).sqrt().item() for side in grads]
     return {"grad_dot": dot, "grad_cosine": dot / (norms[0] * norms[1]) if all(norms) else float("nan"),

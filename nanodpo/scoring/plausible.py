@@ -24,6 +24,24 @@ def split(sets: Sets, lengths: list[int]) -> list[Sets]:
     return [tuple(side.clone() for side in part) for part in parts]  # a view would take the whole along to other ranks
 
 
+def part_of(sets: Sets | None, parallel) -> Sets | None:
+    """The sets of a batch -> those of this rank's tokens of it, where ranks share it. `parallel`: a OneRank."""
+    if sets is None or parallel.size == 1:
+        return sets
+    counts, rest, *lists = sets
+    entries = parallel.entries(counts)
+    return counts[parallel.places], rest[parallel.places], *(side[entries] for side in lists)
+
+
+def gathered(sets: Sets, parallel) -> Sets:
+    """The sets of this rank's tokens -> those of the batch, on all ranks that share it."""
+    if parallel.size == 1:
+        return sets
+    counts, rest = (parallel.gather(side) for side in sets[:2])
+    entries, size = parallel.entries(counts), int(counts.sum())
+    return counts, rest, *(parallel.gather(side, entries, size) for side in sets[2:])
+
+
 def join(sets: dict[tuple[int, str], Sets], keys: list[tuple[int, str]], device: torch.device) -> Sets:
     """The sets of several responses, (row, kind) each, one after the other. Raises UserError where one is not there."""
     if lost := [key for key in keys if key not in sets]:

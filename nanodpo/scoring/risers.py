@@ -39,9 +39,10 @@ class Risers:
         ids = torch.cat([change.topk(self.k).indices, change.topk(self.k, largest=False).indices], 1)  # (C, 2K)
         self.parts.append((ids, before.gather(1, ids), after.gather(1, ids), change.clamp_(min=0).sum(1)))
 
-    def split(self, lengths: list[int]) -> list[dict[str, np.ndarray]]:
-        """The risers of each response of so many tokens: `ids`, `before` and `after` (n, 2K), `moved` (n,)."""
-        found = [torch.cat(side).cpu().split(lengths) for side in zip(*self.parts)]
+    def split(self, lengths: list[int], gather=lambda values: values) -> list[dict[str, np.ndarray]]:
+        """The risers of each response of so many tokens: `ids`, `before` and `after` (n, 2K), `moved` (n,). `gather`:
+        that of OneRank, for ranks that share the batch."""
+        found = [gather(torch.cat(side)).cpu().split(lengths) for side in zip(*self.parts)]
         return [dict(zip(("ids", "before", "after", "moved"), (side.numpy() for side in part))) for part in zip(*found)]
 
 
