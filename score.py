@@ -220,12 +220,13 @@ def answer_greedily(opened: Opened, data: ResponseSet, prompts: list[list[int]],
                     bar: Progress) -> list[list[int]]:
     """Token ids of a greedy answer to each prompt; the ranks share the prompts."""
     rank, world = distributed.rank_and_world()
-    opened.model.set_attn_implementation(opened.own)  # the layout's has no notion of a cache
+    of_layout = opened.model.config._attn_implementation  # has no notion of a cache
+    opened.model.set_attn_implementation(opened.own)
     # Of tokens that were generated a model keeps keys and values, and nothing else of what a scored one takes.
     with shortage_named(f"the greedy answers of {opened.checkpoint.path}"):
         mine = answers.greedy(opened.model, prompts[rank::world], data.answer_limit, data.limit, data.ends,
                               4 * max_tokens, lambda count: bar.update(count * world))
-    opened.model.set_attn_implementation(opened.attention)
+    opened.model.set_attn_implementation(of_layout)
     found = distributed.gather_or_raise(None, mine)
     return [found[i % world][i // world] for i in range(len(prompts))]
 

@@ -134,7 +134,7 @@ def read(folder: Path) -> dict:
                 and record["steps"] > 0 and pairs_per_step(record) > 0 and type(record.get("finished", False)) is bool
                 and _is_fork(record.get("fork"))):
             return record
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
         pass
     raise UserError(f"{folder / 'run.json'}: is not what train.py writes; name another --output_dir")
 

@@ -13,7 +13,7 @@ from ..core.attention import LOOP, VARLEN, loop_attention, varlen_attention
 from ..core.packing import LAYOUTS, Group, pack
 from ..errors import UserError, first_line
 from ..ranks.distributed import say, sum_over_ranks
-from .ulysses import shared, whole
+from .ulysses import shared
 
 # The error of a token's log-prob, in standard deviations of the log-probs: those of a freshly drawn model vary by a
 # tenth of a nat, those of a trained one by several. In float32 the largest error counts: in right layouts it was 6e-6,
@@ -34,9 +34,11 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
     and fails.
     """
     model = module.model.get_base_model() if hasattr(module.model, "get_base_model") else module.model
-    own = model.config._attn_implementation
-    candidates = _candidates(model.config, own, device, dtype, module.parallel.size)
-    if demand_flash and not candidates[0][1].startswith(VARLEN):
+    own, ranks = model.config._attn_implementation, module.parallel.size
+    candidates = _candidates(model.config, own, device, dtype)
+    if ranks > 1:  # a model's own attention is not exchanged
+        candidates = [found for found in candidates if found[0] == "packed"]
+    if demand_flash and candidates[0][1] != VARLEN:
         raise UserError("--use_flash_attention: the flash kernel needs a CUDA device, --bf16 and a model without "
                         "attention softcap; leave the flag out")
     was_training = module.training
@@ -49,55 +51,50 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
                             "adapter, are broken")
         errors = {}
         for layout, attention in candidates:
-            _set_attention(model, attention)
+            _set_attention(model, shared(attention, ranks))
             batch = LAYOUTS[layout](groups).to(device)
             errors[attention] = _over_ranks(device, _error, module, batch, truth, QUANTILE[dtype])
-            if attention.startswith(VARLEN) and errors[attention] <= TOLERANCE[dtype]:
+            if attention == VARLEN and errors[attention] <= TOLERANCE[dtype]:
                 errors[attention] = _over_ranks(device, _backward_error, model.config.get_text_config(), groups, device,
                                                 dtype)
             if errors[attention] <= TOLERANCE[dtype]:
                 return layout, attention
-            say(f"not for this model: {describe(layout, attention)} (wrong by {errors[attention]:.2g} standard "
+            say(f"not for this model: {describe(layout, attention, ranks)} (wrong by {errors[attention]:.2g} standard "
                 "deviations of a token's log-prob)")
-            if attention.startswith(VARLEN) and demand_flash:
+            if attention == VARLEN and demand_flash:
                 raise UserError("--use_flash_attention: the flash kernel does not give this model's own log-probs "
                                 f"(error {errors[attention]:.2g} standard deviations); leave the flag out")
     finally:
         module.train(was_training)
-    if module.parallel.size > 1:
-        raise UserError(f"--sequence_parallel_size {module.parallel.size}: ranks that share a batch do not get this "
-                        f"model's own log-probs (error {min(errors.values()):.2g} standard deviations): layers other "
-                        "than attention look at other positions, or its heads can't be exchanged; leave the flag out")
+    if ranks > 1:
+        raise UserError(f"--sequence_parallel_size {ranks}: ranks that share a batch do not get this model's own "
+                        f"log-probs (error {errors[LOOP]:.2g} standard deviations): layers other than attention look "
+                        "at other positions, or its heads can't be exchanged; leave the flag out")
     raise UserError("this model's output layer is not understood: log-probs differ from those of its own logits "
                     f"(error {errors[own]:.2g} standard deviations)")
 
 
-def describe(layout: str, attention: str) -> str:
-    """Lines for the screen: how batches are laid out, and the attention."""
+def describe(layout: str, attention: str, ranks: int = 1) -> str:
+    """Lines for the screen: how batches are laid out, the attention, and how many ranks share a batch."""
     how = ("packed, without padding, each prompt once" if layout == "packed" else
            "plain, a line for each response, padded to one length")
-    name, ranks = whole(attention)
-    words = {LOOP: "sequence by sequence, in PyTorch", VARLEN: "the flash kernel"}.get(
-        name, f"the model's own ({attention})")
+    attention = {LOOP: "sequence by sequence, in PyTorch", VARLEN: "the flash kernel"}.get(
+        attention, f"the model's own ({attention})")
     across = f"\n  {ranks} ranks share each batch: part of its tokens, part of attention's heads" if ranks > 1 else ""
-    return f"batches: {how}\n  attention: {words}{across}"
+    return f"batches: {how}\n  attention: {attention}{across}"
 
 
-def _candidates(config, own: str, device: torch.device, dtype: torch.dtype, ranks: int = 1) -> list[tuple[str, str]]:
+def _candidates(config, own: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     flash = device.type == "cuda" and dtype == torch.bfloat16 and not capped
-    names = [*([VARLEN] if flash else []), LOOP]
-    if ranks > 1:
-        return [("packed", shared(name, ranks)) for name in names]
-    return [*(("packed", name) for name in names), ("plain", own)]
+    return [*([("packed", VARLEN)] if flash else []), ("packed", LOOP), ("plain", own)]
 
 
 def memory_is_linear(config, attention: str, longest: int) -> bool:
     """Whether attention's memory is in proportion to a batch's length, without a mask or scores of length x length."""
     window = getattr(config, "sliding_window", None)
     masked = getattr(config, "attn_logit_softcapping", None) or (window and window < longest)
-    name, _ = whole(attention)
-    return name == VARLEN or (name == LOOP and not masked)
+    return attention == VARLEN or (attention == LOOP and not masked)
 
 
 def _set_attention(model, attention: str) -> None:

@@ -8,7 +8,6 @@ Shapes: H heads, G key/value heads, T positions of a rank, E head size, N scored
 """
 
 import functools
-import re
 from types import SimpleNamespace
 
 import torch
@@ -24,18 +23,8 @@ from ..ranks import distributed
 
 
 def shared(attention: str, ranks: int) -> str:
-    """The name of an attention of core/attention.py whose heads so many ranks share.
-
-    >>> shared(LOOP, 2), whole("nanodpo_loop_ulysses2"), whole("sdpa")
-    ('nanodpo_loop_ulysses2', ('nanodpo_loop', 2), ('sdpa', 1))
-    """
-    return f"{attention}_ulysses{ranks}"
-
-
-def whole(name: str) -> tuple[str, int]:
-    """(attention, number of ranks that share its heads) of a name."""
-    found = re.fullmatch(r"(\w+)_ulysses(\d+)", name)
-    return (found[1], int(found[2])) if found else (name, 1)
+    """The name under which transformers finds an attention of core/attention.py whose heads so many ranks share."""
+    return f"{attention}_ulysses" if ranks > 1 else attention
 
 
 def ranks_of_a_batch(size: int) -> OneRank:

@@ -195,7 +195,7 @@ def make_engine(model, args, settings: dict, device, longest: int) -> Built:
     import_muon()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     layout, attention = selfcheck.choose_layout(module, device, product, args.use_flash_attention, longest)
-    distributed.say(selfcheck.describe(layout, attention))
+    distributed.say(selfcheck.describe(layout, attention, module.parallel.size))
     if args.activation_memory:
         if not selfcheck.memory_is_linear(model.config.get_text_config(), attention, longest):
             raise UserError("--activation_memory: this model's attention takes memory by the square of a batch's "

@@ -79,15 +79,18 @@ def _open_as_main(run: Run) -> dict:
 
 def shared_anew(run: Run, facts: dict) -> str:
     """A line for the screen where the run goes on with another number of ranks than have written the state whose facts
-    these are, or than it began with; else an empty text."""
+    these are, or than it began with, or with another --sequence_parallel_size; else an empty text."""
     before = run.old or (run.fork and run.fork.source)
     if not before or facts.get("complete") or record.pairs_per_step(before) != run.pairs_per_step:
         return ""
     others = [n for n in (facts.get("world_size"), before["world_size"]) if n not in (None, run.world)]
-    if not others:
+    size = run.args.sequence_parallel_size
+    if not others and size == (record.DEFAULTS | before["arguments"])["sequence_parallel_size"]:
         return ""
+    share = f", of which {size} share each batch," if size > 1 else ""
     dropout = "; its dropout draws other numbers" if run.args.allow_dropout else ""
-    return (f"resume: {run.world} rank{'s' * (run.world > 1)} in place of {others[0]}; --gradient_accumulation_steps "
+    now = f"{run.world} rank{'s' * (run.world > 1)}{share}"
+    return (f"resume: {now} in place of {[*others, run.world][0]}; --gradient_accumulation_steps "
             f"{run.args.gradient_accumulation_steps} keeps {run.pairs_per_step} pairs a step{dropout}")
 
 

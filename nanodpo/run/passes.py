@@ -90,6 +90,8 @@ def _references(run: Run, model: tuple, data: DataSet, name, steps: list[list[in
                    "data": reference.token_hash(data.examples), "layout": layout, "attention": attention,
                    # Stage 3 has matrix products of its own, which round otherwise.
                    "zero": stage, "device": distributed.device_name(run.device), "versions": record.versions()}
+    if args.sequence_parallel_size > 1:  # so do products of parts of a batch
+        fingerprint |= {"ranks that share a batch": args.sequence_parallel_size}
     if args.bf16:  # its rounding depends on what else is in the micro-batch
         # How many ranks share them changes none: evaluation cuts its pairs in order, a micro-batch is `batch` of them.
         size = len(steps[0]) if data is run.train_set else min(batch, len(data.examples))

@@ -25,7 +25,6 @@ class Opened:
     made_of: tuple[str, dict | None, bool, int | None]  # the base, the shape of its adapter, bf16, bits
     module: SequenceLogProbs
     layout: str
-    attention: str  # of the layout
     own: str  # the model's own attention, which can generate
     trained: list[nn.Parameter]  # LoRA weights, where gradients are wanted
 
@@ -92,8 +91,8 @@ class Opener:
         model = add_adapter(model, adapter)
         module, layout, attention = freeze(model, bf16, self.device, self.longest, self.parallel)
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
-        distributed.say(f"{base}: {selfcheck.describe(layout, attention)}")
-        return Opened(checkpoint, (base, shape, bf16, bits), module, layout, attention, own, trained)
+        distributed.say(f"{base}: {selfcheck.describe(layout, attention, self.parallel.size)}")
+        return Opened(checkpoint, (base, shape, bf16, bits), module, layout, own, trained)
 
 
 def open_device(local_rank: int, gpu_id: int | None) -> torch.device:

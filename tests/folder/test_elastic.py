@@ -220,7 +220,7 @@ def test_how_many_micro_batches_a_rank_gets(had, now, given, expected, monkeypat
     where it can't be, a fork at step 0 has it as it is given."""
     monkeypatch.setenv("WORLD_SIZE", str(now))
     old = {"world_size": had[0], "arguments": {"gradient_accumulation_steps": had[1], "per_device_train_batch_size": 3}}
-    args = SimpleNamespace(gradient_accumulation_steps=given)
+    args = SimpleNamespace(gradient_accumulation_steps=given, sequence_parallel_size=1)
     if isinstance(expected, int):
         record.share_anew(args, old, "run")
         assert args.gradient_accumulation_steps == expected

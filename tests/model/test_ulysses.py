@@ -5,6 +5,7 @@ Where rounding would hide what is wrong, whole runs are made in float64 (double.
 
 import json
 import math
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoConfig
 from nanodpo.core.packing import pack
 from nanodpo.errors import UserError
 from nanodpo.flags.arguments import TrainArguments
-from nanodpo.folder.record import pairs_per_step
+from nanodpo.folder.record import pairs_per_step, share_anew
 from nanodpo.model.source import check_heads
 from nanodpo.model.ulysses import cut
 
@@ -111,7 +112,7 @@ def test_a_run_in_float64(stage, more, rel, place, tmp_path):
                      script=(DOUBLE, "train")) for n in (1, 2))
     assert_equal(one, two, rel)
     record = json.loads((tmp_path / "ranks2" / "run.json").read_text())
-    assert pairs_per_step(record) == 4 and record["attention"] == "nanodpo_loop_ulysses2"
+    assert pairs_per_step(record) == 4 and record["attention"] == "nanodpo_loop"
 
 
 def test_groups_of_ranks_in_float64(place, tmp_path):
@@ -218,10 +219,38 @@ def test_what_is_refused_in_training(ranks, more, words, place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_number_of_ranks_a_pair_is_another_run(run, place):
-    """Its sums are rounded otherwise, and with as many ranks a step would have fewer pairs."""
-    codes, said = start(place, run, *PAIRS, "--sequence_parallel_size", "2", ranks=2)
-    assert codes == [2, 2] and "--sequence_parallel_size: 1 -> 2" in said, said
+def test_a_run_goes_on_with_ranks_that_share_its_batches(run, place, tmp_path):
+    """Begun on one rank, whose memory was too small for a row, say: its steps keep their pairs, and its numbers are
+    those that one rank has, to float32's rounding."""
+    more = (*PAIRS, "--save_steps", "1")
+    assert start(place, tmp_path / "run", *more, script=(ROOT / "tests" / "faulty.py", "kill@2"))[0] == [137]
+    codes, said = start(place, tmp_path / "run", *more, "--sequence_parallel_size", "2", ranks=2)
+    assert codes == [0, 0] and "going on at step 2" in said, said
+    assert ("resume: 2 ranks, of which 2 share each batch, in place of 1; --gradient_accumulation_steps 2 keeps 4 "
+            "pairs a step") in said
+    one, other = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                  for folder in (run, tmp_path / "run"))
+    assert [line["step"] for line in one] == [line["step"] for line in other]
+    for a, b in zip(one, other):
+        for key in a.keys() - {"perf/step_seconds", "perf/tokens_per_second", "mem/peak_gib"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-6), (a["step"], key)
+
+
+@pytest.mark.parametrize("ranks, size, accumulation", [(1, 1, 4), (2, 2, 4), (4, 2, 2), (4, 1, 1), (8, 2, 1)])
+def test_accumulation_follows_from_groups_of_ranks(ranks, size, accumulation, monkeypatch):
+    """Of a run that two groups of two ranks began, with two micro-batches each: four in a step."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    args = SimpleNamespace(gradient_accumulation_steps=2, sequence_parallel_size=size)
+    given = {"gradient_accumulation_steps": 2, "sequence_parallel_size": 2}
+    share_anew(args, {"arguments": given, "world_size": 4}, "")
+    assert args.gradient_accumulation_steps == accumulation
+
+
+def test_ranks_that_can_share_a_step_are_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    args = SimpleNamespace(gradient_accumulation_steps=2, sequence_parallel_size=2)
+    with pytest.raises(UserError, match="2 micro-batches, which 6 ranks can't share evenly; go on with 2 or 4 ranks"):
+        share_anew(args, {"arguments": {"gradient_accumulation_steps": 2}, "world_size": 1}, "")
 
 
 @pytest.mark.parametrize("size, words", [("0", "must be at least 1"), ("2", "does not divide the number of ranks, 1"),
