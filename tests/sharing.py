@@ -78,7 +78,7 @@ def check(family: str, lora: bool, size: int, name: str) -> None:
 
 
 def kept_bytes(model, size: int) -> int:
-    """What one batch keeps for backward on this rank, each storage once, without weights."""
+    """Of what this rank keeps for the backward pass of a batch: each storage once, without weights."""
     module, saved = SequenceLogProbs(model), {}
     module.parallel = ulysses.ranks_of_a_batch(size)
     model.set_attn_implementation(ulysses.shared(attention.LOOP, size) if size > 1 else attention.LOOP)

@@ -28,7 +28,7 @@ def shared(attention: str, ranks: int) -> str:
 
 
 def ranks_of_a_batch(size: int) -> OneRank:
-    """What a SequenceLogProbs has as `parallel` where so many ranks share a batch. All ranks must call it."""
+    """Returns the `parallel` of a SequenceLogProbs where so many ranks share a batch. All ranks must call it."""
     return SequenceParallel(size) if size > 1 else OneRank()
 
 

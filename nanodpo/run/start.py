@@ -162,8 +162,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         if differs := accelerate_differs(args, settings):
             distributed.say(differs)
         monitors = take_blocks(settings, args.report_to)
-        distributed.check_device(args)
-        distributed.check_sequence_parallel(args.sequence_parallel_size)
+        check_launch(args)
         source, how = open_checked(args, lora, settings)
         say_other_bits(args, source.adapter)
         new = f"runs/{loss_name(args.loss)}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
@@ -192,6 +191,12 @@ def prepare(argv: list[str], script: Path) -> Start | None:
     if not start.finished:
         distributed.say("\n".join(data.report() for data in sets))
     return start
+
+
+def check_launch(args) -> None:
+    """Raises UserError for settings that this machine, or the number of ranks that were started, can't honour."""
+    distributed.check_device(args)
+    distributed.check_sequence_parallel(args.sequence_parallel_size)
 
 
 def say_config(args) -> None:
