@@ -140,6 +140,18 @@ def zero(folder: Path, stage: int) -> Path:
 
 
 @pytest.fixture
+def stand_in(tmp_path):
+    """stand_in(name, text): a shell's script in tmp_path, in place of a command that is not there."""
+
+    def write(name: str, text: str) -> Path:
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A file system of 4 MiB; small_disk / "filler" takes what a test wants to be gone."""
     place = tmp_path / "small"

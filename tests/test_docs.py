@@ -9,12 +9,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas
 import pytest
+import yaml
 from conftest import environment, launch
 
+from nanodpo import errors
+from nanodpo.flags import arguments
 from nanodpo.run.metrics import pair_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,14 +107,10 @@ def test_every_command_runs_as_it_stands(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_of_slurm_goes_on_until_it_is_finished(tiny, tmp_path):
+def test_a_job_of_slurm_goes_on_until_it_is_finished(tiny, tmp_path, stand_in):
     """examples/launch/slurm.sh with stand-ins for Slurm's commands: srun starts two ranks with Slurm's variables and
     ends with the largest exit code. The first time the ranks are told to stop, and the job goes back into the queue;
     the second time it is finished."""
-    def stand_in(name, text):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-
     stand_in("scontrol", '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> scontrol.log')
     stand_in("srun", """shift; worst=0
 for rank in 0 1; do
@@ -134,3 +134,68 @@ exit "$worst\"""")
     codes = [subprocess.run(job, cwd=tmp_path, env=told, capture_output=True, timeout=300).returncode for _ in range(2)]
     assert codes == [75, 0] and (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 30
+
+
+@pytest.mark.parametrize("code, hangs", [(0, False), (1, False), (2, False), (75, False), (75, True)])
+def test_torchrun_keeps_the_exit_code_and_ends(code, hangs, tmp_path, stand_in):
+    """examples/launch/torchrun.sh with a stand-in for torchrun, which starts two processes, says 1 whatever they say,
+    and where the network is cut does not end. The code is that of the first process to fail."""
+    stand_in("torchrun", f"""until [ "$1" = --no_python ]; do echo "$1" >> {tmp_path}/flags; shift; done; shift
+LOCAL_RANK=0 "$@" && LOCAL_RANK=1 "$@" || {{ LOCAL_RANK=1 "$@"; {"exec sleep 60;" * hangs} exit 1; }}""")
+    stand_in("python", f'echo "$@" >> {tmp_path}/given; [ $LOCAL_RANK = 1 ] && exit {code and 143}; exit {code}')
+    told = os.environ | {"TORCHRUN": str(tmp_path / "torchrun"), "PYTHON": str(tmp_path / "python"), "NODES": "3",
+                         "NODE": "1", "HEAD": "first", "PATIENCE": "1"}
+    began = time.monotonic()
+    command = ["bash", ROOT / "examples" / "launch" / "torchrun.sh", "--beta", "0.2", "a b"]
+    assert subprocess.run(command, env=told, timeout=30).returncode == code
+    assert time.monotonic() - began < 20
+    assert (tmp_path / "given").read_text() == "train.py --beta 0.2 a b\n" * 2
+    given = (tmp_path / "flags").read_text().split()
+    assert dict(zip(given[::2], given[1::2])) == {
+        "--nnodes": "3", "--nproc_per_node": "gpu", "--rdzv_backend": "c10d", "--rdzv_id": "nanodpo",
+        "--rdzv_endpoint": "first:29400", "--rdzv_conf": "is_host=0"}
+
+
+def test_torchrun_passes_a_signal_on(tmp_path, stand_in):
+    """It goes to torchrun, as Kubernetes sends it to the first process of a pod alone. What the process then says
+    counts: bash, above it, gets the signal as well, and waits."""
+    stand_in("torchrun", """until [ "$1" = --no_python ]; do shift; done; shift
+setsid "$@" & pid=$!; trap 'kill -TERM -- -$pid' TERM; wait $pid; wait $pid; exit 1""")
+    stand_in("python", f"""trap 'sleep 0.5; exit 75' TERM; touch {tmp_path}/ready
+for i in {{1..300}}; do sleep 0.1; done""")
+    told = os.environ | {"TORCHRUN": str(tmp_path / "torchrun"), "PYTHON": str(tmp_path / "python"), "NODES": "2",
+                         "NODE": "0", "HEAD": "first"}
+    process = subprocess.Popen(["bash", ROOT / "examples" / "launch" / "torchrun.sh"], env=told)
+    end = time.monotonic() + 20
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(20) == 75
+
+
+def test_the_job_of_kubernetes_fits_together(monkeypatch):
+    """Its names, numbers of machines and exit codes agree with each other, and its command line is one that a run
+    takes."""
+    monkeypatch.chdir(ROOT)
+    service, job = yaml.safe_load_all(Path("examples/launch/kubernetes.yaml").read_text())
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    name, env = job["metadata"]["name"], {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["selector"] == {"job-name": name}
+    assert pod["subdomain"] == service["metadata"]["name"] and env["HEAD"] == f"{name}-0.{pod['subdomain']}"
+    assert spec["completionMode"] == "Indexed" and env["NODES"] == str(spec["completions"]) == str(spec["parallelism"])
+    codes = {code: rule["action"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule
+             for code in rule["onExitCodes"]["values"]}
+    assert codes == {errors.TEMPFAIL: "Ignore", 2: "FailJob"} and pod["restartPolicy"] == "Never"
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert volumes == mounts.keys()
+    shell, script, *flags = container["command"]
+    assert shell == "bash" and Path(script).name == "torchrun.sh"
+    assert set(re.findall(r"\$\{?([A-Z]+)", Path(script).read_text())) - env.keys() == {
+        "TORCHRUN", "PYTHON", "PROCESSES", "RUN", "PORT", "PATIENCE"}, "those have defaults"
+    args = arguments.parse(flags, ROOT / "examples" / "dpo.yaml")
+    for path in (args.output_dir, args.cache_dir, args.model_name, args.train_file_path):
+        assert str(path).startswith(mounts["shared"])
+    assert Path(args.deepspeed).is_file()

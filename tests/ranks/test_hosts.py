@@ -58,22 +58,37 @@ def test_two_hosts_compute_what_one_does(on_hosts, one_host, tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher, stage", [("torchrun", 3), ("deepspeed", 2)])
-def test_launchers_on_two_hosts(launcher, stage, hosts, tiny, tmp_path, forked):
-    """torchrun's rendezvous, and DeepSpeed's launcher with a hostfile, started once a host: the numbers of one host."""
-    more = (*FULL, "--deepspeed", zero(tiny, stage))
-    assert forked(TRAIN, *flags(tiny, tmp_path / "one", *more), ranks=2)[0] == [0, 0]
-    (tmp_path / "hostfile").write_text("".join(f"{address(host)} slots=1\n" for host in range(2)))
-    commands = {"torchrun": lambda host: [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d",
-        "--rdzv_endpoint", f"{address(0)}:29400", "--rdzv_conf", f"is_host={1 - host}", "--local_addr", address(host)],
-        "deepspeed": lambda host: [
-            Path(sys.executable).with_name("deepspeed"), "--hostfile", tmp_path / "hostfile", "--no_ssh", "--node_rank",
-            host, "--master_addr", address(0)]}
-    started = [hosts.start(host, [*commands[launcher](host), TRAIN, *flags(tiny, tmp_path / "two", *more)],
-                           env=environment(), cwd=tmp_path) for host in range(2)]
+def test_torchrun_on_two_hosts(hosts, tiny, tmp_path, forked):
+    """examples/launch/torchrun.sh, started on each, with ZeRO-3: the numbers of one host."""
+    given = [*FULL, "--deepspeed", zero(tiny, 3)]
+    assert forked(TRAIN, *flags(tiny, tmp_path / "one", *given), ranks=2)[0] == [0, 0]
+    told = environment() | {"TORCHRUN": Path(sys.executable).with_name("torchrun"), "PYTHON": sys.executable,
+                            "NODES": "2", "PROCESSES": "1", "HEAD": address(0)}
+    started = [hosts.start(host, ["bash", "examples/launch/torchrun.sh", *flags(tiny, tmp_path / "two", *given)],
+                           cwd=ROOT, env=told | {"NODE": str(host), "ADDRESS": address(host)}) for host in range(2)]
     said = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_deepspeed_on_two_hosts(hosts, tiny, tmp_path, forked, stand_in):
+    """`deepspeed --hostfile`, with examples/launch/hostfile and ZeRO-2: the numbers of one host. ssh and pdsh, by which
+    DeepSpeed reaches the hosts, are stand-ins that enter a network namespace."""
+    given = [*FULL, "--deepspeed", zero(tiny, 2)]
+    assert forked(TRAIN, *flags(tiny, tmp_path / "one", *given), ranks=2)[0] == [0, 0]
+    stand_in("ssh", f'[ "${{@: -1}}" = -I ] && echo {address(0)}; true')
+    stand_in("pdsh", f"""[ "$1 $5" = "-S worker-0,worker-1" ] || exit 99
+names=({" ".join(hosts.names)}); shift 5; worst=0
+for n in 0 1; do command="$*"; ip netns exec ${{names[$n]}} bash -c "${{command//%n/$n}}" & pids[$n]=$!; done
+for pid in ${{pids[*]}}; do wait $pid; code=$?; [ $code -gt $worst ] && worst=$code; done
+exit $worst""")
+    slots = (ROOT / "examples" / "launch" / "hostfile").read_text().replace("slots=8", "slots=1")
+    (tmp_path / "hostfile").write_text(slots)
+    done = subprocess.run([Path(sys.executable).with_name("deepspeed"), "--hostfile", tmp_path / "hostfile", TRAIN,
+                           *flags(tiny, tmp_path / "two", *given)], capture_output=True, text=True, timeout=300,
+                          env=environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stdout + done.stderr
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
