@@ -14,7 +14,8 @@
 #         --deepspeed examples/launch/zero3.json
 #
 # Two minutes before its time is up, or before it gives way to another job, Slurm sends SIGTERM: the run saves what is
-# done and ends with 75, and the job goes back into the queue. The same command then goes on from there.
+# done and ends with 75, as it does where the network between its machines is cut, and the job goes back into the queue.
+# The same command then goes on from there.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
