@@ -30,13 +30,13 @@ def hosts():
 
 @pytest.fixture
 def on_hosts(hosts, forked):
-    """on_hosts(script, flags, at by rank): exit codes and output of two ranks, each on a host of its own."""
+    """on_hosts(script, flags, at by rank, ranks): exit codes and output of ranks, half of them on each host."""
 
-    def run(script: str, given, at: dict | None = None):
+    def run(script: str, given, at: dict | None = None, ranks: int = 2):
         limits = {"ranks.waits.SILENCE": 2.5, "ranks.waits.JOIN": 3, "ranks.peers.BEAT": 0.5}
-        plans = {str(host): {"host": name, "env": {"MASTER_ADDR": address(0)}, "at": (at or {}).get(host, {}),
-                             "set": limits if at else {}} for host, name in enumerate(hosts.names)}
-        return forked(APART, script, json.dumps(plans), *given, ranks=2)
+        plans = {str(rank): {"host": hosts.names[2 * rank // ranks], "env": {"MASTER_ADDR": address(0)},
+                             "at": (at or {}).get(rank, {}), "set": limits if at else {}} for rank in range(ranks)}
+        return forked(APART, script, json.dumps(plans), *given, ranks=ranks)
 
     return run
 
@@ -93,27 +93,32 @@ exit $worst""")
 
 
 @pytest.mark.slow
-def test_scoring_on_two_hosts(on_hosts, tiny, tmp_path, forked):
-    """Every table, byte for byte, is that of one process."""
+def test_scoring_on_two_hosts(hosts, on_hosts, tiny, tmp_path, forked):
+    """Every table, byte for byte, is that of one process, though the network was cut in the second part."""
     given = [tiny / "model", tiny / "untied", "--dataset_path", tiny / "train.jsonl", "--max_tokens", "200"]
     assert forked(ROOT / "score.py", *given, "--output_dir", tmp_path / "one")[0] == [0]
-    codes, said = on_hosts("score", [*given, "--output_dir", tmp_path / "two"])
-    assert codes == [0, 0], said
+    again = [*given, "--output_dir", tmp_path / "two"]
+    codes, said = on_hosts("score", again, {1: {"part": [hosts.cut]}})
+    assert codes == [75, 75] and "Traceback" not in said, said
+    subprocess.run(hosts.mend, shell=True, check=True)
+    codes, said = on_hosts("score", again)
+    assert codes == [0, 0] and "2 parts, 1 of them done before" in said, said
     one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.[pcj]*")}
                 for name in ("one", "two"))
     assert one == two and {"scores.parquet", "summary.csv", "verdict.json"} <= one.keys()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank, place", [(1, "join"), (0, "reference"), (0, "save")])
-def test_a_cut_network_ends_the_run_on_both_hosts(rank, place, hosts, on_hosts, tiny, tmp_path):
+@pytest.mark.parametrize("rank, place, ranks", [(1, "join", 2), (0, "reference", 4), (0, "save", 2)])
+def test_a_cut_network_ends_the_run_on_both_hosts(rank, place, ranks, hosts, on_hosts, tiny, tmp_path):
     """Packets vanish, and nobody is told: while ranks meet in gloo, compute references, or wait for rank 0, which saves
     the first checkpoint. Both say in a line that the other is silent, and exit with 75, so that a job script starts
     them again. What is there is whole."""
-    codes, said = on_hosts("train", flags(tiny, tmp_path / "run"), {rank: {place: [hosts.cut]}})
-    assert codes == [75, 75] and "Traceback" not in said, said
-    for own in range(2):
-        assert f"error: rank {own} stops because rank {1 - own} has not been heard of for " in said
+    codes, said = on_hosts("train", flags(tiny, tmp_path / "run"), {rank: {place: [hosts.cut]}}, ranks)
+    assert codes == [75] * ranks and "Traceback" not in said, said
+    first = [0, ranks // 2]  # of each host's ranks; the second host's hear of the others by the first one alone
+    for own in range(ranks):
+        assert f"error: rank {own} stops because rank {first[own < first[1]]} has not been heard of for " in said
     assert not list(tmp_path.rglob("*.partial"))
     assert isinstance(read_manifest(tmp_path / "run" / "checkpoint-0"), str if place == "join" else dict)
 
