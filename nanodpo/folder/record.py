@@ -172,9 +172,10 @@ def share_anew(args, old: dict, folder: Path | str, demanded: bool = True) -> No
     if total % groups == 0:
         args.gradient_accumulation_steps = total // groups
     elif demanded:
-        fit = " or ".join(str(n * size) for n in range(1, total + 1) if total % n == 0)
+        *fit, most = (str(n * size) for n in range(1, total + 1) if total % n == 0)
         raise UserError(f"{folder}: a step has {pairs_per_step(old)} pairs in {total} micro-batches, which "
-                        f"{world_size()} ranks can't share evenly; go on with {fit} rank{'s' * (total * size > 1)}")
+                        f"{world_size()} ranks can't share evenly; go on with {', '.join(fit) + ' or ' * (total > 1)}"
+                        f"{most} rank{'s' * (total * size > 1)}")
 
 
 def world_size() -> int:
