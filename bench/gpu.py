@@ -159,13 +159,10 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, modes: dict[
     return layers * (forward + backward) + sum(count * again[mode] for mode, count in modes.items()) + head
 
 
-def count(shape: dict, rank: int, gib: float, pairs: list[contenders.Pair]) -> dict:
-    """Bytes that stand beside any row; by mode bytes that a token takes in forward and backward pass, and the longest
-    row that so many GiB allow; and the matmuls of these pairs, by contender, over what they are where all is kept.
-
-    Counted on tensors that have a shape and no data, with the attention that runs on a GPU. Beside the row stand the
-    weights in bfloat16 and LoRA's in float32 with moments and gradients.
-    """
+def sized(shape: dict, rank: int, gib: float = 0.0):
+    """(the model, its FitToMemory for so many GiB, bytes that stand beside any row), counted on tensors that have a
+    shape and no data, with the attention that runs on a GPU. Beside the row stand the weights in bfloat16 and LoRA's in
+    float32 with moments and gradients."""
     from nanodpo.core.attention import VARLEN
     from nanodpo.core.logprobs import SequenceLogProbs
     from nanodpo.model.layers import fuse_lora, keep_less
@@ -177,10 +174,20 @@ def count(shape: dict, rank: int, gib: float, pairs: list[contenders.Pair]) -> d
     model.get_base_model().set_attn_implementation(VARLEN)
     weights = sum(p.numel() * (18 if p.requires_grad else 2) for p in model.parameters())
     rows = functools.partial(sample_batch, "packed", model.config, torch.device("meta"))
-    chosen = FitToMemory(Recompute(model), SequenceLogProbs(model), rows, gib * 0.92 * 2**30 - weights)
-    # A copy on the CPU can't be made of what has no data: the layers' inputs by hand.
-    inputs = 2 * shape["hidden_size"] * shape["num_hidden_layers"]
-    sizes = chosen.per_token | {"offload": chosen.per_token["full"] - inputs}
+    return model, FitToMemory(Recompute(model), SequenceLogProbs(model), rows, gib * 0.92 * 2**30 - weights), weights
+
+
+def by_mode(chosen, shape: dict) -> dict[str, float]:
+    """Bytes a token by mode, from `sized`. A copy on the CPU can't be made of what has no data: the layers' inputs by
+    hand."""
+    return chosen.per_token | {"offload": chosen.per_token["full"] - 2 * shape["hidden_size"] *
+                               shape["num_hidden_layers"]}
+
+
+def count(shape: dict, rank: int, gib: float, pairs: list[contenders.Pair]) -> dict:
+    """Bytes that stand beside any row; by mode bytes that a token takes in forward and backward pass, and the longest
+    row that so many GiB allow; and the matmuls of these pairs, by contender, over what they are where all is kept."""
+    _, chosen, weights = sized(shape, rank, gib)
     layers, matmuls = shape["num_hidden_layers"], {}
     for name, mode, modes in (("nanodpo", "keep", None), ("nanodpo", "by need", chosen.modes),
                               ("nanodpo", "full", None), ("trl", "full", None)):
@@ -188,7 +195,8 @@ def count(shape: dict, rank: int, gib: float, pairs: list[contenders.Pair]) -> d
         matmuls[f"{name}, {mode}"] = sum(flops(name, pair, shape, rank, collections.Counter(by_layer))
                                          for pair, by_layer in zip(pairs, each))
     return {"beside_any_row": weights, "matmuls": {name: n / matmuls["nanodpo, keep"] for name, n in matmuls.items()},
-            "rows": {mode: {"bytes_per_token": n, "longest_row": int(chosen.budget / n)} for mode, n in sizes.items()}}
+            "rows": {mode: {"bytes_per_token": n, "longest_row": int(chosen.budget / n)}
+                     for mode, n in by_mode(chosen, shape).items()}}
 
 
 def show_count(args) -> None:
@@ -216,26 +224,32 @@ def longest_pair(work: contenders.Work, scale: float) -> int:
     return fits
 
 
-def summarise(name: str, checkpointing: str, runs: list, work: contenders.Work, top: float) -> dict:
-    """Of all rounds of one contender: the mix, the pair after it, and what did not fit, in tokens."""
+def summarise(name: str, checkpointing: str, runs: list, work: contenders.Work, top: float, counted: tuple) -> dict:
+    """Of all rounds of one contender: the mix, the pair after it, and what did not fit, in tokens. `counted`: bytes
+    beside any row, and of a token by mode."""
     one = {"name": name, "checkpointing": checkpointing, "result": "ran"}
     if failed := [found for found in runs if isinstance(found, str)]:
         return one | {"result": failed[0]}
     fit = [k for k in range(len(work.pairs)) if all(found[k] for found in runs)]
     last = len(work.pairs) - 1
     return one | {"did_not_fit": sorted(tokens_of(pair) for k, pair in enumerate(work.pairs) if k not in fit),
-                  "mix": _part(name, [k for k in fit if k < last], last, runs, work, top),
-                  "longest": _part(name, [k for k in fit if k == last], 1, runs, work, top),
+                  "mix": _part(name, [k for k in fit if k < last], last, runs, work, top, counted),
+                  "longest": _part(name, [k for k in fit if k == last], 1, runs, work, top, counted),
                   "losses": [found["loss"] if found else None for found in runs[0]]}
 
 
-def _part(name: str, pairs: list[int], count: int, runs: list, work: contenders.Work, top: float) -> dict | None:
+def _part(name: str, pairs: list[int], count: int, runs: list, work: contenders.Work, top: float, counted: tuple
+          ) -> dict | None:
     """Of those of `count` pairs that fit; None where none did."""
     if not pairs:
         return None
     seconds = measure.spread([sum(found[k]["seconds"] for k in pairs) for found in runs])
     done = sum(flops(name, work.pairs[k], work.model, work.rank, runs[0][k]["modes"]) for k in pairs)
-    return {"fit": len(pairs), "of": count, "seconds": seconds, "modes": [runs[0][k]["modes"] for k in pairs],
+    beside, by_token = counted
+    rows = [sum(map(len, work.pairs[k])) * sum(by_token[mode] * layers for mode, layers in runs[0][k]["modes"].items())
+            / work.model["num_hidden_layers"] for k in pairs] if name == "nanodpo" else []
+    return {"fit": len(pairs), "of": count, "seconds": seconds, "counted_gib": (beside + max(rows)) / 2**30
+            if rows else None, "modes": [runs[0][k]["modes"] for k in pairs],
             "tokens_per_second": sum(tokens_of(work.pairs[k]) for k in pairs) / seconds["median"],
             "share_of_ceiling": done / seconds["median"] / top,
             "peak_gib": max(found[k]["peak_gib"] for found in runs for k in pairs)}
@@ -248,12 +262,13 @@ def line(one: dict) -> list[str]:
     cells = [one["name"], one["checkpointing"]]
     for part in (one["mix"], one["longest"]):
         cells += [f"{part['fit']} of {part['of']}", f"{part['tokens_per_second']:,.0f}",
-                  f"{part['share_of_ceiling']:.2f}", f"{part['peak_gib']:.1f}"] if part else ["none", *"---"]
+                  f"{part['share_of_ceiling']:.2f}", f"{part['peak_gib']:.1f}" + (
+                      f" ({part['counted_gib']:.1f})" if part["counted_gib"] else "")] if part else ["none", *"---"]
     return cells[:6] + cells[7:] + ["-" if one["losses"][0] is None else f"{one['losses'][0]:.4f}"]
 
 
-HEADER = ["contender", "recomputes", "pairs that fit", "tokens/s", "share of ceiling", "peak GiB", "20k pair: tokens/s",
-          "share", "peak GiB", "first loss"]
+HEADER = ["contender", "recomputes", "pairs that fit", "tokens/s", "share of ceiling", "peak GiB (counted)",
+          "20k pair: tokens/s", "share", "peak GiB (counted)", "first loss"]
 
 
 def best(results: list[dict], name: str) -> dict | None:
@@ -284,19 +299,21 @@ def main() -> None:
     worker = measure.Worker(Ceiling, resident_memory=False, device=device, size=256 if args.toy else 8192)
     top, *_ = worker.call("flops")
     worker.close()
+    _, sizes, beside = sized(shape, work.rank)
+    counted = beside, by_mode(sizes, shape)
     names = args.only or ["nanodpo"] + ["trl"] * measure.can_run("trl")
     modes = [(name, mode) for name, mode in MODES if name in names]
     runs, found = {mode: [] for mode in modes}, {"toy": args.toy, "ceiling": top, "longest_pair": None}
 
     def keep() -> None:  # all the while: what is cut off has said something
-        found["contenders"] = [summarise(*mode, some, work, top) for mode, some in runs.items() if some]
+        found["contenders"] = [summarise(*mode, some, work, top, counted) for mode, some in runs.items() if some]
         measure.write("gpu-toy" if args.toy else "gpu", args.json, vars(args), found)
 
     for _ in range(args.rounds):
         for mode in [mode for mode in modes if not any(isinstance(one, str) for one in runs[mode])]:
             name, work.checkpointing = mode
             runs[mode].append(run(name, work))
-            print(*line(summarise(*mode, runs[mode], work, top)), sep=" | ", flush=True)
+            print(*line(summarise(*mode, runs[mode], work, top, counted)), sep=" | ", flush=True)
             keep()
     if args.toy:
         print("TOY SIZE ON CPU: a check of the program; none of these numbers says anything about speed or memory\n")

@@ -16,7 +16,9 @@ sys.path.insert(0, str(ROOT / "bench"))
 import contenders
 import gpu
 import head
+import machines
 import measure
+import on_gpu
 import precision
 import prompt_share
 import step
@@ -202,6 +204,61 @@ def test_what_rows_take_is_counted_without_data(monkeypatch, tmp_path, capsys):
     least, need, full, trl = found["matmuls"].values()
     assert 1 == least <= need < full < trl
     assert 0 < limits[0] < limits[1] < limits[2]
+
+
+def test_which_settings_fit_which_machine_is_arithmetic(monkeypatch, tmp_path, capsys):
+    """By hand for Qwen2.5-0.5B, all numbers of whose shape are published (494,032,768 in all), on four GPUs under stage
+    2; the first setting that fits is named, and what a longer pair needs instead."""
+    n = machines.numbers("0.5B", 16)
+    hidden, inner, kv, layers = 896, 4864, 128, 24
+    sides = [(hidden, hidden)] * 2 + [(hidden, kv)] * 2 + [(hidden, inner)] * 3
+    assert n.embeddings == 151_936 * hidden and n.matrices == layers * sum(a * b for a, b in sides)
+    assert n.matrices + n.embeddings + n.vectors == 494_032_768
+    assert n.lora == layers * sum(16 * (a + b) for a, b in sides)
+    beside = 2 * (494_032_768 - n.vectors) + 4 * n.vectors + 4 * n.lora + 16 * n.lora / 4
+    beside += 4 * 2 * 10**7 + 3 * 256 * 2**20  # the bucket of gradients, the head's chunks
+    assert machines.bytes_beside(n, machines.Setting(""), 4) == pytest.approx(beside, rel=1e-12)
+    keep = n.per_token["keep"]
+    assert machines.fits(n, machines.Setting(""), 4, 24, 1000) == pytest.approx((beside + 1000 * keep) / 2**30)
+    most = int((0.92 * 24e9 - beside) / keep)
+    assert machines.cell(n, 4, 24, most).startswith("stage 2: 21 GiB")  # 0.92 of 24e9 bytes are 20.6
+    assert machines.cell(n, 4, 24, most + 9).startswith("stage 2, `--activation_memory -1`: ")
+    assert machines.cell(n, 1, 24, 10**7).startswith("does not fit: ")
+    monkeypatch.setattr(machines, "SIZES", {"0.5B": machines.SIZES["0.5B"]})
+    monkeypatch.setattr(sys, "argv", ["machines.py", "--lora_r", "16", "--json", str(tmp_path / "machines.json")])
+    machines.main()
+    assert f"| 8 x 80 GB | 0.5B | {machines.cell(n, 8, 80, 2000)} | " in capsys.readouterr().out
+
+
+def test_the_unattended_run_goes_on_after_a_part_that_fails(monkeypatch, tmp_path, capsys):
+    """It is named in the table, the next ones run, nothing begins when the minutes are over; table and JSON agree."""
+    def second(parts):
+        parts.end = 0
+        return "0.25 s", "0.5 s"
+
+    monkeypatch.setattr(on_gpu, "PARTS", {"no such file": lambda parts: parts.call("no-such.py"), "second": second,
+                                          "third": lambda parts: pytest.fail("begun")})
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--toy", "--json", str(tmp_path / "found.json")])
+    assert on_gpu.main() == 1
+    shown, record = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())["results"]
+    assert "TOY SIZE ON CPU" in shown and "| second | ran | 0 | 0.25 s | 0.5 s |" in shown
+    first, _, third = (part["result"] for part in record["parts"].values())
+    assert "FAILED: exit code 2: " in first and "no-such.py" in first
+    assert third == "FAILED: not begun: --minutes were over"
+    assert (tmp_path / "found.md").read_text() in shown
+
+
+@pytest.mark.slow
+def test_the_unattended_run_trains_and_compares(monkeypatch, tmp_path, capsys):
+    """Two of its parts at toy size, on CPU on both sides: no distance at all between a run and its like."""
+    some = {name: part for name, part in on_gpu.PARTS.items() if "default" in name or "activation" in name}
+    monkeypatch.setattr(on_gpu, "PARTS", some)
+    monkeypatch.setattr(on_gpu.Parts, "call", lambda self, script, *flags, **_: launch(script, *flags, launcher="fork"))
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--toy", "--json", str(tmp_path / "found.json")])
+    assert on_gpu.main() == 0
+    found = json.loads((tmp_path / "found.json").read_text())["results"]["parts"]
+    assert len(found) == 2 and all(part["measured"].startswith(
+        "distance of loss 0.0e+00, logps/chosen 0.0e+00, logps/rejected 0.0e+00") for part in found.values())
 
 
 def test_bfloat16_is_trained_as_the_engine_trains_it():
