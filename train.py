@@ -26,6 +26,7 @@ from nanodpo.figures.after import draw_run_after, is_drawn
 from nanodpo.folder import checkpoint, state
 from nanodpo.model import loading
 from nanodpo.model.quantised import bits_of
+from nanodpo.model.sharding import is_sharded, shared_weights
 from nanodpo.ranks import distributed
 from nanodpo.run import agreement, lifecycle, memory, monitors
 from nanodpo.run.engine import join_ranks, make_engine
@@ -64,18 +65,33 @@ def build(start: Start, stop: Stop) -> Run:
     args = start.args
     device = join_ranks(args.local_rank, start.settings | start.monitors, args.deepspeed)
     rank, world = distributed.rank_and_world()
-    with agreement.same_on_all_ranks() as compared, memory.shortage_named(rank, "loading the model"):
-        model = loading.load_model(start.source, args, start.lora)
-        weights = loading.weights_hash(model, fresh_lora=args.use_lora and not start.source.adapter)
-        compared |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
-        other, its_weights = loading.load_reference(start.reference, model, start.adapter_off, args)
-        compared |= {"a --reference that hashes to": its_weights}
+    with memory.shortage_named(rank, "loading the model"):
+        model, weights, other, its_weights = load_models(start)
     distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
     with memory.shortage_named(rank, "loading the model"):
         built = make_engine(model, args, start.settings, device, start.longest)
     torch.manual_seed(args.seed + rank)  # dropout's, with --allow_dropout
     return Run(**vars(start), **vars(built), stop=stop, weights=weights, reference_weights=its_weights,
                reference_model=other, device=device, world=world, rank=rank)
+
+
+def load_models(start: Start) -> tuple:
+    """(the policy, its hashes as the reference, the model of --reference, its hashes); see loading.py."""
+    args, shared = start.args, shared_weights(start.settings)
+    fresh = args.use_lora and not start.source.adapter
+    with agreement.same_on_all_ranks() as compared:
+        model = loading.load_model(start.source, args, start.lora, shared)
+        weights = loading.weights_hash(model, fresh, as_read=True)
+        compared |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
+        other = loading.load_reference(start.reference, start.adapter_off, args, shared)
+        its_weights = loading.weights_hash(other, False, as_read=True) if other else None
+        compared |= {"a --reference that hashes to": its_weights}
+    if is_sharded(model):  # all ranks have all of it, together: the hash that a run has without ZeRO
+        weights = loading.weights_hash(model, fresh)
+        its_weights = loading.weights_hash(other, False) if other else None
+    if start.reference and start.adapter_off:
+        its_weights = " ".join(weights.split()[:2])  # of the base and its config, without an adapter
+    return model, weights, other, its_weights
 
 
 def train(run: Run) -> None:

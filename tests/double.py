@@ -10,13 +10,16 @@ from tiny_models import KeepDouble
 
 from nanodpo.errors import leave, run_script
 from nanodpo.model import ready
+from nanodpo.model.sharding import cast
 from nanodpo.run import engine
 
 PREPARE = ready.prepare
 
 
 def prepare(model, *args, **kwargs):
-    return PREPARE(model.double(), *args, **kwargs)
+    for weight in model.double().parameters():  # which leaves the parts that ranks share as they are
+        cast(weight, torch.float64)
+    return PREPARE(model, *args, **kwargs)
 
 
 def main() -> None:

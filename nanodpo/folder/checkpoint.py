@@ -16,6 +16,7 @@ from ..data.template import read_template
 from ..errors import RunStopped, UserError, first_line
 from ..model.adapters import add_adapter, open_base
 from ..model.quantised import quantised_layers
+from ..model.sharding import whole
 from ..model.source import base_of
 from ..ranks.distributed import is_main, say
 from .atomic import new_folder, remove, steps_of
@@ -23,14 +24,11 @@ from .atomic import new_folder, remove, steps_of
 
 def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
     """Weights by name, whole and on CPU, on rank 0; nothing on the others. With ZeRO-3 all ranks must call it."""
-    import deepspeed
-
     state = {}
     for name, parameter in model.named_parameters():
         if only_trained and not parameter.requires_grad:
             continue
-        sharded = [parameter] if hasattr(parameter, "ds_id") else []
-        with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        with whole(parameter):
             if is_main():
                 state[name] = parameter.detach().cpu().clone()
     return state

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import UserError, first_line
 from ..files import read_text
 from .quantised import check_loaded, loading_options
+from .sharding import sharded_as_read
 from .source import BROKEN, hold_logs, place_of
 
 NOT_SHAPE = ("base_model_name_or_path", "peft_version", "inference_mode", "revision")  # of an adapter's config
@@ -22,13 +23,14 @@ NOT_SHAPE = ("base_model_name_or_path", "peft_version", "inference_mode", "revis
 TABLES = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
-def open_base(name: str, dtype, trust_remote_code: bool, bits: int | None = None):
-    """A causal LM with its weights, its matrices quantised to so many bits. Raises UserError for files that are broken,
-    lack a weight, or have one of another shape or one too many."""
+def open_base(name: str, dtype, trust_remote_code: bool, bits: int | None = None, shared: dict | None = None):
+    """A causal LM with its weights, its matrices quantised to so many bits, or its weights `shared` by the ranks (see
+    sharding.py). Raises UserError for files that are broken, lack a weight, or have one of another shape or one too
+    many."""
     from transformers import AutoModelForCausalLM
 
     try:
-        with hold_logs():
+        with hold_logs(), sharded_as_read(shared, dtype) as finish:
             model, keys = AutoModelForCausalLM.from_pretrained(
                 place_of(name), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
                 ignore_mismatched_sizes=True, **loading_options(bits))  # the error below names the weight
@@ -42,6 +44,7 @@ def open_base(name: str, dtype, trust_remote_code: bool, bits: int | None = None
             if strange := [key for key in keys["unexpected_keys"] if not TABLES.search(key)]:
                 raise UserError(f"{name}: has {len(strange)} weights that its config.json has no place for, such as "
                                 f"{min(strange)}; mend config.json, or save the model without them")
+            finish(model)
     except UserError:
         raise
     except BROKEN as error:

@@ -15,12 +15,13 @@ from .adapters import add_adapter, open_base
 from .lora_settings import take_over
 from .precision import storage_dtype
 from .quantised import bits_of, numel, quantised_layers
+from .sharding import as_bytes, is_sharded, whole
 from .source import BROKEN, Source, name_and_revision
 
 
-def load_model(source: Source, args, lora: dict | None = None) -> nn.Module:
+def load_model(source: Source, args, lora: dict | None = None, shared: dict | None = None) -> nn.Module:
     """The policy before training: the base model with its adapter, or with a fresh LoRA where args ask for one. `lora`:
-    the settings of --peft_config. Raises UserError."""
+    the settings of --peft_config; `shared`: from `sharding.shared_weights`. Raises UserError."""
     from transformers import AutoModelForCausalLM
 
     dtype, remote = storage_dtype(args.bf16, frozen=args.use_lora), args.trust_remote_code
@@ -31,7 +32,7 @@ def load_model(source: Source, args, lora: dict | None = None) -> nn.Module:
         except BROKEN as error:
             raise UserError(f"{source.base}: no model can be made of its config: {first_line(error)}") from error
     else:
-        model = open_base(source.base, dtype, remote, bits_of(args))
+        model = open_base(source.base, dtype, remote, bits_of(args), shared)
     if source.adapter:
         model = _open_adapter(model, source, args)
     elif args.use_lora:
@@ -154,13 +155,14 @@ def describe(model: nn.Module) -> str:
     return line + (f"\n  LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning")
 
 
-def weights_hash(model: nn.Module, fresh_lora: bool) -> str:
+def weights_hash(model: nn.Module, fresh_lora: bool, as_read: bool = False) -> str:
     """Hashes of the reference, separated by spaces: of its base's weights, its config, and its adapter where it has
-    one.
+    one. Where the ranks share the base's weights, all must call it, or, `as_read`, the first hash is another one: of
+    what this rank has read.
 
     A fresh LoRA is not part of the reference, so runs that differ in its rank or seed have the same hashes.
     """
-    hashes = base_hashes(model)
+    hashes = base_hashes(model, as_read)
     if not fresh_lora and hasattr(model, "peft_config"):
         own = model.peft_config["default"]
         digest = hashlib.sha256(
@@ -170,21 +172,27 @@ def weights_hash(model: nn.Module, fresh_lora: bool) -> str:
     return " ".join(hashes)
 
 
-def base_hashes(model: nn.Module) -> list[str]:
-    """[hash of a base's weights, hash of its config]; the same with an adapter on it and without."""
+def base_hashes(model: nn.Module, as_read: bool = False) -> list[str]:
+    """[hash of a base's weights, hash of its config]; the same with an adapter on it and without. `as_read` as above.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in inner.state_dict().items()
-               if ".lora_" not in name}
-    _add_tensors(weights := hashlib.sha256(), tensors)
+    if as_read and is_sharded(inner):
+        weights = inner.hash_as_read
+    else:
+        tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in
+                   inner.state_dict(keep_vars=True).items() if ".lora_" not in name}
+        _add_tensors(digest := hashlib.sha256(), tensors)
+        weights = digest.hexdigest()
     config = {key: value for key, value in inner.config.to_dict().items()
               if key not in ("_name_or_path", "transformers_version")}
-    return [weights.hexdigest(), hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()]
+    return [weights, hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()]
 
 
 def _add_tensors(digest, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        with whole(tensor):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(as_bytes(tensor))
 
 
 def check_base(hashes: list[str], base: str, record: dict, run) -> None:
@@ -205,17 +213,14 @@ def check_base(hashes: list[str], base: str, record: dict, run) -> None:
         say(f"{base}: transformers {now} reads its config otherwise than {then}, under which {run} was trained")
 
 
-def load_reference(source: Source | None, policy: nn.Module, adapter_off: bool, args) -> tuple:
-    """(the model of --reference in the policy's precision, its hashes); the model is None where the policy serves, with
-    its adapter off, and both are None without --reference. Raises UserError."""
-    if source is None:
-        return None, None
-    if adapter_off:
-        return None, weights_hash(policy, fresh_lora=True)
+def load_reference(source: Source | None, adapter_off: bool, args, shared: dict | None = None) -> nn.Module | None:
+    """The model of --reference in the policy's precision; None without it, and where the policy serves, with its
+    adapter off. `shared` as in `load_model`. Raises UserError."""
+    if source is None or adapter_off:
+        return None
     dtype = storage_dtype(args.bf16, frozen=args.use_lora)
-    model = open_base(source.base, dtype, args.trust_remote_code, bits_of(args))
-    model = add_adapter(model, source.adapter)
-    return model, weights_hash(model, fresh_lora=False)
+    model = open_base(source.base, dtype, args.trust_remote_code, bits_of(args), shared)
+    return add_adapter(model, source.adapter)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .sharding import cast, shape_of
+
 
 def product_dtype(bf16: bool, device: torch.device) -> torch.dtype:
     """The dtype in which matrices are multiplied."""
@@ -31,9 +33,9 @@ def mix_precision(model: nn.Module, product: torch.dtype) -> None:
     held = [layer for layer in _plain_linears(model) if layer.weight.dtype == torch.bfloat16]
     kept = {id(layer.weight) for layer in [*held, model.get_input_embeddings()]}
     for tensor in [*model.parameters(), *model.buffers()]:
-        wider = tensor.ndim < 2 or (product == torch.float32 and id(tensor) not in kept)
+        wider = len(shape_of(tensor)) < 2 or (product == torch.float32 and id(tensor) not in kept)
         if wider and tensor.dtype == torch.bfloat16:
-            tensor.data = tensor.data.float()
+            cast(tensor, torch.float32)
     model.get_input_embeddings().register_forward_hook(lambda module, args, states: states.float())
     if product == torch.float32:
         for layer in held:

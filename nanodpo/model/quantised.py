@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .precision import FrozenProduct
+from .sharding import shape_of
 
 # As transformers' BitsAndBytesConfig calls them. 4 bits as in the paper: NormalFloat, with double quantisation.
 QUANTISATION = {4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -83,7 +84,7 @@ def is_quantised(weight: Tensor) -> bool:
 def numel(weight: Tensor) -> int:
     """The numbers that a weight stands for: two of 4 bits are packed into a byte."""
     state = getattr(weight, "quant_state", None)
-    return state.shape.numel() if state else weight.numel()
+    return state.shape.numel() if state else shape_of(weight).numel()
 
 
 def multiply_dequantised(model: nn.Module) -> None:

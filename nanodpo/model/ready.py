@@ -6,6 +6,7 @@ from torch import nn
 from ..core.logprobs import OneRank, SequenceLogProbs
 from .precision import mix_precision, product_dtype
 from .quantised import multiply_dequantised
+from .sharding import gather_in_forward, is_sharded
 
 
 def prepare(model: nn.Module, bf16: bool, device: torch.device, in_place: bool = True) -> torch.dtype:
@@ -22,14 +23,17 @@ def prepare(model: nn.Module, bf16: bool, device: torch.device, in_place: bool =
     return product
 
 
-def freeze(model: nn.Module, bf16: bool, device: torch.device, longest: int,
-           parallel: OneRank) -> tuple[SequenceLogProbs, str, str]:
+def freeze(model: nn.Module, bf16: bool, device: torch.device, longest: int, parallel: OneRank,
+           settings: dict | None = None) -> tuple[SequenceLogProbs, str, str]:
     """(the model's log-probs on `device` in eval mode, the layout of batches, its attention), as training has them,
-    without being trained. `longest`: tokens of the longest sequence; `parallel`: the ranks that share a batch."""
+    without being trained. `longest`: tokens of the longest sequence; `parallel`: the ranks that share a batch;
+    `settings`: DeepSpeed's, for a model whose weights the ranks share."""
     from . import selfcheck  # slow to import, with transformers' models
 
-    product = prepare(model, bf16, device)
+    product = prepare(model, bf16, device, in_place=not is_sharded(model))
     model.requires_grad_(False)
     module = SequenceLogProbs(model).to(device).eval()
     module.parallel = parallel
+    if is_sharded(model):
+        gather_in_forward(module, settings)
     return module, *selfcheck.choose_layout(module, device, product, False, longest)

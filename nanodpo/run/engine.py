@@ -15,6 +15,7 @@ from ..files import parse_json, read_text
 from ..flags.limits import Limit
 from ..flags.unknown import hint
 from ..model.ready import prepare
+from ..model.sharding import is_sharded, shape_of
 from ..ranks import distributed
 from . import memory
 from .other_trainers import leave_out_same
@@ -186,13 +187,15 @@ def make_engine(model, args, settings: dict, device, longest: int) -> Built:
         recompute = Recompute(model, stage)
         recompute.use("full")
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in trained if len(shape_of(p)) > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if len(shape_of(p)) <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
     module = SequenceLogProbs(model)
     module.parallel = ulysses.ranks_of_a_batch(args.sequence_parallel_size)
     import_muon()
+    if is_sharded(model):
+        model.to(device)  # what the ranks do not share: buffers, and LoRA, which DeepSpeed shards itself
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     layout, attention = selfcheck.choose_layout(module, device, product, args.use_flash_attention, longest)
     distributed.say(selfcheck.describe(layout, attention, module.parallel.size))

@@ -11,6 +11,7 @@ from ..core.logprobs import CHUNK_BYTES
 from ..errors import RankStopped, UserError
 from ..folder.atomic import nearest
 from ..model.quantised import is_quantised, numel
+from ..model.sharding import shape_of
 from ..ranks.distributed import rank_and_world
 
 ADVICE = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), a smaller "
@@ -122,7 +123,7 @@ def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: 
              f"{spread}, float32 weights and AdamW's moments {gib(12 * state)}, gradients at least {gib(4 * state)}; "
              "the rest are activations"]
     if reference:
-        lines.append(f"before the first step each rank holds the reference's weights as well, {gib(reference)}; the "
+        lines.append(f"before the first step the reference's weights are there as well, {gib(reference)}{spread}; the "
                      "peak is of both")
     if device.type == "cuda":
         lines.append(f"the GPU has {gib(torch.cuda.get_device_properties(device).total_memory)}")
@@ -132,4 +133,4 @@ def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: 
 
 
 def _numel(parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # ds_numel: of the whole parameter, under ZeRO-3
+    return shape_of(parameter).numel()

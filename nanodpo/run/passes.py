@@ -14,6 +14,7 @@ from ..data.tokens import DataSet
 from ..folder import record, reference, state
 from ..model.loading import reference_policy
 from ..model.ready import freeze
+from ..model.sharding import is_sharded, let_go
 from ..ranks import distributed
 from . import memory, metrics, noise
 from .lifecycle import disk_needed
@@ -48,6 +49,7 @@ def add_references(run: Run) -> None:
 def _let_go(run: Run) -> None:
     """Frees the memory of the model of --reference. Nobody may hold it but the run."""
     if run.reference_model is not None:
+        let_go(run.reference_model)
         run.reference_model = None
         gc.collect()  # its parts refer to each other
         torch.cuda.empty_cache()
@@ -56,14 +58,15 @@ def _let_go(run: Run) -> None:
 @contextlib.contextmanager
 def _reference(run: Run):
     """Yields the reference: (engine or SequenceLogProbs, layout, attention, ZeRO stage). Every rank has that of
-    --reference whole, without ZeRO."""
+    --reference whole, but under stage 3."""
     if run.reference_model is None:
         with reference_policy(run.engine.module.model, run.adapter_off):
             yield run.engine, run.layout, run.attention, run.engine.zero_optimization_stage()
         return
     with memory.shortage_named(run.rank, "loading the reference"):
-        frozen = freeze(run.reference_model, run.args.bf16, run.device, run.longest, run.engine.module.parallel)
-    yield *frozen, 0
+        frozen = freeze(run.reference_model, run.args.bf16, run.device, run.longest, run.engine.module.parallel,
+                        run.settings)
+    yield *frozen, 3 if is_sharded(run.reference_model) else 0
 
 
 def _add_references(run: Run) -> None:
