@@ -123,7 +123,7 @@ def _yaml(head: dict) -> list[str]:
 
 def _paper(loss: str) -> str | None:
     """The number on arXiv of the paper that a loss is from; None for a function of the user's own."""
-    found = re.search(r"arXiv\s+(\d{4}\.\d{5})", LOSSES[loss].__doc__) if loss in LOSSES else None
+    found = re.search(r"arXiv\s+(\d{4}\.\d{5})", LOSSES[loss].__doc__ or "") if loss in LOSSES else None
     return found and found[1]
 
 

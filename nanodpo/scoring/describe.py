@@ -15,9 +15,9 @@ def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict],
     """{table: lines} of one row; of "tokens" and "risers", where asked for, a table a response. `row` has the columns
     that tell it from others, row and problem.
 
-    `found[kind]` has "logps" (the sum, nats), "states" (D,) and "tokens", {measure: (n,)}; and, where asked for,
-    "risers" (risers.py). `token_texts` turns token ids into their texts. A response whose sum is not finite keeps its
-    place without numbers.
+    `found[kind]` has "logps" (the sum, nats), "states" (D,) and "tokens", {measure: (n,)} with those of measures.py;
+    and, where asked for, "risers" (risers.py). `token_texts` turns token ids into their texts. A response whose sum is
+    not finite keeps its place without numbers.
     """
     out = {"scores": [], "sections": [], "tokens": [], "risers": [], "failed": [], "pairs": []}
     pair = "chosen" in responses and "rejected" in responses
