@@ -85,8 +85,8 @@ def _waterfall(ax, table: pandas.DataFrame, record: dict) -> None:
     net = table.dropna(subset="pair").groupby("pair")["share"].sum().sort_values()
     down, up = net[net < 0], net[net >= 0].iloc[::-1]
     bars = [(f"row {int(pair)}", share) for pair, share in down.iloc[:NAMED].items()]
-    bars += [(f"{len(down) - NAMED} others that lowered it", down.iloc[NAMED:].sum())] * (len(down) > NAMED)
-    bars += [(f"{len(up) - NAMED} others that raised it", up.iloc[NAMED:].sum())] * (len(up) > NAMED)
+    bars += [(f"others that lowered it: {len(down) - NAMED}", down.iloc[NAMED:].sum())] * (len(down) > NAMED)
+    bars += [(f"others that raised it: {len(up) - NAMED}", up.iloc[NAMED:].sum())] * (len(up) > NAMED)
     bars += [(f"row {int(pair)}", share) for pair, share in up.iloc[:NAMED].iloc[::-1].items()]
     if (decay := table[table["side"] == "weight_decay"]["share"].sum()) != 0:
         bars.append(("weight decay", decay))

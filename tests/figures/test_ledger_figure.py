@@ -43,7 +43,7 @@ def test_the_bars_follow_one_another_to_the_change(folder):
     names = [label.get_text() for label in right.get_yticklabels()]
     ends = np.cumsum([bar.get_width() for bar in bars[:-1]])
     assert names[0] == "row 13" and bars[0].get_width() == pytest.approx(-0.014 * 1.5)  # lowered it most
-    assert names[NAMED] == "2 others that lowered it" and names[-3:] == ["weight decay", "left over", "change"]
+    assert names[NAMED] == "others that lowered it: 2" and names[-3:] == ["weight decay", "left over", "change"]
     assert [bar.get_x() for bar in bars[1:-1]] == pytest.approx(ends[:-1])
     assert ends[-1] == pytest.approx(bars[-1].get_width()) == pytest.approx(table["share"].sum() + 0.002)
     assert bars[-2].get_width() == pytest.approx(0.002)
