@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..ranks.distributed import is_main
 from . import record, resume
 from .atomic import BESIDE, aside, new_file, steps_of, writing
+from .sharing import DEFAULTS
 
 # What a run can have anew from a step on: flags, and entries of run.json that follow from them.
 CHANGEABLE = {f"--{name}" for name in (
@@ -51,7 +52,7 @@ def settings_of(fork: str, output_dir: str | None) -> tuple[dict, str]:
         own = record.read(file.parent)
         settings = own["arguments"] | {name.removeprefix("--"): was for name, (was, _) in own["fork"]["changed"].items()
                                        if name.startswith("--")}
-    if unknown := settings.keys() - record.DEFAULTS.keys():
+    if unknown := settings.keys() - DEFAULTS.keys():
         raise UserError(f"--fork {fork}: {file} is of another version of nanodpo, which has the settings "
                         f"{', '.join(sorted(unknown))}; fork it with that version")
     return {name: value for name, value in settings.items() if name not in OWN}, str(file)

@@ -19,9 +19,9 @@ import torch
 from ..data.places import absolute
 from ..errors import RunStopped, UserError
 from ..files import read_text
-from ..flags.arguments import TrainArguments
 from .atomic import aside, check_writable, clear_partials, flush, new_file, steps_of, writing
 from .reference import data_hash
+from .sharing import DEFAULTS, SHARING, pairs_per_step, world_size
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
 # Flags that may differ between a run and its continuation, since they change no number ...
@@ -33,10 +33,6 @@ BY_CONTENT = {"model_name", "reference", "peft_config", "train_file_path", "eval
               "deepspeed"}
 # An adapter that is trained on has settings of its own, which are known only when it is loaded.
 ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
-# A record that an earlier version wrote lacks the flags that came later; what they do by default it did.
-DEFAULTS = {flag.name: flag.default for flag in dataclasses.fields(TrainArguments)}
-# How the pairs of a step are shared by ranks and micro-batches; their number is compared, see `pairs_per_step`.
-SHARING = {"gradient_accumulation_steps", "sequence_parallel_size", "world_size"}
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.
 MACHINE = ("versions", "git_commit", "device", "threads")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
@@ -146,41 +142,6 @@ def _is_fork(entry) -> bool:
         and isinstance(entry["fingerprint"], str) and isinstance(entry["changed"], dict)
         and all(isinstance(pair, list) and len(pair) == 2 for pair in entry["changed"].values())
         and _is_fork(entry.get("of")))
-
-
-def pairs_per_step(record: dict) -> int:
-    """The number of pairs of a step, by a run's run.json."""
-    return _micro_batches(record) * (DEFAULTS | record["arguments"])["per_device_train_batch_size"]
-
-
-def _micro_batches(record: dict) -> int:
-    return (DEFAULTS | record["arguments"])["gradient_accumulation_steps"] * _groups(record)
-
-
-def _groups(record: dict) -> int:
-    """The number of ranks, where those that share a batch count as one."""
-    return record["world_size"] // (DEFAULTS | record["arguments"])["sequence_parallel_size"]
-
-
-def share_anew(args, old: dict, folder: Path | str, demanded: bool = True) -> None:
-    """Gives the run `old` in this folder the --gradient_accumulation_steps with which this number of ranks makes its
-    steps, unless another one is asked for than it had. Raises UserError where there is none, if it is `demanded`."""
-    size, total = args.sequence_parallel_size, _micro_batches(old)
-    groups = world_size() // size
-    if groups == _groups(old) or total != args.gradient_accumulation_steps * _groups(old):
-        return
-    if total % groups == 0:
-        args.gradient_accumulation_steps = total // groups
-    elif demanded:
-        *fit, most = (str(n * size) for n in range(1, total + 1) if total % n == 0)
-        raise UserError(f"{folder}: a step has {pairs_per_step(old)} pairs in {total} micro-batches, which "
-                        f"{world_size()} ranks can't share evenly; go on with {', '.join(fit) + ' or ' * (total > 1)}"
-                        f"{most} rank{'s' * (total * size > 1)}")
-
-
-def world_size() -> int:
-    """The number of ranks, also before they have joined."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False) -> None:

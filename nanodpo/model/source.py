@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, first_line
-from ..files import check_regular, read_text
+from ..files import check_regular, read_text, why
 
 # The errors that libraries raise where a file of a model is broken or a setting in it makes no sense.
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
@@ -237,3 +237,14 @@ def name_and_revision(base: str) -> tuple[str, str | None]:
 def absolute(name: str) -> str:
     """A local folder by its full path, so that a checkpoint finds its base from anywhere; a hub id as it is."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def read_template_file(file: str) -> str:
+    """A chat template. Raises UserError for a file that can't be read, or holds nothing."""
+    try:
+        text = read_text(Path(file)).rstrip("\n")  # an editor ends a file with one
+    except (OSError, ValueError) as error:
+        raise UserError(f"--chat_template {file}: can't be read ({why(error)})") from error
+    if not text.strip():
+        raise UserError(f"--chat_template {file}: is empty")
+    return text

@@ -19,16 +19,15 @@ from ..data.places import name_splits
 from ..data.schedule import steps_of
 from ..data.tokens import DataSet
 from ..errors import UserError
-from ..files import read_text, why
 from ..flags.arguments import TrainArguments, parse
 from ..flags.loss import loss_name, read_loss
-from ..folder import fork, record
+from ..folder import fork, record, sharing
 from ..folder.atomic import check_whole, check_writable
 from ..folder.fork import Fork
 from ..model.adapters import adapter_shape
 from ..model.lora_settings import check_dora, check_trainable, read_lora_settings, take_over
 from ..model.quantised import QUANTISATION, bits_of, check_quantised
-from ..model.source import Source, absolute, base_of, check_heads, check_reference, open_source
+from ..model.source import Source, absolute, base_of, check_heads, check_reference, open_source, read_template_file
 from ..ranks import distributed
 from . import agreement, engine
 from .datasets import read_data
@@ -169,7 +168,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         folder, old, wanted = record.find(args.resume, args.output_dir, new)
         forked = fork.find(args.fork, folder) if args.fork else None
         if before := old or (forked and forked.source):
-            record.share_anew(args, before, forked or f"--output_dir {folder}", demanded=bool(old or forked.step))
+            sharing.share_anew(args, before, forked or f"--output_dir {folder}", demanded=bool(old or forked.step))
         date = (before or {}).get("date") or today  # some chat templates write it
         train, held_out, limit, without = read_data(args, source, weights, date)
         sets = [data for data in (train, held_out) if data]
@@ -271,7 +270,7 @@ def open_start(args) -> Source:
     """The model or adapter to start from, with the chat template of --chat_template."""
     source = open_whole(args.model_name, args.trust_remote_code)
     if args.chat_template:
-        source.tokenizer.chat_template = _read_template_file(args.chat_template)
+        source.tokenizer.chat_template = read_template_file(args.chat_template)
     return source
 
 
@@ -292,14 +291,3 @@ def open_reference(args, source: Source, sets: list[DataSet]) -> Source:
     for data in sets:
         check_reference(source, reference, args.reference, data.path, data.examples)
     return reference
-
-
-def _read_template_file(file: str) -> str:
-    """A chat template. Raises UserError for a file that can't be read, or holds nothing."""
-    try:
-        text = read_text(Path(file)).rstrip("\n")  # an editor ends a file with one
-    except (OSError, ValueError) as error:
-        raise UserError(f"--chat_template {file}: can't be read ({why(error)})") from error
-    if not text.strip():
-        raise UserError(f"--chat_template {file}: is empty")
-    return text

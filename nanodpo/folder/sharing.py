@@ -1,0 +1,54 @@
+"""How a step's pairs are shared by ranks and micro-batches, by a run's run.json. A run may go on with another number of
+ranks; the pairs of a step stay."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from ..errors import UserError
+from ..flags.arguments import TrainArguments
+
+# A record that an earlier version wrote lacks the flags that came later; what they do by default it did.
+DEFAULTS = {flag.name: flag.default for flag in dataclasses.fields(TrainArguments)}
+# Entries of run.json that may differ as long as `pairs_per_step` is the same.
+SHARING = {"gradient_accumulation_steps", "sequence_parallel_size", "world_size"}
+
+
+def arguments_of(record: dict) -> dict:
+    """All settings of a run, by its run.json."""
+    return DEFAULTS | record["arguments"]
+
+
+def pairs_per_step(record: dict) -> int:
+    """The number of pairs of a step, by a run's run.json."""
+    return _micro_batches(record) * arguments_of(record)["per_device_train_batch_size"]
+
+
+def _micro_batches(record: dict) -> int:
+    return arguments_of(record)["gradient_accumulation_steps"] * _groups(record)
+
+
+def _groups(record: dict) -> int:
+    """The number of ranks, where those that share a batch count as one."""
+    return record["world_size"] // arguments_of(record)["sequence_parallel_size"]
+
+
+def share_anew(args, old: dict, folder: Path | str, demanded: bool = True) -> None:
+    """Gives the run `old` in this folder the --gradient_accumulation_steps with which this number of ranks makes its
+    steps, unless another one is asked for than it had. Raises UserError where there is none, if it is `demanded`."""
+    size, total = args.sequence_parallel_size, _micro_batches(old)
+    groups = world_size() // size
+    if groups == _groups(old) or total != args.gradient_accumulation_steps * _groups(old):
+        return
+    if total % groups == 0:
+        args.gradient_accumulation_steps = total // groups
+    elif demanded:
+        *fit, most = (str(n * size) for n in range(1, total + 1) if total % n == 0)
+        raise UserError(f"{folder}: a step has {pairs_per_step(old)} pairs in {total} micro-batches, which "
+                        f"{world_size()} ranks can't share evenly; go on with {', '.join(fit) + ' or ' * (total > 1)}"
+                        f"{most} rank{'s' * (total * size > 1)}")
+
+
+def world_size() -> int:
+    """The number of ranks, also before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", 1))
