@@ -24,12 +24,11 @@ TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory, forked):
-    """A folder with states of 1, 2 and 4 ranks at each ZeRO stage, and what engines made of them: sharded.py."""
+    """A folder with states of 1 and 2 ranks at each ZeRO stage, and what engines of 1, 2 and 4 made of them."""
     folder = tmp_path_factory.mktemp("sharded")
-    for what in ("save", "go-on"):
-        for ranks in (1, 2, 4):
-            codes, said = forked(ROOT / "tests" / "sharded.py", what, folder, ranks=ranks)
-            assert codes == [0] * ranks, said
+    for what, ranks in (("save", 1), ("save", 2), ("go-on", 1), ("go-on", 2), ("go-on", 4)):
+        codes, said = forked(ROOT / "tests" / "sharded.py", what, folder, ranks=ranks)
+        assert codes == [0] * ranks, said
     return folder
 
 
@@ -63,7 +62,7 @@ def test_any_number_of_ranks_takes_up_a_state_to_the_last_bit(stage, ranks, shar
     counts the updates right. Of the round robin DeepSpeed itself finds other places than it uses: there the model's
     weights are compared, and the update."""
     others = [f"2-{other}" for other in ZERO if other != "robin"] if ranks == 1 else []
-    for saved in [f"{n}-{stage}" for n in (1, 2, 4)] + others:
+    for saved in {f"1-{stage}", f"2-{stage}", *others}:
         before = load_file(sharded / f"{saved}.safetensors")
         after = load_file(sharded / f"{saved}-{ranks}-{stage}.safetensors")
         later = load_file(sharded / f"{saved}-{ranks}-{stage}.after.safetensors")
@@ -86,7 +85,7 @@ def test_any_number_of_ranks_takes_up_a_state_to_the_last_bit(stage, ranks, shar
 def test_a_state_has_every_number_once(stage, sharded):
     """However many ranks have written it: 198 trained numbers, three times, none padded. Each rank's part is no more
     than its share, rounded up for each parameter."""
-    for ranks in (1, 2, 4):
+    for ranks in (1, 2):
         files = sorted((sharded / f"{ranks}-{stage}" / "resume" / "step-2").glob("rank*.safetensors"))
         sizes = [sum(t.numel() for name, t in load_file(file).items() if not name.startswith("random."))
                  for file in files]
