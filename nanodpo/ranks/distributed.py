@@ -244,8 +244,11 @@ def lost_peers_named():
         if lost := next((sign for sign in LOST if sign in str(error)), None):
             raise RankStopped(f"rank {rank} stops because another rank did, see there ({lost})") from error
         cut = next((sign for sign in CUT if sign in str(error)), None)
-        if cut or isinstance(error, dist.DistError):  # NCCL has errors of other causes, which would come again
-            kind = Unreachable if cut or isinstance(error, dist.DistNetworkError) else RankStopped
-            raise kind(f"rank {rank} stops because it does not reach another rank; is the network between the machines "
-                       f"there? ({cut or first_line(error)[-120:]})") from error
+        if cut or isinstance(error, dist.DistNetworkError):
+            raise Unreachable(f"rank {rank} stops because it does not reach another rank; is the network between the "
+                              f"machines there? ({cut or first_line(error)[-120:]}); the same command goes on from "
+                              "what is saved") from error
+        if isinstance(error, dist.DistError):  # of NCCL, and of causes that would come again
+            raise RankStopped(f"rank {rank} stops because it can't exchange values with the others "
+                              f"({first_line(error)[-200:]})") from error
         raise

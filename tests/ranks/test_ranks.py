@@ -320,12 +320,17 @@ def test_a_cut_network_is_one_line(error, words, monkeypatch, capsys):
     assert words in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
-def test_a_rank_that_has_ended_is_one_line(monkeypatch):
-    """It may do so again, for a reason that it has told: no code that starts the run again."""
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.2]:1. This is typically caused by ..."),
+     "another rank did, see there .Connection closed by peer.$"),
+    (dist.DistBackendError("NCCL error in: x.cpp:1, unhandled cuda error"),
+     "it can't exchange values with the others")])
+def test_what_may_come_again_is_one_line_too(error, words, monkeypatch):
+    """A rank that has ended may do so again, for a reason that it has told, and NCCL may fail again: no exit code that
+    starts the run again."""
     monkeypatch.delenv("RANK", raising=False)
-    words = "rank 0 stops because another rank did, see there .Connection closed by peer.$"
-    with pytest.raises(RankStopped, match=words) as caught, distributed.lost_peers_named():
-        raise RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.2]:1. This is typically caused by ...")
+    with pytest.raises(RankStopped, match=f"rank 0 stops because {words}") as caught, distributed.lost_peers_named():
+        raise error
     assert not isinstance(caught.value, Unreachable)
 
 
