@@ -16,6 +16,7 @@ from nanodpo.core.attention import LOOP, VARLEN
 from nanodpo.core.logprobs import CHUNK_BYTES, SequenceLogProbs
 from nanodpo.core.packing import pack, pad
 from nanodpo.errors import UserError
+from nanodpo.model import recompute
 from nanodpo.model.layers import fuse_lora, keep_less
 from nanodpo.model.recompute import MODES, FitToMemory, Recompute, _Live, peak_bytes
 from nanodpo.model.selfcheck import memory_is_linear
@@ -217,6 +218,16 @@ def test_each_row_keeps_what_fits():
     for tokens, modes in ((1, "kkkk"), (120, "kkkk"), (121, "fkkk"), (133, "fkkk"), (134, "ffkk"), (199, "ffff"),
                           (200, "ffff"), (201, "offf"), (300, "ooff"), (599, "oooo"), (600, "oooo"), (10**6, "oooo")):
         assert "".join(mode[0] for mode in need.modes(tokens)) == modes, tokens
+
+
+def test_ranks_choose_by_the_one_with_the_least_memory(monkeypatch):
+    """Where they share a batch, all must compute the same layers again: each exchanges states with the others."""
+    model, module = packed("keep")
+    own = FitToMemory(Recompute(model), module, rows_of, budget=2e6).per_token
+    other = {mode: size * 2 for mode, size in own.items()}
+    monkeypatch.setattr(recompute, "gather_or_raise", lambda error, fact: [fact, (1e6, other)])
+    fit = FitToMemory(Recompute(model), module, rows_of, budget=2e6)
+    assert (fit.budget, fit.per_token) == (1e6, other) and fit.limits["keep"] == int(1e6 / other["keep"])
 
 
 def test_rows_in_turns_have_the_same_bits():
