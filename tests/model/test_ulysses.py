@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, fork, make_model, make_tokenizer, zero
 from safetensors.torch import load_file
 from test_resume import assert_same
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanodpo.core.packing import pack
 from nanodpo.errors import UserError
@@ -200,19 +200,25 @@ def test_scores_in_float64(run, place, tmp_path):
     (2, ("2", "--deepspeed", "{json}"), "sets sequence_parallel_size, which train.py owns: remove it there and use the "
                                         "flags "),
     (2, ("2", "--model_name", "{mixed}"), "--sequence_parallel_size 2: ranks that share a batch do not get this model's"
-                                          " own log-probs (error ")])
+                                          " own log-probs (error "),
+    (2, ("2", "--model_name", "{latent}"), "queries, keys and values of 12, 12 and 8 numbers a head can't "),
+    (2, ("2", "--reference", "{odd}"), "odd has 3 attention heads and 3 key/value heads, which 2 ranks can't share; ")])
 def test_what_is_refused_in_training(ranks, more, words, place, tmp_path):
     """In one line, with exit code 2, and nothing written. A model whose layers look at other positions without
     attention (here a convolution) is found out by its numbers."""
-    if "{mixed}" in more:
-        from transformers import Lfm2Config, Lfm2ForCausalLM
-
-        Lfm2ForCausalLM(Lfm2Config(vocab_size=264, hidden_size=32, block_ff_dim=48, num_hidden_layers=2,
-                                   num_attention_heads=4, num_key_value_heads=2, eos_token_id=258, pad_token_id=256,
-                                   layer_types=["conv", "full_attention"])).save_pretrained(tmp_path / "mixed")
-        make_tokenizer().save_pretrained(tmp_path / "mixed")
+    own = {"mixed": ("lfm2", {"block_ff_dim": 48, "layer_types": ["conv", "full_attention"]}),
+           "latent": ("deepseek_v3", {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+                                      "v_head_dim": 8, "first_k_dense_replace": 2, "num_key_value_heads": 4}),
+           "odd": ("llama", {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 24})}
+    for name, (family, changes) in own.items():
+        if f"{{{name}}}" in more:
+            config = AutoConfig.for_model(family, **{
+                "vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 258, "pad_token_id": 256} | changes)
+            AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+            make_tokenizer().save_pretrained(tmp_path / name)
     (tmp_path / "ds.json").write_text('{"sequence_parallel_size": 2}')
-    more = [x.format(json=tmp_path / "ds.json", mixed=tmp_path / "mixed") for x in more]
+    more = [x.format(json=tmp_path / "ds.json", **{name: tmp_path / name for name in own}) for x in more]
     codes, said = start(place, tmp_path / "run", "--sequence_parallel_size", *more, ranks=ranks)
     assert codes == [2] * ranks and words in said and "Traceback" not in said, said
     assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1
