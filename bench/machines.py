@@ -80,6 +80,7 @@ class Numbers:
     lora: int
     per_token: dict[str, float]
     inputs: int  # bytes a token of the layers' inputs, float32
+    heads: int
 
 
 @functools.cache
@@ -94,7 +95,8 @@ def numbers(size: str, rank: int) -> Numbers:
     inputs = 2 * shape["hidden_size"] * shape["num_hidden_layers"]
     kept = sizes | {"full": sizes["full"] + inputs}  # 4 bytes a number in place of the 2 that were counted
     return Numbers(sum(p.numel() for p in frozen.values()) - ends - vectors, ends, vectors,
-                   sum(p.numel() for p in model.parameters() if p.requires_grad), kept, 2 * inputs)
+                   sum(p.numel() for p in model.parameters() if p.requires_grad), kept, 2 * inputs,
+                   shape["num_attention_heads"])
 
 
 def bytes_beside(n: Numbers, setting: Setting, gpus: int) -> float:
@@ -115,15 +117,14 @@ def fits(n: Numbers, setting: Setting, gpus: int, gb: int, pair: int) -> float |
 
 def cell(n: Numbers, gpus: int, gb: int, pair: int) -> str:
     """The first setting that fits, and its GiB."""
-    for setting in SETTINGS:
-        if gpus == 1 and (setting.split or (setting.stage == 3 and not setting.offload)):
-            continue  # there is nobody to share with
+    settings = [s for s in SETTINGS if gpus > 1 or not (s.split or (s.stage == 3 and not s.offload))]
+    settings = [s for s in settings if not s.split or n.heads % gpus == 0]  # each rank has as many heads
+    for setting in settings:
         if need := fits(n, setting, gpus, gb, pair):
             waits = n.inputs * pair / (gpus if setting.split else 1) / 2**30 if setting.keeps == "offload" else 0
             cpu = f", and {waits:.0f} of the CPU's a rank" * (waits >= 1)
             return f"{setting.name.format(gpus=gpus)}: {need:.0f} GiB{cpu}"
-    least = min(bytes_beside(n, s, gpus) + n.per_token[s.keeps] * pair / (gpus if s.split else 1) for s in SETTINGS
-                if gpus > 1 or not s.split)
+    least = min(bytes_beside(n, s, gpus) + n.per_token[s.keeps] * pair / (gpus if s.split else 1) for s in settings)
     return f"does not fit: {least / 2**30:.0f} GiB at the least; more GPUs with {SPLIT.format(gpus='N')}"
 
 

@@ -83,7 +83,7 @@ class Parts:
 
     def real_model(self):
         if not self.args.model_name:
-            raise Failed("left out: no --model_name")
+            return "left out: no --model_name", ""
         flags = ["--model_name", self.args.model_name, "--max_steps", "2", "--eval_file_path", "", "--bf16",
                  "--per_device_train_batch_size", "1", "--max_length", "2048", "--overlong", "truncate"]
         flags += ["--train_file_path", self.args.train_file_path] if self.args.train_file_path else []

@@ -1,8 +1,8 @@
 """Measures how much of a model a rank holds under ZeRO-3, and how long its bytes take: read, hashed, saved.
 
-    python bench/sharding.py                  a random Llama of 305M numbers in float32, on one CPU rank and on two
+    python bench/sharding.py                  a random Llama of 155M numbers in float32, on one CPU rank and on two
     python bench/sharding.py --loading        only until the model is read and hashed
-    python bench/sharding.py --layers 12 --json FILE
+    python bench/sharding.py --layers 24 --json FILE
 
 Each rank runs train.py from its start through two steps, a checkpoint of LoRA and a state: `memory`, beside that of a
 baseline, the same run on a model of 0.1M numbers. Then the whole model is trained on two ranks, so that checkpoint and
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"stage3_max_live_parameters": 10**6, "stage3_max_reuse_distance": 10**6, "stage3_prefetch_bucket_size": 10**6,
          "stage3_param_persistence_threshold": 10**4, "reduce_bucket_size": 10**6}
 FLAGS = ("--max_steps", 2, "--resume_steps", 1, "--save_steps", 0, "--eval_steps", 0, "--draw", "false",
-         "--per_device_train_batch_size", 1, "--warmup_steps", 0)
+         "--per_device_train_batch_size", 1, "--warmup_steps", 0, "--lora_r", 4)
 ROWS = '{"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}\n' * 4  # short: weights are what is measured
 SEVEN_B = {"reading": 30.5, "hashing": 30.5, "gathering": 30.5, "checkpoint": 30.5, "state": 91.4}  # GB, float32
 
@@ -122,7 +122,7 @@ def show_seconds(full: dict, size: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--loading", action="store_true", help="only until the model is read and hashed")
     parser.add_argument("--json", help="default: bench/results/sharding.json")
     args = parser.parse_args()
@@ -143,7 +143,7 @@ def main() -> None:
              f"{above[n] / found['model_mib']:.2f}"] for n in above]))
         print(f"\na model of {found['model_mib']:.0f} MiB; a rank of two / one alone: {above[2] / above[1]:.2f}\n")
         if not args.loading:
-            found["full"] = run(folder, "full", 2, "--use_lora", "false")
+            found["full"] = run(folder, "full", 2, "--lora_r", 0)
             found["seconds_a_gb"] = show_seconds(found["full"], size)
     measure.write("sharding", args.json, vars(args), found)
 
