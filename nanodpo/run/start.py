@@ -107,13 +107,13 @@ class Run(Start):
         if self.lock:  # a notebook's process goes on, and may go on with this run
             self.lock.close()
 
-    @property
+    @functools.cached_property
     def data_rank(self) -> int:
         """The number of this rank's batches among the `data_world` that are made at one time: with
         --sequence_parallel_size several ranks share one."""
         return self.rank // self.args.sequence_parallel_size
 
-    @property
+    @functools.cached_property
     def data_world(self) -> int:
         return self.world // self.args.sequence_parallel_size
 
