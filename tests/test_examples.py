@@ -33,9 +33,10 @@ def test_the_default_run_starts_at_ln_2_and_tells_chosen_from_rejected(tmp_path)
 def test_the_readme_counts_the_default_run():
     """The pairs that its steps visit, of those there are."""
     settings = yaml.safe_load((ROOT / "examples" / "dpo.yaml").read_text())
-    visited = settings["max_steps"] * settings["per_device_train_batch_size"]
+    pairs = settings["per_device_train_batch_size"]
     rows = pyarrow.parquet.read_metadata(ROOT / settings["train_file_path"]).num_rows
-    assert f"in {settings['max_steps']} steps on {visited} of {rows:,} shipped pairs" in README
+    steps = settings["max_steps"]
+    assert f"in {steps} steps of {pairs} pairs, {pairs * steps} of {rows:,} shipped ones" in README
 
 
 def test_shipped_models_are_small_and_of_one_shape():

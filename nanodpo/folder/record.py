@@ -169,10 +169,11 @@ def differences(old: dict, new: dict, before_loading: bool = False) -> list[tupl
     `check_same`."""
     free = FREE | BY_CONTENT | (ADAPTER if before_loading else set())
     new = json.loads(json.dumps(new))  # tuples become lists, as in the file
-    free |= SHARING if pairs_per_step(old) == pairs_per_step(new) else set()
+    shared = SHARING if pairs_per_step(old) == pairs_per_step(new) else set()
+    free |= shared
     before, now = DEFAULTS | old["arguments"], new["arguments"]
     flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
-    compared = [name for name in COMPARED if name in new and name not in {"arguments", *free}]
+    compared = [name for name in COMPARED if name in new and name not in {"arguments", *shared}]
     entries = [(name, old.get(name), new[name]) for name in compared]
     different = [(name, was, is_now) for name, was, is_now in flags + entries if was != is_now]
     named = [(f"--{name}", before.get(name), now[name]) for name in sorted(BY_CONTENT)] if different else []

@@ -37,6 +37,7 @@ def cut(batch: Batch, rank: int, size: int) -> tuple[Batch, Tensor]:
     are not scored. Returns (this rank's part, (n,) which of the N scored tokens are predicted in it). Segments stay
     those of the whole batch: attention sees all of it.
 
+    >>> from nanodpo.core.packing import pack
     >>> here, places = cut(pack([([7, 8], [[1, 2, 3]])]), rank=1, size=2)     # 7 8 1 | 2 3
     >>> here.input_ids.tolist(), here.position_ids.tolist()
     ([[2, 3, 0]], [[3, 4, 0]])

@@ -256,11 +256,11 @@ DATA += [(f"the experiment's data {getattr(how, '__name__', how)}", lambda folde
           how=how: (problems()(folder), broken("r.parquet", how)(folder)),
           ["@/r.parquet: can't be read as Parquet"]) for how in [*BYTES.values(), "missing"]]
 DATA += [("one direction only", problems(sample_type="original"),
-          ["expected ten problems or more", "{'original': 20}"]),
+          ["expected 10 problems (--test_every) or more", "{'original': 20}"]),
          ("a row that starts later", problems(later=True, question=None),
           ["@/r.parquet, row 3: question must be text"]),
          ("too few", lambda folder: (problems()(folder), pandas.read_parquet(folder / "r.parquet")[:4].to_parquet(
-             folder / "r.parquet")), ["expected ten problems or more", "'original': 2"])]
+             folder / "r.parquet")), ["expected 10 problems (--test_every) or more", "'original': 2"])]
 
 
 @pytest.mark.parametrize("change, words", [case[1:] for case in DATA], ids=[case[0] for case in DATA])

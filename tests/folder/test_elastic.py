@@ -243,3 +243,6 @@ def test_the_same_steps_are_the_same_run():
     assert record.differences(made(2, 4), made(4, 4)) == [("world_size", 2, 4)]
     assert record.differences(made(2, 4), made(1, 4)) == [("world_size", 2, 1)]
     assert [name for name, *_ in record.differences(made(2, 4), made(2, 8, 1))] == ["--per_device_train_batch_size"]
+    for name in ("deepspeed", "reference", "peft_config", "weights"):  # some have the name of a flag that may differ
+        was, now = (made(world, 8 // world) | {name: world} for world in (2, 4))
+        assert (name, 2, 4) in record.differences(was, now) and record.fingerprint(was) != record.fingerprint(now)

@@ -214,8 +214,8 @@ def test_a_dry_run_writes_nothing(tiny, tmp_path, forked):
 
 
 def test_a_dry_run_counts_the_reference(tiny, tmp_path, forked):
-    """Another model's weights, to the byte, and its pass over the longest pairs, which may be short of memory itself;
-    nothing is written. The policy with its adapter off takes no more, and SFT has no reference."""
+    """Another model's weights, to the byte, which ranks of stage 3 share, and its pass over the longest pairs, which may
+    be short of memory itself; nothing is written. The policy with its adapter off takes no more, and SFT has no reference."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(
@@ -227,10 +227,10 @@ def test_a_dry_run_counts_the_reference(tiny, tmp_path, forked):
         shutil.copy(tiny / "model" / name, tmp_path / "large")
     dry = [*flags(tiny, tmp_path / "run", "--dry_run"), "--reference"]
     codes, said = forked(TRAIN, *dry, tmp_path / "large", "--deepspeed", zero(tmp_path, 3), ranks=2)
-    assert codes == [0, 0] and f"the reference's weights as well, {size / 2**20:.1f} MiB" in said, said
+    assert codes == [0, 0] and f"weights are there as well, {size / 2**20:.1f} MiB shared by all" in said, said
     for more in ([tiny / "model"], [tiny / "model", "--use_lora", "false"]):
         codes, said = forked(TRAIN, *dry, *more)
-        assert codes == [0] and ("the reference's weights as well, 0.1 MiB" in said) == ("false" in more), said
+        assert codes == [0] and ("weights are there as well, 0.1 MiB" in said) == ("false" in more), said
     codes, said = forked(FAULTY, "memory-reference@1", *dry, tmp_path / "large")
     assert codes == [1] and "ran out of memory in the reference's dry run on rows" in said, said
     assert not (tmp_path / "run").exists()
