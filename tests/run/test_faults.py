@@ -214,8 +214,9 @@ def test_a_dry_run_writes_nothing(tiny, tmp_path, forked):
 
 
 def test_a_dry_run_counts_the_reference(tiny, tmp_path, forked):
-    """Another model's weights, to the byte, which ranks of stage 3 share, and its pass over the longest pairs, which may
-    be short of memory itself; nothing is written. The policy with its adapter off takes no more, and SFT has no reference."""
+    """Another model's weights, to the byte, which ranks of stage 3 share, and its pass over the longest pairs, which
+    may be short of memory itself; nothing is written. The policy with its adapter off takes no more, and SFT has no
+    reference."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(
