@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..ranks.distributed import is_main
 from . import record, resume
 from .atomic import BESIDE, aside, new_file, steps_of, writing
-from .sharing import DEFAULTS
+from .elastic import DEFAULTS
 
 # What a run can have anew from a step on: flags, and entries of run.json that follow from them.
 CHANGEABLE = {f"--{name}" for name in (

@@ -20,8 +20,8 @@ from ..data.places import absolute
 from ..errors import RunStopped, UserError
 from ..files import read_text
 from .atomic import aside, check_writable, clear_partials, flush, new_file, steps_of, writing
+from .elastic import DEFAULTS, SHARING, pairs_per_step, world_size
 from .reference import data_hash
-from .sharing import DEFAULTS, SHARING, pairs_per_step, world_size
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
 # Flags that may differ between a run and its continuation, since they change no number ...

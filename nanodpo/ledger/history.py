@@ -19,8 +19,8 @@ from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
 from ..flags.loss import own_function, read_loss
+from ..folder.elastic import pairs_per_step
 from ..folder.reference import data_hash
-from ..folder.sharing import pairs_per_step
 from ..model.source import open_source
 from ..run.datasets import read_data
 from ..run.passes import PAIR, row_weights

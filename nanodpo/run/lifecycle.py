@@ -6,7 +6,7 @@ import torch
 
 from ..data.template import prompt_leads, template_for
 from ..errors import UserError
-from ..folder import card, checkpoint, fork, record, resume, sharing, state
+from ..folder import card, checkpoint, elastic, fork, record, resume, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
 from ..model import loading
 from ..model.quantised import bits_of
@@ -81,11 +81,11 @@ def shared_anew(run: Run, facts: dict) -> str:
     """A line for the screen where the run goes on with another number of ranks than have written the state whose facts
     these are, or than it began with, or with another --sequence_parallel_size; else an empty text."""
     before = run.old or (run.fork and run.fork.source)
-    if not before or facts.get("complete") or sharing.pairs_per_step(before) != run.pairs_per_step:
+    if not before or facts.get("complete") or elastic.pairs_per_step(before) != run.pairs_per_step:
         return ""
     others = [n for n in (facts.get("world_size"), before["world_size"]) if n not in (None, run.world)]
     size = run.args.sequence_parallel_size
-    if not others and size == sharing.arguments_of(before)["sequence_parallel_size"]:
+    if not others and size == elastic.arguments_of(before)["sequence_parallel_size"]:
         return ""
     share = f", of which {size} share each batch," if size > 1 else ""
     dropout = "; its dropout draws other numbers" if run.args.allow_dropout else ""

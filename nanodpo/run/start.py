@@ -21,7 +21,7 @@ from ..data.tokens import DataSet
 from ..errors import UserError
 from ..flags.arguments import TrainArguments, parse
 from ..flags.loss import loss_name, read_loss
-from ..folder import fork, record, sharing
+from ..folder import elastic, fork, record
 from ..folder.atomic import check_whole, check_writable
 from ..folder.fork import Fork
 from ..model.adapters import adapter_shape
@@ -168,7 +168,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         folder, old, wanted = record.find(args.resume, args.output_dir, new)
         forked = fork.find(args.fork, folder) if args.fork else None
         if before := old or (forked and forked.source):
-            sharing.share_anew(args, before, forked or f"--output_dir {folder}", demanded=bool(old or forked.step))
+            elastic.share_anew(args, before, forked or f"--output_dir {folder}", demanded=bool(old or forked.step))
         date = (before or {}).get("date") or today  # some chat templates write it
         train, held_out, limit, without = read_data(args, source, weights, date)
         sets = [data for data in (train, held_out) if data]

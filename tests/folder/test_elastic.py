@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_resume import flip
 
 from nanodpo.errors import UserError
-from nanodpo.folder import record, sharing
+from nanodpo.folder import elastic, record
 from nanodpo.folder.atomic import read_manifest
 from nanodpo.folder.resume import folder_of
 
@@ -221,22 +221,22 @@ def test_how_many_micro_batches_a_rank_gets(had, now, given, expected, monkeypat
     old = {"world_size": had[0], "arguments": {"gradient_accumulation_steps": had[1], "per_device_train_batch_size": 3}}
     args = SimpleNamespace(gradient_accumulation_steps=given, sequence_parallel_size=1)
     if isinstance(expected, int):
-        sharing.share_anew(args, old, "run")
+        elastic.share_anew(args, old, "run")
         assert args.gradient_accumulation_steps == expected
     else:
         with pytest.raises(UserError, match=f"^run: .*{expected}"):
-            sharing.share_anew(args, old, "run")
-        sharing.share_anew(args, old, "run", demanded=False)
+            elastic.share_anew(args, old, "run")
+        elastic.share_anew(args, old, "run", demanded=False)
         assert args.gradient_accumulation_steps == given
 
 
 def test_the_same_steps_are_the_same_run():
     """However ranks share them: no difference, and one fingerprint. Other steps differ in all that makes them."""
     def made(world, accumulation, batch=2):
-        return {"world_size": world, "steps": 3, "arguments": sharing.DEFAULTS | {
+        return {"world_size": world, "steps": 3, "arguments": elastic.DEFAULTS | {
             "gradient_accumulation_steps": accumulation, "per_device_train_batch_size": batch}}
 
-    assert sharing.pairs_per_step(made(2, 4)) == 16 and record.differences(made(2, 4), made(4, 2)) == []
+    assert elastic.pairs_per_step(made(2, 4)) == 16 and record.differences(made(2, 4), made(4, 2)) == []
     assert len({record.fingerprint(made(world, 8 // world)) for world in (1, 2, 4, 8)}) == 1
     others = made(2, 2), made(4, 4), made(2, 8, 1)
     assert len({record.fingerprint(other) for other in (made(2, 4), *others)}) == 4

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nanodpo.core.packing import pack
 from nanodpo.errors import UserError
 from nanodpo.flags.arguments import TrainArguments
-from nanodpo.folder.sharing import pairs_per_step, share_anew
+from nanodpo.folder.elastic import pairs_per_step, share_anew
 from nanodpo.model.source import check_heads
 from nanodpo.model.ulysses import cut
 
