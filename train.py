@@ -157,7 +157,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     engine.train()
     meter, tokens = Meter(run.device), TokenMetrics(engine.module.head, gather=engine.module.parallel.gather)
     micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.data_rank, run.data_world)
-    for i, (indices, weight) in enumerate(guard.each(micro_batches)):  # weight 0: a repeat that keeps ranks in step
+    for i, (indices, factor) in enumerate(guard.each(micro_batches)):  # factor 0: a repeat, see micro_batches_of
         groups, index = groups_of([examples[k] for k in indices], sides, run.device)
         lengths = response_lengths(groups, run.device)[index]  # (P, 2), in tokens
         # (P, 2), computed before the first step: add_references in run/passes.py, kept by folder/reference.py.
@@ -169,10 +169,10 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         losses = losses * run.row_weights[indices].to(run.device, non_blocking=True)
         weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)  # (P, 2): -dL/dchosen, dL/drejected
         values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths, index)
-        meter.add({"loss": losses.detach(), **values}, weight)
+        meter.add({"loss": losses.detach(), **values}, factor)
         engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # at the last one gradients are reduced
         losses = guard.nan_where_nonfinite(indices, logps, losses)
-        engine.backward(losses.sum() * weight * share, scale_wrt_gas=False)
+        engine.backward(losses.sum() * factor * share, scale_wrt_gas=False)
     means, wrong = check_means(run, meter, len(pairs) / divisor, guard)
     norm, applied = update(engine)  # where a number is not finite the gradient is NaN, and no update is made
 
@@ -252,7 +252,7 @@ def evaluate(run: Run) -> None:
     batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.data_world)
     for pairs in progress.track(batches, "evaluation", "batch"):
         run.stop.check()
-        for indices, weight in micro_batches_of(pairs, args.per_device_eval_batch_size, run.data_rank, run.data_world):
+        for indices, factor in micro_batches_of(pairs, args.per_device_eval_batch_size, run.data_rank, run.data_world):
             here = [examples[k] for k in indices]
             groups, index = groups_of(here, sides, run.device)
             lengths = response_lengths(groups, run.device)[index]
@@ -262,7 +262,7 @@ def evaluate(run: Run) -> None:
             losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight) * row_weights(here).to(run.device)
             weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)
             values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths, index)
-            meter.add({"loss": losses, **values}, weight)
+            meter.add({"loss": losses, **values}, factor)
     means = meter.means()
     means["loss"] *= len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples],
                                                   [e.weight for e in examples])

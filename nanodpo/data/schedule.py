@@ -45,10 +45,10 @@ def pairs_of_step(n: int, pairs_per_step: int, seed: int, step: int,
 
 
 def micro_batches_of(pairs: list[int], batch_size: int, rank: int, world: int) -> list[tuple[list[int], float]]:
-    """This rank's micro-batches of a step's pairs: (indices, weight) each. Every rank gets the same number.
+    """This rank's micro-batches of a step's pairs: (indices, factor) each. Every rank gets the same number.
 
-    A rank that has fewer than others repeats the step's first micro-batch with weight 0: under ZeRO-3 every forward
-    pass is work of all ranks, and ranks with different numbers of them would wait for ever.
+    A rank that has fewer than others repeats the step's first micro-batch with factor 0, so that it does not count:
+    under ZeRO-3 every forward pass is work of all ranks, and ranks with different numbers of them would wait for ever.
 
     >>> micro_batches_of([5, 6, 7], 2, rank=0, world=2), micro_batches_of([5, 6, 7], 2, rank=1, world=2)
     ([([5, 6], 1.0)], [([7], 1.0)])
@@ -60,13 +60,14 @@ def micro_batches_of(pairs: list[int], batch_size: int, rank: int, world: int) -
     return mine + [(cut[0], 0.0)] * (math.ceil(len(cut) / world) - len(mine))
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, shape: str) -> float:
-    """The rate of step `step` of 0 .. steps-1: linear from peak/warmup to peak, then down (or constant).
+def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, kind: str) -> float:
+    """The learning rate of step `step` of 0 .. steps-1: in the warm-up linear from peak / warmup_steps to peak, then by
+    `kind`, that of --lr_scheduler_type: constant, or down to the 0 that step `steps` would have.
 
-    After the warm-up it goes from peak towards the 0 that step `steps` would have. In the warm-up step s has
-    peak (s + 1) / warmup, where transformers has peak s / warmup: its first step has a rate of 0 and changes nothing.
+    In the warm-up step s has peak (s + 1) / warmup_steps. transformers has peak s / warmup_steps there: its first step
+    has a rate of 0 and changes nothing.
     """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[shape]
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[kind]

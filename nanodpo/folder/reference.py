@@ -56,7 +56,7 @@ def reference_logps(examples, steps, micro_batches_of, score, fingerprint: dict,
     """(n, 2) float64 on CPU: the reference's summed log-probs of chosen and rejected; NaN for pairs not visited.
 
     `steps` are lists of indices, the same on every rank; `micro_batches_of` gives this rank's micro-batches of one,
-    (indices, weight) each, as many on every rank; `score` maps indices to (P, 2) log-probs, nats. The cache is written
+    (indices, factor) each, as many on every rank; `score` maps indices to (P, 2) log-probs, nats. The cache is written
     every SAVE_EVERY steps, so a pass that was killed goes on from there, and also before Preempted is passed on, which
     `check` raises where the run was told to stop. Raises UserError for a cache that can't be read, and RunStopped for a
     log-prob that is not finite.
@@ -91,9 +91,9 @@ def _fill(logps: Tensor, steps, micro_batches_of, score, device, bar, check) -> 
         except Preempted as told:
             stopped = told
             break
-        for indices, weight in micro_batches_of(pairs):
-            sums[indices] += weight * score(indices).cpu()
-            counts[indices] += weight
+        for indices, factor in micro_batches_of(pairs):
+            sums[indices] += factor * score(indices).cpu()
+            counts[indices] += factor
         bar.update()
     sums, counts = sum_over_ranks(sums.to(device)).cpu(), sum_over_ranks(counts.to(device)).cpu()
     logps[:] = torch.where(counts > 0, sums / counts, logps)

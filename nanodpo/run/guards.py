@@ -28,10 +28,10 @@ class StepGuard:
     def each(self, micro_batches):
         """The micro-batches, one by one. If any rank was told to stop, raises Preempted on all: an all-reduce that asks
         for it starts before a micro-batch, and is waited for after it."""
-        for indices, weight in micro_batches:
+        for indices, factor in micro_batches:
             self.indices = indices
             answer = distributed.ask(self.stop.name is not None)
-            yield indices, weight
+            yield indices, factor
             if answer():
                 raise Preempted(self.stop.farewell)
 

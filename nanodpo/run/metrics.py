@@ -137,11 +137,11 @@ class Meter:
     def __init__(self, device: torch.device):
         self.device, self.sums, self.pairs = device, {}, 0.0
 
-    def add(self, values: dict[str, Tensor], weight: float) -> None:
-        """`weight` is 1, or 0 for a micro-batch that only keeps ranks in step."""
+    def add(self, values: dict[str, Tensor], factor: float) -> None:
+        """`factor` is 1, or 0 for a micro-batch that is a repeat (data/schedule.py)."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + weight * value.sum()
-        self.pairs += weight * len(value)
+            self.sums[name] = self.sums.get(name, 0.0) + factor * value.sum()
+        self.pairs += factor * len(value)
 
     def means(self) -> dict[str, float]:
         """Every name's mean over the pairs of all ranks, or over their tokens (PER_TOKEN). The same on every rank."""

@@ -31,22 +31,22 @@ def measure(engine, model, score, batches, lengths, beta: float | None) -> dict[
     """The standard deviation, for one pair, of the difference between two passes that should not differ: nats, by
     metric. That of a mean over n pairs is sqrt(n) times smaller. All ranks must call it, with as many batches.
 
-    `score` maps indices to (P, R) log-probs, `lengths` to (P, R) token counts; `batches` are (indices, weight) of this
+    `score` maps indices to (P, R) log-probs, `lengths` to (P, R) token counts; `batches` are (indices, factor) of this
     rank. `beta`: None without a reference.
     """
     names = [MARGIN, *LOGPS]
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)
     was_training = engine.training
     engine.eval()
-    for indices, weight in batches:
+    for indices, factor in batches:
         first = score(indices).double().cpu()
         with _perturbed_embeddings(model):
             change = score(indices).double().cpu() - first
         values = [beta * (change[:, 0] - change[:, 1])] if beta is not None else [torch.zeros(len(change))]
         values += [*(change / lengths(indices)).unbind(1)]
         for i, value in enumerate(values):
-            sums[i] += weight * value.square().sum()
-        sums[-1] += weight * len(change)
+            sums[i] += factor * value.square().sum()
+        sums[-1] += factor * len(change)
         sides = change.shape[1]
     engine.train(was_training)
     *squares, pairs = sum_over_ranks(sums.to(model.device)).tolist()

@@ -42,7 +42,7 @@ def row_weights(examples: list[Example], without: frozenset[int] = frozenset()) 
 def add_references(run: Run) -> None:
     """Sets run.ref and run.held_ref, (n, 2) log-probs under the reference, nats. It is the policy before the first
     step, or the model of --reference, which is gone afterwards."""
-    _add_references(run)
+    _compute_references(run)
     _let_go(run)
 
 
@@ -56,7 +56,7 @@ def _let_go(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def _reference(run: Run):
+def _open_reference(run: Run):
     """Yields the reference: (engine or SequenceLogProbs, layout, attention, ZeRO stage). Every rank has that of
     --reference whole, but under stage 3."""
     if run.reference_model is None:
@@ -69,26 +69,26 @@ def _reference(run: Run):
     yield *frozen, 3 if is_sharded(run.reference_model) else 0
 
 
-def _add_references(run: Run) -> None:
+def _compute_references(run: Run) -> None:
     n, batch = len(run.train_set.examples), run.args.per_device_train_batch_size
     # The micro-batches are those of training's first epoch: at step 0 policy and reference agree to the last bit.
     steps = [pairs_of_step(n, run.pairs_per_step, run.args.seed, step, run.row_starts)
              for step in range(min(run.steps, run.steps_per_epoch))]
-    names = run.facts["arguments"]  # full paths, so that a run from another folder, or a fork, finds them
-    with _reference(run) as model:
-        run.ref = _references(run, model, run.train_set, names["train_file_path"], steps, batch)
+    settings = run.facts["arguments"]  # with full paths, so that a run from another folder, or a fork, finds them
+    with _open_reference(run) as opened:
+        run.ref = _reference_logps(run, opened, run.train_set, settings["train_file_path"], steps, batch)
         if run.held_out:
             batch = run.args.per_device_eval_batch_size
             steps = eval_batches(len(run.held_out.examples), batch * run.data_world)
-            name = names["eval_file_path"] or [names["train_file_path"], run.args.eval_size]
-            run.held_ref = _references(run, model, run.held_out, name, steps, batch)
+            name = settings["eval_file_path"] or [settings["train_file_path"], run.args.eval_size]
+            run.held_ref = _reference_logps(run, opened, run.held_out, name, steps, batch)
 
 
-def _references(run: Run, model: tuple, data: DataSet, name, steps: list[list[int]], batch: int) -> torch.Tensor:
+def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[list[int]], batch: int) -> torch.Tensor:
     """(n, 2) log-probs, nats: from the cache where nothing that could change a number has changed, else computed.
-    `model` is from `_reference`; `name` tells the data set from others."""
-    args, names, (policy, layout, attention, stage) = run.args, run.facts["arguments"], model
-    fingerprint = {"model_name": names["reference"] or names["model_name"], "data_path": name,
+    `opened` is from `_open_reference`; `name` tells the data set from others."""
+    args, settings, (model, layout, attention, stage) = run.args, run.facts["arguments"], opened
+    fingerprint = {"model_name": settings["reference"] or settings["model_name"], "data_path": name,
                    "weights": run.reference_weights or run.weights, "bf16": args.bf16,
                    "data": reference.token_hash(data.examples), "layout": layout, "attention": attention,
                    # Stage 3 has matrix products of its own, which round otherwise.
@@ -101,11 +101,11 @@ def _references(run: Run, model: tuple, data: DataSet, name, steps: list[list[in
         fingerprint |= {"batches": [args.seed, batch, size]}
 
     def score(indices):
-        return logps_of(run, [data.examples[i] for i in indices], PAIR, "the reference pass", policy, layout)
+        return logps_of(run, [data.examples[i] for i in indices], PAIR, "the reference pass", model, layout)
 
     def own_micro_batches(pairs):  # ranks that share a batch have the same log-probs: the first one's count
         counts = run.engine.module.parallel.rank == 0
-        return [(indices, weight * counts) for indices, weight in
+        return [(indices, factor * counts) for indices, factor in
                 micro_batches_of(pairs, batch, run.data_rank, run.data_world)]
 
     return reference.reference_logps(data.examples, steps, own_micro_batches, score, fingerprint, args.cache_dir,
@@ -147,7 +147,7 @@ def dry_run(run: Run) -> None:
     groups = [groups_of([example], sides)[0][0] for example in examples]  # nothing shared: no micro-batch takes more
     shared = f", which {args.sequence_parallel_size} ranks share" if args.sequence_parallel_size > 1 else ""
     distributed.say(f"dry run on {memory.describe(examples)}{shared}")
-    ref = _reference_of(run, examples) if needs_reference(run.loss) else None
+    ref = _logps_of_reference(run, examples) if needs_reference(run.loss) else None
     size = memory.weight_bytes(run.reference_model)
     _let_go(run)
     run.engine.train()
@@ -164,7 +164,7 @@ def dry_run(run: Run) -> None:
                                     time.perf_counter() - began, disk_needed(run), size))
 
 
-def _reference_of(run: Run, examples: list[Example]) -> torch.Tensor:
+def _logps_of_reference(run: Run, examples: list[Example]) -> torch.Tensor:
     """(P, 2) log-probs of these pairs under the reference, nats."""
-    with _reference(run) as (policy, layout, *_):
-        return logps_of(run, examples, PAIR, "the reference's dry run", policy, layout).to(run.device)
+    with _open_reference(run) as (model, layout, *_):
+        return logps_of(run, examples, PAIR, "the reference's dry run", model, layout).to(run.device)
