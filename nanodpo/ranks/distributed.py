@@ -137,7 +137,7 @@ def check_sequence_parallel(size: int) -> None:
     if world % size:
         fit = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         raise UserError(f"--sequence_parallel_size {size}: does not divide the number of ranks, {world}; start {size} "
-                        f"ranks or a multiple of it (torchrun --nproc_per_node {size} ...), or give one of {fit}")
+                        f"ranks or a multiple of it (torchrun --nproc_per_node {size} ...), or give {fit}")
 
 
 def neighbours(size: int):

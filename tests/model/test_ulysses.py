@@ -195,7 +195,7 @@ def test_scores_in_float64(run, place, tmp_path):
 @pytest.mark.parametrize("ranks, more, words", [
     (1, ("0",), "--sequence_parallel_size 0: must be above 0"),
     (1, ("2",), "--sequence_parallel_size 2: does not divide the number of ranks, 1; start 2 ranks or a multiple of it "
-                "(torchrun --nproc_per_node 2 ...), or give one of 1"),
+                "(torchrun --nproc_per_node 2 ...), or give 1"),
     (3, ("3",), "has 4 attention heads and 2 key/value heads, which 3 ranks can't share; give 1, 2, 4"),
     (2, ("2", "--deepspeed", "{json}"), "sets sequence_parallel_size, which train.py owns: remove it there and use the "
                                         "flags "),
