@@ -109,9 +109,14 @@ def bytes_beside(n: Numbers, setting: Setting, gpus: int) -> float:
     return base + 4 * n.lora + (12 + 4) * n.lora / gpus + BUCKET + CHUNKS
 
 
+def needed(n: Numbers, setting: Setting, gpus: int, pair: int) -> float:
+    """Bytes on each GPU."""
+    return bytes_beside(n, setting, gpus) + n.per_token[setting.keeps] * pair / (gpus if setting.split else 1)
+
+
 def fits(n: Numbers, setting: Setting, gpus: int, gb: int, pair: int) -> float | None:
     """GiB on each GPU, or None where they are more than it has, but for 8%."""
-    need = bytes_beside(n, setting, gpus) + n.per_token[setting.keeps] * pair / (gpus if setting.split else 1)
+    need = needed(n, setting, gpus, pair)
     return need / 2**30 if need <= 0.92 * gb * 1e9 else None
 
 
@@ -124,7 +129,7 @@ def cell(n: Numbers, gpus: int, gb: int, pair: int) -> str:
             waits = n.inputs * pair / (gpus if setting.split else 1) / 2**30 if setting.keeps == "offload" else 0
             cpu = f", and {waits:.0f} of the CPU's a rank" * (waits >= 1)
             return f"{setting.name.format(gpus=gpus)}: {need:.0f} GiB{cpu}"
-    least = min(bytes_beside(n, s, gpus) + n.per_token[s.keeps] * pair / (gpus if s.split else 1) for s in settings)
+    least = min(needed(n, setting, gpus, pair) for setting in settings)
     return f"does not fit: {least / 2**30:.0f} GiB at the least; more GPUs with {SPLIT.format(gpus='N')}"
 
 

@@ -1,5 +1,6 @@
 """Two machines for the tests: network namespaces of this one, joined by a cable that can be cut."""
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -21,7 +22,8 @@ class Hosts:
 
     def __enter__(self):
         """Raises CalledProcessError where this process may make no namespaces."""
-        try:
+        with contextlib.ExitStack() as undone:  # unless all of it works
+            undone.callback(self.__exit__)
             for name in self.names:
                 self.ip("netns", "add", name)
             one, other = self.names
@@ -30,9 +32,7 @@ class Hosts:
                 self.ip("-n", name, "addr", "add", f"{address(host)}/24", "dev", CABLE)
                 for device in ("lo", CABLE):
                     self.ip("-n", name, "link", "set", device, "up")
-        except BaseException:
-            self.__exit__()
-            raise
+            undone.pop_all()
         return self
 
     def __exit__(self, *error) -> None:

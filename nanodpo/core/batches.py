@@ -13,8 +13,8 @@ from .packing import LAYOUTS, Batch, Group, scored_places
 
 def groups_of(examples: list, sides: list[str], device: torch.device | None = None) -> tuple[list[Group], Tensor]:
     """(groups, index): prompts with the ids of these sides, e.g. `chosen`, and (P, R): where each pair's responses are
-    among the S of all groups. A pair has a group of its own, unless its row of the data has lists of answers: all pairs
-    of the row are then one group, with its prompt once and each answer once."""
+    among the S of all groups. A pair has a group of its own; but where a row of the data has lists of answers, those of
+    its pairs that follow each other are one group, with the prompt once and each answer once."""
     groups, index, known = [], [], {}
     for before, example in zip([None, *examples], examples):
         if before is None or not example.follows(before):

@@ -2,11 +2,11 @@
 ranks; the pairs of a step stay."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 from ..errors import UserError
 from ..flags.arguments import TrainArguments
+from ..ranks.distributed import world_size
 
 # A record that an earlier version wrote lacks the flags that came later; what they do by default it did.
 DEFAULTS = {flag.name: flag.default for flag in dataclasses.fields(TrainArguments)}
@@ -47,8 +47,3 @@ def share_anew(args, old: dict, folder: Path | str, demanded: bool = True) -> No
         raise UserError(f"{folder}: a step has {pairs_per_step(old)} pairs in {total} micro-batches, which "
                         f"{world_size()} ranks can't share evenly; go on with {', '.join(fit) + ' or ' * (total > 1)}"
                         f"{most} rank{'s' * (total * size > 1)}")
-
-
-def world_size() -> int:
-    """The number of ranks, also before they have joined."""
-    return int(os.environ.get("WORLD_SIZE", 1))

@@ -19,8 +19,9 @@ import torch
 from ..data.places import absolute
 from ..errors import RunStopped, UserError
 from ..files import read_text
+from ..ranks.distributed import world_size
 from .atomic import aside, check_writable, clear_partials, flush, new_file, steps_of, writing
-from .elastic import DEFAULTS, SHARING, pairs_per_step, world_size
+from .elastic import DEFAULTS, SHARING, pairs_per_step
 from .reference import data_hash
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")

@@ -89,12 +89,13 @@ def restore(engine, read: Callable[[str, str, int, int], Tensor], updates: int) 
     stage, optimizer, adam = engine.zero_optimization_stage(), engine.optimizer, engine.basic_optimizer.state
     if stage == 3:
         optimizer.checkpoint_event_prologue()  # takes gathered weights apart again
+    moments = MOMENTS if updates else ()
     for shard in shards(engine):
-        adam[shard] = {"step": torch.tensor(float(updates), device=shard.device)} if updates else {}
-        # Zeros are what they have where ZeRO pads a shard.
-        adam[shard] |= {moment: torch.zeros_like(shard) for moment in MOMENTS} if updates else {}
+        adam[shard] = {moment: torch.zeros_like(shard) for moment in moments}  # 0 where ZeRO pads a shard
+        if updates:
+            adam[shard]["step"] = torch.tensor(float(updates), device=shard.device)
     for part in parts(engine):
-        for kind in ("weight", *MOMENTS) if updates else ("weight",):
+        for kind in ("weight", *moments):
             place = part.of(part.shard if kind == "weight" else adam[part.shard][kind])
             place.copy_(read(kind, part.name, part.start, part.size).view(place.shape))
     if stage in (1, 2):

@@ -30,6 +30,11 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def world_size() -> int:
+    """The number of ranks, also before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def say(*text) -> None:
     """Prints on rank 0, with no character that acts on the terminal."""
     if is_main():
@@ -133,7 +138,7 @@ def rank_and_world() -> tuple[int, int]:
 
 def check_sequence_parallel(size: int) -> None:
     """Raises UserError where the ranks that were started can't be cut into groups of so many."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = world_size()
     if world % size:
         fit = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         raise UserError(f"--sequence_parallel_size {size}: does not divide the number of ranks, {world}; start {size} "
