@@ -22,7 +22,7 @@ def copy_of(place: str) -> Iterator[str]:
             system.get(path, f"{folder}/", recursive=True)
         except FileNotFoundError as error:
             raise UserError(f"{place}: no such file") from error
-        except (OSError, ValueError, ImportError, *_client_errors()) as error:
+        except (OSError, ValueError, ImportError, *client_errors()) as error:
             raise UserError(f"{place}: can't be fetched ({first_line(error)})") from error
         found = os.listdir(folder)
         here = os.path.join(folder, found[0] if len(found) == 1 else "*")
@@ -32,7 +32,7 @@ def copy_of(place: str) -> Iterator[str]:
             raise UserError(str(error).replace(folder, url.rpartition("/")[0])) from error
 
 
-def _client_errors() -> list[type]:
+def client_errors() -> list[type]:
     """Errors of the network, of the libraries by which file systems reach it, that are no OSError."""
     named = (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("aiohttp", "ClientError"),
              ("botocore.exceptions", "BotoCoreError"))

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from ..core.losses import LOSSES
 from ..data.places import hub_parts, places_of
+from ..data.urls import client_errors
 from ..files import read_text
 from ..flags.loss import loss_name
 from .atomic import new_file
 
 FIGURE = "training.png"
+SECONDS = 3  # for the hub's word on a model
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected")
 SETTINGS = ("loss", "loss_kwargs", "sft_weight", "reference", "beta", "label_smoothing", "learning_rate",
             "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "per_device_train_batch_size",
@@ -65,7 +67,7 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
     data = [hub_parts(place)[0] for path in data for place in places_of(path)]
     base = hub_parts(base)[0] if _is_hub_id(hub_parts(base)[0]) else base
     head = {"base_model": base if _is_hub_id(base) else None, "library_name": "peft" if peft else "transformers",
-            "pipeline_tag": "text-generation", "license": license_of(base),
+            "pipeline_tag": "text-generation", "license": facts.get("license"),
             "tags": ["nanodpo", loss] + ["lora"] * bool(peft),
             "datasets": sorted({name for name in data if _is_hub_id(name)}) or None}
     what = "an adapter" if peft else "a model"
@@ -106,14 +108,26 @@ def _forked(facts: dict, step: int) -> list[str]:
 
 
 def license_of(base: str) -> str | None:
-    """The license that a local base model's own card states."""
+    """The license that the base model's own card states: the card in its folder, or of a hub id in the hub's cache, or
+    else what the hub says within seconds. None where nothing is known."""
+    from huggingface_hub import HfApi, try_to_load_from_cache  # slow to import
+
+    name, revision = (part or None for part in hub_parts(base)[:2])
     try:
-        card = read_text(Path(base) / "README.md")
-    except (OSError, ValueError):
+        if Path(base).is_dir():
+            return _license_in(read_text(Path(base) / "README.md"))
+        if isinstance(card := try_to_load_from_cache(name, "README.md", revision=revision), str):
+            return _license_in(read_text(card))
+        found = HfApi().model_info(name, revision=revision, timeout=SECONDS).card_data
+        return found and found.license
+    except (OSError, ValueError, TypeError, *client_errors()):  # no card; no network, or not the hub behind it
         return None
+
+
+def _license_in(card: str) -> str | None:
     head = card.split("---")[1] if card.startswith("---") and card.count("---") > 1 else ""
-    found = re.search(r"^license: *([\w.-]+) *$", head, re.MULTILINE)
-    return found and found[1]
+    found = re.search(r"""^license: *(["']?)([\w.-]+)\1 *$""", head, re.MULTILINE)
+    return found and found[2]
 
 
 def _yaml(head: dict) -> list[str]:

@@ -54,12 +54,14 @@ def open_folder(run: Run) -> dict:
 def _open_as_main(run: Run) -> dict:
     if run.old:
         record.check_same(run.folder, run.old, run.facts)
+        run.facts["license"] = run.old.get("license")
     else:
         if run.fork:
             run.facts["fork"]["changed"] = changed = fork.check(run.fork, run.facts)
             words = record.in_words([(name, *values) for name, values in changed.items()])
             distributed.say(f"fork: {run.fork.run} at step {run.fork.step}, {words or 'with nothing changed'}")
         memory.check_disk(run.folder, disk_needed(run))
+        run.facts["license"] = card.license_of(run.source.base)
         run.folder = run.folder if run.args.output_dir else record.take(run.folder)
         record.create(run.folder, run.facts)
     run.lock = record.lock(run.folder)

@@ -1,6 +1,7 @@
 """The model card and the log beside a checkpoint's weights, as the hub's own library and a reader of JSON find them."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -44,8 +45,10 @@ def test_a_local_base_is_named_by_its_folder_and_its_license_is_handed_on(tmp_pa
     base = tmp_path / "my-base"
     base.mkdir()
     assert license_of(str(base)) is None
+    (base / "README.md").write_text("---\nlicense: 'mit'\n---\n")
+    assert license_of(str(base)) == "mit"
     (base / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# Base\nlicense: none\n")
-    text = model_card(FACTS, 4, [], str(base))
+    text = model_card(FACTS | {"license": license_of(str(base))}, 4, [], str(base))
     data = ModelCard(text).data
     assert (data.base_model, data.license, data.library_name) == (None, "apache-2.0", "transformers")
     assert "my-base, dpo, step 4 of 6" in text and str(tmp_path) not in text
@@ -102,6 +105,19 @@ def test_a_card_shows_the_figure_of_its_run(tiny, tmp_path):
         assert (run / name / "training.png").read_bytes() == (run / "training.png").read_bytes()
         assert check_whole(run / name)
     assert (run / "checkpoint-1" / "README.md").read_text() == "my own words"
+
+
+def test_a_run_learns_the_license_of_its_base_once(tiny, tmp_path):
+    """All its cards say the same, also that of a model which is merged later."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny / "model", base)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    train(tmp_path, run, "--train_file_path", tiny / "train.jsonl", "--max_steps", "1", model="base")
+    (base / "README.md").write_text("---\nlicense: other\n---\n")
+    train(tmp_path, run, "--train_file_path", tiny / "train.jsonl", "--max_steps", "1", "--merge_weights",
+          model="base")
+    for name in ("checkpoint-0", "checkpoint-1", "merged"):
+        assert ModelCard((run / name / "README.md").read_text()).data.license == "mit"
 
 
 def test_a_card_may_be_edited_and_its_numbers_are_those_of_the_weights(tiny, tmp_path):

@@ -1,9 +1,13 @@
 """Models and adapters by their ids on the hub: the hub's cache is made by hand, as its own library lays it out, and
-nothing is fetched."""
+nothing is fetched but from a server of this machine that stands in for the hub."""
 
 import hashlib
+import http.server
 import json
 import shutil
+import socket
+import threading
+import time
 
 import oracle
 import pandas
@@ -13,15 +17,16 @@ from conftest import ROOT, launch, make_model, make_tokenizer
 from huggingface_hub import constants
 
 from nanodpo.errors import UserError
-from nanodpo.folder.card import model_card
+from nanodpo.folder.card import license_of, model_card
 from nanodpo.model.source import base_of, open_source, place_of
 from nanodpo.scoring.contents import Contents
 
 STEP = ("--max_steps", "2", "--learning_rate", "1e-2", "--draw", "false")
 
 
-def cached(home, repository: str, revisions: dict):
-    """A folder of the cache: blobs, a snapshot of links to them for each {revision: (commit, folder)}, and refs."""
+def cached(home, repository: str, revisions: dict, **licenses: str):
+    """A folder of the cache: blobs, a snapshot of links to them for each {revision: (commit, folder)}, and refs; with a
+    model card where a revision has a license."""
     place = home / "hub" / f"models--{repository.replace('/', '--')}"
     for part in ("blobs", "refs"):
         (place / part).mkdir(parents=True)
@@ -33,6 +38,8 @@ def cached(home, repository: str, revisions: dict):
             shutil.copy(file, blob)
             (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
         (place / "refs" / revision).write_text(commit)
+        if revision in licenses:
+            (snapshot / "README.md").write_text(f"---\nlicense: {licenses[revision]}\n---\n# A model\n")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,8 @@ def hub(tiny, tmp_path_factory):
     old = home / "old"
     make_model(seed=7).save_pretrained(old)
     make_tokenizer().save_pretrained(old)
-    cached(home, "org/base", {"main": ("a" * 40, tiny / "model"), "v1": ("b" * 40, old)})
+    cached(home, "org/base", {"main": ("a" * 40, tiny / "model"), "v1": ("b" * 40, old)}, main="mit", v1="llama3.2")
+    cached(home, "org/bare", {"main": ("e" * 40, tiny / "model")})
     for seed, (name, base, revision) in enumerate((("one", tiny / "model", None), ("two", old, "v1"))):
         torch.manual_seed(seed)
         settings = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -86,6 +94,72 @@ def test_a_card_names_the_base_without_its_revision(offline):
     assert '\nbase_model: "org/base"\n' in model_card(facts, 1, [], "org/base@v1")
 
 
+def test_the_license_is_that_of_the_revision_in_the_cache(offline):
+    """Its model card is there; without one, and where the hub may not be asked, nothing is said."""
+    assert license_of("org/base") == "mit" and license_of("org/base@v1") == "llama3.2"
+    assert license_of("org/base@" + "b" * 40) == "llama3.2"
+    for unknown in ("org/bare", "org/base@v9", "no/such", "gpt2", "not a name", "/no/such/folder"):
+        assert license_of(unknown) is None
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What the hub says of its models. `asked` are the paths of all requests."""
+
+    answers = {"/api/models/org/bare": (200, {"id": "org/bare", "cardData": {"license": "apache-2.0"}}),
+               "/api/models/org/bare/revision/v2": (200, {"id": "org/bare", "cardData": {"license": "other"}}),
+               "/api/models/gpt2": (200, {"id": "openai-community/gpt2", "cardData": {"license": "mit"}}),
+               "/api/models/no/card": (200, {"id": "no/card"}), "/api/models/no/json": (200, None),
+               "/api/models/org/gated": (403, {"error": "no"}), "/api/models/org/broken": (500, {"error": "no"})}
+    asked = []
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        self.asked.append(path)
+        code, said = self.answers.get(path, (404, {}))
+        body = json.dumps(said).encode() if said is not None else b"<html>Please log in</html>"
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def online(offline, monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        Hub.asked.clear()
+        yield server
+        server.shutdown()
+
+
+def test_the_hub_is_asked_for_a_license_that_the_cache_does_not_have(online, monkeypatch):
+    """Once, and not where it is known. A hub that has none, or errors, or is another server, is no trouble."""
+    assert license_of("org/base") == "mit" and not Hub.asked
+    assert license_of("org/bare") == "apache-2.0" and Hub.asked == ["/api/models/org/bare"]
+    assert license_of("org/bare@v2") == "other" and license_of("gpt2") == "mit"
+    for unknown in ("no/card", "no/json", "no/such", "org/gated", "org/broken"):
+        Hub.asked.clear()
+        assert license_of(unknown) is None and len(Hub.asked) == 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    Hub.asked.clear()
+    assert license_of("org/bare") is None and not Hub.asked
+
+
+def test_a_hub_that_does_not_answer_costs_a_few_seconds(online, monkeypatch):
+    """It takes the call, and says nothing; or there is none."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        assert license_of("org/bare") is None and time.monotonic() - start < 6
+    assert license_of("org/bare") is None  # the connection is refused
+
+
 @pytest.mark.slow
 def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
     """Trained on, as a reference and scored: the log-probs are those of plain PEFT on the base of the right revision. A
@@ -108,6 +182,7 @@ def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
         assert lines[0]["eval_ref_logps/chosen"] == pytest.approx(truth[ref], rel=1e-6)
         own = json.loads((tmp_path / run / "checkpoint-2" / "adapter_config.json").read_text())
         assert (own["base_model_name_or_path"], own["revision"]) == ("org/base", "v1")
+        assert '\nlicense: "llama3.2"\n' in (tmp_path / run / "checkpoint-2" / "README.md").read_text()
         with torch.no_grad():
             model = oracle.load(tmp_path / run / "checkpoint-2", hub / "old").eval()
             moved = sum(oracle.sequence_logp(model, *pair[:2]).item() for pair in pairs) / 11
