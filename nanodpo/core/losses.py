@@ -10,6 +10,8 @@ number of chosen's tokens. The first "arXiv NNNN.NNNNN" of a docstring is cited 
     m = (chosen - ref_chosen) - (rejected - ref_rejected)
 
 is the difference of the two log-ratios, nats; beta m is the difference of the two rewards, the margin.
+
+A first reading needs dpo, sft and the functions after them, and ends at the line that says so.
 """
 
 import inspect
@@ -30,12 +32,78 @@ def logratio_difference(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, re
 def dpo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """-log sigmoid(beta m): (P,). Eq. 7 of arXiv 2305.18290; ln 2 where the policy is the reference.
 
+    Where it comes from: of all policies, the one in proportion to ref exp(r / beta) has the largest mean reward r less
+    beta times its KL divergence from the reference. So a policy is the best one for the reward
+    r = beta (logps - ref_logps) + c, with a c that depends on the prompt alone. By Bradley and Terry, chosen wins with
+    chance sigmoid(r(chosen) - r(rejected)), in which c cancels; the loss is -log of that chance.
+
     label_smoothing e in [0, 0.5) is the chance that a label is flipped ("conservative DPO", Eq. 3 of Mitchell's note
     of 2023): -(1-e) log sigmoid(beta m) - e log sigmoid(-beta m), smallest at beta m = logit(1-e).
     """
     margin = beta * logratio_difference(chosen, rejected, ref_chosen, ref_rejected)
     # logsigmoid stays finite where log(sigmoid(x)) is -inf: long responses reach margins of thousands of nats.
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def sft(chosen) -> Tensor:
+    """-chosen: (P,), the negative log-likelihood of the chosen response."""
+    return -chosen
+
+
+def pair_losses(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tensor,
+                sft_weight: float = 0.0) -> Tensor:
+    """(P, 2) summed log-probs of policy and reference, nats, and lengths in tokens -> (P,): the loss of each pair.
+
+    Columns are chosen and rejected; where the loss takes chosen alone, logps may be (P, 1). `loss` has its settings
+    filled in: functools.partial(dpo, beta=0.1). sft_weight a adds a times -chosen/|chosen| (RPO, arXiv 2404.19733).
+    """
+    given = dict(zip(("chosen", "rejected"), logps.unbind(1))) | {"lengths": lengths}
+    if ref is not None:
+        given |= {"ref_chosen": ref[:, 0], "ref_rejected": ref[:, 1]}
+    losses = loss(**{name: given[name] for name in inputs_of(loss)})
+    return losses - sft_weight * logps[:, 0] / lengths[:, 0] if sft_weight else losses
+
+
+def inputs_of(loss: Callable) -> set[str]:
+    """The names in INPUTS that this loss takes."""
+    return {*inspect.signature(loss).parameters} & {*INPUTS}
+
+
+def needs_reference(loss: Callable) -> bool:
+    """Whether this loss takes a log-prob of the reference."""
+    return not inputs_of(loss).isdisjoint(("ref_chosen", "ref_rejected"))
+
+
+def pair_weights(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tensor,
+                 sft_weight: float = 0.0) -> Tensor:
+    """(P, 2) -> (P, 2): -dL/dchosen and dL/drejected of each pair, by autograd of the loss itself, per nat; (P, 1)
+    where the loss takes chosen alone.
+
+    They say how hard a pair pushes its chosen response up and its rejected one down. With w of this function the
+    gradient of a pair's loss by the model's parameters is -w_chosen grad(chosen) + w_rejected grad(rejected). For dpo
+    both are beta sigmoid(-beta m).
+
+    The loss is computed again, on numbers without a graph: a metric can't touch the graph that training needs, and an
+    evaluation or score.py, which have none, call this function as training does.
+    """
+    with torch.enable_grad():
+        logps = logps.detach().clone().requires_grad_()
+        (grads,) = torch.autograd.grad(pair_losses(loss, logps, ref, lengths, sft_weight).sum(), logps)
+    return torch.cat([-grads[:, :1], grads[:, 1:]], 1) if "rejected" in inputs_of(loss) else -grads[:, :1]
+
+
+def loss_divisor(loss: str, chosen_tokens: list[int], weights: list[float]) -> float:
+    """A step's loss is the sum of its pairs' losses, each times the weight of its row in the data, divided by this
+    number: the sum of the weights, or for `sft` the sum of weight times chosen's scored tokens. Without a column
+    `weight` all weights are 1.
+
+    Returns 1 where all weights are 0: the loss and its gradient are 0 then.
+    """
+    counts = chosen_tokens if loss == "sft" else [1] * len(chosen_tokens)
+    return sum(w * n for w, n in zip(weights, counts, strict=True)) or 1.0
+
+
+# A first reading ends here. The other losses follow, each to be read alone, then the table of their names.
 
 
 def robust(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -139,60 +207,5 @@ def orpo(chosen, rejected, lengths, beta: float) -> Tensor:
     return -means[0] - beta * F.logsigmoid(log_odds[0] - log_odds[1])
 
 
-def sft(chosen) -> Tensor:
-    """-chosen: (P,), the negative log-likelihood of the chosen response."""
-    return -chosen
-
-
 LOSSES = {loss.__name__: loss for loss in (dpo, ipo, hinge, robust, dpo_norm, apo_zero, dpop, shift, gate, squared,
                                            simpo, cpo, orpo, sft)}
-
-
-def inputs_of(loss: Callable) -> set[str]:
-    """The names in INPUTS that this loss takes."""
-    return {*inspect.signature(loss).parameters} & {*INPUTS}
-
-
-def needs_reference(loss: Callable) -> bool:
-    """Whether this loss takes a log-prob of the reference."""
-    return not inputs_of(loss).isdisjoint(("ref_chosen", "ref_rejected"))
-
-
-def pair_losses(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tensor,
-                sft_weight: float = 0.0) -> Tensor:
-    """(P, 2) summed log-probs of policy and reference, nats, and lengths in tokens -> (P,): the loss of each pair.
-
-    Columns are chosen and rejected; where the loss takes chosen alone, logps may be (P, 1). `loss` has its settings
-    filled in: functools.partial(dpo, beta=0.1). sft_weight a adds a times -chosen/|chosen| (RPO, arXiv 2404.19733).
-    """
-    given = dict(zip(("chosen", "rejected"), logps.unbind(1))) | {"lengths": lengths}
-    if ref is not None:
-        given |= {"ref_chosen": ref[:, 0], "ref_rejected": ref[:, 1]}
-    losses = loss(**{name: given[name] for name in inputs_of(loss)})
-    return losses - sft_weight * logps[:, 0] / lengths[:, 0] if sft_weight else losses
-
-
-def pair_weights(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tensor,
-                 sft_weight: float = 0.0) -> Tensor:
-    """(P, 2) -> (P, 2): -dL/dchosen and dL/drejected of each pair, by autograd of the loss itself, per nat; (P, 1)
-    where the loss takes chosen alone.
-
-    They say how hard a pair pushes its chosen response up and its rejected one down. With w of this function the
-    gradient of a pair's loss by the model's parameters is -w_chosen grad(chosen) + w_rejected grad(rejected). For dpo
-    both are beta sigmoid(-beta m).
-    """
-    with torch.enable_grad():
-        logps = logps.detach().clone().requires_grad_()
-        (grads,) = torch.autograd.grad(pair_losses(loss, logps, ref, lengths, sft_weight).sum(), logps)
-    return torch.cat([-grads[:, :1], grads[:, 1:]], 1) if "rejected" in inputs_of(loss) else -grads[:, :1]
-
-
-def loss_divisor(loss: str, chosen_tokens: list[int], weights: list[float]) -> float:
-    """A step's loss is the sum of its pairs' losses, each times the weight of its row in the data, divided by this
-    number: the sum of the weights, or for `sft` the sum of weight times chosen's scored tokens. Without a column
-    `weight` all weights are 1.
-
-    Returns 1 where all weights are 0: the loss and its gradient are 0 then.
-    """
-    counts = chosen_tokens if loss == "sft" else [1] * len(chosen_tokens)
-    return sum(w * n for w, n in zip(weights, counts, strict=True)) or 1.0
