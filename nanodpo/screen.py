@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 import traceback
 import unicodedata
 import warnings
@@ -50,6 +51,18 @@ def printable(text: str) -> str:
     """
     return "".join(c if c.isprintable() or c in "\n\t\u200c\u200d" or unicodedata.category(c) == "Zs"
                    else c.encode("unicode_escape").decode() for c in text)
+
+
+def folded(text: str, width: int = 80) -> str:
+    r"""Text whose lines are broken at spaces where a terminal of `width` columns would break them within a word. What
+    follows of a line is indented under it; words that are longer, as paths may be, stay whole.
+
+    >>> folded("columns: a, b\n  not read: c, de", 14)
+    'columns: a, b\n  not read: c,\n    de'
+    """
+    lines = ((line, line[: len(line) - len(line.lstrip())]) for line in text.splitlines())
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=f"{indent}  ", break_long_words=False,
+                                   break_on_hyphens=False) for line, indent in lines)
 
 
 def escape_all_output() -> None:

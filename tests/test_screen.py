@@ -19,7 +19,7 @@ from nanodpo import progress
 from nanodpo.data import encoding
 from nanodpo.errors import run_script
 from nanodpo.scoring import answers
-from nanodpo.screen import command_line, escape_all_output, printable, put
+from nanodpo.screen import command_line, escape_all_output, folded, printable, put
 
 EVIL = "\x1b]0;OWNED\x07\x1b[2J\r\x9b31m\u202e"
 SHOWN = r"\x1b]0;OWNED\x07\x1b[2J\r\x9b31m\u202e"
@@ -176,6 +176,30 @@ with Progress("training", 12_000, "step", 11_980) as bar:
                 time.sleep(0.4)
             put(f"step {step}  held out: after a bar of its own")
 """
+
+
+def test_what_a_start_says_fits_80_columns(tiny, tmp_path):
+    """Many columns that nobody reads, a mixture, and all layers that have LoRA; only names of files may be longer."""
+    names = [f"a-column-with-a-long-name-{i}" for i in range(12)]
+    rows = [{"question": f"{i}?", "text": "4", "worse-text": "no"} | dict.fromkeys(names, "x") for i in range(8)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--model_name", tiny / "model", "--train_file_path", f"{data},{data}", "--mix_weights", "1,0.5",
+             "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--draw", "false", "--max_steps", "1")
+    start = launch(ROOT / "train.py", *flags, launcher="fork").stdout.partition("\nstep ")[0]
+    assert all(len(line) <= 80 or "/" in line for line in start.splitlines()), start
+    for name in (*names, "gate_proj", "batches: ", "reference: ", "attention: "):
+        assert name in start
+    report = json.loads((tmp_path / "run" / "run.json").read_text())["data_report"][0]
+    assert f"not read: {', '.join(names)}" in report  # on the card it is one line
+
+
+def test_long_lines_are_broken_between_words():
+    line = "data /a/path with/spaces: " + "word " * 20
+    first, *rest = folded(line).splitlines()
+    assert rest and all(len(part) <= 80 for part in (first, *rest)) and all(part.startswith("  ") for part in rest)
+    assert " ".join(part.strip() for part in (first, *rest)) == line.strip()
+    assert folded("x" * 100) == "x" * 100 and folded("a\n\n  b") == "a\n\n  b"
 
 
 def test_bars_fit_80_columns_and_no_line_is_glued_to_one():

@@ -5,6 +5,7 @@ import itertools
 import sys
 
 from ..core.packing import scored_places
+from ..screen import folded
 from .tokens import find_row
 
 BINS, HEAD, TAIL = 12, 200, 60
@@ -27,7 +28,7 @@ def inspect(data, tokenizer, limit: int, row: int | None = None, held_out=None) 
     weight = f", weight {first.weight:g}" * (first.weight != 1)
     often = f", {sum(example is first for example in data.examples)} times in an epoch" * bool(data.mixture)
     note = ["  dropped rows stop a run, but for --on_bad_row drop, --overlong drop or truncate"] * bool(data.dropped)
-    parts = [data.report(), *note, f"\nrow {first.row}{count}{weight}{often}; [scored tokens] in brackets"]
+    parts = [folded(data.report()), *note, f"\nrow {first.row}{count}{weight}{often}; [scored tokens] in brackets"]
     for k, side in enumerate(("chosen", "rejected")):
         answers = {pair.which[k]: (getattr(pair, side), pair.cut[k]) for pair in pairs}
         for number, (response, cut) in sorted(answers.items()):

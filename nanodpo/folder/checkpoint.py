@@ -19,6 +19,7 @@ from ..model.quantised import quantised_layers
 from ..model.sharding import whole
 from ..model.source import base_of
 from ..ranks.distributed import is_main, say
+from ..screen import folded
 from .atomic import new_folder, remove, steps_of
 
 
@@ -98,12 +99,13 @@ def other_ends(model: nn.Module, tokenizer) -> list[int]:
 
 
 def say_ends(model: nn.Module, tokenizer) -> str:
-    """A line for the screen about an adapter, which has no generation config, where that of its base lacks the token
+    """Lines for the screen about an adapter, which has no generation config, where that of its base lacks the token
     that ends a turn; else an empty text."""
     if not hasattr(model, "peft_config") or not (ends := other_ends(model, tokenizer)):
         return ""
-    return (f"\nturns end with {tokenizer.convert_ids_to_tokens(ends[-1])}, at which the base does not stop, and an "
-            f"adapter can't say so: generate with eos_token_id={ends} (vLLM: stop_token_ids); merged weights say it")
+    return folded(f"\nturns end with {tokenizer.convert_ids_to_tokens(ends[-1])}, at which the base does not stop, and "
+                  f"an adapter can't say so: generate with eos_token_id={ends} (vLLM: stop_token_ids); merged weights "
+                  "say it")
 
 
 def _published(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

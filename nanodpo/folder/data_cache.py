@@ -46,7 +46,7 @@ def keep(cache_dir: str, path: str, template: Template, how: Reading) -> Prepare
     found = _load(file)
     with contextlib.nullcontext() if found else _alone(file) as alone:
         if found := found or _load(file):  # made while this process waited
-            say(f"data: {found.count:,} rows prepared before, from the cache, {file}")
+            say(f"data: {found.count:,} rows prepared before, from the cache\n  {file}")
             return found
         found = prepare(path, template, how, bool(alone))
         # If the files have changed meanwhile, nobody knows which content was read.
@@ -147,7 +147,7 @@ def _save(file: Path, found: Prepared) -> bool:
     except (OSError, SafetensorError) as error:
         say(f"data: {file} can't be written ({first_line(error)}); the next start prepares the rows again")
         return False
-    say(f"data: {found.count:,} rows prepared, kept in {file}")
+    say(f"data: {found.count:,} rows prepared, kept in\n  {file}")
     return True
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import UserError, first_line
 from ..ranks.distributed import say
+from ..screen import folded
 from .adapters import add_adapter, open_base
 from .lora_settings import take_over
 from .precision import storage_dtype
@@ -152,7 +153,7 @@ def describe(model: nn.Module) -> str:
     if held := sum(numel(layer.weight) for layer in quantised_layers(model)):
         line += f"; {held:,} held in {'4' if hasattr(quantised_layers(model)[0].weight, 'quant_state') else '8'} bits"
     adapted = sorted({name.split(".lora_")[0].rpartition(".")[2] for name, _ in trained if ".lora_" in name})
-    return line + (f"\n  LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning")
+    return folded(line + (f"\n  LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning"))
 
 
 def weights_hash(model: nn.Module, fresh_lora: bool, as_read: bool = False) -> str:

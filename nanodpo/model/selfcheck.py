@@ -13,6 +13,7 @@ from ..core.attention import LOOP, VARLEN, loop_attention, varlen_attention
 from ..core.packing import LAYOUTS, Group, pack
 from ..errors import UserError, first_line
 from ..ranks.distributed import say, sum_over_ranks
+from ..screen import folded
 from .ulysses import shared
 
 # The error of a token's log-prob, in standard deviations of the log-probs: those of a freshly drawn model vary by a
@@ -59,8 +60,8 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
                                                 dtype)
             if errors[attention] <= TOLERANCE[dtype]:
                 return layout, attention
-            say(f"not for this model: {describe(layout, attention, ranks)} (wrong by {errors[attention]:.2g} standard "
-                "deviations of a token's log-prob)")
+            say(folded(f"not for this model, wrong by {errors[attention]:.2g} standard deviations of a token's "
+                       f"log-prob:\n  {describe(layout, attention, ranks)}"))
             if attention == VARLEN and demand_flash:
                 raise UserError("--use_flash_attention: the flash kernel does not give this model's own log-probs "
                                 f"(error {errors[attention]:.2g} standard deviations); leave the flag out")

@@ -29,6 +29,7 @@ from ..model.lora_settings import check_dora, check_trainable, read_lora_setting
 from ..model.quantised import QUANTISATION, bits_of, check_quantised
 from ..model.source import Source, absolute, base_of, check_heads, check_reference, open_source, read_template_file
 from ..ranks import distributed
+from ..screen import folded
 from . import agreement, engine
 from .datasets import read_data
 from .monitors import take_blocks
@@ -188,7 +189,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
             check_writable(Path(args.cache_dir), f"--cache_dir {args.cache_dir}")
         compared |= agreement.inputs((args.train_file_path, args.eval_file_path), facts, old, wanted)
     if not start.finished:
-        distributed.say("\n".join(data.report() for data in sets))
+        distributed.say(folded("\n".join(data.report() for data in sets)))
     return start
 
 

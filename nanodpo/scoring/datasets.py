@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..folder.reference import data_hash
 from ..model.source import Source, check_heads, check_ids, open_source
 from ..ranks.distributed import say
+from ..screen import folded
 from .answers import final_answer, thinks
 from .contents import hash_of
 from .responses import GREEDY, KINDS, Group, make_groups, one_a_row
@@ -186,7 +187,7 @@ def open_dataset(name: str, reader: Reader, settings, wanted: Wanted) -> Respons
     there = [kind for kind, make in KINDS.items() if any(make(examples, i, wanted.seed) for i in range(len(examples)))]
     asked = wanted.responses or there
     asked = [*asked, *(name for name in further if name.partition("[")[0] in asked)]
-    say(read.report())
+    say(folded(read.report()))
     if further:
         say(f"{name}: of rows with lists of answers the first ones are chosen and rejected, and a pair; further ones "
             f"are scored as {', '.join(further[:4])}{' ...' * (len(further) > 4)}")
