@@ -42,6 +42,8 @@ ROW, PART = ["dataset", "row"], ["dataset", "row", "response", "run", "step"]
 NUMBERS = ["logp", "entropy", "rank"]
 TOKENS = [*PART, "position", "token", *NUMBERS]
 RISERS = [*PART, "position", "place", "id", "token", "before", "after"]
+PROMPTS = [*ROW, "prompt"]
+END = 1500  # characters of a prompt's beginning, and of its end
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -159,8 +161,9 @@ def _pack_rows(files, scores, order, lines, detail, means, room: int) -> tuple[d
     batches = np.cumsum([lines[key] for key in order]) // BATCH
     for batch in np.unique(batches):
         keys = [key for key, its in zip(order, batches) if its == batch]
-        for (name, row), parts in _read(files, scores, keys, detail["probability"]).items():
-            entry = {"row": int(row), "means": means[name, row], "data": _pack_row(parts, detail)}
+        parts, prompts = _read(files, scores, keys, detail["probability"])
+        for (name, row), its in parts.items():
+            entry = {"row": int(row), "means": means[name, row], "data": _pack_row(its, prompts[name, row], detail)}
             room -= len(_escaped(entry)) + 2
             if room < 0:
                 return found, len(order) - packed
@@ -169,13 +172,15 @@ def _pack_rows(files, scores, order, lines, detail, means, room: int) -> tuple[d
     return found, 0
 
 
-def _read(files: list[Path], scores: pandas.DataFrame, keys: list, least: float) -> dict:
+def _read(files: list[Path], scores: pandas.DataFrame, keys: list, least: float) -> tuple[dict, dict]:
     """{(data set, row): {(response, run): [(step, its tokens, its risers)]}}, columns by name; of risers those whose
-    probability changed by `least` or more."""
+    probability changed by `least` or more. And {(data set, row): {run: its prompt}}."""
     rows = pyarrow.compute.field("row").isin(sorted({row for _, row in keys}))
     change = pyarrow.compute.abs(pyarrow.compute.field("after") - pyarrow.compute.field("before"))
     runs, responses, found = set(scores["run"]), list(scores["response"].unique()), {key: {} for key in keys}
+    prompts = {key: {} for key in keys}
     for file in files:
+        texts = _read_prompts(file.with_name("prompts.parquet"), rows)
         tokens = read_parquet(file, TOKENS, rows)
         refuse(file, tokens, tokens.isna().any(axis=1) | np.isinf(tokens[["step", *NUMBERS]]).any(axis=1),
                "has a value that is missing or not finite")
@@ -189,13 +194,28 @@ def _read(files: list[Path], scores: pandas.DataFrame, keys: list, least: float)
             risers = _by_part(beside, table)
         for (name, row, response, run, step), its in tokens.items():
             if (name, row) in found and run in runs:
+                if (name, row) in texts:
+                    prompts[name, row][run] = texts[name, row]
                 beside = risers.get((name, row, response, run, step))
                 if beside is not None and beside["position"][-1] >= len(its["position"]):
                     raise UserError(f"{file.with_name('risers.parquet')}: row {row} of {name} has a position beyond "
                                     f"its {len(its['position'])} tokens; score it again")
                 found[name, row].setdefault((response, run), []).append((int(step), its, beside))
     return {key: dict(sorted(parts.items(), key=lambda item: responses.index(item[0][0])))
-            for key, parts in found.items() if parts}
+            for key, parts in found.items() if parts}, prompts
+
+
+def _read_prompts(file: Path, rows) -> dict[tuple, tuple[str, int, str]]:
+    """{(data set, row): the first END characters of its prompt, how many are left out, the last END}; a prompt that is
+    no longer than both is whole. Empty where an earlier version scored, which kept none."""
+    if not file.exists():
+        return {}
+    table = read_parquet(file, PROMPTS, rows)
+    refuse(file, table, table.isna().any(axis=1), "has no prompt")
+    if twice := next(iter(table[table.duplicated(ROW)][ROW].itertuples(index=False)), None):
+        raise UserError(f"{file}: has row {twice.row} of {twice.dataset} twice; score it again")
+    return {(name, row): (text[:END], len(text) - 2 * END, text[-END:]) if len(text) > 2 * END else (text, 0, "")
+            for name, row, text in table[PROMPTS].itertuples(index=False)}
 
 
 def _by_part(file: Path, table: pandas.DataFrame) -> dict[tuple, dict[str, np.ndarray]]:
@@ -219,9 +239,10 @@ def _by_part(file: Path, table: pandas.DataFrame) -> dict[tuple, dict[str, np.nd
             {name: column[start : start + n] for name, column in columns.items()} for start, n in zip(starts, lengths)}
 
 
-def _pack_row(parts: dict, detail: dict) -> str:
-    """The parts of a row that `_read` found -> base64 of JSON that zlib packed: names, the tokens that gained or lost
-    somewhere, and entries: a response, its tokens, and by run the steps and their numbers."""
+def _pack_row(parts: dict, prompts: dict, detail: dict) -> str:
+    """The parts of a row that `_read` found, and its prompts -> base64 of JSON that zlib packed: prompts by run, names,
+    the tokens that gained or lost somewhere, and entries: a response, its tokens, and by run the steps and their
+    numbers."""
     entries, names = {}, {}
     for (response, run), steps in parts.items():
         words = tuple(steps[0][1]["token"])
@@ -235,7 +256,8 @@ def _pack_row(parts: dict, detail: dict) -> str:
             "at": [step for step, *_ in steps], "logp": _moves(logps / detail["logp"]),
             "entropy": _moves(entropies / detail["entropy"]), "rank": _moves(_two_digits(ranks)),
             "risers": _pack_risers([risers for *_, risers in steps], len(words), detail["probability"], names)}
-    text = json.dumps({"names": list(names), "entries": list(entries.values())}, separators=(",", ":"))
+    content = {"prompts": prompts, "names": list(names), "entries": list(entries.values())}
+    text = json.dumps(content, separators=(",", ":"))
     return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 

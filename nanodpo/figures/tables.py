@@ -71,7 +71,7 @@ def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ..
             table[name] = pandas.to_numeric(table[name])  # a column of nothing but nulls has no numbers' type
             refuse(file, table, (table[name].abs() > LARGEST) & (table[name].abs() < math.inf),
                    f"has a value beyond {LARGEST:g}")
-        elif name not in ("token", *TRUTHS):
+        elif name not in ("token", "prompt", *TRUTHS):
             refuse(file, table, odd(table[name]), NAMES)
     return table
 

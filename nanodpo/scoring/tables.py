@@ -1,8 +1,8 @@
 """The tables of a scoring: how the lines of a checkpoint and a data set are kept in parts, and how these become files.
 
-All begin with run, phase (the run's loss), checkpoint (path), step and dataset. Log-probs are in nats. What has a row
-has a problem beside it: a short hash that rows with one prompt, or of one question and its reverse, share. Standard
-errors are over the problems of one run (stats.py).
+All but prompts begin with run, phase (the run's loss), checkpoint (path), step and dataset. Log-probs are in nats. What
+has a row has a problem beside it: a short hash that rows with one prompt, or of one question and its reverse, share.
+Standard errors are over the problems of one run (stats.py).
 
     scores.parquet    row, response, tokens, logps (the sum, float64), mean_logps (logps / tokens), and means over the
                       response's tokens: argmax_logps, entropy, argmax_mass, implausible_mass and
@@ -28,6 +28,7 @@ errors are over the problems of one run (stats.py).
                       risers.parquet hold. Where it is well below 1, a larger K may name other tokens
     tokens.parquet    row, response, position, token (text), logp, entropy, argmax_logp, rank, implausible_mass,
                       implausible_mass_start
+    prompts.parquet   dataset, row, problem, prompt (its text as the model reads it, markup and all), beside tokens
     answers.parquet   row, found, expected, correct, ended, tokens, repetition, prompt_end, text: greedy answers of each
                       checkpoint; answers.txt has the first and the last one's side by side
     failed.jsonl      rows whose log-prob is not finite; they have no number above, and are in no mean
@@ -50,6 +51,7 @@ from ..errors import UserError
 from ..folder.atomic import new_file, writing
 from . import risers
 from .answers import check_answers
+from .datasets import ResponseSet
 from .means import KEYS, MEASURES, add_rewards, means, summary
 from .parts import Parts
 from .plan import PAIR, Result, Work
@@ -96,6 +98,12 @@ def table_of(work: Work, parts: Parts, name: str) -> pandas.DataFrame:
     return _labelled(table, work) if len(table) else table
 
 
+def prompts_of(data: ResponseSet) -> pandas.DataFrame:
+    """A line for each example of a data set."""
+    texts = (data.template.tokenizer.decode(prompt) for prompt, _ in data.groups)
+    return pandas.DataFrame({"dataset": data.name, **data.key_of(i), "prompt": text} for i, text in enumerate(texts))
+
+
 def _labelled(table: pandas.DataFrame, work: Work) -> pandas.DataFrame:
     keys = {key: getattr(work.checkpoint, key) for key in ("run", "phase", "step")}
     table = table.assign(**keys, checkpoint=work.checkpoint.path, dataset=work.data.name)
@@ -127,6 +135,8 @@ def join(folder: Path, work: list[Work], parts: Parts, runs: dict) -> dict[str, 
     _write(folder / "failed.jsonl", tables["failed"],
            lambda file, table: table.to_json(file, orient="records", lines=True))
     _stream((table_of(item, parts, "tokens") for item in work), folder / "tokens.parquet")
+    _stream(map(prompts_of, {item.data.name: item.data for item in work if item.of_kind("tokens")}.values()),
+            folder / "prompts.parquet")
     sums: list[pandas.DataFrame] = []
     _stream((_summed(table_of(item, parts, "risers"), tables["scores"], sums) for item in work),
             folder / "risers.parquet")

@@ -51,7 +51,15 @@ def write_scoring(folder, rows=4, runs=("dpo",), steps=STEPS, sets=("test",), le
     scores.assign(checkpoint="x", problem=scores["row"].astype(str)).to_parquet(folder / "scores.parquet")
     if gains:
         pandas.DataFrame(gains).to_parquet(folder / "risers.parquet")
+    prompts = scores[["dataset", "row"]].drop_duplicates()
+    prompts.assign(prompt=prompts["row"].map(prompt_of)).to_parquet(folder / "prompts.parquet")
     return folder
+
+
+def prompt_of(row: int) -> str:
+    """Of row 0 one of 3,000 characters, of row 1 all that is hostile, of row 2 10,000, of others a short one."""
+    return {0: "Why? " * 600, 1: "".join(HOSTILE), 2: "".join(f"{i:09d} " for i in range(1000))}.get(
+        row, f"<|user|>\nWhat is {row}?")
 
 
 def make(folder, *flags) -> Path:
@@ -149,6 +157,28 @@ def test_means_of_rows_and_data_sets_are_the_tables(folder):
             assert row["means"][run][response] == pytest.approx(its.tolist(), rel=1e-5)
 
 
+def test_a_prompt_is_that_of_its_row_and_of_a_long_one_both_ends_are_there(folder):
+    """1,500 characters of each end, and how many lie between; the same for each run of these scores."""
+    data = data_of(make(folder))
+    for name, row in itertools.product(("test", "a</script>"), range(4)):
+        whole, prompts = prompt_of(row), row_of(data, name, row)["prompts"]
+        shown = [whole[:1500], 7000, whole[-1500:]] if row == 2 else [whole, 0, ""]
+        assert prompts == {"dpo": shown, "<i>&other": shown}
+
+
+def test_runs_of_several_folders_have_their_own_prompts(tmp_path):
+    """Another template makes another prompt of the same row; one folder has none, and one lacks a row."""
+    folders = [write_scoring(tmp_path / name, rows=2, runs=(name,)) for name in ("one", "two", "old")]
+    file = folders[1] / "prompts.parquet"
+    pandas.read_parquet(file)[:1].assign(prompt="[INST] What is 0? [/INST]").to_parquet(file)
+    (folders[2] / "prompts.parquet").unlink()
+    plot.main([*map(str, folders), "--page", "--output_dir", str(tmp_path / "all")])
+    data = data_of(tmp_path / "all" / "page.html")
+    found = [row_of(data, "test", row)["prompts"] for row in (0, 1)]
+    assert found == [{"one": [prompt_of(0), 0, ""], "two": ["[INST] What is 0? [/INST]", 0, ""]},
+                     {"one": [prompt_of(1), 0, ""]}]
+
+
 def test_the_same_tables_give_the_same_bytes_and_nothing_else_is_named(folder):
     first = make(folder).read_bytes()
     assert make(folder).read_bytes() == first
@@ -205,9 +235,11 @@ def test_wrong_flags(tmp_path, flags, said):
     ("risers", "place", 0, r"risers.parquet, row \d+: has a value that is missing or can't be"),
     ("risers", "before", 7.0, r"risers.parquet, row \d+: has a value that is missing or can't be"),
     ("risers", "position", 12, "risers.parquet: row 0 of test has a position beyond its 12 tokens"),
+    ("prompts", "prompt", None, r"prompts.parquet, row \d+: has no prompt"),
+    ("prompts", "row", 1, "prompts.parquet: has row 1 of test twice"),
 ])
 def test_damaged_tables_are_refused(tmp_path, name, column, value, said):
-    folder = write_scoring(tmp_path / "run", rows=1)
+    folder = write_scoring(tmp_path / "run", rows=6, words=[" a"] * 12)
     table = pandas.read_parquet(folder / f"{name}.parquet").reset_index(drop=True)
     table.loc[5, column] = value
     (table.drop(columns="rank") if column == "rank" else table).to_parquet(folder / f"{name}.parquet")
@@ -352,7 +384,7 @@ def choose(browser, **values):
     for name, value in values.items():
         browser.execute_script("const list = document.getElementById(arguments[0]); list.value = arguments[1];"
                                "list.dispatchEvent(new Event('change'))", name, str(value))
-        until(browser, "view.entries === view.row.unpacked && document.getElementById('row-title').textContent"
+        until(browser, "view.entries === view.row.unpacked?.entries && document.getElementById('row-title').textContent"
                        ".startsWith(`row ${document.getElementById('row').value},`)")
 
 
@@ -479,6 +511,46 @@ def test_text_of_the_data_stays_text(hostile, show):
     assert {*marks} == {'"\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"', '"\N{RIGHTWARDS ARROW TO BAR}"'}
     with pytest.raises(NoAlertPresentException):
         browser.switch_to.alert.accept()
+
+
+def test_the_prompt_stands_above_the_responses(hostile, show):
+    """Four lines of it, as text; a button and a key open the rest, and close it for the next row; of a long one the
+    page says what it left out. A short one needs no button."""
+    browser, seen = show(hostile), "document.getElementById('prompt').getBoundingClientRect()"
+    choose(browser, run="dpo", row=3)
+    assert texts(browser, "#prompt .text") == ["<|user|>\nWhat is 3?"]
+    assert ask(browser, "document.getElementById('whole').hidden") and texts(browser, "#prompt .title") == ["prompt"]
+    tops = ask(browser, "[...document.querySelectorAll('.pane')].map(e => e.getBoundingClientRect().top)")
+    assert all(0 < top - ask(browser, f"{seen}.bottom") < 30 for top in tops)
+    choose(browser, row=2)
+    long = prompt_of(2)
+    assert texts(browser, "#prompt .text") == [f"{long[:1500]} ... 7,000 characters left out ... {long[-1500:]}"]
+    low = ask(browser, f"{seen}.height")
+    assert low < 170
+    browser.execute_script("document.getElementById('whole').click()")
+    assert ask(browser, f"{seen}.height") > 400 and texts(browser, "#whole") == ["less"]
+    press(browser, "p")
+    assert ask(browser, f"{seen}.height") == low and texts(browser, "#whole") == ["whole prompt"]
+    press(browser, "p")
+    choose(browser, row=1)
+    seen = {"\u2028": "U+2028", "\u202e": "U+202E", "\u2066": "U+2066", "\x00": "U+0000", "\u00a0": "U+00A0",
+            "\ufeff": "U+FEFF", "\x1b": "U+001B"}
+    assert texts(browser, "#prompt .text") == ["".join(seen.get(letter, letter) for letter in prompt_of(1))]
+    assert ask(browser, "document.querySelectorAll('#prompt img, #prompt b').length") == 0
+    show(hostile, 390, 844)
+    choose(browser, row=3)
+    assert ask(browser, "document.getElementById('whole').hidden")
+    choose(browser, row=0)
+    assert texts(browser, "#prompt .text") == [prompt_of(0)] and texts(browser, "#whole") == ["whole prompt"]
+    assert not ask(browser, "document.getElementById('whole').hidden")
+
+
+def test_a_scoring_without_prompts_says_how_to_get_them(tmp_path, show):
+    folder = write_scoring(tmp_path / "run", rows=2)
+    (folder / "prompts.parquet").unlink()
+    browser = show(make(folder))
+    assert texts(browser, "#prompt .title") == ["prompt: not kept by this scoring; its command, given again, adds it"]
+    assert texts(browser, "#prompt .text") == [""] and ask(browser, "document.getElementById('whole').hidden")
 
 
 def test_nothing_can_be_asked_of_a_network(hostile, show):
@@ -623,8 +695,11 @@ def test_a_phone(hostile, show):
 
 def test_eighty_rows_at_ten_checkpoints_are_seen_within_a_second(tmp_path, show):
     folder = write_scoring(tmp_path / "large", rows=80, steps=[*range(0, 100, 10)], risers=0, words=[" token"] * 200)
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz \n"), (80, 5000))
+    prompts = pandas.read_parquet(folder / "prompts.parquet")
+    prompts.assign(prompt=["".join(line) for line in letters]).to_parquet(folder / "prompts.parquet")
     file, times = make(folder), []
-    assert page.LIMIT / 10 < file.stat().st_size < page.LIMIT
+    assert page.LIMIT / 10 < file.stat().st_size < page.LIMIT and data_of(file)["detail"] == page.DETAILS[0]
     for _ in range(3):  # the machine may be busy with other tests
         browser = show(file)
         times.append(ask(browser, "performance.getEntriesByName('first-contentful-paint')[0].startTime"))

@@ -163,7 +163,7 @@ def full(run, tiny, tmp_path_factory):
 
 def test_two_ranks_write_the_same_tables(full):
     """11 rows on two ranks, every table of every measure."""
-    for name in ("scores", "pairs", "tokens", "answers"):
+    for name in ("scores", "pairs", "tokens", "prompts", "answers"):
         one, two = (pandas.read_parquet(full / side / f"{name}.parquet") for side in ("one", "two"))
         # A sum of gradients that nearly cancel keeps fewer digits.
         pandas.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-6)
@@ -189,6 +189,14 @@ def test_tokens_add_up(full):
     assert ((tokens.logp < tokens.argmax_logp) == (tokens["rank"] > 1)).all()
     first = tokens[(tokens.step == 0) & (tokens.row == 0) & (tokens.response == "chosen")]
     assert "".join(first.token) == "It is 0, <|im_end|>" and first.position.tolist() == list(range(10))
+
+
+def test_prompts_are_kept_once_a_row_beside_the_tokens(full, tiny):
+    """Whatever the checkpoints and responses; as the text that the model reads."""
+    prompts, decode = pandas.read_parquet(full / "one" / "prompts.parquet"), make_tokenizer().decode
+    assert prompts["row"].tolist() == [*range(11)] and {*prompts["dataset"]} == {"d"}
+    assert prompts["prompt"].tolist() == [decode(prompt) for prompt, *_ in oracle.read_pairs(tiny / "train.jsonl")]
+    assert prompts["prompt"][4] == "What is 4+4? "
 
 
 def test_columns_and_greedy_answers(run, full, tiny):
@@ -252,7 +260,7 @@ def test_rows_that_fail_are_listed_and_in_no_mean(run, tiny, tmp_path, monkeypat
     assert [(line["response"], line["logps"]) for line in listed] == [("shuffled", "-inf")]
     assert table.logps.isna().sum() == 1
     means = pandas.read_csv(tmp_path / "summary.csv").set_index("response")
-    assert not (tmp_path / "tokens.parquet").exists()  # nobody asked for it
+    assert not [*tmp_path.glob("tokens.*"), *tmp_path.glob("prompts.*")]  # nobody asked for them
     assert means.loc["shuffled", "n"] == 10 and means.loc["chosen", "n"] == 11 and means["mean"].notna().all()
 
 
