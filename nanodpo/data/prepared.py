@@ -97,12 +97,13 @@ class Part(NamedTuple):
     ids: array.array
 
 
-def prepare(path: str, template: Template, how: Reading, alone: bool = False) -> Prepared:
-    """Reads, renders and tokenises the rows of a data set. `alone`: the other ranks of this machine wait meanwhile.
+def prepare(path: str, template: Template, how: Reading, alone: bool = False, places: list | None = None) -> Prepared:
+    """Reads, renders and tokenises the rows of a data set. `alone`: the other ranks of this machine wait meanwhile;
+    `places`: its rows, as `read_places` gives them, where they are read already.
 
     Raises UserError for an unreadable file, and for columns that are missing.
     """
-    places = read_places(path)
+    places = places or read_places(path)
     counts, rows = [*map(len, places)], [row for rows in places for row in rows]
     del places
     columns = choose_columns(path, rows, how, how.pairs)

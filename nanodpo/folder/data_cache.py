@@ -6,6 +6,8 @@ run, so what is refused or said of a row does not depend on whether there was an
 
 import contextlib
 import dataclasses
+import datetime
+import decimal
 import fcntl
 import hashlib
 import importlib.metadata
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from ..data.places import contents
 from ..data.prepared import Line, Prepared, Reading, prepare
+from ..data.rows import read_places
 from ..data.template import Template
 from ..errors import UserError, first_line
 from ..ranks.distributed import say
@@ -34,26 +37,52 @@ LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
 
 def keep(cache_dir: str, path: str, template: Template, how: Reading) -> Prepared:
     """The prepared rows of a data set, from its entry in `cache_dir`. Where there is none, or a damaged one, the first
-    process that comes makes it, and others that want the same wait. Data sets that are small or on the hub, of which
-    the files are not known, are prepared without an entry.
+    process that comes makes it, and others that want the same wait. Small data sets are prepared without an entry.
 
     Raises UserError as `prepare` does, and for an entry that can't be read.
     """
-    files = contents(path)
+    files, places = contents(path), None
+    if files is None:  # of the hub, or a URL: known when it is read, and read in every run
+        places = read_places(path)
+        files = _contents_of_rows(places)
     if not files or sum(size for *_, size in files) < SMALL:
-        return prepare(path, template, how)
+        return prepare(path, template, how, False, places)
     file = Path(cache_dir) / f"data-{fingerprint(files, template, how)[:24]}.safetensors"
     found = _load(file)
     with contextlib.nullcontext() if found else _alone(file) as alone:
         if found := found or _load(file):  # made while this process waited
             say(f"data: {found.count:,} rows prepared before, from the cache\n  {file}")
             return found
-        found = prepare(path, template, how, bool(alone))
+        found = prepare(path, template, how, bool(alone), places)
         # If the files have changed meanwhile, nobody knows which content was read.
-        if not (found.ids and contents(path) == files and _save(file, found)):
+        if not (found.ids and (places or contents(path) == files) and _save(file, found)):
             return found
         found.ids = found.ids[:0]  # not in memory twice
-        return _load(file) or prepare(path, template, how, bool(alone))
+        return _load(file) or prepare(path, template, how, bool(alone), places)
+
+
+def _contents_of_rows(places: list[list[dict]]) -> list[tuple] | None:
+    """As `contents`, of rows that were read: number, hash and size in characters of those of each place; None where
+    they hold what no hash can be made of, like pictures."""
+    found = []
+    try:
+        for rows in places:
+            digest, size = hashlib.sha256(), 0
+            for row in rows:
+                text = json.dumps(row, default=_by_value)
+                digest.update(f"{text}\n".encode())
+                size += len(text)
+            found.append(("rows", len(rows), digest.hexdigest(), size))
+    except (TypeError, ValueError):
+        return None
+    return found
+
+
+def _by_value(value) -> str:
+    """A value of a type that JSON lacks. Raises TypeError for one whose repr may not tell all of it."""
+    if isinstance(value, (bytes, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)):
+        return repr(value)
+    raise TypeError
 
 
 def fingerprint(files: list[tuple], template: Template, how: Reading) -> str:

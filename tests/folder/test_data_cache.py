@@ -1,12 +1,14 @@
 """Prepared data on disk: the same rows and words with it and without, made once, and never taken for other data's."""
 
 import dataclasses
+import datetime
 import functools
 import json
 import multiprocessing
 import os
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny_tokenizers
 import torch
@@ -301,14 +303,56 @@ def test_an_entry_that_can_not_be_read_is_named(tmp_path):
     assert load(path, tmp_path / "cache").startswith(f"--cache_dir: {file}: can't be read")
 
 
-def test_small_files_and_the_hub_have_no_entry(tmp_path, monkeypatch):
-    """Nor has what can't be read, which is refused as without a cache."""
+@pytest.mark.parametrize("name", ["org/pairs", "org/pairs@main:default:train", "file://{}/rows.jsonl",
+                                  "org/pairs,{}/rows.jsonl"])
+def test_data_of_the_hub_and_of_urls_is_known_by_what_is_in_it(name, tmp_path, monkeypatch):
+    """One character of it makes another entry, under the same name; under another name the same rows have the same.
+    Days, bytes and columns that nobody reads are part of it."""
+    rows = [row | {"day": datetime.datetime(2026, 1, 31), "raw": b"\xff"} for row in pairs()]
+    rows.pop(8)  # half a character is none in Arrow
+    calls, how = [], {"on_bad_row": "drop", "overlong": "drop"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **_: datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(data_cache, "prepare", lambda *args: calls.append(args) or prepared.prepare(*args))
+    path = name.format(tmp_path)
+
+    def written():
+        write(tmp_path, [{key: str(value) if key in ("day", "raw") else value for key, value in row.items()}
+                         for row in rows])
+
+    written()
+    truth = load(path, **how)
+    assert truth["examples"] and load(path, tmp_path / "cache", **how) == truth and len(calls) == 1
+    assert load(path, tmp_path / "cache", **how) == truth and len(calls) == 1
+    entry(tmp_path / "cache")
+    if path == "org/pairs":
+        assert load("org/copy", tmp_path / "cache", **how)["examples"] == truth["examples"] and len(calls) == 1
+    for k, (column, value) in enumerate((("rejected", said("another")), ("day", datetime.datetime(2026, 2, 1)),
+                                         ("raw", b"\xfe")), 2):
+        rows[2] = rows[2] | {column: value}
+        written()
+        assert load(path, tmp_path / "cache", **how) == load(path, **how) and len(calls) == k
+    assert load(path, **how) != truth and len([*(tmp_path / "cache").iterdir()]) == 4
+
+
+def test_rows_that_no_hash_can_be_made_of_have_no_entry(tmp_path, monkeypatch):
+    """A picture is read anew each time: who knows what is in it?"""
+    rows = [row | {"picture": object()} for row in pairs()]
+    monkeypatch.setattr(data_cache, "read_places", lambda path: [rows])
+    monkeypatch.setattr(prepared, "read_places", lambda path: [rows])
+    assert load("org/pairs", tmp_path / "cache", on_bad_row="drop", overlong="drop") == load(
+        "org/pairs", on_bad_row="drop", overlong="drop")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_small_data_and_what_can_not_be_read_have_no_entry(tmp_path, monkeypatch):
+    """What can't be read is refused as without a cache."""
     path = write(tmp_path, pairs())
     assert data_cache.contents("org/name") is None and data_cache.contents(str(tmp_path / "*.parquet")) is None
-    for name in ("org/name/data.parquet", str(tmp_path / "none.jsonl")):
+    for name in ("org/name/data.parquet", str(tmp_path / "none.jsonl"), f"file://{tmp_path}/none.jsonl"):
         assert load(name, tmp_path / "cache") == load(name)
     monkeypatch.setattr(data_cache, "SMALL", 2**20)
-    load(path, tmp_path / "cache")
+    for name in (path, f"file://{path}"):
+        load(name, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
