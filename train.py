@@ -30,7 +30,7 @@ from nanodpo.model.sharding import is_sharded, shared_weights
 from nanodpo.ranks import distributed
 from nanodpo.run import agreement, lifecycle, memory, monitors
 from nanodpo.run.engine import join_ranks, make_engine
-from nanodpo.run.guards import StepGuard, check_start, not_finite
+from nanodpo.run.guards import StepGuard, check_start, nonfinite
 from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, peak_gib
 from nanodpo.run.passes import PAIR, add_references, dry_run, eval_batches, logps_of, measure_noise, row_weights
 from nanodpo.run.signals import Stop
@@ -114,6 +114,8 @@ def train(run: Run) -> None:
             while run.step < run.steps:
                 with StepGuard(run.train_set.examples, run.stop, run.rank, f"step {run.step}") as guard:
                     line = train_step(run, guard)
+                if run.step == 0 and run.ref is not None and run.starts_as_reference and not args.allow_dropout:
+                    check_start(line, guard.reference_gap(run.ref), args.bf16, args.cache_dir)
                 log_step(run, bar, line)
                 run.step += 1
                 between_steps(run)
@@ -173,12 +175,10 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # at the last one gradients are reduced
         losses = guard.nan_where_nonfinite(indices, logps, losses)
         engine.backward(losses.sum() * factor * share, scale_wrt_gas=False)
-    means, wrong = check_means(run, meter, len(pairs) / divisor, guard)
     norm, applied = update(engine)  # where a number is not finite the gradient is NaN, and no update is made
-
+    means = meter.means(len(pairs) / divisor)
     if not applied:
-        why = f"the gradient is not finite (norm {norm})" if not math.isfinite(norm) else "DeepSpeed skipped the update"
-        skip_or_stop(run, wrong or f"{why}; {memory.describe([examples[k] for k in pairs])}")
+        skip_or_stop(run, guard.why_left_out(means, norm, pairs))
     n_tokens = total_tokens(groups_of([examples[k] for k in pairs], sides)[0])
     seconds = time.perf_counter() - began
     run.tokens += n_tokens
@@ -201,23 +201,6 @@ def update(engine) -> tuple[float, bool]:
     norm = torch.stack(grads).sum().sqrt().item()
     engine.step() if math.isfinite(norm) else engine.zero_grad()
     return norm, math.isfinite(norm)
-
-
-def check_means(run: Run, meter: Meter, scale: float, guard: StepGuard) -> tuple[dict[str, float], str | None]:
-    """(a step's means over all ranks, what in them is not finite or None), before the update.
-
-    Raises RunStopped where that can't be passed over, and at step 0 where the policy should be its reference and
-    isn't.
-    """
-    means = meter.means()
-    means["loss"] *= scale  # the meter divided by the number of pairs, and not by the sum of their weights
-    gap = means.pop("ref_gap", 0.0)
-    wrong = not_finite(means, guard)
-    if wrong and run.skipped >= run.args.skip_nonfinite:
-        raise RunStopped(f"step {run.step}: {wrong}; no update was made")
-    if run.step == 0 and run.starts_as_reference and not wrong and not run.args.allow_dropout:
-        check_start(means, gap, run.args.bf16, run.args.cache_dir)
-    return means, wrong
 
 
 def skip_or_stop(run: Run, why: str) -> None:
@@ -263,12 +246,10 @@ def evaluate(run: Run) -> None:
             weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)
             values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths, index)
             meter.add({"loss": losses, **values}, factor)
-    means = meter.means()
-    means["loss"] *= len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples],
-                                                  [e.weight for e in examples])
-    means.pop("ref_gap", None)
-    if bad := [name for name, value in means.items() if not math.isfinite(value)]:
-        raise RunStopped(f"evaluation under checkpoint-{step}: {', '.join(bad)} not finite")
+    means = meter.means(len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples],
+                                                     [e.weight for e in examples]))
+    if bad := nonfinite(means):
+        raise RunStopped(f"evaluation under checkpoint-{step}: {bad} not finite")
     if distributed.is_main():
         line = {"step": step, "epoch": step / run.steps_per_epoch} | {f"eval_{name}": v for name, v in means.items()}
         lifecycle.write_line(run, line)

@@ -9,10 +9,10 @@ step.
 Runs train.py in a folder that is removed, with a state before every other step and a checkpoint every twenty. A save
 is timed whole: gathering, writing, flushing, reading back, hashing, renaming. What safety does within a step is timed
 call by call: asking all ranks whether to stop (the answer of several waits for the last of them, as the gradients
-would), remembering and looking for what is not finite, keeping the random numbers, handing a line of metrics to the
-system. Its share of a step is the sum of these, those of evaluations
-included, over the time of the steps alone. And since writing could slow down what comes after it, the speed of steps
-right after a save is compared with that of the others, as medians of tokens a second.
+would), remembering what is not finite, keeping the random numbers, handing a line of metrics to the system. Its share
+of a step is the sum of these, those of evaluations included, over the time of the steps alone. And since writing could
+slow down what comes after it, the speed of steps right after a save is compared with that of the others, as medians of
+tokens a second.
 """
 
 import json
@@ -34,7 +34,6 @@ FLAGS = {"--max_steps": "60", "--resume_steps": "2", "--save_steps": "20", "--ev
 # Where it is, its name, and what it is called in the table.
 SAVES = [(lifecycle, "save_checkpoint", "checkpoint"), (lifecycle, "save_state", "state")]
 WITHIN = [(distributed, "ask", "asking whether to stop"),
-          (train, "check_means", "looking for what is not finite"),
           (guards.StepGuard, "nan_where_nonfinite", "remembering what is not finite"),
           (state, "random_state", "random numbers"),
           (metrics, "write_line", "a line of metrics")]

@@ -1,11 +1,18 @@
-"""Safety checks around a step: requests to stop, rows that are too large
-for the memory, numbers that are not finite."""
+"""Safety checks around a step: requests to stop, rows that are too large for the memory, numbers that are not finite, a
+start that is not the reference's.
 
+A pair whose numbers are not finite makes the gradient NaN (`nan_where_nonfinite`), and with such a gradient `update` in
+train.py makes no update. Only then is asked what it was (`why_left_out`).
+"""
+
+import itertools
 import math
+import statistics
 
 import torch
 from torch import Tensor
 
+from ..core.packing import scored_places
 from ..errors import Preempted, RunStopped
 from ..ranks import distributed
 from .memory import describe, shortage_named
@@ -37,28 +44,46 @@ class StepGuard:
 
     def nan_where_nonfinite(self, indices: list[int], logps: Tensor, losses: Tensor) -> Tensor:
         """(P,) losses -> the same, but NaN for a pair whose log-probs or loss are not finite: the whole step's gradient
-        is NaN then, and no update is made. Remembers those pairs. Does not wait for the GPU."""
+        is NaN then, and no update is made. Remembers what it was given. Does not wait for the GPU."""
         fine = torch.cat([logps.detach(), losses.detach()[:, None]], 1).isfinite()
-        self.seen.append((indices, fine))
+        self.seen.append((indices, logps.detach(), fine))
         return losses * torch.where(fine.all(1), 1.0, torch.nan)
 
-    def nonfinite_pairs(self) -> dict[int, list[int]]:
-        """The pairs of this rank with numbers that are not finite: index -> columns (each side, then the loss)."""
-        return {i: [column for column, fine in enumerate(row) if not fine] for indices, finite in self.seen
-                for i, row in zip(indices, finite.tolist()) if not all(row)}
+    def nonfinite_pairs(self) -> dict[int, list[str]]:
+        """The pairs of this rank with numbers that are not finite: index -> of chosen, rejected and loss those that are
+        not."""
+        return {i: [name for name, fine in zip([*("chosen", "rejected")[: len(row) - 1], "loss"], row) if not fine]
+                for indices, _, finite in self.seen for i, row in zip(indices, finite.tolist()) if not all(row)}
 
     def nonfinite_rows(self) -> str:
         """The rows of all ranks that went wrong, with their lengths and the side. All ranks must call it."""
         everyone = distributed.gather_or_raise(None, self.nonfinite_pairs())
-        wrong = {i: columns for found in everyone for i, columns in found.items()}
-        sides = {("chosen", "rejected", "loss")[column] for columns in wrong.values() for column in columns}
-        return f"{describe([self.examples[i] for i in sorted(wrong)])} in {', '.join(sorted(sides))}"
+        wrong = {i: names for found in everyone for i, names in found.items()}
+        names = sorted({*itertools.chain(*wrong.values())})
+        return f"{describe([self.examples[i] for i in sorted(wrong)])} in {', '.join(names)}"
+
+    def why_left_out(self, means: dict[str, float], norm: float, pairs: list[int]) -> str:
+        """Says why no update was made: which means of the step are not finite, and in which rows; or else the norm of
+        its gradient, and all its pairs. The same on all ranks, which must call it together."""
+        if bad := nonfinite(means):
+            return f"{bad} not finite; {self.nonfinite_rows()}"
+        why = "DeepSpeed skipped the update" if math.isfinite(norm) else f"the gradient is not finite (norm {norm})"
+        return f"{why}; {describe([self.examples[i] for i in pairs])}"
+
+    def reference_gap(self, ref: Tensor) -> float:
+        """By how much the step's log-probs differ from those of the reference, (n, 2) of all pairs: the mean over the
+        responses of all ranks, nats a token. All ranks must call it."""
+        gaps = []
+        for indices, logps, _ in self.seen:
+            here = [self.examples[i] for i in indices]
+            lengths = torch.tensor([[len(scored_places(e.chosen)), len(scored_places(e.rejected))] for e in here])
+            gaps += ((logps.cpu() - ref[indices]).abs() / lengths).flatten().tolist()
+        return statistics.fmean(gap for found in distributed.gather_or_raise(None, gaps) for gap in found)
 
 
-def not_finite(means: dict[str, float], guard: StepGuard) -> str | None:
-    """Names the means of a step that are not finite, and their rows; None where all are. The same on all ranks."""
-    bad = [name for name, value in means.items() if not math.isfinite(value)]
-    return f"{', '.join(bad)} not finite; {guard.nonfinite_rows()}" if bad else None
+def nonfinite(means: dict[str, float]) -> str:
+    """The names of the means that are not finite, in a line; empty where all are."""
+    return ", ".join(name for name, value in means.items() if not math.isfinite(value))
 
 
 def check_start(means: dict[str, float], gap: float, bf16: bool, cache_dir: str) -> None:

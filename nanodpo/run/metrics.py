@@ -73,8 +73,7 @@ def pair_metrics(logps: Tensor, ref: Tensor | None, lengths: Tensor, beta: float
                    "rewards/accuracies": (margins > 0).double(), "rewards/ties": (margins == 0).double(),
                    "ref_logps/chosen": ref[:, 0], "ref_logps/rejected": ref[:, 1],
                    "ref_logps_per_token/chosen": ref[:, 0] / lengths[:, 0],
-                   "ref_logps_per_token/rejected": ref[:, 1] / lengths[:, 1],
-                   "ref_gap": ((logps - ref).abs() / lengths).mean(1)}  # 0 at step 0: a check, not logged
+                   "ref_logps_per_token/rejected": ref[:, 1] / lengths[:, 1]}
     if weights is not None and weights.shape[1] == 2:
         values |= {"weights/chosen": weights[:, 0], "weights/rejected": weights[:, 1]}
     return values
@@ -143,14 +142,16 @@ class Meter:
             self.sums[name] = self.sums.get(name, 0.0) + factor * value.sum()
         self.pairs += factor * len(value)
 
-    def means(self) -> dict[str, float]:
-        """Every name's mean over the pairs of all ranks, or over their tokens (PER_TOKEN). The same on every rank."""
+    def means(self, loss_scale: float = 1.0) -> dict[str, float]:
+        """Every name's mean over the pairs of all ranks, or over their tokens (PER_TOKEN). The same on every rank.
+        `loss_scale`: the number of pairs by what the loss is divided by (core/losses.py, loss_divisor)."""
         names = list(self.sums)
         sums = torch.stack([torch.as_tensor(self.sums[name], device=self.device) for name in names]).double()
         pairs = torch.tensor([self.pairs], dtype=torch.float64, device=self.device)
         *sums, pairs = sum_over_ranks(torch.cat([sums, pairs])).tolist()
         found = {name: value / pairs for name, value in zip(names, sums)}
-        return found | {name: found[name] / found.pop(per) for name, per in PER_TOKEN.items() if name in found}
+        found |= {name: found[name] / found.pop(per) for name, per in PER_TOKEN.items() if name in found}
+        return found | {"loss": found["loss"] * loss_scale} if "loss" in found else found
 
 
 def peak_gib(device: torch.device) -> float:

@@ -8,7 +8,7 @@ import torch
 
 from nanodpo.errors import Preempted, RunStopped
 from nanodpo.ranks import distributed
-from nanodpo.run.guards import StepGuard, check_start, not_finite
+from nanodpo.run.guards import StepGuard, check_start, nonfinite
 from nanodpo.run.signals import Stop
 
 EXAMPLES = [SimpleNamespace(row=10 + i, prompt=[0] * 3, chosen=[0] * 4, rejected=[0] * 5) for i in range(10)]
@@ -45,10 +45,18 @@ def test_pairs_that_went_wrong_are_remembered_by_side():
     for indices, logps, losses in (([7, 3], [[-1.0, math.nan], [-1.0, -2.0]], [0.5, 0.5]),
                                    ([9], [[-math.inf, -2.0]], [math.inf]), ([4], [[-1.0, -2.0]], [0.5])):
         guard.nan_where_nonfinite(indices, torch.tensor(logps), torch.tensor(losses))
-    assert guard.nonfinite_pairs() == {7: [1], 9: [0, 2]}
+    assert guard.nonfinite_pairs() == {7: ["rejected"], 9: ["chosen", "loss"]}
     assert guard.nonfinite_rows() == "rows 17 (3+4/5 tokens), 19 (3+4/5 tokens) in chosen, loss, rejected"
-    assert not_finite({"loss": 0.5}, guard) is None
-    assert not_finite({"loss": math.inf, "x": 1.0}, guard).startswith("loss not finite; rows 17")
+    assert nonfinite({"loss": math.inf, "x": 1.0, "y": math.nan}) == "loss, y" and nonfinite({"x": 1.0}) == ""
+    assert guard.why_left_out({"loss": math.inf, "x": 1.0}, math.nan, [7]).startswith("loss not finite; rows 17 (3+4/5")
+    words = "the gradient is not finite (norm nan); rows 12 (3+4/5 tokens)"
+    assert guard.why_left_out({"loss": 0.5}, math.nan, [2]) == words
+
+
+def test_the_loss_of_sft_data_is_not_called_rejected():
+    guard = StepGuard(EXAMPLES, Stop(), 0, "step 5")
+    guard.nan_where_nonfinite([7, 8], torch.tensor([[-1.0], [-2.0]]), torch.tensor([0.5, math.inf]))
+    assert guard.nonfinite_rows() == "rows 18 (3+4/5 tokens) in loss"
 
 
 def test_one_pair_that_is_not_finite_makes_the_whole_gradient_nan_and_finite_ones_change_no_bit():
@@ -59,6 +67,16 @@ def test_one_pair_that_is_not_finite_makes_the_whole_gradient_nan_and_finite_one
     assert plain[1] == 0.0 and guard.nan_where_nonfinite([1, 2], logps, plain)[0] == plain[0]
     (gradient,) = torch.autograd.grad(guard.nan_where_nonfinite([1, 2], logps, plain).sum(), logps)
     assert gradient[0].isfinite().all() and gradient[1].isnan().all()
+
+
+def test_the_gap_between_policy_and_reference_is_in_nats_a_token():
+    """Responses of 4 and 5 tokens in two micro-batches: differences of 2 and 1 nats, of 0 and 4 and of 0 and 0; those
+    of unlike signs do not cancel."""
+    guard, ref = StepGuard(EXAMPLES, Stop(), 0, "step 0"), torch.zeros(10, 2, dtype=torch.float64)
+    ref[[7, 3, 9]] = torch.tensor([[-12.0, -19.0], [-8.0, -6.0], [-4.0, -6.0]], dtype=torch.float64)
+    for indices, logps in (([7, 3], [[-10.0, -20.0], [-8.0, -2.0]]), ([9], [[-4.0, -6.0]])):
+        guard.nan_where_nonfinite(indices, torch.tensor(logps, dtype=torch.float64), torch.ones(len(indices)))
+    assert guard.reference_gap(ref) == pytest.approx((2 / 4 + 1 / 5 + 0 + 4 / 5 + 0 + 0) / 6)
 
 
 def test_a_policy_that_is_not_its_reference_at_step_0_is_refused():

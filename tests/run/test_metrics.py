@@ -40,7 +40,6 @@ def test_the_values_of_three_pairs():
     for i, side in enumerate(("chosen", "rejected")):
         by_hand = [logp / tokens for logp, tokens in zip(REF[:, i].tolist(), TOKENS[:, i].tolist())]
         assert values[f"ref_logps_per_token/{side}"].tolist() == pytest.approx(by_hand)
-    assert values["ref_gap"].tolist() == pytest.approx([(2 / 5 + 1 / 10) / 2, 0.0, (1 + 1 / 5) / 2])
     for side in ("chosen", "rejected"):
         by_hand = [0.5 / (1 + math.exp(0.5 * m)) for m in (3, 0, -2)]
         assert values[f"weights/{side}"].tolist() == pytest.approx(by_hand)
@@ -72,6 +71,13 @@ def test_means_weigh_every_pair_once():
     assert meter.means() == {"x": 3.0}
 
 
+def test_only_the_loss_is_divided_by_something_else_than_the_number_of_pairs():
+    """Two pairs whose weights have the sum 4, the divisor of their loss."""
+    meter = Meter(torch.device("cpu"))
+    meter.add({"loss": torch.tensor([1.0, 7.0]), "x": torch.tensor([1.0, 7.0])}, 1.0)
+    assert meter.means(2 / 4) == {"loss": 2.0, "x": 4.0}
+
+
 def test_the_docstring_says_what_every_name_is():
     """The names that train.py writes, read off its code, and those of the pairs; README sends its readers there."""
     steps = [node for node in ast.parse((ROOT / "train.py").read_text()).body
@@ -79,7 +85,7 @@ def test_the_docstring_says_what_every_name_is():
     written = {key.value for step in steps for node in ast.walk(step) if isinstance(node, ast.Dict)
                for key in node.keys if isinstance(key, ast.Constant)}
     assert {"grad_norm", "num_tokens", "perf/step_seconds", "mem/peak_gib"} <= written
-    values = pair_metrics(LOGPS, REF, TOKENS, 0.5, TOKENS).keys() - {"ref_gap"}
+    values = pair_metrics(LOGPS, REF, TOKENS, 0.5, TOKENS).keys()
     explained = {line.split()[0] for line in metrics.__doc__.splitlines() if line.startswith("    ")}
     chosen = {name.replace("rejected", "chosen") for name in values}
     assert written | chosen | {"loss", *metrics.PER_TOKEN} == explained
