@@ -28,21 +28,19 @@ def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scali
     # A CPU's SDPA shares key/value heads by itself; CUDA's for float32 needs them repeated.
     if query.shape[1] != key.shape[1] and (query.device.type != "cpu" or kwargs.get("softcap")):
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-    pieces = []
-    for p0, p1, r0, r1 in segments.spans:
-        k, v = (_sequence(x, p0, p1, r0, r1) for x in (key, value))
-        # A short later response attends alone, with a mask. A long one runs with its prompt again, whose outputs are
-        # dropped: more work, but is_causal serves and there is no mask.
-        alone = r0 > p1 and r1 - r0 <= min(p1 - p0, SHORT)
-        q = query[:, :, r0:r1] if alone else _sequence(query, p0, p1, r0, r1)
-        out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap")).transpose(1, 2)
-        pieces.append(out[:, -(r1 - r0):] if r0 > p1 else out)
+    # Split, not sliced: the gradient of a slice is as large as the batch, that of a split no larger than its part.
+    sizes, pieces = [r1 - (p0 if r0 == p1 else r0) for p0, p1, r0, r1 in segments.spans], []
+    parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
+    for size, (p0, p1, r0, _), (q, k, v) in zip(sizes, segments.spans, parts):
+        if r0 == p1:  # the first response, behind its prompt
+            prompt = [x[:, :, : p1 - p0] for x in (q, k, v)]
+        else:
+            k, v = torch.cat([prompt[1], k], 2), torch.cat([prompt[2], v], 2)
+            if size > min(p1 - p0, SHORT):  # with its prompt's, to need no mask; their outputs are dropped
+                q = torch.cat([prompt[0], q], 2)
+        out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap"))
+        pieces.append(out.transpose(1, 2)[:, -size:])
     return torch.cat(pieces, 1), None
-
-
-def _sequence(x: Tensor, p0: int, p1: int, r0: int, r1: int) -> Tensor:
-    """Prompt and response, one after the other; not copied where they lie so."""
-    return torch.cat([x[:, :, p0:p1], x[:, :, r0:r1]], 2) if r0 > p1 else x[:, :, p0:r1]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) -> Tensor:

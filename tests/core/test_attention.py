@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from tiny_models import KeepDouble, V, naive_token_logps, random_groups, tiny
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanodpo.core import attention
@@ -209,6 +210,33 @@ class Square(TorchDispatchMode):
         return out
 
 
+class Numbers(TorchDispatchMode):
+    """Counts the numbers that operations fill, views apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, given = func(*args, **(kwargs or {})), {t.untyped_storage().data_ptr() for t in pytree.tree_leaves(args)
+                                                     if isinstance(t, torch.Tensor)}
+        self.count += sum(t.numel() for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)
+                          and t.untyped_storage().data_ptr() not in given)
+        return out
+
+
+def test_attention_grows_with_the_tokens_and_not_with_their_product_with_the_sequences():
+    """Forward and backward, 4 pairs and 16 like them: four times the numbers. Were each sequence's gradient as large as
+    the batch it would be near sixteen times."""
+    counts = []
+    for pairs in (4, 16):
+        batch = pack(random_groups(sizes=[(20, [30, 31])] * pairs))
+        with Numbers() as numbers:
+            attend(loop_attention, batch.segments, batch.input_ids.shape[1], None)
+        counts.append(numbers.count)
+    assert 3.9 < counts[1] / counts[0] < 4.1
+
+
 @pytest.mark.parametrize("sizes", [((20, [120, 110]), (30, [9, 140])), ((20, [150]),)])
 def test_no_square_of_the_row_is_ever_built(sizes):
     """R-F: forward and backward of packed rows, no T x T mask or score matrix, even for one sequence that fills it."""
@@ -345,7 +373,7 @@ def test_a_kernel_without_a_backward_is_passed_over(monkeypatch, capsys):
     module = SequenceLogProbs(tiny("llama", torch.float32))
     assert choose_layout(module, CPU, torch.float32, False) == ("packed", LOOP)
     said = capsys.readouterr().out
-    assert "no backward for this head size" in said and "attention: the flash kernel (wrong by inf" in said
+    assert "no backward for this head size" in said and "wrong by inf" in said and "attention: the flash kernel" in said
 
 
 def test_layout_and_attention_are_said_in_words():
