@@ -56,10 +56,11 @@ class LogProbHead(nn.Module):
         low = hidden.is_cuda and torch.bfloat16 in (hidden.dtype, self.weight.dtype, self.product_dtype)
         return LogitSettings(self.scale, self.cap, low)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(C, D) -> (C, V), float32 or better: of one chunk, for score.py's measures."""
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
+    def logits(self, hidden: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """(C, D) -> (C, V), float32 or better: of one chunk, for score.py's measures; in the memory of `buffer`."""
+        if buffer is None:
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
         return _logits(buffer, hidden, self.weight, self.bias, self.form(hidden))
 
 
@@ -105,14 +106,14 @@ class Chunk(NamedTuple):
     total: Tensor  # the sum of `exps`
 
 
-def chunk_logps(z: Tensor, targets: Tensor, keep: bool = False) -> Chunk:
-    """(C, V) logits, (C,) -> the log-probs of the targets: every log-softmax of this program. From `exps` training
-    computes its gradient, and score.py its measures. `exps` takes z's memory; with `keep` it has its own, and z holds
+def chunk_logps(z: Tensor, targets: Tensor, exps: Tensor | None = None) -> Chunk:
+    """(C, V) logits, (C,) -> the log-probs of the targets: every log-softmax of this program. From its exponentials
+    training computes its gradient, and score.py its measures. They take z's memory, or that of `exps`: then z holds
     z - top afterwards."""
     top = z.amax(1)
     picked = z.gather(1, targets[:, None]).squeeze(1)
     z.sub_(top[:, None])  # no exponential is above 1 then, none overflows
-    exps = z.exp() if keep else z.exp_()
+    exps = torch.exp(z, out=z if exps is None else exps[: len(z)])
     total = exps.sum(1)
     lse = top + total.log()
     return Chunk(picked - lse, lse, top, exps, total)
@@ -148,11 +149,12 @@ class _TokenLogProbs(torch.autograd.Function):
         kept = torch.empty_like(hidden) if hidden.requires_grad and not ctx.trainable else None
         # One buffer for all chunks, and all arithmetic inside it: allocating would take longer than the arithmetic.
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
+        exps = torch.empty_like(buffer) if see is not None and see.whole else None
         for i in range(0, len(hidden) or 1, chunk):  # also for no token, so that `see` is called on every rank
             here = slice(i, i + chunk)
             z = _logits(buffer, hidden[here], weight, bias, form)
             slope = None if kept is None else _slope(z, form)  # before exponentials overwrite z
-            found = chunk_logps(z, targets[here], keep=see is not None and see.whole)
+            found = chunk_logps(z, targets[here], exps)
             logps[here], lse[here] = found.logps, found.lse
             if kept is not None:
                 kept[here] = g = _times(_product_grad(found.exps, found.total, targets[here], slope), weight, form.low)

@@ -29,11 +29,13 @@ class Risers:
     def __init__(self, module, batch: Batch, k: int):
         """`module`: the start's SequenceLogProbs; `batch`: what is measured, in the start's layout; `k` <= V."""
         self.head, self.states, self.targets, self.k = module.head, module.states(batch), batch.targets, k
+        self.logits = None  # of the last chunk, whose memory the next one takes
         self.parts: list[tuple[Tensor, ...]] = []
 
     def add(self, here: slice, after: Tensor) -> None:
         """(C, V) probabilities at these of the N places, which are not changed."""
-        start = chunk_logps(self.head.logits(self.states[here]), self.targets[here])
+        self.logits = self.head.logits(self.states[here], self.logits)
+        start = chunk_logps(self.logits, self.targets[here])
         before = start.exps.div_(start.total[:, None])
         change = after - before
         ids = torch.cat([change.topk(self.k).indices, change.topk(self.k, largest=False).indices], 1)  # (C, 2K)

@@ -23,7 +23,7 @@ class Distribution:
     """A "model" whose logits are given: (N, V), one place each."""
 
     def __init__(self, logits, chunk=100):
-        self._logits, self.head = logits, SimpleNamespace(chunk=chunk, logits=torch.clone)
+        self._logits, self.head = logits, SimpleNamespace(chunk=chunk, logits=lambda states, memory: states.clone())
 
     def states(self, batch):
         return self._logits
@@ -70,6 +70,23 @@ def test_implausible_mass_by_brute_force(chunk):
     assert all(torch.equal(a, b) for a, b in zip(sets, same))
     assert found["rank"].tolist() == [1 + sum(x > later[i, i] for x in later[i]).item() for i in range(7)]
     assert found["entropy"].tolist() == pytest.approx((-(q * q.log()).sum(1)).tolist(), rel=1e-12)
+
+
+def test_all_chunks_share_the_memory_of_the_first():
+    """Logits and probabilities of three chunks of real logits, the last one shorter: at two places of memory."""
+    head = SequenceLogProbs(make_model()).head
+    head.chunk, states = 3, torch.randn(8, head.weight.shape[1])
+    places_of, given = set(), head.logits
+
+    def logits(hidden, memory):
+        z = given(hidden, memory)
+        places_of.add(z.data_ptr())
+        return z
+
+    head.logits = logits
+    module = SimpleNamespace(head=head, states=lambda batch: states)
+    token_measures(module, places(*range(8)), None, lambda here, p: places_of.add(p.data_ptr()))
+    assert len(places_of) == 2
 
 
 def test_states_are_summed_in_float64():
