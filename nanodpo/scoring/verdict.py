@@ -131,10 +131,10 @@ def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.Dat
                    | {"over": _over(stats)} for name, stats in numbers.items() if stats["n"]}
         _add_noise(numbers, (noises or {}).get(run, {}))
         rows = next(iter(numbers.values()), {"over": "no rows of one run"})["over"]
-        found.append(_named({"run": run, "phase": phase, "dataset": dataset, "first": int(first), "last": int(last),
-                             "over": rows, "there": place if "change of chosen there" in numbers else None,
-                             "risers": _risers(rising, run, dataset, last, place), "numbers": numbers}))
-    return found + _over_seeds(found, recipes or {})
+        line = {"run": run, "phase": phase, "dataset": dataset, "first": int(first), "last": int(last), "over": rows,
+                "there": place if "change of chosen there" in numbers else None}
+        found.append(_named(line | {"risers": _risers(rising, [line]), "numbers": numbers}))
+    return found + _over_seeds(found, recipes or {}, rising)
 
 
 def _add_noise(numbers: dict[str, dict], noise: dict[str, float]) -> None:
@@ -146,16 +146,23 @@ def _add_noise(numbers: dict[str, dict], noise: dict[str, float]) -> None:
         numbers[name]["noise"] = 2 * of[name] / math.sqrt(numbers[name]["n"])
 
 
-def _risers(rising: pandas.DataFrame | None, run: str, dataset: str, last, place: str | None) -> str | None:
-    """The tokens that gained most along chosen at this place, and by how much, in words."""
-    if rising is None or not len(rising):
-        return None
-    here = {"run": run, "dataset": dataset, "step": last, "response": "chosen", "section": place}
-    lines = rising[(rising[[*here]] == pandas.Series(here)).all(axis=1)]
-    return risers.top(lines, 1, RISERS) or None
+def _risers(rising: pandas.DataFrame | None, lines: list[dict]) -> str | None:
+    """The tokens that gained most along chosen, each run's there, and by how much, in words. Of several runs those that
+    are among the first of each, by their means; None where the risers of one are not known."""
+    tables = []
+    for line in lines:
+        here = {"run": line["run"], "dataset": line["dataset"], "step": line["last"], "response": "chosen",
+                "section": line["there"]}
+        if rising is None or not len(rising) or not (its := (rising[[*here]] == pandas.Series(here)).all(axis=1)).any():
+            return None
+        tables.append(rising[its & (rising["place"] > 0)])
+    tokens = pandas.concat(tables).groupby("id").agg(token=("token", "first"), change=("change", "mean"),
+                                                     runs=("change", "size"))
+    tokens = tokens[tokens["runs"] == len(lines)].sort_values("change", ascending=False, kind="stable")
+    return risers.top(tokens.assign(place=np.arange(1, len(tokens) + 1)), 1, RISERS) or "none"
 
 
-def _over_seeds(lines: list[dict], recipes: dict) -> list[dict]:
+def _over_seeds(lines: list[dict], recipes: dict, rising: pandas.DataFrame | None) -> list[dict]:
     """A line for each group of lines of one recipe, with two seeds or more; a number is over the runs' means."""
     groups = {}
     for line in (line for line in lines if line["run"] in recipes):
@@ -172,7 +179,7 @@ def _over_seeds(lines: list[dict], recipes: dict) -> list[dict]:
                    for name in shared}
         place = " or ".join(dict.fromkeys(line["there"] for line in group if line["there"])) or None
         found.append(_named({"runs": names, "phase": phase, "dataset": dataset, "first": first, "last": last,
-                             "over": over, "there": place, "numbers": numbers}))
+                             "over": over, "there": place, "risers": _risers(rising, group), "numbers": numbers}))
     return found
 
 
@@ -199,7 +206,8 @@ def _words(line: dict) -> list[str]:
     for rule in (rule for rule in RULES if rule.name in line["names"]):
         shown = [_phrase(name, Numbers(line["numbers"]), line) for name in rule.shown if name in line["numbers"]]
         if rule.name == "squeezing" and line.get("risers"):
-            shown.append(f"tokens that gained most probability there: {line['risers']}")
+            where = "there" if "run" in line else "there in every run"
+            shown.append(f"tokens that gained most probability {where}: {line['risers']}")
         words.append(f"{rule.name} ({'; '.join(shown)})" if shown else rule.name)
     return words
 

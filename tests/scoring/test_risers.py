@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, launch, make_model, make_tokenizer
 from test_measures import GROUPS, Distribution, places
 from test_parts import no_figures, run, work  # noqa: F401 (fixtures)
-from test_verdict import CASES, KEY, tables
+from test_verdict import CASES, KEY, seeds, tables
 
 import score
 from nanodpo.core.attention import LOOP
@@ -233,3 +233,26 @@ def test_the_verdict_names_the_tokens_that_took_the_place():
     assert "rows; tokens that gained most probability there: ' the' +0.25, token 6 +0.12)" in found["text"]
     (found,) = judge(*tables(**CASES["squeezing"]))
     assert "gained most" not in found["text"]
+
+
+def riser_lines(name, gains, section="tenth 3"):
+    """Lines of risers.csv along chosen of the last step: {id: its change}, the first gained most."""
+    return [KEY | {"run": name, "step": 9, "response": "chosen", "section": section, "place": place + 1, "id": id,
+                   "token": f"' {id}'", "change": change} for place, (id, change) in enumerate(gains.items())]
+
+
+def test_over_seeds_the_verdict_names_the_tokens_that_gained_in_each():
+    """Their means over the seeds: 5 has (0.25 + 0.25 + 0.125) / 3, 6 has 0.25. Token 7 gained more than both, in two
+    seeds, and is not among those that the third kept; 8 is of another tenth."""
+    parts, recipes = seeds(*[CASES["squeezing"]] * 3)
+    lines = [*riser_lines("s0", {7: 0.5, 6: 0.3, 5: 0.25}), *riser_lines("s1", {7: 0.75, 5: 0.25, 6: 0.2}),
+             *riser_lines("s2", {6: 0.25, 5: 0.125, 9: 0.1}), *riser_lines("s2", {8: 0.9}, "tenth 4")]
+    *_, together = judge(*parts, recipes, rising=pandas.DataFrame(lines))
+    assert together["names"] == ["squeezing"] and together["risers"] == "' 6' +0.25, ' 5' +0.21"
+    assert "there in every run: ' 6' +0.25, ' 5' +0.21)" in together["text"]
+    apart = riser_lines("s0", {5: 0.3}) + riser_lines("s1", {6: 0.3}) + riser_lines("s2", {5: 0.3})
+    *_, together = judge(*parts, recipes, rising=pandas.DataFrame(apart))
+    assert "there in every run: none)" in together["text"]
+    for some in (None, pandas.DataFrame(), pandas.DataFrame(lines[:6])):  # nobody asked for those of the third
+        *_, together = judge(*parts, recipes, rising=some)
+        assert together["risers"] is None and "gained most" not in together["text"]
