@@ -26,15 +26,15 @@ from nanodpo.figures.after import draw_run_after, is_drawn
 from nanodpo.folder import checkpoint, state
 from nanodpo.model import loading
 from nanodpo.model.quantised import bits_of
-from nanodpo.model.sharding import is_sharded, shared_weights
 from nanodpo.ranks import distributed
-from nanodpo.run import agreement, lifecycle, memory, monitors
-from nanodpo.run.engine import join_ranks, make_engine
+from nanodpo.run import lifecycle, memory, monitors
+from nanodpo.run.deepspeed_settings import check_with_deepspeed
+from nanodpo.run.engine import make_engine
 from nanodpo.run.guards import StepGuard, check_start, nonfinite
 from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, peak_gib
 from nanodpo.run.passes import PAIR, add_references, dry_run, eval_batches, logps_of, measure_noise, row_weights
 from nanodpo.run.signals import Stop
-from nanodpo.run.start import Run, Start, prepare
+from nanodpo.run.start import Run, Start, load_models, prepare
 from nanodpo.screen import command_line
 
 SCRIPT = Path(__file__).resolve()
@@ -63,7 +63,8 @@ def main(argv: list[str]) -> None:
 def build(start: Start, stop: Stop) -> Run:
     """Joins the ranks, loads the model and makes the engine around it."""
     args = start.args
-    device = join_ranks(args.local_rank, start.settings | start.monitors, args.deepspeed)
+    device = distributed.start(args.local_rank)
+    check_with_deepspeed(start.settings | start.monitors, args.deepspeed)
     rank, world = distributed.rank_and_world()
     with memory.shortage_named(rank, "loading the model"):
         model, weights, other, its_weights = load_models(start)
@@ -73,25 +74,6 @@ def build(start: Start, stop: Stop) -> Run:
     torch.manual_seed(args.seed + rank)  # dropout's, with --allow_dropout
     return Run(**vars(start), **vars(built), stop=stop, weights=weights, reference_weights=its_weights,
                reference_model=other, device=device, world=world, rank=rank)
-
-
-def load_models(start: Start) -> tuple:
-    """(the policy, its hashes as the reference, the model of --reference, its hashes); see loading.py."""
-    args, shared = start.args, shared_weights(start.settings)
-    fresh = args.use_lora and not start.source.adapter
-    with agreement.same_on_all_ranks() as compared:
-        model = loading.load_model(start.source, args, start.lora, shared)
-        weights = loading.weights_hash(model, fresh, as_read=True)
-        compared |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
-        other = loading.load_reference(start.reference, start.adapter_off, args, shared)
-        its_weights = loading.weights_hash(other, False, as_read=True) if other else None
-        compared |= {"a --reference that hashes to": its_weights}
-    if is_sharded(model):  # all ranks have all of it, together: the hash that a run has without ZeRO
-        weights = loading.weights_hash(model, fresh)
-        its_weights = loading.weights_hash(other, False) if other else None
-    if start.reference and start.adapter_off:
-        its_weights = " ".join(weights.split()[:2])  # of the base and its config, without an adapter
-    return model, weights, other, its_weights
 
 
 def train(run: Run) -> None:

@@ -27,7 +27,7 @@ import hosts
 
 from nanodpo import errors
 from nanodpo.data import tokens
-from nanodpo.ranks import meeting
+from nanodpo.ranks import distributed, meeting
 from nanodpo.run import datasets, lifecycle
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     program = importlib.import_module(script)
     at = plan.get("at", {})
     load, step = tokens.load_dataset, getattr(program, "train_step", None)
-    for place, module, name in (("meet", meeting, "_come_together"), ("join", program, "join_ranks"),
+    for place, module, name in (("meet", meeting, "_come_together"), ("join", distributed, "start"),
                                 ("reference", program, "add_references"), ("save", lifecycle.checkpoint, "save")):
         if place in at:
             setattr(module, name, before(getattr(module, name), at[place]))

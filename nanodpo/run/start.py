@@ -24,14 +24,17 @@ from ..flags.loss import loss_name, read_loss
 from ..folder import elastic, fork, record
 from ..folder.atomic import check_whole, check_writable
 from ..folder.fork import Fork
+from ..model import loading
 from ..model.adapters import adapter_shape
 from ..model.lora_settings import check_dora, check_trainable, read_lora_settings, take_over
 from ..model.quantised import QUANTISATION, bits_of, check_quantised
+from ..model.sharding import is_sharded, shared_weights
 from ..model.source import Source, absolute, base_of, check_heads, check_reference, open_source, read_template_file
 from ..ranks import distributed
 from ..screen import folded
-from . import agreement, engine
+from . import agreement
 from .datasets import read_data
+from .deepspeed_settings import read_settings
 from .monitors import take_blocks
 from .other_trainers import accelerate_differs
 from .signals import Stop
@@ -158,7 +161,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         return look(args, lora, weights, script.parent / "ds_config.json")
     today = distributed.from_main(str(datetime.date.today()))  # one day for all ranks
     with agreement.same_on_all_ranks() as compared:
-        settings = engine.read_settings(args, script.parent / "ds_config.json")
+        settings = read_settings(args, script.parent / "ds_config.json")
         if differs := accelerate_differs(args, settings):
             distributed.say(differs)
         monitors = take_blocks(settings, args.report_to)
@@ -208,7 +211,7 @@ def say_config(args) -> None:
 def look(args, lora: dict, weights: list[float], deepspeed: Path) -> None:
     """--inspect. Settings that a run would refuse are refused here, too; rows are left out and named."""
     with agreement.same_on_all_ranks():
-        settings = engine.read_settings(args, deepspeed)
+        settings = read_settings(args, deepspeed)
         distributed.check_device(args)
         source, _ = open_checked(args, lora, settings)
         train, held_out, limit, _ = read_data(inspection.lenient(args), source, weights)
@@ -292,3 +295,23 @@ def open_reference(args, source: Source, sets: list[DataSet]) -> Source:
     for data in sets:
         check_reference(source, reference, args.reference, data.path, data.examples)
     return reference
+
+
+def load_models(start: Start) -> tuple:
+    """(the policy, its hashes as the reference, the model of --reference, its hashes); see model/loading.py. Raises
+    UserError where the ranks have read other weights."""
+    args, shared = start.args, shared_weights(start.settings)
+    fresh = args.use_lora and not start.source.adapter
+    with agreement.same_on_all_ranks() as compared:
+        model = loading.load_model(start.source, args, start.lora, shared)
+        weights = loading.weights_hash(model, fresh, as_read=True)
+        compared |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
+        other = loading.load_reference(start.reference, start.adapter_off, args, shared)
+        its_weights = loading.weights_hash(other, False, as_read=True) if other else None
+        compared |= {"a --reference that hashes to": its_weights}
+    if is_sharded(model):  # all ranks have all of it, together: the hash that a run has without ZeRO
+        weights = loading.weights_hash(model, fresh)
+        its_weights = loading.weights_hash(other, False) if other else None
+    if start.reference and start.adapter_off:
+        its_weights = " ".join(weights.split()[:2])  # of the base and its config, without an adapter
+    return model, weights, other, its_weights

@@ -13,7 +13,7 @@ from conftest import ROOT, environment
 from nanodpo.errors import UserError
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.flags.launchers import LAUNCHERS, local_rank, take_over
-from nanodpo.run.engine import engine_config
+from nanodpo.run.deepspeed_settings import engine_config
 from nanodpo.run.other_trainers import accelerate_differs
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")

@@ -15,7 +15,7 @@ from conftest import ROOT
 import train
 from nanodpo.errors import RunStopped, UserError, run_script
 from nanodpo.flags.arguments import TrainArguments
-from nanodpo.run import engine
+from nanodpo.run import deepspeed_settings
 
 GOOD = {"prompt": "1+1=", "chosen": "2", "rejected": "5"}
 
@@ -184,11 +184,11 @@ def test_wrong_deepspeed_files(world, tmp_path, text, words):
 def test_a_precision_that_agrees_with_the_flag_is_no_mistake(settings, bf16):
     """As files of other trainers have it; what the engine gets is the flag's."""
     args = TrainArguments(model_name="m", train_file_path="d", bf16=bf16, per_device_train_batch_size=3)
-    found = engine.engine_config(settings, "ds.json", args)
+    found = deepspeed_settings.engine_config(settings, "ds.json", args)
     assert not found["bf16"]["enabled"] and not found.get("fp16") and "train_batch_size" not in found
     assert found["train_micro_batch_size_per_gpu"] == 3
     with pytest.raises(UserError, match="sets bf16, which train.py owns"):
-        engine.engine_config({"bf16": {"enabled": not bf16}}, "ds.json", args)
+        deepspeed_settings.engine_config({"bf16": {"enabled": not bf16}}, "ds.json", args)
 
 
 def test_deepspeed_reads_every_setting_that_it_may_be_given():
@@ -206,10 +206,10 @@ def test_deepspeed_reads_every_setting_that_it_may_be_given():
             asked.add(name)
             return super().__getitem__(name)
 
-    objects = {name: {} for name, limit in engine.SETTINGS.items() if limit.holds({}) and limit.words}
+    objects = {name: {} for name, limit in deepspeed_settings.SETTINGS.items() if limit.holds({}) and limit.words}
     DeepSpeedConfig(Settings(objects, train_micro_batch_size_per_gpu=1))
     refused = {"amp", "sparse_gradients"}
-    assert engine.SETTINGS.keys() - refused <= asked, engine.SETTINGS.keys() - asked
+    assert deepspeed_settings.SETTINGS.keys() - refused <= asked, deepspeed_settings.SETTINGS.keys() - asked
 
 
 def test_a_deepspeed_file_that_is_not_there_or_not_text(world, tmp_path):

@@ -12,7 +12,8 @@ from conftest import ROOT, fork, launch
 import train as trainer
 from nanodpo.errors import UserError
 from nanodpo.flags.arguments import TrainArguments, parse
-from nanodpo.run import engine, monitors
+from nanodpo.run import monitors
+from nanodpo.run.deepspeed_settings import engine_config
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
 TIMES = ("perf/", "mem/")  # of a step that was computed again the first are there
@@ -209,7 +210,7 @@ def test_a_file_of_deepspeed_turns_monitors_on(tiny, tmp_path):
 def test_the_engine_gets_no_monitor(tiny, tmp_path):
     """It would write the learning rate again, over the samples."""
     args = TrainArguments(model_name="M", train_file_path="D", report_to=["csv_monitor"])
-    settings = engine.engine_config({"csv_monitor": {"enabled": False}, "wandb": {"project": "p"}}, "ds.json", args)
+    settings = engine_config({"csv_monitor": {"enabled": False}, "wandb": {"project": "p"}}, "ds.json", args)
     assert monitors.take_blocks(settings, args.report_to) == {"csv_monitor": {"enabled": True},
                                                               "wandb": {"project": "p"}}
     assert not {*monitors.PACKAGES} & settings.keys()
