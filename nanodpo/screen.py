@@ -55,14 +55,18 @@ def printable(text: str) -> str:
 
 def folded(text: str, width: int = 80) -> str:
     r"""Text whose lines are broken at spaces where a terminal of `width` columns would break them within a word. What
-    follows of a line is indented under it; words that are longer, as paths may be, stay whole.
+    follows of a line is indented under it; a line with a long path stays whole.
 
     >>> folded("columns: a, b\n  not read: c, de", 14)
     'columns: a, b\n  not read: c,\n    de'
     """
-    lines = ((line, line[: len(line) - len(line.lstrip())]) for line in text.splitlines())
-    return "\n".join(textwrap.fill(line, width, subsequent_indent=f"{indent}  ", break_long_words=False,
-                                   break_on_hyphens=False) for line, indent in lines)
+    lines = []
+    for line in text.splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        path = any("/" in word and len(word) > width / 2 for word in line.split())
+        lines += [line] if path or not line else textwrap.wrap(
+            line, width, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def escape_all_output() -> None:

@@ -199,7 +199,8 @@ def test_long_lines_are_broken_between_words():
     first, *rest = folded(line).splitlines()
     assert rest and all(len(part) <= 80 for part in (first, *rest)) and all(part.startswith("  ") for part in rest)
     assert " ".join(part.strip() for part in (first, *rest)) == line.strip()
-    assert folded("x" * 100) == "x" * 100 and folded("a\n\n  b") == "a\n\n  b"
+    path = f"  10 rows: 8 of /tmp/{'x' * 50}/a.jsonl, 2 of b.jsonl and so on and so on"
+    assert folded(path) == path and folded("x" * 100) == "x" * 100 and folded("a\n\n  b") == "a\n\n  b"
 
 
 def test_bars_fit_80_columns_and_no_line_is_glued_to_one():
