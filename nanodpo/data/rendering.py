@@ -1,5 +1,6 @@
 """Messages -> the text that the chat template makes of them, with everything in it that went in."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -7,6 +8,8 @@ import re
 from ..errors import UserError
 from .template import PROBE, Template, added_tokens, apply, shared_start
 
+OPEN, CLOSE = r"(?:<think>|<\|START_THINKING\|>|<\|channel>thought|\[THINK\])", (
+    r"(?:</think>|<\|END_THINKING\|>|<channel\|>|\[/THINK\])")  # what templates write around thoughts
 REASONING = ("reasoning_content", "thinking", "reasoning")  # where messages keep what was thought before an answer
 # Templates lay out white space in their own way, and take out the switches of models that think or don't.
 FREE = re.compile(r"\s|/(?:no_?)?think\b|/system_override\b")
@@ -52,14 +55,23 @@ def render_messages(template: Template, messages: list[dict], first: int | None 
         raise UserError("has no message before the assistant's")
     asked, whole = render_prompt(template, before), apply(template, messages)
     prompt = _until_reply(template, before, asked, whole)
+    opened = asked[len(prompt):]
     if _loses_thought(reply, whole):
-        text = _as_generated(str(reply["content"]), asked[len(prompt):]) + template.end
+        if closed := re.search(rf"(?:{OPEN}\s*)?{CLOSE}\s*$", asked):
+            raise UserError("has thoughts, and the chat template closes them before the answer begins, with "
+                            f"{closed[0]!r}: turn them on with an option of the template, as in --chat_template_kwargs "
+                            "'{\"enable_thinking\": true}', or take them out of the answer")
+        text = _as_generated(str(reply["content"]), opened) + template.end
         rendered = Rendered(asked, text, note="the chat template leaves out what was thought, once the answer is in "
                             "the conversation; scored whole, as the model writes it")
     else:
         _check_written(template, messages, whole, reply)
         rendered = Rendered(prompt, whole[len(prompt):].removesuffix(template.rest))
-        if opened := asked[len(prompt):]:
+        # An empty block of its own, before the one that the content begins with.
+        rendered.response = re.sub(rf"^\s*{OPEN}\s*{CLOSE}\s*(?=<think>)", "", rendered.response)
+        if _thinks_nothing(opened) and not re.match(rf"\s*(?:{OPEN}|{CLOSE})", rendered.response):
+            rendered.prompt = asked  # as at inference, where the answer comes after it
+        elif opened:
             rendered.note = (f"the chat template opens an answer with {opened!r}, and not once it is in the "
                              "conversation; scored as in the conversation")
     if first is not None and not _is_trained_on(reply):
@@ -79,10 +91,16 @@ def _until_reply(template: Template, before: list[dict], asked: str, whole: str)
     if whole.startswith(asked):
         return asked
     shared = shared_start(template.tokenizer, asked, whole)
-    if len(shared) <= len(shared_start(template.tokenizer, asked, apply(template, before))):
+    if (len(shared) <= len(shared_start(template.tokenizer, asked, apply(template, before)))
+            and not _thinks_nothing(asked[len(shared):])):
         raise UserError("the chat template writes what is before the reply differently once the reply is there; "
                         f"give rendered text instead (expected {asked[len(shared) - 20:][:60]!r})")
     return shared
+
+
+def _thinks_nothing(opened: str) -> bool:
+    """Is it an empty block for thoughts? Templates write one where a model should not think, in the prompt alone."""
+    return re.fullmatch(rf"{OPEN}\s*{CLOSE}\s*", opened) is not None
 
 
 def _loses_thought(reply: dict, whole: str) -> bool:
@@ -111,6 +129,8 @@ def _every_reply(template: Template, messages: list[dict], earlier: list[int], l
         if not whole.startswith(said):
             end = _end_of_earlier(template, said.removesuffix(template.end), len(prompt), whole)
             note = note or "the chat template writes earlier answers differently; scored as in the conversation"
+        elif not said.endswith(template.end) and (closed := re.match(rf"\s*{re.escape(template.end)}", whole[end:])):
+            end += closed.end()  # which it writes before the next turn alone
         if not len(prompt) < end <= len(last.prompt) or places and places[-1][1] > len(prompt):
             raise UserError(f"the chat template does not show where the answer of message {i} ends; score the last "
                             "answers alone with --train_on last")
@@ -133,8 +153,8 @@ def _check_written(template: Template, messages: list[dict], text: str, reply: d
     """Raises UserError naming the role whose message, or a part of it, is not in the text."""
     lost = _left_out(template, messages, reply)
     for i, message in enumerate(messages):
-        for part in _parts(message, message is reply):
-            if i in lost or not (part.strip() in text or _is_written(part, text)):
+        for name, part in _parts(message, message is reply).items():
+            if (i, name) in lost or not (part.strip() in text or _is_written(part, text)):
                 raise UserError(f"has a message of role {message['role']!r} that the chat template leaves out, or a "
                                 f"part of it ({part.strip()[:40]!r}): give it a role that the template writes, or put "
                                 "its text into another message")
@@ -156,30 +176,43 @@ def _is_written(part: str, text: str) -> bool:
     return any(FREE.sub("", way) in bare for way in ways)
 
 
-def _parts(message: dict, is_reply: bool) -> list[str]:
+def _parts(message: dict, is_reply: bool) -> dict[str, str]:
     """The parts of a message that must be in the text. Templates drop the thoughts before earlier answers."""
-    said = [message.get(name) for name in (("content", *REASONING) if is_reply else ("content",))]
+    said = {name: message.get(name) for name in (("content", *REASONING) if is_reply else ("content",))}
     if message["role"] == "assistant" and not is_reply:
-        said = [(said[0] or "").rpartition("</think>")[2]]
+        said["content"] = (said["content"] or "").rpartition("</think>")[2]
+    said |= {f"call {k}": call.get("name") for k, call in enumerate(_calls(message))}
+    return {name: part for name, part in said.items() if isinstance(part, str) and part.strip()}
+
+
+def _calls(message: dict) -> list[dict]:
+    """The functions that a message calls."""
     calls = message.get("tool_calls") if isinstance(message.get("tool_calls"), list) else []
     calls = [call.get("function") or call for call in calls if isinstance(call, dict)]
-    names = [call.get("name") for call in calls if isinstance(call, dict)]
-    return [part for part in (*said, *names) if isinstance(part, str) and part.strip()]
+    return [call for call in calls if isinstance(call, dict)]
 
 
-def _left_out(template: Template, messages: list[dict], reply: dict | None) -> set[int]:
-    """The messages of which a template, given words in their place that stand nowhere else, does not write these.
+def _left_out(template: Template, messages: list[dict], reply: dict | None) -> set[tuple[int, str]]:
+    """The messages, and which part of each, that a template does not write, given words in its place that stand nowhere
+    else: a short content may stand in the text by chance, and a called function among the tools.
 
-    A short content may stand in the text by chance. Conversations that differ only in their contents are asked once.
+    Conversations that differ only in these are asked once.
     """
-    words = [{name: f"{PROBE}-{i}-{name}." for name in (("content", *REASONING) if message is reply else ("content",))
-              if isinstance(message.get(name), str) and message[name].strip()} for i, message in enumerate(messages)]
-    probes = [message | own for message, own in zip(messages, words)]
+    probes, words = copy.deepcopy(messages), {}
+    for i, message in enumerate(probes):
+        for name in _parts(messages[i], messages[i] is reply):
+            words[i, name] = f"{PROBE}-{i}-{name.replace(' ', '-')}."
+            if name in message:
+                message[name] = words[i, name]
+        for k, call in enumerate(_calls(message)):
+            if word := words.get((i, f"call {k}")):
+                own = {PROBE: word}  # some templates write a call's arguments, and in place of its name its id
+                call |= {"name": word, "arguments": json.dumps(own) if isinstance(call.get("arguments"), str) else own}
     key = json.dumps([probes, template.options], default=str)
     if key not in template.left_out:
         try:
             text = apply(template, probes)
-            template.left_out[key] = {i for i, own in enumerate(words) if any(w not in text for w in own.values())}
+            template.left_out[key] = {part for part, word in words.items() if word not in text}
         except UserError:  # a template that computes with contents
             template.left_out[key] = set()
     return template.left_out[key]

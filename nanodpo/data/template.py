@@ -102,9 +102,7 @@ def _read(template: Template) -> None:
                         "or chat_template in tokenizer_config.json") from error
     before, _, tail = whole.rpartition(PROBE)
     asked, prompted, before = (text.rpartition(QUESTION)[2] for text in (asked, prompted, before))
-    # ChatML of a base model: the template closes turns with a token that is not the tokenizer's eos.
-    tokens = [token for token in added_tokens(tokenizer) if token in tail]
-    template.end = min(tokens, key=tail.index, default=None) or (tail.split() or [None])[0]
+    template.end = _first_end(tokenizer, tail, asked)
     template.rest = tail.partition(template.end)[2] if template.end else ""
     header = prompted[len(shared_start(tokenizer, asked, prompted)):]
     if asked == prompted:  # it opens the assistant's turn whether asked to or not
@@ -121,6 +119,17 @@ def _read(template: Template) -> None:
     template.places = tuple(re.compile(re.escape(mark) if any(token in mark for token in added)
                                        else rf"^[ \t]*{re.escape(mark)}", re.MULTILINE) for mark in template.openings)
     template.bos = bos if whole.startswith(bos) and not opens_turns else ""
+
+
+def _first_end(tokenizer, text: str, asked: str) -> str | None:
+    """The end of an answer that this text follows: a token, or, where there is none, a word. ChatML of a base model
+    closes turns with a token that is not its eos. Command R closes answers with one that questions, which the text
+    `asked` follows, do not have, and then the turn with its eos: both are the end."""
+    tokens = "|".join(map(re.escape, added_tokens(tokenizer))) or "(?!)"
+    if not (found := re.search(f"({tokens})(?:{tokens})*", text)):
+        return (text.split() or [None])[0]
+    before, eos, _ = found[0].partition(tokenizer.eos_token or found[1])
+    return before + eos if eos and found[1] not in asked else found[1]
 
 
 def _openings(template: Template, bos: str) -> tuple[str, ...]:
@@ -146,13 +155,13 @@ def added_tokens(tokenizer) -> list[str]:
 
 
 def shared_start(tokenizer, a: str, b: str, at_end: bool = False) -> str:
-    """The text with which both begin, or end, and in which no token is cut: a token counts as one character."""
-    tokens = added_tokens(tokenizer)
-    codes = {token: chr(0xF0000 + i) for i, token in enumerate(tokens)}
-    pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
-    a, b = (pattern.sub(lambda found: codes[found[0]], text)[:: -1 if at_end else 1] for text in (a, b))
-    shared = os.path.commonprefix([a, b])[:: -1 if at_end else 1]
-    return "".join(tokens[ord(c) - 0xF0000] if 0xF0000 <= ord(c) < 0xF0000 + len(tokens) else c for c in shared)
+    """The text with which both begin, or end, and in which no token is cut: a token counts as one character, and so
+    does a tag such as <think>, which is no token of some tokenizers."""
+    pattern, codes = re.compile("|".join([*map(re.escape, added_tokens(tokenizer)), r"</?\w+>"])), {}
+    a, b = (pattern.sub(lambda found: codes.setdefault(found[0], chr(0xF0000 + len(codes))), text)
+            [:: -1 if at_end else 1] for text in (a, b))
+    pieces = {code: piece for piece, code in codes.items()}
+    return "".join(pieces.get(c, c) for c in os.path.commonprefix([a, b])[:: -1 if at_end else 1])
 
 
 def apply(template: Template, messages: list[dict], **options) -> str:

@@ -199,6 +199,9 @@ LOST = {
     "a system prompt": ("phi3", [message("system", "Be brief."), message("user", "2+2?")], "system"),
     "a tool's name": ("phi3", [message("user", "2?"), message("assistant", "", tool_calls=[
         {"type": "function", "function": {"name": "weather", "arguments": {}}}])], "assistant"),
+    "a call of a tool whose name stands elsewhere": ("qwen3", [message("user", "Ask weather!"), message(
+        "assistant", "", tool_calls=[{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]),
+        message("user", "And?")], "assistant"),
 }
 
 
@@ -232,7 +235,7 @@ def test_what_is_scored_must_be_whole(tmp_path):
                 "rejected": [*TALK, message("assistant", "5", reasoning_content="I do not.")]}
     kept, = load(tmp_path, tokenizer_of("qwen3"), reasoned).examples
     assert bytes(kept.chosen[:-1]).decode() == thought
-    assert words in error_of(tmp_path, tokenizer_of("qwen25"), reasoned)
+    assert f"{words} ('I add.')" in error_of(tmp_path, tokenizer_of("qwen25"), reasoned)
 
 
 @pytest.mark.parametrize("empty, thought, opened, said", [
@@ -255,6 +258,19 @@ def test_templates_that_open_a_block_for_thoughts(empty, thought, opened, said, 
     assert tokenizer.decode(example.prompt) == f"<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n{opened}"
     assert tokenizer.decode(example.chosen) == f"{said}<|im_end|>"
     assert any("not once it is in the conversation" in note for note in data.notes) == (opened == "<think>")
+
+
+def test_an_empty_block_before_thoughts_that_are_there_goes(tmp_path):
+    """A template that writes a block of its own, empty where no thoughts are given apart: as Kimi K2's. The model would
+    write one."""
+    tokenizer, thought = tiny.chatml(), "<think>\nI {}.\n</think>\n\n{}"
+    tokenizer.chat_template = tiny.CHATML.replace(
+        "{{ m['content'] }}", "{% if m.role == 'assistant' %}{{ '<think>' + (m.reasoning_content or '') + '</think>' }}"
+        "{% endif %}{{ m['content'] }}")
+    example, = load(tmp_path, tokenizer, row([message("user", "2?")], thought.format("add", 4), "5")).examples
+    assert tokenizer.decode(example.prompt) == "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(example.chosen) == "<think>\nI add.\n</think>\n\n4<|im_end|>"
+    assert tokenizer.decode(example.rejected) == "<think></think>5<|im_end|>"
 
 
 def test_contents_that_are_written_as_json_are_there(tmp_path):
@@ -284,6 +300,96 @@ def test_keys_that_arrow_fills_with_none_are_nobodys_words(tmp_path):
     assert bytes(first[0].chosen[:-1]).decode() == said
     assert again.examples[0] == first[0] and tokenizer.decode(again.examples[1].chosen).count("null") == 0
     assert sorted(again.examples[1].chosen) == sorted(first[1].chosen)  # Arrow has one order of keys for all rows
+
+
+# A block for thoughts that the prompt of inference closes, and the conversation lacks
+EMPTY = ["<think>\n\n</think>\n\n", "<|channel>thought\n<channel|>", "[THINK][/THINK]",
+         "<|START_THINKING|><|END_THINKING|>"]
+
+
+def not_thinking(block: str, always: bool = False):
+    """ChatML that opens the assistant's turn with this block, and, `always`, whether asked to or not."""
+    tokenizer = tiny.chatml()
+    opens = "{{ '<|im_start|>assistant\n" + block.replace("\n", "\\n") + "' }}"
+    opens = opens if always else f"{GENERATION}{opens}{{% endif %}}"
+    tokenizer.chat_template = tiny.CHATML.partition("{% if add")[0] + opens
+    return tokenizer
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("block", EMPTY)
+def test_where_a_model_is_not_to_think_the_answer_comes_after_the_closed_block(block, always, tmp_path):
+    """From messages as from a plain answer to a prompt; earlier answers are as the conversation has them."""
+    tokenizer = not_thinking(block, always)
+    user, more = [message("user", "2+2?")], [message("assistant", "4"), message("user", "Sure?")]
+    for talk in (user, user + more):
+        asked = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        assert tokenizer.decode(asked).endswith(block)
+        for data in (row(talk), {"prompt": talk, "chosen": "4", "rejected": "5"}):
+            loaded = load(tmp_path, tokenizer, data)
+            example, = loaded.examples
+            assert (example.prompt, example.chosen, example.rejected) == (asked, [*b"4", 260], [*b"5", 260])
+            assert not any("opens an answer" in note for note in loaded.notes)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [*user, *more, message("assistant", "yes")]}))
+    example, = load_dataset(str(path), read_template(tokenizer), tiny.DataArguments(loss="sft"), 1000, False).examples
+    scored = [example.chosen[i] for i in example.chosen.scored]
+    assert scored == [*b"4", 260, *b"yes", 260]
+    assert tokenizer.decode(example.prompt + example.chosen).endswith(f"assistant\n{block}yes<|im_end|>")
+
+
+def test_thoughts_after_a_block_that_is_closed_are_refused(tmp_path):
+    """The template leaves them out, and a model that is told not to think would not write them."""
+    tokenizer = not_thinking(EMPTY[0])
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'].split('</think>')[-1]")
+    said = error_of(tmp_path, tokenizer, row([message("user", "2+2?")], "<think>\nI add.\n</think>\n\n4"))
+    assert "has thoughts, and the chat template closes them before the answer begins" in said
+    assert "--chat_template_kwargs" in said
+
+
+def test_a_tag_that_is_no_token_is_not_cut(tmp_path):
+    """<think> in the prompt and </think> in the conversation begin alike."""
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = tiny.CHATML.replace(
+        "{{ m['content'] }}", "{{ '</think>' if m.role == 'assistant' }}{{ m['content'] }}").replace(
+        "assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    example, = load(tmp_path, tokenizer, row([message("user", "2?")])).examples
+    assert tokenizer.decode(example.prompt) == "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(example.chosen) == "</think>4<|im_end|>"
+
+
+# Ends
+
+
+def test_an_answer_and_its_turn_may_end_with_a_token_each(tmp_path):
+    """As Command R's: the model writes both, and stops at the second. A call of tools has another first one."""
+    tokenizer = tiny.make(["<bos>", "<eot>", "<user>", "<model>", "<say>", "</say>", "<act>", "</act>"], template=(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% if m.tool_calls %}"
+        "{{ '<model><act>' + m.tool_calls[0].function.name + '</act>' }}{% else %}"
+        "{{ '<model><say>' + m.content + '</say>' }}{% endif %}{% else %}{{ '<user>' + m.content }}{% endif %}"
+        "{{ '<eot>' }}{% endfor %}" + GENERATION + "{{ '<model>' }}{% endif %}"), bos_first=True, bos_token="<bos>",
+        eos_token="<eot>", pad_token="<eot>")
+    call = message("assistant", None, tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
+    talk = [message("user", "2+2?"), message("assistant", "3"), message("user", "Sure?")]
+    example, = load(tmp_path, tokenizer, row(talk)).examples
+    assert tokenizer.decode(example.prompt) == "<bos><user>2+2?<eot><model><say>3</say><eot><user>Sure?<eot><model>"
+    assert tokenizer.decode(example.chosen) == "<say>4</say><eot>"
+    example, = load(tmp_path, tokenizer, {"prompt": talk, "chosen": [call], "rejected": [message("assistant", "5")]}
+                    ).examples
+    assert tokenizer.decode(example.chosen) == "<act>f</act><eot>"
+    assert tokenizer.decode(example.rejected) == "<say>5</say><eot>"
+
+
+def test_an_end_that_is_written_before_the_next_turn_alone_is_scored(tmp_path):
+    """As Apertus': the last answer gets its end, and the earlier ones have theirs in the conversation."""
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = tiny.CHATML.replace("<|im_end|>\n", "{% if not (loop.last and m.role == 'assistant') %}"
+                                                                  "<|im_end|>{% endif %}")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [message("user", "2?"), message("assistant", "4"), message("user", "3?"),
+                                             message("assistant", "9")]}))
+    example, = load_dataset(str(path), read_template(tokenizer), tiny.DataArguments(loss="sft"), 1000, False).examples
+    assert [example.chosen[i] for i in example.chosen.scored] == [*b"4", 260, *b"9", 260]
 
 
 # Other turns, and leads
