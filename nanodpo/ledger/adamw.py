@@ -68,6 +68,14 @@ class Moments(NamedTuple):
         return -rate * (self.m / self.denominator(adam) + adam.decay * decayed)
 
 
+def lacking(before: Tensor, after: Tensor, update: Tensor, roundings: int) -> Tensor:
+    """The part of the change from weights (D,) before to those after that this update does not explain, by its norm:
+    as far as it is more than so many roundings of the weights to their precision can have made."""
+    made, size = after - before, after.abs()
+    half = (torch.nextafter(size, torch.full_like(size, torch.inf)) - size) / 2  # of the last digit
+    return ((made - update).abs() - roundings * half).clamp_(min=0).norm() / made.norm()
+
+
 class Adjoint:
     """Goes through a run from its last update to its first; at each, `share` and `effect` give what the parts of its
     gradient did to M probes."""

@@ -84,4 +84,5 @@ def rebuilt_line(history: History, norms: dict[int, float], rebuilt: Tensor) -> 
     worst = max((abs(norms[k] / history.norms[k] - 1) for k in norms if history.norms.get(k)), default=0.0)
     errors = rebuilt[~rebuilt.isnan()]
     return (f"made again: gradient norms within {worst:.1e} of those in metrics.jsonl; updates within "
-            f"{errors.median().item():.1e} of those between checkpoints (median; {errors.max().item():.1e} at worst)")
+            f"{errors.median().item():.1e} of those between checkpoints (median; {errors.max().item():.1e} at worst), "
+            "beyond the rounding of the weights")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError, first_line
 from ..folder.atomic import new_file, writing
-from .adamw import Adjoint, Moments
+from .adamw import Adjoint, Moments, lacking
 from .history import History
 from .probes import Probes
 
@@ -95,7 +95,7 @@ class Found:
 
     levels: Tensor  # (K + 1, M): their values at every step, nats a token
     lines: dict[str, Tensor]  # step, index (of an example; -1 for weight decay), side: (L,); share, effect: (L, M)
-    rebuilt: Tensor  # (K,): |update - its reconstruction| / |update|; NaN where none was made
+    rebuilt: Tensor  # (K,): |update - its reconstruction| / |update|, beyond rounding; NaN where none was made
 
 
 def backward(history: History, probes: Probes, store: Store, name: str, track: Callable) -> Found:
@@ -135,8 +135,10 @@ def _step(history: History, store: Store, adjoint: Adjoint, step: int, path: Ten
     """The lines of one step: of each pair's two sides, and of weight decay, where there is any."""
     adam, rate = history.adam, history.rate(step)
     now, before = store.moments(step, weights), store.moments(step - 1, weights)
-    made, decayed = state["after"] - weights, history.decayed()
-    state["rebuilt"][step] = (made - now.update(rate, adam, decayed)).norm() / made.norm()
+    decayed = history.decayed()
+    # AdamW rounds the sum of weight and update; with decay 1 - rate decay and its product with the weight, too.
+    roundings = 3 if adam.decay else 1
+    state["rebuilt"][step] = lacking(weights, state["after"], now.update(rate, adam, decayed), roundings)
     adjoint.back(path, rate, now)
     clip = adam.clip_factor(store.norm(step))
     heavier = adjoint.heavier((now.m - adam.beta1 * before.m) / (1 - adam.beta1), clip)
