@@ -18,8 +18,8 @@ from pathlib import Path
 import pandas
 import torch
 
-from nanodpo.core.batches import make_batch
 from nanodpo.core.logprobs import sum_by_sequence
+from nanodpo.core.packing import LAYOUTS
 from nanodpo.errors import UserError, leave, run_script
 from nanodpo.figures.after import draw_after, ledger_after, page_after
 from nanodpo.folder.atomic import check_writable
@@ -165,8 +165,8 @@ def score_groups(opened: Opened, start: Opened | None, work: Work, groups: dict[
     known = None if start_sets is None else plausible.join(start_sets, rows, opened.device)
     with shortage_named(f"scoring under {opened.checkpoint.path}", [data.examples[i] for i in groups]):
         plain = [(prompt, [*responses.values()]) for prompt, responses in groups.values()]
-        batch, parallel = make_batch(plain, opened.layout, opened.device), opened.module.parallel
-        beside = start and risers.Risers(start.module, parallel.shard(make_batch(plain, start.layout, start.device)),
+        batch, parallel = LAYOUTS[opened.layout](plain).to(opened.device), opened.module.parallel
+        beside = start and risers.Risers(start.module, parallel.shard(LAYOUTS[start.layout](plain).to(start.device)),
                                          work.k)
         # Each of the ranks that share a batch measures its part: (N,) each; the sets; (S, D).
         here = parallel.shard(batch)
@@ -199,7 +199,7 @@ def score_gradients(opened: Opened, work: Work, i: int) -> dict:
     """{("gradients", i): {table: lines}} of a pair: products of the gradients of its two sides by the LoRA weights."""
     example, (prompt, responses) = work.data.examples[i], work.data.groups[i]
     with shortage_named(f"the gradients under {opened.checkpoint.path}", [example]):
-        batch = make_batch([(prompt, [responses[side] for side in PAIR])], opened.layout, opened.device)
+        batch = LAYOUTS[opened.layout]([(prompt, [responses[side] for side in PAIR])]).to(opened.device)
         # Of (2,): log pi(y|x) of both sides.
         products = gradient_products(opened.module(batch), opened.trained, opened.module.parallel.sum)
     return {("gradients", i): {"gradients": [{"row": example.row} | products]}}

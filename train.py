@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from nanodpo import progress
-from nanodpo.core.batches import groups_of, make_batch, response_lengths, total_tokens
-from nanodpo.core.losses import loss_divisor, needs_reference, pair_losses, pair_weights
+from nanodpo.core.batches import groups_of, make_batch, pair_lengths, total_tokens
+from nanodpo.core.losses import loss_divisor, needs_reference, pair_losses
 from nanodpo.core.packing import scored_places
 from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
 from nanodpo.errors import Preempted, RunStopped, leave, run_script
@@ -30,9 +30,9 @@ from nanodpo.ranks import distributed
 from nanodpo.run import lifecycle, memory, monitors
 from nanodpo.run.deepspeed_settings import check_with_deepspeed
 from nanodpo.run.engine import make_engine
-from nanodpo.run.guards import StepGuard, check_start, nonfinite
+from nanodpo.run.guards import StepGuard, check_start
 from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, peak_gib
-from nanodpo.run.passes import PAIR, add_references, dry_run, eval_batches, logps_of, measure_noise, row_weights
+from nanodpo.run.passes import PAIR, add_references, dry_run, evaluate, measure_noise, row_weights
 from nanodpo.run.signals import Stop
 from nanodpo.run.start import Run, Start, load_models, prepare
 from nanodpo.screen import command_line
@@ -142,18 +142,17 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     meter, tokens = Meter(run.device), TokenMetrics(engine.module.head, gather=engine.module.parallel.gather)
     micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.data_rank, run.data_world)
     for i, (indices, factor) in enumerate(guard.each(micro_batches)):  # factor 0: a repeat, see micro_batches_of
-        groups, index = groups_of([examples[k] for k in indices], sides, run.device)
-        lengths = response_lengths(groups, run.device)[index]  # (P, 2), in tokens
+        here = [examples[k] for k in indices]
+        batch, index = make_batch(here, sides, run.layout, run.device)  # [prompt | chosen | rejected] ..., no padding
+        lengths = pair_lengths(here, sides, run.device)  # (P, 2), in tokens
         # (P, 2), computed before the first step: add_references in run/passes.py, kept by folder/reference.py.
         ref = None if run.ref is None else run.ref[indices].to(run.device, non_blocking=True)
-        batch = make_batch(groups, run.layout, run.device)  # [prompt | chosen | rejected] ..., no padding
         # DeepSpeed's engine calls SequenceLogProbs of core/logprobs.py: log pi(y|x), summed over the tokens of y.
         logps = engine(batch)[index]  # (P, 2): pairs of one row share what they have in common
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)  # (P,)
         losses = losses * run.row_weights[indices].to(run.device, non_blocking=True)
-        weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)  # (P, 2): -dL/dchosen, dL/drejected
-        values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths, index)
-        meter.add({"loss": losses.detach(), **values}, factor)
+        values = pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
+        meter.add({"loss": losses.detach()} | values | tokens.take(batch, index, lengths), factor)
         engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # at the last one gradients are reduced
         losses = guard.nan_where_nonfinite(indices, logps, losses)
         engine.backward(losses.sum() * factor * share, scale_wrt_gas=False)
@@ -199,43 +198,6 @@ def log_step(run: Run, bar, line: dict[str, float]) -> None:
         # JSON has no NaN: the line of a step that was left out lacks those values.
         lifecycle.write_line(run, {k: v for k, v in line.items() if math.isfinite(v)})
         progress.show(bar, line, line["step"] % run.args.logging_steps == 0 or line["step"] == run.steps - 1)
-
-
-def evaluate(run: Run) -> None:
-    """Means over the held-out set under the weights of checkpoint-`run.step`, into metrics.jsonl as eval_*.
-
-    SFT follows both sides where the data has both. At step 0, where the policy is its reference, whose log-probs were
-    just computed, no second pass is made.
-    """
-    args, step = run.args, run.step
-    if run.held_out is None or step in run.evaluated:
-        return
-    run.engine.eval()
-    examples, meter = run.held_out.examples, Meter(run.device)
-    tokens = TokenMetrics(run.engine.module.head, whole=True, gather=run.engine.module.parallel.gather)
-    sides = PAIR if examples[0].rejected is not None else PAIR[:1]
-    batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.data_world)
-    for pairs in progress.track(batches, "evaluation", "batch"):
-        run.stop.check()
-        for indices, factor in micro_batches_of(pairs, args.per_device_eval_batch_size, run.data_rank, run.data_world):
-            here = [examples[k] for k in indices]
-            groups, index = groups_of(here, sides, run.device)
-            lengths = response_lengths(groups, run.device)[index]
-            ref = None if run.held_ref is None else run.held_ref[indices].to(run.device, non_blocking=True)
-            known = step == 0 and ref is not None and run.starts_as_reference
-            logps = ref if known else logps_of(run, here, sides, f"step {step}")
-            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight) * row_weights(here).to(run.device)
-            weights = pair_weights(run.loss, logps, ref, lengths, args.sft_weight)
-            values = pair_metrics(logps, ref, lengths, args.beta, weights) | tokens.take(lengths, index)
-            meter.add({"loss": losses, **values}, factor)
-    means = meter.means(len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples],
-                                                     [e.weight for e in examples]))
-    if bad := nonfinite(means):
-        raise RunStopped(f"evaluation under checkpoint-{step}: {bad} not finite")
-    if distributed.is_main():
-        line = {"step": step, "epoch": step / run.steps_per_epoch} | {f"eval_{name}": v for name, v in means.items()}
-        lifecycle.write_line(run, line)
-    distributed.say(f"step {step:>5}  held out: {progress.summary(means)}")
 
 
 def end_again(start: Start) -> None:

@@ -216,9 +216,10 @@ class Nanodpo(Contender):
 
         tokens = torch.tensor([[len(chosen), len(rejected)] for _, chosen, rejected in pairs], dtype=torch.float64)
         logps, tokens = self.logps(pairs), tokens.to(ref.device)
-        losses = pair_losses(functools.partial(dpo, beta=BETA), logps, ref, tokens)
+        loss = functools.partial(dpo, beta=BETA)
+        losses = pair_losses(loss, logps, ref, tokens)
         self.meter = Meter(ref.device)
-        self.meter.add({"loss": losses.detach(), **pair_metrics(logps, ref, tokens, BETA)}, 1.0)
+        self.meter.add({"loss": losses.detach(), **pair_metrics(loss, logps, ref, tokens, BETA)}, 1.0)
         return losses
 
     def update(self, loss):

@@ -67,7 +67,7 @@ def plant_in(what: str, kind: str, step: int, mine: bool) -> None:
     place, name, here = {
         "engine": (train, "make_engine", lambda *_: True),
         "reference": (passes, "response_logps", lambda calls, *_: calls == step),
-        "evaluation": (train, "pair_losses", lambda calls, *_: inside("evaluate", step)),
+        "evaluation": (passes, "pair_losses", lambda calls, *_: inside("evaluate", step)),
         "checkpoint": (checkpoint, "verify", lambda calls, folder, _: f"checkpoint-{step}." in str(folder)),
         "merge": (checkpoint, "save", lambda calls, *args: args[3].name == "merged"),
         "state": (resume, "save_file", lambda calls, _, file: f"step-{step}." in str(file))}[what]
@@ -163,7 +163,8 @@ def plant(fault: str) -> None:
         plant_in(*reversed(what.split("-")), int(step), mine)
     elif what == "slow":
         batch = core_batches.make_batch
-        core_batches.make_batch = train.make_batch = lambda *args: (time.sleep(float(step)), batch(*args))[1]
+        for place in (core_batches, passes, train):
+            place.make_batch = lambda *args: (time.sleep(float(step)), batch(*args))[1]
     elif what == "metrics":
         metrics.write_line = half_a_line(int(step))
     elif what == "link":
@@ -177,7 +178,7 @@ def plant(fault: str) -> None:
         what, train.pair_losses, resume.save_file = "term", pair_losses, save_file
     else:
         train.pair_losses = pair_losses
-        passes.pair_losses = lambda *args: hit(what, None, pairs(*args))  # of a dry run
+        passes.pair_losses = lambda *args: pairs(*args) if NOW else hit(what, None, pairs(*args))  # of a dry run
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from tiny_models import KeepDouble, naive_token_logps, random_groups, tiny
 
 from nanodpo.core import attention
-from nanodpo.core.batches import make_batch
 from nanodpo.core.logprobs import SequenceLogProbs
+from nanodpo.core.packing import pack
 from nanodpo.data.schedule import micro_batches_of
 from nanodpo.model import layers, ulysses
 from nanodpo.ranks import distributed
@@ -65,7 +65,7 @@ def check(family: str, lora: bool, size: int, name: str) -> None:
     (model.get_base_model() if lora else model).set_attn_implementation(ulysses.shared(name, size))
     mine = micro_batches_of([*range(len(GROUPS))], 2, rank // size, world // size)
     for indices, weight in mine:
-        batch = make_batch([GROUPS[i] for i in indices], "packed", CPU)
+        batch = pack([GROUPS[i] for i in indices])
         tokens = module.token_logps(batch)
         assert (tokens - torch.cat([t for i in indices for t in truth[i]])).abs().max() < 1e-11, family
         sums = module(batch).split([len(GROUPS[i][1]) for i in indices])
@@ -88,7 +88,7 @@ def kept_bytes(model, size: int) -> int:
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
         return x
 
-    batch = make_batch(random_groups(sizes=((64, [480, 480]),)), "packed", CPU)
+    batch = pack(random_groups(sizes=((64, [480, 480]),)))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         module(batch)
     return sum(storage.nbytes() for place, storage in saved.items() if place not in weights)

@@ -78,7 +78,7 @@ def test_one_step_prints_what_it_shows_and_is_what_training_does(tmp_path, monke
     first, second = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert first["loss"] == pytest.approx(names["losses"].item(), abs=1e-6)
     assert first["grad_norm"] == pytest.approx(names["norm"], rel=1e-4)
-    expected = pair_metrics(names["after"], names["ref"], names["lengths"], names["beta"])
+    expected = pair_metrics(names["loss"], names["after"], names["ref"], names["lengths"], names["beta"])
     for name in expected:
         assert second[name] == pytest.approx(expected[name].item(), rel=1e-3, abs=1e-4), name
 

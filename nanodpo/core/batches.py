@@ -1,8 +1,6 @@
 """From pairs of token ids to batches, and to log-probabilities without gradients. Torch only.
 
-A group is a prompt with its responses, as packing.py takes it.
-
-Shapes: P pairs, R responses of each, S responses of all groups.
+Shapes: P pairs, R responses of each, S responses of all groups. A group is a prompt with its responses (packing.py).
 """
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 from .packing import LAYOUTS, Batch, Group, scored_places
 
 
-def groups_of(examples: list, sides: list[str], device: torch.device | None = None) -> tuple[list[Group], Tensor]:
+def groups_of(examples: list, sides: list[str]) -> tuple[list[Group], Tensor]:
     """(groups, index): prompts with the ids of these sides, e.g. `chosen`, and (P, R): where each pair's responses are
     among the S of all groups. A pair has a group of its own; but where a row of the data has lists of answers, those of
     its pairs that follow each other are one group, with the prompt once and each answer once."""
@@ -25,7 +23,7 @@ def groups_of(examples: list, sides: list[str], device: torch.device | None = No
                 known[key] = len(known)
                 groups[-1][1].append(getattr(example, side))
             index[-1].append(known[key])
-    return groups, torch.tensor(index).to(device, non_blocking=True)
+    return groups, torch.tensor(index)
 
 
 def total_tokens(groups: list[Group]) -> int:
@@ -33,22 +31,22 @@ def total_tokens(groups: list[Group]) -> int:
     return sum(len(prompt) + sum(map(len, responses)) for prompt, responses in groups)
 
 
-def make_batch(groups: list[Group], layout: str, device: torch.device) -> Batch:
-    """One forward pass for all groups, in a layout of packing.py, on `device`."""
-    return LAYOUTS[layout](groups).to(device)
+def make_batch(examples: list, sides: list[str], layout: str, device: torch.device) -> tuple[Batch, Tensor]:
+    """(one forward pass for these sides of all pairs, in a layout of packing.py, on `device`; (P, R): where each pair's
+    responses are among the S of the batch)."""
+    groups, index = groups_of(examples, sides)
+    return LAYOUTS[layout](groups).to(device), index.to(device, non_blocking=True)
 
 
-def response_lengths(groups: list[Group], device: torch.device) -> Tensor:
-    """(S,) float64: how many tokens of each response are scored."""
-    counts = [len(scored_places(response)) for _, responses in groups for response in responses]
+def pair_lengths(examples: list, sides: list[str], device: torch.device | None = None) -> Tensor:
+    """(P, R) float64: how many tokens of each response are scored."""
+    counts = [[len(scored_places(getattr(example, side))) for side in sides] for example in examples]
     return torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
 
 
 @torch.no_grad()
 def response_logps(model, examples: list, sides: list[str], layout: str, device: torch.device) -> Tensor:
     """(P, R) float64: log pi(y|x) of each response, summed over its tokens, nats; without gradients.
-
-    `model` is a SequenceLogProbs or DeepSpeed's engine around one.
-    """
-    groups, index = groups_of(examples, sides, device)
-    return model(make_batch(groups, layout, device))[index]
+    `model` is a SequenceLogProbs or DeepSpeed's engine around one."""
+    batch, index = make_batch(examples, sides, layout, device)
+    return model(batch)[index]

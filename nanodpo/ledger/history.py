@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.batches import groups_of, make_batch, response_lengths, response_logps
+from ..core.batches import make_batch, pair_lengths, response_logps
 from ..core.losses import loss_divisor, needs_reference, pair_losses, pair_weights
-from ..core.packing import scored_places
+from ..core.packing import LAYOUTS, scored_places
 from ..data.example import Example, row_starts
 from ..data.mixing import read_weights
 from ..data.schedule import learning_rate, pairs_of_step
@@ -127,10 +127,11 @@ class History:
         """Log-probs (P, R) of these sides of examples with their graph, the reference's of both (P, 2), lengths (P, R).
         """
         opened = self.opened
-        groups, index = groups_of([self.examples[k] for k in indices], sides, opened.device)
-        logps = opened.module(make_batch(groups, opened.layout, opened.device))[index]
+        here = [self.examples[k] for k in indices]
+        batch, index = make_batch(here, sides, opened.layout, opened.device)
+        logps = opened.module(batch)[index]
         ref = None if self.ref is None else self.ref[indices].to(opened.device)
-        return logps, ref, response_lengths(groups, opened.device)[index]
+        return logps, ref, pair_lengths(here, sides, opened.device)
 
     def step_gradient(self, step: int) -> Tensor:
         """(D,): of the loss of a step, before clipping, by the weights that are open."""
@@ -160,7 +161,7 @@ class History:
         values = torch.zeros(len(probes.names), dtype=torch.float64)
         grads = [0.0] * len(probes.names)
         for m, groups, weights in probes.batches:
-            logps = self.opened.module(make_batch(groups, self.opened.layout, self.opened.device))
+            logps = self.opened.module(LAYOUTS[self.opened.layout](groups).to(self.opened.device))
             value = logps @ weights.to(logps.device)
             values[m] += value.item()
             grads[m] = grads[m] + self.gradient(value)

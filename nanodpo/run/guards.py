@@ -12,7 +12,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from ..core.packing import scored_places
+from ..core.batches import pair_lengths
 from ..errors import Preempted, RunStopped
 from ..ranks import distributed
 from .memory import describe, shortage_named
@@ -75,8 +75,7 @@ class StepGuard:
         responses of all ranks, nats a token. All ranks must call it."""
         gaps = []
         for indices, logps, _ in self.seen:
-            here = [self.examples[i] for i in indices]
-            lengths = torch.tensor([[len(scored_places(e.chosen)), len(scored_places(e.rejected))] for e in here])
+            lengths = pair_lengths([self.examples[i] for i in indices], ["chosen", "rejected"])
             gaps += ((logps.cpu() - ref[indices]).abs() / lengths).flatten().tolist()
         return statistics.fmean(gap for found in distributed.gather_or_raise(None, gaps) for gap in found)
 

@@ -46,22 +46,25 @@ checkpoint-<step>'s weights. Values that are not finite, those of a step that wa
 
 import json
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..core.logprobs import sum_by_sequence
+from ..core.losses import pair_weights
+from ..core.packing import Batch
 from ..errors import RankStopped
 from ..ranks.distributed import sum_over_ranks
 
 
-def pair_metrics(logps: Tensor, ref: Tensor | None, lengths: Tensor, beta: float, weights: Tensor | None = None
-                 ) -> dict[str, Tensor]:
+def pair_metrics(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tensor, beta: float,
+                 sft_weight: float = 0.0) -> dict[str, Tensor]:
     """(P, R) summed log-probs, nats, and lengths in tokens -> (P,) values by name, without gradients.
 
     R is 2, chosen and rejected, or 1 for SFT data without rejected. `ref` is (P, 2), the reference's sums, or None.
-    `weights` are those of pair_weights; they are no metric where the loss takes chosen alone.
+    `loss` and `sft_weight` are those of pair_losses.
     """
     values, logps = {}, logps.detach()
     for side, sums, counts in zip(("chosen", "rejected"), logps.unbind(1), lengths.unbind(1)):
@@ -74,7 +77,8 @@ def pair_metrics(logps: Tensor, ref: Tensor | None, lengths: Tensor, beta: float
                    "ref_logps/chosen": ref[:, 0], "ref_logps/rejected": ref[:, 1],
                    "ref_logps_per_token/chosen": ref[:, 0] / lengths[:, 0],
                    "ref_logps_per_token/rejected": ref[:, 1] / lengths[:, 1]}
-    if weights is not None and weights.shape[1] == 2:
+    weights = pair_weights(loss, logps, ref, lengths, sft_weight)
+    if weights.shape[1] == 2:  # where the loss takes chosen alone they are no metric
         values |= {"weights/chosen": weights[:, 0], "weights/rejected": weights[:, 1]}
     return values
 
@@ -113,19 +117,15 @@ class TokenMetrics:
             found["entropy"] = (hidden.double() * kept).sum(1) - chunk.logps
         self.parts.append(found)
 
-    def take(self, lengths: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """(P, R) tokens of each response, and its number among those of the batch (core/batches.py, groups_of) -> (P,)
-        sums of what was scored since the last call, and numbers of tokens: entropy of all responses, accuracy of
-        chosen alone, as in TRL. Nothing where nothing was scored."""
+    def take(self, batch: Batch, index: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        """(P,) sums over the tokens that were scored since the last call, and numbers of these: entropy of all
+        responses, accuracy of chosen alone, as in TRL. Nothing where nothing was scored. `batch` and `index` are those
+        of make_batch, `lengths` of pair_lengths (core/batches.py)."""
         parts, self.parts = self.parts, []
         if not parts:
             return {}
         values = {name: self.gather(torch.cat([part[name] for part in parts])) for name in parts[0]}
-        counts = torch.zeros(lengths.numel(), dtype=torch.long, device=lengths.device)  # 0 beyond the last response
-        counts[index] = lengths.long()
-        each = torch.arange(len(counts), device=counts.device)
-        each = each.repeat_interleave(counts, output_size=len(values["mean_token_accuracy"]))
-        sums = {name: sum_by_sequence(value, each, len(counts))[index] for name, value in values.items()}
+        sums = {name: sum_by_sequence(each, batch.sequence, batch.n_sequences)[index] for name, each in values.items()}
         found = {"mean_token_accuracy": sums["mean_token_accuracy"][:, 0], "tokens/chosen": lengths[:, 0]}
         return found | ({"entropy": sums["entropy"].sum(1), "tokens": lengths.sum(1)} if "entropy" in sums else {})
 

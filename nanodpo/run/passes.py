@@ -1,23 +1,28 @@
-"""Passes over data without an update: the reference's, one that measures rounding, a dry run."""
+"""Passes over data without an update: the reference's, evaluations, one that measures rounding, a dry run."""
 
 import contextlib
+import functools
 import gc
 import time
 
 import torch
 
-from ..core.batches import groups_of, make_batch, response_lengths, response_logps, total_tokens
-from ..core.losses import needs_reference, pair_losses
+from .. import progress
+from ..core.batches import groups_of, make_batch, pair_lengths, response_logps, total_tokens
+from ..core.losses import loss_divisor, needs_reference, pair_losses
+from ..core.packing import LAYOUTS, scored_places
 from ..data.example import Example
 from ..data.schedule import micro_batches_of, pairs_of_step
 from ..data.tokens import DataSet
+from ..errors import RunStopped
 from ..folder import record, reference, state
 from ..model.loading import reference_policy
 from ..model.ready import freeze
 from ..model.sharding import is_sharded, let_go
 from ..ranks import distributed
 from . import memory, metrics, noise
-from .lifecycle import disk_needed
+from .guards import nonfinite
+from .lifecycle import disk_needed, write_line
 from .start import Run
 
 PAIR = ["chosen", "rejected"]
@@ -117,6 +122,47 @@ def eval_batches(n: int, size: int) -> list[list[int]]:
     return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
 
 
+def evaluate(run: Run) -> None:
+    """Means over the held-out set under the weights of checkpoint-`run.step`, into metrics.jsonl as eval_*.
+
+    SFT follows both sides where the data has both. At step 0, where the policy is its reference, whose log-probs were
+    just computed, no second pass is made.
+    """
+    args, step = run.args, run.step
+    if run.held_out is None or step in run.evaluated:
+        return
+    run.engine.eval()
+    examples, meter = run.held_out.examples, metrics.Meter(run.device)
+    tokens = metrics.TokenMetrics(run.engine.module.head, whole=True, gather=run.engine.module.parallel.gather)
+    sides = PAIR if examples[0].rejected is not None else PAIR[:1]
+    batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.data_world)
+    for pairs in progress.track(batches, "evaluation", "batch"):
+        run.stop.check()
+        for indices, factor in micro_batches_of(pairs, args.per_device_eval_batch_size, run.data_rank, run.data_world):
+            here = [examples[k] for k in indices]
+            batch, index = make_batch(here, sides, run.layout, run.device)
+            lengths = pair_lengths(here, sides, run.device)
+            ref = None if run.held_ref is None else run.held_ref[indices].to(run.device, non_blocking=True)
+            known = step == 0 and ref is not None and run.starts_as_reference
+            if known:
+                logps = ref
+            else:
+                rows = functools.partial(memory.describe, here)
+                with memory.shortage_named(run.rank, f"step {step}", rows), torch.no_grad():
+                    logps = run.engine(batch)[index]
+            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight) * row_weights(here).to(run.device)
+            values = metrics.pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
+            meter.add({"loss": losses} | values | tokens.take(batch, index, lengths), factor)
+    means = meter.means(len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples],
+                                                     [e.weight for e in examples]))
+    if bad := nonfinite(means):
+        raise RunStopped(f"evaluation under checkpoint-{step}: {bad} not finite")
+    if distributed.is_main():
+        line = {"step": step, "epoch": step / run.steps_per_epoch} | {f"eval_{name}": v for name, v in means.items()}
+        write_line(run, line)
+    distributed.say(f"step {step:>5}  held out: {progress.summary(means)}")
+
+
 def measure_noise(run: Run) -> dict[str, float]:
     """The standard deviation that bfloat16's rounding gives one pair's numbers, nats, by metric; see noise.py."""
     examples, args = run.train_set.examples, run.args
@@ -127,8 +173,7 @@ def measure_noise(run: Run) -> dict[str, float]:
         return logps_of(run, [examples[i] for i in indices], sides, "measuring rounding")
 
     def lengths(indices):
-        groups, index = groups_of([examples[i] for i in indices], sides)
-        return response_lengths(groups, torch.device("cpu"))[index]
+        return pair_lengths([examples[i] for i in indices], sides)
 
     batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.data_rank, run.data_world)
     result = noise.measure(run.engine, run.engine.module.model, score, batches, lengths,
@@ -153,8 +198,8 @@ def dry_run(run: Run) -> None:
     run.engine.train()
     began = time.perf_counter()
     with memory.shortage_named(run.rank, "the dry run", lambda: memory.describe(examples)):
-        logps = run.engine(make_batch(groups, run.layout, run.device)).view(len(groups), -1)
-        lengths = response_lengths(groups, run.device).view(len(groups), -1)
+        logps = run.engine(LAYOUTS[run.layout](groups).to(run.device)).view(len(groups), -1)
+        lengths = pair_lengths(examples, sides, run.device)
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
         run.engine.set_gradient_accumulation_boundary(True)
         run.engine.backward(losses.mean(), scale_wrt_gas=False)

@@ -8,9 +8,10 @@ import torch
 from tiny_models import KeepDouble, tiny
 
 from nanodpo.core.attention import LOOP
-from nanodpo.core.batches import groups_of, make_batch, response_lengths, response_logps, total_tokens
+from nanodpo.core.batches import groups_of, make_batch, pair_lengths, response_logps, total_tokens
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.losses import dpo, pair_losses
+from nanodpo.core.packing import LAYOUTS
 from nanodpo.data.example import Answers, Example
 
 CPU, PAIR = torch.device("cpu"), ["chosen", "rejected"]
@@ -30,9 +31,11 @@ def test_two_by_three_answers_are_one_prompt_and_five_responses():
     assert prompt == [1, 2, 3, 4] and sorted(responses) == sorted(CHOSEN + REJECTED)
     assert [[responses[k] for k in pair] for pair in index.tolist()] == [[c, r] for c in CHOSEN for r in REJECTED]
     assert total_tokens(groups) == 4 + (3 + 1) + (2 + 4 + 1)
-    batch = make_batch(groups, "packed", CPU)
+    batch, same = make_batch(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), PAIR, "packed", CPU)
     assert batch.input_ids.numel() == 15 and batch.n_sequences == 5 and len(batch.targets) == 11
-    assert response_lengths(groups, CPU)[index].tolist() == [[n, m] for n in (3, 1) for m in (2, 4, 1)]
+    assert torch.equal(same, index)
+    lengths = pair_lengths(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), PAIR)
+    assert lengths.tolist() == [[n, m] for n in (3, 1) for m in (2, 4, 1)]
     assert total_tokens(groups_of(row(0, [1, 2, 3, 4], CHOSEN, REJECTED)[::3], ["chosen"])[0]) == 4 + 3 + 1
     groups, index = groups_of(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), ["rejected"])
     assert groups == [([1, 2, 3, 4], REJECTED)] and index.tolist() == [[0], [1], [2]] * 2
@@ -74,14 +77,14 @@ def compare(model, layout):
     policy, parameters = SequenceLogProbs(model, chunk=4), list(model.parameters())
     loss, weights = partial(dpo, beta=0.3), torch.linspace(0.5, 2, len(examples), dtype=torch.float64)
     ref = torch.linspace(-30, -3, 2 * len(examples), dtype=torch.float64).view(-1, 2)
-    groups, index = groups_of(examples, PAIR)
-    logps = policy(make_batch(groups, layout, CPU))[index]
-    merged = (weights * pair_losses(loss, logps, ref, response_lengths(groups, CPU)[index])).sum()
+    batch, index = make_batch(examples, PAIR, layout, CPU)
+    logps = policy(batch)[index]
+    merged = (weights * pair_losses(loss, logps, ref, pair_lengths(examples, PAIR))).sum()
     found = torch.autograd.grad(merged, parameters, allow_unused=True)
     sums, truth = [], [0.0] * len(parameters)
     for k, example in enumerate(examples):
         alone = [(example.prompt, [example.chosen, example.rejected])]
-        own = policy(make_batch(alone, layout, CPU)).view(1, 2)
+        own = policy(LAYOUTS[layout](alone)).view(1, 2)
         sums.append(own.detach())
         lost = (weights[k] * pair_losses(loss, own, ref[k : k + 1], torch.ones(1, 2))).sum()
         grads = torch.autograd.grad(lost, parameters, allow_unused=True)

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from nanodpo.core.batches import response_lengths
+from nanodpo.core.batches import pair_lengths
 from nanodpo.core.packing import Batch, Segments, pack, pad
-from nanodpo.data.example import Answers
+from nanodpo.data.example import Answers, Example
 
 # Prompt 7 8 9 with three responses, one of a single token; prompt 4, a single token, with two.
 GROUPS = [([7, 8, 9], [[1, 2], [3], [5, 6]]), ([4], [[2, 2, 2], [1]])]
@@ -68,7 +68,8 @@ def test_of_a_response_only_some_tokens_may_count(layout, predictors):
         assert torch.equal(getattr(batch, name), getattr(whole, name))
     assert batch.segments == whole.segments if whole.segments is None else (
         batch.segments.spans == whole.segments.spans and torch.equal(batch.segments.keys, whole.segments.keys))
-    assert response_lengths(groups, torch.device("cpu")).tolist() == [3, 1]
+    example = Example(0, *groups[0][:1], *groups[0][1])
+    assert pair_lengths([example], ["chosen", "rejected"]).tolist() == [[3, 1]]
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -17,8 +17,8 @@ from tiny_models import tiny as tiny_family
 
 import train as trainer
 from nanodpo.core import attention  # noqa: F401, registers the name
-from nanodpo.core.batches import make_batch
 from nanodpo.core.logprobs import SequenceLogProbs
+from nanodpo.core.packing import pack
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.errors import UserError
 from nanodpo.model import layers, quantised
@@ -128,7 +128,7 @@ def test_families(family, tmp_path):
         model = open_base(str(tmp_path), torch.float32, False, 4).eval()
         quantised.multiply_dequantised(model)
         model.set_attn_implementation("nanodpo_loop")
-        found = SequenceLogProbs(model).token_logps(make_batch(groups, "packed", torch.device("cpu")))
+        found = SequenceLogProbs(model).token_logps(pack(groups))
     exact = torch.cat(naive_token_logps(tiny_family(family, torch.float32), groups))
     assert (found - truth).abs().max() < 1e-4 < 1e-2 < (found - exact).abs().max()
 

@@ -5,6 +5,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -12,7 +13,7 @@ import torch
 from conftest import ROOT, train
 
 from nanodpo.core.logprobs import LogProbHead
-from nanodpo.core.losses import dpo, hinge, ipo, pair_losses, pair_weights, sft
+from nanodpo.core.losses import dpo, hinge, ipo, pair_losses, sft
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.run import metrics
 from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, write_line
@@ -25,8 +26,7 @@ TOKENS = torch.tensor([[5.0, 10.0], [4.0, 2.0], [1.0, 5.0]], dtype=torch.float64
 def test_the_values_of_three_pairs():
     """Margins 3, 0 and -2 nats; a tie is no success; sums and means a token both."""
     loss = partial(dpo, beta=0.5)
-    losses, weights = pair_losses(loss, LOGPS, REF, TOKENS), pair_weights(loss, LOGPS, REF, TOKENS)
-    values = pair_metrics(LOGPS, REF, TOKENS, 0.5, weights)
+    losses, values = pair_losses(loss, LOGPS, REF, TOKENS), pair_metrics(loss, LOGPS, REF, TOKENS, 0.5)
     assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.5 * m)) for m in (3, 0, -2)])
     assert values["rewards/chosen"].tolist() == [1.0, 0.0, -0.5]
     assert values["rewards/rejected"].tolist() == [-0.5, 0.0, 0.5]
@@ -56,8 +56,7 @@ def test_ipo_takes_means_and_the_others_sums():
 
 def test_sft_with_and_without_a_rejected_side():
     both, one = (pair_losses(sft, logps, None, TOKENS) for logps in (LOGPS, LOGPS[:, :1]))
-    values, fewer = (pair_metrics(LOGPS[:, :r], None, TOKENS[:, :r], 0.5, pair_weights(
-        sft, LOGPS[:, :r], None, TOKENS[:, :r])) for r in (2, 1))
+    values, fewer = (pair_metrics(sft, LOGPS[:, :r], None, TOKENS[:, :r], 0.5) for r in (2, 1))
     assert not any(name.startswith("weights/") for name in values)  # of chosen alone they would be 1
     assert both.tolist() == one.tolist() == [10.0, 8.0, 5.0]
     assert "logps/rejected" in values and "logps/rejected" not in fewer and "rewards/chosen" not in values
@@ -80,12 +79,13 @@ def test_only_the_loss_is_divided_by_something_else_than_the_number_of_pairs():
 
 def test_the_docstring_says_what_every_name_is():
     """The names that train.py writes, read off its code, and those of the pairs; README sends its readers there."""
-    steps = [node for node in ast.parse((ROOT / "train.py").read_text()).body
-             if isinstance(node, ast.FunctionDef) and node.name in ("train_step", "log_step", "evaluate")]
+    files = [ROOT / "train.py", ROOT / "nanodpo" / "run" / "passes.py"]
+    code = [node for file in files for node in ast.parse(file.read_text()).body]
+    steps = [node for node in code if getattr(node, "name", "") in ("train_step", "log_step", "evaluate")]
     written = {key.value for step in steps for node in ast.walk(step) if isinstance(node, ast.Dict)
                for key in node.keys if isinstance(key, ast.Constant)}
     assert {"grad_norm", "num_tokens", "perf/step_seconds", "mem/peak_gib"} <= written
-    values = pair_metrics(LOGPS, REF, TOKENS, 0.5, TOKENS).keys()
+    values = pair_metrics(partial(dpo, beta=0.5), LOGPS, REF, TOKENS, 0.5).keys()
     explained = {line.split()[0] for line in metrics.__doc__.splitlines() if line.startswith("    ")}
     chosen = {name.replace("rejected", "chosen") for name in values}
     assert written | chosen | {"loss", *metrics.PER_TOKEN} == explained
@@ -110,6 +110,7 @@ def test_the_peak_of_a_process_is_in_gib():
 
 LENGTHS = torch.tensor([[3.0, 2.0], [1.0, 4.0]], dtype=torch.float64)  # tokens of two pairs, ten in all
 INDEX = torch.arange(4).view(2, 2)  # each has its own responses
+BATCH = SimpleNamespace(sequence=torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3, 3]), n_sequences=4)
 
 
 def scored_tokens(dtype, trainable, bias, scale, cap, whole, watched=True):
@@ -145,11 +146,11 @@ def test_entropy_and_accuracy_are_those_of_all_logits(dtype, tolerance, trainabl
     entropy = -(p * p.log()).sum(1)
     hits = (logits.argmax(1) == targets)[[0, 1, 2, 5]].double()  # chosen's three of the first pair, one of the second
     meter = Meter(torch.device("cpu"))
-    meter.add(tokens.take(LENGTHS, INDEX), 1.0)
+    meter.add(tokens.take(BATCH, INDEX, LENGTHS), 1.0)
     head(hidden, targets)
-    meter.add(tokens.take(LENGTHS, INDEX), 0.0)
+    meter.add(tokens.take(BATCH, INDEX, LENGTHS), 0.0)
     means = meter.means()
-    assert means.keys() == {"entropy", "mean_token_accuracy"} and tokens.take(LENGTHS, INDEX) == {}
+    assert means.keys() == {"entropy", "mean_token_accuracy"} and tokens.take(BATCH, INDEX, LENGTHS) == {}
     assert means["entropy"] == pytest.approx(entropy.mean().item(), rel=tolerance) and 0.5 < means["entropy"] < 3.4
     assert means["mean_token_accuracy"] == hits.mean().item() and 0.4 < hits.mean() < 1
 
@@ -157,7 +158,7 @@ def test_entropy_and_accuracy_are_those_of_all_logits(dtype, tolerance, trainabl
 @pytest.mark.parametrize("trainable, bias, cap", [(True, False, None), (False, True, None), (False, False, 3.0)])
 def test_entropy_that_the_gradient_does_not_tell_is_not_there(trainable, bias, cap):
     tokens = scored_tokens(torch.float64, trainable, bias, 1.0, cap, False)[2]
-    assert tokens.take(LENGTHS, INDEX).keys() == {"mean_token_accuracy", "tokens/chosen"}
+    assert tokens.take(BATCH, INDEX, LENGTHS).keys() == {"mean_token_accuracy", "tokens/chosen"}
 
 
 def test_a_runs_entropy_and_accuracy_are_those_of_plain_transformers(tiny, tmp_path):
