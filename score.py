@@ -115,16 +115,21 @@ def score_all(opener: Opener, work: list[Work], parts: Parts, max_tokens: int) -
     rows, missing = sum(len(result.rows) for result in results), sum(len(result.missing) for result in results)
     some = f", and {1 - missing / rows:.0%} of the rest" if missing < rows else ""
     distributed.say(f"{len(work)} part{'s' * (len(work) > 1)}, {len(work) - len(left)} of them done before{some}")
-    starts = Opener(opener.device, False, opener.longest, opener.parallel)  # for risers, which need both models at once
     with Progress("scoring", sum(len(item.missing(*FORWARD, "gradients")) for item in left), "row") as bar:
         for item in left:
             bar.update(0, f"{item.checkpoint.run} step {item.checkpoint.step} {item.data.name}")
             # Nobody else holds what is opened: the next one may need its memory.
-            start = starts.open(item.start_checkpoint) if item.missing("risers") else None
-            score_part(opener.open(item.checkpoint), start, item, parts, max_tokens, bar)
+            score_part(*open_for(item, opener), item, parts, max_tokens, bar)
             for result in item.of_kind("answers"):
                 if result.missing:
                     answer(opener.open(item.checkpoint), item.data, result, parts, max_tokens)
+
+
+def open_for(work: Work, opener: Opener) -> tuple[Opened, Opened | None]:
+    """The checkpoint of this work and, where risers are missing, step 0 of its run."""
+    if work.missing("risers"):
+        return opener.open_with_start(work.checkpoint, work.start_checkpoint)
+    return opener.open(work.checkpoint), None
 
 
 def score_part(opened: Opened, start: Opened | None, work: Work, parts: Parts, max_tokens: int, bar: Progress) -> None:

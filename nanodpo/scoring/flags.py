@@ -31,7 +31,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--tokens", action="store_true", help="also keep every token's numbers: tokens.parquet")
     parser.add_argument("--risers", type=int, metavar="K", help="also keep, at each position, the K tokens of the "
                         "vocabulary that gained and the K that lost most probability since the run's step 0: "
-                        "risers.parquet, risers.csv; takes the memory of two models")
+                        "risers.parquet, risers.csv; takes the memory of two models, but of a LoRA run's base once")
     parser.add_argument("--gradients", action="store_true",
                         help="also the inner product and cosine of a pair's gradients by the LoRA weights")
     parser.add_argument("--ledger", type=int, default=0, metavar="ROWS", help="instead of scores: split the change of "

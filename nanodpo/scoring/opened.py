@@ -39,6 +39,29 @@ class Opened:
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+class StepZero(nn.Module):
+    """A LoRA run's step 0 on the base of another checkpoint, whose adapter its own takes the place of in each pass."""
+
+    def __init__(self, module: SequenceLogProbs, adapter: list[nn.Parameter], start: list[torch.Tensor]):
+        """`start`: the values of step 0 of these parameters of the module."""
+        super().__init__()
+        self.module, self.head, self.adapter, self.start = module, module.head, adapter, start
+
+    @torch.no_grad()
+    def states(self, batch) -> torch.Tensor:
+        """As SequenceLogProbs has them."""
+        own = [p.clone() for p in self.adapter]
+        try:
+            self._put(self.start)
+            return self.module.states(batch)
+        finally:
+            self._put(own)
+
+    def _put(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.adapter, values):
+            parameter.copy_(value)
+
+
 class Opener:
     """Opens checkpoints one after the other and keeps the last: its base serves the next adapter."""
 
@@ -47,6 +70,7 @@ class Opener:
         ranks that share a batch."""
         self.device, self.gradients, self.longest, self.parallel = device, gradients, longest, parallel or OneRank()
         self.last: Opened | None = None
+        self.starts: Opener | None = None  # of models that share no base
         self.hashes: dict = {}  # of bases, by name and precision
         self.checked: set = set()  # runs and their bases
 
@@ -54,8 +78,7 @@ class Opener:
         """Raises UserError for what can't be opened, naming it."""
         if self.last and self.last.checkpoint is checkpoint:
             return self.last
-        base, adapter = base_of(checkpoint.path)
-        wanted = base, adapter_shape(adapter), checkpoint.settings.bf16, bits_of(checkpoint.settings)
+        (base, adapter), wanted = base_of(checkpoint.path), _made_of(checkpoint)
         if self.last and adapter and self.last.made_of == wanted:
             exchange_adapter(self.last.module.model, adapter)
             self.last = dataclasses.replace(self.last, checkpoint=checkpoint)
@@ -67,6 +90,17 @@ class Opener:
         for contents in (checkpoint.contents, checkpoint.base):
             contents.check()  # what was loaded is what the results will be kept as
         return self.last
+
+    def open_with_start(self, checkpoint, start) -> tuple[Opened, Opened]:
+        """A checkpoint and step 0 of its run, both at once. Raises UserError as `open`."""
+        if not _only_lora(_made_of(start)[1]) or _made_of(start) != _made_of(checkpoint):
+            self.starts = self.starts or Opener(self.device, False, self.longest, self.parallel)
+            first = self.starts.open(start)
+            return self.open(checkpoint), first
+        adapter = [p for name, p in self.open(start).module.named_parameters() if ".lora_" in name]
+        values = [p.detach().clone() for p in adapter]
+        opened = self.open(checkpoint)
+        return opened, dataclasses.replace(opened, checkpoint=start, module=StepZero(opened.module, adapter, values))
 
     def _check_base(self, checkpoint, base: str) -> None:
         """Raises UserError where the base under a run's adapter is not the one that it was trained on."""
@@ -93,6 +127,17 @@ class Opener:
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         distributed.say(f"{base}: {selfcheck.describe(layout, attention, self.parallel.size)}")
         return Opened(checkpoint, (base, shape, bf16, bits), module, layout, own, trained)
+
+
+def _made_of(checkpoint) -> tuple[str, dict | None, bool, int | None]:
+    base, adapter = base_of(checkpoint.path)
+    return base, adapter_shape(adapter), checkpoint.settings.bf16, bits_of(checkpoint.settings)
+
+
+def _only_lora(shape: dict | None) -> bool:
+    """Tells whether an adapter of this shape has LoRA weights and no others."""
+    return bool(shape and shape.get("peft_type") == "LORA" and shape.get("bias", "none") == "none" and not any(
+        shape.get(name) for name in ("modules_to_save", "trainable_token_indices")))
 
 
 def open_device(local_rank: int, gpu_id: int | None) -> torch.device:

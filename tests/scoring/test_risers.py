@@ -16,7 +16,7 @@ from nanodpo.core.attention import LOOP
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pack, pad
 from nanodpo.errors import UserError
-from nanodpo.scoring import risers
+from nanodpo.scoring import opened, risers
 from nanodpo.scoring.measures import token_measures
 from nanodpo.scoring.runs import Checkpoint, check_starts
 from nanodpo.scoring.sections import sections, tenth_of
@@ -208,6 +208,26 @@ def test_a_scoring_that_was_stopped_and_two_ranks_give_the_same(run, tmp_path, m
     for other in (again, read(tmp_path / "two")):
         for mine, its in zip(once, other):
             pandas.testing.assert_frame_equal(mine, its)
+
+
+@pytest.mark.parametrize("shared, bases", [(True, 1), (False, 2)], ids=["one base", "two models"])
+def test_a_lora_runs_base_is_in_memory_once(run, whole, tmp_path, monkeypatch, shared, bases):  # noqa: F811
+    """Adapters take turns on it; with a model for each all is the same, to the last bit."""
+    calls, inner = [], opened.open_base
+    monkeypatch.setattr(opened, "open_base", lambda *args: calls.append(args) or inner(*args))
+    if not shared:
+        monkeypatch.setattr(opened, "_only_lora", lambda shape: False)
+    for mine, its in zip(scored(tmp_path, run, "--risers", str(V)), whole[1]):
+        pandas.testing.assert_frame_equal(mine, its, check_exact=True)
+    assert len(calls) == bases
+
+
+@pytest.mark.parametrize("shape, only", [
+    ({"peft_type": "LORA", "bias": "none"}, True), ({"peft_type": "LORA", "use_dora": True}, True), (None, False),
+    ({"peft_type": "IA3"}, False), ({"peft_type": "LORA", "bias": "lora_only"}, False),
+    ({"peft_type": "LORA", "modules_to_save": ["norm"]}, False)])
+def test_adapters_with_other_weights_share_no_base(shape, only):
+    assert opened._only_lora(shape) is only
 
 
 def test_the_model_of_a_runs_reference_needs_no_start():
