@@ -182,7 +182,7 @@ def score_groups(opened: Opened, start: Opened | None, work: Work, groups: dict[
     if work.start is None:  # nobody knows which tokens the start found implausible
         for name in ("implausible_mass", "implausible_mass_start"):
             measures[name].fill_(torch.nan)
-    sums = sum_by_sequence(measures["logps"], batch.sequence, batch.n_sequences).tolist()  # (S,): log pi(y|x)
+    sums = sum_by_sequence(measures["logps"], batch.sequence_ids, batch.n_sequences).tolist()  # (S,): log pi(y|x)
     columns = {name: values.cpu().split(lengths) for name, values in measures.items()}
     measured = {key: {"logps": sums[s], "states": states[s],
                       "tokens": {name: values[s].numpy() for name, values in columns.items()}}

@@ -20,6 +20,7 @@ from nanodpo import progress
 from nanodpo.core.batches import groups_of, make_batch, pair_lengths, total_tokens
 from nanodpo.core.losses import loss_divisor, needs_reference, pair_losses
 from nanodpo.core.packing import scored_places
+from nanodpo.data.example import SIDES
 from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
 from nanodpo.errors import Preempted, RunStopped, leave, run_script
 from nanodpo.figures.after import draw_run_after, is_drawn
@@ -32,7 +33,7 @@ from nanodpo.run.deepspeed_settings import check_with_deepspeed
 from nanodpo.run.engine import make_engine
 from nanodpo.run.guards import StepGuard, check_start
 from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, peak_gib
-from nanodpo.run.passes import PAIR, add_references, dry_run, evaluate, measure_noise, row_weights
+from nanodpo.run.passes import add_references, dry_run, evaluate, measure_noise, row_weights
 from nanodpo.run.signals import Stop
 from nanodpo.run.start import Run, Start, load_models, prepare
 from nanodpo.screen import command_line
@@ -127,7 +128,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     """
     args, engine, examples, began = run.args, run.engine, run.train_set.examples, time.perf_counter()
     pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step, run.row_starts)
-    sides = PAIR[:1] if args.loss == "sft" else PAIR  # SFT trains on chosen alone
+    sides = SIDES[:1] if args.loss == "sft" else SIDES  # SFT trains on chosen alone
     # A step's loss is the weighted mean over its pairs (sft: over their tokens). DeepSpeed averages the gradient over
     # ranks, so each rank's part of the sum is multiplied by their number. The divisor counts the rows of --without_rows
     # too: leaving them out changes no other pair's term (counterfactual SGD, arXiv 1906.08473).

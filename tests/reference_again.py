@@ -3,14 +3,15 @@
 import json
 
 import train
+from nanodpo.data.example import SIDES
 from nanodpo.model.loading import reference_policy
 from nanodpo.ranks.distributed import sum_over_ranks
 from nanodpo.run import lifecycle
-from nanodpo.run.passes import PAIR, logps_of
+from nanodpo.run.passes import logps_of
 
 
 def score(run, indices):
-    return logps_of(run, [run.train_set.examples[i] for i in indices], PAIR, "the reference")
+    return logps_of(run, [run.train_set.examples[i] for i in indices], SIDES, "the reference")
 
 
 def compare(run):

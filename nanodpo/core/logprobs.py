@@ -31,7 +31,7 @@ class LogitSettings(NamedTuple):
 
     scale: float
     cap: float | None  # logits = cap tanh(scale (W h + b) / cap), or scale (W h + b) without a cap
-    low: bool  # whether a GPU multiplies in bfloat16; what comes out of the product is float32
+    bf16: bool  # whether a GPU multiplies in bfloat16; what comes out of the product is float32
 
 
 class LogProbHead(nn.Module):
@@ -44,30 +44,31 @@ class LogProbHead(nn.Module):
         super().__init__()
         self.weight, self.bias = lm_head.weight, lm_head.bias
         self.scale, self.cap = scale, cap
-        self.see = None  # called with every chunk, with an attribute `whole`: run/metrics.py, TokenMetrics
-        self.product_dtype = getattr(lm_head, "product", None)  # set by model/precision.py
+        self.on_chunk = None  # called after every chunk, has an attribute `whole`: run/metrics.py, TokenMetrics
+        self.product_dtype = getattr(lm_head, "product_dtype", None)  # set by model/precision.py
         self.chunk = chunk or max(1, CHUNK_BYTES // (4 * lm_head.out_features))
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """(N, D), (N,) -> (N,): log softmax(logits)[target], nats, float32 (float64 for float64 hidden states)."""
-        return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.chunk, self.form(hidden), self.see)
+        settings = self.logit_settings(hidden)
+        return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.chunk, settings, self.on_chunk)
 
-    def form(self, hidden: Tensor) -> LogitSettings:
-        low = hidden.is_cuda and torch.bfloat16 in (hidden.dtype, self.weight.dtype, self.product_dtype)
-        return LogitSettings(self.scale, self.cap, low)
+    def logit_settings(self, hidden: Tensor) -> LogitSettings:
+        bf16 = hidden.is_cuda and torch.bfloat16 in (hidden.dtype, self.weight.dtype, self.product_dtype)
+        return LogitSettings(self.scale, self.cap, bf16)
 
     def logits(self, hidden: Tensor, buffer: Tensor | None = None) -> Tensor:
         """(C, D) -> (C, V), float32 or better: of one chunk, for score.py's measures; in the memory of `buffer`."""
         if buffer is None:
             dtype = torch.promote_types(hidden.dtype, torch.float32)
             buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
-        return _logits(buffer, hidden, self.weight, self.bias, self.form(hidden))
+        return _logits(buffer, hidden, self.weight, self.bias, self.logit_settings(hidden))
 
 
-def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, form: LogitSettings) -> Tensor:
+def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: LogitSettings) -> Tensor:
     """(C, V), float32 or better: the first C lines of `buffer`, which every chunk writes again."""
     z = buffer[: len(hidden)]
-    if form.low:  # the product itself gives float32, which a CPU's can't
+    if settings.bf16:  # the product itself gives float32, which a CPU's can't
         torch.mm(hidden.bfloat16(), weight.bfloat16().T, out_dtype=z.dtype, out=z)
         if bias is not None:
             z.add_(bias)
@@ -77,9 +78,9 @@ def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
                 torch.mm(hidden.to(z.dtype), rows.T, out=z[:, vocab])
             else:
                 torch.addmm(bias[vocab].to(z.dtype), hidden.to(z.dtype), rows.T, out=z[:, vocab])
-    if form.scale != 1.0:
-        z.mul_(form.scale)
-    return z if form.cap is None else z.div_(form.cap).tanh_().mul_(form.cap)
+    if settings.scale != 1.0:
+        z.mul_(settings.scale)
+    return z if settings.cap is None else z.div_(settings.cap).tanh_().mul_(settings.cap)
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype):
@@ -89,9 +90,9 @@ def _blocks(weight: Tensor, dtype: torch.dtype):
         yield slice(i, i + size), weight[i : i + size].to(dtype)
 
 
-def _times(dz: Tensor, weight: Tensor, low: bool) -> Tensor:
-    """(C, V) @ (V, D) -> (C, D), in the dtype of dz or where `low` in bfloat16."""
-    if low:
+def _times(dz: Tensor, weight: Tensor, bf16: bool) -> Tensor:
+    """(C, V) @ (V, D) -> (C, D), in the dtype of dz or where `bf16` in bfloat16."""
+    if bf16:
         return dz.bfloat16() @ weight.bfloat16()
     return functools.reduce(torch.add, (dz[:, vocab] @ rows for vocab, rows in _blocks(weight, dz.dtype)))
 
@@ -119,9 +120,9 @@ def chunk_logps(z: Tensor, targets: Tensor, exps: Tensor | None = None) -> Chunk
     return Chunk(picked - lse, lse, top, exps, total)
 
 
-def _slope(z: Tensor, form: LogitSettings) -> Tensor | float:
+def _slope(z: Tensor, settings: LogitSettings) -> Tensor | float:
     """dz / d(W h + b), from z itself: (C, V), or one number where there is no cap."""
-    return form.scale if form.cap is None else (z / form.cap).square_().neg_().add_(1).mul_(form.scale)
+    return settings.scale if settings.cap is None else (z / settings.cap).square_().neg_().add_(1).mul_(settings.scale)
 
 
 def _product_grad(exps: Tensor, total: Tensor, targets: Tensor, slope: Tensor | float) -> Tensor:
@@ -141,7 +142,7 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk, form, see):
+    def forward(ctx, hidden, weight, bias, targets, chunk, settings, on_chunk):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         lse = torch.empty_like(logps)
@@ -149,18 +150,19 @@ class _TokenLogProbs(torch.autograd.Function):
         kept = torch.empty_like(hidden) if hidden.requires_grad and not ctx.trainable else None
         # One buffer for all chunks, and all arithmetic inside it: allocating would take longer than the arithmetic.
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
-        exps = torch.empty_like(buffer) if see is not None and see.whole else None
-        for i in range(0, len(hidden) or 1, chunk):  # also for no token, so that `see` is called on every rank
+        exps = torch.empty_like(buffer) if on_chunk is not None and on_chunk.whole else None
+        for i in range(0, len(hidden) or 1, chunk):  # also for no token, so that `on_chunk` is called on every rank
             here = slice(i, i + chunk)
-            z = _logits(buffer, hidden[here], weight, bias, form)
-            slope = None if kept is None else _slope(z, form)  # before exponentials overwrite z
+            z = _logits(buffer, hidden[here], weight, bias, settings)
+            slope = None if kept is None else _slope(z, settings)  # before exponentials overwrite z
             found = chunk_logps(z, targets[here], exps)
             logps[here], lse[here] = found.logps, found.lse
             if kept is not None:
-                kept[here] = g = _times(_product_grad(found.exps, found.total, targets[here], slope), weight, form.low)
-            if see:
-                see(found, z, hidden[here], None if kept is None else g)  # not yet rounded to kept's dtype
-        ctx.chunk, ctx.form = chunk, form
+                dz = _product_grad(found.exps, found.total, targets[here], slope)
+                kept[here] = g = _times(dz, weight, settings.bf16)
+            if on_chunk:
+                on_chunk(found, z, hidden[here], None if kept is None else g)  # not yet rounded to kept's dtype
+        ctx.chunk, ctx.settings = chunk, settings
         ctx.save_for_backward(*((hidden, weight, bias, targets, lse) if ctx.trainable else (kept,)))
         return logps
 
@@ -171,29 +173,29 @@ class _TokenLogProbs(torch.autograd.Function):
             (kept,) = ctx.saved_tensors
             return (kept * grad[:, None]).to(kept.dtype), *[None] * 6
         hidden, weight, bias, targets, lse = ctx.saved_tensors
-        chunk, form = ctx.chunk, ctx.form
+        chunk, settings = ctx.chunk, ctx.settings
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=lse.dtype)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=lse.dtype)
         for i in range(0, len(hidden), chunk):
             here = slice(i, i + chunk)
-            z = _logits(buffer, hidden[here], weight, bias, form)
-            slope = _slope(z, form)
+            z = _logits(buffer, hidden[here], weight, bias, settings)
+            slope = _slope(z, settings)
             exps = z.sub_(lse[here, None]).exp_()  # probabilities, so their total is 1
             dz = _product_grad(exps, torch.ones_like(lse[here]), targets[here], slope).mul_(grad[here, None])
-            d_hidden[here] = _times(dz, weight, form.low)
+            d_hidden[here] = _times(dz, weight, settings.bf16)
             # The weight's gradient is a sum over all chunks: bfloat16 would lose what the later ones add.
-            d_weight += dz.bfloat16().T @ hidden[here].bfloat16() if form.low else dz.T @ hidden[here].to(dz.dtype)
+            d_weight += dz.bfloat16().T @ hidden[here].bfloat16() if settings.bf16 else dz.T @ hidden[here].to(dz.dtype)
             if d_bias is not None:
                 d_bias += dz.sum(0)
         return d_hidden, d_weight.to(weight.dtype), d_bias, *[None] * 4
 
 
-def sum_by_sequence(token_logps: Tensor, seq: Tensor, n_sequences: int) -> Tensor:
-    """(N,), (N,) -> (S,): log pi(y|x) of each response, nats, float64. `seq` must not decrease."""
+def sum_by_sequence(token_logps: Tensor, sequence_ids: Tensor, n_sequences: int) -> Tensor:
+    """(N,), (N,) -> (S,): log pi(y|x) of each response, nats, float64. `sequence_ids` must not decrease."""
     # Not index_add: on CUDA it adds in any order, and a policy would differ from itself in the last bit.
-    offsets = torch.searchsorted(seq, torch.arange(n_sequences + 1, device=seq.device))  # (S+1,) where each begins
+    offsets = torch.searchsorted(sequence_ids, torch.arange(n_sequences + 1, device=sequence_ids.device))  # (S+1,)
     return torch.segment_reduce(token_logps.double(), "sum", offsets=offsets, unsafe=True, initial=0.0)
 
 
@@ -237,4 +239,4 @@ class SequenceLogProbs(nn.Module):
 
     def forward(self, batch) -> Tensor:
         """Batch -> (S,): the summed log-prob of each response, nats, float64."""
-        return sum_by_sequence(self.token_logps(batch), batch.sequence, batch.n_sequences)
+        return sum_by_sequence(self.token_logps(batch), batch.sequence_ids, batch.n_sequences)

@@ -6,8 +6,8 @@ B the batch dimension (1 when packed), T tokens along it.
 A group is a prompt with any number of responses. In a packed batch the prompt stands once, its responses follow, the
 next group follows them; positions restart at len(prompt) for each response. Nothing is padded or shifted, and there
 is no loss mask: for each scored token a batch says where it is predicted (`predictors`), what it is (`targets`) and
-whose it is (`sequence`). The first token of *every* response is predicted by the last token of the prompt. A model that
-can't take a packed batch gets the plain layout, `pad`.
+whose it is (`sequence_ids`). The first token of *every* response is predicted by the last token of the prompt. A model
+that can't take a packed batch gets the plain layout, `pad`.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Batch(TensorRecord):
     position_ids: Tensor  # (B, T)
     predictors: Tensor  # (N,) where each scored token is predicted: indices into the B*T hidden states
     targets: Tensor  # (N,) its id
-    sequence: Tensor  # (N,) its sequence; of pairs 0 is the first's chosen, 1 its rejected, 2 the next one's chosen
+    sequence_ids: Tensor  # (N,) its sequence; of pairs 0 is the first's chosen, 1 its rejected, 2 the next one's chosen
     n_sequences: int
     segments: Segments | None
 
@@ -74,13 +74,13 @@ def pack(groups: list[Group]) -> Batch:
     ([[7, 8, 1, 2, 3]], [[0, 1, 2, 3, 2]])
     >>> batch.predictors.tolist(), batch.targets.tolist()     # 8 predicts 1, 1 predicts 2, 8 predicts 3
     ([1, 2, 1], [1, 2, 3])
-    >>> batch.sequence.tolist(), batch.segments.spans
+    >>> batch.sequence_ids.tolist(), batch.segments.spans
     ([0, 0, 1], [(0, 2, 2, 4), (0, 2, 4, 5)])
     >>> batch.segments.cu_q.tolist(), batch.segments.cu_k.tolist()     # 7 8 1 2 and 3; 7 8 1 2 and 7 8 3
     ([0, 4, 5], [0, 4, 7])
     """
     _check(groups)
-    ids, positions, predictors, targets, sequence, spans = [], [], [], [], [], []
+    ids, positions, predictors, targets, sequence_ids, spans = [], [], [], [], [], []
     for prompt, responses in groups:
         start, end = len(ids), len(ids) + len(prompt)
         ids += prompt
@@ -89,12 +89,12 @@ def pack(groups: list[Group]) -> Batch:
             at, places = len(ids), scored_places(response)
             predictors += [at + i - 1 if i else end - 1 for i in places]
             targets += [response[i] for i in places]
-            sequence += [len(spans)] * len(places)
+            sequence_ids += [len(spans)] * len(places)
             spans.append((start, end, at, at + len(response)))
             ids += response
             positions += range(len(prompt), len(prompt) + len(response))
     line = torch.tensor([ids]), torch.tensor([positions])
-    return Batch(*line, torch.tensor(predictors), torch.tensor(targets), torch.tensor(sequence), len(spans),
+    return Batch(*line, torch.tensor(predictors), torch.tensor(targets), torch.tensor(sequence_ids), len(spans),
                  _segments(spans))
 
 
@@ -121,15 +121,15 @@ def pad(groups: list[Group]) -> Batch:
     alone = [(prompt, response) for prompt, responses in groups for response in responses]
     width = max(len(prompt) + len(response) for prompt, response in alone)
     input_ids = torch.zeros(len(alone), width, dtype=torch.long)  # any id serves as padding: it is never scored
-    predictors, targets, sequence = [], [], []
+    predictors, targets, sequence_ids = [], [], []
     for i, (prompt, response) in enumerate(alone):
         input_ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         first, places = i * width + len(prompt) - 1, scored_places(response)
         predictors += [first + k for k in places]
         targets += [response[k] for k in places]
-        sequence += [i] * len(places)
+        sequence_ids += [i] * len(places)
     positions = torch.arange(width).repeat(len(alone), 1)  # not expand: what shares memory can't be pinned
-    return Batch(input_ids, positions, torch.tensor(predictors), torch.tensor(targets), torch.tensor(sequence),
+    return Batch(input_ids, positions, torch.tensor(predictors), torch.tensor(targets), torch.tensor(sequence_ids),
                  len(alone), None)
 
 

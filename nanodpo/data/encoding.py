@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from typing import NamedTuple
 
-from .example import Answers, Example
+from .example import Example, PartlyScored
 from .template import added_tokens
 from .texts import Texts
 
@@ -49,7 +49,7 @@ def _with_places(text: Texts, example: Example, tokenizer, boundary: str) -> Exa
                     "--train_on last")
         ends = [*map(len, heads)]
     scored = [place for stretch in zip(ends[::2], ends[1::2]) for place in range(*stretch)]
-    return dataclasses.replace(example, chosen=Answers(example.chosen, scored))
+    return dataclasses.replace(example, chosen=PartlyScored(example.chosen, scored))
 
 
 def _responses(tokenizer, texts: list[Texts], prompts: list[list[int]], responses: list[str], boundary: str,

@@ -4,8 +4,10 @@ import array
 import dataclasses
 from typing import NamedTuple
 
+SIDES = ["chosen", "rejected"]  # of a pair, in the order of all its columns
 
-class Answers(list):
+
+class PartlyScored(list):
     """Token ids of a response in which not all is an answer: only the tokens at the places `scored` count."""
 
     def __init__(self, ids: list[int], scored: list[int]):
@@ -13,26 +15,26 @@ class Answers(list):
         self.scored = scored
 
 
-class Packed(NamedTuple):
+class CompactIds(NamedTuple):
     """Token ids in 4 bytes each, where a list of numbers takes 36: in an array, or in a file in memory."""
 
     ids: array.array | memoryview
-    scored: array.array | memoryview | None = None  # the places of Answers
+    scored: array.array | memoryview | None = None  # the places of a PartlyScored
 
     @classmethod
-    def of(cls, ids: list[int]) -> "Packed":
+    def of(cls, ids: list[int]) -> "CompactIds":
         scored = getattr(ids, "scored", None)
         return cls(array.array("i", ids), None if scored is None else array.array("i", scored))
 
 
 class TokenIds:
-    """A field of token ids: set to a list of them or as Packed, kept as Packed, and read as a new list."""
+    """A field of token ids: set to a list of them or as CompactIds, kept as CompactIds, and read as a new list."""
 
     def __set_name__(self, owner, name: str):
         self.name = f"_{name}"
 
-    def __set__(self, example, ids: list[int] | Packed | None) -> None:
-        setattr(example, self.name, ids if ids is None or isinstance(ids, Packed) else Packed.of(ids))
+    def __set__(self, example, ids: list[int] | CompactIds | None) -> None:
+        setattr(example, self.name, ids if ids is None or isinstance(ids, CompactIds) else CompactIds.of(ids))
 
     def __get__(self, example, owner=None) -> list[int] | None:
         if example is None:
@@ -40,7 +42,7 @@ class TokenIds:
         if (kept := getattr(example, self.name)) is None:
             return None
         ids, scored = kept
-        return ids.tolist() if scored is None else Answers(ids.tolist(), scored.tolist())
+        return ids.tolist() if scored is None else PartlyScored(ids.tolist(), scored.tolist())
 
 
 @dataclasses.dataclass
@@ -62,13 +64,13 @@ class Example:
         """The longest [prompt | response], in tokens."""
         return len(self._prompt.ids) + max(len(side.ids) for side in (self._chosen, self._rejected) if side)
 
-    def packed(self) -> tuple[Packed, Packed, Packed | None]:
+    def compact(self) -> tuple[CompactIds, CompactIds, CompactIds | None]:
         """Prompt, chosen and rejected as they are kept."""
         return self._prompt, self._chosen, self._rejected
 
     def number_of(self, side: str) -> int:
         """The number of this side's response in the row's list of answers."""
-        return self.which[("chosen", "rejected").index(side)]
+        return self.which[SIDES.index(side)]
 
     def follows(self, other: "Example") -> bool:
         """Whether both are pairs of one row, and this one comes later."""
@@ -76,7 +78,7 @@ class Example:
 
     def last_answer(self) -> "Example":
         """The same row with the last of several scored answers as its response, and all before it as its prompt."""
-        if not isinstance(self.chosen, Answers):
+        if not isinstance(self.chosen, PartlyScored):
             return self
         scored = self.chosen.scored
         start = max(place for place, before in zip(scored, [-1, *scored]) if place == 0 or place - 1 != before)
@@ -86,7 +88,7 @@ class Example:
 def answers_named(which: tuple[int, int], row: list[tuple[int, int]]) -> str:
     """The answers of a pair by their numbers, for the beginning of a message, where the pairs of its row have several;
     `row` has the numbers of all of them."""
-    parts = [f"{side}[{k}]" for side, k, numbers in zip(("chosen", "rejected"), which, zip(*row)) if any(numbers)]
+    parts = [f"{side}[{k}]" for side, k, numbers in zip(SIDES, which, zip(*row)) if any(numbers)]
     return f"{' and '.join(parts)}: " if parts else ""
 
 
@@ -120,7 +122,7 @@ def truncate(example: Example, limit: int, max_prompt: int | None = None, may_be
     if chosen == rejected and not may_be_equal:
         return "cut, both responses would be equal"
     cut = len(example.chosen) > room, len(example.rejected or ()) > room
-    if isinstance(example.chosen, Answers):
+    if isinstance(example.chosen, PartlyScored):
         scored = [place for place in example.chosen.scored if place < room]
-        chosen = Answers(chosen[: scored[-1] + 1], scored)  # without a last question whose answer is cut off
+        chosen = PartlyScored(chosen[: scored[-1] + 1], scored)  # without a last question whose answer is cut off
     return dataclasses.replace(example, chosen=chosen, rejected=rejected, cut=cut)

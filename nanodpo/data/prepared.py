@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..progress import Progress
 from .answers import WEIGHT, pairs_of, weight_of
 from .encoding import tokenize, tokenize_more
-from .example import Example, Packed, answers_named
+from .example import CompactIds, Example, answers_named
 from .forks import cores, in_forks
 from .rows import read_places
 from .shapes import Columns, choose_columns, describe_columns, in_messages, read_row, unread_parts
@@ -84,8 +84,8 @@ class Prepared:
                     at += max(length, 0)
             prompt, chosen, rejected, scored, *more = [own[key] for key, _ in keys]
             said = {name: piece.tolist() for name, piece in zip(self.more, more) if piece is not None}
-            found.append(Example(line.row, Packed(prompt), Packed(chosen, scored), rejected and Packed(rejected),
-                                 more=said, weight=line.weight, which=tuple(line.which)))
+            kept = CompactIds(prompt), CompactIds(chosen, scored), rejected and CompactIds(rejected)
+            found.append(Example(line.row, *kept, more=said, weight=line.weight, which=tuple(line.which)))
         return found
 
 
@@ -160,7 +160,7 @@ def _prepare_some(rows: list[dict], template: Template, how: Reading, columns: C
 
 
 def _pieces(example: Example, more: tuple[str, ...]) -> list:
-    prompt, chosen, rejected = example.packed()
+    prompt, chosen, rejected = example.compact()
     return [prompt.ids, chosen.ids, rejected and rejected.ids, chosen.scored, *map(example.more.get, more)]
 
 

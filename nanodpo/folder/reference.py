@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.example import Answers, row_starts
+from ..data.example import PartlyScored, row_starts
 from ..errors import Preempted, RunStopped, UserError, first_line
 from ..progress import Progress
 from ..ranks.distributed import from_main, is_main, main_first, say, sum_over_ranks
@@ -27,7 +27,7 @@ STALE = ("weights", "data", "versions")  # may change while the names and settin
 
 def _scored(response: list[int]) -> list[list[int]]:
     """The places of the tokens that count, where not all do."""
-    return [response.scored] if isinstance(response, Answers) else []
+    return [response.scored] if isinstance(response, PartlyScored) else []
 
 
 def data_hash(examples) -> str:

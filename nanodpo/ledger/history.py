@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.batches import make_batch, pair_lengths, response_logps
 from ..core.losses import loss_divisor, needs_reference, pair_losses, pair_weights
 from ..core.packing import LAYOUTS, scored_places
-from ..data.example import Example, row_starts
+from ..data.example import SIDES, Example, row_starts
 from ..data.mixing import read_weights
 from ..data.schedule import learning_rate, pairs_of_step
 from ..errors import UserError
@@ -23,7 +23,7 @@ from ..folder.elastic import pairs_per_step
 from ..folder.reference import data_hash
 from ..model.source import open_source
 from ..run.datasets import read_data
-from ..run.passes import PAIR, row_weights
+from ..run.passes import row_weights
 from ..scoring.opened import Opened, Opener
 from ..scoring.runs import Checkpoint, find_bases, open_targets
 from ..screen import command_line
@@ -74,7 +74,7 @@ class History:
 
     @property
     def sides(self) -> list[str]:
-        return PAIR[:1] if self.args.loss == "sft" else PAIR
+        return SIDES[:1] if self.args.loss == "sft" else SIDES
 
     def open(self, step: int) -> None:
         """Loads the weights that step `step` began with."""
@@ -120,7 +120,7 @@ class History:
         for step in track(range(self.steps), "reference", "step"):
             for indices in self.micro_batches(step):
                 here = [self.examples[k] for k in indices]
-                ref[indices] = response_logps(opened.module, here, PAIR, opened.layout, opened.device).cpu()
+                ref[indices] = response_logps(opened.module, here, SIDES, opened.layout, opened.device).cpu()
         return ref
 
     def _logps(self, indices: list[int], sides: list[str]) -> tuple[Tensor, Tensor | None, Tensor]:

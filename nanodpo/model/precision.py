@@ -43,7 +43,7 @@ def mix_precision(model: nn.Module, product: torch.dtype) -> None:
         return
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
 
-    model.get_output_embeddings().product = product  # the head, which works outside of autocast, looks here
+    model.get_output_embeddings().product_dtype = product  # the head, which works outside of autocast, looks here
     for part in {model, model.base_model}:
         part.forward = _in_autocast(part.forward, model, product)
     for layer in model.modules():

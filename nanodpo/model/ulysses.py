@@ -48,7 +48,7 @@ def cut(batch: Batch, rank: int, size: int) -> tuple[Batch, Tensor]:
     first, filled = rank * length, (0, length * size - batch.input_ids.shape[1])
     line = (F.pad(x, filled)[:, first : first + length] for x in (batch.input_ids, batch.position_ids))
     places = (batch.predictors // length == rank).nonzero().squeeze(1)  # waits for a GPU, once a batch
-    scored = batch.predictors[places] - first, batch.targets[places], batch.sequence[places]
+    scored = batch.predictors[places] - first, batch.targets[places], batch.sequence_ids[places]
     return Batch(*line, *scored, batch.n_sequences, batch.segments), places
 
 

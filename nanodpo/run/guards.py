@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.batches import pair_lengths
+from ..data.example import SIDES
 from ..errors import Preempted, RunStopped
 from ..ranks import distributed
 from .memory import describe, shortage_named
@@ -52,7 +53,7 @@ class StepGuard:
     def nonfinite_pairs(self) -> dict[int, list[str]]:
         """The pairs of this rank with numbers that are not finite: index -> of chosen, rejected and loss those that are
         not."""
-        return {i: [name for name, fine in zip([*("chosen", "rejected")[: len(row) - 1], "loss"], row) if not fine]
+        return {i: [name for name, fine in zip([*SIDES[: len(row) - 1], "loss"], row) if not fine]
                 for indices, _, finite in self.seen for i, row in zip(indices, finite.tolist()) if not all(row)}
 
     def nonfinite_rows(self) -> str:
@@ -75,7 +76,7 @@ class StepGuard:
         responses of all ranks, nats a token. All ranks must call it."""
         gaps = []
         for indices, logps, _ in self.seen:
-            lengths = pair_lengths([self.examples[i] for i in indices], ["chosen", "rejected"])
+            lengths = pair_lengths([self.examples[i] for i in indices], SIDES)
             gaps += ((logps.cpu() - ref[indices]).abs() / lengths).flatten().tolist()
         return statistics.fmean(gap for found in distributed.gather_or_raise(None, gaps) for gap in found)
 

@@ -55,6 +55,7 @@ from torch import Tensor
 from ..core.logprobs import sum_by_sequence
 from ..core.losses import pair_weights
 from ..core.packing import Batch
+from ..data.example import SIDES
 from ..errors import RankStopped
 from ..ranks.distributed import sum_over_ranks
 
@@ -67,7 +68,7 @@ def pair_metrics(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Ten
     `loss` and `sft_weight` are those of pair_losses.
     """
     values, logps = {}, logps.detach()
-    for side, sums, counts in zip(("chosen", "rejected"), logps.unbind(1), lengths.unbind(1)):
+    for side, sums, counts in zip(SIDES, logps.unbind(1), lengths.unbind(1)):
         values |= {f"logps/{side}": sums, f"logps_per_token/{side}": sums / counts}
     if ref is not None:
         rewards = beta * (logps - ref)
@@ -104,7 +105,7 @@ class TokenMetrics:
         """`gather`: that of OneRank, for ranks that share a batch."""
         self.whole, self.linear, self.parts = whole, head.cap is None and head.bias is None, []
         self.gather = gather
-        head.see = self
+        head.on_chunk = self
 
     def __call__(self, chunk, z: Tensor, hidden: Tensor, kept: Tensor | None) -> None:
         """`z`: logits less the largest, where `whole`; `kept`: the gradient by the hidden states, where there is one.
@@ -125,7 +126,7 @@ class TokenMetrics:
         if not parts:
             return {}
         values = {name: self.gather(torch.cat([part[name] for part in parts])) for name in parts[0]}
-        sums = {name: sum_by_sequence(each, batch.sequence, batch.n_sequences)[index] for name, each in values.items()}
+        sums = {name: sum_by_sequence(values[name], batch.sequence_ids, batch.n_sequences)[index] for name in values}
         found = {"mean_token_accuracy": sums["mean_token_accuracy"][:, 0], "tokens/chosen": lengths[:, 0]}
         return found | ({"entropy": sums["entropy"].sum(1), "tokens": lengths.sum(1)} if "entropy" in sums else {})
 

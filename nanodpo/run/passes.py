@@ -11,7 +11,7 @@ from .. import progress
 from ..core.batches import groups_of, make_batch, pair_lengths, response_logps, total_tokens
 from ..core.losses import loss_divisor, needs_reference, pair_losses
 from ..core.packing import LAYOUTS, scored_places
-from ..data.example import Example
+from ..data.example import SIDES, Example
 from ..data.schedule import micro_batches_of, pairs_of_step
 from ..data.tokens import DataSet
 from ..errors import RunStopped
@@ -24,8 +24,6 @@ from . import memory, metrics, noise
 from .guards import nonfinite
 from .lifecycle import disk_needed, write_line
 from .start import Run
-
-PAIR = ["chosen", "rejected"]
 
 
 def logps_of(run: Run, examples: list[Example], sides: list[str], where: str, model=None,
@@ -106,7 +104,7 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
         fingerprint |= {"batches": [args.seed, batch, size]}
 
     def score(indices):
-        return logps_of(run, [data.examples[i] for i in indices], PAIR, "the reference pass", model, layout)
+        return logps_of(run, [data.examples[i] for i in indices], SIDES, "the reference pass", model, layout)
 
     def own_micro_batches(pairs):  # ranks that share a batch have the same log-probs: the first one's count
         counts = run.engine.module.parallel.rank == 0
@@ -134,7 +132,7 @@ def evaluate(run: Run) -> None:
     run.engine.eval()
     examples, meter = run.held_out.examples, metrics.Meter(run.device)
     tokens = metrics.TokenMetrics(run.engine.module.head, whole=True, gather=run.engine.module.parallel.gather)
-    sides = PAIR if examples[0].rejected is not None else PAIR[:1]
+    sides = SIDES if examples[0].rejected is not None else SIDES[:1]
     batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.data_world)
     for pairs in progress.track(batches, "evaluation", "batch"):
         run.stop.check()
@@ -166,7 +164,7 @@ def evaluate(run: Run) -> None:
 def measure_noise(run: Run) -> dict[str, float]:
     """The standard deviation that bfloat16's rounding gives one pair's numbers, nats, by metric; see noise.py."""
     examples, args = run.train_set.examples, run.args
-    sides = PAIR if examples[0].rejected is not None else PAIR[:1]
+    sides = SIDES if examples[0].rejected is not None else SIDES[:1]
     pairs = pairs_of_step(len(examples), noise.count(run.steps * run.pairs_per_step), args.seed, 0, run.row_starts)
 
     def score(indices):
@@ -186,7 +184,7 @@ def dry_run(run: Run) -> None:
     """Runs the longest micro-batch forward and backward, with an update, and prints memory, time and disk. Writes
     nothing.
     """
-    args, sides = run.args, PAIR[:1] if run.args.loss == "sft" else PAIR
+    args, sides = run.args, SIDES[:1] if run.args.loss == "sft" else SIDES
     longest = sorted(run.train_set.examples, key=lambda example: -total_tokens(groups_of([example], sides)[0]))
     examples = longest[: args.per_device_train_batch_size]
     groups = [groups_of([example], sides)[0][0] for example in examples]  # nothing shared: no micro-batch takes more
@@ -212,4 +210,4 @@ def dry_run(run: Run) -> None:
 def _logps_of_reference(run: Run, examples: list[Example]) -> torch.Tensor:
     """(P, 2) log-probs of these pairs under the reference, nats."""
     with _open_reference(run) as (model, layout, *_):
-        return logps_of(run, examples, PAIR, "the reference's dry run", model, layout).to(run.device)
+        return logps_of(run, examples, SIDES, "the reference's dry run", model, layout).to(run.device)

@@ -34,11 +34,12 @@ Sets = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def token_measures(module, batch: Batch, plausible: Sets | None, see=None) -> tuple[dict[str, Tensor], Sets, Tensor]:
+def token_measures(module, batch: Batch, plausible: Sets | None, on_chunk=None
+                   ) -> tuple[dict[str, Tensor], Sets, Tensor]:
     """A batch -> (measures by name, (N,) each), the plausible tokens of each place, (S, D) float64 sums of states.
 
     Without `plausible` this model is the starting checkpoint: the sets are its own. `module` is a SequenceLogProbs.
-    `see` is called with each chunk: which of the N places, and their (C, V) probabilities.
+    `on_chunk` is called with each chunk: which of the N places, and their (C, V) probabilities.
     """
     states, parts, sets, z, p = module.states(batch), [], [], None, None
     borders = None if plausible is None else torch.cat([plausible[0].new_zeros(1), plausible[0].cumsum(0)])
@@ -50,25 +51,25 @@ def token_measures(module, batch: Batch, plausible: Sets | None, see=None) -> tu
             known = counts, rest, *(side[borders[i] : borders[i + len(counts)]] for side in plausible[2:])
         z = module.head.logits(states[here], z)  # every chunk in the memory of the first, which no other is larger than
         p = torch.empty_like(z) if p is None else p[: len(z)]
-        found, own = _measure(z, p, batch.targets[here], known, see and functools.partial(see, here))
+        found, own = _measure(z, p, batch.targets[here], known, on_chunk and functools.partial(on_chunk, here))
         parts.append(found)
         sets.append(own)
     measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    lengths = batch.sequence.bincount(minlength=batch.n_sequences).tolist()
+    lengths = batch.sequence_ids.bincount(minlength=batch.n_sequences).tolist()
     sums = torch.stack([part.double().sum(0) for part in states.split(lengths)])
     return measures, tuple(map(torch.cat, zip(*sets))), sums
 
 
-def _measure(z: Tensor, p: Tensor, targets: Tensor, plausible: Sets | None, see) -> tuple[dict[str, Tensor], Sets]:
+def _measure(z: Tensor, p: Tensor, targets: Tensor, plausible: Sets | None, on_chunk) -> tuple[dict[str, Tensor], Sets]:
     """(C, V) logits, as much memory for their probabilities, both of which it overwrites, and (C,) targets ->
-    measures, and the plausible tokens. Shows `see` the probabilities."""
+    measures, and the plausible tokens. Hands `on_chunk` the probabilities."""
     # Counted in p's memory: a CPU sums truth values thirty times slower, and float32 holds all integers up to 2^24.
     rank = 1 + torch.gt(z, z.gather(1, targets[:, None]), out=p).sum(1).int()
     chunk = chunk_logps(z, targets, p)  # from here on z is less the largest logit
     p.div_(chunk.total[:, None])
     found = {"logps": chunk.logps, "argmax_logps": chunk.top - chunk.lse, "rank": rank}
-    if see:
-        see(p)
+    if on_chunk:
+        on_chunk(p)
     found["entropy"] = -z.sub_(chunk.total.log()[:, None]).clamp_(min=FLOOR).mul_(p).sum(1)
     if plausible is None:
         place, ids = (p >= IMPLAUSIBLE).nonzero(as_tuple=True)

@@ -295,7 +295,7 @@ def test_plain_rows_after_the_self_check_are_right(name):
     layout, _ = choose_layout(module, CPU, torch.float32, demand_flash=False)
     row = LAYOUTS[layout](groups)
     logps, grad = logps_and_gradients(model, module.token_logps(row))
-    assert (sum_by_sequence(logps, row.sequence, 8) - sums).abs().max() < 1e-4
+    assert (sum_by_sequence(logps, row.sequence_ids, 8) - sums).abs().max() < 1e-4
     assert (grad - true_grad).norm() < 1e-4 * true_grad.norm()
 
 

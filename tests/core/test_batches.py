@@ -12,9 +12,9 @@ from nanodpo.core.batches import groups_of, make_batch, pair_lengths, response_l
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.losses import dpo, pair_losses
 from nanodpo.core.packing import LAYOUTS
-from nanodpo.data.example import Answers, Example
+from nanodpo.data.example import Example, PartlyScored
 
-CPU, PAIR = torch.device("cpu"), ["chosen", "rejected"]
+CPU, SIDES = torch.device("cpu"), ["chosen", "rejected"]
 CHOSEN, REJECTED = [[11, 12, 13], [14]], [[21, 22], [23, 24, 25, 26], [27]]
 
 
@@ -26,15 +26,15 @@ def row(number: int, prompt: list[int], chosen: list, rejected: list) -> list[Ex
 
 def test_two_by_three_answers_are_one_prompt_and_five_responses():
     """Six pairs in one micro-batch, and how many tokens that is."""
-    groups, index = groups_of(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), PAIR)
+    groups, index = groups_of(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), SIDES)
     ((prompt, responses),) = groups
     assert prompt == [1, 2, 3, 4] and sorted(responses) == sorted(CHOSEN + REJECTED)
     assert [[responses[k] for k in pair] for pair in index.tolist()] == [[c, r] for c in CHOSEN for r in REJECTED]
     assert total_tokens(groups) == 4 + (3 + 1) + (2 + 4 + 1)
-    batch, same = make_batch(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), PAIR, "packed", CPU)
+    batch, same = make_batch(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), SIDES, "packed", CPU)
     assert batch.input_ids.numel() == 15 and batch.n_sequences == 5 and len(batch.targets) == 11
     assert torch.equal(same, index)
-    lengths = pair_lengths(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), PAIR)
+    lengths = pair_lengths(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), SIDES)
     assert lengths.tolist() == [[n, m] for n in (3, 1) for m in (2, 4, 1)]
     assert total_tokens(groups_of(row(0, [1, 2, 3, 4], CHOSEN, REJECTED)[::3], ["chosen"])[0]) == 4 + 3 + 1
     groups, index = groups_of(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), ["rejected"])
@@ -45,14 +45,14 @@ def test_pairs_of_different_rows_share_nothing_however_alike():
     """Rows with equal prompts and answers, a row that comes again, and two equal sides are passed as they always were;
     so is a pair of several scored stretches."""
     same = [Example(i, [1, 2], [3], [4]) for i in (0, 1, 1)]
-    groups, index = groups_of(same, PAIR)
+    groups, index = groups_of(same, SIDES)
     assert groups == [([1, 2], [[3], [4]])] * 3 and index.tolist() == [[0, 1], [2, 3], [4, 5]]
-    groups, index = groups_of([Example(0, [1, 2], [3], [3])], PAIR)
+    groups, index = groups_of([Example(0, [1, 2], [3], [3])], SIDES)
     assert groups == [([1, 2], [[3], [3]])] and index.tolist() == [[0, 1]]
     again = row(5, [1], CHOSEN, REJECTED[:1]) * 2
-    groups, index = groups_of(again, PAIR)
+    groups, index = groups_of(again, SIDES)
     assert [len(responses) for _, responses in groups] == [3, 3] and index.tolist() == [[0, 1], [2, 1], [3, 4], [5, 4]]
-    ((_, (answer,)),), _ = groups_of([Example(0, [1], Answers([5, 6, 7], [0, 2]), None)], ["chosen"])
+    ((_, (answer,)),), _ = groups_of([Example(0, [1], PartlyScored([5, 6, 7], [0, 2]), None)], ["chosen"])
     assert answer.scored == [0, 2]
 
 
@@ -77,9 +77,9 @@ def compare(model, layout):
     policy, parameters = SequenceLogProbs(model, chunk=4), list(model.parameters())
     loss, weights = partial(dpo, beta=0.3), torch.linspace(0.5, 2, len(examples), dtype=torch.float64)
     ref = torch.linspace(-30, -3, 2 * len(examples), dtype=torch.float64).view(-1, 2)
-    batch, index = make_batch(examples, PAIR, layout, CPU)
+    batch, index = make_batch(examples, SIDES, layout, CPU)
     logps = policy(batch)[index]
-    merged = (weights * pair_losses(loss, logps, ref, pair_lengths(examples, PAIR))).sum()
+    merged = (weights * pair_losses(loss, logps, ref, pair_lengths(examples, SIDES))).sum()
     found = torch.autograd.grad(merged, parameters, allow_unused=True)
     sums, truth = [], [0.0] * len(parameters)
     for k, example in enumerate(examples):
@@ -90,7 +90,7 @@ def compare(model, layout):
         grads = torch.autograd.grad(lost, parameters, allow_unused=True)
         truth = [total if grad is None else total + grad for total, grad in zip(truth, grads)]
     assert (logps - torch.cat(sums)).abs().max() < 1e-12 * logps.abs().max()
-    assert (response_logps(policy, examples, PAIR, layout, CPU) - logps).abs().max() == 0
+    assert (response_logps(policy, examples, SIDES, layout, CPU) - logps).abs().max() == 0
     size = torch.sqrt(sum(g.square().sum() for g in truth if torch.is_tensor(g)))
     assert size > 1
     for grad, true in zip(found, truth):

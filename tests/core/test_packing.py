@@ -8,7 +8,7 @@ import torch
 
 from nanodpo.core.batches import pair_lengths
 from nanodpo.core.packing import Batch, Segments, pack, pad
-from nanodpo.data.example import Answers, Example
+from nanodpo.data.example import Example, PartlyScored
 
 # Prompt 7 8 9 with three responses, one of a single token; prompt 4, a single token, with two.
 GROUPS = [([7, 8, 9], [[1, 2], [3], [5, 6]]), ([4], [[2, 2, 2], [1]])]
@@ -29,7 +29,7 @@ def test_pack_literally():
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 3, 4, 0, 1, 2, 3, 1]]
     assert batch.predictors.tolist() == [2, 3, 2, 2, 6, 8, 9, 10, 8]
     assert batch.targets.tolist() == [1, 2, 3, 5, 6, 2, 2, 2, 1]
-    assert batch.sequence.tolist() == [0, 0, 1, 2, 2, 3, 3, 3, 4]
+    assert batch.sequence_ids.tolist() == [0, 0, 1, 2, 2, 3, 3, 3, 4]
     assert batch.n_sequences == 5
 
 
@@ -52,7 +52,7 @@ def test_pad_literally():
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 5
     assert batch.predictors.tolist() == [2, 3, 7, 12, 13, 15, 16, 17, 20]
     assert batch.targets.tolist() == [1, 2, 3, 5, 6, 2, 2, 2, 1]
-    assert batch.sequence.tolist() == [0, 0, 1, 2, 2, 3, 3, 3, 4]
+    assert batch.sequence_ids.tolist() == [0, 0, 1, 2, 2, 3, 3, 3, 4]
     assert (batch.n_sequences, batch.segments) == (5, None)
 
 
@@ -60,10 +60,10 @@ def test_pad_literally():
 def test_of_a_response_only_some_tokens_may_count(layout, predictors):
     """Answers 3 and 5 6 of a conversation; the question 4 between them is seen, and not scored. All else is as it is
     where all of a response counts."""
-    groups = [([1, 2], [Answers([3, 9, 4, 5, 6], [0, 3, 4]), [7]])]
+    groups = [([1, 2], [PartlyScored([3, 9, 4, 5, 6], [0, 3, 4]), [7]])]
     batch, whole = layout(groups), layout([([1, 2], [[3, 9, 4, 5, 6], [7]])])
     assert batch.predictors.tolist() == predictors
-    assert batch.targets.tolist() == [3, 5, 6, 7] and batch.sequence.tolist() == [0, 0, 0, 1]
+    assert batch.targets.tolist() == [3, 5, 6, 7] and batch.sequence_ids.tolist() == [0, 0, 0, 1]
     for name in ("input_ids", "position_ids"):
         assert torch.equal(getattr(batch, name), getattr(whole, name))
     assert batch.segments == whole.segments if whole.segments is None else (
@@ -84,7 +84,7 @@ def test_every_scored_token_once_after_what_came_before_it(layout, seed):
             expected += [(number, token, (prompt + response[:k])) for k, token in enumerate(response)]
             number += 1
     found = [(s, t, context_of(batch, r, s)) for r, t, s in zip(batch.predictors.tolist(), batch.targets.tolist(),
-                                                              batch.sequence.tolist())]
+                                                              batch.sequence_ids.tolist())]
     assert found == expected
     assert batch.n_sequences == number
 
@@ -151,7 +151,7 @@ def test_moving_a_row_moves_every_tensor_and_changes_none():
     moved, same = batch.to(torch.device("meta")), batch.to(torch.device("cpu"))
     for record, other, kept in [(moved, batch, same), (moved.segments, batch.segments, same.segments)]:
         tensors = [name for name, value in vars(other).items() if isinstance(value, torch.Tensor)]
-        assert tensors == {Batch: ["input_ids", "position_ids", "predictors", "targets", "sequence"],
+        assert tensors == {Batch: ["input_ids", "position_ids", "predictors", "targets", "sequence_ids"],
                            Segments: ["cu_q", "cu_k", "keys"]}[type(other)]
         for name in tensors:
             assert getattr(record, name).device.type == "meta"

@@ -60,7 +60,7 @@ def test_every_chosen_with_every_rejected_answer(tmp_path):
     assert texts(data) == [*PAIRS, (1, "6", "7"), (1, "6", "8")]
     assert [e.which for e in data.examples] == [*itertools.product(range(2), range(3)), (0, 0), (0, 1)]
     apart = load(tmp_path, *({"prompt": "2?", "chosen": c, "rejected": r} for _, c, r in PAIRS))
-    assert [e.packed() for e in data.examples[:6]] == [e.packed() for e in apart.examples]
+    assert [e.compact() for e in data.examples[:6]] == [e.compact() for e in apart.examples]
     assert data.report().splitlines()[:2] == [f"data {tmp_path}/rows.jsonl: 2 rows, 0 dropped",
                                               "  lists of answers: 2 rows make 8 pairs"]
     assert "  2 rows: plain text, without the chat template" in data.report()

@@ -11,7 +11,7 @@ import tiny_tokenizers as tiny
 from tokenizers import AddedToken, normalizers
 
 from nanodpo.data import encoding, prepared
-from nanodpo.data.example import Answers, Example, truncate
+from nanodpo.data.example import Example, PartlyScored, truncate
 from nanodpo.data.inspection import histogram, inspect
 from nanodpo.data.template import read_template
 from nanodpo.data.tokens import DataSet, load_dataset
@@ -269,8 +269,8 @@ def test_a_file_is_prepared_in_parts_as_it_is_at_once(tmp_path, monkeypatch):
 
 def test_token_ids_take_four_bytes_each():
     """A list of numbers takes 8 bytes for each place, and 28 for each number above 256."""
-    example = Example(0, [7] * 1000, Answers([300] * 2000, [5, 6]), None)
-    assert sum(sys.getsizeof(kept.ids) for kept in example.packed()[:2]) < 4 * 3000 + 300
+    example = Example(0, [7] * 1000, PartlyScored([300] * 2000, [5, 6]), None)
+    assert sum(sys.getsizeof(kept.ids) for kept in example.compact()[:2]) < 4 * 3000 + 300
     assert example.prompt == [7] * 1000 and example.chosen == [300] * 2000 and example.chosen.scored == [5, 6]
     assert example.rejected is None and example.length == 3000
 

@@ -116,7 +116,7 @@ def test_rows_are_prepared_once_and_their_ids_lie_in_the_file(tmp_path, monkeypa
     found = data_cache.keep(str(tmp_path / "cache"), path, read_template(tiny_tokenizers.chatml()),
                             Reading.of(tiny_tokenizers.DataArguments(), True))
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(file.name)]
-    assert mapped and found.examples()[0].packed()[0].ids.obj is found.ids.obj
+    assert mapped and found.examples()[0].compact()[0].ids.obj is found.ids.obj
 
 
 def test_limits_are_applied_to_what_is_kept(tmp_path, monkeypatch):

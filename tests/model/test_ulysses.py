@@ -86,7 +86,7 @@ def test_parts_of_a_batch_are_the_batch(size):
         assert part.segments is batch.segments and part.n_sequences == 3
         for i, place in enumerate(places.tolist()):
             assert part.input_ids[0, part.predictors[i]] == batch.input_ids[0, batch.predictors[place]]
-            assert (part.targets[i], part.sequence[i]) == (batch.targets[place], batch.sequence[place])
+            assert (part.targets[i], part.sequence_ids[i]) == (batch.targets[place], batch.sequence_ids[place])
         found += places.tolist()
     assert sorted(found) == [*range(7)]
 

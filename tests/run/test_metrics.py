@@ -110,7 +110,7 @@ def test_the_peak_of_a_process_is_in_gib():
 
 LENGTHS = torch.tensor([[3.0, 2.0], [1.0, 4.0]], dtype=torch.float64)  # tokens of two pairs, ten in all
 INDEX = torch.arange(4).view(2, 2)  # each has its own responses
-BATCH = SimpleNamespace(sequence=torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3, 3]), n_sequences=4)
+BATCH = SimpleNamespace(sequence_ids=torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3, 3]), n_sequences=4)
 
 
 def scored_tokens(dtype, trainable, bias, scale, cap, whole, watched=True):

@@ -31,7 +31,8 @@ class Distribution:
 
 def places(*targets):
     """Every place a sequence of its own."""
-    return SimpleNamespace(targets=torch.tensor(targets), sequence=torch.arange(len(targets)), n_sequences=len(targets))
+    n = len(targets)
+    return SimpleNamespace(targets=torch.tensor(targets), sequence_ids=torch.arange(n), n_sequences=n)
 
 
 def test_known_distributions():
@@ -92,7 +93,7 @@ def test_all_chunks_share_the_memory_of_the_first():
 def test_states_are_summed_in_float64():
     """2^24 + 1 + 1: float32 cannot count past 2^24 in ones. Two responses, of three states and of one."""
     states = torch.tensor([[2.0**24, 0.0], [1.0, 1.0], [1.0, 2.0], [5.0, 6.0]])
-    batch = SimpleNamespace(targets=torch.tensor([0, 0, 0, 0]), sequence=torch.tensor([0, 0, 0, 1]), n_sequences=2)
+    batch = SimpleNamespace(targets=torch.tensor([0, 0, 0, 0]), sequence_ids=torch.tensor([0, 0, 0, 1]), n_sequences=2)
     _, _, sums = token_measures(Distribution(states), batch, None)
     assert sums.tolist() == [[2.0**24 + 2, 3.0], [5.0, 6.0]]
 
