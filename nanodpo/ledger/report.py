@@ -9,22 +9,24 @@ from .probes import Probe
 from .sweeps import DECAY, Found
 
 SIDES = ("chosen", "rejected", "weight_decay")
+PAIR = ["pair", "chosen_answer", "rejected_answer"]  # the row, and the numbers of the answers in its lists
 UNRELIABLE = 0.05  # of the change: a residual above it
 
 
 def to_table(history: History, probes: list[Probe], found: Found) -> pandas.DataFrame:
-    """A line for each probe, step, pair and side of it."""
+    """A line for each probe, step, pair and side of it. A pair is named by its row, and where that has lists of answers
+    by the numbers of its two in them."""
     step, index, side = (found.lines[name].numpy() for name in ("step", "index", "side"))
-    rows = np.array([example.row for example in history.examples])
-    pair = pandas.array(rows[np.maximum(index, 0)], dtype="Int64")
-    pair[side == DECAY] = pandas.NA
+    names = np.array([(example.row, *example.which) for example in history.examples])
+    names = pandas.DataFrame(names[np.maximum(index, 0)], columns=PAIR, dtype="Int64")
+    names[side == DECAY] = pandas.NA
     order = np.lexsort((side, index, step))
     tables = []
     for m, probe in enumerate(probes):
         table = pandas.DataFrame({
             "run": history.run, "dataset": probe.dataset,
             "row": pandas.array([probe.row] * len(step), dtype="Int64"), "response": probe.response, "step": step,
-            "pair": pair, "side": np.array(SIDES)[side], "share": found.lines["share"][:, m].numpy(),
+            **names, "side": np.array(SIDES)[side], "share": found.lines["share"][:, m].numpy(),
             "effect": found.lines["effect"][:, m].numpy()})
         tables.append(table.iloc[order])
     return pandas.concat(tables, ignore_index=True)
@@ -66,12 +68,14 @@ def worst_pairs(table: pandas.DataFrame, count: int = 3) -> list[str]:
     that lowered it came from a tenth of the pairs."""
     lines = []
     for (dataset, response), part in table[table["row"].isna()].groupby(["dataset", "response"], sort=False):
-        net = part.dropna(subset="pair").groupby("pair")["share"].sum().sort_values()
+        net = part.dropna(subset="pair").groupby(PAIR)["share"].sum().sort_values()
+        several = net.groupby("pair").size() > 1
         falls = net[net < 0]
         if falls.empty:
             continue
         tenth = falls.iloc[: max(1, len(net) // 10)].sum() / falls.sum()
-        words = [", ".join(f"row {pair} ({share:+.4f})" for pair, share in side.items())
+        words = [", ".join(f"row {row}" + (f" chosen[{i}] rejected[{j}]" if several[row] else "") + f" ({share:+.4f})"
+                           for (row, i, j), share in side.items())
                  for side in (net.head(count), net.iloc[::-1].head(count))]
         lines.append(f"{dataset}, {response}: lowered most by {words[0]}; raised most by {words[1]}; the "
                      f"{max(1, len(net) // 10)} of {len(net)} pairs that lowered it most made {tenth:.0%} of all that "

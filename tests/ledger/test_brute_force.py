@@ -1,7 +1,9 @@
 """A ledger of 12 steps against training again, in float64, by plain PyTorch: with terms of the gradient a little
 heavier, and its derivative by the weights of all terms, which goes back through the whole training."""
 
+import dataclasses
 import functools
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +20,7 @@ from nanodpo.data.schedule import learning_rate, pairs_of_step
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.ledger.history import History
 from nanodpo.ledger.probes import Probe, Probes
-from nanodpo.ledger.report import sentence, to_record, to_table
+from nanodpo.ledger.report import sentence, to_record, to_table, worst_pairs
 from nanodpo.ledger.sweeps import Store, backward, forward, references
 
 STEPS, BETA, N = 12, 0.5, 9
@@ -232,6 +234,22 @@ def test_effects_are_exact_for_gradients_that_stay(ledger):
     assert len(TERMS) == 2 * sum(len(pairs_of_step(N, 2, 42, step)) for step in range(STEPS)) > 40
     torch.testing.assert_close(effects_of(ledger[1]), derivatives(2e-4, later_as_they_were=True)[1], rtol=1e-3,
                                atol=1e-8)
+
+
+def test_pairs_of_one_row_are_named_by_their_answers(ledger):
+    """The nine pairs as three rows, each of one chosen and three rejected answers: every line has its pair's numbers,
+    and the sentence names them. Where a row has one pair it is the row alone."""
+    run, found, probes, *_ = ledger
+    lists = [dataclasses.replace(e, row=k // 3, which=(0, k % 3)) for k, e in enumerate(EXAMPLES)]
+    plain, table = (to_table(one, probes.names, found) for one in (run, dataclasses.replace(run, examples=lists)))
+    indices = plain["pair"].dropna() - 100
+    for name, numbers in (("pair", indices // 3), ("chosen_answer", 0 * indices), ("rejected_answer", indices % 3)):
+        assert table.dropna(subset="pair")[name].tolist() == numbers.tolist()
+    assert table["rejected_answer"].isna().sum() == STEPS and not plain["rejected_answer"].any()
+    (said,), (before,) = worst_pairs(table), worst_pairs(plain)
+    worst = int(re.search(r"lowered most by row (\d+) \(", before).group(1)) - 100
+    assert f"lowered most by row {worst // 3} chosen[0] rejected[{worst % 3}] (" in said
+    assert re.sub(r"row \d+( chosen\S+ rejected\S+)?", "", said) == re.sub(r"row \d+", "", before)
 
 
 def test_effects_are_those_of_training_again(ledger):

@@ -129,6 +129,13 @@ def test_wrong_input_is_one_line(run, tiny, tmp_path, flags, words):
     assert not [*tmp_path.rglob("*.parquet")]
 
 
+def test_several_ranks_are_told_to_be_one(run, tmp_path):
+    done = launch(ROOT / "score.py", run, "--ledger", "2", "--output_dir", tmp_path, ranks=2, launcher="fork",
+                  check=False)
+    assert done.returncode == 2 and done.stdout.count("error: --ledger: works on one rank; start it with plain") == 1
+    assert "Traceback" not in done.stdout and not [*tmp_path.iterdir()]
+
+
 def test_a_run_of_its_own_loss_is_asked_about(tiny, tmp_path):
     """run.json may come from somebody else, and never has code run."""
     (tmp_path / "own.py").write_text("def own(chosen, rejected):\n    return rejected - chosen\n")
