@@ -53,7 +53,19 @@ def render_messages(template: Template, messages: list[dict], first: int | None 
         raise UserError(f"must end with an assistant message, ends with role {reply['role']!r}")
     if not before:
         raise UserError("has no message before the assistant's")
-    asked, whole = render_prompt(template, before), apply(template, messages)
+    rendered = _last_reply(template, before, reply)
+    if first is not None and not _is_trained_on(reply):
+        raise UserError("ends with an answer that is marked as not to be trained on; end the conversation before it")
+    earlier = [i for i in range(len(before) if first is None else first, len(before))
+               if before[i]["role"] == "assistant" and _is_trained_on(before[i])]
+    return _every_reply(template, messages, earlier, rendered) if earlier else rendered
+
+
+def _last_reply(template: Template, before: list[dict], reply: dict) -> Rendered:
+    """The reply to what is before it, as the model writes it at inference."""
+    asked, whole = render_prompt(template, before), apply(template, [*before, reply])
+    if not whole.startswith(asked) and _asks_otherwise(template, before, reply, asked, whole):
+        whole = asked + whole.rpartition(template.written)[2]
     prompt = _until_reply(template, before, asked, whole)
     opened = asked[len(prompt):]
     if _loses_thought(reply, whole):
@@ -65,7 +77,7 @@ def render_messages(template: Template, messages: list[dict], first: int | None 
         rendered = Rendered(asked, text, note="the chat template leaves out what was thought, once the answer is in "
                             "the conversation; scored whole, as the model writes it")
     else:
-        _check_written(template, messages, whole, reply)
+        _check_written(template, [*before, reply], whole, reply)
         rendered = Rendered(prompt, whole[len(prompt):].removesuffix(template.rest))
         # An empty block of its own, before the one that the content begins with.
         rendered.response = re.sub(rf"^\s*{OPEN}\s*{CLOSE}\s*(?=<think>)", "", rendered.response)
@@ -74,11 +86,14 @@ def render_messages(template: Template, messages: list[dict], first: int | None 
         elif opened:
             rendered.note = (f"the chat template opens an answer with {opened!r}, and not once it is in the "
                              "conversation; scored as in the conversation")
-    if first is not None and not _is_trained_on(reply):
-        raise UserError("ends with an answer that is marked as not to be trained on; end the conversation before it")
-    earlier = [i for i in range(len(before) if first is None else first, len(before))
-               if before[i]["role"] == "assistant" and _is_trained_on(before[i])]
-    return _every_reply(template, messages, earlier, rendered) if earlier else rendered
+    return rendered
+
+
+def _asks_otherwise(template: Template, before: list[dict], reply: dict, asked: str, whole: str) -> bool:
+    """Does the template leave out a message of the prompt once it is answered? Mistral's write a system prompt into a
+    question that is the last message."""
+    lost = {i for i, _ in _left_out(template, [*before, reply], reply)} - {len(before)}
+    return bool(lost and template.header) and asked.endswith(template.header) and template.written in whole
 
 
 def _is_trained_on(message: dict) -> bool:
@@ -150,9 +165,12 @@ def _end_of_earlier(template: Template, said: str, start: int, whole: str) -> in
 
 
 def _check_written(template: Template, messages: list[dict], text: str, reply: dict | None = None) -> None:
-    """Raises UserError naming the role whose message, or a part of it, is not in the text."""
+    """Raises UserError naming the role whose message, or a part of it, is not in the text: of all messages, or of their
+    last, `reply`, the prompt of which was looked at before."""
     lost = _left_out(template, messages, reply)
     for i, message in enumerate(messages):
+        if reply is not None and message is not reply:
+            continue
         for name, part in _parts(message, message is reply).items():
             if (i, name) in lost or not (part.strip() in text or _is_written(part, text)):
                 raise UserError(f"has a message of role {message['role']!r} that the chat template leaves out, or a "

@@ -358,6 +358,23 @@ def test_a_tag_that_is_no_token_is_not_cut(tmp_path):
     assert tokenizer.decode(example.chosen) == "</think>4<|im_end|>"
 
 
+def test_a_system_prompt_that_goes_into_the_last_question_is_in_the_prompt(tmp_path):
+    """As Mistral's: once the question is answered, the template does not write it any more. Where all answers are
+    scored, the earlier ones have no such place, and the row is refused."""
+    tokenizer = tokenizer_of("mistral")
+    tokenizer.chat_template = MISTRAL.replace("loop.first", "loop.last")
+    talk = [message("system", "Be brief."), message("user", "2+2?"), message("assistant", "3"), message("user", "Oh?")]
+    for asked in (talk[:2], talk):
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        assert "Be brief." in tokenizer.decode(prompt)
+        example, = load(tmp_path, tokenizer, row(asked)).examples
+        assert (example.prompt, example.chosen, example.rejected) == (prompt, [*b" 4", 259], [*b" 5", 259])
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [*talk, message("assistant", "4")]}))
+    with pytest.raises(UserError, match="writes what is before the reply differently once the reply is there"):
+        load_dataset(str(path), read_template(tokenizer), tiny.DataArguments(loss="sft"), 1000, False)
+
+
 # Ends
 
 
