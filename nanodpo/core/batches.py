@@ -13,7 +13,7 @@ def groups_of(examples: list, sides: list[str]) -> tuple[list[Group], Tensor]:
     """(groups, index): prompts with the ids of these sides, e.g. `chosen`, and (P, R): where each pair's responses are
     among the S of all groups. A pair has a group of its own; but where a row of the data has lists of answers, those of
     its pairs that follow each other are one group, with the prompt once and each answer once."""
-    groups, index, known = [], [], {}
+    groups, index, known = [], [], {}  # known: (group, side, number of the answer) -> its place among the S
     for before, example in zip([None, *examples], examples):
         if before is None or not example.follows(before):
             groups.append((example.prompt, []))

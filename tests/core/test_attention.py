@@ -239,7 +239,7 @@ def test_attention_grows_with_the_tokens_and_not_with_their_product_with_the_seq
 
 @pytest.mark.parametrize("sizes", [((20, [120, 110]), (30, [9, 140])), ((20, [150]),)])
 def test_no_square_of_the_row_is_ever_built(sizes):
-    """R-F: forward and backward of packed rows, no T x T mask or score matrix, even for one sequence that fills it."""
+    """Forward and backward of packed rows: no T x T mask or score matrix, even for one sequence that fills it."""
     model, groups = tiny("llama", torch.float32), random_groups(sizes=sizes)
     row = pack(groups)
     length = row.input_ids.shape[1]
