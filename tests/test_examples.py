@@ -27,8 +27,8 @@ def test_the_default_run_starts_at_ln_2_and_tells_chosen_from_rejected(tmp_path)
     assert f"{lines[0]['eval_logps_per_token/chosen']:.3f}" in README
     assert f"{lines[0]['eval_logps_per_token/rejected']:.3f}" in README
     assert "loss 0.6931" in done.stdout
-    start = done.stdout.partition("\nstep ")[0].splitlines()
-    assert all(len(line) <= 80 or "/" in line for line in start), start
+    start = done.stdout.partition("\nstep ")[0].partition("\ndata ")[2].splitlines()  # without the launcher's lines
+    assert len(start) > 12 and all(len(line) <= 80 or "/" in line for line in start), start
     assert (tmp_path / "run" / "training.png").stat().st_size > 10_000  # nobody had to ask for it
 
 
