@@ -10,8 +10,8 @@ state are as large as they get: `seconds`.
 Memory is a rank's anonymous memory (RssAnon), sampled every 5 ms, above that of its first sample. Not the resident set,
 in which the pages of the file that is read count too, though the system takes them back when it needs them; and not
 the holes that the C allocator leaves, which here returns blocks above --hole KiB. (With 1024 the first forward pass
-leaves some 230 MiB of them, alone or in two ranks, which the later ones fill again.) DeepSpeed may keep gathered weights
-between layers, up to 1e9 numbers by default: here few, so that what stays is what is shared.
+leaves some 230 MiB of them, alone or in two ranks, which the later ones fill again.) DeepSpeed may keep gathered
+weights between layers, up to 1e9 numbers by default: here few, so that what stays is what is shared.
 """
 
 import argparse
