@@ -75,8 +75,8 @@ def worst_pairs(table: pandas.DataFrame, count: int = 3) -> list[str]:
             continue
         tenth = falls.iloc[: max(1, len(net) // 10)].sum() / falls.sum()
         words = [", ".join(f"row {row}" + (f" chosen[{i}] rejected[{j}]" if several[row] else "") + f" ({share:+.4f})"
-                           for (row, i, j), share in side.items())
-                 for side in (net.head(count), net.iloc[::-1].head(count))]
+                           for (row, i, j), share in side.items()) or "no pair"
+                 for side in (falls.head(count), net[net > 0].iloc[::-1].head(count))]
         lines.append(f"{dataset}, {response}: lowered most by {words[0]}; raised most by {words[1]}; the "
                      f"{max(1, len(net) // 10)} of {len(net)} pairs that lowered it most made {tenth:.0%} of all that "
                      "lowered it")

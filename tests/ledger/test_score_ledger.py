@@ -8,6 +8,7 @@ from conftest import ROOT, launch
 
 import score
 from nanodpo.errors import UserError
+from nanodpo.ledger.report import worst_pairs
 
 STEPS = ["--max_steps", "5", "--save_steps", "1", "--per_device_train_batch_size", "2", "--draw", "false"]
 
@@ -127,6 +128,15 @@ def test_wrong_input_is_one_line(run, tiny, tmp_path, flags, words):
     done = launch(ROOT / "score.py", *flags, "--output_dir", tmp_path / "out", launcher="fork", check=False)
     assert done.returncode == 2 and words in done.stdout and "Traceback" not in done.stdout
     assert not [*tmp_path.rglob("*.parquet")]
+
+
+@pytest.mark.parametrize("shares, raised", [([-0.3, -0.1, 0.2, 0.0], "row 2 (+0.2000)"), ([-0.3, -0.1], "no pair")])
+def test_a_pair_that_lowered_is_not_among_those_that_raised(shares, raised):
+    """Where fewer than three did."""
+    lines = [{"dataset": "d", "response": "chosen", "row": None, "pair": k, "chosen_answer": 0, "rejected_answer": 0,
+              "share": share} for k, share in enumerate(shares)]
+    (said,) = worst_pairs(pandas.DataFrame(lines))
+    assert f"lowered most by row 0 (-0.3000), row 1 (-0.1000); raised most by {raised}; the 1 of " in said
 
 
 def test_several_ranks_are_told_to_be_one(run, tmp_path):
