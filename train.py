@@ -73,7 +73,7 @@ def build(start: Start, stop: Stop) -> Run:
     with memory.shortage_named(rank, "loading the model"):
         built = make_engine(model, args, start.settings, device, start.longest)
     torch.manual_seed(args.seed + rank)  # dropout's, with --allow_dropout
-    return Run(**vars(start), **vars(built), stop=stop, weights=weights, reference_weights=its_weights,
+    return Run(**vars(start), **vars(built), stop=stop, start_hashes=weights, reference_hashes=its_weights,
                reference_model=other, device=device, world=world, rank=rank)
 
 
@@ -136,8 +136,8 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
                            [examples[k].weight for k in pairs])
     share = run.world / divisor
     rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
-    for parameters in engine.optimizer.param_groups:
-        parameters["lr"] = rate
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
 
     engine.train()
     meter, tokens = Meter(run.device), TokenMetrics(engine.module.head, gather=engine.module.parallel.gather)
@@ -154,10 +154,10 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         losses = losses * run.row_weights[indices].to(run.device, non_blocking=True)
         values = pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
         meter.add({"loss": losses.detach()} | values | tokens.take(batch, index, lengths), factor)
-        engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # at the last one gradients are reduced
+        engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # tells DeepSpeed which is the last
         losses = guard.nan_where_nonfinite(indices, logps, losses)
-        engine.backward(losses.sum() * factor * share, scale_wrt_gas=False)
-    norm, applied = update(engine)  # where a number is not finite the gradient is NaN, and no update is made
+        engine.backward(losses.sum() * factor * share)
+    norm, applied = update(engine)  # none where a pair was not finite: it has made the gradient NaN
     means = meter.means(len(pairs) / divisor)
     if not applied:
         skip_or_stop(run, guard.why_left_out(means, norm, pairs))
@@ -178,7 +178,7 @@ def update(engine) -> tuple[float, bool]:
     if engine.zero_optimization_stage():
         engine.step()  # with check_grad_overflow it makes no update where the norm is not finite
         return float(engine.get_global_grad_norm()), engine.was_step_applied()
-    # Without ZeRO DeepSpeed tells no norm, and would take a step of NaN.
+    # Without ZeRO DeepSpeed returns no norm, and would take a step of NaN.
     grads = [p.grad.double().square().sum() for p in engine.module.parameters() if p.grad is not None]
     norm = torch.stack(grads).sum().sqrt().item()
     engine.step() if math.isfinite(norm) else engine.zero_grad()

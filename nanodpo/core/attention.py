@@ -36,7 +36,7 @@ def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scali
             prompt = [x[:, :, : p1 - p0] for x in (q, k, v)]
         else:
             k, v = torch.cat([prompt[1], k], 2), torch.cat([prompt[2], v], 2)
-            if size > min(p1 - p0, SHORT):  # with its prompt's, to need no mask; their outputs are dropped
+            if size > min(p1 - p0, SHORT):  # with the prompt's queries, to need no mask; cut off below
                 q = torch.cat([prompt[0], q], 2)
         out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap"))
         pieces.append(out.transpose(1, 2)[:, -size:])

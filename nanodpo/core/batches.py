@@ -10,9 +10,9 @@ from .packing import LAYOUTS, Batch, Group, scored_places
 
 
 def groups_of(examples: list, sides: list[str]) -> tuple[list[Group], Tensor]:
-    """(groups, index): prompts with the ids of these sides, e.g. `chosen`, and (P, R): where each pair's responses are
-    among the S of all groups. A pair has a group of its own; but where a row of the data has lists of answers, those of
-    its pairs that follow each other are one group, with the prompt once and each answer once."""
+    """(groups, index): prompts with the ids of these sides, e.g. `chosen`, and (P, R): the numbers of each pair's
+    responses among the S of all groups. A pair has a group of its own; but where a row of the data has lists of
+    answers, those of its pairs that follow each other are one group, with the prompt once and each answer once."""
     groups, index, known = [], [], {}  # known: (group, side, number of the answer) -> its place among the S
     for before, example in zip([None, *examples], examples):
         if before is None or not example.follows(before):
@@ -32,8 +32,8 @@ def total_tokens(groups: list[Group]) -> int:
 
 
 def make_batch(examples: list, sides: list[str], layout: str, device: torch.device) -> tuple[Batch, Tensor]:
-    """(one forward pass for these sides of all pairs, in a layout of packing.py, on `device`; (P, R): where each pair's
-    responses are among the S of the batch)."""
+    """(one forward pass for these sides of all pairs, in a layout of packing.py, on `device`; (P, R): the numbers of
+    each pair's responses among the S of the batch)."""
     groups, index = groups_of(examples, sides)
     return LAYOUTS[layout](groups).to(device), index.to(device, non_blocking=True)
 

@@ -9,7 +9,7 @@ Shapes: B the batch dimension, T tokens along it, N scored tokens, S sequences, 
 of a chunk.
 
 The head works chunk by chunk, so logits of no more than a chunk of tokens exist at a time. Logits and log-probs are
-never below float32; sums over a response are float64: adding 20,000 tokens in any order loses no precision.
+never below float32; sums over a response are float64: the order of 20,000 tokens changes no digit that counts.
 """
 
 import functools
@@ -200,7 +200,7 @@ def sum_by_sequence(token_logps: Tensor, sequence_ids: Tensor, n_sequences: int)
 
 
 class OneRank:
-    """The ranks that share a batch: one alone. For several model/ulysses.py has another class in place of this."""
+    """A rank that has its batch for itself. For ranks that share one, model/ulysses.py has a class in place of this."""
 
     rank, size = 0, 1
     shard = gather = sum = staticmethod(lambda whole: whole)  # a batch, or values of its scored tokens

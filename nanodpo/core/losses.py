@@ -3,7 +3,7 @@
 Shapes: P pairs. chosen, rejected, ref_chosen, ref_rejected are (P,), in nats: log pi(y|x) summed over the tokens of a
 response, under the policy and under the frozen reference. lengths is (P, 2), tokens of chosen and of rejected.
 
-A loss takes what it needs of these inputs, by their names; for one that takes no ref_... no reference is computed. Its
+A loss takes what it needs of these inputs, by their names; where it takes no ref_..., no reference is computed. Its
 other parameters are settings: beta and label_smoothing are flags, all others come from --loss_kwargs. |chosen| is the
 number of chosen's tokens. The first "arXiv NNNN.NNNNN" of a docstring is cited in model cards.
 
@@ -27,10 +27,10 @@ INPUTS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "lengths")
 def dpo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """-log sigmoid(beta m): (P,). Eq. 7 of arXiv 2305.18290; ln 2 where the policy is the reference.
 
-    Where it comes from: of all policies, the one in proportion to ref exp(r / beta) has the largest mean reward r less
-    beta times its KL divergence from the reference. So a policy is the best one for the reward
-    r = beta (logps - ref_logps) + c, with a c that depends on the prompt alone. By Bradley and Terry, chosen wins with
-    chance sigmoid(r(chosen) - r(rejected)), in which c cancels; the loss is -log of that chance.
+    Where it comes from: the policy in proportion to ref exp(r / beta) maximises E[r] - beta KL(policy || ref). So every
+    policy is the best one for the reward r = beta (logps - ref_logps) + c, with a c that depends on the prompt alone.
+    By Bradley and Terry, chosen wins with chance sigmoid(r(chosen) - r(rejected)), in which c cancels; the loss is -log
+    of that chance.
 
     label_smoothing e in [0, 0.5) is the chance that a label is flipped ("conservative DPO", Eq. 3 of Mitchell's note
     of 2023): -(1-e) log sigmoid(beta m) - e log sigmoid(-beta m), smallest at beta m = logit(1-e).

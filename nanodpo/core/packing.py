@@ -106,7 +106,7 @@ def _check(groups: list[Group]) -> None:
 
 def _segments(spans) -> Segments:
     keys = [torch.cat([torch.arange(*span[:2]), torch.arange(*span[2:])]) for span in spans]
-    q_lengths = [r1 - (p0 if r0 == p1 else r0) for p0, p1, r0, r1 in spans]  # a first response with its prompt's
+    q_lengths = [r1 - (p0 if r0 == p1 else r0) for p0, p1, r0, r1 in spans]  # a first one's queries have its prompt's
     k_lengths = [len(k) for k in keys]
     cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (q_lengths, k_lengths))
     return Segments(spans, cu_q, cu_k, torch.cat(keys), max(q_lengths), max(k_lengths))

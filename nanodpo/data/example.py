@@ -1,4 +1,5 @@
-"""One row in tokens, and how it is made to fit a limit. Lengths are in tokens, always."""
+"""One pair in tokens (of SFT data one response), and how it is made to fit a limit. A row of the data that has lists of
+answers makes several. Lengths are in tokens, always."""
 
 import array
 import dataclasses
@@ -38,7 +39,7 @@ class TokenIds:
 
     def __get__(self, example, owner=None) -> list[int] | None:
         if example is None:
-            raise AttributeError("a field without a default")  # dataclasses reads the class to find one
+            raise AttributeError("no default")  # dataclasses asks the class for one
         if (kept := getattr(example, self.name)) is None:
             return None
         ids, scored = kept

@@ -1,4 +1,4 @@
-"""The schedule of a run: the order of the data, the rows of each step, the learning rate.
+"""The schedule of a run: the order of the data, the pairs of each step, the learning rate.
 
 All are pure functions of the step and the settings, so a run can go on from the step number alone.
 """
@@ -61,11 +61,11 @@ def micro_batches_of(pairs: list[int], batch_size: int, rank: int, world: int) -
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, kind: str) -> float:
-    """The learning rate of step `step` of 0 .. steps-1: in the warm-up linear from peak / warmup_steps to peak, then by
-    `kind`, that of --lr_scheduler_type: constant, or down to the 0 that step `steps` would have.
+    """The learning rate of step `step` of 0 .. steps-1.
 
-    In the warm-up step s has peak (s + 1) / warmup_steps. transformers has peak s / warmup_steps there: its first step
-    has a rate of 0 and changes nothing.
+    During the warm-up step s has peak (s + 1) / warmup_steps; after it `kind`, that of --lr_scheduler_type, says:
+    constant, or a decay that would reach 0 at step `steps`. (transformers starts the warm-up at a rate of 0, with which
+    a first step changes nothing.)
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -2,7 +2,7 @@
 start that is not the reference's.
 
 A pair whose numbers are not finite makes the gradient NaN (`nan_where_nonfinite`), and with such a gradient `update` in
-train.py makes no update. Only then is asked what it was (`why_left_out`).
+train.py makes no update. Only then `why_left_out` looks for the pair.
 """
 
 import itertools
@@ -35,7 +35,8 @@ class StepGuard:
 
     def each(self, micro_batches):
         """The micro-batches, one by one. If any rank was told to stop, raises Preempted on all: an all-reduce that asks
-        for it starts before a micro-batch, and is waited for after it."""
+        for it starts before a micro-batch, and is waited for after it. The step's gradients are dropped then, and
+        the run goes on later from before this step."""
         for indices, factor in micro_batches:
             self.indices = indices
             answer = distributed.ask(self.stop.name is not None)

@@ -23,7 +23,7 @@ def open_folder(run: Run) -> dict:
     """
     # Loading an adapter has written its settings into run.args.
     run.facts |= {"arguments": record.arguments(run.args), "steps": run.steps, "layout": run.layout,
-                  "attention": run.attention, "weights": run.weights, "reference": run.reference_weights,
+                  "attention": run.attention, "weights": run.start_hashes, "reference": run.reference_hashes,
                   "device": distributed.device_name(run.device),
                   "held_out_rows": sorted({e.row for e in run.held_out.examples}) if run.args.eval_size else None,
                   "prompt_leads": prompt_leads(template_for(run.source.tokenizer, run.args, run.facts["date"]),

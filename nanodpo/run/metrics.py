@@ -17,8 +17,9 @@ over its pairs:
     entropy                  -sum p log p of the next token, nats: mean over all tokens of the responses
     mean_token_accuracy      share of chosen's tokens that the model finds likeliest
 
-In training, entropy is there with LoRA, unless the model caps its logits or a GPU computes in bfloat16 (TokenMetrics
-says why); an evaluation has both, but at step 0, where it takes the reference's log-probs and makes no pass.
+In training, entropy is there with LoRA, unless the output layer has a bias, the model caps its logits, or a GPU
+computes in bfloat16 (TokenMetrics says why). An evaluation has both, except at step 0, where it takes the reference's
+log-probs and makes no pass.
 
 Where the data have a column `weight`, the loss alone is a weighted mean; L above is the loss as --loss defines it, not
 yet times this weight. With --without_rows the loss alone lacks the terms of these rows: it is the sum of the others,
@@ -91,10 +92,11 @@ PER_TOKEN = {"entropy": "tokens", "mean_token_accuracy": "tokens/chosen"}
 class TokenMetrics:
     """Entropy and accuracy of the tokens that a LogProbHead scores, from the chunks of its log-probs.
 
-    In training the entropy comes from the gradient that the kernel keeps. Logits z = W h with d log p(y) / dh =
-    W[y] - E[W], the mean E over the vocabulary being that of p, have h . d log p(y) / dh = z[y] - E[z], so that
+    In training the entropy comes from the gradient that the kernel keeps. Let z = W h be the logits, and E the mean
+    over the vocabulary under p. Then d log p(y) / dh = W[y] - E[W], hence h . (d log p(y) / dh) = z[y] - E[z]; and
+    since log p(y) = z[y] - logsumexp(z),
 
-        entropy = logsumexp(z) - E[z] = h . d log p(y) / dh - log p(y)
+        entropy = logsumexp(z) - E[z] = h . (d log p(y) / dh) - log p(y)
 
     which takes N * D multiplications. A head that is trained keeps no such gradient, one with a cap or a bias is not
     linear, and a GPU's product in bfloat16 rounds it: there, entropy is of evaluations alone, which with `whole` sum
@@ -119,9 +121,9 @@ class TokenMetrics:
         self.parts.append(found)
 
     def take(self, batch: Batch, index: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-        """(P,) sums over the tokens that were scored since the last call, and numbers of these: entropy of all
-        responses, accuracy of chosen alone, as in TRL. Nothing where nothing was scored. `batch` and `index` are those
-        of make_batch, `lengths` of pair_lengths (core/batches.py)."""
+        """Of each pair, (P,): the entropies summed over all its responses, the hits summed over chosen alone, as in
+        TRL, and the numbers of tokens to divide them by. Empty where no token was scored since the last call. `batch`
+        and `index` are those of make_batch, `lengths` of pair_lengths (core/batches.py)."""
         parts, self.parts = self.parts, []
         if not parts:
             return {}

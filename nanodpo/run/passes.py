@@ -92,7 +92,7 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
     `opened` is from `_open_reference`; `name` tells the data set from others."""
     args, settings, (model, layout, attention, stage) = run.args, run.facts["arguments"], opened
     fingerprint = {"model_name": settings["reference"] or settings["model_name"], "data_path": name,
-                   "weights": run.reference_weights or run.weights, "bf16": args.bf16,
+                   "weights": run.reference_hashes or run.start_hashes, "bf16": args.bf16,
                    "data": reference.token_hash(data.examples), "layout": layout, "attention": attention,
                    # Stage 3 has matrix products of its own, which round otherwise.
                    "zero": stage, "device": distributed.device_name(run.device), "versions": record.versions()}
@@ -200,7 +200,7 @@ def dry_run(run: Run) -> None:
         lengths = pair_lengths(examples, sides, run.device)
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
         run.engine.set_gradient_accumulation_boundary(True)
-        run.engine.backward(losses.mean(), scale_wrt_gas=False)
+        run.engine.backward(losses.mean())
         run.engine.step()
     peaks = distributed.gather_or_raise(None, metrics.peak_gib(run.device))
     distributed.say(memory.estimate(run.engine, run.device, state.shards(run.engine), peaks,

@@ -84,8 +84,8 @@ class Run(Start):
     how much each training pair counts in the loss."""
 
     stop: Stop = None
-    weights: str = ""  # hashes of the reference, where --reference does not name another: what the run starts from
-    reference_weights: str | None = None  # hashes of --reference
+    start_hashes: str = ""  # of the reference, where --reference does not name another: what the run starts from
+    reference_hashes: str | None = None  # of --reference
     reference_model: object = None  # of --reference, on CPU until the references are computed
     engine: object = None  # DeepSpeed's
     device: torch.device = None
@@ -141,7 +141,7 @@ class Run(Start):
     @property
     def starts_as_reference(self) -> bool:
         """Whether the policy of step 0 is its reference."""
-        return self.reference_weights in (None, self.weights)
+        return self.reference_hashes in (None, self.start_hashes)
 
 
 def prepare(argv: list[str], script: Path) -> Start | None:
