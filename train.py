@@ -134,13 +134,13 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     # too: leaving them out changes no other pair's term (counterfactual SGD, arXiv 1906.08473).
     divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs],
                            [examples[k].weight for k in pairs])
-    share = run.world / divisor
+    scale = run.world / divisor
     rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
 
     engine.train()
-    meter, tokens = Meter(run.device), TokenMetrics(engine.module.head, gather=engine.module.parallel.gather)
+    meter, token_metrics = Meter(run.device), TokenMetrics(engine.module.head, gather=engine.module.parallel.gather)
     micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.data_rank, run.data_world)
     for i, (indices, factor) in enumerate(guard.each(micro_batches)):  # factor 0: a repeat, see micro_batches_of
         here = [examples[k] for k in indices]
@@ -153,10 +153,10 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)  # (P,)
         losses = losses * run.row_weights[indices].to(run.device, non_blocking=True)
         values = pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
-        meter.add({"loss": losses.detach()} | values | tokens.take(batch, index, lengths), factor)
+        meter.add({"loss": losses.detach()} | values | token_metrics.take(batch, index, lengths), factor)
         engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # tells DeepSpeed which is the last
         losses = guard.nan_where_nonfinite(indices, logps, losses)
-        engine.backward(losses.sum() * factor * share)
+        engine.backward(losses.sum() * factor * scale)
     norm, applied = update(engine)  # none where a pair was not finite: it has made the gradient NaN
     means = meter.means(len(pairs) / divisor)
     if not applied:

@@ -131,7 +131,7 @@ def evaluate(run: Run) -> None:
         return
     run.engine.eval()
     examples, meter = run.held_out.examples, metrics.Meter(run.device)
-    tokens = metrics.TokenMetrics(run.engine.module.head, whole=True, gather=run.engine.module.parallel.gather)
+    token_metrics = metrics.TokenMetrics(run.engine.module.head, whole=True, gather=run.engine.module.parallel.gather)
     sides = SIDES if examples[0].rejected is not None else SIDES[:1]
     batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.data_world)
     for pairs in progress.track(batches, "evaluation", "batch"):
@@ -150,7 +150,7 @@ def evaluate(run: Run) -> None:
                     logps = run.engine(batch)[index]
             losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight) * row_weights(here).to(run.device)
             values = metrics.pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
-            meter.add({"loss": losses} | values | tokens.take(batch, index, lengths), factor)
+            meter.add({"loss": losses} | values | token_metrics.take(batch, index, lengths), factor)
     means = meter.means(len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples],
                                                      [e.weight for e in examples]))
     if bad := nonfinite(means):
