@@ -27,7 +27,7 @@ divided as if none were missing. All other metrics are of all pairs, so that the
 with these rows.
 
 SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected.
-simpo, cpo and orpo have no reference either.
+A loss that takes no ref_... (simpo, cpo, orpo) has no reference either.
 
 A line of metrics.jsonl has besides
 

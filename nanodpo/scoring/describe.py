@@ -6,7 +6,7 @@ import numpy as np
 import pandas
 
 from . import risers
-from .means import MEASURES
+from .measures import MEASURES, TOKEN_MEASURES
 from .pairs import ches
 from .sections import answer_start, sections, shared_prefix
 
@@ -56,6 +56,5 @@ def _means(table: np.ndarray, parts: list[range]) -> list[dict[str, float]]:
 
 
 def _token_table(key: dict, texts: list[str], measures: dict[str, np.ndarray]) -> pandas.DataFrame:
-    names = ("logps", "entropy", "argmax_logps", "rank", "implausible_mass", "implausible_mass_start")
-    columns = {name.replace("logps", "logp"): measures[name] for name in names}
+    columns = {name.replace("logps", "logp"): measures[name] for name in TOKEN_MEASURES}
     return pandas.DataFrame(key | {"position": range(len(texts)), "token": texts} | columns)

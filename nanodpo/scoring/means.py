@@ -9,11 +9,11 @@ import torch
 from ..core.losses import LOSSES, pair_weights
 from ..flags.loss import bind
 from ..stats import over_problems
+from .measures import MEASURES
 
 KEYS = ["run", "phase", "checkpoint", "step", "dataset"]
 SIDES = ["chosen", "rejected"]
 WEIGHTS = ["weights/chosen", "weights/rejected"]
-MEASURES = ["argmax_logps", "entropy", "argmax_mass", "implausible_mass", "implausible_mass_start", "accuracy"]
 
 
 def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, runs: dict) -> pandas.DataFrame:

@@ -9,7 +9,7 @@ import dataclasses
 
 from .contents import hash_of
 from .datasets import ResponseSet
-from .means import MEASURES
+from .measures import MEASURES, TOKEN_MEASURES
 from .parts import Parts
 from .plausible import Sets
 from .responses import GREEDY, Group
@@ -125,7 +125,8 @@ def response_result(kind: str, model: str, start: str | None, data: ResponseSet,
     """Scores, tokens, risers or gradients of a unit. `model` and `start` are keys of checkpoints. The key holds the
     measures too, so that kept results which lack a new one are not taken for it."""
     rows, content = data.rows_with(unit)
-    key = hash_of([kind, model, *{"gradients": [], "risers": [start]}.get(kind, [start, MEASURES]), content])
+    more = {"gradients": [], "risers": [start]}.get(kind, [start, MEASURES, TOKEN_MEASURES])
+    key = hash_of([kind, model, *more, content])
     return Result(kind, unit, rows, key, key)
 
 

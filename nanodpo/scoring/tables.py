@@ -5,8 +5,7 @@ has a row has a problem beside it: a short hash that rows with one prompt, or of
 Standard errors are over the problems of one run (stats.py).
 
     scores.parquet    row, response, tokens, logps (the sum, float64), mean_logps (logps / tokens), and means over the
-                      response's tokens: argmax_logps, entropy, argmax_mass, implausible_mass and
-                      implausible_mass_start (measures.py), accuracy (rank 1)
+                      response's tokens: MEASURES of measures.py
     pairs.parquet     row, rewards of chosen and rejected = beta (logps - those of the run's reference), margin,
                       weights/chosen and weights/rejected = -dL/dchosen and dL/drejected of the run's loss, by autograd
                       (missing for sft and for a loss that is the user's own function), shared (tokens before the
@@ -26,8 +25,7 @@ Standard errors are over the problems of one run (stats.py).
                       quotes), positions (how many lines it has in risers.parquet), change = the sum of after - before
                       over these lines / tokens, and kept: the part of all gains, or losses, that the lines of
                       risers.parquet hold. Where it is well below 1, a larger K may name other tokens
-    tokens.parquet    row, response, position, token (text), logp, entropy, argmax_logp, rank, implausible_mass,
-                      implausible_mass_start
+    tokens.parquet    row, response, position, token (text), and TOKEN_MEASURES of measures.py
     prompts.parquet   dataset, row, problem, prompt (its text as the model reads it, markup and all), beside tokens
     answers.parquet   row, found, expected, correct, ended, tokens, repetition, prompt_end, text: greedy answers of each
                       checkpoint; answers.txt has the first and the last one's side by side
@@ -52,7 +50,8 @@ from ..folder.atomic import new_file, writing
 from . import risers
 from .answers import check_answers
 from .datasets import ResponseSet
-from .means import KEYS, MEASURES, add_rewards, means, summary
+from .means import KEYS, add_rewards, means, summary
+from .measures import MEASURES
 from .parts import Parts
 from .plan import PAIR, Result, Work
 

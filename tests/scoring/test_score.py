@@ -26,6 +26,7 @@ from nanodpo.figures import after
 from nanodpo.scoring import means, responses, tables
 from nanodpo.scoring import opened as models_of
 from nanodpo.scoring.flags import check_gpu
+from nanodpo.scoring.measures import MEASURES, TOKEN_MEASURES
 from nanodpo.scoring.runs import open_targets
 
 MADE = after._made
@@ -182,9 +183,10 @@ def test_tokens_add_up(full):
     line = scores_.set_index(["step", "row", "response"]).loc[groups.size().index]
     assert (groups.size() == line.tokens).all() and len(line) == 4 * (3 * 11 + 5)
     assert groups.logp.sum().values == pytest.approx(line.logps.values, rel=1e-6)
-    for one, many in (("argmax_logp", "argmax_logps"), ("entropy", "entropy"),
-                      ("implausible_mass", "implausible_mass")):
-        assert groups[one].mean().values == pytest.approx(line[many].values, rel=1e-5)
+    assert {*tokens.columns} >= {name.replace("logps", "logp") for name in TOKEN_MEASURES}
+    for name in {*MEASURES} & {*TOKEN_MEASURES}:
+        means = groups[name.replace("logps", "logp")].mean()
+        assert means.values == pytest.approx(line[name].values, rel=1e-5), name
     assert (tokens[tokens["rank"] == 1].logp == tokens[tokens["rank"] == 1].argmax_logp).all()
     assert ((tokens.logp < tokens.argmax_logp) == (tokens["rank"] > 1)).all()
     first = tokens[(tokens.step == 0) & (tokens.row == 0) & (tokens.response == "chosen")]
