@@ -33,9 +33,10 @@ from nanodpo.run.deepspeed_settings import check_with_deepspeed
 from nanodpo.run.engine import make_engine
 from nanodpo.run.guards import StepGuard, check_start
 from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, peak_gib
+from nanodpo.run.models import load_models
 from nanodpo.run.passes import add_references, dry_run, evaluate, measure_noise, row_weights
 from nanodpo.run.signals import Stop
-from nanodpo.run.start import Run, Start, load_models, prepare
+from nanodpo.run.start import Run, Start, prepare
 from nanodpo.screen import command_line
 
 SCRIPT = Path(__file__).resolve()

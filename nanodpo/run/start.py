@@ -18,23 +18,18 @@ from ..data.mixing import read_weights
 from ..data.places import name_splits
 from ..data.schedule import steps_of
 from ..data.tokens import DataSet
-from ..errors import UserError
 from ..flags.arguments import TrainArguments, parse
 from ..flags.loss import loss_name, read_loss
 from ..folder import elastic, fork, record
-from ..folder.atomic import check_whole, check_writable
+from ..folder.atomic import check_writable
 from ..folder.fork import Fork
-from ..model import loading
-from ..model.adapters import adapter_shape
-from ..model.lora_settings import check_dora, check_trainable, read_lora_settings, take_over
-from ..model.quantised import QUANTISATION, bits_of, check_quantised
-from ..model.sharding import is_sharded, shared_weights
-from ..model.source import Source, absolute, base_of, check_heads, check_reference, open_source, read_template_file
+from ..model.source import Source, absolute
 from ..ranks import distributed
 from ..screen import folded
 from . import agreement
 from .datasets import read_data
 from .deepspeed_settings import read_settings
+from .models import open_checked, open_reference, read_lora, say_other_bits
 from .monitors import take_blocks
 from .other_trainers import accelerate_differs
 from .signals import Stop
@@ -218,100 +213,3 @@ def look(args, lora: dict, weights: list[float], deepspeed: Path) -> None:
         if args.reference:
             open_reference(args, source, [data for data in (train, held_out) if data])
     distributed.say(inspection.inspect(train, source.tokenizer, limit, args.inspect_row, held_out))
-
-
-def quantisation(args, source: Source, settings: dict) -> dict | None:
-    """How the base's matrices are quantised; None where they are not. Raises UserError where they can't be, or can't be
-    trained on."""
-    bits, stage = bits_of(args), settings["zero_optimization"].get("stage", 0)
-    check_quantised(bits, source.stored, source.base, args.use_lora, stage)
-    return source.stored or QUANTISATION.get(bits)
-
-
-def say_other_bits(args, adapter: str | None) -> None:
-    """A line where a checkpoint is trained on whose run had its base in other bits."""
-    folder = Path(adapter or "").parent
-    if adapter and (folder / "run.json").is_file():
-        before = record.read(folder)["arguments"]
-        for name in ("load_in_4bit", "load_in_8bit"):
-            if bool(before.get(name)) != getattr(args, name):
-                distributed.say(f"{adapter}: was trained with{'' if before.get(name) else 'out'} --{name}; here its "
-                                "base is another one")
-
-
-def read_lora(args) -> dict:
-    """The settings of --peft_config; those that are flags, too, are written into args. Raises UserError."""
-    lora = read_lora_settings(args.peft_config)
-    take_over(args, lora, f"--peft_config {args.peft_config}")
-    if lora.get("lora_dropout") and not args.allow_dropout:
-        raise UserError(f"--peft_config {args.peft_config}: lora_dropout {args.lora_dropout} makes policy and "
-                        "reference differ at step 0; add --allow_dropout to train with it all the same, or set it to 0")
-    return lora
-
-
-def check_lora(args, lora: dict, source: Source, settings: dict) -> None:
-    """Raises UserError for settings of LoRA that go with no adapter of its own, or not with the precision or ZeRO."""
-    stage = settings["zero_optimization"].get("stage", 0)
-    check_dora(lora, f"--peft_config {args.peft_config}", args.bf16, stage)
-    if not source.adapter:
-        return
-    if args.peft_config:
-        raise UserError(f"--peft_config {args.peft_config}: --model_name {args.model_name} is an adapter, which has "
-                        "settings of its own; leave it out")
-    own = adapter_shape(source.adapter)
-    check_trainable(own, f"--model_name {args.model_name}")
-    check_dora(own, f"--model_name {args.model_name}", args.bf16, stage)
-
-
-def open_whole(name: str, trust_remote_code: bool) -> Source:
-    """A model or adapter; a checkpoint of another run must be what that run wrote."""
-    for place in filter(None, base_of(name)):
-        check_whole(Path(place))
-    return open_source(name, trust_remote_code)
-
-
-def open_start(args) -> Source:
-    """The model or adapter to start from, with the chat template of --chat_template."""
-    source = open_whole(args.model_name, args.trust_remote_code)
-    if args.chat_template:
-        source.tokenizer.chat_template = read_template_file(args.chat_template)
-    return source
-
-
-def open_checked(args, lora: dict, settings: dict) -> tuple[Source, dict | None]:
-    """(what the run starts from, how its base is quantised). Raises UserError where it can't be trained so."""
-    source = open_start(args)
-    how = quantisation(args, source, settings)
-    check_lora(args, lora, source, settings)
-    check_heads(source.config, args.sequence_parallel_size, f"--model_name {args.model_name}")
-    return source, how
-
-
-def open_reference(args, source: Source, sets: list[DataSet]) -> Source:
-    """The model or adapter of --reference. Raises UserError where it can't read the token ids of these data sets."""
-    reference = open_whole(args.reference, args.trust_remote_code)
-    check_quantised(bits_of(args), reference.stored, reference.base)
-    check_heads(reference.config, args.sequence_parallel_size, f"--reference {args.reference}")
-    for data in sets:
-        check_reference(source, reference, args.reference, data.path, data.examples)
-    return reference
-
-
-def load_models(start: Start) -> tuple:
-    """(the policy, its hashes as the reference, the model of --reference, its hashes); see model/loading.py. Raises
-    UserError where the ranks have read other weights."""
-    args, shared = start.args, shared_weights(start.settings)
-    fresh = args.use_lora and not start.source.adapter
-    with agreement.same_on_all_ranks() as compared:
-        model = loading.load_model(start.source, args, start.lora, shared)
-        weights = loading.weights_hash(model, fresh, as_read=True)
-        compared |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
-        other = loading.load_reference(start.reference, start.adapter_off, args, shared)
-        its_weights = loading.weights_hash(other, False, as_read=True) if other else None
-        compared |= {"a --reference that hashes to": its_weights}
-    if is_sharded(model):  # all ranks have all of it, together: the hash that a run has without ZeRO
-        weights = loading.weights_hash(model, fresh)
-        its_weights = loading.weights_hash(other, False) if other else None
-    if start.reference and start.adapter_off:
-        its_weights = " ".join(weights.split()[:2])  # of the base and its config, without an adapter
-    return model, weights, other, its_weights
