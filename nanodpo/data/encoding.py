@@ -5,7 +5,7 @@ import itertools
 from typing import NamedTuple
 
 from .example import Example, PartlyScored
-from .template import added_tokens
+from .marks import added_tokens
 from .texts import Texts
 
 

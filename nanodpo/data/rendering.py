@@ -6,7 +6,8 @@ import json
 import re
 
 from ..errors import UserError
-from .template import PROBE, Template, added_tokens, apply, shared_start
+from .marks import added_tokens, shared_start
+from .template import PROBE, Template, apply
 
 OPEN, CLOSE = r"(?:<think>|<\|START_THINKING\|>|<\|channel>thought|\[THINK\])", (
     r"(?:</think>|<\|END_THINKING\|>|<channel\|>|\[/THINK\])")  # what templates write around thoughts

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import os.path
 import re
 import signal
 import threading
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 from ..errors import UserError
+from .marks import added_tokens, shared_start
 from .shapes import options_of
 
 # How other models' transcripts begin; a text that opens so is a transcript, whatever the model at hand.
@@ -147,21 +147,6 @@ def _openings(template: Template, bos: str) -> tuple[str, ...]:
             turn = before.rpartition(template.end)[2] if template.end else before
             found.append(turn.strip().removeprefix(bos).strip().partition("\n")[0])
     return tuple(dict.fromkeys(mark for mark in found if mark)) if found and found[0] else ()
-
-
-def added_tokens(tokenizer) -> list[str]:
-    """Tokens that are read as such wherever they stand, the longest first; some tokenizers have white space there."""
-    return sorted(filter(str.strip, tokenizer.get_added_vocab()), key=len, reverse=True)
-
-
-def shared_start(tokenizer, a: str, b: str, at_end: bool = False) -> str:
-    """The text with which both begin, or end, and in which no token is cut: a token counts as one character, and so
-    does a tag such as <think>, which is no token of some tokenizers."""
-    pattern, codes = re.compile("|".join([*map(re.escape, added_tokens(tokenizer)), r"</?\w+>"])), {}
-    a, b = (pattern.sub(lambda found: codes.setdefault(found[0], chr(0xF0000 + len(codes))), text)
-            [:: -1 if at_end else 1] for text in (a, b))
-    pieces = {code: piece for piece, code in codes.items()}
-    return "".join(pieces.get(c, c) for c in os.path.commonprefix([a, b])[:: -1 if at_end else 1])
 
 
 def apply(template: Template, messages: list[dict], **options) -> str:

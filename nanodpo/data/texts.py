@@ -5,11 +5,11 @@ import os.path
 import re
 
 from ..errors import UserError
+from .marks import added_tokens
 from .rendering import Rendered, render_messages, render_prompt
 from .template import (
     FOREIGN_OPENINGS,
     Template,
-    added_tokens,
     close_turn,
     holds_turns,
     lacks_template,

@@ -28,22 +28,17 @@ from ..screen import command_line
 from .axes import listed
 from .intervals import levels
 from .noise import Noise
+from .page_tables import NUMBERS, ROW, TOKENS, read_parts
 from .pairs import read_pairs
 from .records import SIDES, read_scores
 from .selection import select
-from .tables import read_parquet, refuse
+from .tables import read_parquet
 
 LIMIT = 10_000_000  # bytes of the file
 BATCH = 1_000_000  # lines of tokens.parquet in memory at once
 # The smallest differences that are kept, the finest first; `probability` is of risers.
 DETAILS = [dict(zip(("logp", "entropy", "probability"), units)) for units in (
     (0.001, 0.01, 0.001), (0.001, 0.01, 0.01), (0.01, 0.05, 0.02), (0.02, 0.1, 0.05), (0.05, 0.1, 0.1))]
-ROW, PART = ["dataset", "row"], ["dataset", "row", "response", "run", "step"]
-NUMBERS = ["logp", "entropy", "rank"]
-TOKENS = [*PART, "position", "token", *NUMBERS]
-RISERS = [*PART, "position", "place", "id", "token", "before", "after"]
-PROMPTS = [*ROW, "prompt"]
-END = 1500  # characters of a prompt's beginning, and of its end
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -161,7 +156,7 @@ def _pack_rows(files, scores, order, lines, detail, means, room: int) -> tuple[d
     batches = np.cumsum([lines[key] for key in order]) // BATCH
     for batch in np.unique(batches):
         keys = [key for key, its in zip(order, batches) if its == batch]
-        parts, prompts = _read(files, scores, keys, detail["probability"])
+        parts, prompts = read_parts(files, scores, keys, detail["probability"])
         for (name, row), its in parts.items():
             entry = {"row": int(row), "means": means[name, row], "data": _pack_row(its, prompts[name, row], detail)}
             room -= len(_escaped(entry)) + 2
@@ -172,76 +167,9 @@ def _pack_rows(files, scores, order, lines, detail, means, room: int) -> tuple[d
     return found, 0
 
 
-def _read(files: list[Path], scores: pandas.DataFrame, keys: list, least: float) -> tuple[dict, dict]:
-    """{(data set, row): {(response, run): [(step, its tokens, its risers)]}}, columns by name; of risers those whose
-    probability changed by `least` or more. And {(data set, row): {run: its prompt}}."""
-    rows = pyarrow.compute.field("row").isin(sorted({row for _, row in keys}))
-    change = pyarrow.compute.abs(pyarrow.compute.field("after") - pyarrow.compute.field("before"))
-    runs, responses, found = set(scores["run"]), list(scores["response"].unique()), {key: {} for key in keys}
-    prompts = {key: {} for key in keys}
-    for file in files:
-        texts = _read_prompts(file.with_name("prompts.parquet"), rows)
-        tokens = read_parquet(file, TOKENS, rows)
-        refuse(file, tokens, tokens.isna().any(axis=1) | np.isinf(tokens[["step", *NUMBERS]]).any(axis=1),
-               "has a value that is missing or not finite")
-        tokens = _by_part(file, tokens)
-        risers, beside = {}, file.with_name("risers.parquet")
-        if beside.exists():
-            table = read_parquet(beside, RISERS, rows & (change >= least))
-            wrong = table.isna().any(axis=1) | (table["place"] == 0) | (table["position"] < 0)
-            refuse(beside, table, wrong | (table[["before", "after"]].abs() > 1.001).any(axis=1),
-                   "has a value that is missing or can't be")
-            risers = _by_part(beside, table)
-        for (name, row, response, run, step), its in tokens.items():
-            if (name, row) in found and run in runs:
-                if (name, row) in texts:
-                    prompts[name, row][run] = texts[name, row]
-                beside = risers.get((name, row, response, run, step))
-                if beside is not None and beside["position"][-1] >= len(its["position"]):
-                    raise UserError(f"{file.with_name('risers.parquet')}: row {row} of {name} has a position beyond "
-                                    f"its {len(its['position'])} tokens; score it again")
-                found[name, row].setdefault((response, run), []).append((int(step), its, beside))
-    return {key: dict(sorted(parts.items(), key=lambda item: responses.index(item[0][0])))
-            for key, parts in found.items() if parts}, prompts
-
-
-def _read_prompts(file: Path, rows) -> dict[tuple, tuple[str, int, str]]:
-    """{(data set, row): the first END characters of its prompt, how many are left out, the last END}; a prompt that is
-    no longer than both is whole. Empty where an earlier version scored, which kept none."""
-    if not file.exists():
-        return {}
-    table = read_parquet(file, PROMPTS, rows)
-    refuse(file, table, table.isna().any(axis=1), "has no prompt")
-    if twice := next(iter(table[table.duplicated(ROW)][ROW].itertuples(index=False)), None):
-        raise UserError(f"{file}: has row {twice.row} of {twice.dataset} twice; score it again")
-    return {(name, row): (text[:END], len(text) - 2 * END, text[-END:]) if len(text) > 2 * END else (text, 0, "")
-            for name, row, text in table[PROMPTS].itertuples(index=False)}
-
-
-def _by_part(file: Path, table: pandas.DataFrame) -> dict[tuple, dict[str, np.ndarray]]:
-    """{its PART: the other columns}, of tokens in the order of their positions, of risers from the first gain to the
-    last, then of losses."""
-    codes, names = zip(*(pandas.factorize(table[name], sort=True) for name in PART))
-    words, texts = pandas.factorize(table["token"])
-    columns = {name: table[name].to_numpy() for name in table if name not in (*PART, "token")}
-    place = columns.get("place", np.zeros(len(table)))
-    order = np.lexsort([abs(place), place < 0, columns["position"], *codes[::-1]])
-    codes, columns = np.stack(codes)[:, order], {name: column[order] for name, column in columns.items()}
-    columns["token"] = np.array([*texts, ""], dtype=object)[words[order]]
-    starts = np.flatnonzero((codes != np.roll(codes, 1, axis=1)).any(axis=0)) if len(table) else []
-    starts = starts if len(starts) else np.zeros(min(len(table), 1), int)  # of a single part nothing changes
-    lengths = np.diff(starts, append=len(table))
-    if "place" not in columns:
-        wrong = np.zeros(len(table), bool)
-        wrong[order] = columns["position"] != np.arange(len(table)) - np.repeat(starts, lengths)
-        refuse(file, table, pandas.Series(wrong), "is out of place: positions must be 0, 1, 2 ... once each")
-    return {tuple(its[code] for its, code in zip(names, codes[:, start])):
-            {name: column[start : start + n] for name, column in columns.items()} for start, n in zip(starts, lengths)}
-
-
 def _pack_row(parts: dict, prompts: dict, detail: dict) -> str:
-    """The parts of a row that `_read` found, and its prompts -> base64 of JSON that zlib packed: prompts by run, names,
-    the tokens that gained or lost somewhere, and entries: a response, its tokens, and by run the steps and their
+    """The parts of a row that `read_parts` found, and its prompts -> base64 of JSON that zlib packed: prompts by run,
+    names, the tokens that gained or lost somewhere, and entries: a response, its tokens, and by run the steps and their
     numbers."""
     entries, names = {}, {}
     for (response, run), steps in parts.items():

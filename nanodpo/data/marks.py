@@ -1,0 +1,19 @@
+"""Tokens of a tokenizer that stand in texts, such as marks of turns."""
+
+import os.path
+import re
+
+
+def added_tokens(tokenizer) -> list[str]:
+    """Tokens that are read as such wherever they stand, the longest first; some tokenizers have white space there."""
+    return sorted(filter(str.strip, tokenizer.get_added_vocab()), key=len, reverse=True)
+
+
+def shared_start(tokenizer, a: str, b: str, at_end: bool = False) -> str:
+    """The text with which both begin, or end, and in which no token is cut: a token counts as one character, and so
+    does a tag such as <think>, which is no token of some tokenizers."""
+    pattern, codes = re.compile("|".join([*map(re.escape, added_tokens(tokenizer)), r"</?\w+>"])), {}
+    a, b = (pattern.sub(lambda found: codes.setdefault(found[0], chr(0xF0000 + len(codes))), text)
+            [:: -1 if at_end else 1] for text in (a, b))
+    pieces = {code: piece for piece, code in codes.items()}
+    return "".join(pieces.get(c, c) for c in os.path.commonprefix([a, b])[:: -1 if at_end else 1])
