@@ -5,7 +5,7 @@ import array
 import dataclasses
 from typing import NamedTuple
 
-SIDES = ["chosen", "rejected"]  # of a pair, in the order of all its columns
+SIDES = ("chosen", "rejected")  # of a pair, in the order of all its columns
 
 
 class PartlyScored(list):

@@ -7,12 +7,12 @@ from pathlib import Path
 import pandas
 import pyarrow.parquet
 
+from ..data.example import SIDES
 from ..errors import UserError
 from ..files import read_text
 from .axes import listed
 from .tables import LARGEST, NAMES, odd, read_csv, read_parquet, refuse
 
-SIDES = ("chosen", "rejected")
 # The metrics that are drawn or taken from one another, of training and under evaluation.
 DRAWN = {prefix + name for prefix in ("", "eval_") for name in (
     "loss", "rewards/margins",

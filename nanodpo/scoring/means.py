@@ -7,12 +7,12 @@ import pandas
 import torch
 
 from ..core.losses import LOSSES, pair_weights
+from ..data.example import SIDES
 from ..flags.loss import bind
 from ..stats import over_problems
 from .measures import MEASURES
 
 KEYS = ["run", "phase", "checkpoint", "step", "dataset"]
-SIDES = ["chosen", "rejected"]
 WEIGHTS = ["weights/chosen", "weights/rejected"]
 
 

@@ -93,7 +93,7 @@ class Opener:
 
     def open_with_start(self, checkpoint, start) -> tuple[Opened, Opened]:
         """A checkpoint and step 0 of its run, both at once. Raises UserError as `open`."""
-        if not _only_lora(_made_of(start)[1]) or _made_of(start) != _made_of(checkpoint):
+        if not _only_lora((made := _made_of(start))[1]) or made != _made_of(checkpoint):
             self.starts = self.starts or Opener(self.device, False, self.longest, self.parallel)
             first = self.starts.open(start)
             return self.open(checkpoint), first

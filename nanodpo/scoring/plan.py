@@ -7,6 +7,7 @@ alone. Asking for one more scores that one alone.
 
 import dataclasses
 
+from ..data.example import SIDES
 from .contents import hash_of
 from .datasets import ResponseSet
 from .measures import MEASURES, TOKEN_MEASURES
@@ -15,7 +16,7 @@ from .plausible import Sets
 from .responses import GREEDY, Group
 from .runs import Checkpoint
 
-PAIR = ("chosen", "rejected")
+PAIR = SIDES  # responses that are scored for each other
 FORWARD = ("scores", "tokens", "risers")  # kinds that one forward pass gives
 
 
