@@ -11,7 +11,7 @@ number of chosen's tokens. The first "arXiv NNNN.NNNNN" of a docstring is cited 
 
 is the difference of the two log-ratios, nats; beta m is the difference of the two rewards, the margin.
 
-A first reading needs m, dpo, sft and the functions after them, and ends at the line that says so.
+A first reading needs dpo, sft and the functions after them, and ends at the line that says so.
 """
 
 import inspect
@@ -22,11 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INPUTS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "lengths")
-
-
-def logratio_difference(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
-    """m, how much more the policy prefers chosen over rejected than the reference does: (P,), nats."""
-    return (chosen - ref_chosen) - (rejected - ref_rejected)
 
 
 def dpo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -40,7 +35,7 @@ def dpo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing
     label_smoothing e in [0, 0.5) is the chance that a label is flipped ("conservative DPO", Eq. 3 of Mitchell's note
     of 2023): -(1-e) log sigmoid(beta m) - e log sigmoid(-beta m), smallest at beta m = logit(1-e).
     """
-    margin = beta * logratio_difference(chosen, rejected, ref_chosen, ref_rejected)
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     # logsigmoid stays finite where log(sigmoid(x)) is -inf: long responses reach margins of thousands of nats.
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
@@ -104,6 +99,11 @@ def loss_divisor(loss: str, chosen_tokens: list[int], weights: list[float]) -> f
 
 
 # A first reading ends here. The other losses follow, each to be read alone, then the table of their names.
+
+
+def logratio_difference(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
+    """m, how much more the policy prefers chosen over rejected than the reference does: (P,), nats."""
+    return (chosen - ref_chosen) - (rejected - ref_rejected)
 
 
 def robust(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
