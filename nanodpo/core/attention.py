@@ -60,14 +60,16 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) 
 
 
 def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
-    """The same in one call. Queries lie in the batch's order; keys are gathered so that a shared prompt stands before
-    each of its responses. The kernel aligns its causal mask to the last key: just what a response after a prompt needs.
+    """The same in one call. Queries lie in the batch's order; of the keys a shared prompt stands before each of its
+    responses. The kernel aligns its causal mask to the last key: just what a response after a prompt needs.
     """
     if kwargs.get("softcap") or dropout:
         return loop_attention(module, query, key, value, attention_mask, dropout, scaling, segments=segments, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)
-    q = query[0].transpose(0, 1)  # (T, H, E)
-    k, v = (x[0].index_select(1, segments.keys).transpose(0, 1) for x in (key, value))  # (K, G, E)
+    # Flattened, not query[0], and split, not indexed: the gradients of those are filled and copied, or sorted.
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (T, H, E), (T, G, E) x 2
+    if len(segments.order) > len(segments.lengths):  # a prompt has several responses
+        k, v = (torch.cat([parts[i] for i in segments.order]) for parts in (x.split(segments.lengths) for x in (k, v)))
     # transformers counts the token itself into its window, this kernel does not; -1 is no window.
     window = (kwargs.get("sliding_window") or 0) - 1
     out = varlen_call(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, scaling, window)

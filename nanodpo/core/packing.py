@@ -48,7 +48,9 @@ class Segments(TensorRecord):
     # response of a prompt, the response alone for a later one. Keys: always prompt + response.
     cu_q: Tensor  # (S+1,)
     cu_k: Tensor  # (S+1,)
-    keys: Tensor  # (K,) positions of the keys in the batch, sequence by sequence
+    # A batch is cut into prompts and responses, of so many tokens each; put together in this order they are the keys.
+    lengths: list[int]
+    order: list[int]
     max_q: int  # tokens of the longest stretch of queries
     max_k: int  # tokens of the longest sequence
 
@@ -105,11 +107,17 @@ def _check(groups: list[Group]) -> None:
 
 
 def _segments(spans) -> Segments:
-    keys = [torch.cat([torch.arange(*span[:2]), torch.arange(*span[2:])]) for span in spans]
+    lengths, order = [], []
+    for p0, p1, r0, r1 in spans:
+        if r0 == p1:  # the first response, behind its prompt
+            prompt = len(lengths)
+            lengths.append(p1 - p0)
+        order += [prompt, len(lengths)]
+        lengths.append(r1 - r0)
     q_lengths = [r1 - (p0 if r0 == p1 else r0) for p0, p1, r0, r1 in spans]  # a first one's queries have its prompt's
-    k_lengths = [len(k) for k in keys]
-    cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (q_lengths, k_lengths))
-    return Segments(spans, cu_q, cu_k, torch.cat(keys), max(q_lengths), max(k_lengths))
+    k_lengths = [p1 - p0 + r1 - r0 for p0, p1, r0, r1 in spans]
+    cu_q, cu_k = (torch.tensor([0, *each]).cumsum(0).to(torch.int32) for each in (q_lengths, k_lengths))
+    return Segments(spans, cu_q, cu_k, lengths, order, max(q_lengths), max(k_lengths))
 
 
 def pad(groups: list[Group]) -> Batch:

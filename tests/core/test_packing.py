@@ -33,13 +33,21 @@ def test_pack_literally():
     assert batch.n_sequences == 5
 
 
+def keys_of(segments) -> list[int]:
+    """Positions of the keys, sequence by sequence."""
+    parts = torch.arange(sum(segments.lengths)).split(segments.lengths)
+    return [position for i in segments.order for position in parts[i].tolist()]
+
+
 def test_segments_literally():
     """Queries cut the row; keys are each stretch's prompt and then itself."""
     segments = pack(GROUPS).segments
     assert segments.spans == [(0, 3, 3, 5), (0, 3, 5, 6), (0, 3, 6, 8), (8, 9, 9, 12), (8, 9, 12, 13)]
     assert segments.cu_q.tolist() == [0, 5, 6, 8, 12, 13]
     assert segments.cu_k.tolist() == [0, 5, 9, 14, 18, 20]
-    assert segments.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 2, 6, 7, 8, 9, 10, 11, 8, 12]
+    assert segments.lengths == [3, 2, 1, 2, 1, 3, 1]  # a prompt and three responses, a prompt and two
+    assert segments.order == [0, 1, 0, 2, 0, 3, 4, 5, 4, 6]
+    assert keys_of(segments) == [0, 1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 2, 6, 7, 8, 9, 10, 11, 8, 12]
     assert (segments.max_q, segments.max_k) == (5, 5)
     assert segments.cu_q.dtype == segments.cu_k.dtype == torch.int32  # what the CUDA kernel takes
 
@@ -67,7 +75,7 @@ def test_of_a_response_only_some_tokens_may_count(layout, predictors):
     for name in ("input_ids", "position_ids"):
         assert torch.equal(getattr(batch, name), getattr(whole, name))
     assert batch.segments == whole.segments if whole.segments is None else (
-        batch.segments.spans == whole.segments.spans and torch.equal(batch.segments.keys, whole.segments.keys))
+        batch.segments.spans == whole.segments.spans and keys_of(batch.segments) == keys_of(whole.segments))
     example = Example(0, *groups[0][:1], *groups[0][1])
     assert pair_lengths([example], ["chosen", "rejected"]).tolist() == [[3, 1]]
 
@@ -113,7 +121,7 @@ def test_queries_and_keys_line_up_at_the_end(seed):
     queries = []
     for i, (p0, p1, r0, r1) in enumerate(s.spans):
         q = list(range(*s.cu_q[i:i + 2].tolist()))
-        k = s.keys[s.cu_k[i]:s.cu_k[i + 1]].tolist()
+        k = keys_of(s)[s.cu_k[i]:s.cu_k[i + 1]]
         assert k == [*range(p0, p1), *range(r0, r1)]
         assert k[-len(q):] == q
         assert q == (k if r0 == p1 else list(range(r0, r1)))
@@ -152,7 +160,7 @@ def test_moving_a_row_moves_every_tensor_and_changes_none():
     for record, other, kept in [(moved, batch, same), (moved.segments, batch.segments, same.segments)]:
         tensors = [name for name, value in vars(other).items() if isinstance(value, torch.Tensor)]
         assert tensors == {Batch: ["input_ids", "position_ids", "predictors", "targets", "sequence_ids"],
-                           Segments: ["cu_q", "cu_k", "keys"]}[type(other)]
+                           Segments: ["cu_q", "cu_k"]}[type(other)]
         for name in tensors:
             assert getattr(record, name).device.type == "meta"
             assert torch.equal(getattr(kept, name), getattr(other, name))
