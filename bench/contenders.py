@@ -102,8 +102,14 @@ class Contender:
         from nanodpo.model.recompute import Recompute
 
         model = adapted(self.work)
-        Recompute(model).use("full" if self.work.checkpointing == "full" else "keep")
+        self.recompute = Recompute(model)
+        self.recompute_by(self.work.checkpointing)
         return model
+
+    def recompute_by(self, checkpointing: str) -> None:
+        """Sets what backward computes again, from the next step on: one of Work's `checkpointing`."""
+        self.work.checkpointing = checkpointing
+        self.recompute.use("full" if checkpointing == "full" else "keep")
 
     def modes(self, k: int) -> list[str]:
         """The mode of recomputation of each layer in the k-th step."""
@@ -165,7 +171,7 @@ class Nanodpo(Contender):
     def build(self):
         from nanodpo.core.attention import LOOP, VARLEN
         from nanodpo.core.logprobs import SequenceLogProbs
-        from nanodpo.model.layers import fuse_lora, keep_less
+        from nanodpo.model.layers import fuse_lora, fuse_norms, keep_less
         from nanodpo.model.precision import mix_precision
         from nanodpo.model.recompute import FitToMemory, Recompute, sample_batch
         from nanodpo.run.memory import memory_budget
@@ -173,23 +179,30 @@ class Nanodpo(Contender):
         model, device = adapted(self.work), torch.device(self.work.device)
         if self.work.mixed:
             for p in model.parameters():
-                p.data = p.data if p.requires_grad else p.data.bfloat16()
+                p.data = p.data.float() if p.requires_grad else p.data.bfloat16()
             mix_precision(model, self.work.mixed)
         fuse_lora(model)
         keep_less(model)
+        if self.work.device == "cuda":
+            fuse_norms(model)
         if self.layout != "padded":
-            on_gpu = self.work.device == "cuda" and self.work.dtype == torch.bfloat16
-            model.get_base_model().set_attn_implementation(VARLEN if on_gpu else LOOP)
-        self.module, recompute = SequenceLogProbs(model), Recompute(model)
+            flash = self.work.device == "cuda" and torch.bfloat16 in (self.work.dtype, self.work.mixed)
+            model.get_base_model().set_attn_implementation(VARLEN if flash else LOOP)
+        self.module, self.recompute = SequenceLogProbs(model), Recompute(model)
         if self.work.checkpointing == "by need":
-            # Twins, moments and gradients, all float32, are still to come.
-            reserved = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+            # Moments and gradients, and of bfloat16 weights their twins, all float32, are still to come.
+            reserved = sum((12 if p.dtype == torch.float32 else 16) * p.numel() for p in model.parameters()
+                           if p.requires_grad)
             sample = functools.partial(sample_batch, "packed", model.config, device)
             budget = memory_budget(device, self.work.activation_memory, reserved)
-            self.fit = FitToMemory(recompute, self.module, sample, budget)
-        else:
-            recompute.use(self.work.checkpointing)
+            self.fit = FitToMemory(self.recompute, self.module, sample, budget)
+        self.recompute_by(self.work.checkpointing)
         return model
+
+    def recompute_by(self, checkpointing):
+        self.work.checkpointing = checkpointing
+        if checkpointing != "by need":  # that is chosen anew for each step
+            self.recompute.use(checkpointing)
 
     def modes(self, k):
         if self.work.checkpointing != "by need":
@@ -284,9 +297,15 @@ class Trl(Contender):
         finally:
             DPOTrainer._prepare_dataset = own
         self.trainer.current_gradient_accumulation_steps = 1  # its train() would set both
-        if args.gradient_checkpointing:
-            self.trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        self.recompute_by(self.work.checkpointing)
         return self.trainer.model
+
+    def recompute_by(self, checkpointing):
+        self.work.checkpointing = checkpointing
+        if checkpointing == "full":
+            self.trainer.model.gradient_checkpointing_enable(self.trainer.args.gradient_checkpointing_kwargs)
+        else:
+            self.trainer.model.gradient_checkpointing_disable()
 
     def inputs(self, k):
         start = (k % self.steps) * self.work.batch

@@ -8,6 +8,8 @@ over tensors as large as that output, which leave memory fragmented. y = W x + s
 The activation, and its product with up, are as large, and cheap to compute again. y = W_down (act(gate) * up), arXiv
 2002.05202, section 2.
 
+`fuse_norms`: on a GPU an RMSNorm is one pass, PyTorch's own.
+
 Shapes: (..., I) inputs, (..., O) outputs, R rank of LoRA; (..., F) within an MLP of inner size F.
 """
 
@@ -18,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 
 def fuse_lora(model: nn.Module, in_place: bool = True) -> None:
@@ -30,29 +32,19 @@ def fuse_lora(model: nn.Module, in_place: bool = True) -> None:
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer) and type(module).__name__ in
                   ("Linear", "Linear4bit", "Linear8bitLt")]:  # the last two are there with bitsandbytes alone
         for name, second in layer.lora_B.items():
-            dtypes = {linear.weight.dtype for linear in (layer.lora_A[name], second)}
-            base = layer.get_base_layer().weight.dtype
+            weights = layer.lora_A[name].weight, second.weight
+            dtypes, base = {weight.dtype for weight in weights}, layer.get_base_layer().weight.dtype
             # A and B have one dtype: the base's, or float32 beside a base in bfloat16 or a quantised one.
             beside = torch.float32 if base in (torch.bfloat16, torch.uint8, torch.int8) else base
             fits = len(dtypes) == 1 and dtypes <= {base, beside}
             if name not in layer.lora_variant and second.bias is None and fits:
-                layer.cast_input_dtype_enabled = False  # PEFT's cast of x; autocast takes mixed dtypes
-                layer.lora_B[name] = Added(second, in_place)
-                layer.lora_variant[name] = OneProduct
+                layer.cast_input_dtype_enabled = False  # PEFT's cast of x; the product takes mixed dtypes
+                layer.lora_variant[name], layer.adds_in_place = OneProduct, in_place
+                if not in_place:  # ZeRO-3 gathers a sharded weight when a module is called that it is registered with
+                    import deepspeed  # slow to import
 
-
-class Added(nn.Module):
-    """PEFT's lora_B, called with h and y: y + B h. A module, and called as one, because ZeRO-3 gathers a
-    sharded weight when the module that holds it is called.
-    """
-
-    def __init__(self, linear: nn.Linear, in_place: bool):
-        super().__init__()
-        self.weight, self.in_place = linear.weight, in_place  # (O, R)
-
-    def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        """(..., R), (..., O) -> (..., O): y + B h."""
-        return _AddedProduct.apply(y, h, self.weight, self.in_place)
+                    for weight in weights:
+                        deepspeed.zero.register_external_parameter(layer, weight)
 
 
 class OneProduct(LoraVariant):
@@ -63,29 +55,60 @@ class OneProduct(LoraVariant):
     @staticmethod
     def forward(module, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         """(..., I), (..., O) -> (..., O); `result` is W x."""
-        h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)) * module.scaling[active_adapter]
-        return module.lora_B[active_adapter](h, result)
+        x, kind = module.lora_dropout[active_adapter](x), x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        weights = (layers[active_adapter].weight for layers in (module.lora_A, module.lora_B))
+        # In place on a view, as a layer with a bias gives it, autograd would copy all of its gradient twice.
+        in_place = module.adds_in_place and not result._is_view()
+        return _Added.apply(result, x, *weights, module.scaling[active_adapter], in_place)
 
 
-class _AddedProduct(torch.autograd.Function):
-    """y + B h. Keeps B itself: what autograd keeps of addmm is a view, which outlives the weight that ZeRO-3 frees."""
+class _Added(torch.autograd.Function):
+    """y + s B A x, for (..., O), (..., I), (R, I), (O, R). Keeps A and B themselves: a view of one, as autograd keeps
+    it, would outlive the weight that ZeRO-3 frees."""
 
     @staticmethod
-    def forward(ctx, y, h, weight, in_place):
-        ctx.save_for_backward(h, weight)
-        lines, product = y.flatten(0, -2), (h.flatten(0, -2), weight.T.to(h.dtype))
+    def forward(ctx, y, x, a, b, scale, in_place):
+        h, lines = x.flatten(0, -2) @ a.T.to(x.dtype), y.flatten(0, -2)
+        ctx.save_for_backward(x, h, a, b)
+        ctx.scale = scale
         if not in_place:
-            return torch.addmm(lines, *product).view(y.shape)
+            return torch.addmm(lines, h, b.T.to(h.dtype), alpha=scale).view(y.shape)
         ctx.mark_dirty(y)
-        lines.addmm_(*product)
+        lines.addmm_(h, b.T.to(h.dtype), alpha=scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        h, weight = ctx.saved_tensors
-        d_weight = grad.flatten(0, -2).T @ h.flatten(0, -2) if ctx.needs_input_grad[2] else None
-        return grad, grad @ weight.to(grad.dtype), None if d_weight is None else d_weight.to(weight.dtype), None
+        (x, h, a, b), lines = ctx.saved_tensors, grad.flatten(0, -2)
+        # The first factor of a sum that is not taken: addmm scales a product at no cost, mm can't.
+        d_h = torch.addmm(lines.new_empty(()), lines, b.to(grad.dtype), beta=0, alpha=ctx.scale)
+        d_x = (d_h @ a.to(grad.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
+        d_a = _weight_grad(d_h, x.flatten(0, -2), a.dtype) if ctx.needs_input_grad[2] else None
+        d_b = _weight_grad(lines, h, b.dtype).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
+        return grad, d_x, d_a, d_b, None, None
+
+
+def _weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, O), (T, I) -> (O, I): the sum of grad x^T over all tokens, in `dtype`. Of bfloat16 factors a GPU gives the
+    sum in float32, a CPU its rounding to bfloat16."""
+    wider = grad.is_cuda and grad.dtype == torch.bfloat16 and dtype == torch.float32
+    return torch.mm(grad.T, x, out_dtype=dtype) if wider else (grad.T @ x).to(dtype)
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """RMSNorms with Llama's forward go through PyTorch's own kernel: one pass, not seven. For a GPU, where a pass costs
+    more than its arithmetic. arXiv 1910.07467, Eq. 4."""
+    llama = _bytecode(LlamaRMSNorm)
+    for module in model.modules():
+        if llama and _bytecode(type(module)) == llama:
+            module.forward = functools.partial(_rms_norm, module)
+
+
+def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def keep_less(model: nn.Module) -> None:

@@ -20,6 +20,8 @@ def prepare(model: nn.Module, bf16: bool, device: torch.device, in_place: bool =
     multiply_dequantised(model)
     layers.fuse_lora(model, in_place)
     layers.keep_less(model)
+    if device.type == "cuda":
+        layers.fuse_norms(model)
     return product
 
 

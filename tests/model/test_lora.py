@@ -10,10 +10,11 @@ from peft.utils import get_peft_model_state_dict
 from tiny_models import random_groups, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pad
-from nanodpo.model.layers import Added, fuse_lora
+from nanodpo.model.layers import OneProduct, fuse_lora, fuse_norms
 
 PLACES = pytest.mark.parametrize("in_place", [True, False])
 
@@ -46,7 +47,7 @@ def test_by_hand(in_place):
     model = layer()
     fuse_lora(model, in_place)
     inner = model.base_model.model[0]
-    assert isinstance(inner.lora_B["default"], Added)
+    assert inner.lora_variant["default"] is OneProduct
     with torch.no_grad():
         inner.base_layer.weight.copy_(torch.tensor([[1.0, 2], [3, 4]]))
         inner.lora_A["default"].weight.copy_(torch.tensor([[1.0, 1]]))
@@ -67,6 +68,85 @@ def gradients(model, row):
     return logps.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_no_gradient_is_copied_where_a_layer_has_a_bias():
+    """A layer with a bias gives a view of its product. Added to in place, autograd would copy the gradient of the whole
+    output into new memory and out of it again; a layer without a bias has no such copies either."""
+    class Copies(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.seen += [op.overloadpacket.__name__] * (op.overloadpacket.__name__ in ("copy_", "clone", "as_strided"))
+            return op(*args, **(kwargs or {}))
+
+    for bias in (False, True):
+        model = layer(bias=bias)
+        fuse_lora(model)
+        y = model(torch.ones(1, 3, 2, dtype=torch.float64, requires_grad=True))
+        with Copies() as copies:
+            y.backward(torch.ones(1, 3, 2, dtype=torch.float64))
+        assert copies.seen == [], f"bias {bias}"
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_a_norm_in_one_pass_is_the_models_own(eps):
+    """x w / sqrt(mean(x^2) + eps), outputs and gradients, against the formula in float64 and the module as it was; of x
+    = (3 4) with w = (1 2) and eps = 0.5: mean 12.5, so x / sqrt(13)."""
+    norm = LlamaRMSNorm(2, eps).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2]))
+    fused = copy.deepcopy(norm)
+    fuse_norms(fused)
+    x = torch.tensor([[3.0, 4]], dtype=torch.float64)
+    assert fused(x)[0].tolist() == pytest.approx([3 / (12.5 + eps) ** 0.5, 8 / (12.5 + eps) ** 0.5], rel=1e-12)
+    found = []
+    for module in (norm.float(), fused.float()):  # Llama's own works in float32
+        torch.manual_seed(0)
+        x = torch.randn(5, 2, requires_grad=True)
+        y = module(x)
+        found.append((y, *torch.autograd.grad(y.square().sum() + y.sum(), (x, module.weight))))
+    for theirs, ours in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6)
+
+
+def test_norms_of_other_families_stay():
+    """Gemma's multiplies by 1 + w, Olmo2's rounds after it; a layer norm is none."""
+    for family, fits in (("llama", True), ("qwen2", True), ("gemma2", False), ("gpt2", False)):
+        model = tiny(family)
+        fuse_norms(model)
+        found = [module for module in model.modules() if "forward" in vars(module)]
+        assert bool(found) == fits and all(type(module).__name__.endswith("RMSNorm") for module in found), family
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpus_kernels_give_the_layers_own_numbers():
+    """LoRA with bfloat16 inputs under float32 weights, and norms, against float64: weight gradients are sums in
+    float32."""
+    torch.manual_seed(0)
+    norm, x = LlamaRMSNorm(512).cuda(), torch.randn(64, 512, device="cuda", requires_grad=True)
+    fused = copy.deepcopy(norm)
+    fuse_norms(fused)
+    for theirs, ours in zip((norm(x), *torch.autograd.grad(norm(x).square().sum(), x)),
+                            (fused(x), *torch.autograd.grad(fused(x).square().sum(), x))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    model = layer(torch.float32, r=2).cuda()
+    inner = model.base_model.model[0]
+    nn.init.normal_(inner.lora_B["default"].weight)
+    exact = copy.deepcopy(model).double()
+    inner.base_layer.weight.data = inner.base_layer.weight.data.bfloat16()
+    exact.base_model.model[0].base_layer.weight.data = inner.base_layer.weight.data.double()
+    fuse_lora(model)
+    x, g = torch.randn(2, 1, 4096, 2, device="cuda").bfloat16()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = model(x)
+    y.backward(g)
+    exact(x.double()).backward(g.double())
+    ours, truth = (m.base_model.model[0].lora_B["default"].weight.grad for m in (model, exact))
+    assert ours.dtype == torch.float32 and (ours - truth).norm() < 1e-2 * truth.norm()
+
+
 @PLACES
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "qwen3_moe", "phi"])
 def test_as_peft_has_it(family, in_place):
@@ -75,8 +155,8 @@ def test_as_peft_has_it(family, in_place):
     fused = copy.deepcopy(peft)
     fuse_lora(fused, in_place)
     (logps, truth), (theirs, grads) = gradients(peft, row), gradients(fused, row)
-    kinds = [type(module) for module in fused.modules()]
-    assert kinds.count(Added) == kinds.count(Linear) > 3
+    layers = [module for module in fused.modules() if isinstance(module, Linear)]
+    assert len(layers) > 3 and all(module.lora_variant["default"] is OneProduct for module in layers)
     assert (theirs / logps - 1).abs().max() < 1e-12 and grads.keys() == truth.keys()
     for name, grad in truth.items():
         assert (grads[name] - grad).norm() < 1e-12 * grad.norm(), name
@@ -130,7 +210,8 @@ def test_what_is_more_stays_pefts(more):
         model.base_model.model[0].lora_A.float()
     before = dict(model.base_model.model[0].lora_variant)
     fuse_lora(model)
-    assert not any(isinstance(module, Added) for module in model.modules())
+    assert not any(variant is OneProduct for module in model.modules() if isinstance(module, Linear)
+                   for variant in module.lora_variant.values())
     assert model.base_model.model[0].lora_variant == before
 
 
