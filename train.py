@@ -43,7 +43,8 @@ SCRIPT = Path(__file__).resolve()
 
 
 def main(argv: list[str]) -> None:
-    with Stop() as stop, distributed.process_as_it_was(), distributed.lost_peers_named():
+    with (Stop() as stop, distributed.process_as_it_was(), distributed.lost_peers_named(),
+          distributed.changing_bits_named()):
         distributed.meet()
         start = prepare(argv, SCRIPT)
         if start is None:
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
 def build(start: Start, stop: Stop) -> Run:
     """Joins the ranks, loads the model and makes the engine around it."""
     args = start.args
-    device = distributed.start(args.local_rank)
+    device = distributed.start(args.local_rank, args.deterministic)
     check_with_deepspeed(start.settings | start.monitors, args.deepspeed)
     rank, world = distributed.rank_and_world()
     with memory.shortage_named(rank, "loading the model"):

@@ -110,6 +110,8 @@ class TrainArguments:
                                "bitsandbytes.")
     load_in_8bit: bool = _flag(False, "Hold them in 8 bits; needs bitsandbytes.")
     use_flash_attention: bool = _flag(False, "Demand the variable-length flash kernel (CUDA); stop where it fails.")
+    deterministic: bool = _flag(True, "On a GPU: only operations that give the same bits each time; false for a model "
+                                "that has others.")
     gradient_checkpointing: bool = _flag(False, "Recompute activations in backward instead of keeping them.")
     activation_memory: float = _flag(None, "GiB a rank has for activations: as many layers are recomputed as each "
                                      "batch needs. -1: what the GPU has left.", GIB)

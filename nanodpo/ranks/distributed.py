@@ -84,8 +84,29 @@ def works_alone() -> bool:
     return _met["alone"]
 
 
-def start(local_rank: int) -> torch.device:
-    """Joins the ranks of the launcher that started this process, or makes a run of one rank. Returns its device."""
+def same_bits_each_time() -> None:
+    """From now on operations on a GPU add in one order, and raise an error where they have none, as the flash kernel's
+    backward pass and index_add have without it. To be called before the first tensor on the GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own wish; 32 MiB
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding faults, which takes time
+
+
+@contextlib.contextmanager
+def changing_bits_named():
+    """Raises UserError where an operation has no deterministic form, instead of torch's RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not torch.are_deterministic_algorithms_enabled() or "deterministic" not in str(error):
+            raise
+        raise UserError(f"this model can't give the same bits each time on a GPU ({first_line(error)[:160]}); with "
+                        "--deterministic false it is trained, and a run that goes on does so to rounding") from error
+
+
+def start(local_rank: int, deterministic: bool = False) -> torch.device:
+    """Joins the ranks of the launcher that started this process, or makes a run of one rank. Returns its device.
+    `deterministic`: whether a GPU must give the same bits each time."""
     use_expandable_segments()
     if "RANK" not in os.environ:  # plain python: without these DeepSpeed goes looking for MPI
         with socket.socket() as free:
@@ -105,6 +126,8 @@ def start(local_rank: int) -> torch.device:
         deepspeed.ops.__compatible_ops__ = {}
     if cuda:
         torch.cuda.set_device(local_rank)
+        if deterministic:
+            same_bits_each_time()
     backend, rank, world = "nccl" if cuda else "gloo", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if _met["store"]:
         try:
@@ -179,6 +202,7 @@ def process_as_it_was():
     if "deepspeed" in sys.modules and not errors.as_script:
         gc.collect()  # an earlier run's model and engine; a script's process has none
     before, linear = {name: os.environ.get(name) for name in NAMES}, torch.nn.functional.linear
+    sure = torch.are_deterministic_algorithms_enabled()
     try:
         yield
     finally:
@@ -187,6 +211,7 @@ def process_as_it_was():
             for name, value in before.items():
                 os.environ.pop(name, None) if value is None else os.environ.update({name: value})
             torch.nn.functional.linear = linear  # ZeRO-3 puts one of its own there for good
+            torch.use_deterministic_algorithms(sure)
 
 
 def ask(flag: bool):
