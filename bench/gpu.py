@@ -4,12 +4,14 @@
     python bench/gpu.py --count         what a row takes, counted, and how long rows may be; needs no GPU
     python bench/gpu.py --toy           the same code at toy size on CPU, to see that it runs; its numbers mean nothing
 
-Weights are random and bf16, LoRA r=256 on all seven projections, references cached, AdamW. The lengths are those of
+Weights are random, the base in bf16, LoRA r=256 on all seven projections in float32, as train.py --bf16 and TRL with
+bf16 have them; references cached, AdamW. The lengths are those of
 reasoning traces: median 2.4k tokens a sequence, 95th percentile 8k, longest 14k, then a pair of 20k; prompts are 5%.
 TRL has PyTorch's own attention with padding and its mask: flash-attn may not be there, and kernels from a hub need a
-network. Every contender runs with and without checkpointing, nanodpo also with what each row needs, each in a process
-of its own, in turn, `--rounds` times. A pair that runs out of memory is left out and listed; the pair of 20k tokens is
-told apart from the mix. Tokens/s count a pair's own tokens: prompt + chosen, prompt + rejected.
+network. Every contender runs with and without checkpointing, nanodpo also with what each row needs, in turn, `--rounds`
+times; each contender has a process of its own, and the GPU to itself. A pair that runs out of memory is left out and
+listed; the pair of 20k tokens is told apart from the mix. Tokens/s count a pair's own tokens: prompt + chosen, prompt +
+rejected. `--profile` says which operations take a step's time.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import collections
 import dataclasses
 import functools
 import math
+import os
 import statistics
 import sys
 import time
@@ -34,7 +37,9 @@ QWEN_7B = {"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_9
 TOY = contenders.tiny_wide(vocabulary=1000)
 SHORT_OF_MEMORY = ("OutOfMemory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
                    "the worker died")  # the operating system's own answer to too much
-MODES = [("nanodpo", "by need"), ("trl", "full"), ("nanodpo", "full"), ("nanodpo", "keep"), ("trl", "keep")]
+SURE = ", deterministic"  # torch's deterministic algorithms, the flash kernel's backward among them
+MODES = [("nanodpo", "by need"), ("nanodpo", "by need" + SURE), ("nanodpo", "full"), ("nanodpo", "keep"),
+         ("trl", "full"), ("trl", "keep")]
 MEDIAN, PERCENTILE_95, LONGEST = 2400, 8000, 14_000
 
 
@@ -68,8 +73,17 @@ class OnDevice:
         from nanodpo.ranks.distributed import use_expandable_segments
 
         use_expandable_segments()  # for all contenders, as in training
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic products ask for
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding faults, which costs time
         self.cuda, self.short = work.device == "cuda", False
         self.contender = contenders.build(name, work)
+
+    def use(self, checkpointing: str) -> None:
+        """From the next step on."""
+        mode, _, sure = checkpointing.partition(SURE)
+        self.contender.recompute_by(mode)
+        torch.use_deterministic_algorithms(bool(sure))
+        self.short = True
 
     def step(self, k: int) -> dict | None:
         """Time and memory of the k-th pair's step; None where it ran out of memory."""
@@ -94,21 +108,50 @@ class OnDevice:
         return {"seconds": time.perf_counter() - began, "loss": loss, "peak_gib": peak,
                 "modes": collections.Counter(self.contender.modes(k))}
 
+    def long_pair(self, length: int) -> dict | None:
+        """A step on a pair of 2 x `length` tokens; None where it ran out of memory. Its references are 0: they change
+        neither memory nor time."""
+        part = length // 20
+        self.contender.work.pairs = contenders.random_pairs(1, part, length - part, length - part, 1000)
+        self.contender.cache = {0: torch.zeros(1, 2, dtype=torch.float64, device=self.contender.work.device)}
+        return self.step(0)
 
-def run(name: str, work: contenders.Work) -> list[dict | None] | str:
+    def profile(self, k: int) -> str:
+        """The operations that take most of the k-th pair's step."""
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda
+        with profile(activities=kinds) as seen:
+            took = self.step(k)
+        by = "self_cuda_time_total" if self.cuda else "self_cpu_time_total"
+        return f"{took}\n" + seen.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=70)
+
+
+def run(worker: measure.Worker | str, work: contenders.Work, checkpointing: str) -> list[dict | None] | str:
     """Every pair once, after a warm-up on the shortest; or why not one of them."""
-    worker = None
+    if isinstance(worker, str):
+        return worker
     try:
-        worker = measure.Worker(OnDevice, resident_memory=False, name=name, work=work)
+        worker.call("use", checkpointing)
         worker.call("step", min(range(len(work.pairs)), key=lambda k: tokens_of(work.pairs[k])))
         return [worker.call("step", k)[0] for k in range(len(work.pairs))]
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in SHORT_OF_MEMORY):
-            raise
-        return "out of memory before the first step"
-    finally:
-        if worker:
-            worker.close()  # its memory must be free before the next one starts
+        return why(error)
+
+
+def started(name: str, work: contenders.Work) -> measure.Worker | str:
+    """A contender's process, or why there is none."""
+    work = dataclasses.replace(work, checkpointing="by need" if name == "nanodpo" else "full")
+    try:
+        return measure.Worker(OnDevice, resident_memory=False, name=name, work=work)
+    except RuntimeError as error:
+        return why(error)
+
+
+def why(error: RuntimeError) -> str:
+    """Words for the table: the others go on."""
+    short = any(sign in str(error) for sign in SHORT_OF_MEMORY)
+    return "out of memory before the first step" if short else f"FAILED: {error}"
 
 
 def tokens_of(pair: contenders.Pair) -> int:
@@ -212,16 +255,28 @@ def show_count(args) -> None:
     measure.write("gpu-count", args.json, vars(args), found)
 
 
-def longest_pair(work: contenders.Work, scale: float) -> int:
-    """Tokens a side of the longest pair that nanodpo trains on at its leanest, of a few lengths."""
-    fits = 0
-    for length in (round(1024 * k * scale) for k in (16, 32, 64, 80, 96, 128)):
-        pairs = contenders.random_pairs(1, length // 20, length - length // 20, length - length // 20, 1000)
-        found = run("nanodpo", dataclasses.replace(work, pairs=pairs, checkpointing="offload"))
-        if isinstance(found, str) or None in found:
+def longest_pair(worker: measure.Worker | str, scale: float, lengths: list[int]) -> dict:
+    """{tokens a side: a step's time and memory} of pairs that nanodpo trains on at its leanest, up to the first that
+    does not fit."""
+    found = {}
+    for length in (round(1024 * k * scale) for k in lengths) if isinstance(worker, measure.Worker) else ():
+        try:
+            worker.call("use", "offload")
+            found[length], *_ = worker.call("long_pair", length)
+        except RuntimeError as error:
+            found[length] = why(error)
+        if not isinstance(found[length], dict):
             break
-        fits = length
-    return fits
+    return found
+
+
+def profiled(worker: measure.Worker, k: int) -> str:
+    """The operations that take most of the k-th pair's step, or why they are not known."""
+    try:
+        worker.call("use", "full")
+        return worker.call("profile", k)[0]
+    except RuntimeError as error:
+        return why(error)
 
 
 def summarise(name: str, checkpointing: str, runs: list, work: contenders.Work, top: float, counted: tuple) -> dict:
@@ -235,7 +290,9 @@ def summarise(name: str, checkpointing: str, runs: list, work: contenders.Work, 
     return one | {"did_not_fit": sorted(tokens_of(pair) for k, pair in enumerate(work.pairs) if k not in fit),
                   "mix": _part(name, [k for k in fit if k < last], last, runs, work, top, counted),
                   "longest": _part(name, [k for k in fit if k == last], 1, runs, work, top, counted),
-                  "losses": [found["loss"] if found else None for found in runs[0]]}
+                  "losses": [found["loss"] if found else None for found in runs[0]],
+                  "tokens": [tokens_of(pair) for pair in work.pairs],
+                  "seconds": [[found["seconds"] if found else None for found in one_run] for one_run in runs]}
 
 
 def _part(name: str, pairs: list[int], count: int, runs: list, work: contenders.Work, top: float, counted: tuple
@@ -278,6 +335,35 @@ def best(results: list[dict], name: str) -> dict | None:
     return max(whole, key=lambda mix: mix["tokens_per_second"], default=None)
 
 
+def contest(args, work: contenders.Work, top: float, counted: tuple, scale: float) -> dict:
+    """Every contender's ways through the pairs, one process after the other; all that was found. It is written down all
+    the while: what is cut off has said something."""
+    names = args.only or ["trl"] * measure.can_run("trl") + ["nanodpo"]
+    modes = [(name, mode) for name, mode in MODES if name in names and mode in (args.modes or [mode])]
+    runs = {mode: [] for mode in modes}
+    found = {"toy": args.toy, "ceiling": top, "longest_pair": {}, "profile": {}}
+
+    def keep() -> None:
+        found["contenders"] = [summarise(*mode, some, work, top, counted) for mode, some in runs.items() if some]
+        measure.write("gpu-toy" if args.toy else "gpu", args.json, vars(args), found)
+
+    for name in names:
+        worker = started(name, work)
+        for _, mode in [one for one in modes if one[0] == name] * args.rounds:
+            runs[name, mode].append(run(worker, work, mode))
+            print(*line(summarise(name, mode, runs[name, mode], work, top, counted)), sep=" | ", flush=True)
+            keep()
+        if args.profile and isinstance(worker, measure.Worker):
+            found["profile"][name] = profiled(worker, len(work.pairs) // 2)
+        if name == "nanodpo":
+            found["longest_pair"] = longest_pair(worker, scale, args.lengths)
+            print(*found["longest_pair"].items(), sep="\n", flush=True)
+            keep()
+        if isinstance(worker, measure.Worker):
+            worker.close()  # its memory must be free before the next one starts
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="toy size on CPU: a check of this program, no measurement")
@@ -285,6 +371,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16, help="of the mix, one a step; one of 20k tokens follows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="nanodpo, trl; default: both where installed")
+    parser.add_argument("--modes", nargs="*", help="of recomputation: 'by need', full, keep; default: all")
+    parser.add_argument("--lengths", nargs="*", type=int, default=[16, 32, 64, 80, 96, 128],
+                        help="of the long pairs: 1024 tokens a side each")
+    parser.add_argument("--profile", action="store_true", help="also write down which operations take a step's time")
     parser.add_argument("--json", help="default: bench/results/gpu.json")
     args = parser.parse_args()
     if args.count:
@@ -294,27 +384,16 @@ def main() -> None:
     device, scale = ("cpu", 0.01) if args.toy else ("cuda", 1.0)
     shape = TOY if args.toy else QWEN_7B
     work = contenders.Work(mixed_pairs(args.pairs, shape["vocab_size"], scale), shape, rank=8 if args.toy else 256,
-                           device=device, dtype=torch.float32 if args.toy else torch.bfloat16, spread=0.002,
-                           activation_memory=0.0045 if args.toy else -1)
+                           device=device, dtype=torch.float32 if args.toy else torch.bfloat16, spread=0.0002,
+                           mixed=None if args.toy else torch.bfloat16, activation_memory=0.0045 if args.toy else -1)
     worker = measure.Worker(Ceiling, resident_memory=False, device=device, size=256 if args.toy else 8192)
     top, *_ = worker.call("flops")
     worker.close()
     _, sizes, beside = sized(shape, work.rank)
     counted = beside, by_mode(sizes, shape)
-    names = args.only or ["nanodpo"] + ["trl"] * measure.can_run("trl")
-    modes = [(name, mode) for name, mode in MODES if name in names]
-    runs, found = {mode: [] for mode in modes}, {"toy": args.toy, "ceiling": top, "longest_pair": None}
-
-    def keep() -> None:  # all the while: what is cut off has said something
-        found["contenders"] = [summarise(*mode, some, work, top, counted) for mode, some in runs.items() if some]
-        measure.write("gpu-toy" if args.toy else "gpu", args.json, vars(args), found)
-
-    for _ in range(args.rounds):
-        for mode in [mode for mode in modes if not any(isinstance(one, str) for one in runs[mode])]:
-            name, work.checkpointing = mode
-            runs[mode].append(run(name, work))
-            print(*line(summarise(*mode, runs[mode], work, top, counted)), sep=" | ", flush=True)
-            keep()
+    found = contest(args, work, top, counted, scale)
+    for name, text in found["profile"].items():
+        print(f"{name}, a step:\n{text}")
     if args.toy:
         print("TOY SIZE ON CPU: a check of the program; none of these numbers says anything about speed or memory\n")
     print(measure.table(HEADER, [line(one) for one in found["contenders"]]))
@@ -322,9 +401,8 @@ def main() -> None:
     if ours and theirs:
         ratios = {name: ours[name] / theirs[name] for name in ("tokens_per_second", "peak_gib") if theirs[name]}
         print("\nthe whole mix, each as fast as it can, nanodpo / trl:", {k: round(v, 2) for k, v in ratios.items()})
-    found["longest_pair"] = longest_pair(work, scale)
-    keep()
-    print(f"\nceiling: {top / 1e12:.3g} TFLOP/s in bf16; longest pair: 2 x {found['longest_pair']:,} tokens")
+    fits = max((length for length, one in found["longest_pair"].items() if isinstance(one, dict)), default=0)
+    print(f"\nceiling: {top / 1e12:.3g} TFLOP/s in bf16; longest pair: 2 x {fits:,} tokens")
 
 
 if __name__ == "__main__":

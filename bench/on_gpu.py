@@ -2,18 +2,24 @@
 
     python bench/on_gpu.py                          needs CUDA and no network
     python bench/on_gpu.py --minutes 90 --model_name M --train_file_path D      a real model and its pairs as well
+    python bench/on_gpu.py --parts resumed scored   some parts alone
     python bench/on_gpu.py --toy                    the same on CPU at toy size, to see that it runs
 
-A part that fails, or takes longer than what is left of --minutes, is named, and the next one begins. Where a number was
-counted before it was measured, both stand side by side. The table and the JSON file are written after every part.
+Parts that compare numbers run beside one another, on one GPU, then those that measure, each alone. A part that fails,
+or takes longer than what is left of --minutes, is named, and the others go on. Where a number was counted before it
+was measured, both stand side by side. The table and the JSON file are written after every part, and what a failed
+command said goes to a file beside them.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
 
 ROOT = Path(__file__).resolve().parent.parent
-NUMBERS = ("loss", "logps/chosen", "logps/rejected")
+NUMBERS = ("loss", "logps/chosen", "logps/rejected", "grad_norm")
+STEPS = 12  # of a run that is compared with another one, but for the default run
 
 
 class Failed(Exception):
@@ -29,40 +36,46 @@ class Failed(Exception):
 
 
 class Parts:
-    """Each method that PARTS names is a part: it returns (what was measured, what was counted), in words."""
+    """Each method that BESIDE or ALONE names is a part: it returns (what was measured, what was counted), in words."""
 
-    def __init__(self, args, folder: Path):
-        self.args, self.folder, self.end = args, folder, time.monotonic() + 60 * args.minutes
+    def __init__(self, args, folder: Path, log: Path):
+        self.args, self.folder, self.log, self.end = args, folder, log, time.monotonic() + 60 * args.minutes
         self.below = ""
-        self.steps = ("--max_steps", "2", "--eval_steps", "0", "--eval_file_path", "") if args.toy else ()
+        self.lock = threading.Lock()
 
-    def call(self, *argv, cpu: bool = False, good: tuple = (0,)) -> str:
-        """Runs a command; returns what it printed. Raises Failed."""
-        env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
+    def call(self, *argv, cpu: bool = False, good: tuple = (0,), until=None) -> str:
+        """Runs a command; returns what it printed. `until`: the command is killed once this returns true. Raises
+        Failed."""
+        env = os.environ | ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "4"} if cpu else {})
         left = max(1.0, self.end - time.monotonic())
+        process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        if until:
+            threading.Thread(target=kill_when, args=(process, until), daemon=True).start()
         try:
-            done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True,
-                                  timeout=left)
+            out, err = process.communicate(timeout=left)
         except subprocess.TimeoutExpired as error:
+            process.kill()
             raise Failed(f"stopped after {left:.0f} s: --minutes were over") from error
-        if done.returncode not in good:
-            said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-            raise Failed(f"exit code {done.returncode}: {said[:200]}")
-        return done.stdout
+        if process.returncode not in good and not (until and process.returncode == -signal.SIGKILL):
+            with self.lock, self.log.open("a") as log:
+                print(*argv, f"\nexit code {process.returncode}", out[-4000:], err[-6000:], "", sep="\n", file=log)
+            said = (err.strip() or out.strip() or "nothing").splitlines()[-1]
+            raise Failed(f"exit code {process.returncode}: {said[:200]}")
+        return out
 
-    def train(self, name: str, *flags, cpu: bool = False, settings: dict | None = None) -> tuple:
-        """(lines of steps, run.json, seconds) of a run of train.py."""
-        more = self.steps
-        if settings:
+    def train(self, name: str, *flags, cpu: bool = False, stage: dict | None = None, until=None,
+              steps: int | None = STEPS) -> "Ran":
+        """A run of train.py, or what there is of it once `until` was true."""
+        more = ["--max_steps", 2 if self.args.toy else steps] if steps or self.args.toy else []
+        if stage:
             file = self.folder / f"{name}.json"
-            file.write_text(json.dumps({"zero_optimization": settings}))
-            more += ("--deepspeed", file)
-        began = time.monotonic()
-        self.call(ROOT / "train.py", "--output_dir", self.folder / name, "--cache_dir", self.folder / f"{name}-cache",
-                  "--draw", "false", *more, *flags, cpu=cpu)
-        lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
-        facts = json.loads((self.folder / name / "run.json").read_text())
-        return [line for line in lines if "loss" in line], facts, time.monotonic() - began
+            file.write_text(json.dumps({"zero_optimization": stage}))
+            more += ["--deepspeed", file]
+        folder, began = self.folder / name, time.monotonic()
+        self.call(ROOT / "train.py", "--output_dir", folder, "--cache_dir", self.folder / f"{name}-cache",
+                  "--draw", "false", *more, *flags, cpu=cpu, until=until)
+        return Ran(folder, time.monotonic() - began)
 
     def tests(self):
         some = ["tests/core/test_attention.py"] if self.args.toy else []
@@ -70,39 +83,89 @@ class Parts:
         return said.strip().splitlines()[-1].strip("= "), ""
 
     def default_run(self):
-        here, facts, seconds = self.train("default")
-        there, _, slow = self.train("default-cpu", cpu=True)
-        return f"{apart(here, there)}; {seconds:.0f} s, CPU {slow:.0f} s ({facts['device']})", "the CPU's, to float32"
+        here, there = self.train("default", steps=None), self.train("default-cpu", cpu=True, steps=None)
+        return (f"{apart(here, there)}; {here.seconds:.0f} s, CPU {there.seconds:.0f} s ({here.facts['device']})",
+                "the CPU's, to float32")
 
     def bfloat16(self):
-        here, facts, _ = self.train("bf16", "--bf16")
-        there, _, _ = self.train("bf16-cpu", "--bf16", cpu=True)
-        if not self.args.toy and "varlen" not in facts["attention"]:
-            raise Failed(f"attention is {facts['attention']}, not the varlen kernel")
-        return f"{apart(here, there)}; attention {facts['attention']}", f"noise of a pair {noise(facts)}"
+        here, there = self.train("bf16", "--bf16"), self.train("bf16-cpu", "--bf16", cpu=True)
+        if not self.args.toy and "varlen" not in here.facts["attention"]:
+            raise Failed(f"attention is {here.facts['attention']}, not the varlen kernel")
+        return f"{apart(here, there)}; attention {here.facts['attention']}", f"noise of a pair {noise(here.facts)}"
+
+    def full(self):
+        same = ["--use_lora", "false", "--learning_rate", "1e-5"]
+        here, there = self.train("full", *same), self.train("full-cpu", *same, cpu=True)
+        return apart(here, there), "the CPU's, to float32"
+
+    def sft(self):
+        same = ["--loss", "sft", "--bf16"]
+        here, there = self.train("sft", *same), self.train("sft-cpu", *same, cpu=True)
+        return apart(here, there), "the CPU's, to bfloat16's rounding"
 
     def real_model(self):
         if not self.args.model_name:
             return "left out: no --model_name", ""
-        flags = ["--model_name", self.args.model_name, "--max_steps", "2", "--eval_file_path", "", "--bf16",
+        flags = ["--model_name", self.args.model_name, "--eval_file_path", "", "--bf16",
                  "--per_device_train_batch_size", "1", "--max_length", "2048", "--overlong", "truncate"]
         flags += ["--train_file_path", self.args.train_file_path] if self.args.train_file_path else []
-        here, facts, seconds = self.train("real", *flags)
-        there, _, slow = self.train("real-cpu", *flags, cpu=True)
-        return f"{apart(here, there)}; {seconds:.0f} s, CPU {slow:.0f} s", f"noise of a pair {noise(facts)}"
+        here, there = self.train("real", *flags, steps=2), self.train("real-cpu", *flags, steps=2, cpu=True)
+        return (f"{apart(here, there)}; {here.seconds:.0f} s, CPU {there.seconds:.0f} s",
+                f"noise of a pair {noise(here.facts)}")
 
     def by_need(self):
-        same = ["--bf16", "--gradient_checkpointing"], ["--bf16", "--activation_memory", "0.001" if self.args.toy else
-                                                        "-1"]
-        (one, *_), (two, *_) = (self.train(f"need-{i}", *flags) for i, flags in enumerate(same))
+        limit = "0.001" if self.args.toy else "-1"
+        one = self.train("need-full", "--bf16", "--gradient_checkpointing")
+        two = self.train("need-room", "--bf16", "--activation_memory", limit)
         return f"{apart(one, two)} between --gradient_checkpointing and --activation_memory", "0"
+
+    def stages(self):
+        plain, *others = (self.train(f"stage-{k}", stage={"stage": k}) for k in range(4))
+        return "; ".join(f"stage {k} {apart(plain, one)}" for k, one in enumerate(others, 1)), "0, to float32"
 
     def offload(self):
         cpu = {"device": "cpu", "pin_memory": not self.args.toy}
-        plain, *_ = self.train("stage-3", settings={"stage": 3})
-        found = [self.train(f"offload-{stage}", settings={"stage": stage, "offload_optimizer": cpu} | more)[0]
+        plain = self.train("offload-none", stage={"stage": 3})
+        found = [self.train(f"offload-{stage}", stage={"stage": stage, "offload_optimizer": cpu} | more)
                  for stage, more in ((2, {}), (3, {"offload_param": cpu}))]
         return "; ".join(f"stage {stage} {apart(plain, one)}" for stage, one in zip((2, 3), found)), "0, to float32"
+
+    def resumed(self, *flags):
+        """A run that nothing disturbs, the same again, and one that is killed and goes on."""
+        name, flags = "-".join(("resumed", *flags)), [*flags, "--resume_steps", 1 if self.args.toy else 3]
+        one, two = (self.train(f"{name}-{k}", *flags) for k in "ab")
+        killed = self.folder / f"{name}-killed"
+        self.train(killed.name, *flags, until=lambda: lines_in(killed) >= (1 if self.args.toy else 8))
+        three = self.train(killed.name, *flags)
+        return (f"again {same_bytes(one, two)}, {apart(one, two)}; killed and resumed {same_bytes(one, three)}, "
+                f"{apart(one, three)}", "the same bytes")
+
+    def resumed_bf16(self):
+        return self.resumed("--bf16")
+
+    def scored(self, *flags):
+        """A run's last checkpoint, scored on the GPU and on the CPU."""
+        run, tables = self.train("-".join(("scored", *flags)), *flags), []
+        for cpu in (False, True):
+            place = self.folder / f"{run.folder.name}-{cpu}"
+            self.call(ROOT / "score.py", run.folder / f"checkpoint-{run.facts['steps']}", "--responses", "chosen",
+                      "rejected", "--output_dir", place, cpu=cpu)
+            tables.append(logps_of(place / "scores.parquet"))
+        if tables[0].keys() != tables[1].keys():
+            raise Failed("other rows were scored on the GPU than on the CPU")
+        most = max(abs(tables[0][key] - value) for key, value in tables[1].items())
+        return f"{len(tables[0])} responses, most apart {most:.1e} nats", "the CPU's, to the rounding of each"
+
+    def scored_bf16(self):
+        return self.scored("--bf16")
+
+    def launcher(self):
+        """DeepSpeed's own, as the README's first command has it; over NCCL, though of one rank."""
+        folder, steps = self.folder / "launched", 2 if self.args.toy else 4
+        self.call("-m", "deepspeed.launcher.runner", "--num_gpus", 1, ROOT / "train.py", "--output_dir", folder,
+                  "--cache_dir", self.folder / "launched-cache", "--draw", "false", "--max_steps", steps)
+        alone = self.train("alone", steps=steps)
+        return f"{apart(Ran(folder, 0), alone)} from plain python", "0"
 
     def rows(self):
         toy = ["--toy"] if self.args.toy else []
@@ -119,21 +182,67 @@ class Parts:
         said = self.call(ROOT / "bench" / "gpu.py", *toy, "--rounds", self.args.rounds, *more, "--json", file)
         self.below = said[said.index("| contender"):]
         found = json.loads(file.read_text())["results"]
-        return (f"ceiling {found['ceiling'] / 1e12:.3g} TFLOP/s; longest pair 2 x {found['longest_pair']:,} tokens",
+        longest = max((int(n) for n, one in found["longest_pair"].items() if isinstance(one, dict)), default=0)
+        return (f"ceiling {found['ceiling'] / 1e12:.3g} TFLOP/s; longest pair 2 x {longest:,} tokens",
                 "peaks in brackets below")
 
 
-PARTS = {"tests marked gpu": Parts.tests, "default run, against the CPU's": Parts.default_run,
-         "the same with --bf16, the varlen kernel": Parts.bfloat16, "a real model, --bf16": Parts.real_model,
-         "--activation_memory": Parts.by_need, "offloading, pinned": Parts.offload, "longest rows": Parts.rows,
-         "against TRL": Parts.contest}
+BESIDE = {"tests marked gpu": Parts.tests, "default run, against the CPU's": Parts.default_run,
+          "the same with --bf16, the varlen kernel": Parts.bfloat16, "all weights": Parts.full,
+          "SFT, --bf16": Parts.sft,
+          "a real model, --bf16": Parts.real_model, "--activation_memory": Parts.by_need, "ZeRO 1, 2, 3": Parts.stages,
+          "offloading, pinned": Parts.offload, "again, killed and resumed": Parts.resumed,
+          "the same with --bf16": Parts.resumed_bf16, "scored, against the CPU's": Parts.scored,
+          "scored, --bf16": Parts.scored_bf16, "DeepSpeed's launcher": Parts.launcher, "longest rows": Parts.rows}
+ALONE = {"against TRL": Parts.contest}
 
 
-def apart(one: list[dict], other: list[dict]) -> str:
+class Ran:
+    """A run folder as a finished command left it."""
+
+    def __init__(self, folder: Path, seconds: float):
+        self.folder, self.seconds = folder, seconds
+        file = folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        self.lines = [line for line in lines if "loss" in line]
+        self.facts = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
+
+
+def lines_in(folder: Path) -> int:
+    """Of metrics.jsonl: steps that are done."""
+    file = folder / "metrics.jsonl"
+    return file.read_text().count('"loss"') if file.exists() else 0
+
+
+def kill_when(process: subprocess.Popen, ready) -> None:
+    """Kills the process, as losing a machine would, once ready() is true."""
+    while process.poll() is None:
+        if ready():
+            return process.kill()
+        time.sleep(0.02)
+
+
+def same_bytes(one: Ran, other: Ran) -> str:
+    """Whether the last adapters of two runs are the same, in words."""
+    name = f"checkpoint-{one.facts['steps']}/adapter_model.safetensors"
+    same = (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
+    return "the same bytes" if same else "other bytes"
+
+
+def logps_of(file: Path) -> dict[tuple, float]:
+    """Of each response in a table of scores: its log-prob, by what names it."""
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(file).to_pylist()
+    return {tuple(row[name] for name in ("step", "dataset", "row", "response")): row["logps"] for row in rows}
+
+
+def apart(one: Ran, other: Ran) -> str:
     """The largest distance between two runs' numbers, by name, over all steps. Raises Failed for other steps."""
-    if len(one) != len(other):
-        raise Failed(f"{len(one)} steps, and {len(other)} steps")
-    found = {name: max(abs(a[name] - b[name]) for a, b in zip(one, other)) for name in NUMBERS if name in one[0]}
+    if len(one.lines) != len(other.lines) or not one.lines:
+        raise Failed(f"{len(one.lines)} steps, and {len(other.lines)} steps")
+    found = {name: max(abs(a[name] - b[name]) for a, b in zip(one.lines, other.lines))
+             for name in NUMBERS if name in one.lines[0]}
     return "distance of " + ", ".join(f"{name} {value:.1e}" for name, value in found.items())
 
 
@@ -146,6 +255,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="toy size on CPU: a check of this program, no measurement")
     parser.add_argument("--minutes", type=float, default=120, help="for all parts together")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 3),
+                        help="parts that run at one time, of those that measure no time")
+    names = ", ".join(map(name_of, (BESIDE | ALONE).values()))
+    parser.add_argument("--parts", nargs="*", help=f"of {names}; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="of bench/gpu.py")
     parser.add_argument("--model_name", help="a folder with a real model, for the part that compares it with the CPU")
     parser.add_argument("--train_file_path", help="pairs for that model")
@@ -156,27 +269,47 @@ def main() -> int:
 
     if not args.toy and not torch.cuda.is_available():
         sys.exit("bench/on_gpu.py: no CUDA device here; --toy runs the same code on CPU at toy size, without measuring")
-    file, found = Path(args.json or measure.RESULTS / "on_gpu.json"), {}
+    file, found, text = Path(args.json or measure.RESULTS / "on_gpu.json"), {}, ""
+    log = file.with_suffix(".log")
+    log.unlink(missing_ok=True)
     with TemporaryDirectory() as place:
-        parts = Parts(args, Path(place))
-        for name, part in PARTS.items():
-            began = time.monotonic()
-            try:
-                if began > parts.end:
-                    raise Failed("not begun: --minutes were over")
-                measured, counted = part(parts)
-                found[name] = {"result": "ran", "measured": measured, "counted": counted}
-            except (Failed, OSError, ValueError, LookupError, TypeError) as error:  # the next one may do better
-                found[name] = {"result": f"FAILED: {error}", "measured": "", "counted": ""}
-            found[name]["seconds"] = time.monotonic() - began
-            rows = [[name, one["result"], f"{one['seconds']:.0f}", one["measured"], one["counted"]]
-                    for name, one in found.items()]
-            text = "TOY SIZE ON CPU: a check of the program, no measurement\n\n" * args.toy + measure.table(
-                ["part", "result", "seconds", "measured", "counted"], rows) + f"\n\n{parts.below}"
-            measure.write("on_gpu", str(file), vars(args), {"toy": args.toy, "parts": found})
-            file.with_suffix(".md").write_text(text)
+        parts = Parts(args, Path(place), log)
+        for group, workers in ((BESIDE, args.workers), (ALONE, 1)):
+            chosen = {name: part for name, part in group.items() if name_of(part) in (args.parts or [name_of(part)])}
+            with ThreadPoolExecutor(workers) as pool:
+                begun = {pool.submit(outcome, part, parts): name for name, part in chosen.items()}
+                for future in as_completed(begun):
+                    found[begun[future]] = future.result()
+                    text = report(file, args, parts, found)
     print(text)
     return int(any(one["result"] != "ran" for one in found.values()))
+
+
+def name_of(part) -> str:
+    return part.__name__
+
+
+def outcome(part, parts: Parts) -> dict:
+    """Calls a part; returns what it found, or why it did not."""
+    began, one = time.monotonic(), {"result": "ran", "measured": "", "counted": ""}
+    try:
+        if began > parts.end:
+            raise Failed("not begun: --minutes were over")
+        one["measured"], one["counted"] = part(parts)
+    except (Failed, OSError, ValueError, LookupError, TypeError) as error:  # the others may do better
+        one["result"] = f"FAILED: {error}"
+    return one | {"seconds": time.monotonic() - began}
+
+
+def report(file: Path, args, parts: Parts, found: dict) -> str:
+    """Writes the table and the JSON file; returns the table."""
+    rows = [[name, (one := found[name])["result"], f"{one['seconds']:.0f}", one["measured"], one["counted"]]
+            for name in (*BESIDE, *ALONE) if name in found]
+    text = "TOY SIZE ON CPU: a check of the program, no measurement\n\n" * args.toy + measure.table(
+        ["part", "result", "seconds", "measured", "counted"], rows) + f"\n\n{parts.below}"
+    measure.write("on_gpu", str(file), vars(args), {"toy": args.toy, "parts": found})
+    file.with_suffix(".md").write_text(text)
+    return text
 
 
 if __name__ == "__main__":

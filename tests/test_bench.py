@@ -5,6 +5,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -134,7 +135,7 @@ def test_gpu_benchmark_says_where_it_is(monkeypatch):
 def test_gpu_benchmark_runs_at_toy_size_and_says_so(monkeypatch, tmp_path, capsys):
     """The whole path on CPU: a pair that does not fit is left out and listed, a contender that does not even start has
     its line, the rest is measured, and all of it labelled a toy."""
-    step, built = contenders.Nanodpo.step, []
+    step = contenders.Nanodpo.step
 
     def small(self, k):
         (_, chosen, _), = self.batch(k)
@@ -143,22 +144,25 @@ def test_gpu_benchmark_runs_at_toy_size_and_says_so(monkeypatch, tmp_path, capsy
         return step(self, k)
 
     class Broken(Here):
-        def __init__(self, build, **settings):
-            built.append(settings.get("work") and settings["work"].checkpointing)
-            if built[-1] == "broken":
+        def call(self, method, *args):
+            if args == ("broken",):
                 raise RuntimeError("OutOfMemoryError: the model alone")
-            super().__init__(build, **settings)
+            return super().call(method, *args)
 
     monkeypatch.setattr(gpu, "MODES", [*gpu.MODES, ("nanodpo", "broken")])
     monkeypatch.setattr(contenders.Nanodpo, "step", small)
     monkeypatch.setattr(measure, "Worker", Broken)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--toy", "--pairs", "2", "--rounds", "1", "--only", "nanodpo", "--json",
-                                      str(tmp_path / "toy.json")])
-    gpu.main()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--toy", "--pairs", "2", "--rounds", "1", "--only", "nanodpo",
+                                      "--profile", "--json", str(tmp_path / "toy.json")])
+    try:
+        gpu.main()
+    finally:
+        torch.use_deterministic_algorithms(False)
     shown, record = capsys.readouterr().out, json.loads((tmp_path / "toy.json").read_text())
     assert "TOY SIZE ON CPU" in shown and record["results"]["toy"] is True
     found = {one["checkpointing"]: one for one in record["results"]["contenders"]}
-    assert list(found) == ["by need", "full", "keep", "broken"]
+    assert list(found) == ["by need", "by need, deterministic", "full", "keep", "broken"]
+    assert "aten::mm" in shown  # of the profile
     assert found["broken"]["result"] == "out of memory before the first step"
     for mode, fit in (("by need", 2), ("full", 2), ("keep", 1)):
         mix = found[mode]["mix"]
@@ -173,7 +177,8 @@ def test_gpu_benchmark_runs_at_toy_size_and_says_so(monkeypatch, tmp_path, capsy
     assert mix["tokens_per_second"] == pytest.approx(least / mix["seconds"]["median"])
     need = found["by need"]
     assert need["mix"]["modes"] == [{"keep": 2}] * 2 and need["longest"]["modes"] != [{"keep": 2}]
-    assert 100 < record["results"]["longest_pair"] < 320
+    *fit, short = record["results"]["longest_pair"].items()  # up to the first that does not
+    assert 100 < int(fit[-1][0]) < 320 and short[1] is None and fit[-1][1]["modes"] == {"offload": 2}
     assert gpu.best(record["results"]["contenders"], "nanodpo")["fit"] == 2
 
 
@@ -236,8 +241,8 @@ def test_the_unattended_run_goes_on_after_a_part_that_fails(monkeypatch, tmp_pat
         parts.end = 0
         return "0.25 s", "0.5 s"
 
-    monkeypatch.setattr(on_gpu, "PARTS", {"no such file": lambda parts: parts.call("no-such.py"), "second": second,
-                                          "third": lambda parts: pytest.fail("begun")})
+    monkeypatch.setattr(on_gpu, "BESIDE", {"no such file": lambda parts: parts.call("no-such.py")})
+    monkeypatch.setattr(on_gpu, "ALONE", {"second": second, "third": lambda parts: pytest.fail("begun")})
     monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--toy", "--json", str(tmp_path / "found.json")])
     assert on_gpu.main() == 1
     shown, record = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())["results"]
@@ -246,19 +251,30 @@ def test_the_unattended_run_goes_on_after_a_part_that_fails(monkeypatch, tmp_pat
     assert "FAILED: exit code 2: " in first and "no-such.py" in first
     assert third == "FAILED: not begun: --minutes were over"
     assert (tmp_path / "found.md").read_text() in shown
+    assert "no-such.py" in (tmp_path / "found.log").read_text()
 
 
 @pytest.mark.slow
 def test_the_unattended_run_trains_and_compares(monkeypatch, tmp_path, capsys):
     """Two of its parts at toy size, on CPU on both sides: no distance at all between a run and its like."""
-    some = {name: part for name, part in on_gpu.PARTS.items() if "default" in name or "activation" in name}
-    monkeypatch.setattr(on_gpu, "PARTS", some)
     monkeypatch.setattr(on_gpu.Parts, "call", lambda self, script, *flags, **_: launch(script, *flags, launcher="fork"))
-    monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--toy", "--json", str(tmp_path / "found.json")])
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--toy", "--workers", "1", "--parts", "default_run", "by_need",
+                                      "--json", str(tmp_path / "found.json")])
     assert on_gpu.main() == 0
     found = json.loads((tmp_path / "found.json").read_text())["results"]["parts"]
     assert len(found) == 2 and all(part["measured"].startswith(
         "distance of loss 0.0e+00, logps/chosen 0.0e+00, logps/rejected 0.0e+00") for part in found.values())
+
+
+def test_the_unattended_run_kills_a_run_once_it_is_ready(tmp_path):
+    """And only then: a run that ends before is left alone. What a killed one has written stays."""
+    parts = on_gpu.Parts(SimpleNamespace(minutes=1, toy=True), tmp_path, tmp_path / "log")
+    file = tmp_path / "begun"
+    endless = f"import pathlib, time; pathlib.Path({str(file)!r}).write_text('x'); time.sleep(60)"
+    assert parts.call("-c", endless, until=file.exists) == "" and file.read_text() == "x"
+    assert parts.call("-c", "print(1)", until=lambda: False) == "1\n"
+    with pytest.raises(on_gpu.Failed, match="exit code 3"):
+        parts.call("-c", "raise SystemExit(3)", until=lambda: False)
 
 
 def test_bfloat16_is_trained_as_the_engine_trains_it():
