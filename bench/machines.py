@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import gpu
 import measure
+import rows
 
 MACHINES = [(1, 24), (1, 80), (4, 24), (8, 80)]  # GPUs, GB of each
 PAIRS = [2_000, 20_000, 64_000]  # tokens
@@ -28,12 +28,12 @@ BUCKET = 4 * 2 * 10**7  # reduce_bucket_size as train.py sets it
 
 
 def qwen(hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool = False) -> dict:
-    return gpu.QWEN_7B | {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+    return rows.QWEN_7B | {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
                           "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocabulary,
                           "tie_word_embeddings": tied}
 
 
-SIZES = {"0.5B": qwen(896, 4864, 24, 14, 2, 151_936, True), "7B": gpu.QWEN_7B,
+SIZES = {"0.5B": qwen(896, 4864, 24, 14, 2, 151_936, True), "7B": rows.QWEN_7B,
          "14B": qwen(5120, 13_824, 48, 40, 8, 152_064), "32B": qwen(5120, 27_648, 64, 40, 8, 152_064)}
 
 
@@ -87,8 +87,8 @@ class Numbers:
 def numbers(size: str, rank: int) -> Numbers:
     """Counted on tensors that have a shape and no data."""
     shape = SIZES[size]
-    model, chosen, _ = gpu.sized(shape, rank)
-    sizes = gpu.by_mode(chosen, shape)
+    model, chosen, _ = rows.sized(shape, rank)
+    sizes = rows.by_mode(chosen, shape)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     ends = sum(p.numel() for name, p in frozen.items() if "embed_tokens" in name or "lm_head" in name)
     vectors = sum(p.numel() for p in frozen.values() if p.ndim < 2)
@@ -138,10 +138,10 @@ def main() -> None:
     parser.add_argument("--lora_r", type=int, default=64)
     parser.add_argument("--json", help="default: bench/results/machines.json")
     args = parser.parse_args()
-    rows = [[f"{gpus} x {gb} GB", size, *(cell(numbers(size, args.lora_r), gpus, gb, pair) for pair in PAIRS)]
-            for gpus, gb in MACHINES for size in SIZES]
-    print(measure.table(["machine", "model", *(f"pair of {pair:,} tokens" for pair in PAIRS)], rows))
-    measure.write("machines", args.json, vars(args), {"counted": rows})
+    table = [[f"{gpus} x {gb} GB", size, *(cell(numbers(size, args.lora_r), gpus, gb, pair) for pair in PAIRS)]
+             for gpus, gb in MACHINES for size in SIZES]
+    print(measure.table(["machine", "model", *(f"pair of {pair:,} tokens" for pair in PAIRS)], table))
+    measure.write("machines", args.json, vars(args), {"counted": table})
 
 
 if __name__ == "__main__":

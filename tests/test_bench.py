@@ -22,6 +22,7 @@ import measure
 import on_gpu
 import precision
 import prompt_share
+import rows
 import step
 
 from nanodpo.core.attention import LOOP
@@ -76,13 +77,13 @@ def test_a_contest_on_unequal_losses_is_void():
 
 def test_the_length_mix_is_the_one_it_names():
     """Median 2.4k, 95th percentile 8k, longest 14k tokens; the pair after the mix has 20k a side."""
-    lengths = gpu.length_mix(1000, 1.0)
+    lengths = rows.length_mix(1000, 1.0)
     assert statistics.median(lengths) == pytest.approx(2400, rel=0.01)
     assert statistics.quantiles(lengths, n=20)[-1] == pytest.approx(8000, rel=0.02)
     assert lengths[-1] == 14_000
-    pairs = gpu.mixed_pairs(16, 1000, 1.0)
+    pairs = rows.mixed_pairs(16, 1000, 1.0)
     sides = sorted(len(p) + len(y) for p, *ys in pairs for y in ys)
-    assert sides == sorted(gpu.length_mix(16, 1.0) * 2 + [20_000] * 2)
+    assert sides == sorted(rows.length_mix(16, 1.0) * 2 + [20_000] * 2)
     both = [(len(prompt) + len(chosen), len(prompt) + len(rejected)) for prompt, chosen, rejected in pairs[:-1]]
     assert sum(2 * max(pair) for pair in both) / sum(map(sum, both)) == pytest.approx(1.36, abs=0.01)
 
@@ -103,7 +104,7 @@ def test_counted_flops_are_those_that_run(name, checkpointing):
     prompt, chosen, rejected = map(len, PAIRS[0])
     squares = (prompt + chosen) ** 2 + (prompt + rejected) ** 2
     attention = 2 * 4 / 2 * 32 * squares * (1 + (checkpointing == "full") + 2.5)  # two layers
-    expected = gpu.flops(name, PAIRS[0], SHAPE, 4, {checkpointing: 2}) - attention
+    expected = rows.flops(name, PAIRS[0], SHAPE, 4, {checkpointing: 2}) - attention
     # The first layer needs no gradient by its input, and the formula does not know that.
     assert 0.85 * expected < counted <= expected
 
@@ -170,8 +171,8 @@ def test_gpu_benchmark_runs_at_toy_size_and_says_so(monkeypatch, tmp_path, capsy
         assert mode == "by need" or mix["modes"] == [{mode: 2}] * fit  # of two layers
         assert len(found[mode]["did_not_fit"]) == 3 - fit - (mode != "keep")
         assert (found[mode]["longest"] is None) == (mode == "keep")
-    pairs = gpu.mixed_pairs(2, gpu.TOY["vocab_size"], 0.01)
-    least, most, last = map(gpu.tokens_of, sorted(pairs, key=gpu.tokens_of))
+    pairs = rows.mixed_pairs(2, rows.TOY["vocab_size"], 0.01)
+    least, most, last = map(rows.tokens_of, sorted(pairs, key=rows.tokens_of))
     assert found["keep"]["did_not_fit"] == [most, last] and last == 400
     mix = found["keep"]["mix"]
     assert mix["tokens_per_second"] == pytest.approx(least / mix["seconds"]["median"])
@@ -186,14 +187,14 @@ def test_what_rows_take_is_counted_without_data(monkeypatch, tmp_path, capsys):
     """As on CPU with data: nearly, since the two attentions differ. By hand what stands beside a row: two bytes a
     weight, 16 more a trained one."""
     shape = contenders.tiny_wide(hidden=64, vocabulary=1000)
-    counted = gpu.count(shape, 8, 1.0, PAIRS)
+    counted = rows.count(shape, 8, 1.0, PAIRS)
     found = counted["rows"]
     model = contenders.adapted(contenders.Work([], shape, rank=8, dtype=torch.bfloat16))
     fuse_lora(model)
     keep_less(model)
     model.get_base_model().set_attn_implementation(LOOP)
-    rows = functools.partial(sample_batch, "packed", model.config, torch.device("cpu"))
-    need = FitToMemory(Recompute(model), SequenceLogProbs(model), rows, 1.0)
+    sample = functools.partial(sample_batch, "packed", model.config, torch.device("cpu"))
+    need = FitToMemory(Recompute(model), SequenceLogProbs(model), sample, 1.0)
     for mode in MODES[:2]:
         assert found[mode]["bytes_per_token"] == pytest.approx(need.per_token[mode], rel=0.15), mode
     beside = sum(2 * p.numel() for p in model.parameters()) + 16 * sum(
