@@ -146,13 +146,15 @@ def _is_fork(entry) -> bool:
 
 
 def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False) -> None:
-    """Raises UserError that lists every difference between run.json in this folder, `old`, and this run, `new`.
+    """Raises UserError that lists every difference between run.json in this folder, `old`, and this run, `new`, that
+    makes another run of it; ZeRO's settings do not.
 
     `new` may lack entries that are not known yet. `before_loading`: an adapter to train on is not loaded, so its
     settings are not compared.
     """
     different = differences(old, new, before_loading)
-    if different:
+    names = {name for name, was, now in different if not (name == "deepspeed" and zero_alone(was, now))}
+    if names - {f"--{name}" for name in BY_CONTENT}:
         changes = in_words(different)
         advice = "give it the same ones to go on with it, or name a new folder"
         if {name for name, *_ in different} <= {"--max_steps", "--num_train_epochs", "steps"} and old.get("finished"):
@@ -162,6 +164,12 @@ def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False)
                       "is then the reference, too, unless --reference names another); for one longer run, name a new "
                       "--output_dir alone")
         raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); {advice}")
+
+
+def zero_alone(was: dict | None, now: dict) -> bool:
+    """Whether DeepSpeed's settings differ in those of ZeRO alone: a state can be taken up by any stage."""
+    any_stage = {"zero_optimization": None}
+    return was is not None and was | any_stage == now | any_stage
 
 
 def differences(old: dict, new: dict, before_loading: bool = False) -> list[tuple]:

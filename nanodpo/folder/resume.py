@@ -12,8 +12,7 @@ step k belongs metrics.jsonl up to step k - 1.
 ZeRO cuts a parameter wherever a rank's share ends. So a file has parts of parameters, flat: "exp_avg/<name>/1024" is
 a moment of the parameter <name> from its element 1024 on, as far as it goes. Whoever goes on reads the elements that it
 is to have, from whichever files have them, and no others. With another number of ranks sums over them are rounded
-otherwise: the run is then the same as far as arithmetic allows. (The files would do for another ZeRO stage, too, but
-DeepSpeed's settings must be those of the run.)
+otherwise: the run is then the same as far as arithmetic allows. So it is with another ZeRO stage.
 """
 
 import json

@@ -1,5 +1,6 @@
 """A run's folder: made or opened again, saved into, finished. All ranks call these functions together."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -72,6 +73,10 @@ def _open_as_main(run: Run) -> dict:
     memory.check_disk(run.folder, disk_needed(run))  # now, when half-written files of an ended process are removed
     if changed := record.changed_machine(run.old or run.fork.source, run.facts):
         distributed.say(f"resume: the last bits may differ, since another machine goes on ({changed})")
+    if run.old and run.old["deepspeed"] != run.facts["deepspeed"]:
+        now, was = (one["deepspeed"]["zero_optimization"] for one in (run.facts, run.old))
+        distributed.say(f"resume: the last bits may differ, since ZeRO is {json.dumps(now)} in place of "
+                        f"{json.dumps(was)}")
     if run.fork:
         fork.fill(run.fork, run.folder)
     facts, run.evaluated = resume.begin(run.folder, run.steps, run.wanted, first)
@@ -165,7 +170,7 @@ def save_state(run: Run) -> None:
 
 def _owner(run: Run) -> dict:
     """The entries of a manifest that tell which run has written it."""
-    return {"world_size": run.world, "run": record.fingerprint(run.facts)}
+    return {"world_size": run.world, "run": record.fingerprint(run.old or run.facts)}
 
 
 def finish(run: Run) -> None:
