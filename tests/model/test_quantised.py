@@ -263,7 +263,8 @@ def test_the_base_is_another_one_in_full_precision(tiny, runs, tmp_path):
 @installed
 @pytest.mark.parametrize("bits, more", [(4, ("zero2",)), (8, ("zero1", "--gradient_checkpointing")),
                                         (4, ("zero0", "--activation_memory", "0.0001")),
-                                        (4, ("--sequence_parallel_size", "2", "--gradient_accumulation_steps", "2"))])
+                                        (4, ("--sequence_parallel_size", "2", "--gradient_accumulation_steps", "2")),
+                                        (8, ("--sequence_parallel_size", "2", "--gradient_accumulation_steps", "2"))])
 def test_ranks_zero_and_recomputation_change_nothing(bits, more, tiny, runs, tmp_path):
     flags = [item for word in more for item in (("--deepspeed", zero(tmp_path, int(word[4:]))) if "zero" in word else
                                                 (word,))]
