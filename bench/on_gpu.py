@@ -91,7 +91,8 @@ class Parts:
         here, there = self.train("bf16", "--bf16"), self.train("bf16-cpu", "--bf16", cpu=True)
         if not self.args.toy and "varlen" not in here.facts["attention"]:
             raise Failed(f"attention is {here.facts['attention']}, not the varlen kernel")
-        return f"{apart(here, there)}; attention {here.facts['attention']}", f"noise of a pair {noise(here.facts)}"
+        return (f"{apart(here, there)}; attention {here.facts['attention']}",
+                f"5e-3, 1e-2, 7e-2, 3e-2: what products in bfloat16 do on a CPU; noise of a pair {noise(here.facts)}")
 
     def full(self):
         same = ["--use_lora", "false", "--learning_rate", "1e-5"]
