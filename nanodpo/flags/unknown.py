@@ -24,6 +24,7 @@ RENAMED = {name: ours for ours, names in {
     "lr_scheduler_type": "lr_scheduler scheduler", "max_grad_norm": "gradient_clipping clip_grad max_norm",
     "label_smoothing": "label_smoothing_factor", "seed": "data_seed random_seed", "deepspeed": "deepspeed_config",
     "output_dir": "output output_path save_dir", "use_flash_attention": "flash_attn use_flash_attn",
+    "deterministic": "full_determinism use_deterministic_algorithms",
     "beta": "dpo_beta pref_beta", "reference": "ref_model ref_model_name_or_path reference_model",
     "merge_weights": "merge_adapter merge_lora",
     "sequence_parallel_size": "sp_size sequence_parallel_degree ulysses_size context_parallel_size ring_attn_size",
