@@ -88,7 +88,6 @@ class Contender:
     def __init__(self, work: Work):
         self.work, self.cache = work, {}
         self.model = self.build()
-        draw_lora(self.model, work.spread)
         self.model.train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         # As in train.py's engine weights in bfloat16 have a twin in float32, and gradients go there as they come.
@@ -96,6 +95,13 @@ class Contender:
         for p, twin in zip(self.trained, self.twins):
             if p is not twin:
                 p.register_post_accumulate_grad_hook(functools.partial(_hand_over, twin))
+        self.begin()
+
+    def begin(self) -> None:
+        """The adapter and the optimizer that every contender starts with."""
+        draw_lora(self.model, self.work.spread)
+        for p, twin in zip(self.trained, self.twins):
+            twin.data.copy_(p.data)
         self.optimizer = torch.optim.AdamW(self.twins, lr=RATE, weight_decay=0.0, fused=True)
 
     def build(self):

@@ -17,7 +17,6 @@ import argparse
 import collections
 import dataclasses
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -31,8 +30,9 @@ from rows import QWEN_7B, TOY, by_mode, flops, mixed_pairs, show_count, sized, t
 
 SHORT_OF_MEMORY = ("OutOfMemory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
                    "the worker died")  # the operating system's own answer to too much
-SURE = ", deterministic"  # torch's deterministic algorithms, the flash kernel's backward among them
-MODES = [("nanodpo", "by need"), ("nanodpo", "by need" + SURE), ("nanodpo", "full"), ("nanodpo", "keep"),
+# nanodpo's operations are deterministic, as in train.py, but in the way that says so; TRL's are not.
+LOOSE = ", --deterministic false"
+MODES = [("nanodpo", "by need"), ("nanodpo", "by need" + LOOSE), ("nanodpo", "full"), ("nanodpo", "keep"),
          ("trl", "full"), ("trl", "keep")]
 
 
@@ -40,19 +40,25 @@ class OnDevice:
     """A contender whose steps end when the device has done them, and tell its peak memory."""
 
     def __init__(self, name: str, work: contenders.Work):
-        from nanodpo.ranks.distributed import use_expandable_segments
+        from nanodpo.ranks.distributed import round_alike, use_expandable_segments
 
         use_expandable_segments()  # for all contenders, as in training
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic products ask for
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding faults, which costs time
+        self.sure = name == "nanodpo"
+        if self.sure:
+            round_alike()
         self.cuda, self.short = work.device == "cuda", False
         self.contender = contenders.build(name, work)
 
     def use(self, checkpointing: str) -> None:
-        """From the next step on."""
-        mode, _, sure = checkpointing.partition(SURE)
+        """From the next step on; the adapter is the one that each way begins with."""
+        from nanodpo.ranks.distributed import same_bits_each_time
+
+        mode, _, loose = checkpointing.partition(",")
         self.contender.recompute_by(mode)
-        torch.use_deterministic_algorithms(bool(sure))
+        self.contender.begin()
+        torch.use_deterministic_algorithms(False)
+        if self.sure and not loose:
+            same_bits_each_time()
         self.short = True
 
     def step(self, k: int) -> dict | None:
@@ -105,7 +111,7 @@ def run(worker: measure.Worker | str, work: contenders.Work, checkpointing: str)
         worker.call("use", checkpointing)
         worker.call("step", min(range(len(work.pairs)), key=lambda k: tokens_of(work.pairs[k])))
         return [worker.call("step", k)[0] for k in range(len(work.pairs))]
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # the pipe of a process that has died raises the second
         return why(error)
 
 
@@ -118,7 +124,7 @@ def started(name: str, work: contenders.Work) -> measure.Worker | str:
         return why(error)
 
 
-def why(error: RuntimeError) -> str:
+def why(error: Exception) -> str:
     """Words for the table: the others go on."""
     short = any(sign in str(error) for sign in SHORT_OF_MEMORY)
     return "out of memory before the first step" if short else f"FAILED: {error}"
@@ -151,7 +157,7 @@ def longest_pair(worker: measure.Worker | str, scale: float, lengths: list[int])
         try:
             worker.call("use", "offload")
             found[length], *_ = worker.call("long_pair", length)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             found[length] = why(error)
         if not isinstance(found[length], dict):
             break
@@ -163,7 +169,7 @@ def profiled(worker: measure.Worker, k: int) -> str:
     try:
         worker.call("use", "full")
         return worker.call("profile", k)[0]
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         return why(error)
 
 
@@ -241,6 +247,9 @@ def contest(args, work: contenders.Work, top: float, counted: tuple, scale: floa
             runs[name, mode].append(run(worker, work, mode))
             print(*line(summarise(name, mode, runs[name, mode], work, top, counted)), sep=" | ", flush=True)
             keep()
+            if isinstance(runs[name, mode][-1], str) and isinstance(worker, measure.Worker):  # its process has ended
+                worker.close()
+                worker = started(name, work)
         if args.profile and isinstance(worker, measure.Worker):
             found["profile"][name] = profiled(worker, len(work.pairs) // 2)
         if name == "nanodpo":
@@ -259,7 +268,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16, help="of the mix, one a step; one of 20k tokens follows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="nanodpo, trl; default: both where installed")
-    parser.add_argument("--modes", nargs="*", help="of recomputation: 'by need', full, keep; default: all")
+    parser.add_argument("--modes", nargs="*", choices=sorted({mode for _, mode in MODES}), metavar="MODE",
+                        help="of recomputation: 'by need', full, keep; default: all")
     parser.add_argument("--lengths", nargs="*", type=int, default=[16, 32, 64, 80, 96, 128],
                         help="of the long pairs: 1024 tokens a side each")
     parser.add_argument("--profile", action="store_true", help="also write down which operations take a step's time")

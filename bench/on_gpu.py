@@ -45,19 +45,22 @@ class Parts:
 
     def call(self, *argv, cpu: bool = False, good: tuple = (0,), until=None) -> str:
         """Runs a command; returns what it printed. `until`: the command is killed once this returns true. Raises
-        Failed."""
+        Failed, also where it ended before."""
         env = os.environ | ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "4"} if cpu else {})
         left = max(1.0, self.end - time.monotonic())
-        process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True)
+        process, killed = subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                                           stderr=subprocess.PIPE, text=True, start_new_session=True), []
         if until:
-            threading.Thread(target=kill_when, args=(process, until), daemon=True).start()
+            threading.Thread(target=kill_when, args=(process, until, killed), daemon=True).start()
         try:
             out, err = process.communicate(timeout=left)
         except subprocess.TimeoutExpired as error:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+            process.communicate()
             raise Failed(f"stopped after {left:.0f} s: --minutes were over") from error
-        if process.returncode not in good and not (until and process.returncode == -signal.SIGKILL):
+        if until and not killed:
+            raise Failed(f"ended before it could be killed: exit code {process.returncode}")
+        if process.returncode not in good and not killed:
             with self.lock, self.log.open("a") as log:
                 print(*argv, f"\nexit code {process.returncode}", out[-4000:], err[-6000:], "", sep="\n", file=log)
             said = (err.strip() or out.strip() or "nothing").splitlines()[-1]
@@ -215,11 +218,12 @@ def lines_in(folder: Path) -> int:
     return file.read_text().count('"loss"') if file.exists() else 0
 
 
-def kill_when(process: subprocess.Popen, ready) -> None:
-    """Kills the process, as losing a machine would, once ready() is true."""
+def kill_when(process: subprocess.Popen, ready, killed: list) -> None:
+    """Kills the process, as losing a machine would, once ready() is true, and puts it into `killed`."""
     while process.poll() is None:
         if ready():
-            return process.kill()
+            killed.append(process)
+            return os.killpg(process.pid, signal.SIGKILL)
         time.sleep(0.02)
 
 
@@ -258,8 +262,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=120, help="for all parts together")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 3),
                         help="parts that run at one time, of those that measure no time")
-    names = ", ".join(map(name_of, (BESIDE | ALONE).values()))
-    parser.add_argument("--parts", nargs="*", help=f"of {names}; default: all")
+    parser.add_argument("--parts", nargs="*", choices=[name_of(part) for part in (BESIDE | ALONE).values()],
+                        metavar="PART", help="default: all; a wrong one lists them")
     parser.add_argument("--rounds", type=int, default=3, help="of bench/gpu.py")
     parser.add_argument("--model_name", help="a folder with a real model, for the part that compares it with the CPU")
     parser.add_argument("--train_file_path", help="pairs for that model")

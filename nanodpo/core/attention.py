@@ -1,7 +1,7 @@
 """Attention for packed batches: every response sees its own prompt and itself, nothing else. Torch only, but for the
 names registered with transformers.
 
-Shapes: H heads, G key/value heads, T tokens of the batch, E head size, S sequences.
+Shapes: H heads, G key/value heads, T tokens of the batch, E head size, S sequences, K keys: prompt + response of each.
 
 Two implementations of one definition, chosen by name (`config._attn_implementation`): "nanodpo_loop" calls causal SDPA
 once a sequence and runs anywhere; "nanodpo_varlen" is a single variable-length call on CUDA. Neither builds a mask of

@@ -1,7 +1,7 @@
 """Lays groups of [prompt | response | response ...] into batches without padding. Torch only.
 
-Shapes: S sequences (a prompt with one response), N scored tokens, K keys (prompt and response of every sequence),
-B the batch dimension (1 when packed), T tokens along it.
+Shapes: S sequences (a prompt with one response), N scored tokens, B the batch dimension (1 when packed), T tokens along
+it.
 
 A group is a prompt with any number of responses. In a packed batch the prompt stands once, its responses follow, the
 next group follows them; positions restart at len(prompt) for each response. Nothing is padded or shifted, and there
@@ -40,7 +40,7 @@ class TensorRecord:
 
 @dataclasses.dataclass
 class Segments(TensorRecord):
-    """Where the sequences of a packed batch lie, for attention. Tensors are int32 or int64."""
+    """Where the sequences of a packed batch lie, for attention. Tensors are int32."""
 
     # Of each sequence (prompt start, prompt end, response start, response end): positions in the batch, ends exclusive.
     spans: list[tuple[int, int, int, int]]

@@ -101,7 +101,8 @@ def check(fork: Fork, facts: dict, before_loading: bool = False) -> dict[str, li
     """{name: [value in the source, value in the fork]} of what is changed; `facts` are the entries of run.json that are
     known. Raises UserError for what can't be changed at this step, and a run that ends before it."""
     different = [line for line in record.differences(fork.source, facts, before_loading) if not _is_own(*line)]
-    fixed = [line for line in different if line[0] not in CHANGEABLE]
+    fixed = [(name, was, now) for name, was, now in different if name not in CHANGEABLE and not (
+        name == "deepspeed" and record.zero_alone(was, now))]
     if fork.step and any(name.removeprefix("--") not in record.BY_CONTENT for name, *_ in fixed):
         raise UserError(f"{fork}: the steps before {fork.step} would have been others with {record.in_words(fixed)}; "
                         "leave it as it was, or fork at 0, where everything can be changed")

@@ -25,10 +25,11 @@ from .elastic import DEFAULTS, SHARING, pairs_per_step
 from .reference import data_hash
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
-# Flags that may differ between a run and its continuation, since they change no number ...
+# Flags that may differ between a run and its continuation, since they change no number (deterministic: but for its last
+# bits, of which `changed_machine` tells) ...
 FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
         "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "inspect_row", "print_config", "dry_run",
-        "gradient_checkpointing", "activation_memory", "report_to", "keep_states", "fork"}
+        "gradient_checkpointing", "activation_memory", "report_to", "keep_states", "fork", "deterministic"}
 # ... or since the content of what they name is compared instead: weights, token ids, settings of DeepSpeed and PEFT.
 BY_CONTENT = {"model_name", "reference", "peft_config", "train_file_path", "eval_file_path", "chat_template",
               "deepspeed"}
@@ -36,6 +37,9 @@ BY_CONTENT = {"model_name", "reference", "peft_config", "train_file_path", "eval
 ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.
 MACHINE = ("versions", "git_commit", "device", "threads")
+# Settings of ZeRO, or how their names begin.
+PLACES = ("stage", "offload_", "overlap_comm", "contiguous_gradients", "round_robin_gradients", "sub_group_size",
+          "reduce_bucket_size", "reduce_scatter", "allgather_")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
             "peft_config", "loss_function", "layout", "attention", "fork")
 
@@ -155,9 +159,9 @@ def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False)
     different = differences(old, new, before_loading)
     names = {name for name, was, now in different if not (name == "deepspeed" and zero_alone(was, now))}
     if names - {f"--{name}" for name in BY_CONTENT}:
-        changes = in_words(different)
+        changes = in_words([one for one in different if one[0] in names])
         advice = "give it the same ones to go on with it, or name a new folder"
-        if {name for name, *_ in different} <= {"--max_steps", "--num_train_epochs", "steps"} and old.get("finished"):
+        if names <= {"--max_steps", "--num_train_epochs", "steps"} and old.get("finished"):
             last = folder / f"checkpoint-{old['steps']}"
             advice = ("it is finished, and in a longer run each step has another learning rate. To train further, "
                       f"start from its end in a new --output_dir: --model_name {shlex.quote(str(last))} (for DPO that "
@@ -166,10 +170,14 @@ def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False)
         raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); {advice}")
 
 
-def zero_alone(was: dict | None, now: dict) -> bool:
-    """Whether DeepSpeed's settings differ in those of ZeRO alone: a state can be taken up by any stage."""
-    any_stage = {"zero_optimization": None}
-    return was is not None and was | any_stage == now | any_stage
+def zero_alone(was, now: dict) -> bool:
+    """Whether DeepSpeed's settings differ in nothing but where ZeRO keeps weights, moments and gradients, and when it
+    exchanges them: a state can be taken up by any stage. (Others, as zero_quantized_gradients, change the numbers.)"""
+    if not (isinstance(was, dict) and isinstance(was.get("zero_optimization"), dict)):
+        return False
+    was, now = ({**one, "zero_optimization": {name: value for name, value in one["zero_optimization"].items() if not
+                 name.startswith(PLACES)}} for one in (was, now))
+    return was == now
 
 
 def differences(old: dict, new: dict, before_loading: bool = False) -> list[tuple]:
@@ -195,9 +203,12 @@ def in_words(different: list[tuple]) -> str:
 
 
 def changed_machine(old: dict, new: dict) -> str:
-    """The differences in MACHINE between two run.json, in words; empty where there are none."""
-    return ", ".join(f"{name}: {_short(old.get(name))} -> {_short(new[name])}" for name in MACHINE
-                     if old.get(name) != new[name])
+    """The differences in MACHINE between two run.json, and of --deterministic on a GPU, in words; empty where there are
+    none."""
+    pairs = [(name, old.get(name), new[name]) for name in MACHINE]
+    if new["device"] != "cpu":
+        pairs += [("--deterministic", old["arguments"].get("deterministic", False), new["arguments"]["deterministic"])]
+    return ", ".join(f"{name}: {_short(was)} -> {_short(now)}" for name, was, now in pairs if was != now)
 
 
 def _short(value) -> str:

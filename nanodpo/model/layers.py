@@ -108,6 +108,8 @@ def fuse_norms(model: nn.Module) -> None:
 
 
 def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    if x.dtype != norm.weight.dtype:  # of queries and keys in bfloat16: there is no such kernel
+        return type(norm).forward(norm, x)
     return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 

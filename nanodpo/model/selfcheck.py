@@ -12,7 +12,7 @@ import torch
 from ..core.attention import LOOP, VARLEN, loop_attention, varlen_attention
 from ..core.packing import LAYOUTS, Group, pack
 from ..errors import UserError, first_line
-from ..ranks.distributed import say, sum_over_ranks
+from ..ranks.distributed import changes_bits, say, sum_over_ranks
 from ..screen import folded
 from .ulysses import shared
 
@@ -136,6 +136,8 @@ def _over_ranks(device, measure, *args) -> float:
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, ImportError) as refusal:
+        if changes_bits(refusal):
+            raise
         say(f"the model refuses such a batch: {first_line(refusal)}")
         error = math.inf
     sums = torch.tensor([error, 1.0], dtype=torch.float64, device=device).nan_to_num(torch.inf, torch.inf)

@@ -84,12 +84,26 @@ def works_alone() -> bool:
     return _met["alone"]
 
 
+def round_alike() -> None:
+    """Lets training and scoring round alike on a GPU, --deterministic or not. To be called before the first tensor on
+    the GPU: cuBLAS reads its setting once in a process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products ask for; 32 MiB
+    torch.backends.cuda.enable_cudnn_sdp(False)  # an attention that deterministic training has not
+
+
 def same_bits_each_time() -> None:
-    """From now on operations on a GPU add in one order, and raise an error where they have none, as the flash kernel's
-    backward pass and index_add have without it. To be called before the first tensor on the GPU."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own wish; 32 MiB
+    """From now on operations on a GPU add in one order. One that can't raises an error, which `changing_bits_named`
+    puts in words."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding faults, which takes time
+
+
+def changes_bits(error: Exception) -> bool:
+    """Whether this is torch's error for an operation that gives other bits each time."""
+    return any(sign in str(error) for sign in ("does not have a deterministic implementation", CUBLAS))
+
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextlib.contextmanager
@@ -98,16 +112,21 @@ def changing_bits_named():
     try:
         yield
     except RuntimeError as error:
-        if not torch.are_deterministic_algorithms_enabled() or "deterministic" not in str(error):
+        if isinstance(error, RunStopped) or not changes_bits(error):
             raise
-        raise UserError(f"this model can't give the same bits each time on a GPU ({first_line(error)[:160]}); with "
-                        "--deterministic false it is trained, and a run that goes on does so to rounding") from error
+        if CUBLAS in str(error):
+            raise UserError(f"{CUBLAS}={os.environ.get(CUBLAS)}: to give the same bits each time on a GPU it must be "
+                            ":4096:8 or :16:8 before a process's first product there; start a new one, or give "
+                            "--deterministic false") from error
+        raise UserError(f"this model can't give the same bits each time on a GPU ({first_line(error)[:160]}); give "
+                        "--deterministic false: a run that goes on does so to rounding then") from error
 
 
 def start(local_rank: int, deterministic: bool = False) -> torch.device:
     """Joins the ranks of the launcher that started this process, or makes a run of one rank. Returns its device.
     `deterministic`: whether a GPU must give the same bits each time."""
     use_expandable_segments()
+    round_alike()
     if "RANK" not in os.environ:  # plain python: without these DeepSpeed goes looking for MPI
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -202,7 +221,8 @@ def process_as_it_was():
     if "deepspeed" in sys.modules and not errors.as_script:
         gc.collect()  # an earlier run's model and engine; a script's process has none
     before, linear = {name: os.environ.get(name) for name in NAMES}, torch.nn.functional.linear
-    sure = torch.are_deterministic_algorithms_enabled()
+    sure, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    warns, cudnn = torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
     try:
         yield
     finally:
@@ -211,7 +231,9 @@ def process_as_it_was():
             for name, value in before.items():
                 os.environ.pop(name, None) if value is None else os.environ.update({name: value})
             torch.nn.functional.linear = linear  # ZeRO-3 puts one of its own there for good
-            torch.use_deterministic_algorithms(sure)
+            torch.use_deterministic_algorithms(sure, warn_only=warns)
+            torch.utils.deterministic.fill_uninitialized_memory = filled
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def ask(flag: bool):

@@ -20,7 +20,8 @@ from ..ranks import distributed
 # is read from these is compared by content; only rank 0 uses the cache.
 FREE = BY_CONTENT | {"local_rank", "output_dir", "resume", "cache_dir"}
 # Settings that change how numbers are rounded.
-ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ATEN_CPU_CAPABILITY")
+ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ATEN_CPU_CAPABILITY",
+            "CUBLAS_WORKSPACE_CONFIG")
 
 
 @contextlib.contextmanager

@@ -72,9 +72,10 @@ def _open_as_main(run: Run) -> dict:
         return {"step": 0}
     memory.check_disk(run.folder, disk_needed(run))  # now, when half-written files of an ended process are removed
     if changed := record.changed_machine(run.old or run.fork.source, run.facts):
-        distributed.say(f"resume: the last bits may differ, since another machine goes on ({changed})")
-    if run.old and run.old["deepspeed"] != run.facts["deepspeed"]:
-        now, was = (one["deepspeed"]["zero_optimization"] for one in (run.facts, run.old))
+        distributed.say(f"resume: the last bits may differ: {changed}")
+    before = run.old or run.fork.source
+    if before["deepspeed"] != run.facts["deepspeed"] and record.zero_alone(before["deepspeed"], run.facts["deepspeed"]):
+        now, was = (one["deepspeed"]["zero_optimization"] for one in (run.facts, before))
         distributed.say(f"resume: the last bits may differ, since ZeRO is {json.dumps(now)} in place of "
                         f"{json.dumps(was)}")
     if run.fork:

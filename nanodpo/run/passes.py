@@ -96,6 +96,8 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
                    "data": reference.token_hash(data.examples), "layout": layout, "attention": attention,
                    # Stage 3 has matrix products of its own, which round otherwise.
                    "zero": stage, "device": distributed.device_name(run.device), "versions": record.versions()}
+    if run.device.type == "cuda":
+        fingerprint |= {"on a GPU": ["norms in one pass", args.deterministic]}
     if args.sequence_parallel_size > 1:  # so do products of parts of a batch
         fingerprint |= {"ranks that share a batch": args.sequence_parallel_size}
     if args.bf16:  # its rounding depends on what else is in the micro-batch

@@ -145,6 +145,7 @@ def open_device(local_rank: int, gpu_id: int | None) -> torch.device:
     if "RANK" in os.environ:
         return distributed.start(local_rank)
     distributed.use_expandable_segments()
+    distributed.round_alike()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(gpu_id or 0)  # what libraries put on "cuda" goes there too

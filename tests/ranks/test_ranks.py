@@ -360,17 +360,26 @@ def test_a_terminal_that_is_gone_keeps_nothing_from_being_saved(tmp_path):
 
 
 def test_an_operation_that_changes_its_bits_is_named(monkeypatch):
-    """On a GPU torch raises an error of its own: in a line it says what to do. Another error stays, and so does the
-    process: after a run the next one in it may do as it likes."""
+    """On a GPU torch raises an error of its own: in a line it says what to do. Another error stays, also of a folder
+    that is called deterministic, and so does the process: after a run the next one in it may do as it likes."""
     torch_says = "put_ does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms'"
     with distributed.process_as_it_was():
-        with pytest.raises(RuntimeError, match="^put_ does"), distributed.changing_bits_named():  # not asked for
-            raise RuntimeError(torch_says)
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+        distributed.round_alike()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":0:0"  # a user's own
+        with pytest.raises(UserError, match="^CUBLAS_WORKSPACE_CONFIG=:0:0: .* must be :4096:8 or :16:8 before"):
+            with distributed.changing_bits_named():
+                raise RuntimeError("Deterministic behavior was enabled ... set CUBLAS_WORKSPACE_CONFIG=:4096:8 ...")
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        distributed.round_alike()
         distributed.same_bits_each_time()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.are_deterministic_algorithms_enabled()
-        with pytest.raises(UserError, match=r"put_ does not have .* with --deterministic false"):
+        with pytest.raises(RunStopped, match="^deterministic-a: "), distributed.changing_bits_named():
+            raise RunStopped("deterministic-a: the disk is full")
+        with pytest.raises(UserError, match=r"\(put_ does not have .*\); give --deterministic false"):
             with distributed.changing_bits_named():
                 raise RuntimeError(torch_says)
         with pytest.raises(RuntimeError, match="^shapes differ$"), distributed.changing_bits_named():
             raise RuntimeError("shapes differ")
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
