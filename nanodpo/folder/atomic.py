@@ -88,7 +88,9 @@ def check_writable(folder: Path, flag: str) -> None:
     try:
         if not (place := nearest(folder)).is_dir():
             raise UserError(f"{flag}: can't be written to ({place} is a file)")
-        tempfile.TemporaryFile(dir=place).close()  # permission bits don't tell of read-only and odd file systems
+        # Permission bits don't tell of read-only and odd file systems. Where a file can't be without a name, as on NFS,
+        # another rank sees it for a moment: record.claim passes over this ending.
+        tempfile.TemporaryFile(dir=place, suffix=".partial").close()
     except OSError as error:
         raise UserError(f"{flag}: can't be written to ({error.strerror})") from error
 

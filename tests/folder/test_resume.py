@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -662,3 +663,23 @@ def test_random_kills(tmp_path):
                   "--kinds", "kill", "file", "--output", tmp_path / "faults.json", check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert len(json.loads((tmp_path / "faults.json").read_text())["kills"]) == 5
+
+
+def test_ranks_that_look_whether_they_can_write_do_not_take_each_other_for_a_run(tmp_path, monkeypatch):
+    """On a file system where every file has a name for a moment, as NFS: another rank may look at the folder just then,
+    and still finds it empty."""
+    monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", False)
+    unlink, seen = os.unlink, []
+
+    def between(path, *rest, **more):
+        if not seen:
+            seen.extend(os.listdir(tmp_path))
+            run_record.claim(tmp_path)
+        return unlink(path, *rest, **more)
+
+    monkeypatch.setattr(os, "unlink", between)
+    run_record.claim(tmp_path)
+    assert len(seen) == 1 and not os.listdir(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="is in use; name a new folder"):
+        run_record.claim(tmp_path)
