@@ -27,7 +27,7 @@ from nanodpo.figures.after import draw_run_after, is_drawn
 from nanodpo.folder import checkpoint, state
 from nanodpo.model import loading
 from nanodpo.model.quantised import bits_of
-from nanodpo.ranks import distributed
+from nanodpo.ranks import distributed, gpu
 from nanodpo.run import lifecycle, memory, monitors
 from nanodpo.run.deepspeed_settings import check_with_deepspeed
 from nanodpo.run.engine import make_engine
@@ -44,7 +44,7 @@ SCRIPT = Path(__file__).resolve()
 
 def main(argv: list[str]) -> None:
     with (Stop() as stop, distributed.process_as_it_was(), distributed.lost_peers_named(),
-          distributed.changing_bits_named()):
+          gpu.changing_bits_named()):
         distributed.meet()
         start = prepare(argv, SCRIPT)
         if start is None:

@@ -40,7 +40,7 @@ class OnDevice:
     """A contender whose steps end when the device has done them, and tell its peak memory."""
 
     def __init__(self, name: str, work: contenders.Work):
-        from nanodpo.ranks.distributed import round_alike, use_expandable_segments
+        from nanodpo.ranks.gpu import round_alike, use_expandable_segments
 
         use_expandable_segments()  # for all contenders, as in training
         self.sure = name == "nanodpo"
@@ -51,7 +51,7 @@ class OnDevice:
 
     def use(self, checkpointing: str) -> None:
         """From the next step on; the adapter is the one that each way begins with."""
-        from nanodpo.ranks.distributed import same_bits_each_time
+        from nanodpo.ranks.gpu import same_bits_each_time
 
         mode, _, loose = checkpointing.partition(",")
         self.contender.recompute_by(mode)

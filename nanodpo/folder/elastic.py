@@ -1,5 +1,5 @@
-"""How a step's pairs are shared by ranks and micro-batches, by a run's run.json. A run may go on with another number of
-ranks; the pairs of a step stay."""
+"""How a step's pairs are shared by ranks and micro-batches, and a model by ranks, by a run's run.json. A run may go on
+with another number of ranks, or another ZeRO stage; the pairs of a step stay."""
 
 import dataclasses
 from pathlib import Path
@@ -12,6 +12,9 @@ from ..ranks.distributed import world_size
 DEFAULTS = {flag.name: flag.default for flag in dataclasses.fields(TrainArguments)}
 # Entries of run.json that may differ as long as `pairs_per_step` is the same.
 SHARING = {"gradient_accumulation_steps", "sequence_parallel_size", "world_size"}
+# ZeRO's settings that may differ, or how their names begin.
+PLACES = ("stage", "offload_", "overlap_comm", "contiguous_gradients", "round_robin_gradients", "sub_group_size",
+          "reduce_bucket_size", "reduce_scatter", "allgather_")
 
 
 def arguments_of(record: dict) -> dict:
@@ -47,3 +50,13 @@ def share_anew(args, old: dict, folder: Path | str, demanded: bool = True) -> No
         raise UserError(f"{folder}: a step has {pairs_per_step(old)} pairs in {total} micro-batches, which "
                         f"{world_size()} ranks can't share evenly; go on with {', '.join(fit) + ' or ' * (total > 1)}"
                         f"{most} rank{'s' * (total * size > 1)}")
+
+
+def zero_alone(was, now: dict) -> bool:
+    """Whether DeepSpeed's settings differ in nothing but where ZeRO keeps weights, moments and gradients, and when it
+    exchanges them: a state can be taken up by any stage. (Others, as zero_quantized_gradients, change the numbers.)"""
+    if not (isinstance(was, dict) and isinstance(was.get("zero_optimization"), dict)):
+        return False
+    was, now = ({**one, "zero_optimization": {name: value for name, value in one["zero_optimization"].items() if not
+                 name.startswith(PLACES)}} for one in (was, now))
+    return was == now

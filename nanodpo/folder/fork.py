@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..ranks.distributed import is_main
 from . import record, resume
 from .atomic import BESIDE, aside, new_file, steps_of, writing
-from .elastic import DEFAULTS
+from .elastic import DEFAULTS, zero_alone
 
 # What a run can have anew from a step on: flags, and entries of run.json that follow from them.
 CHANGEABLE = {f"--{name}" for name in (
@@ -102,7 +102,7 @@ def check(fork: Fork, facts: dict, before_loading: bool = False) -> dict[str, li
     known. Raises UserError for what can't be changed at this step, and a run that ends before it."""
     different = [line for line in record.differences(fork.source, facts, before_loading) if not _is_own(*line)]
     fixed = [(name, was, now) for name, was, now in different if name not in CHANGEABLE and not (
-        name == "deepspeed" and record.zero_alone(was, now))]
+        name == "deepspeed" and zero_alone(was, now))]
     if fork.step and any(name.removeprefix("--") not in record.BY_CONTENT for name, *_ in fixed):
         raise UserError(f"{fork}: the steps before {fork.step} would have been others with {record.in_words(fixed)}; "
                         "leave it as it was, or fork at 0, where everything can be changed")

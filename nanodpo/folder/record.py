@@ -21,12 +21,12 @@ from ..errors import RunStopped, UserError
 from ..files import read_text
 from ..ranks.distributed import world_size
 from .atomic import aside, check_writable, clear_partials, flush, new_file, steps_of, writing
-from .elastic import DEFAULTS, SHARING, pairs_per_step
+from .elastic import DEFAULTS, SHARING, pairs_per_step, zero_alone
 from .reference import data_hash
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
-# Flags that may differ between a run and its continuation, since they change no number (deterministic: but for its last
-# bits, of which `changed_machine` tells) ...
+# Flags that may differ between a run and its continuation, since they change no number (deterministic does, in the last
+# bits, and that is said) ...
 FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
         "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "inspect_row", "print_config", "dry_run",
         "gradient_checkpointing", "activation_memory", "report_to", "keep_states", "fork", "deterministic"}
@@ -37,9 +37,6 @@ BY_CONTENT = {"model_name", "reference", "peft_config", "train_file_path", "eval
 ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.
 MACHINE = ("versions", "git_commit", "device", "threads")
-# Settings of ZeRO, or how their names begin.
-PLACES = ("stage", "offload_", "overlap_comm", "contiguous_gradients", "round_robin_gradients", "sub_group_size",
-          "reduce_bucket_size", "reduce_scatter", "allgather_")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
             "peft_config", "loss_function", "layout", "attention", "fork")
 
@@ -168,16 +165,6 @@ def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False)
                       "is then the reference, too, unless --reference names another); for one longer run, name a new "
                       "--output_dir alone")
         raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); {advice}")
-
-
-def zero_alone(was, now: dict) -> bool:
-    """Whether DeepSpeed's settings differ in nothing but where ZeRO keeps weights, moments and gradients, and when it
-    exchanges them: a state can be taken up by any stage. (Others, as zero_quantized_gradients, change the numbers.)"""
-    if not (isinstance(was, dict) and isinstance(was.get("zero_optimization"), dict)):
-        return False
-    was, now = ({**one, "zero_optimization": {name: value for name, value in one["zero_optimization"].items() if not
-                 name.startswith(PLACES)}} for one in (was, now))
-    return was == now
 
 
 def differences(old: dict, new: dict, before_loading: bool = False) -> list[tuple]:

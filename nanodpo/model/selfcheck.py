@@ -12,7 +12,8 @@ import torch
 from ..core.attention import LOOP, VARLEN, loop_attention, varlen_attention
 from ..core.packing import LAYOUTS, Group, pack
 from ..errors import UserError, first_line
-from ..ranks.distributed import changes_bits, say, sum_over_ranks
+from ..ranks.distributed import say, sum_over_ranks
+from ..ranks.gpu import changes_bits
 from ..screen import folded
 from .ulysses import shared
 

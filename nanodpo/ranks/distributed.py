@@ -16,6 +16,7 @@ from .. import errors
 from ..errors import RankStopped, RunStopped, Unreachable, UserError, first_line
 from ..flags.launchers import check_meeting, take_over
 from ..screen import put
+from . import gpu
 from .meeting import meet_at
 from .peers import CUT, LOST, Peers
 from .waits import PATIENCE
@@ -49,13 +50,6 @@ def check_device(args) -> None:
         raise UserError("--activation_memory -1: only a GPU says what it has left; give a number of GiB")
 
 
-def use_expandable_segments() -> None:
-    """Lets CUDA's allocator grow its blocks. Batches have all lengths, and blocks of their own sizes would leave holes
-    that fit no other batch. To be called before the first tensor on the GPU. A user's own setting stays."""
-    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
 def meet() -> None:
     """Waits for the other ranks where a launcher started several, and from then on watches whether they live.
 
@@ -84,49 +78,11 @@ def works_alone() -> bool:
     return _met["alone"]
 
 
-def round_alike() -> None:
-    """Lets training and scoring round alike on a GPU, --deterministic or not. To be called before the first tensor on
-    the GPU: cuBLAS reads its setting once in a process."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products ask for; 32 MiB
-    torch.backends.cuda.enable_cudnn_sdp(False)  # an attention that deterministic training has not
-
-
-def same_bits_each_time() -> None:
-    """From now on operations on a GPU add in one order. One that can't raises an error, which `changing_bits_named`
-    puts in words."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding faults, which takes time
-
-
-def changes_bits(error: Exception) -> bool:
-    """Whether this is torch's error for an operation that gives other bits each time."""
-    return any(sign in str(error) for sign in ("does not have a deterministic implementation", CUBLAS))
-
-
-CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-
-
-@contextlib.contextmanager
-def changing_bits_named():
-    """Raises UserError where an operation has no deterministic form, instead of torch's RuntimeError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, RunStopped) or not changes_bits(error):
-            raise
-        if CUBLAS in str(error):
-            raise UserError(f"{CUBLAS}={os.environ.get(CUBLAS)}: to give the same bits each time on a GPU it must be "
-                            ":4096:8 or :16:8 before a process's first product there; start a new one, or give "
-                            "--deterministic false") from error
-        raise UserError(f"this model can't give the same bits each time on a GPU ({first_line(error)[:160]}); give "
-                        "--deterministic false: a run that goes on does so to rounding then") from error
-
-
 def start(local_rank: int, deterministic: bool = False) -> torch.device:
     """Joins the ranks of the launcher that started this process, or makes a run of one rank. Returns its device.
     `deterministic`: whether a GPU must give the same bits each time."""
-    use_expandable_segments()
-    round_alike()
+    gpu.use_expandable_segments()
+    gpu.round_alike()
     if "RANK" not in os.environ:  # plain python: without these DeepSpeed goes looking for MPI
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -146,7 +102,7 @@ def start(local_rank: int, deterministic: bool = False) -> torch.device:
     if cuda:
         torch.cuda.set_device(local_rank)
         if deterministic:
-            same_bits_each_time()
+            gpu.same_bits_each_time()
     backend, rank, world = "nccl" if cuda else "gloo", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if _met["store"]:
         try:

@@ -73,11 +73,10 @@ def _open_as_main(run: Run) -> dict:
     memory.check_disk(run.folder, disk_needed(run))  # now, when half-written files of an ended process are removed
     if changed := record.changed_machine(run.old or run.fork.source, run.facts):
         distributed.say(f"resume: the last bits may differ: {changed}")
-    before = run.old or run.fork.source
-    if before["deepspeed"] != run.facts["deepspeed"] and record.zero_alone(before["deepspeed"], run.facts["deepspeed"]):
-        now, was = (one["deepspeed"]["zero_optimization"] for one in (run.facts, before))
-        distributed.say(f"resume: the last bits may differ, since ZeRO is {json.dumps(now)} in place of "
-                        f"{json.dumps(was)}")
+    was, now = ((run.old or run.fork.source)["deepspeed"], run.facts["deepspeed"])
+    if was != now and elastic.zero_alone(was, now):
+        was, now = (json.dumps(one["zero_optimization"]) for one in (was, now))
+        distributed.say(f"resume: the last bits may differ, since ZeRO is {now} in place of {was}")
     if run.fork:
         fork.fill(run.fork, run.folder)
     facts, run.evaluated = resume.begin(run.folder, run.steps, run.wanted, first)

@@ -14,7 +14,7 @@ from ..model.precision import storage_dtype
 from ..model.quantised import bits_of
 from ..model.ready import freeze
 from ..model.source import base_of
-from ..ranks import distributed
+from ..ranks import distributed, gpu
 
 
 @dataclasses.dataclass
@@ -144,8 +144,8 @@ def open_device(local_rank: int, gpu_id: int | None) -> torch.device:
     """This rank's device; ranks only meet where a launcher started them."""
     if "RANK" in os.environ:
         return distributed.start(local_rank)
-    distributed.use_expandable_segments()
-    distributed.round_alike()
+    gpu.use_expandable_segments()
+    gpu.round_alike()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(gpu_id or 0)  # what libraries put on "cuda" goes there too

@@ -20,7 +20,7 @@ from nanodpo.model import recompute
 from nanodpo.model.layers import fuse_lora, keep_less
 from nanodpo.model.recompute import MODES, FitToMemory, Recompute, _Live, peak_bytes
 from nanodpo.model.selfcheck import memory_is_linear
-from nanodpo.ranks.distributed import use_expandable_segments
+from nanodpo.ranks.gpu import use_expandable_segments
 
 R = 2
 
@@ -301,7 +301,7 @@ def test_a_users_own_allocator_settings_stay(name, monkeypatch):
 
 HOLES = """
 import torch
-from nanodpo.ranks.distributed import use_expandable_segments
+from nanodpo.ranks.gpu import use_expandable_segments
 use_expandable_segments()
 for tokens in (5001, 7003, 9007, 11003, 6007, 10007, 8009):  # rows, and what their layers keep
     kept = [torch.empty(tokens, width, device="cuda") for _ in range(10) for width in (512, 1024, 512, 2048)]

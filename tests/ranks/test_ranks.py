@@ -19,7 +19,7 @@ from test_resume import flags
 from nanodpo import errors
 from nanodpo.errors import Preempted, RankStopped, RunStopped, Unreachable, UserError
 from nanodpo.folder import resume
-from nanodpo.ranks import distributed
+from nanodpo.ranks import distributed, gpu
 from nanodpo.run import agreement, signals
 
 APART = ROOT / "tests" / "apart.py"
@@ -365,21 +365,21 @@ def test_an_operation_that_changes_its_bits_is_named(monkeypatch):
     torch_says = "put_ does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms'"
     with distributed.process_as_it_was():
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-        distributed.round_alike()
+        gpu.round_alike()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":0:0"  # a user's own
         with pytest.raises(UserError, match="^CUBLAS_WORKSPACE_CONFIG=:0:0: .* must be :4096:8 or :16:8 before"):
-            with distributed.changing_bits_named():
+            with gpu.changing_bits_named():
                 raise RuntimeError("Deterministic behavior was enabled ... set CUBLAS_WORKSPACE_CONFIG=:4096:8 ...")
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-        distributed.round_alike()
-        distributed.same_bits_each_time()
+        gpu.round_alike()
+        gpu.same_bits_each_time()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.are_deterministic_algorithms_enabled()
-        with pytest.raises(RunStopped, match="^deterministic-a: "), distributed.changing_bits_named():
+        with pytest.raises(RunStopped, match="^deterministic-a: "), gpu.changing_bits_named():
             raise RunStopped("deterministic-a: the disk is full")
         with pytest.raises(UserError, match=r"\(put_ does not have .*\); give --deterministic false"):
-            with distributed.changing_bits_named():
+            with gpu.changing_bits_named():
                 raise RuntimeError(torch_says)
-        with pytest.raises(RuntimeError, match="^shapes differ$"), distributed.changing_bits_named():
+        with pytest.raises(RuntimeError, match="^shapes differ$"), gpu.changing_bits_named():
             raise RuntimeError("shapes differ")
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -1,0 +1,52 @@
+"""Sets what a process needs before its first tensor on a GPU; names torch's errors for what rounds anew each time."""
+
+import contextlib
+import os
+
+import torch
+
+from ..errors import RunStopped, UserError, first_line
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def use_expandable_segments() -> None:
+    """Lets CUDA's allocator grow its blocks. Batches have all lengths, and blocks of their own sizes would leave holes
+    that fit no other batch. To be called before the first tensor on the GPU. A user's own setting stays."""
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def round_alike() -> None:
+    """Lets training and scoring round alike on a GPU, --deterministic or not. To be called before the first tensor on
+    the GPU: cuBLAS reads its setting once in a process."""
+    os.environ.setdefault(CUBLAS, ":4096:8")  # what deterministic products ask for; 32 MiB
+    torch.backends.cuda.enable_cudnn_sdp(False)  # an attention that deterministic training has not
+
+
+def same_bits_each_time() -> None:
+    """From now on operations on a GPU add in one order. One that can't raises an error, which `changing_bits_named`
+    puts in words."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding faults, which takes time
+
+
+def changes_bits(error: Exception) -> bool:
+    """Whether this is torch's error for an operation that gives other bits each time."""
+    return any(sign in str(error) for sign in ("does not have a deterministic implementation", CUBLAS))
+
+
+@contextlib.contextmanager
+def changing_bits_named():
+    """Raises UserError where an operation has no deterministic form, instead of torch's RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RunStopped) or not changes_bits(error):
+            raise
+        if CUBLAS in str(error):
+            raise UserError(f"{CUBLAS}={os.environ.get(CUBLAS)}: to give the same bits each time on a GPU it must be "
+                            ":4096:8 or :16:8 before a process's first product there; start a new one, or give "
+                            "--deterministic false") from error
+        raise UserError(f"this model can't give the same bits each time on a GPU ({first_line(error)[:160]}); give "
+                        "--deterministic false: a run that goes on does so to rounding then") from error
