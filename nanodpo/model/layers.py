@@ -101,10 +101,8 @@ def _weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 def fuse_norms(model: nn.Module) -> None:
     """RMSNorms with Llama's forward go through PyTorch's own kernel: one pass, not seven. For a GPU, where a pass costs
     more than its arithmetic. arXiv 1910.07467, Eq. 4."""
-    llama = _bytecode(LlamaRMSNorm)
-    for module in model.modules():
-        if llama and _bytecode(type(module)) == llama:
-            module.forward = functools.partial(_rms_norm, module)
+    for module in _with_forward_of(LlamaRMSNorm, model):
+        module.forward = functools.partial(_rms_norm, module)
 
 
 def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -118,15 +116,19 @@ def keep_less(model: nn.Module) -> None:
 
     Set a module's `keeps_less` to False in a layer that is checkpointed: its hooks would keep what checkpointing drops.
     """
-    llama = _bytecode(LlamaMLP)
-    for module in model.modules():
-        if llama and _bytecode(type(module)) == llama:
-            module.keeps_less, module.forward = True, functools.partial(_gated_forward, module)
+    for module in _with_forward_of(LlamaMLP, model):
+        module.keeps_less, module.forward = True, functools.partial(_gated_forward, module)
+
+
+def _with_forward_of(kind: type, model: nn.Module) -> list[nn.Module]:
+    """The modules of a model whose forward is that of this class of Llama's, under whatever name."""
+    llama = _bytecode(kind)
+    return [module for module in model.modules() if llama and _bytecode(type(module)) == llama]
 
 
 def _bytecode(kind: type) -> tuple | None:
-    """The instructions of a class's forward, with the names and numbers in them. Model families write Llama's MLP under
-    names of their own, so the name of the class does not tell."""
+    """The instructions of a class's forward, with the names and numbers in them. Model families write Llama's layers
+    under names of their own, so the name of the class does not tell."""
     code = getattr(kind.forward, "__code__", None)  # a forward that is no plain function has none
     return code and (code.co_code, code.co_names, code.co_consts)
 
