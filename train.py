@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 
 from nanodpo import progress
-from nanodpo.core.batches import groups_of, make_batch, pair_lengths, total_tokens
 from nanodpo.core.losses import loss_divisor, needs_reference, pair_losses
-from nanodpo.core.packing import scored_places
+from nanodpo.core.packing import make_batch, pair_lengths, scored_places, total_tokens
 from nanodpo.data.example import SIDES
 from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
 from nanodpo.errors import Preempted, RunStopped, leave, run_script
@@ -31,7 +30,7 @@ from nanodpo.ranks import distributed, gpu
 from nanodpo.run import lifecycle, memory, monitors
 from nanodpo.run.deepspeed_settings import check_with_deepspeed
 from nanodpo.run.engine import make_engine
-from nanodpo.run.guards import StepGuard, check_start
+from nanodpo.run.guards import StepGuard, check_start, guarded
 from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, peak_gib
 from nanodpo.run.models import load_models
 from nanodpo.run.passes import add_references, dry_run, evaluate, measure_noise, row_weights
@@ -97,7 +96,7 @@ def train(run: Run) -> None:
         try:
             between_steps(run)
             while run.step < run.steps:
-                with StepGuard(run.train_set.examples, run.stop, run.rank, f"step {run.step}") as guard:
+                with guarded(run.train_set.examples, run.stop, run.rank, f"step {run.step}") as guard:
                     line = train_step(run, guard)
                 if run.step == 0 and run.ref is not None and run.starts_as_reference and not args.allow_dropout:
                     check_start(line, guard.reference_gap(run.ref), args.bf16, args.cache_dir)
@@ -129,20 +128,19 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     Every pair of a step counts by the weight of its row, however the step is cut into micro-batches and ranks.
     """
     args, engine, examples, began = run.args, run.engine, run.train_set.examples, time.perf_counter()
-    pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step, run.row_starts)
+    pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step, run.row_starts)  # their indices
     sides = SIDES[:1] if args.loss == "sft" else SIDES  # SFT trains on chosen alone
-    # A step's loss is the weighted mean over its pairs (sft: over their tokens). DeepSpeed averages the gradient over
-    # ranks, so each rank's part of the sum is multiplied by their number. The divisor counts the rows of --without_rows
-    # too: leaving them out changes no other pair's term (counterfactual SGD, arXiv 1906.08473).
-    divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs],
-                           [examples[k].weight for k in pairs])
-    scale = run.world / divisor
+    # A step's loss is a weighted mean over its pairs (sft: over their tokens). With this factor it is the plain mean of
+    # its pairs' terms.
+    scale = len(pairs) / loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs],
+                                      [examples[k].weight for k in pairs])
     rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
 
     engine.train()
-    meter, token_metrics = Meter(run.device), TokenMetrics(engine.module.head, gather=engine.module.parallel.gather)
+    meter = Meter(run.device)
+    token_metrics = engine.module.head.on_chunk = TokenMetrics(engine.module)  # sees each chunk of the kernel's
     micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.data_rank, run.data_world)
     for i, (indices, factor) in enumerate(guard.each(micro_batches)):  # factor 0: a repeat, see micro_batches_of
         here = [examples[k] for k in indices]
@@ -151,19 +149,20 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         # (P, 2), computed before the first step: add_references in run/passes.py, kept by folder/reference.py.
         ref = None if run.ref is None else run.ref[indices].to(run.device, non_blocking=True)
         # DeepSpeed's engine calls SequenceLogProbs of core/logprobs.py: log pi(y|x), summed over the tokens of y.
-        logps = engine(batch)[index]  # (P, 2): pairs of one row share what they have in common
+        logps = engine(batch)[index]  # (P, 2): a response that pairs of one row share is computed once
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)  # (P,)
-        losses = losses * run.row_weights[indices].to(run.device, non_blocking=True)
+        losses = losses * (run.row_weights[indices].to(run.device, non_blocking=True) * scale)
         values = pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
         meter.add({"loss": losses.detach()} | values | token_metrics.take(batch, index, lengths), factor)
         engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # tells DeepSpeed which is the last
         losses = guard.nan_where_nonfinite(indices, logps, losses)
-        engine.backward(losses.sum() * factor * scale)
-    norm, applied = update(engine)  # none where a pair was not finite: it has made the gradient NaN
-    means = meter.means(len(pairs) / divisor)
+        # DeepSpeed adds up the gradients of micro-batches, and takes their mean over ranks: hence times `world`.
+        engine.backward(losses.sum() * factor * (run.world / len(pairs)))
+    norm, applied = update(engine)  # not applied where a number was not finite: the whole gradient is NaN then
+    means = meter.means()
     if not applied:
         skip_or_stop(run, guard.why_left_out(means, norm, pairs))
-    n_tokens = total_tokens(groups_of([examples[k] for k in pairs], sides)[0])
+    n_tokens = total_tokens([examples[k] for k in pairs], sides)
     seconds = time.perf_counter() - began
     run.tokens += n_tokens
     return {"step": run.step, "epoch": run.step / run.steps_per_epoch, **means, "grad_norm": norm,

@@ -21,7 +21,7 @@ import time
 import torch
 
 import train
-from nanodpo.core import batches as core_batches
+from nanodpo.core import logprobs
 from nanodpo.folder import checkpoint, resume
 from nanodpo.run import metrics, passes, signals
 
@@ -162,8 +162,8 @@ def plant(fault: str) -> None:
     if "-" in what:
         plant_in(*reversed(what.split("-")), int(step), mine)
     elif what == "slow":
-        batch = core_batches.make_batch
-        for place in (core_batches, passes, train):
+        batch = logprobs.make_batch
+        for place in (logprobs, passes, train):
             place.make_batch = lambda *args: (time.sleep(float(step)), batch(*args))[1]
     elif what == "metrics":
         metrics.write_line = half_a_line(int(step))

@@ -6,8 +6,8 @@ Shapes: H heads, G key/value heads, T tokens of the batch, E head size, S sequen
 Two implementations of one definition, chosen by name (`config._attn_implementation`): "nanodpo_loop" calls causal SDPA
 once a sequence and runs anywhere; "nanodpo_varlen" is a single variable-length call on CUDA. Neither builds a mask of
 the whole batch. The loop builds masks of one sequence in two cases: (sequence, sequence) where a model caps its scores
-or has a sliding window shorter than the sequence; and (response, prompt + response) for a later response to a prompt
-that is no longer than the prompt and than SHORT.
+or has a sliding window shorter than the sequence; and (response, prompt + response) for the second or a later response
+to a prompt, if that response is no longer than the prompt, and no longer than SHORT.
 """
 
 import functools

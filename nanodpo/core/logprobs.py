@@ -19,19 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .packing import make_batch
+
 # The most bytes of float32 logits at one time. Every chunk reads the whole output weight again, so on a GPU a few
 # hundred tokens must share a chunk, or memory and not arithmetic sets the speed; on a CPU larger chunks bring nothing
 # (bench/head.py).
 CHUNK_BYTES = (256 if torch.cuda.is_available() else 64) * 2**20
 CAST_BLOCK = 2**24  # numbers of a bfloat16 output weight that are held in float32 at one time, on a CPU: 64 MiB
-
-
-class LogitSettings(NamedTuple):
-    """How logits follow from the product W h + b."""
-
-    scale: float
-    cap: float | None  # logits = cap tanh(scale (W h + b) / cap), or scale (W h + b) without a cap
-    bf16: bool  # whether a GPU multiplies in bfloat16; what comes out of the product is float32
 
 
 class LogProbHead(nn.Module):
@@ -44,43 +38,49 @@ class LogProbHead(nn.Module):
         super().__init__()
         self.weight, self.bias = lm_head.weight, lm_head.bias
         self.scale, self.cap = scale, cap
-        self.on_chunk = None  # called after every chunk, has an attribute `whole`: run/metrics.py, TokenMetrics
+        self.on_chunk = None  # called after every chunk: TokenMetrics of run/metrics.py
         self.product_dtype = getattr(lm_head, "product_dtype", None)  # set by model/precision.py
         self.chunk = chunk or max(1, CHUNK_BYTES // (4 * lm_head.out_features))
 
+    @property
+    def bf16(self) -> bool:
+        """Whether a GPU multiplies in bfloat16. What comes out of the product is float32, even so."""
+        return self.weight.is_cuda and torch.bfloat16 in (self.weight.dtype, self.product_dtype)
+
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """(N, D), (N,) -> (N,): log softmax(logits)[target], nats, float32 (float64 for float64 hidden states)."""
-        settings = self.logit_settings(hidden)
-        return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self.chunk, settings, self.on_chunk)
-
-    def logit_settings(self, hidden: Tensor) -> LogitSettings:
-        bf16 = hidden.is_cuda and torch.bfloat16 in (hidden.dtype, self.weight.dtype, self.product_dtype)
-        return LogitSettings(self.scale, self.cap, bf16)
+        return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self)
 
     def logits(self, hidden: Tensor, buffer: Tensor | None = None) -> Tensor:
-        """(C, D) -> (C, V), float32 or better: of one chunk, for score.py's measures; in the memory of `buffer`."""
+        """(C, D) -> (C, V), float32 or better: cap tanh(s (W h + b) / cap), or s (W h + b) without a cap; s is `scale`.
+        They take the first C lines of `buffer`, which every chunk writes again, or memory of their own."""
         if buffer is None:
             dtype = torch.promote_types(hidden.dtype, torch.float32)
             buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
-        return _logits(buffer, hidden, self.weight, self.bias, self.logit_settings(hidden))
+        z = buffer[: len(hidden)]
+        if self.bf16:  # the product itself gives float32, which a CPU's can't
+            torch.mm(hidden.bfloat16(), self.weight.bfloat16().T, out_dtype=z.dtype, out=z)
+            if self.bias is not None:
+                z.add_(self.bias)
+        else:  # both factors in float32: a CPU's bfloat16 product would round each logit
+            for vocab, rows in _blocks(self.weight, z.dtype):
+                if self.bias is None:
+                    torch.mm(hidden.to(z.dtype), rows.T, out=z[:, vocab])
+                else:
+                    torch.addmm(self.bias[vocab].to(z.dtype), hidden.to(z.dtype), rows.T, out=z[:, vocab])
+        if self.scale != 1.0:
+            z.mul_(self.scale)
+        return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
+    def slope(self, z: Tensor) -> Tensor | float:
+        """d logits / d (W h + b), from the logits z themselves: (C, V), or one number where there is no cap."""
+        return self.scale if self.cap is None else (z / self.cap).square_().neg_().add_(1).mul_(self.scale)
 
-def _logits(buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: LogitSettings) -> Tensor:
-    """(C, V), float32 or better: the first C lines of `buffer`, which every chunk writes again."""
-    z = buffer[: len(hidden)]
-    if settings.bf16:  # the product itself gives float32, which a CPU's can't
-        torch.mm(hidden.bfloat16(), weight.bfloat16().T, out_dtype=z.dtype, out=z)
-        if bias is not None:
-            z.add_(bias)
-    else:  # both factors in float32: a CPU's bfloat16 product would round each logit
-        for vocab, rows in _blocks(weight, z.dtype):
-            if bias is None:
-                torch.mm(hidden.to(z.dtype), rows.T, out=z[:, vocab])
-            else:
-                torch.addmm(bias[vocab].to(z.dtype), hidden.to(z.dtype), rows.T, out=z[:, vocab])
-    if settings.scale != 1.0:
-        z.mul_(settings.scale)
-    return z if settings.cap is None else z.div_(settings.cap).tanh_().mul_(settings.cap)
+    def times_weight(self, dz: Tensor) -> Tensor:
+        """(C, V) -> (C, D): dz W, in the dtype of dz, or in bfloat16."""
+        if self.bf16:
+            return dz.bfloat16() @ self.weight.bfloat16()
+        return functools.reduce(torch.add, (dz[:, vocab] @ rows for vocab, rows in _blocks(self.weight, dz.dtype)))
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype):
@@ -88,13 +88,6 @@ def _blocks(weight: Tensor, dtype: torch.dtype):
     size = len(weight) if weight.dtype == dtype else max(1, CAST_BLOCK // weight.shape[1])
     for i in range(0, len(weight), size):
         yield slice(i, i + size), weight[i : i + size].to(dtype)
-
-
-def _times(dz: Tensor, weight: Tensor, bf16: bool) -> Tensor:
-    """(C, V) @ (V, D) -> (C, D), in the dtype of dz or where `bf16` in bfloat16."""
-    if bf16:
-        return dz.bfloat16() @ weight.bfloat16()
-    return functools.reduce(torch.add, (dz[:, vocab] @ rows for vocab, rows in _blocks(weight, dz.dtype)))
 
 
 class Chunk(NamedTuple):
@@ -109,8 +102,8 @@ class Chunk(NamedTuple):
 
 def chunk_logps(z: Tensor, targets: Tensor, exps: Tensor | None = None) -> Chunk:
     """(C, V) logits, (C,) -> the log-probs of the targets: every log-softmax of this program. From its exponentials
-    training computes its gradient, and score.py its measures. They take z's memory, or that of `exps`: then z holds
-    z - top afterwards."""
+    training computes its gradient, and score.py its measures. The exponentials overwrite z, or are written into
+    `exps`, where that is given; then z is left as z - top."""
     top = z.amax(1)
     picked = z.gather(1, targets[:, None]).squeeze(1)
     z.sub_(top[:, None])  # no exponential is above 1 then, none overflows
@@ -118,11 +111,6 @@ def chunk_logps(z: Tensor, targets: Tensor, exps: Tensor | None = None) -> Chunk
     total = exps.sum(1)
     lse = top + total.log()
     return Chunk(picked - lse, lse, top, exps, total)
-
-
-def _slope(z: Tensor, settings: LogitSettings) -> Tensor | float:
-    """dz / d(W h + b), from z itself: (C, V), or one number where there is no cap."""
-    return settings.scale if settings.cap is None else (z / settings.cap).square_().neg_().add_(1).mul_(settings.scale)
 
 
 def _product_grad(exps: Tensor, total: Tensor, targets: Tensor, slope: Tensor | float) -> Tensor:
@@ -142,7 +130,8 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk, settings, on_chunk):
+    def forward(ctx, hidden, weight, bias, targets, head):
+        chunk, on_chunk = head.chunk, head.on_chunk
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         lse = torch.empty_like(logps)
@@ -150,19 +139,19 @@ class _TokenLogProbs(torch.autograd.Function):
         kept = torch.empty_like(hidden) if hidden.requires_grad and not ctx.trainable else None
         # One buffer for all chunks, and all arithmetic inside it: allocating would take longer than the arithmetic.
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
-        exps = torch.empty_like(buffer) if on_chunk is not None and on_chunk.whole else None
+        exps = torch.empty_like(buffer) if on_chunk is not None and on_chunk.needs_logits else None
         for i in range(0, len(hidden) or 1, chunk):  # also for no token, so that `on_chunk` is called on every rank
             here = slice(i, i + chunk)
-            z = _logits(buffer, hidden[here], weight, bias, settings)
-            slope = None if kept is None else _slope(z, settings)  # before exponentials overwrite z
+            z = head.logits(hidden[here], buffer)
+            slope = None if kept is None else head.slope(z)  # before exponentials overwrite z
             found = chunk_logps(z, targets[here], exps)
             logps[here], lse[here] = found.logps, found.lse
             if kept is not None:
                 dz = _product_grad(found.exps, found.total, targets[here], slope)
-                kept[here] = g = _times(dz, weight, settings.bf16)
+                kept[here] = g = head.times_weight(dz)
             if on_chunk:
                 on_chunk(found, z, hidden[here], None if kept is None else g)  # not yet rounded to kept's dtype
-        ctx.chunk, ctx.settings = chunk, settings
+        ctx.head = head
         ctx.save_for_backward(*((hidden, weight, bias, targets, lse) if ctx.trainable else (kept,)))
         return logps
 
@@ -171,25 +160,25 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx, grad):
         if not ctx.trainable:
             (kept,) = ctx.saved_tensors
-            return (kept * grad[:, None]).to(kept.dtype), *[None] * 6
+            return (kept * grad[:, None]).to(kept.dtype), *[None] * 4
         hidden, weight, bias, targets, lse = ctx.saved_tensors
-        chunk, settings = ctx.chunk, ctx.settings
+        head, chunk = ctx.head, ctx.head.chunk
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=lse.dtype)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=lse.dtype)
         for i in range(0, len(hidden), chunk):
             here = slice(i, i + chunk)
-            z = _logits(buffer, hidden[here], weight, bias, settings)
-            slope = _slope(z, settings)
+            z = head.logits(hidden[here], buffer)
+            slope = head.slope(z)
             exps = z.sub_(lse[here, None]).exp_()  # probabilities, so their total is 1
             dz = _product_grad(exps, torch.ones_like(lse[here]), targets[here], slope).mul_(grad[here, None])
-            d_hidden[here] = _times(dz, weight, settings.bf16)
+            d_hidden[here] = head.times_weight(dz)
             # The weight's gradient is a sum over all chunks: bfloat16 would lose what the later ones add.
-            d_weight += dz.bfloat16().T @ hidden[here].bfloat16() if settings.bf16 else dz.T @ hidden[here].to(dz.dtype)
+            d_weight += dz.bfloat16().T @ hidden[here].bfloat16() if head.bf16 else dz.T @ hidden[here].to(dz.dtype)
             if d_bias is not None:
                 d_bias += dz.sum(0)
-        return d_hidden, d_weight.to(weight.dtype), d_bias, *[None] * 4
+        return d_hidden, d_weight.to(weight.dtype), d_bias, *[None] * 2
 
 
 def sum_by_sequence(token_logps: Tensor, sequence_ids: Tensor, n_sequences: int) -> Tensor:
@@ -203,7 +192,7 @@ class OneRank:
     """A rank that has its batch for itself. For ranks that share one, model/ulysses.py has a class in place of this."""
 
     rank, size = 0, 1
-    shard = gather = sum = staticmethod(lambda whole: whole)  # a batch, or values of its scored tokens
+    shard = gather = sum = staticmethod(lambda whole: whole)  # of a batch, or of values of its scored tokens, all
 
 
 class SequenceLogProbs(nn.Module):
@@ -226,6 +215,7 @@ class SequenceLogProbs(nn.Module):
         """Batch -> (N, D): the hidden state that predicts each scored token, in the wider of its dtype and the output
         layer's."""
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        # LoRA stands within the base's own layers. Its output layer is not called: LogProbHead is in its place.
         # transformers hands keywords that it does not know down to the attention function, which needs `segments`.
         extra = {} if batch.segments is None else {"position_ids": batch.position_ids, "segments": batch.segments}
         states = inner.base_model(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state  # (B, T, D)
@@ -240,3 +230,11 @@ class SequenceLogProbs(nn.Module):
     def forward(self, batch) -> Tensor:
         """Batch -> (S,): the summed log-prob of each response, nats, float64."""
         return sum_by_sequence(self.token_logps(batch), batch.sequence_ids, batch.n_sequences)
+
+
+@torch.no_grad()
+def response_logps(model, examples: list, sides: list[str], layout: str, device: torch.device) -> Tensor:
+    """(P, R) float64: log pi(y|x) of each response, summed over its tokens, nats; without gradients.
+    `model` is a SequenceLogProbs or DeepSpeed's engine around one."""
+    batch, index = make_batch(examples, sides, layout, device)
+    return model(batch)[index]

@@ -32,8 +32,8 @@ def dpo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing
     By Bradley and Terry, chosen wins with chance sigmoid(r(chosen) - r(rejected)), in which c cancels; the loss is -log
     of that chance.
 
-    label_smoothing e in [0, 0.5) is the chance that a label is flipped ("conservative DPO", Eq. 3 of Mitchell's note
-    of 2023): -(1-e) log sigmoid(beta m) - e log sigmoid(-beta m), smallest at beta m = logit(1-e).
+    label_smoothing, e below, in [0, 0.5), is the chance that a label is flipped ("conservative DPO", Eq. 3 of
+    Mitchell's note of 2023): -(1-e) log sigmoid(beta m) - e log sigmoid(-beta m), smallest at beta m = logit(1-e).
     """
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     # logsigmoid stays finite where log(sigmoid(x)) is -inf: long responses reach margins of thousands of nats.
@@ -47,10 +47,11 @@ def sft(chosen) -> Tensor:
 
 def pair_losses(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tensor,
                 sft_weight: float = 0.0) -> Tensor:
-    """(P, 2) summed log-probs of policy and reference, nats, and lengths in tokens -> (P,): the loss of each pair.
+    """The loss of each pair: (P,).
 
-    Columns are chosen and rejected; where the loss takes chosen alone, logps may be (P, 1). `loss` has its settings
-    filled in: functools.partial(dpo, beta=0.1). sft_weight a adds a times -chosen/|chosen| (RPO, arXiv 2404.19733).
+    `logps` has the policy's summed log-probs, `ref` the reference's, nats; `lengths` tokens. All are (P, 2), with the
+    columns chosen and rejected; where the loss takes chosen alone, logps may be (P, 1). `loss` has its settings filled
+    in, like functools.partial(dpo, beta=0.1). Adds sft_weight * (-chosen / |chosen|): RPO, arXiv 2404.19733.
     """
     given = dict(zip(("chosen", "rejected"), logps.unbind(1))) | {"lengths": lengths}
     if ref is not None:
@@ -87,15 +88,15 @@ def pair_weights(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Ten
     return torch.cat([-grads[:, :1], grads[:, 1:]], 1) if "rejected" in inputs_of(loss) else -grads[:, :1]
 
 
-def loss_divisor(loss: str, chosen_tokens: list[int], weights: list[float]) -> float:
+def loss_divisor(loss_name: str, chosen_tokens: list[int], row_weights: list[float]) -> float:
     """A step's loss is the sum of its pairs' losses, each times the weight of its row in the data, divided by this
-    number: the sum of the weights, or for `sft` the sum of weight times chosen's scored tokens. Without a column
-    `weight` all weights are 1.
+    number: the sum of these weights, or for `sft` the sum of weight times chosen's scored tokens. Without a column
+    `weight` all row weights are 1. (They have nothing to do with `pair_weights`, the slopes of a loss.)
 
-    Returns 1 where all weights are 0: the loss and its gradient are 0 then.
+    Returns 1 where all row weights are 0: the loss and its gradient are 0 then.
     """
-    counts = chosen_tokens if loss == "sft" else [1] * len(chosen_tokens)
-    return sum(w * n for w, n in zip(weights, counts, strict=True)) or 1.0
+    counts = chosen_tokens if loss_name == "sft" else [1] * len(chosen_tokens)
+    return sum(w * n for w, n in zip(row_weights, counts, strict=True)) or 1.0
 
 
 # A first reading ends here. The other losses follow, each to be read alone, then the table of their names.

@@ -1,13 +1,13 @@
-"""Lays groups of [prompt | response | response ...] into batches without padding. Torch only.
+"""From pairs of token ids to batches without padding. Torch only.
 
-Shapes: S sequences (a prompt with one response), N scored tokens, B the batch dimension (1 when packed), T tokens along
-it.
+Shapes: P pairs, R responses of each; S sequences (a prompt with one response), N scored tokens, B the batch dimension
+(1 when packed), T tokens along it.
 
-A group is a prompt with any number of responses. In a packed batch the prompt stands once, its responses follow, the
-next group follows them; positions restart at len(prompt) for each response. Nothing is padded or shifted, and there
-is no loss mask: for each scored token a batch says where it is predicted (`predictors`), what it is (`targets`) and
-whose it is (`sequence_ids`). The first token of *every* response is predicted by the last token of the prompt. A model
-that can't take a packed batch gets the plain layout, `pad`.
+A group is a prompt with its responses. In a packed batch the prompt stands once, its responses follow, the next group
+follows them; positions restart at len(prompt) for each response. Nothing is padded or shifted, and there is no loss
+mask: for each scored token a batch says where it is predicted (`predictors`), what it is (`targets`) and whose it is
+(`sequence_ids`). The first token of *every* response is predicted by the last token of the prompt. A model that can't
+take a packed batch gets the plain layout, `pad`.
 """
 
 import dataclasses
@@ -43,12 +43,14 @@ class Segments(TensorRecord):
     """Where the sequences of a packed batch lie, for attention. Tensors are int32."""
 
     # Of each sequence (prompt start, prompt end, response start, response end): positions in the batch, ends exclusive.
+    # The first response of a prompt stands right behind it: its start is the prompt's end.
     spans: list[tuple[int, int, int, int]]
     # Cumulative lengths, as flash attention takes them (its cu_seqlens). Queries: prompt + response for the first
     # response of a prompt, the response alone for a later one. Keys: always prompt + response.
     cu_q: Tensor  # (S+1,)
     cu_k: Tensor  # (S+1,)
-    # A batch is cut into prompts and responses, of so many tokens each; put together in this order they are the keys.
+    # For the variable-length kernel: a batch is cut into pieces, prompts and responses, of `lengths` tokens each. Put
+    # together again in this `order`, where a prompt comes once for each of its responses, they are the keys.
     lengths: list[int]
     order: list[int]
     max_q: int  # tokens of the longest stretch of queries
@@ -142,3 +144,48 @@ def pad(groups: list[Group]) -> Batch:
 
 
 LAYOUTS = {"packed": pack, "plain": pad}
+
+
+def make_batch(examples: list, sides: list[str], layout: str, device: torch.device) -> tuple[Batch, Tensor]:
+    """(one forward pass for these sides of all pairs, in a layout of `LAYOUTS`, on `device`; (P, R): the numbers of
+    each pair's responses among the S of the batch)."""
+    groups, index = groups_of(examples, sides)
+    return LAYOUTS[layout](groups).to(device), index.to(device, non_blocking=True)
+
+
+def groups_of(examples: list, sides: list[str]) -> tuple[list[Group], Tensor]:
+    """(groups, index) of pairs: prompts with the ids of these sides, and (P, R): where each pair's responses stand
+    among the S of all groups. A pair is a group of its own. But a row of the data may have lists of answers, and so
+    several pairs: those of its pairs that follow each other are one group, the prompt once and each answer once.
+
+    >>> from nanodpo.data.example import Example
+    >>> groups_of([Example(0, [1], [2], [3]), Example(1, [4], [5], [6])], ["chosen", "rejected"])
+    ([([1], [[2], [3]]), ([4], [[5], [6]])], tensor([[0, 1],
+            [2, 3]]))
+    >>> row = [Example(0, [1], [2], [3], which=(0, 0)), Example(0, [1], [2], [4], which=(0, 1))]    # chosen 2; 3 and 4
+    >>> groups_of(row, ["chosen", "rejected"])
+    ([([1], [[2], [3], [4]])], tensor([[0, 1],
+            [0, 2]]))
+    """
+    groups, index, known = [], [], {}  # known: (group, side, number of the answer) -> its place among the S
+    for before, example in zip([None, *examples], examples):
+        if before is None or not example.follows(before):
+            groups.append((example.prompt, []))
+        index.append([])
+        for side in sides:
+            if (key := (len(groups), side, example.number_of(side))) not in known:
+                known[key] = len(known)
+                groups[-1][1].append(getattr(example, side))
+            index[-1].append(known[key])
+    return groups, torch.tensor(index)
+
+
+def pair_lengths(examples: list, sides: list[str], device: torch.device | None = None) -> Tensor:
+    """(P, R) float64: how many tokens of each response are scored."""
+    counts = [[len(scored_places(getattr(example, side))) for side in sides] for example in examples]
+    return torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
+
+
+def total_tokens(examples: list, sides: list[str]) -> int:
+    """Prompts and these sides' responses, together; what several pairs of a row share counts once."""
+    return sum(len(prompt) + sum(map(len, responses)) for prompt, responses in groups_of(examples, sides)[0])

@@ -3,7 +3,7 @@
 Read places (names to files) and urls (those of other machines), rows (files to rows), shapes (rows of any shape to
 prompt, chosen and rejected) with answers (lists of these, and weights), marks, template and rendering (messages to
 text), texts (prompt, chosen and rejected as text), encoding (texts to ids), example (one row in ids), prepared (all
-rows in ids) with forks (the processes that share the work), tokens (the data set in ids, its limits), mixing (how often
-an epoch has a row) and schedule (which rows at which step). problems tells which rows belong together, inspection
-prints them.
+rows in ids) with forks (the processes that share the work), tokens (the data set in ids) with limits (rows that are too
+long), mixing (how often an epoch has a row) and schedule (which rows at which step). problems tells which rows belong
+together, inspection prints them.
 """

@@ -1,5 +1,7 @@
-"""One pair in tokens (of SFT data one response), and how it is made to fit a limit. A row of the data that has lists of
-answers makes several. Lengths are in tokens, always."""
+"""One pair in tokens (of SFT data one response). A row of the data that has lists of answers makes several.
+
+A first reading needs `Example` alone, whose token ids are lists; the classes before it say how they are kept.
+"""
 
 import array
 import dataclasses
@@ -86,44 +88,7 @@ class Example:
         return dataclasses.replace(self, prompt=self.prompt + self.chosen[:start], chosen=self.chosen[start:])
 
 
-def answers_named(which: tuple[int, int], row: list[tuple[int, int]]) -> str:
-    """The answers of a pair by their numbers, for the beginning of a message, where the pairs of its row have several;
-    `row` has the numbers of all of them."""
-    parts = [f"{side}[{k}]" for side, k, numbers in zip(SIDES, which, zip(*row)) if any(numbers)]
-    return f"{' and '.join(parts)}: " if parts else ""
-
-
 def row_starts(examples: list[Example]) -> tuple[int, ...] | None:
     """The indices of the first pair of each row; None where every row is one pair."""
     starts = [i for i, example in enumerate(examples) if not (i and example.follows(examples[i - 1]))]
     return None if len(starts) == len(examples) else tuple(starts)
-
-
-def too_long(example: Example, max_prompt: int | None, limit: int, max_length: int | None) -> str | None:
-    """Which limit an example breaks, or None. `limit` is max_length or, without one, the model's context."""
-    if max_prompt and len(example.prompt) > max_prompt:
-        return f"prompt of {len(example.prompt)} tokens, over --max_prompt_length {max_prompt}"
-    if example.length > limit:
-        name = f"--max_length {limit}" if max_length else f"the model's context of {limit}"
-        return f"{example.length} tokens, over {name}"
-    return None
-
-
-def truncate(example: Example, limit: int, max_prompt: int | None = None, may_be_equal: bool = False):
-    """Each response cut at its end to fit `limit` with the whole prompt, never closed again; or why that can't be.
-
-    Returns an Example or the reason, a str. `may_be_equal`: SFT has no use for a difference.
-    """
-    room = limit - len(example.prompt)
-    if max_prompt and len(example.prompt) > max_prompt:
-        return "prompts are not cut"
-    if room < 1:
-        return f"the prompt alone, {len(example.prompt)} tokens, leaves no room for a response"
-    chosen, rejected = example.chosen[:room], example.rejected and example.rejected[:room]
-    if chosen == rejected and not may_be_equal:
-        return "cut, both responses would be equal"
-    cut = len(example.chosen) > room, len(example.rejected or ()) > room
-    if isinstance(example.chosen, PartlyScored):
-        scored = [place for place in example.chosen.scored if place < room]
-        chosen = PartlyScored(chosen[: scored[-1] + 1], scored)  # without a last question whose answer is cut off
-    return dataclasses.replace(example, chosen=chosen, rejected=rejected, cut=cut)

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..progress import Progress
 from .answers import WEIGHT, pairs_of, weight_of
 from .encoding import tokenize, tokenize_more
-from .example import CompactIds, Example, answers_named
+from .example import SIDES, CompactIds, Example
 from .forks import cores, in_forks
 from .rows import read_places
 from .shapes import Columns, choose_columns, describe_columns, in_messages, read_row, unread_parts
@@ -203,3 +203,10 @@ def _render(template: Template, number: int, row: dict, columns: Columns, more: 
     notes = (*text.notes, *(note for _, notes in found.values() for note in notes))
     said = {name: response for name, (response, _) in found.items() if response}
     return dataclasses.replace(text, notes=notes, more=said)
+
+
+def answers_named(which: tuple[int, int], row: list[tuple[int, int]]) -> str:
+    """The answers of a pair by their numbers, for the beginning of a message, where the pairs of its row have several;
+    `row` has the numbers of all of them."""
+    parts = [f"{side}[{k}]" for side, k, numbers in zip(SIDES, which, zip(*row)) if any(numbers)]
+    return f"{' and '.join(parts)}: " if parts else ""

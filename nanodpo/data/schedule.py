@@ -63,9 +63,9 @@ def micro_batches_of(pairs: list[int], batch_size: int, rank: int, world: int) -
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, kind: str) -> float:
     """The learning rate of step `step` of 0 .. steps-1.
 
-    During the warm-up step s has peak (s + 1) / warmup_steps; after it `kind`, that of --lr_scheduler_type, says:
-    constant, or a decay that would reach 0 at step `steps`. (transformers starts the warm-up at a rate of 0, with which
-    a first step changes nothing.)
+    In the warm-up it is peak (step + 1) / warmup_steps. Afterwards `kind`, the value of --lr_scheduler_type, decides:
+    constant, or a decay that would reach 0 at step `steps`. (transformers starts its warm-up at a rate of 0, so its
+    first step changes nothing.)
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

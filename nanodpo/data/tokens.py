@@ -4,8 +4,9 @@ import collections
 import dataclasses
 
 from ..errors import UserError, one_line
-from .example import Example, answers_named, too_long, truncate
-from .prepared import Line, Reading, prepare
+from .example import Example
+from .limits import too_long, truncate
+from .prepared import Line, Reading, answers_named, prepare
 from .problems import find_problems
 from .template import Template
 from .texts import REPEATED

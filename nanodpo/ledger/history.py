@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.batches import make_batch, pair_lengths, response_logps
+from ..core.logprobs import response_logps
 from ..core.losses import loss_divisor, needs_reference, pair_losses, pair_weights
-from ..core.packing import LAYOUTS, scored_places
+from ..core.packing import LAYOUTS, make_batch, pair_lengths, scored_places
 from ..data.example import SIDES, Example, row_starts
 from ..data.mixing import read_weights
 from ..data.schedule import learning_rate, pairs_of_step

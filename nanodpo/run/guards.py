@@ -5,6 +5,7 @@ A pair whose numbers are not finite makes the gradient NaN (`nan_where_nonfinite
 train.py makes no update. Only then `why_left_out` looks for the pair.
 """
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -12,26 +13,29 @@ import statistics
 import torch
 from torch import Tensor
 
-from ..core.batches import pair_lengths
+from ..core.packing import pair_lengths
 from ..data.example import SIDES
 from ..errors import Preempted, RunStopped
 from ..ranks import distributed
 from .memory import describe, shortage_named
 
 
+@contextlib.contextmanager
+def guarded(examples: list, stop, rank: int, where: str):
+    """Yields the StepGuard of a step that `where` names. Where the memory is too small within the block, raises
+    RankStopped, which names the rows of the micro-batch."""
+    guard = StepGuard(examples, stop)
+    with shortage_named(rank, where, lambda: describe([examples[i] for i in guard.indices])):
+        yield guard
+
+
 class StepGuard:
-    """Stands around the micro-batches of a step. `examples` are those of the data set, `where` names the step."""
+    """Sees every micro-batch of a step. `examples` are those of the data set, `stop` is a Stop of signals.py."""
 
-    def __init__(self, examples, stop, rank: int, where: str):
-        self.examples, self.stop, self.indices, self.seen = examples, stop, [], []
-        self.shortage = shortage_named(rank, where, lambda: describe([examples[i] for i in self.indices]))
-
-    def __enter__(self):
-        self.shortage.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self.shortage.__exit__(*error)
+    def __init__(self, examples: list, stop):
+        self.examples, self.stop = examples, stop
+        self.indices = []  # the pairs of the present micro-batch
+        self.seen = []  # of each micro-batch: its pairs, their log-probs, and whether these and the losses are finite
 
     def each(self, micro_batches):
         """The micro-batches, one by one. If any rank was told to stop, raises Preempted on all: an all-reduce that asks

@@ -9,7 +9,7 @@ over its pairs:
     rewards/accuracies       share of pairs with a margin above 0; a tie counts as 0
     rewards/ties             share of pairs with a margin of exactly 0; usually all at step 0, without --reference
     logps/chosen             log pi(y|x) summed over the tokens of the response, nats; logps/rejected likewise
-    logps_per_token/chosen   each pair's logps/chosen by its number of tokens, the end of turn included; .../rejected
+    logps_per_token/chosen   each pair's logps/chosen divided by its tokens, the end of turn included; .../rejected
     ref_logps/chosen         the reference's sum, as logps/chosen; ref_logps/rejected likewise
     ref_logps_per_token/chosen  as logps_per_token/chosen: their difference is how far pi moved; .../rejected likewise
     weights/chosen           -dL/dchosen, per nat: how hard a pair pushes chosen up; weights/rejected: dL/drejected
@@ -85,12 +85,9 @@ def pair_metrics(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Ten
     return values
 
 
-# A metric that is a mean over tokens: what the sum of its pairs is divided by.
-PER_TOKEN = {"entropy": "tokens", "mean_token_accuracy": "tokens/chosen"}
-
-
 class TokenMetrics:
-    """Entropy and accuracy of the tokens that a LogProbHead scores, from the chunks of its log-probs.
+    """Entropy and accuracy of the tokens that a LogProbHead scores, whose `on_chunk` it is: the head calls it with each
+    chunk of tokens, `take` then returns what was gathered.
 
     In training the entropy comes from the gradient that the kernel keeps. Let z = W h be the logits, and E the mean
     over the vocabulary under p. Then d log p(y) / dh = W[y] - E[W], hence h . (d log p(y) / dh) = z[y] - E[z]; and
@@ -99,62 +96,60 @@ class TokenMetrics:
         entropy = logsumexp(z) - E[z] = h . (d log p(y) / dh) - log p(y)
 
     which takes N * D multiplications. A head that is trained keeps no such gradient, one with a cap or a bias is not
-    linear, and a GPU's product in bfloat16 rounds it: there, entropy is of evaluations alone, which with `whole` sum
-    over the vocabulary.
+    linear, and a GPU's product in bfloat16 rounds it: there, entropy is of evaluations alone, which with `needs_logits`
+    sum over the vocabulary.
     """
 
-    def __init__(self, head, whole: bool = False, gather=lambda values: values):
-        """`gather`: that of OneRank, for ranks that share a batch."""
-        self.whole, self.linear, self.parts = whole, head.cap is None and head.bias is None, []
-        self.gather = gather
-        head.on_chunk = self
+    def __init__(self, module, needs_logits: bool = False):
+        """`module` is a SequenceLogProbs. `needs_logits`: the head keeps a chunk's logits for it."""
+        self.needs_logits, self.gather, self.parts = needs_logits, module.parallel.gather, []
+        self.linear = module.head.cap is None and module.head.bias is None
 
     def __call__(self, chunk, z: Tensor, hidden: Tensor, kept: Tensor | None) -> None:
-        """`z`: logits less the largest, where `whole`; `kept`: the gradient by the hidden states, where there is one.
-        """
+        """`z`: logits less the largest, where it needs them; `kept`: the gradient with respect to the hidden states,
+        where there is one."""
+        # A target's log-prob is its logit less lse: the same subtraction, bit by bit, where its logit is the largest.
         found = {"mean_token_accuracy": chunk.logps == chunk.top - chunk.lse}
-        if self.whole:
+        if self.needs_logits:
             mean = torch.linalg.vecdot(chunk.exps, z.clamp_(min=-1e4)) / chunk.total  # 0 times -inf would be NaN
             found["entropy"] = chunk.total.log() - mean
         elif kept is not None and self.linear and kept.dtype != torch.bfloat16:
             found["entropy"] = (hidden.double() * kept).sum(1) - chunk.logps
         self.parts.append(found)
 
-    def take(self, batch: Batch, index: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-        """Of each pair, (P,): the entropies summed over all its responses, the hits summed over chosen alone, as in
-        TRL, and the numbers of tokens to divide them by. Empty where no token was scored since the last call. `batch`
-        and `index` are those of make_batch, `lengths` of pair_lengths (core/batches.py)."""
+    def take(self, batch: Batch, index: Tensor, lengths: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each pair, (P,) sums and (P,) numbers of tokens summed over, for `Meter`: entropies of all its responses,
+        hits of chosen alone, as in TRL. Empty where no token was scored since the last call. `batch` and `index` are
+        those of make_batch, `lengths` of pair_lengths (core/packing.py)."""
         parts, self.parts = self.parts, []
         if not parts:
             return {}
         values = {name: self.gather(torch.cat([part[name] for part in parts])) for name in parts[0]}
         sums = {name: sum_by_sequence(values[name], batch.sequence_ids, batch.n_sequences)[index] for name in values}
-        found = {"mean_token_accuracy": sums["mean_token_accuracy"][:, 0], "tokens/chosen": lengths[:, 0]}
-        return found | ({"entropy": sums["entropy"].sum(1), "tokens": lengths.sum(1)} if "entropy" in sums else {})
+        found = {"mean_token_accuracy": (sums["mean_token_accuracy"][:, 0], lengths[:, 0])}
+        return found | ({"entropy": (sums["entropy"].sum(1), lengths.sum(1))} if "entropy" in sums else {})
 
 
 class Meter:
-    """Adds up (P,) values of micro-batches; `means` sums them over the ranks, once a step."""
+    """Adds up the values of micro-batches; `means` sums them over the ranks, once a step."""
 
     def __init__(self, device: torch.device):
-        self.device, self.sums, self.pairs = device, {}, 0.0
+        self.device, self.sums, self.counts = device, {}, {}
 
-    def add(self, values: dict[str, Tensor], factor: float) -> None:
-        """`factor` is 1, or 0 for a micro-batch that is a repeat (data/schedule.py)."""
+    def add(self, values: dict[str, Tensor | tuple[Tensor, Tensor]], factor: float) -> None:
+        """(P,) values by name; of a mean over tokens (P,) sums and (P,) numbers of tokens. `factor` is 1, or 0 for a
+        micro-batch that is a repeat (data/schedule.py)."""
         for name, value in values.items():
+            value, count = (value[0], value[1].sum()) if isinstance(value, tuple) else (value, len(value))
             self.sums[name] = self.sums.get(name, 0.0) + factor * value.sum()
-        self.pairs += factor * len(value)
+            self.counts[name] = self.counts.get(name, 0.0) + factor * count
 
-    def means(self, loss_scale: float = 1.0) -> dict[str, float]:
-        """Every name's mean over the pairs of all ranks, or over their tokens (PER_TOKEN). The same on every rank.
-        `loss_scale`: the number of pairs by what the loss is divided by (core/losses.py, loss_divisor)."""
-        names = list(self.sums)
-        sums = torch.stack([torch.as_tensor(self.sums[name], device=self.device) for name in names]).double()
-        pairs = torch.tensor([self.pairs], dtype=torch.float64, device=self.device)
-        *sums, pairs = sum_over_ranks(torch.cat([sums, pairs])).tolist()
-        found = {name: value / pairs for name, value in zip(names, sums)}
-        found |= {name: found[name] / found.pop(per) for name, per in PER_TOKEN.items() if name in found}
-        return found | {"loss": found["loss"] * loss_scale} if "loss" in found else found
+    def means(self) -> dict[str, float]:
+        """Every name's mean over the pairs of all ranks, or over their tokens. The same on every rank."""
+        both = [torch.as_tensor(value, dtype=torch.float64, device=self.device)
+                for values in (self.sums, self.counts) for value in values.values()]
+        sums, counts = sum_over_ranks(torch.stack(both)).view(2, -1).tolist()
+        return {name: total / count for name, total, count in zip(self.sums, sums, counts)}
 
 
 def peak_gib(device: torch.device) -> float:

@@ -8,9 +8,9 @@ import time
 import torch
 
 from .. import progress
-from ..core.batches import groups_of, make_batch, pair_lengths, response_logps, total_tokens
+from ..core.logprobs import response_logps
 from ..core.losses import loss_divisor, needs_reference, pair_losses
-from ..core.packing import LAYOUTS, scored_places
+from ..core.packing import LAYOUTS, groups_of, make_batch, pair_lengths, scored_places, total_tokens
 from ..data.example import SIDES, Example
 from ..data.schedule import micro_batches_of, pairs_of_step
 from ..data.tokens import DataSet
@@ -36,7 +36,10 @@ def logps_of(run: Run, examples: list[Example], sides: list[str], where: str, mo
 
 
 def row_weights(examples: list[Example], without: frozenset[int] = frozenset()) -> torch.Tensor:
-    """(P,) float64: how much each pair counts in the loss, the weight of its row in the data; 0 for the rows `without`.
+    """(P,) float64: how much each pair counts in the loss, the weight of its row in the data.
+
+    It is 0 for the rows `without`, those of --without_rows. What a step's loss is divided by still counts them, so that
+    leaving them out changes no other pair's term (counterfactual SGD, arXiv 1906.08473).
     """
     weights = [0.0 if example.row in without else example.weight for example in examples]
     return torch.tensor(weights, dtype=torch.float64)
@@ -133,8 +136,10 @@ def evaluate(run: Run) -> None:
         return
     run.engine.eval()
     examples, meter = run.held_out.examples, metrics.Meter(run.device)
-    token_metrics = metrics.TokenMetrics(run.engine.module.head, whole=True, gather=run.engine.module.parallel.gather)
+    token_metrics = run.engine.module.head.on_chunk = metrics.TokenMetrics(run.engine.module, needs_logits=True)
     sides = SIDES if examples[0].rejected is not None else SIDES[:1]
+    scale = len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples],
+                                         [e.weight for e in examples])  # as in train_step
     batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.data_world)
     for pairs in progress.track(batches, "evaluation", "batch"):
         run.stop.check()
@@ -150,11 +155,11 @@ def evaluate(run: Run) -> None:
                 rows = functools.partial(memory.describe, here)
                 with memory.shortage_named(run.rank, f"step {step}", rows), torch.no_grad():
                     logps = run.engine(batch)[index]
-            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight) * row_weights(here).to(run.device)
+            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
+            losses = losses * (row_weights(here).to(run.device) * scale)
             values = metrics.pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
             meter.add({"loss": losses} | values | token_metrics.take(batch, index, lengths), factor)
-    means = meter.means(len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples],
-                                                     [e.weight for e in examples]))
+    means = meter.means()
     if bad := nonfinite(means):
         raise RunStopped(f"evaluation under checkpoint-{step}: {bad} not finite")
     if distributed.is_main():
@@ -187,7 +192,7 @@ def dry_run(run: Run) -> None:
     nothing.
     """
     args, sides = run.args, SIDES[:1] if run.args.loss == "sft" else SIDES
-    longest = sorted(run.train_set.examples, key=lambda example: -total_tokens(groups_of([example], sides)[0]))
+    longest = sorted(run.train_set.examples, key=lambda example: -total_tokens([example], sides))
     examples = longest[: args.per_device_train_batch_size]
     groups = [groups_of([example], sides)[0][0] for example in examples]  # nothing shared: no micro-batch takes more
     shared = f", which {args.sequence_parallel_size} ranks share" if args.sequence_parallel_size > 1 else ""

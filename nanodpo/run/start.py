@@ -79,7 +79,7 @@ class Run(Start):
     how much each training pair counts in the loss."""
 
     stop: Stop = None
-    start_hashes: str = ""  # of the reference, where --reference does not name another: what the run starts from
+    start_hashes: str = ""  # of the weights that it starts from, which are the reference without --reference
     reference_hashes: str | None = None  # of --reference
     reference_model: object = None  # of --reference, on CPU until the references are computed
     engine: object = None  # DeepSpeed's
@@ -91,7 +91,7 @@ class Run(Start):
     ref: torch.Tensor | None = None
     held_ref: torch.Tensor | None = None
     row_weights: torch.Tensor | None = None
-    step: int = 0  # updates made, skipped ones included
+    step: int = 0  # steps done, those without an update (--skip_nonfinite) included
     tokens: int = 0  # trained on so far
     skipped: int = 0
     evaluated: set[int] = dataclasses.field(default_factory=set)  # steps whose evaluation is in metrics.jsonl

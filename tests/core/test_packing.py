@@ -6,8 +6,7 @@ import random
 import pytest
 import torch
 
-from nanodpo.core.batches import pair_lengths
-from nanodpo.core.packing import Batch, Segments, pack, pad
+from nanodpo.core.packing import Batch, Segments, pack, pad, pair_lengths
 from nanodpo.data.example import Example, PartlyScored
 
 # Prompt 7 8 9 with three responses, one of a single token; prompt 4, a single token, with two.

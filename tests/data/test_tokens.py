@@ -11,8 +11,9 @@ import tiny_tokenizers as tiny
 from tokenizers import AddedToken, normalizers
 
 from nanodpo.data import encoding, prepared
-from nanodpo.data.example import Example, PartlyScored, truncate
+from nanodpo.data.example import Example, PartlyScored
 from nanodpo.data.inspection import histogram, inspect
+from nanodpo.data.limits import truncate
 from nanodpo.data.template import read_template
 from nanodpo.data.tokens import DataSet, load_dataset
 from nanodpo.errors import UserError

@@ -8,7 +8,7 @@ import torch
 
 from nanodpo.errors import Preempted, RunStopped
 from nanodpo.ranks import distributed
-from nanodpo.run.guards import StepGuard, check_start, nonfinite
+from nanodpo.run.guards import StepGuard, check_start, guarded, nonfinite
 from nanodpo.run.signals import Stop
 
 EXAMPLES = [SimpleNamespace(row=10 + i, prompt=[0] * 3, chosen=[0] * 4, rejected=[0] * 5) for i in range(10)]
@@ -16,7 +16,7 @@ EXAMPLES = [SimpleNamespace(row=10 + i, prompt=[0] * 3, chosen=[0] * 4, rejected
 
 def test_ranks_are_asked_before_each_micro_batch_and_stop_after_the_one_before_which_one_was_told():
     done, stop = [], Stop()
-    with pytest.raises(Preempted, match="stopped by SIGTERM"), StepGuard(EXAMPLES, stop, 0, "step 5") as guard:
+    with pytest.raises(Preempted, match="stopped by SIGTERM"), guarded(EXAMPLES, stop, 0, "step 5") as guard:
         for indices, weight in guard.each([([1], 1.0), ([2], 1.0), ([3], 0.0)]):
             done.append((indices, weight))
             stop.name = "SIGTERM"
@@ -26,14 +26,14 @@ def test_ranks_are_asked_before_each_micro_batch_and_stop_after_the_one_before_w
 def test_the_answer_of_the_ranks_is_awaited_after_the_micro_batch_not_before_it(monkeypatch):
     heard = []
     monkeypatch.setattr(distributed, "ask", lambda flag: heard.append("asked") or (lambda: heard.append("answered")))
-    for indices, _ in StepGuard(EXAMPLES, Stop(), 0, "step 5").each([([1], 1.0), ([2], 1.0)]):
+    for indices, _ in StepGuard(EXAMPLES, Stop()).each([([1], 1.0), ([2], 1.0)]):
         heard.append(f"micro-batch {indices[0]}")
     assert heard == ["asked", "micro-batch 1", "answered", "asked", "micro-batch 2", "answered"]
 
 
 def test_rows_that_do_not_fit_the_memory_are_named():
     with pytest.raises(RunStopped, match=r"rank 3 ran out of memory in step 5 on rows 12 \(3\+4/5 tokens\); no update"):
-        with StepGuard(EXAMPLES, Stop(), 3, "step 5") as guard:
+        with guarded(EXAMPLES, Stop(), 3, "step 5") as guard:
             for _ in guard.each([([1], 1.0), ([2], 1.0)]):
                 if guard.indices == [2]:
                     raise torch.OutOfMemoryError("CUDA out of memory")
@@ -41,7 +41,7 @@ def test_rows_that_do_not_fit_the_memory_are_named():
 
 def test_pairs_that_went_wrong_are_remembered_by_side():
     """Over all micro-batches of a step, not the last one alone."""
-    guard = StepGuard(EXAMPLES, Stop(), 0, "step 5")
+    guard = StepGuard(EXAMPLES, Stop())
     for indices, logps, losses in (([7, 3], [[-1.0, math.nan], [-1.0, -2.0]], [0.5, 0.5]),
                                    ([9], [[-math.inf, -2.0]], [math.inf]), ([4], [[-1.0, -2.0]], [0.5])):
         guard.nan_where_nonfinite(indices, torch.tensor(logps), torch.tensor(losses))
@@ -54,7 +54,7 @@ def test_pairs_that_went_wrong_are_remembered_by_side():
 
 
 def test_the_loss_of_sft_data_is_not_called_rejected():
-    guard = StepGuard(EXAMPLES, Stop(), 0, "step 5")
+    guard = StepGuard(EXAMPLES, Stop())
     guard.nan_where_nonfinite([7, 8], torch.tensor([[-1.0], [-2.0]]), torch.tensor([0.5, math.inf]))
     assert guard.nonfinite_rows() == "rows 18 (3+4/5 tokens) in loss"
 
@@ -62,7 +62,7 @@ def test_the_loss_of_sft_data_is_not_called_rejected():
 def test_one_pair_that_is_not_finite_makes_the_whole_gradient_nan_and_finite_ones_change_no_bit():
     """A log-prob of -inf can have a loss of 0 with a gradient of 0: its step must not be taken all the same."""
     logps = torch.tensor([[-1.0, -2.0], [-3.0, -math.inf]], dtype=torch.float64, requires_grad=True)
-    guard = StepGuard(EXAMPLES, Stop(), 0, "step 5")
+    guard = StepGuard(EXAMPLES, Stop())
     plain = -torch.nn.functional.logsigmoid(logps[:, 0] - logps[:, 1])
     assert plain[1] == 0.0 and guard.nan_where_nonfinite([1, 2], logps, plain)[0] == plain[0]
     (gradient,) = torch.autograd.grad(guard.nan_where_nonfinite([1, 2], logps, plain).sum(), logps)
@@ -72,7 +72,7 @@ def test_one_pair_that_is_not_finite_makes_the_whole_gradient_nan_and_finite_one
 def test_the_gap_between_policy_and_reference_is_in_nats_a_token():
     """Responses of 4 and 5 tokens in two micro-batches: differences of 2 and 1 nats, of 0 and 4 and of 0 and 0; those
     of unlike signs do not cancel."""
-    guard, ref = StepGuard(EXAMPLES, Stop(), 0, "step 0"), torch.zeros(10, 2, dtype=torch.float64)
+    guard, ref = StepGuard(EXAMPLES, Stop()), torch.zeros(10, 2, dtype=torch.float64)
     ref[[7, 3, 9]] = torch.tensor([[-12.0, -19.0], [-8.0, -6.0], [-4.0, -6.0]], dtype=torch.float64)
     for indices, logps in (([7, 3], [[-10.0, -20.0], [-8.0, -2.0]]), ([9], [[-4.0, -6.0]])):
         guard.nan_where_nonfinite(indices, torch.tensor(logps, dtype=torch.float64), torch.ones(len(indices)))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, train
 
-from nanodpo.core.logprobs import LogProbHead
+from nanodpo.core.logprobs import LogProbHead, OneRank
 from nanodpo.core.losses import dpo, hinge, ipo, pair_losses, sft
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.run import metrics
@@ -70,11 +70,13 @@ def test_means_weigh_every_pair_once():
     assert meter.means() == {"x": 3.0}
 
 
-def test_only_the_loss_is_divided_by_something_else_than_the_number_of_pairs():
-    """Two pairs whose weights have the sum 4, the divisor of their loss."""
+def test_a_mean_over_tokens_weighs_every_token_once():
+    """Sums of 6 over 3 tokens and of 2 over 1, then of 4 over 4; a repeat, of 9 over 9, does not count. Other values
+    are means over the three pairs beside it."""
     meter = Meter(torch.device("cpu"))
-    meter.add({"loss": torch.tensor([1.0, 7.0]), "x": torch.tensor([1.0, 7.0])}, 1.0)
-    assert meter.means(2 / 4) == {"loss": 2.0, "x": 4.0}
+    for sums, tokens, factor in (([6.0, 2.0], [3.0, 1.0], 1.0), ([4.0], [4.0], 1.0), ([9.0], [9.0], 0.0)):
+        meter.add({"x": (torch.tensor(sums), torch.tensor(tokens)), "y": torch.tensor(sums)}, factor)
+    assert meter.means() == {"x": 12 / 8, "y": 12 / 3}
 
 
 def test_the_docstring_says_what_every_name_is():
@@ -88,7 +90,7 @@ def test_the_docstring_says_what_every_name_is():
     values = pair_metrics(partial(dpo, beta=0.5), LOGPS, REF, TOKENS, 0.5).keys()
     explained = {line.split()[0] for line in metrics.__doc__.splitlines() if line.startswith("    ")}
     chosen = {name.replace("rejected", "chosen") for name in values}
-    assert written | chosen | {"loss", *metrics.PER_TOKEN} == explained
+    assert written | chosen | {"loss", "entropy", "mean_token_accuracy"} == explained
 
 
 def test_a_line_is_whole_json(tmp_path):
@@ -121,7 +123,8 @@ def scored_tokens(dtype, trainable, bias, scale, cap, whole, watched=True):
     head = LogProbHead(layer, scale, cap, chunk=4)
     with torch.no_grad():
         targets[::2] = head.logits(hidden[::2]).argmax(1)  # every other token is the likeliest
-    tokens = TokenMetrics(head, whole) if watched else None
+    tokens = TokenMetrics(SimpleNamespace(head=head, parallel=OneRank()), needs_logits=whole)
+    head.on_chunk = tokens if watched else None
     logps = head(hidden, targets)
     if not whole:
         logps.square().sum().backward()
@@ -158,7 +161,7 @@ def test_entropy_and_accuracy_are_those_of_all_logits(dtype, tolerance, trainabl
 @pytest.mark.parametrize("trainable, bias, cap", [(True, False, None), (False, True, None), (False, False, 3.0)])
 def test_entropy_that_the_gradient_does_not_tell_is_not_there(trainable, bias, cap):
     tokens = scored_tokens(torch.float64, trainable, bias, 1.0, cap, False)[2]
-    assert tokens.take(BATCH, INDEX, LENGTHS).keys() == {"mean_token_accuracy", "tokens/chosen"}
+    assert tokens.take(BATCH, INDEX, LENGTHS).keys() == {"mean_token_accuracy"}
 
 
 def test_a_runs_entropy_and_accuracy_are_those_of_plain_transformers(tiny, tmp_path):

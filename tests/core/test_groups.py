@@ -8,10 +8,9 @@ import torch
 from tiny_models import KeepDouble, tiny
 
 from nanodpo.core.attention import LOOP
-from nanodpo.core.batches import groups_of, make_batch, pair_lengths, response_logps, total_tokens
-from nanodpo.core.logprobs import SequenceLogProbs
+from nanodpo.core.logprobs import SequenceLogProbs, response_logps
 from nanodpo.core.losses import dpo, pair_losses
-from nanodpo.core.packing import LAYOUTS
+from nanodpo.core.packing import LAYOUTS, groups_of, make_batch, pair_lengths, total_tokens
 from nanodpo.data.example import Example, PartlyScored
 
 CPU, SIDES = torch.device("cpu"), ["chosen", "rejected"]
@@ -30,13 +29,13 @@ def test_two_by_three_answers_are_one_prompt_and_five_responses():
     ((prompt, responses),) = groups
     assert prompt == [1, 2, 3, 4] and sorted(responses) == sorted(CHOSEN + REJECTED)
     assert [[responses[k] for k in pair] for pair in index.tolist()] == [[c, r] for c in CHOSEN for r in REJECTED]
-    assert total_tokens(groups) == 4 + (3 + 1) + (2 + 4 + 1)
+    assert total_tokens(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), SIDES) == 4 + (3 + 1) + (2 + 4 + 1)
     batch, same = make_batch(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), SIDES, "packed", CPU)
     assert batch.input_ids.numel() == 15 and batch.n_sequences == 5 and len(batch.targets) == 11
     assert torch.equal(same, index)
     lengths = pair_lengths(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), SIDES)
     assert lengths.tolist() == [[n, m] for n in (3, 1) for m in (2, 4, 1)]
-    assert total_tokens(groups_of(row(0, [1, 2, 3, 4], CHOSEN, REJECTED)[::3], ["chosen"])[0]) == 4 + 3 + 1
+    assert total_tokens(row(0, [1, 2, 3, 4], CHOSEN, REJECTED)[::3], ["chosen"]) == 4 + 3 + 1
     groups, index = groups_of(row(0, [1, 2, 3, 4], CHOSEN, REJECTED), ["rejected"])
     assert groups == [([1, 2, 3, 4], REJECTED)] and index.tolist() == [[0], [1], [2]] * 2
 
