@@ -1,6 +1,7 @@
 """The pages are true: their code and their commands run, and print what they show."""
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import yaml
 from conftest import environment, launch
 
 from nanodpo import errors
+from nanodpo.core.losses import LOSSES, inputs_of
 from nanodpo.flags import arguments
 from nanodpo.run.metrics import pair_metrics
 
@@ -201,3 +203,17 @@ def test_the_job_of_kubernetes_fits_together(monkeypatch):
     for path in (args.output_dir, args.cache_dir, args.model_name, args.train_file_path):
         assert str(path).startswith(mounts["shared"])
     assert Path(args.deepspeed).is_file()
+
+
+def test_the_table_of_losses_has_each_with_its_paper_and_settings():
+    """The paper is the first that the docstring of the loss names; the settings are its parameters, with their
+    defaults; label_smoothing is a flag."""
+    page = (ROOT / "docs" / "losses.md").read_text().replace(r"\|", "")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:3] == "| `"]
+    for name, loss in LOSSES.items():
+        (_, _, source, settings), = [line for line in lines if line[0] == f"`{name}`" and len(line) == 4]
+        assert re.findall(r"arXiv\s+([\d.]+\d)", loss.__doc__)[:1] == source.removeprefix("arXiv ").split(), name
+        own = {k: p.default for k, p in inspect.signature(loss).parameters.items() if k not in inputs_of(loss)}
+        shown = re.findall(r"`(\w+)` ([\d.]+)", settings)
+        assert {k: float(v) for k, v in shown} == {k: v for k, v in own.items() if "_" in k and k != "label_smoothing"}
+        assert ("--label_smoothing" in settings) == ("label_smoothing" in own), name

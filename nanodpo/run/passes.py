@@ -76,6 +76,7 @@ def _open_reference(run: Run):
 
 
 def _compute_references(run: Run) -> None:
+    """A function of its own, at whose end nothing holds the model of --reference but the run."""
     n, batch = len(run.train_set.examples), run.args.per_device_train_batch_size
     # The micro-batches are those of training's first epoch: at step 0 policy and reference agree to the last bit.
     steps = [pairs_of_step(n, run.pairs_per_step, run.args.seed, step, run.row_starts)

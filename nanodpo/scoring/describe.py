@@ -10,6 +10,10 @@ from .measures import MEASURES, TOKEN_MEASURES
 from .pairs import ches
 from .sections import answer_start, sections, shared_prefix
 
+# Of each token, from measures of it: those of MEASURES that are no column of tokens.parquet.
+DERIVED = {"argmax_mass": lambda measures: np.exp(measures["argmax_logps"]),
+           "accuracy": lambda measures: measures["rank"] == 1}
+
 
 def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict], token_texts, tokens: bool) -> dict:
     """{table: lines} of one row; of "tokens" and "risers", where asked for, a table a response. `row` has the columns
@@ -28,9 +32,9 @@ def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict],
             out["failed"].append(key | {"logps": str(logps)})
             out["scores"].append(key | {"tokens": len(ids), "logps": math.nan, "mean_logps": math.nan})
             continue
-        more = {"argmax_mass": np.exp(measures["argmax_logps"]), "accuracy": measures["rank"] == 1}
+        every = measures | {name: derive(measures) for name, derive in DERIVED.items()}
         table = np.zeros((1 + len(MEASURES), len(ids) + 1))
-        table[:, :-1] = [(measures | more)[name] for name in ("logps", *MEASURES)]
+        table[:, :-1] = [every[name] for name in ("logps", *MEASURES)]
         texts = token_texts(ids)
         parts = sections(len(ids), shared if kind in ("chosen", "rejected") else None, answer_start(texts))
         whole, *means = _means(table, [range(len(ids)), *parts.values()])

@@ -28,8 +28,8 @@ from ..core.packing import Batch
 
 # Of each token: the columns of tokens.parquet, where one token's log-prob is called logp, not logps.
 TOKEN_MEASURES = ["logps", "entropy", "argmax_logps", "rank", "implausible_mass", "implausible_mass_start"]
-# Means over a response's tokens, in scores.parquet, summary.csv and sections.csv; argmax_mass is the mean of
-# exp(argmax_logps), and accuracy the share of tokens with rank 1.
+# Means over a response's tokens, in scores.parquet, summary.csv and sections.csv. Two are DERIVED in describe.py:
+# argmax_mass is the mean of exp(argmax_logps), and accuracy the share of tokens with rank 1.
 MEASURES = ["argmax_logps", "entropy", "argmax_mass", "implausible_mass", "implausible_mass_start", "accuracy"]
 IMPLAUSIBLE = 1e-3
 FLOOR = -1e4  # below it exp is 0 in any precision, and 0 times it is 0, where 0 times -inf would be NaN

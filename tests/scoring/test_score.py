@@ -25,6 +25,7 @@ from nanodpo.errors import RankStopped, UserError, run_script
 from nanodpo.figures import after
 from nanodpo.scoring import means, responses, tables
 from nanodpo.scoring import opened as models_of
+from nanodpo.scoring.describe import DERIVED
 from nanodpo.scoring.flags import check_gpu
 from nanodpo.scoring.measures import MEASURES, TOKEN_MEASURES
 from nanodpo.scoring.runs import open_targets
@@ -177,15 +178,18 @@ def test_two_ranks_write_the_same_tables(full):
 
 
 def test_tokens_add_up(full):
-    """The tokens of a response add up to its log-prob; means of the measures are those of its tokens."""
+    """The tokens of a response add up to its log-prob; means of the measures are those of its tokens. Each measure is a
+    column of tokens, or follows from them."""
     scores_, tokens = (pandas.read_parquet(full / "one" / f"{name}.parquet") for name in ("scores", "tokens"))
     groups = tokens.groupby(["step", "row", "response"])
     line = scores_.set_index(["step", "row", "response"]).loc[groups.size().index]
     assert (groups.size() == line.tokens).all() and len(line) == 4 * (3 * 11 + 5)
     assert groups.logp.sum().values == pytest.approx(line.logps.values, rel=1e-6)
     assert {*tokens.columns} >= {name.replace("logps", "logp") for name in TOKEN_MEASURES}
-    for name in {*MEASURES} & {*TOKEN_MEASURES}:
-        means = groups[name.replace("logps", "logp")].mean()
+    tokens["argmax_mass"], tokens["accuracy"] = np.exp(tokens.argmax_logp), tokens["rank"] == 1
+    assert {*MEASURES} <= {*TOKEN_MEASURES, *DERIVED} and DERIVED.keys() == {*MEASURES} - {*TOKEN_MEASURES}
+    for name in MEASURES:
+        means = tokens.groupby(["step", "row", "response"])[name.replace("logps", "logp")].mean()
         assert means.values == pytest.approx(line[name].values, rel=1e-5), name
     assert (tokens[tokens["rank"] == 1].logp == tokens[tokens["rank"] == 1].argmax_logp).all()
     assert ((tokens.logp < tokens.argmax_logp) == (tokens["rank"] > 1)).all()
