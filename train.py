@@ -156,7 +156,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         meter.add({"loss": losses.detach()} | values | token_metrics.take(batch, index, lengths), factor)
         engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # tells DeepSpeed which is the last
         losses = guard.nan_where_nonfinite(indices, logps, losses)
-        # DeepSpeed adds up the gradients of micro-batches, and takes their mean over ranks: hence times `world`.
+        # DeepSpeed, told of no accumulation, adds up micro-batches, and takes the mean over ranks: hence times `world`.
         engine.backward(losses.sum() * factor * (run.world / len(pairs)))
     norm, applied = update(engine)  # not applied where a number was not finite: the whole gradient is NaN then
     means = meter.means()
