@@ -93,6 +93,7 @@ def test_every_command_runs_as_it_stands(tiny, tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for name in ("pairs", "traces"):
         pandas.read_json(tiny / "train.jsonl", lines=True).to_parquet(tmp_path / f"{name}.parquet")
+    pandas.read_parquet(ROOT / "examples" / "piles" / "test.parquet")[:20].to_parquet(tmp_path / "few.parquet")
     launch(ROOT / "train.py", "--model_name", "M", "--train_file_path", "pairs.parquet", "--eval_size", "4",
            *SHORT["train.py"], launcher="fork", cwd=tmp_path)
     found = dict.fromkeys(command for page in PAGES for command in commands(page) if page != "docs/one_step.md")
@@ -107,6 +108,8 @@ def test_every_command_runs_as_it_stands(tiny, tmp_path):
             continue  # test_a_job_of_slurm_goes_on_until_it_is_finished
         words = words[2:] if program != "python" and words[0] in ("--num_gpus", "--nproc_per_node") else words
         script, *flags = (word.replace("checkpoint-12", "checkpoint-1") for word in words)
+        if script == "train.py" and not {"--train_file_path", "--fork"} & {*flags}:
+            flags += ["--eval_file_path", "few.parquet"]  # of the example run: not its 400 rows
         launch(ROOT / script, *flags, *SHORT.get(script, ()), launcher="fork", cwd=tmp_path)
 
 
