@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..ranks.distributed import is_main
-from . import record, resume
+from . import record, resume, same_run
 from .atomic import BESIDE, aside, new_file, steps_of, writing
 from .elastic import DEFAULTS, zero_alone
 
@@ -93,18 +93,18 @@ def entry(fork: Fork | None, old: dict | None) -> dict | None:
         state = resume.state(fork.run, fork.step)
         if isinstance(state, str):
             raise UserError(f"{fork}: the run can't go on from this state: {state}")
-    return {"run": str(fork.run), "step": fork.step, "fingerprint": record.fingerprint(fork.source), "changed": {},
+    return {"run": str(fork.run), "step": fork.step, "fingerprint": same_run.fingerprint(fork.source), "changed": {},
             "of": fork.source.get("fork")}
 
 
 def check(fork: Fork, facts: dict, before_loading: bool = False) -> dict[str, list]:
     """{name: [value in the source, value in the fork]} of what is changed; `facts` are the entries of run.json that are
     known. Raises UserError for what can't be changed at this step, and a run that ends before it."""
-    different = [line for line in record.differences(fork.source, facts, before_loading) if not _is_own(*line)]
+    different = [line for line in same_run.differences(fork.source, facts, before_loading) if not _is_own(*line)]
     fixed = [(name, was, now) for name, was, now in different if name not in CHANGEABLE and not (
         name == "deepspeed" and zero_alone(was, now))]
-    if fork.step and any(name.removeprefix("--") not in record.BY_CONTENT for name, *_ in fixed):
-        raise UserError(f"{fork}: the steps before {fork.step} would have been others with {record.in_words(fixed)}; "
+    if fork.step and any(name.removeprefix("--") not in same_run.BY_CONTENT for name, *_ in fixed):
+        raise UserError(f"{fork}: the steps before {fork.step} would have been others with {same_run.in_words(fixed)}; "
                         "leave it as it was, or fork at 0, where everything can be changed")
     if facts.get("steps", fork.step + 1) <= fork.step:
         raise UserError(f"{fork}: the fork would end at step {facts['steps']}; give it more --max_steps")

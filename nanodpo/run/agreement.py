@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from ..errors import RankStopped, RunStopped, UserError
-from ..folder.record import BY_CONTENT, versions
+from ..folder.record import versions
+from ..folder.same_run import BY_CONTENT
 from ..ranks import distributed
 
 # Flags that may differ: a rank's number on its machine, and paths, which may have other names on another machine. What

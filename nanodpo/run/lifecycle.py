@@ -7,7 +7,7 @@ import torch
 
 from ..data.template import prompt_leads, template_for
 from ..errors import UserError
-from ..folder import card, checkpoint, elastic, fork, record, resume, state
+from ..folder import card, checkpoint, elastic, fork, record, resume, same_run, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
 from ..model import loading
 from ..model.quantised import bits_of
@@ -54,12 +54,12 @@ def open_folder(run: Run) -> dict:
 
 def _open_as_main(run: Run) -> dict:
     if run.old:
-        record.check_same(run.folder, run.old, run.facts)
+        same_run.check_same(run.folder, run.old, run.facts)
         run.facts["license"] = run.old.get("license")
     else:
         if run.fork:
             run.facts["fork"]["changed"] = changed = fork.check(run.fork, run.facts)
-            words = record.in_words([(name, *values) for name, values in changed.items()])
+            words = same_run.in_words([(name, *values) for name, values in changed.items()])
             distributed.say(f"fork: {run.fork.run} at step {run.fork.step}, {words or 'with nothing changed'}")
         memory.check_disk(run.folder, disk_needed(run))
         run.facts["license"] = card.license_of(run.source.base)
@@ -71,7 +71,7 @@ def _open_as_main(run: Run) -> dict:
     if not (run.old or first):
         return {"step": 0}
     memory.check_disk(run.folder, disk_needed(run))  # now, when half-written files of an ended process are removed
-    if changed := record.changed_machine(run.old or run.fork.source, run.facts):
+    if changed := same_run.changed_machine(run.old or run.fork.source, run.facts):
         distributed.say(f"resume: the last bits may differ: {changed}")
     was, now = ((run.old or run.fork.source)["deepspeed"], run.facts["deepspeed"])
     if was != now and elastic.zero_alone(was, now):
@@ -170,7 +170,7 @@ def save_state(run: Run) -> None:
 
 def _owner(run: Run) -> dict:
     """The entries of a manifest that tell which run has written it."""
-    return {"world_size": run.world, "run": record.fingerprint(run.old or run.facts)}
+    return {"world_size": run.world, "run": same_run.fingerprint(run.old or run.facts)}
 
 
 def finish(run: Run) -> None:

@@ -20,7 +20,7 @@ from ..data.schedule import steps_of
 from ..data.tokens import DataSet
 from ..flags.arguments import TrainArguments, parse
 from ..flags.loss import loss_name, read_loss
-from ..folder import elastic, fork, record
+from ..folder import elastic, fork, record, same_run
 from ..folder.atomic import check_writable
 from ..folder.fork import Fork
 from ..model.source import Source, absolute
@@ -176,7 +176,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
                   "fork": fork.entry(forked, old)}
         facts["versions"] |= {"bitsandbytes": importlib.metadata.version("bitsandbytes")} if how else {}
         if old:
-            record.check_same(folder, old, facts, before_loading=bool(source.adapter))
+            same_run.check_same(folder, old, facts, before_loading=bool(source.adapter))
         elif forked:
             fork.check(forked, facts, before_loading=bool(source.adapter))
         start = Start(args, loss, settings, source, train, held_out, folder, facts, old, wanted, forked, without,

@@ -23,7 +23,8 @@ from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
 from ..flags.loss import LOSSES, loss_name, own_function
-from ..folder.record import FREE, chosen, versions
+from ..folder.record import versions
+from ..folder.same_run import FREE, chosen
 from ..model.source import base_of
 from ..ranks.distributed import device_name
 from .contents import Contents

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_resume import flip
 
 from nanodpo.errors import UserError
-from nanodpo.folder import elastic, record
+from nanodpo.folder import elastic, record, same_run
 from nanodpo.folder.atomic import read_manifest
 from nanodpo.folder.resume import folder_of
 
@@ -262,13 +262,13 @@ def test_the_same_steps_are_the_same_run():
         return {"world_size": world, "steps": 3, "arguments": elastic.DEFAULTS | {
             "gradient_accumulation_steps": accumulation, "per_device_train_batch_size": batch}}
 
-    assert elastic.pairs_per_step(made(2, 4)) == 16 and record.differences(made(2, 4), made(4, 2)) == []
-    assert len({record.fingerprint(made(world, 8 // world)) for world in (1, 2, 4, 8)}) == 1
+    assert elastic.pairs_per_step(made(2, 4)) == 16 and same_run.differences(made(2, 4), made(4, 2)) == []
+    assert len({same_run.fingerprint(made(world, 8 // world)) for world in (1, 2, 4, 8)}) == 1
     others = made(2, 2), made(4, 4), made(2, 8, 1)
-    assert len({record.fingerprint(other) for other in (made(2, 4), *others)}) == 4
-    assert record.differences(made(2, 4), made(4, 4)) == [("world_size", 2, 4)]
-    assert record.differences(made(2, 4), made(1, 4)) == [("world_size", 2, 1)]
-    assert [name for name, *_ in record.differences(made(2, 4), made(2, 8, 1))] == ["--per_device_train_batch_size"]
+    assert len({same_run.fingerprint(other) for other in (made(2, 4), *others)}) == 4
+    assert same_run.differences(made(2, 4), made(4, 4)) == [("world_size", 2, 4)]
+    assert same_run.differences(made(2, 4), made(1, 4)) == [("world_size", 2, 1)]
+    assert [name for name, *_ in same_run.differences(made(2, 4), made(2, 8, 1))] == ["--per_device_train_batch_size"]
     for name in ("deepspeed", "reference", "peft_config", "weights"):  # some have the name of a flag that may differ
         was, now = (made(world, 8 // world) | {name: world} for world in (2, 4))
-        assert (name, 2, 4) in record.differences(was, now) and record.fingerprint(was) != record.fingerprint(now)
+        assert (name, 2, 4) in same_run.differences(was, now) and same_run.fingerprint(was) != same_run.fingerprint(now)

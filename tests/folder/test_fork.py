@@ -14,7 +14,7 @@ from test_resume import flags as resume_flags
 
 from nanodpo.data.schedule import epoch_order, pairs_of_step
 from nanodpo.errors import UserError
-from nanodpo.folder import fork, record
+from nanodpo.folder import fork, record, same_run
 from nanodpo.folder.resume import folder_of
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
@@ -56,7 +56,7 @@ def test_nothing_changed_is_nothing_different(step, source, tmp_path, forked):
     assert_same(tmp_path / "fork", source, step)
     made = record.read(tmp_path / "fork")
     assert made["fork"] == {"run": str(source), "step": step, "changed": {}, "of": None,
-                            "fingerprint": record.fingerprint(record.read(source))}
+                            "fingerprint": same_run.fingerprint(record.read(source))}
     # A run like any other: finished, and forked again, which needs its source no more than itself.
     codes, said = forked(TRAIN, "--fork", f"{source}@{step}", "--output_dir", tmp_path / "fork")
     assert codes == [0] and "this run is finished, all 4 steps" in said

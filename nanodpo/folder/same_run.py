@@ -1,0 +1,97 @@
+"""Whether two run.json are of the same run, and in what they differ."""
+
+import hashlib
+import json
+import shlex
+from pathlib import Path
+
+from ..errors import UserError
+from .elastic import DEFAULTS, SHARING, pairs_per_step, zero_alone
+
+# Flags that may differ between a run and its continuation, since they change no number (deterministic does, in the last
+# bits, and that is said) ...
+FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
+        "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "inspect_row", "print_config", "dry_run",
+        "gradient_checkpointing", "activation_memory", "report_to", "keep_states", "fork", "deterministic"}
+# ... or since the content of what they name is compared instead: weights, token ids, settings of DeepSpeed and PEFT.
+BY_CONTENT = {"model_name", "reference", "peft_config", "train_file_path", "eval_file_path", "chat_template",
+              "deepspeed"}
+# An adapter that is trained on has settings of its own, which are known only when it is loaded.
+ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
+# The machine may be another one for the continuation; the run says so, since its last bits may then differ.
+MACHINE = ("versions", "git_commit", "device", "threads")
+COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
+            "peft_config", "loss_function", "layout", "attention", "fork")
+
+
+def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False) -> None:
+    """Raises UserError that lists every difference between run.json in this folder, `old`, and this run, `new`, that
+    makes another run of it; ZeRO's settings do not.
+
+    `new` may lack entries that are not known yet. `before_loading`: an adapter to train on is not loaded, so its
+    settings are not compared.
+    """
+    different = differences(old, new, before_loading)
+    names = {name for name, was, now in different if not (name == "deepspeed" and zero_alone(was, now))}
+    if names - {f"--{name}" for name in BY_CONTENT}:
+        changes = in_words([one for one in different if one[0] in names])
+        advice = "give it the same ones to go on with it, or name a new folder"
+        if names <= {"--max_steps", "--num_train_epochs", "steps"} and old.get("finished"):
+            last = folder / f"checkpoint-{old['steps']}"
+            advice = ("it is finished, and in a longer run each step has another learning rate. To train further, "
+                      f"start from its end in a new --output_dir: --model_name {shlex.quote(str(last))} (for DPO that "
+                      "is then the reference, too, unless --reference names another); for one longer run, name a new "
+                      "--output_dir alone")
+        raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); {advice}")
+
+
+def differences(old: dict, new: dict, before_loading: bool = False) -> list[tuple]:
+    """(name, value in `old`, value in `new`) of what makes two runs different ones: flags as --name, then what was read
+    and found, then, where there is any such difference, the names of what was read. The arguments are those of
+    `check_same`."""
+    free = FREE | BY_CONTENT | (ADAPTER if before_loading else set())
+    new = json.loads(json.dumps(new))  # tuples become lists, as in the file
+    shared = SHARING if pairs_per_step(old) == pairs_per_step(new) else set()
+    free |= shared
+    before, now = DEFAULTS | old["arguments"], new["arguments"]
+    flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
+    compared = [name for name in COMPARED if name in new and name not in {"arguments", *shared}]
+    entries = [(name, old.get(name), new[name]) for name in compared]
+    different = [(name, was, is_now) for name, was, is_now in flags + entries if was != is_now]
+    named = [(f"--{name}", before.get(name), now[name]) for name in sorted(BY_CONTENT)] if different else []
+    return different + [(name, was, is_now) for name, was, is_now in named if was != is_now]
+
+
+def in_words(different: list[tuple]) -> str:
+    """The pairs of `differences` in words, for a message."""
+    return ", ".join(f"{name}: {_short(was)} -> {_short(is_now)}" for name, was, is_now in different)
+
+
+def changed_machine(old: dict, new: dict) -> str:
+    """The differences in MACHINE between two run.json, and of --deterministic on a GPU, in words; empty where there are
+    none."""
+    pairs = [(name, old.get(name), new[name]) for name in MACHINE]
+    if new["device"] != "cpu":
+        pairs += [("--deterministic", old["arguments"].get("deterministic", False), new["arguments"]["deterministic"])]
+    return ", ".join(f"{name}: {_short(was)} -> {_short(now)}" for name, was, now in pairs if was != now)
+
+
+def _short(value) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:30]}...{text[-20:]}"
+
+
+def chosen(arguments: dict, free: set[str]) -> dict:
+    """The settings that are neither free nor at their defaults."""
+    return {name: value for name, value in arguments.items() if name not in free and value != DEFAULTS.get(name)}
+
+
+def fingerprint(record: dict) -> str:
+    """16 hexadecimal digits, a hash of all entries of run.json that make a run this one. A fork that changed nothing is
+    the run that it goes on from."""
+    if (fork := record.get("fork")) and not fork["changed"]:
+        return fork["fingerprint"]
+    kept = {name: record.get(name) for name in COMPARED if name not in SHARING | {"fork"}}
+    kept |= {"fork": [fork["fingerprint"], fork["step"], fork["changed"]]} if fork else {}
+    kept |= {"arguments": chosen(record["arguments"], FREE | BY_CONTENT | SHARING), "pairs": pairs_per_step(record)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
