@@ -70,7 +70,9 @@ class Parts:
     def train(self, name: str, *flags, cpu: bool = False, stage: dict | None = None, until=None,
               steps: int | None = STEPS) -> "Ran":
         """A run of train.py, or what there is of it once `until` was true."""
-        more = ["--max_steps", 2 if self.args.toy else steps] if steps or self.args.toy else []
+        more = ["--max_steps", steps] if steps else []
+        if self.args.toy:
+            more = ["--max_steps", 2, "--eval_file_path", "", "--eval_steps", 0]
         if stage:
             file = self.folder / f"{name}.json"
             file.write_text(json.dumps({"zero_optimization": stage}))

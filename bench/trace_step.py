@@ -52,8 +52,8 @@ def main(argv: list[str]) -> dict:
     found: dict = {}
     train.train_step = traced(train.train_step, found)
     with tempfile.TemporaryDirectory() as folder:
-        train.main([*argv, "--max_steps", "2", "--eval_size", "0", "--draw", "false", "--output_dir", f"{folder}/run",
-                    "--cache_dir", f"{folder}/cache"])
+        train.main([*argv, "--max_steps", "2", "--eval_file_path", "", "--eval_steps", "0", "--draw", "false",
+                    "--output_dir", f"{folder}/run", "--cache_dir", f"{folder}/cache"])
     print(report(found))
     return found
 
