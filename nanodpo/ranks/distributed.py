@@ -5,7 +5,6 @@ import gc
 import itertools
 import os
 import pickle
-import socket
 import sys
 import warnings
 
@@ -83,11 +82,11 @@ def start(local_rank: int, deterministic: bool = False) -> torch.device:
     `deterministic`: whether a GPU must give the same bits each time."""
     gpu.use_expandable_segments()
     gpu.round_alike()
+    store = _met["store"]
     if "RANK" not in os.environ:  # plain python: without these DeepSpeed goes looking for MPI
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        host = "127.0.0.1"
+        store = dist.TCPStore(host, 0, 1, True)  # at a port that is free, and its own from then on
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR=host, MASTER_PORT=str(store.port))
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not guess and warn
@@ -104,9 +103,9 @@ def start(local_rank: int, deterministic: bool = False) -> torch.device:
         if deterministic:
             gpu.same_bits_each_time()
     backend, rank, world = "nccl" if cuda else "gloo", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if _met["store"]:
+    if store:
         try:
-            dist.init_process_group(backend, timeout=PATIENCE, store=_met["store"], rank=rank, world_size=world)
+            dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
         except RuntimeError as error:
             raise RankStopped(f"rank {rank} can't connect to the others ({first_line(error)[-120:]}); all ports must "
                               "be open between the machines; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name a network "

@@ -1,9 +1,12 @@
 """Ranks that can't meet say why in one line, in a limited time, and PyTorch's stacks of frames stay off the screen."""
 
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
+from conftest import environment
 
 from nanodpo.errors import RankStopped
 from nanodpo.ranks import meeting, waits
@@ -57,3 +60,25 @@ def test_gloo_takes_the_network_on_which_ranks_meet(monkeypatch):
     assert meeting._device(["", "10.9.0.1", "10.0.0.1"]) == "ib0"
     assert meeting._device(["127.0.0.1", "10.0.0.2", "10.0.0.1"]) == "eth0", "its own name means the loopback here"
     assert meeting._device(["127.0.0.1", "", "10.0.0.2"]) is None and meeting._device(["fe80::1"]) == "eth1"
+
+
+def test_the_port_of_a_process_without_a_launcher_is_its_own():
+    """Another program that looks for a free one, at the moment when the process is about to use it, can't get it."""
+    program = """
+import os, socket, torch, deepspeed
+from nanodpo.ranks import distributed
+whole = deepspeed.init_distributed
+def init_distributed(*args, **kwargs):
+    try:
+        other = socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+    except OSError:
+        print("held")
+    whole(*args, **kwargs)
+deepspeed.init_distributed = init_distributed
+distributed.start(0)
+print(distributed.rank_and_world(), distributed.sum_over_ranks(torch.ones(2)).tolist())
+distributed.leave()
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True,
+                          timeout=60)
+    assert done.stdout.endswith("held\n(0, 1) [1.0, 1.0]\n"), done.stderr
