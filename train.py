@@ -69,12 +69,12 @@ def build(start: Start, stop: Stop) -> Run:
     check_with_deepspeed(start.settings | start.monitors, args.deepspeed)
     rank, world = distributed.rank_and_world()
     with memory.shortage_named(rank, "loading the model"):
-        model, weights, other, its_weights = load_models(start)
+        model, hashes, other, its_hashes = load_models(start)
     distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
     with memory.shortage_named(rank, "loading the model"):
         built = make_engine(model, args, start.settings, device, start.longest)
     torch.manual_seed(args.seed + rank)  # dropout's, with --allow_dropout
-    return Run(**vars(start), **vars(built), stop=stop, start_hashes=weights, reference_hashes=its_weights,
+    return Run(**vars(start), **vars(built), stop=stop, start_hashes=hashes, reference_hashes=its_hashes,
                reference_model=other, device=device, world=world, rank=rank)
 
 
@@ -130,17 +130,17 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     args, engine, examples, began = run.args, run.engine, run.train_set.examples, time.perf_counter()
     pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step, run.row_starts)  # their indices
     sides = SIDES[:1] if args.loss == "sft" else SIDES  # SFT trains on chosen alone
-    # A step's loss is a weighted mean over its pairs (sft: over their tokens). With this factor it is the plain mean of
-    # its pairs' terms.
-    scale = len(pairs) / loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs],
-                                      [examples[k].weight for k in pairs])
+    # A step's loss is the sum of its pairs' losses, each times the weight of its row, divided by this number: where all
+    # weights are 1 that of the pairs, for sft that of their tokens.
+    divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs],
+                           [examples[k].weight for k in pairs])
     rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
 
     engine.train()
     meter = Meter(run.device)
-    token_metrics = engine.module.head.on_chunk = TokenMetrics(engine.module)  # sees each chunk of the kernel's
+    token_metrics = engine.module.head.on_chunk = TokenMetrics(engine.module)  # called with each chunk of tokens
     micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.data_rank, run.data_world)
     for i, (indices, factor) in enumerate(guard.each(micro_batches)):  # factor 0: a repeat, see micro_batches_of
         here = [examples[k] for k in indices]
@@ -151,13 +151,15 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         # DeepSpeed's engine calls SequenceLogProbs of core/logprobs.py: log pi(y|x), summed over the tokens of y.
         logps = engine(batch)[index]  # (P, 2): a response that pairs of one row share is computed once
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)  # (P,)
-        losses = losses * (run.row_weights[indices].to(run.device, non_blocking=True) * scale)
+        losses = losses * run.row_weights[indices].to(run.device, non_blocking=True)
         values = pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
-        meter.add({"loss": losses.detach()} | values | token_metrics.take(batch, index, lengths), factor)
+        parts = losses.detach() * (len(pairs) / divisor)  # the mean of all of them is the step's loss
+        meter.add({"loss": parts} | values | token_metrics.take(batch, index, lengths), factor)
         engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # tells DeepSpeed which is the last
         losses = guard.nan_where_nonfinite(indices, logps, losses)
-        # DeepSpeed, told of no accumulation, adds up micro-batches, and takes the mean over ranks: hence times `world`.
-        engine.backward(losses.sum() * factor * (run.world / len(pairs)))
+        # DeepSpeed adds up micro-batches (configured for one a step, it does not divide) and takes the mean over all
+        # ranks, each of which has a part of the sum: hence times `world`.
+        engine.backward(losses.sum() * factor * (run.world / divisor))
     norm, applied = update(engine)  # not applied where a number was not finite: the whole gradient is NaN then
     means = meter.means()
     if not applied:
@@ -176,7 +178,7 @@ def update(engine) -> tuple[float, bool]:
 
     Returns (the gradient's global norm before clipping, over all ranks; whether the update was made).
     """
-    if engine.zero_optimization_stage():
+    if engine.zero_optimization_stage():  # 2 in ds_config.json
         engine.step()  # with check_grad_overflow it makes no update where the norm is not finite
         return float(engine.get_global_grad_norm()), engine.was_step_applied()
     # Without ZeRO DeepSpeed returns no norm, and would take a step of NaN.

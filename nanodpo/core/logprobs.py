@@ -102,8 +102,8 @@ class Chunk(NamedTuple):
 
 def chunk_logps(z: Tensor, targets: Tensor, exps: Tensor | None = None) -> Chunk:
     """(C, V) logits, (C,) -> the log-probs of the targets: every log-softmax of this program. From its exponentials
-    training computes its gradient, and score.py its measures. The exponentials overwrite z, or are written into
-    `exps`, where that is given; then z is left as z - top."""
+    training computes its gradient, and score.py its measures. Overwrites z: with the exponentials, or, where `exps` is
+    given for these, with z - top."""
     top = z.amax(1)
     picked = z.gather(1, targets[:, None]).squeeze(1)
     z.sub_(top[:, None])  # no exponential is above 1 then, none overflows
@@ -148,9 +148,9 @@ class _TokenLogProbs(torch.autograd.Function):
             logps[here], lse[here] = found.logps, found.lse
             if kept is not None:
                 dz = _product_grad(found.exps, found.total, targets[here], slope)
-                kept[here] = g = head.times_weight(dz)
+                kept[here] = d_hidden = head.times_weight(dz)
             if on_chunk:
-                on_chunk(found, z, hidden[here], None if kept is None else g)  # not yet rounded to kept's dtype
+                on_chunk(found, z, hidden[here], None if kept is None else d_hidden)  # not yet rounded to kept's dtype
         ctx.head = head
         ctx.save_for_backward(*((hidden, weight, bias, targets, lse) if ctx.trainable else (kept,)))
         return logps
@@ -189,10 +189,11 @@ def sum_by_sequence(token_logps: Tensor, sequence_ids: Tensor, n_sequences: int)
 
 
 class OneRank:
-    """A rank that has its batch for itself. For ranks that share one, model/ulysses.py has a class in place of this."""
+    """A rank that has its batch for itself: nothing is cut, collected or summed up. Where several ranks share one
+    (--sequence_parallel_size), a class of model/ulysses.py is in its place."""
 
     rank, size = 0, 1
-    shard = gather = sum = staticmethod(lambda whole: whole)  # of a batch, or of values of its scored tokens, all
+    shard = gather = sum = staticmethod(lambda whole: whole)
 
 
 class SequenceLogProbs(nn.Module):

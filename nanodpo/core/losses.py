@@ -53,6 +53,7 @@ def pair_losses(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tens
     columns chosen and rejected; where the loss takes chosen alone, logps may be (P, 1). `loss` has its settings filled
     in, like functools.partial(dpo, beta=0.1). Adds sft_weight * (-chosen / |chosen|): RPO, arXiv 2404.19733.
     """
+    # A loss names what it needs. Of dpo this is loss(chosen=..., rejected=..., ref_chosen=..., ref_rejected=...).
     given = dict(zip(("chosen", "rejected"), logps.unbind(1))) | {"lengths": lengths}
     if ref is not None:
         given |= {"ref_chosen": ref[:, 0], "ref_rejected": ref[:, 1]}

@@ -111,12 +111,13 @@ def _check(groups: list[Group]) -> None:
 def _segments(spans) -> Segments:
     lengths, order = [], []
     for p0, p1, r0, r1 in spans:
-        if r0 == p1:  # the first response, behind its prompt
-            prompt = len(lengths)
+        if r0 == p1:  # the first response of a prompt
+            prompt_piece = len(lengths)
             lengths.append(p1 - p0)
-        order += [prompt, len(lengths)]
+        order += [prompt_piece, len(lengths)]
         lengths.append(r1 - r0)
-    q_lengths = [r1 - (p0 if r0 == p1 else r0) for p0, p1, r0, r1 in spans]  # a first one's queries have its prompt's
+    # The first response's queries include the prompt's.
+    q_lengths = [r1 - (p0 if r0 == p1 else r0) for p0, p1, r0, r1 in spans]
     k_lengths = [p1 - p0 + r1 - r0 for p0, p1, r0, r1 in spans]
     cu_q, cu_k = (torch.tensor([0, *each]).cumsum(0).to(torch.int32) for each in (q_lengths, k_lengths))
     return Segments(spans, cu_q, cu_k, lengths, order, max(q_lengths), max(k_lengths))
@@ -155,8 +156,8 @@ def make_batch(examples: list, sides: list[str], layout: str, device: torch.devi
 
 def groups_of(examples: list, sides: list[str]) -> tuple[list[Group], Tensor]:
     """(groups, index) of pairs: prompts with the ids of these sides, and (P, R): where each pair's responses stand
-    among the S of all groups. A pair is a group of its own. But a row of the data may have lists of answers, and so
-    several pairs: those of its pairs that follow each other are one group, the prompt once and each answer once.
+    among the S of all groups. A pair is a group of its own. But a row of the data may list several answers, which
+    gives several pairs: consecutive pairs of one row form one group, the prompt once and each answer once.
 
     >>> from nanodpo.data.example import Example
     >>> groups_of([Example(0, [1], [2], [3]), Example(1, [4], [5], [6])], ["chosen", "rejected"])

@@ -1,6 +1,7 @@
-"""One pair in tokens (of SFT data one response). A row of the data that has lists of answers makes several.
+"""One pair in tokens (of SFT data one response). A row of the data that lists several answers gives several pairs.
 
-A first reading needs `Example` alone, whose token ids are lists; the classes before it say how they are kept.
+A first reading needs `Example` alone. Its prompt, chosen and rejected read as lists of token ids; the classes before it
+keep these lists in a ninth of their memory.
 """
 
 import array

@@ -83,7 +83,7 @@ class _Added(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (x, h, a, b), lines = ctx.saved_tensors, grad.flatten(0, -2)
-        # The first factor of a sum that is not taken: addmm scales a product at no cost, mm can't.
+        # addmm with beta=0 ignores its first argument. It scales a product at no cost, which mm can't.
         d_h = torch.addmm(lines.new_empty(()), lines, b.to(grad.dtype), beta=0, alpha=ctx.scale)
         d_x = (d_h @ a.to(grad.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
         d_a = _weight_grad(d_h, x.flatten(0, -2), a.dtype) if ctx.needs_input_grad[2] else None

@@ -33,7 +33,7 @@ def make_engine(model, args, settings: dict, device, longest: int) -> Built:
     from ..model.recompute import FitToMemory, Recompute, sample_batch
 
     stage = settings["zero_optimization"].get("stage", 0)
-    product = prepare(model, args.bf16, device, in_place=stage < 3)
+    product_dtype = prepare(model, args.bf16, device, in_place=stage < 3)
     if args.gradient_checkpointing or args.activation_memory:
         recompute = Recompute(model, stage)
         recompute.use("full")
@@ -48,7 +48,7 @@ def make_engine(model, args, settings: dict, device, longest: int) -> Built:
     if is_sharded(model):
         model.to(device)  # what the ranks do not share: buffers, and LoRA, which DeepSpeed shards itself
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    layout, attention = selfcheck.choose_layout(module, device, product, args.use_flash_attention, longest)
+    layout, attention = selfcheck.choose_layout(module, device, product_dtype, args.use_flash_attention, longest)
     distributed.say(selfcheck.describe(layout, attention, module.parallel.size))
     if args.activation_memory:
         if not selfcheck.memory_is_linear(model.config.get_text_config(), attention, longest):

@@ -36,7 +36,7 @@ def logps_of(run: Run, examples: list[Example], sides: list[str], where: str, mo
 
 
 def row_weights(examples: list[Example], without: frozenset[int] = frozenset()) -> torch.Tensor:
-    """(P,) float64: how much each pair counts in the loss, the weight of its row in the data.
+    """(n,) float64: how much each pair counts in the loss, the weight of its row in the data.
 
     It is 0 for the rows `without`, those of --without_rows. What a step's loss is divided by still counts them, so that
     leaving them out changes no other pair's term (counterfactual SGD, arXiv 1906.08473).
@@ -113,8 +113,8 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
         return logps_of(run, [data.examples[i] for i in indices], SIDES, "the reference pass", model, layout)
 
     def own_micro_batches(pairs):  # ranks that share a batch have the same log-probs: the first one's count
-        counts = run.engine.module.parallel.rank == 0
-        return [(indices, factor * counts) for indices, factor in
+        is_first = run.engine.module.parallel.rank == 0
+        return [(indices, factor * is_first) for indices, factor in
                 micro_batches_of(pairs, batch, run.data_rank, run.data_world)]
 
     return reference.reference_logps(data.examples, steps, own_micro_batches, score, fingerprint, args.cache_dir,
@@ -139,8 +139,7 @@ def evaluate(run: Run) -> None:
     examples, meter = run.held_out.examples, metrics.Meter(run.device)
     token_metrics = run.engine.module.head.on_chunk = metrics.TokenMetrics(run.engine.module, needs_logits=True)
     sides = SIDES if examples[0].rejected is not None else SIDES[:1]
-    scale = len(examples) / loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples],
-                                         [e.weight for e in examples])  # as in train_step
+    divisor = loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples], [e.weight for e in examples])
     batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.data_world)
     for pairs in progress.track(batches, "evaluation", "batch"):
         run.stop.check()
@@ -156,10 +155,10 @@ def evaluate(run: Run) -> None:
                 rows = functools.partial(memory.describe, here)
                 with memory.shortage_named(run.rank, f"step {step}", rows), torch.no_grad():
                     logps = run.engine(batch)[index]
-            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
-            losses = losses * (row_weights(here).to(run.device) * scale)
+            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight) * row_weights(here).to(run.device)
             values = metrics.pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
-            meter.add({"loss": losses} | values | token_metrics.take(batch, index, lengths), factor)
+            parts = losses * (len(examples) / divisor)  # as in train_step
+            meter.add({"loss": parts} | values | token_metrics.take(batch, index, lengths), factor)
     means = meter.means()
     if bad := nonfinite(means):
         raise RunStopped(f"evaluation under checkpoint-{step}: {bad} not finite")
