@@ -13,8 +13,9 @@ from .answers import WEIGHT, pairs_of, weight_of
 from .encoding import tokenize, tokenize_more
 from .example import SIDES, CompactIds, Example
 from .forks import cores, in_forks
+from .messages import in_messages
 from .rows import read_places
-from .shapes import Columns, choose_columns, describe_columns, in_messages, read_row, unread_parts
+from .shapes import Columns, choose_columns, describe_columns, read_row, unread_parts
 from .template import Template
 from .texts import Texts, render_more, render_row, render_whole
 

@@ -6,10 +6,11 @@ with answers, contents in parts. What is no message stays as it is, and is refus
 """
 
 import dataclasses
-import json
+import itertools
 
 from ..errors import UserError
 from .answers import WEIGHT, answers_of
+from .messages import first_role, in_messages, read_json, said, turns_of
 
 ALPACA = ("instruction", "query")  # what the user says, with `input`, after `history`
 TURNS = ("conversations", "conversation")  # a whole conversation, or beside chosen and rejected its beginning
@@ -25,12 +26,6 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # a language 
 RESERVED = {"chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "padding",
             "return_tensors", "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs",
             "conversation"}  # arguments of apply_chat_template that a template does not see
-# ShareGPT's names of who speaks.
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-         "observation": "tool", "function_response": "tool", "tool_response": "tool"}
-CALLS = ("function_call", "tool_call")  # whose value is the call as JSON
-
-
 @dataclasses.dataclass
 class Columns:
     """The names of the columns; None where there is none."""
@@ -80,6 +75,7 @@ def choose_columns(path: str, rows: list[dict], args, pairs: bool) -> Columns:
     rejected = choose("rejected_field", REJECTED_FIELDS, pairs)
     asks = not args.prompt_field and prompt in (*ALPACA, *TURNS)
     whole = args.loss == "sft" and not prompt and not rejected and chosen in ("text", args.chosen_field)
+    _check_apart(path, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
     columns = Columns(prompt, chosen, rejected, asks, whole)
     for i, row in enumerate(rows):
         _check_unread(f"{path}: row {i}", row, columns)
@@ -87,6 +83,14 @@ def choose_columns(path: str, rows: list[dict], args, pairs: bool) -> Columns:
     # A column that may well be the prompt is better named than left out.
     columns.alike = bool(rejected and not prompt and not unread_parts(rows, columns))
     return columns
+
+
+def _check_apart(path: str, columns: dict[str, str | None]) -> None:
+    """Raises UserError for a column that is to be two things."""
+    for (one, name), (other, same) in itertools.combinations(columns.items(), 2):
+        if name is not None and name == same:
+            raise UserError(f"{path}: column {name} would be both {one} and {other}; name another with --{one}_field "
+                            f"or --{other}_field")
 
 
 def _check_scored(path: str, row: dict) -> None:
@@ -146,7 +150,7 @@ def unread_parts(rows: list[dict], columns: Columns) -> dict[str, int]:
 def read_row(row: dict, columns: Columns) -> Row:
     """One row in the form that texts.py takes. Raises UserError for what it can't mean."""
     prompt, chosen, rejected = (row[name] if name else None for name in columns.fields)
-    options = {name: _json(name, row[name]) for name in FOR_TEMPLATES if row.get(name)}
+    options = {name: read_json(name, row[name]) for name in FOR_TEMPLATES if row.get(name)}
     if isinstance(prompt, dict) and isinstance(prompt.get("messages"), list):  # OpenAI's input
         options |= {"tools": prompt["tools"]} if prompt.get("tools") else {}
         prompt = prompt["messages"]
@@ -154,15 +158,15 @@ def read_row(row: dict, columns: Columns) -> Row:
         prompt = _alpaca(row, prompt)
     prompt, chosen, rejected = (in_messages(side, value) for side, value in (
         ("prompt", prompt), ("chosen", chosen), ("rejected", rejected)))
-    if columns.asks and isinstance(prompt, list) and _first_role(chosen) in ("system", "user") and (
+    if columns.asks and isinstance(prompt, list) and first_role(chosen) in ("system", "user") and (
             chosen[0] not in prompt):
         prompt = None  # the sides are whole conversations, and the column may be anything
     if columns.asks and isinstance(prompt, list) and prompt:
-        chosen, rejected = ([_said("assistant", side)] if isinstance(side, str) and side else side
+        chosen, rejected = ([said("assistant", side)] if isinstance(side, str) and side else side
                             for side in (chosen, rejected))
     system = next((row[name] for name in SYSTEM if name in columns.beside and row.get(name)), None)
     if system:
-        prompt, chosen, rejected = _with_system(_said("system", system), prompt, chosen, rejected)
+        prompt, chosen, rejected = _with_system(said("system", system), prompt, chosen, rejected)
     if not isinstance(options.get("tools", []), list):
         raise UserError(f"has tools of type {type(options['tools']).__name__}; they must be a list")
     kwargs = options.pop("chat_template_kwargs", {})
@@ -182,25 +186,11 @@ def check_options(name: str, options) -> None:
 def options_of(text: str | None) -> dict:
     """The value of --chat_template_kwargs. Raises UserError for what is no JSON object."""
     try:
-        options = _json("options", text or {})
+        options = read_json("options", text or {})
         check_options("options", options)
     except UserError as error:
         raise UserError(f"--chat_template_kwargs {text}: {error}") from error
     return options
-
-
-def _json(name: str, value):
-    """The value of a column that some files write as JSON in text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"has {name} that can't be read as JSON: {' '.join(str(error).split())[:100]}") from error
-
-
-def _said(role: str, content) -> dict:
-    return {"role": role, "content": content}
 
 
 def _alpaca(row: dict, instruction):
@@ -208,87 +198,16 @@ def _alpaca(row: dict, instruction):
     parts = [part for part in (instruction, row.get("input")) if part is not None]
     if odd := [part for part in parts if not isinstance(part, str)]:
         return odd[0]
-    if not (said := "\n".join(filter(None, parts))):
+    if not (question := "\n".join(filter(None, parts))):
         return ""
-    return [*_pairs(row.get("history") or []), _said("user", said)]
+    return [*turns_of(row.get("history") or []), said("user", question)]
 
 
 def _with_system(system: dict, prompt, chosen, rejected):
     """A conversation that begins with this system message, unless it has one."""
     def begun(side):
-        return [system, *side] if _first_role(side) not in (None, "system") else side
+        return [system, *side] if first_role(side) not in (None, "system") else side
 
     if isinstance(prompt, list) and prompt:
         return begun(prompt), chosen, rejected
     return prompt, begun(chosen), begun(rejected)
-
-
-def in_messages(name: str, value):
-    """The messages of a value, as `as_messages` reads them. Raises UserError with this name before its message."""
-    try:
-        return as_messages(value)
-    except UserError as error:
-        raise UserError(f"{name} {error}") from error
-
-
-def as_messages(value):
-    """A message, a list of them in any of the known forms, or questions with answers -> messages; else the same value.
-
-    >>> as_messages([{"from": "human", "value": "2?"}, {"from": "gpt", "value": [{"type": "text", "text": "4"}]}])
-    [{'role': 'user', 'content': '2?'}, {'role': 'assistant', 'content': '4'}]
-    """
-    if isinstance(value, dict) and (_speaker(value) or "from" in value):
-        value = [value]
-    if not (isinstance(value, list) and value and all(isinstance(item, dict) for item in value)):
-        return value
-    if all({"human", "assistant"} <= {*item} for item in value):
-        return _pairs([(item["human"], item["assistant"]) for item in value])
-    return [_message(item) for item in value]
-
-
-def _speaker(message: dict) -> str | None:
-    """The role that a message names, in whatever form."""
-    return next((message[name] for name in ("role", "from") if isinstance(message.get(name), str)), None)
-
-
-def _first_role(messages) -> str | None:
-    """The role of the first of a list of messages; None for anything else."""
-    first = messages[0] if isinstance(messages, list) and messages else None
-    return first.get("role") if isinstance(first, dict) else None
-
-
-def _pairs(pairs) -> list[dict]:
-    """Turns of [question, answer] each."""
-    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-        raise UserError("has a history that is not a list of [question, answer]")
-    return [_said(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]
-
-
-def _message(message: dict) -> dict:
-    """A message with role and content, its content as text."""
-    if _speaker(message) is None:
-        return message
-    if "role" not in message or "content" not in message and "value" in message:
-        rest = {name: value for name, value in message.items() if name not in ("role", "from", "content", "value")}
-        speaker, value = _speaker(message), message.get("content", message.get("value"))
-        if speaker in CALLS:
-            return {"role": "assistant", "content": "", "tool_calls": _calls(value)} | rest
-        message = {**_said(ROLES.get(speaker, speaker), value), **rest}
-    parts = message.get("content")
-    if not (isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts)):
-        return message
-    if odd := next((part for part in parts if part.get("type", "text") != "text"), None):
-        raise UserError(f"has a message with a part of type {odd['type']!r}, which a model of text can't read")
-    texts = [next((part[name] for name in ("text", "value") if isinstance(part.get(name), str)), None)
-             for part in parts]
-    return message if None in texts else message | {"content": "".join(texts)}
-
-
-def _calls(value) -> list[dict]:
-    """The calls of tools that a text holds as JSON."""
-    calls = _json("a tool call", value)
-    calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise UserError(f"has a tool call without a name: {str(value)[:60]!r}")
-    return [{"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-            for call in calls]

@@ -5,7 +5,7 @@ import os.path
 import re
 
 from ..errors import UserError
-from .marks import added_tokens
+from .closing import close
 from .rendering import Rendered, render_messages, render_prompt
 from .template import (
     FOREIGN_OPENINGS,
@@ -13,7 +13,6 @@ from .template import (
     close_turn,
     holds_turns,
     lacks_template,
-    opening_in,
     question_in,
     split_transcript,
 )
@@ -22,6 +21,7 @@ SYSTEMS = {"system", "developer"}  # roles that ask nothing
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of Anthropic's HH and what is written like it
 # Letters and digits of languages that put spaces between words.
 JOINED = re.compile(r"[^\W_\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff]")
+GOES_ON = re.compile(r"[\w+\-*/=^.,('\"]\Z")  # the end of a text that the next one belongs to
 REPEATED = "begins with the prompt itself, which then stands twice"
 
 
@@ -46,6 +46,11 @@ def render_row(template: Template, number: int, prompt, chosen, rejected, has_re
     """One row's values -> Texts. `every`: all answers of a conversation are scored, not the last alone; `alike`: plain
     sides begin with their prompt. Raises UserError naming the side that is wrong, or for equal sides."""
     notes = []
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if prompt is not None and isinstance(side, str) and side.lstrip().startswith(HUMAN.strip()) and (
+                ASSISTANT in side):
+            raise UserError(f"{name} is a whole conversation (it opens with {HUMAN.strip()!r}) beside a prompt in a "
+                            "column of its own; remove that column, or give the answer alone")
     if alike and _is_plain(template, chosen) and _is_plain(template, rejected):
         prompt, chosen, rejected = split_pair(chosen, rejected)
         notes.append("prompt = the text with which chosen and rejected begin")
@@ -61,7 +66,16 @@ def render_row(template: Template, number: int, prompt, chosen, rejected, has_re
         _refuse_prompts(chosen, rejected, first.prompt, second.prompt)
     if first.response == second.response and not may_be_equal:
         raise UserError("chosen and rejected are equal")
+    if not rendered and isinstance(rejected, str):
+        notes += _white_space(chosen, rejected)
     return Texts(number, first.prompt, first.response, second.response, tuple(notes), rendered)
+
+
+def _white_space(chosen: str, rejected: str) -> list[str]:
+    """Notes on white space at the end of a pair's answers, where it may be what training learns."""
+    ends = [side != side.rstrip() for side in (chosen, rejected)]
+    return (["chosen and rejected differ in white space alone"] * (chosen.split() == rejected.split() != [])
+            + ["one side alone ends in white space"] * (ends[0] != ends[1]))
 
 
 def render_whole(template: Template, number: int, value) -> Texts | None:
@@ -139,40 +153,21 @@ def _render_side(template: Template, side: str, prompt, value, notes: list[str],
             found = Rendered(_plain_prompt(template, prompt), value)
             notes += ["plain text, without the chat template"] * lacks_template(template, found.prompt)
             notes += [f"{side} {REPEATED}"] * _repeats(found.prompt, value)
-        elif isinstance(prompt, str) and not question_in(template, found.prompt).endswith(
-                question_in(template, prompt)):
+        elif isinstance(prompt, str) and not _asks(question_in(template, found.prompt), question_in(template, prompt)):
             notes.append("prompt column differs from the transcript's prompt (the transcript is used)")
         if template.bos and not found.prompt.startswith(template.bos) and holds_turns(template, found.prompt):
             found.prompt = template.bos + found.prompt  # a transcript without what the template begins with
         notes += [found.note] * bool(found.note)
-        _close(template, side, found, value, notes)
+        close(template, side, found, value, notes)
     except UserError as error:
         raise UserError(f"{side} {error}") from error
     _check_whole_characters(f"{side} or its prompt", found.prompt + found.response)
     return found
 
 
-def _close(template: Template, side: str, found: Rendered, value, notes: list[str]) -> None:
-    """Gives the response exactly one end of turn. Raises UserError for one that is empty or holds other turns."""
-    eos, reply = template.tokenizer.eos_token, value[-1] if isinstance(value, list) else {}
-    end = _end_of(template, found.prompt, found.response, reply)
-    response, dropped, added = close_turn(found.response, end, eos)
-    if reply:  # what the template wrote after the message is no news
-        _, doubled, open_ended = close_turn(reply.get("content") or "", end, eos)
-        dropped = doubled or not open_ended
-    body = response.removesuffix(end)
-    last = body[found.places[-1][0]:] if found.places else body
-    if not last.strip():
-        raise UserError("is empty")
-    if end in last:
-        raise UserError(f"goes on after its end of turn {end!r}; it must end with the assistant's turn")
-    if opening := opening_in(template, last):
-        raise UserError(f"holds a turn that is not the assistant's ({opening!r})")
-    if found.places:
-        found.places = (*found.places[:-1], (found.places[-1][0], len(response)))
-    found.response = response
-    notes += [f"{side}: a second end of the turn is left out"] * dropped
-    notes += [f"{side}: added the end of turn"] * added
+def _asks(text: str, question: str) -> bool:
+    """Does this text end with the question? Nothing before it goes on into it, as "2+" goes on into "2?"."""
+    return text.endswith(question) and not GOES_ON.search(text.removesuffix(question))
 
 
 def _split(template: Template, prompt, value, every: bool) -> Rendered | None:
@@ -252,7 +247,8 @@ def _repeats(prompt, response: str) -> bool:
     if not isinstance(prompt, str):
         return False
     prompt, response = " ".join(prompt.split()), " ".join(response.split())
-    return response.startswith(prompt) and not (prompt[-1:] + response[len(prompt) : len(prompt) + 1]).isalnum()
+    goes_on = response[len(prompt) : len(prompt) + 1]
+    return response.startswith(prompt) and not (goes_on and (prompt[-1:] + goes_on).isalnum())
 
 
 def _plain_prompt(template: Template, prompt) -> str:
@@ -266,19 +262,6 @@ def _plain_prompt(template: Template, prompt) -> str:
     if not prompt.strip():
         raise UserError("has an empty prompt")
     return prompt
-
-
-def _end_of(template: Template, prompt: str, response: str, reply: dict) -> str:
-    """A turn's end inside a chat, the eos token in plain text; of a call of tools the end that the template wrote."""
-    said = response.rstrip()
-    if reply.get("tool_calls") and not said.endswith(template.end):
-        own = next((token for token in added_tokens(template.tokenizer) if said.endswith(token)), None)
-        if own and said.count(own) == 1:
-            return own
-    in_chat = template.header and prompt.endswith(template.header)
-    if in_chat or response.rstrip().endswith(template.end):
-        return template.end
-    return template.tokenizer.eos_token or template.end
 
 
 def _is_messages(value) -> bool:

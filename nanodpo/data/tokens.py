@@ -39,8 +39,13 @@ class DataSet:
         return len({example.row for example in self.once})
 
     def report(self) -> str:
-        lines = [f"data {self.path}: {_rows(self.total or self.rows)}, {len(self.dropped)} dropped"
+        stay = {example.row for example in self.once}
+        lost = {row["row"] for row in self.dropped}
+        lines = [f"data {self.path}: {_rows(self.total or self.rows)}, {len(lost - stay)} dropped"
                  + f", {self.held_out} held out" * bool(self.held_out)]
+        if pairs := sum(row["row"] in stay for row in self.dropped):
+            lines.append(f"  {'a pair' if pairs == 1 else f'{pairs} pairs'} dropped of {_rows(len(lost & stay))} with "
+                         "lists of answers")
         if len(self.once) > self.rows:
             lines.append(f"  lists of answers: {_rows(self.rows)} make {len(self.once)} pairs")
         lines += [f"  {text}" for text in (self.columns, self.mixture) if text]
@@ -188,4 +193,21 @@ def _handle_overlong(data: DataSet, overlong: list[tuple[Example, str]], limit: 
         shortened.add((example.row, f"{sides} cut to fit {limit} tokens"))
     data.notes.update(note for _, note in shortened)
     data.examples.sort(key=lambda example: (example.row, example.which))
+    if shortened:
+        _drop_repeated(data, {row for row, _ in shortened}, args.loss == "sft")
     data.dropped.sort(key=lambda row: row["row"])
+
+
+def _drop_repeated(data: DataSet, rows: set[int], alone: bool) -> None:
+    """Takes once what several answers of one of these rows have become by a cut. `alone`: SFT."""
+    seen, kept, again = set(), [], set()
+    for example in data.examples:
+        pair = example.row, tuple(example.chosen), None if alone else tuple(example.rejected)
+        if example.row in rows and pair in seen:
+            again.add(example.row)
+            continue
+        seen.add(pair)
+        kept.append(example)
+    data.examples = kept
+    data.notes["answers that are the same once they are cut are taken once"] = len(again)
+    data.notes += collections.Counter()  # without what was never found

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import tempfile
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import tiny_tokenizers as tiny
 
 from nanodpo.data import places
 from nanodpo.data import rows as rows_module
+from nanodpo.data.messages import as_messages
 from nanodpo.data.places import hub_parts, with_split
 from nanodpo.data.rows import read_rows
 from nanodpo.data.shapes import Columns, choose_columns, describe_columns, unread_parts
@@ -626,6 +628,10 @@ def test_named_columns_win_and_missing_ones_are_errors():
         fields(rows, chosen_field="x", **named)
     with pytest.raises(UserError, match="or non_preferred_output; it has chosen: name one with --rejected_field"):
         fields([{"chosen": 1}])
+    for flag, other in (("prompt", "chosen"), ("prompt", "rejected"), ("chosen", "rejected")):
+        name = other if flag == "prompt" else "rejected"
+        with pytest.raises(UserError, match=f"d: column {name} would be both {flag} and {other}; name another with"):
+            fields(rows, **{f"{flag}_field": name})
 
 
 def test_documents_of_a_template_are_refused():
@@ -726,3 +732,72 @@ def test_what_is_no_file_does_not_hang(tmp_path):
                         (tmp_path / "folder", "state.json in it is not a file")):
         with pytest.raises(UserError, match=words):
             read_rows(str(path))
+
+
+@pytest.mark.parametrize("earlier, reason", [
+    ("4<|im_end|>\n<|im_start|>user\nSure?", "goes on after its end of turn '<|im_end|>'"),
+    ("4<|im_end|>", "goes on after its end of turn '<|im_end|>'"), ("", "is empty"), (" \n", "is empty")])
+def test_an_earlier_answer_that_is_scored_is_checked_as_the_last_is(chatml, earlier, reason):
+    """SFT on all answers of a conversation would train on a forged turn, on two ends of turn, or on a bare one."""
+    talk = [USER, {"role": "assistant", "content": earlier}, {"role": "user", "content": "Sure?"}, YES]
+    with pytest.raises(UserError, match=f"^chosen has an answer before its last one that {re.escape(reason)}"):
+        render_row(chatml, 0, None, talk, None, False, every=True)
+    assert render_row(chatml, 0, None, talk, None, False).chosen == "four<|im_end|>"  # there, it is part of the prompt
+    assert len(render_row(chatml, 0, None, [USER, NO, *talk[2:]], None, False, every=True).places) == 2
+
+
+def test_messages_in_text_are_read_as_messages(chatml):
+    """A CSV file has no lists: pandas writes them as Python does, others as JSON."""
+    talk = [USER, YES]
+    for text in (json.dumps(talk), str(talk), f"  {json.dumps(talk, indent=1)}\n"):
+        assert as_messages(text) == talk
+    for text in ("[1, 2]", '[{"a": 1}]', "[{role}]", '[{"role": "user"}, 3]'):
+        assert as_messages(text) == text
+    with pytest.raises(UserError, match="looks like a list of messages, and can't be read as JSON; write it as JSON"):
+        as_messages("[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b'}]")  # numpy's arrays
+
+
+def test_a_whole_conversation_beside_its_prompt_is_refused(chatml):
+    """Its first turn, which is the person's, would be scored; without the column it is split."""
+    sides = "\n\nHuman: q\n\nAssistant: yes", "\n\nHuman: q\n\nAssistant: no"
+    assert error_of(chatml, "q", *sides).startswith("chosen is a whole conversation (it opens with 'Human:') beside a")
+    text = render_row(chatml, 0, None, *sides, True, alike=True)
+    assert (text.chosen, text.rejected) == (" yes<|im_end|>", " no<|im_end|>")
+
+
+def test_a_token_that_begins_texts_is_no_part_of_an_answer():
+    """The prompt has the one that there may be. A tokenizer may end texts with the same token."""
+    llama = read_template(tiny.llama())
+    bos = llama.tokenizer.bos_token
+    assert error_of(llama, "q", f"{bos}yes", "no") == f"chosen holds the token that begins a text, {bos!r}; take it out"
+    assert error_of(llama, "q", "yes", f"n{bos}o").startswith("rejected holds the token")
+    same = read_template(tiny.plain())
+    same.tokenizer.bos_token = same.tokenizer.eos_token
+    assert render(same, "q", "yes" + same.tokenizer.eos_token, "no")[1] == "yes" + same.tokenizer.eos_token
+
+
+def test_white_space_that_tells_a_pair_apart_is_noted(chatml):
+    """Training learns it as it learns words."""
+    def notes(chosen, rejected):
+        return {note for note in render_row(chatml, 0, "q", chosen, rejected, True).notes if "white space" in note}
+
+    assert notes("a\n", "b") == {"one side alone ends in white space"}
+    assert notes("a ", "a") == {"one side alone ends in white space", "chosen and rejected differ in white space alone"}
+    assert notes("a  b", "a b") == {"chosen and rejected differ in white space alone"}
+    assert notes("a\n", "b ") == notes("a", "b") == set()
+
+
+def test_a_question_that_only_ends_like_the_transcripts_is_another_one(chatml):
+    asked = ASKED.replace("How many?", "What is 2+2?")
+    differs = "prompt column differs from the transcript's prompt (the transcript is used)"
+    for question, noted in (("2?", True), ("2+2?", False), ("What is 2+2?", False), ("s 2+2?", True)):
+        notes = render_row(chatml, 0, question, asked + "4<|im_end|>", asked + "5<|im_end|>", True).notes
+        assert (differs in notes) == noted, question
+
+
+def test_an_answer_that_is_its_prompt_repeats_it(chatml):
+    """As one that begins with it does; a longer word does not."""
+    for prompt, answer, noted in (("yes", "yes", True), ("yes.", "yes.", True), ("yes", "yes, I do", True),
+                                  ("yes", "yesterday", False)):
+        notes = render_row(chatml, 0, prompt, answer, "no", True).notes
+        assert ("chosen begins with the prompt itself, which then stands twice" in notes) == noted, answer

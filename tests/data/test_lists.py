@@ -122,6 +122,24 @@ def test_an_answer_that_a_list_has_twice_is_taken_once(tmp_path):
     assert texts(sft) == [(0, "4", "5")]
 
 
+@pytest.mark.parametrize("loss", ["dpo", "sft"])
+def test_answers_that_a_cut_makes_the_same_are_taken_once(loss, tmp_path):
+    """Else their row would count twice. Another row with the same texts is another row."""
+    row = {"prompt": "2?", "chosen": ["abcdX", "abcdY", "ab"], "rejected": ["zz"]}
+    data = load(tmp_path, row, row, limit=6, overlong="truncate", loss=loss)
+    assert [(e.row, bytes(e.chosen[:2]).decode(), len(e.chosen)) for e in data.examples] == [
+        (n, "ab", size) for n in (0, 1) for size in (4, 3)]
+    assert data.notes["answers that are the same once they are cut are taken once"] == 2
+
+
+def test_pairs_that_are_dropped_of_a_row_that_stays_are_no_dropped_rows(tmp_path):
+    rows = [{"prompt": "q", "chosen": ["ab", "abcdefgh"], "rejected": ["zz"]},
+            {"prompt": "qqqq", "chosen": ["ab", "ac"], "rejected": ["zz", "z"]}]
+    first, second, *_ = load(tmp_path, *rows, limit=6, overlong="drop").report().splitlines()
+    assert first.endswith("rows.jsonl: 1 row, 1 dropped")
+    assert second == "  a pair dropped of 1 row with lists of answers"
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"rejected": ["5", "4"]}, "row 1: chosen[0] and rejected[1]: chosen and rejected are equal"),
     ({"rejected": ["5", " "]}, "chosen[0] and rejected[1]: rejected is empty"),

@@ -1,0 +1,54 @@
+"""Every answer that is scored ends with exactly one end of turn, and holds nothing but an answer."""
+
+from ..errors import UserError
+from .marks import added_tokens
+from .rendering import Rendered
+from .template import Template, close_turn, opening_in
+
+
+def close(template: Template, side: str, found: Rendered, value, notes: list[str]) -> None:
+    """Gives the response exactly one end of turn. Raises UserError for one that is empty or holds other turns."""
+    eos, reply = template.tokenizer.eos_token, value[-1] if isinstance(value, list) else {}
+    end = _end_of(template, found.prompt, found.response, reply)
+    response, dropped, added = close_turn(found.response, end, eos)
+    if reply:  # what the template wrote after the message is no news
+        _, doubled, open_ended = close_turn(reply.get("content") or "", end, eos)
+        dropped = doubled or not open_ended
+    for first, last in found.places[:-1]:
+        try:
+            _check_answer(template, found.response[first:last].rstrip().removesuffix(end), end)
+        except UserError as error:
+            raise UserError(f"has an answer before its last one that {error}") from error
+    last = found.places[-1][0] if found.places else 0
+    _check_answer(template, response[last:].removesuffix(end), end)
+    if found.places:
+        found.places = (*found.places[:-1], (last, len(response)))
+    found.response = response
+    notes += [f"{side}: a second end of the turn is left out"] * dropped
+    notes += [f"{side}: added the end of turn"] * added
+
+
+def _check_answer(template: Template, body: str, end: str) -> None:
+    """Raises UserError for an answer, without its end of turn, that is empty or holds more than an answer."""
+    if not body.strip():
+        raise UserError("is empty")
+    if end in body:
+        raise UserError(f"goes on after its end of turn {end!r}; it must end with the assistant's turn")
+    if opening := opening_in(template, body):
+        raise UserError(f"holds a turn that is not the assistant's ({opening!r})")
+    bos = template.tokenizer.bos_token
+    if bos and bos != end and bos in body:
+        raise UserError(f"holds the token that begins a text, {bos!r}; take it out")
+
+
+def _end_of(template: Template, prompt: str, response: str, reply: dict) -> str:
+    """A turn's end inside a chat, the eos token in plain text; of a call of tools the end that the template wrote."""
+    said = response.rstrip()
+    if reply.get("tool_calls") and not said.endswith(template.end):
+        own = next((token for token in added_tokens(template.tokenizer) if said.endswith(token)), None)
+        if own and said.count(own) == 1:
+            return own
+    in_chat = template.header and prompt.endswith(template.header)
+    if in_chat or response.rstrip().endswith(template.end):
+        return template.end
+    return template.tokenizer.eos_token or template.end
