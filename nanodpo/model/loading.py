@@ -39,7 +39,8 @@ def load_model(source: Source, args, lora: dict | None = None, shared: dict | No
     elif args.use_lora:
         model = _add_lora(model, source, args, lora or {})
     if not args.allow_dropout:
-        _remove_dropout(model)
+        for module, name in _dropouts(model):
+            setattr(module, name, 0.0)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("no parameter is trainable")
     return model
@@ -134,18 +135,19 @@ def _drawn_in_float32():
         BaseTunerLayer._move_adapter_to_device_of_base_layer = own
 
 
-def _remove_dropout(model: nn.Module) -> None:
-    """Sets every dropout rate to 0: those of modules, the floats in attention layers, the noise of MoE routers."""
+def _dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where dropout rates are, (module, name of its attribute) each: those of modules, the floats in attention layers,
+    the noise of MoE routers."""
+    found = []
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if ("dropout" in name or "jitter" in name) and isinstance(value, float):
-                setattr(module, name, 0.0)
+        found += [(module, "p")] * isinstance(module, nn.Dropout)
+        found += [(module, name) for name, value in vars(module).items()
+                  if ("dropout" in name or "jitter" in name) and isinstance(value, float)]
+    return found
 
 
 def describe(model: nn.Module) -> str:
-    """For the screen: how many parameters are trained, their dtype, and the modules that have LoRA."""
+    """For the screen: how many parameters are trained, their dtype, the modules with LoRA, and rates of dropout."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     count, total = sum(p.numel() for _, p in trained), sum(map(numel, model.parameters()))
     dtype = str(trained[0][1].dtype).removeprefix("torch.")
@@ -153,7 +155,10 @@ def describe(model: nn.Module) -> str:
     if held := sum(numel(layer.weight) for layer in quantised_layers(model)):
         line += f"; {held:,} held in {'4' if hasattr(quantised_layers(model)[0].weight, 'quant_state') else '8'} bits"
     adapted = sorted({name.split(".lora_")[0].rpartition(".")[2] for name, _ in trained if ".lora_" in name})
-    return folded(line + (f"\n  LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning"))
+    line += f"\n  LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning"
+    if rates := sorted({getattr(module, name) for module, name in _dropouts(model)} - {0.0}):
+        line += f"\n  dropout in training passes, with rates {', '.join(map(str, rates))}"
+    return folded(line)
 
 
 def weights_hash(model: nn.Module, fresh_lora: bool, as_read: bool = False) -> str:

@@ -20,6 +20,7 @@ from ..model.loading import reference_policy
 from ..model.ready import freeze
 from ..model.sharding import is_sharded, let_go
 from ..ranks import distributed
+from ..screen import folded
 from . import memory, metrics, noise
 from .guards import nonfinite
 from .lifecycle import disk_needed, write_line
@@ -48,6 +49,9 @@ def row_weights(examples: list[Example], without: frozenset[int] = frozenset()) 
 def add_references(run: Run) -> None:
     """Sets run.ref and run.held_ref, (n, 2) log-probs under the reference, nats. It is the policy before the first
     step, or the model of --reference, which is gone afterwards."""
+    args = run.args
+    own = f"{args.model_name}, {'without the new adapter' if run.adapter_off else 'as the run begins with it'}"
+    distributed.say(folded(f"reference: {args.reference or own}"))
     _compute_references(run)
     _let_go(run)
 

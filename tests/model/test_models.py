@@ -58,6 +58,7 @@ def test_dropout_is_off_unless_allowed(tiny):
         model = load(tiny, lora_dropout=0.5, allow_dropout=allowed).train()
         rates = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
         assert (0.5 in rates) == allowed
+        assert ("\n  dropout in training passes, with rates 0.5" in loading.describe(model)) == allowed
         ids = torch.tensor([[1, 2, 3]])
         for name, p in model.named_parameters():  # a LoRA that does something
             if "lora_B" in name:

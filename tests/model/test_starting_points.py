@@ -82,6 +82,7 @@ def test_the_base_is_the_reference_of_an_adapter_that_is_trained_on(tiny, tmp_pa
                       "--reference", reference, "--output_dir", tmp_path / name, "--cache_dir", tmp_path / "cache",
                       "--draw", "false", *flags[2:], launcher="fork")
         assert ("reference: 0 pairs computed, 8 from the cache" in done.stdout) == (name == "base")
+        assert f"reference: {reference}\n" in done.stdout
         runs[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
     pairs = [oracle.read_pairs(tiny / "train.jsonl")[i] for i in PAIRS]
     moved = sums(oracle.load(start, tiny / "model").eval(), pairs) - sums(oracle.load(tiny / "model").eval(), pairs)

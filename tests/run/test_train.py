@@ -242,7 +242,7 @@ def test_reference_is_cached_and_a_stale_one_is_not_used(tiny, tmp_path):
         make_model(seed).save_pretrained(start)
         outputs.append(launch(*again, "--max_steps", steps, "--model_name", start, "--output_dir",
                               tmp_path / str(i), launcher="fork").stdout)
-    assert "reference: 4 pairs computed, 0 from the cache" in outputs[0]
+    assert f"reference: {start}, without the new adapter\nreference: 4 pairs computed, 0 from the cache" in outputs[0]
     assert "reference: 7 pairs computed, 4 from the cache" in outputs[1]
     assert "stale (weights changed)" in outputs[2] and "4 pairs computed, 0 from" in outputs[2]
 
