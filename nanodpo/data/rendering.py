@@ -59,6 +59,9 @@ def render_messages(template: Template, messages: list[dict], first: int | None 
         raise UserError("ends with an answer that is marked as not to be trained on; end the conversation before it")
     earlier = [i for i in range(len(before) if first is None else first, len(before))
                if before[i]["role"] == "assistant" and _is_trained_on(before[i])]
+    if 0 in earlier:
+        raise UserError("begins with an answer, which nothing asks for; put a message before it, or score last answers "
+                        "alone with --train_on last")
     return _every_reply(template, messages, earlier, rendered) if earlier else rendered
 
 

@@ -40,7 +40,8 @@ def load_data(args, source, date: str | None = None):
     rows = list(dict.fromkeys(example.row for example in train.examples))  # one may be several pairs, and stays whole
     n = len(rows)
     if args.eval_size >= n:
-        raise UserError(f"--eval_size {args.eval_size}: {args.train_file_path} has {n} usable row{'s' * (n > 1)}")
+        raise UserError(f"--eval_size {args.eval_size}: {args.train_file_path} has {n} usable row{'s' * (n > 1)}; "
+                        "hold out fewer")
     held = {rows[i] for i in epoch_order(n, args.seed, -1)[: args.eval_size]}
     parts = [[example for example in train.examples if (example.row in held) == out] for out in (True, False)]
     held_out = DataSet(f"{args.eval_size} rows of {train.path}", parts[0], [], {}, [])

@@ -746,6 +746,16 @@ def test_an_earlier_answer_that_is_scored_is_checked_as_the_last_is(chatml, earl
     assert len(render_row(chatml, 0, None, [USER, NO, *talk[2:]], None, False, every=True).places) == 2
 
 
+def test_a_conversation_that_begins_with_an_answer(chatml):
+    """A greeting, say. Nothing comes before it, so it can't be scored; the last answer can."""
+    talk = [YES, USER, NO]
+    with pytest.raises(UserError, match="^chosen begins with an answer, which nothing asks for; put a message before"):
+        render_row(chatml, 0, None, talk, None, False, every=True)
+    assert render_row(chatml, 0, None, talk, None, False).chosen == "five<|im_end|>"
+    system = {"role": "system", "content": "Be brief."}
+    assert len(render_row(chatml, 0, None, [system, *talk], None, False, every=True).places) == 2
+
+
 def test_messages_in_text_are_read_as_messages(chatml):
     """A CSV file has no lists: pandas writes them as Python does, others as JSON."""
     talk = [USER, YES]
