@@ -776,7 +776,8 @@ def test_a_whole_conversation_beside_its_prompt_is_refused(chatml):
 
 
 def test_a_token_that_begins_texts_is_no_part_of_an_answer():
-    """The prompt has the one that there may be. A tokenizer may end texts with the same token."""
+    """The prompt has the one that there may be. A tokenizer may end texts with the same token, or open turns with it as
+    SmolLM2's does: "<|im_start|>think" within an answer, as s1's data have it, is no mistake there."""
     llama = read_template(tiny.llama())
     bos = llama.tokenizer.bos_token
     assert error_of(llama, "q", f"{bos}yes", "no") == f"chosen holds the token that begins a text, {bos!r}; take it out"
@@ -784,6 +785,10 @@ def test_a_token_that_begins_texts_is_no_part_of_an_answer():
     same = read_template(tiny.plain())
     same.tokenizer.bos_token = same.tokenizer.eos_token
     assert render(same, "q", "yes" + same.tokenizer.eos_token, "no")[1] == "yes" + same.tokenizer.eos_token
+    opens = read_template(tiny.chatml())
+    opens.tokenizer.bos_token = "<|im_start|>"
+    thought = "<|im_start|>think\nfour<|im_end|>"
+    assert render(opens, None, ASKED + thought, ASKED + "five<|im_end|>")[1] == thought
 
 
 def test_white_space_that_tells_a_pair_apart_is_noted(chatml):
