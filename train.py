@@ -33,7 +33,7 @@ from nanodpo.run.engine import make_engine
 from nanodpo.run.guards import StepGuard, check_start, guarded
 from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, peak_gib
 from nanodpo.run.models import load_models
-from nanodpo.run.passes import add_references, dry_run, evaluate, measure_noise, row_weights
+from nanodpo.run.passes import add_references, dry_run, evaluate, measure_noise, row_weights, say_unvisited
 from nanodpo.run.signals import Stop
 from nanodpo.run.start import Run, Start, prepare
 from nanodpo.screen import command_line
@@ -90,6 +90,7 @@ def train(run: Run) -> None:
     run.stop.wait()
     if needs_reference(run.loss):
         add_references(run)
+    say_unvisited(run)
     run.row_weights = row_weights(run.train_set.examples, run.without)
     lifecycle.go_on(run, saved)
     with monitors.reporting(run), progress.Progress("training", run.steps, "step", run.step) as bar:

@@ -44,6 +44,10 @@ def check_loss(args) -> None:
                         "nanodpo/core/losses.py")
 
 
+# What a function of the user's own may raise by mistake.
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError)
+
+
 def read_loss(args) -> tuple[Callable, str | None]:
     """(the loss as pair_losses takes it, the hash of the file that it was read from). Raises UserError."""
     if not (own := own_function(args.loss)):
@@ -66,15 +70,22 @@ def read_loss(args) -> tuple[Callable, str | None]:
 
 def _tried(loss: Callable, args) -> Callable:
     """The loss, after a call with three pairs. Raises UserError for a value of a setting that it refuses by ValueError,
-    and for a result that is not one number a pair."""
+    for another error that it raises, and for a result that is not one number a pair, with a gradient."""
     try:
-        found = pair_losses(loss, torch.full((3, 2), -2.0), torch.full((3, 2), -2.0), torch.ones(3, 2))
+        logps = torch.full((3, 2), -2.0, requires_grad=True)
+        found = pair_losses(loss, logps, torch.full((3, 2), -2.0), torch.ones(3, 2))
     except ValueError as error:
         raise UserError(f"--loss {args.loss}: {first_line(error)}") from error
+    except FAULTS as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"--loss {args.loss}: raises {type(error).__name__} for 3 pairs: {said}") from error
     if getattr(found, "shape", None) != (3,):
         shape = tuple(found.shape) if hasattr(found, "shape") else type(found).__name__
         raise UserError(f"--loss {args.loss}: gives {shape} for 3 pairs; a loss gives one number for each, a tensor of "
                         "shape (3,)")
+    if not found.requires_grad:
+        raise UserError(f"--loss {args.loss}: its result has no gradient with respect to chosen and rejected; compute "
+                        "it from these tensors alone, without detach, item or numpy")
     return loss
 
 

@@ -70,6 +70,14 @@ def hold_logs():
         logger.handle(record)
 
 
+def _missing(place: Path) -> str:
+    """In words, that a folder is not there, and which are beside it; empty where it is there, or may be a hub id."""
+    if os.path.exists(place) or not os.path.isdir(place.parent) or len(place.parts) < 2:  # which refuse no name
+        return ""
+    beside = sorted(folder.name for folder in place.parent.iterdir() if folder.is_dir())
+    return f"{place.parent} has no {place.name}" + f"; it has {', '.join(beside[:12])}" * bool(beside)
+
+
 def open_source(name: str, trust_remote_code: bool) -> Source:
     """Reads config and tokenizer of a model or adapter, without its weights. Raises UserError for a file that is
     missing or broken."""
@@ -93,8 +101,10 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
             tokenizer("a")  # settings of a wrong type may raise only here
         except BROKEN as error:
             moved = (f". If the base has moved, write its place into {Path(adapter or '') / 'adapter_config.json'}, "
-                     "base_model_name_or_path") * bool(adapter and what == "config.json")
-            raise UserError(f"model {where}: {what} can't be opened: {first_line(error)}{moved}") from error
+                     "base_model_name_or_path, and take that file's entry out of manifest.json beside it"
+                     ) * bool(adapter and what == "config.json")
+            why = _missing(Path(base)) or first_line(error)
+            raise UserError(f"model {where}: {what} can't be opened: {why}{moved}") from error
         if quantised and not (isinstance(quantised, dict) and quantised.get("quant_method") == "bitsandbytes"):
             raise UserError(f"model {where}: its weights are quantised (quantization_config in config.json), and only "
                             "those of bitsandbytes are supported; name the model that they come from")

@@ -83,6 +83,9 @@ def engine_config(settings: dict, path: str, args) -> dict:
     if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
         raise UserError(f"{path}: offload_optimizer with device nvme, or a ratio, keeps AdamW's moments where a state "
                         "to resume from can't have them; use device cpu without a ratio")
+    if isinstance(weights := zero.get("offload_param"), dict) and weights.get("device") == "nvme":
+        raise UserError(f"{path}: offload_param with device nvme needs an op that DeepSpeed compiles, and is not "
+                        "supported; use device cpu")
     # Its default, 5e8 numbers, is a buffer of 2 GB, however small the adapter.
     zero.setdefault("reduce_bucket_size", 2 * 10**7)
     settings.setdefault("timers", {}).setdefault("throughput", {"enabled": False})  # waits for the GPU in every forward

@@ -12,7 +12,7 @@ from ..core.logprobs import response_logps
 from ..core.losses import loss_divisor, needs_reference, pair_losses
 from ..core.packing import LAYOUTS, groups_of, make_batch, pair_lengths, scored_places, total_tokens
 from ..data.example import SIDES, Example
-from ..data.schedule import micro_batches_of, pairs_of_step
+from ..data.schedule import micro_batches_of, pair_order, pairs_of_step
 from ..data.tokens import DataSet
 from ..errors import RunStopped
 from ..folder import record, reference, state
@@ -44,6 +44,19 @@ def row_weights(examples: list[Example], without: frozenset[int] = frozenset()) 
     """
     weights = [0.0 if example.row in without else example.weight for example in examples]
     return torch.tensor(weights, dtype=torch.float64)
+
+
+def say_unvisited(run: Run) -> None:
+    """Names the rows of --without_rows that a run of less than an epoch does not come to: leaving them out changes
+    nothing."""
+    if not run.without:
+        return
+    order = pair_order(len(run.train_set.examples), run.args.seed, 0, run.row_starts)
+    visited = {run.train_set.examples[i].row for i in order[: run.steps * run.pairs_per_step]}
+    if unvisited := sorted(run.without - visited):
+        rows = ", ".join(map(str, unvisited[:16])) + ", ..." * (len(unvisited) > 16)
+        distributed.say(folded(f"--without_rows: row {rows}: not among those that the {run.steps} steps of this run "
+                               "visit, so leaving it out changes nothing"))
 
 
 def add_references(run: Run) -> None:

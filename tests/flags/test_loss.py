@@ -55,6 +55,9 @@ def refuses(chosen, rejected, limit=0.0):
         raise ValueError("limit must be above 0")
     return rejected - chosen
 
+def still(chosen, rejected): return (rejected - chosen).detach()
+def fails(chosen, rejected): return chosen / [][3]
+
 NUMBER = 3
 """)
     return file
@@ -93,6 +96,8 @@ def test_every_loss_of_the_house_can_be_named(name):
     (["--loss", "@my losses.py:no_sides"], "takes no chosen and rejected"),
     (["--loss", "@my losses.py:mean"], "gives () for 3 pairs"),
     (["--loss", "@my losses.py:nothing"], "gives NoneType for 3 pairs"),
+    (["--loss", "@my losses.py:still"], "its result has no gradient with respect to chosen and rejected"),
+    (["--loss", "@my losses.py:fails"], "raises IndexError for 3 pairs: list index out of range"),
     (["--loss", "@my losses.py:asks"], "takes strength, which is no input of a loss"),
     (["--loss", "@my losses.py:refuses"], "my losses.py:refuses: limit must be above 0"),
     (["--loss_kwargs", '{"gamma": 1}'], "dpo takes no gamma"),

@@ -529,6 +529,7 @@ FLAGS += [(f"DeepSpeed: {text[:80]!r}", written("ds.json", text), ["--deepspeed=
         ({"offload_optimizer": "cpu"}, "offload_optimizer: Input should be"),
         ({"offload_optimizer": {"device": "moon"}}, "offload_optimizer.device: Input should be"),
         ({"offload_optimizer": {"device": "nvme"}}, "use device cpu without a ratio"),
+        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/"}}, "offload_param with device nvme needs"),
         ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "use device cpu without a ratio"),
         ({"offload_param": True}, "offload_param: Input should be"),
         ({"reduce_bucket_size": "x"}, "reduce_bucket_size: Input should be a valid"),

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from nanodpo.errors import Preempted, RunStopped, UserError
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.folder import record as run_record
-from nanodpo.folder import resume
+from nanodpo.folder import resume, same_run
 from nanodpo.folder.atomic import (
     aside,
     check_whole,
@@ -553,7 +553,7 @@ def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch)
         raise UserError("is in use by another run")
 
     monkeypatch.setattr(run_record, "lock", held)
-    monkeypatch.setattr(run_record, "check_same", lambda *_: None)
+    monkeypatch.setattr(same_run, "check_same", lambda *_: None)
     monkeypatch.setattr(lifecycle.memory, "check_disk", lambda *_: pytest.fail("looked at the disk"))
     monkeypatch.setattr(lifecycle, "prompt_leads", lambda *_: [])
     monkeypatch.setattr(lifecycle, "template_for", lambda *_: None)

@@ -388,3 +388,15 @@ def test_settings_that_deepspeed_knows_are_taken(tiny, tmp_path):
         "flops_profiler": {"enabled": False, "profile_step": 1, "module_depth": -1, "top_modules": 1, "detailed": True,
                            "output_file": None, "recompute_fwd_factor": 0.0}}))
     assert len(train(tiny, tmp_path / "run", "--deepspeed", tmp_path / "ds.json", "--max_steps", "1")) == 1
+
+
+def test_rows_left_out_that_a_run_does_not_visit_are_named(tiny, tmp_path):
+    """Two steps of one pair visit two rows: to leave out others changes nothing, and may look like an answer."""
+    seen = pairs_of_step(11, 1, 42, 0) + pairs_of_step(11, 1, 42, 1)
+    others = sorted({*range(11)} - {*seen})[:2]
+    for rows, named in (([seen[0], *others], ", ".join(map(str, others))), (seen[:1], None)):
+        said = launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
+                      "--output_dir", tmp_path / str(len(rows)), "--cache_dir", tmp_path / "cache", "--draw", "false",
+                      "--max_steps", "2", "--without_rows", ",".join(map(str, rows)), launcher="fork").stdout
+        line = f"--without_rows: row {named}: not among those that the 2 steps of this run"
+        assert (line in said) == bool(named) and ("--without_rows: row" in said) == bool(named)
