@@ -46,11 +46,6 @@ def render_row(template: Template, number: int, prompt, chosen, rejected, has_re
     """One row's values -> Texts. `every`: all answers of a conversation are scored, not the last alone; `alike`: plain
     sides begin with their prompt. Raises UserError naming the side that is wrong, or for equal sides."""
     notes = []
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
-        if prompt is not None and isinstance(side, str) and side.lstrip().startswith(HUMAN.strip()) and (
-                ASSISTANT in side):
-            raise UserError(f"{name} is a whole conversation (it opens with {HUMAN.strip()!r}) beside a prompt in a "
-                            "column of its own; remove that column, or give the answer alone")
     if alike and _is_plain(template, chosen) and _is_plain(template, rejected):
         prompt, chosen, rejected = split_pair(chosen, rejected)
         notes.append("prompt = the text with which chosen and rejected begin")
@@ -151,6 +146,9 @@ def _render_side(template: Template, side: str, prompt, value, notes: list[str],
         found = _split(template, prompt, value, every)
         if found is None:
             found = Rendered(_plain_prompt(template, prompt), value)
+            if value.lstrip().startswith(HUMAN.strip()) and ASSISTANT in value:
+                raise UserError(f"is a whole conversation (it opens with {HUMAN.strip()!r}) beside a prompt in a "
+                                "column of its own; remove that column, or give the answer alone")
             notes += ["plain text, without the chat template"] * lacks_template(template, found.prompt)
             notes += [f"{side} {REPEATED}"] * _repeats(found.prompt, value)
         elif isinstance(prompt, str) and not _asks(question_in(template, found.prompt), question_in(template, prompt)):

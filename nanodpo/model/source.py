@@ -74,7 +74,9 @@ def _missing(place: Path) -> str:
     """In words, that a folder is not there, and which are beside it; empty where it is there, or may be a hub id."""
     if os.path.exists(place) or not os.path.isdir(place.parent) or len(place.parts) < 2:  # which refuse no name
         return ""
-    beside = sorted(folder.name for folder in place.parent.iterdir() if folder.is_dir())
+    beside = []
+    with contextlib.suppress(OSError):  # of a folder that nobody may look into
+        beside = sorted(folder.name for folder in place.parent.iterdir() if folder.is_dir())
     return f"{place.parent} has no {place.name}" + f"; it has {', '.join(beside[:12])}" * bool(beside)
 
 

@@ -18,7 +18,7 @@ from nanodpo.data.places import hub_parts, with_split
 from nanodpo.data.rows import read_rows
 from nanodpo.data.shapes import Columns, choose_columns, describe_columns, unread_parts
 from nanodpo.data.template import close_turn, prompt_leads, read_template
-from nanodpo.data.texts import render_row
+from nanodpo.data.texts import render_more, render_row
 from nanodpo.errors import UserError
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -773,6 +773,8 @@ def test_a_whole_conversation_beside_its_prompt_is_refused(chatml):
     assert error_of(chatml, "q", *sides).startswith("chosen is a whole conversation (it opens with 'Human:') beside a")
     text = render_row(chatml, 0, None, *sides, True, alike=True)
     assert (text.chosen, text.rejected) == (" yes<|im_end|>", " no<|im_end|>")
+    with pytest.raises(UserError, match="^column other is a whole conversation"):  # as score.py reads further ones
+        render_more(chatml, "q", "other", sides[0])
 
 
 def test_a_token_that_begins_texts_is_no_part_of_an_answer():
