@@ -79,7 +79,7 @@ def score(argv: list[str]) -> None:
     device = open_device(args.local_rank, args.gpu_id)
     if args.ledger or args.ledger_rows:
         with shortage_named("the ledger", less=LESS_LEDGER):
-            lines = make_ledger(checkpoints, datasets, args, lambda longest: Opener(device, False, longest), folder)
+            lines = make_ledger(checkpoints, datasets, args, device, folder)
         return distributed.say("\n".join(filter(None, [*lines, ledger_after(folder), page_after(folder)])))
     from nanodpo.model.ulysses import ranks_of_a_batch  # slow to import, with transformers' models
 
@@ -128,7 +128,7 @@ def score_all(opener: Opener, work: list[Work], parts: Parts, max_tokens: int) -
 def open_for(work: Work, opener: Opener) -> tuple[Opened, Opened | None]:
     """The checkpoint of this work and, where risers are missing, step 0 of its run."""
     if work.missing("risers"):
-        return opener.open_with_start(work.checkpoint, work.start_checkpoint)
+        return opener.open_with_start(work.checkpoint, work.start)
     return opener.open(work.checkpoint), None
 
 

@@ -183,8 +183,9 @@ def update(engine) -> tuple[float, bool]:
         engine.step()  # with check_grad_overflow it makes no update where the norm is not finite
         return float(engine.get_global_grad_norm()), engine.was_step_applied()
     # Without ZeRO DeepSpeed returns no norm, and would take a step of NaN.
-    grads = [p.grad.double().square().sum() for p in engine.module.parameters() if p.grad is not None]
-    norm = torch.stack(grads).sum().sqrt().item()
+    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+    norm = torch.linalg.vector_norm(torch.stack(norms)).item()
     engine.step() if math.isfinite(norm) else engine.zero_grad()
     return norm, math.isfinite(norm)
 

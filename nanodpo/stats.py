@@ -14,8 +14,8 @@ Z = 1.959964  # of the normal distribution at 95%
 
 
 @functools.cache
-def t_quantile(freedom: int, level: float = 0.95) -> float:
-    """Student's t that lies within +- this value with probability `level` (Abramowitz & Stegun 26.7.3 and 26.7.4).
+def t_quantile(freedom: int) -> float:
+    """Student's t that lies within +- this value with probability 0.95 (Abramowitz & Stegun 26.7.3 and 26.7.4).
 
     NaN for less than one degree of freedom: a single number has no interval.
     """
@@ -23,7 +23,7 @@ def t_quantile(freedom: int, level: float = 0.95) -> float:
         return math.nan
     low, high = 0.0, math.pi / 2
     while (angle := (low + high) / 2) not in (low, high):  # until no float lies between
-        low, high = (angle, high) if _within(angle, freedom) < level else (low, angle)
+        low, high = (angle, high) if _within(angle, freedom) < 0.95 else (low, angle)
     return math.sqrt(freedom) * math.tan(low)
 
 

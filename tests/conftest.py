@@ -37,13 +37,13 @@ def make_tokenizer():
     return fast
 
 
-def make_model(seed: int = 0, tied: bool = True, dtype=torch.float32):
+def make_model(seed: int = 0, tied: bool = True, dtype=torch.float32, width: int = 32):
     """A random Llama of 2 layers; its vocabulary is padded past make_tokenizer's 259, as real ones are."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=264, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, eos_token_id=258,
         pad_token_id=256)).to(dtype)
 

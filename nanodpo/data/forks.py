@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from multiprocessing.connection import Connection, wait
+from unittest import mock
 
 from ..errors import RunStopped
 
@@ -31,7 +32,8 @@ def in_forks(work, items: list, count: int):
     if count < 2 or multiprocessing.current_process().daemon:  # which may have no children
         return (work(item) for item in items)
     forks, count = {}, min(count, len(items))
-    with _one_thread_each():
+    # tokenizers would work in one thread in each fork anyway, but warn where it has worked in several before.
+    with mock.patch.dict(os.environ, TOKENIZERS_PARALLELISM="false"):
         for k in range(count):
             _start(forks, work, [*enumerate(items)][k::count])
     return _values(forks, len(items))
@@ -85,15 +87,3 @@ def _work(work, items: list, end: Connection, others: list[Connection]) -> None:
             end.send((number, work(item)))
 
 
-@contextlib.contextmanager
-def _one_thread_each():
-    """Lets tokenizers work in one thread in each fork; without a word it would do so, and warn, where it has worked in
-    several before."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

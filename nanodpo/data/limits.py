@@ -1,8 +1,19 @@
 """Examples that are longer than --max_length or --max_prompt_length: told, or cut to fit. Lengths are in tokens."""
 
 import dataclasses
+import sys
 
-from .example import Example, PartlyScored
+from ..errors import UserError
+from .example import SIDES, Example, PartlyScored
+
+
+def longest_allowed(max_length: int | None, context: int | None) -> int:
+    """Tokens that a prompt with a response may have: --max_length, or without one the model's context. Raises UserError
+    for a --max_length beyond the context."""
+    if max_length and context and max_length > context:
+        raise UserError(f"--max_length {max_length}: the model's context is {context} tokens "
+                        "(max_position_embeddings)")
+    return max_length or context or sys.maxsize
 
 
 def too_long(example: Example, max_prompt: int | None, limit: int, max_length: int | None) -> str | None:
@@ -11,7 +22,8 @@ def too_long(example: Example, max_prompt: int | None, limit: int, max_length: i
         return f"prompt of {len(example.prompt)} tokens, over --max_prompt_length {max_prompt}"
     if example.length > limit:
         name = f"--max_length {limit}" if max_length else f"the model's context of {limit}"
-        return f"{example.length} tokens, over {name}"
+        side, prompt = max(SIDES, key=lambda side: len(getattr(example, side) or ())), len(example.prompt)
+        return f"{example.length} tokens (prompt {prompt}, {side} {example.length - prompt}), over {name}"
     return None
 
 

@@ -43,7 +43,10 @@ def read_places(path: str) -> list[list[dict]]:
     except UserError:
         raise
     except (OSError, ValueError, RecursionError, EOFError, csv.Error, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path}: can't be read as a data set: {' '.join(str(error).split())[:300]}") from error
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, UnicodeDecodeError):
+            reason += "; JSON and CSV must be UTF-8, to which `iconv -f ENCODING -t utf-8` converts it"
+        raise UserError(f"{path}: can't be read as a data set: {reason}") from error
     for place, rows in zip(places, found):
         if not rows:
             raise UserError(f"{place}: has no rows")

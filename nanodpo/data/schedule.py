@@ -41,7 +41,8 @@ def pairs_of_step(n: int, pairs_per_step: int, seed: int, step: int,
     """Indices of the pairs of a step, which `pair_order` puts in order; steps count from 0. An epoch's last step takes
     what is left: no pair comes twice in an epoch."""
     epoch, step_of_epoch = divmod(step, math.ceil(n / pairs_per_step))
-    return list(pair_order(n, seed, epoch, starts)[step_of_epoch * pairs_per_step :][:pairs_per_step])
+    start = step_of_epoch * pairs_per_step
+    return list(pair_order(n, seed, epoch, starts)[start : start + pairs_per_step])
 
 
 def micro_batches_of(pairs: list[int], batch_size: int, rank: int, world: int) -> list[tuple[list[int], float]]:

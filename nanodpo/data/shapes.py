@@ -64,7 +64,8 @@ def choose_columns(path: str, rows: list[dict], args, pairs: bool) -> Columns:
         found = named or next((name for name in candidates if name in names), None)
         if needed and not found:
             raise UserError(f"{path}: has no column {' or '.join(candidates)}; it has {', '.join(names)}: "
-                            f"name one with --{flag}")
+                            f"name one with --{flag}"
+                            + ", or train on chosen alone with --loss sft" * (flag == "rejected_field"))
         return found
 
     _check_scored(path, rows[0])

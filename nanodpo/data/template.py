@@ -6,6 +6,7 @@ import datetime
 import re
 import signal
 import threading
+from collections.abc import Iterable
 from types import SimpleNamespace
 from unittest import mock
 
@@ -67,7 +68,7 @@ def read_template(tokenizer, assistant_header: str | None = None, date: str | No
         if drawn := RANDOM.search(str(tokenizer.chat_template)):
             raise UserError(f"{tokenizer.name_or_path}: the chat template draws at random ({drawn[0]!r}), so no run "
                             "could be made again; take that out of chat_template.jinja")
-        if writes_date(tokenizer):
+        if "strftime_now" in str(tokenizer.chat_template):
             template.date = _day(date)
         _read(template)
     template.end = template.end or tokenizer.eos_token
@@ -82,10 +83,6 @@ def _day(date: str | None) -> datetime.date:
         return datetime.date.fromisoformat(date) if date else datetime.date.today()
     except (TypeError, ValueError) as error:
         raise UserError(f"the run's date, {date!r} in its run.json, is none; it must be like 2026-01-31") from error
-
-
-def writes_date(tokenizer) -> bool:
-    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def _read(template: Template) -> None:
@@ -258,13 +255,13 @@ def lacks_template(template: Template, prompt: str) -> bool:
         any(mark and mark in prompt for mark in marks) or prompt.lstrip().startswith(FOREIGN_OPENINGS))
 
 
-def prompt_leads(template: Template, prompts: list[list[int]]) -> list[str | None]:
+def prompt_leads(template: Template, prompts: Iterable[list[int]]) -> list[str | None]:
     """The texts before the user's first turn (a system prompt, say), each that occurs; None for plain text.
 
     Log-probs under another lead than that of training answer another question.
     """
     user = template.openings[0] if template.openings else None
-    texts = template.tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False)
+    texts = (template.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in prompts)
     leads = {text.partition(user)[0] if user and user in text else None for text in texts}
     return sorted(leads, key=lambda lead: (lead is None, lead))
 

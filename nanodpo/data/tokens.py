@@ -4,7 +4,7 @@ import collections
 import dataclasses
 
 from ..errors import UserError, one_line
-from .example import Example
+from .example import SIDES, Example
 from .limits import too_long, truncate
 from .prepared import Line, Reading, answers_named, prepare
 from .problems import find_problems
@@ -37,6 +37,11 @@ class DataSet:
     def rows(self) -> int:
         """How many rows the examples are of; a row with lists of answers is several examples."""
         return len({example.row for example in self.once})
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Those that it has: data for SFT may lack rejected."""
+        return SIDES if self.examples[0].rejected is not None else SIDES[:1]
 
     def report(self) -> str:
         stay = {example.row for example in self.once}

@@ -10,6 +10,7 @@ import pandas
 from matplotlib.lines import Line2D
 
 from ..errors import UserError
+from ..folder.log import is_evaluation
 from ..run.noise import MARGIN
 from ..stats import over_problems
 from .axes import COLOURS, DASHES, GREY, INTERVAL, LOGPS, MARKERS, add_legend, draw_curve, grid, listed, plain, wrap
@@ -30,7 +31,7 @@ def training_difference_figure(runs: dict[str, list[dict]], columns: int, facts:
     below = subtract(*runs.values())
     if not panels or not below:
         raise UserError(f"--diff: {listed(runs)} have no metric of one step in common")
-    held_out = any(name.startswith("eval_") for line in below for name in line)
+    held_out = any(map(is_evaluation, below))
     look = FAINT if held_out else {}
     marks, fig, pairs = Marks("a step's mean"), *framed(panels, columns, facts)
     for (label, names), (above, ax) in zip(panels.items(), pairs):
@@ -84,7 +85,7 @@ def subtract(first: list[dict], second: list[dict]) -> list[dict]:
     """The second run's lines less the first's: of each step the metrics that both have, training and evaluation each
     in a line of its own."""
     def by_step(lines):
-        return {(line["step"], any(name.startswith("eval_") for name in line)): line for line in lines}
+        return {(line["step"], is_evaluation(line)): line for line in lines}
 
     first, second = by_step(first), by_step(second)
     return [{"step": key[0]} | {name: second[key][name] - value for name, value in line.items()

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pyarrow
-import pyarrow.compute
 import pyarrow.parquet
 
 from ..errors import UserError, first_line, one_line

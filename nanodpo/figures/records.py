@@ -10,6 +10,7 @@ import pyarrow.parquet
 from ..data.example import SIDES
 from ..errors import UserError
 from ..files import read_text
+from ..folder.log import MAX_BYTES
 from .axes import listed
 from .tables import LARGEST, NAMES, odd, read_csv, read_parquet, refuse
 
@@ -28,7 +29,7 @@ def read_metrics(folder: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl; raises UserError, naming the line, where one can't be drawn."""
     file, lines, seen = folder / "metrics.jsonl", [], set()
     try:
-        texts = read_text(file, 2**32).splitlines()
+        texts = read_text(file, MAX_BYTES).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: {getattr(error, 'strerror', None) or 'not text'}; a run's folder has one") from error
     for number, text in enumerate(texts, 1):
@@ -119,7 +120,7 @@ def _of(table: pandas.DataFrame, runs, sets) -> pandas.DataFrame:
     return table[(table["run"].isin(runs) | (not runs)) & (table["dataset"].isin(sets or ()) | (not sets))]
 
 
-def rows_of(files: list[Path], runs=(), sets=(), most: int = 5) -> str:
+def rows_of(files: list[Path], runs, sets) -> str:
     """The rows of files of tokens by data set, in words: some of them, and how many there are."""
     found = {}
     for file in files:
@@ -128,8 +129,8 @@ def rows_of(files: list[Path], runs=(), sets=(), most: int = 5) -> str:
                 found.setdefault(name, set()).update(map(int, part["row"].dropna().unique()))
     said = []
     for name, rows in sorted(found.items()):
-        some = sorted(rows)[: most - 1]
-        said.append(f"row {listed(sorted(rows))} of {name}" if len(rows) <= most else
+        some = sorted(rows)[:4]
+        said.append(f"row {listed(sorted(rows))} of {name}" if len(rows) <= 5 else
                     f"row {', '.join(map(str, some))} ... {max(rows)} of {name}, {len(rows):,} rows")
     return "; ".join(said)
 

@@ -10,6 +10,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 
 from ..errors import UserError
+from ..scoring.sections import shared_prefix
 from .axes import WIDTHS, wrap
 from .noise import Marks, Noise
 from .records import SIDES
@@ -36,7 +37,7 @@ def strip_figure(tokens: pandas.DataFrame, row: int, columns: int, noise=None):
     steps = sorted(tokens["step"].unique())
     sides = {side: _values(part, steps, f"--strip {row}: {side} of {where[0][0]}")
              for side in SIDES if len(part := tokens[tokens["response"] == side])}
-    shared = _shared(*(words for words, _ in sides.values())) if len(sides) == 2 else 0
+    shared = shared_prefix(*(words for words, _ in sides.values())) if len(sides) == 2 else 0
     moved = len(steps) > 1
     what = (f"change of log-prob from step {steps[0]:g} to {steps[-1]:g} (nats)" if moved
             else f"log-prob at step {steps[0]:g} (nats)")
@@ -79,11 +80,6 @@ def _values(part: pandas.DataFrame, steps: list, what: str) -> tuple[list[str], 
         raise UserError(f"{what} has other tokens at step {steps[0]} than at step {steps[-1]}")
     values = last["logp"].to_numpy(dtype=float)
     return list(last["token"]), values - first["logp"].to_numpy(dtype=float) if len(steps) > 1 else values
-
-
-def _shared(one: list[str], other: list[str]) -> int:
-    """Counts the tokens that both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _extremes(words: list[str], values: np.ndarray) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from ..errors import UserError
+from ..folder.log import is_evaluation
 from ..run.noise import MARGIN
 from .axes import COLOURS, DASHES, GREY, LOGPS, MARKERS, add_legend, grid, listed, wrap
 from .noise import Marks
@@ -45,7 +46,7 @@ def training_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, 
     facts = {run: (facts or {}).get(run, Facts()) for run in runs}
     runs = {run: [with_moved(line) for line in lines] for run, lines in runs.items()}
     colours = {run: {"color": colour} for run, colour in zip(runs, COLOURS)} if len(runs) > 1 else {}
-    held_out = any(name.startswith("eval_") for lines in runs.values() for line in lines for name in line)
+    held_out = any(is_evaluation(line) for lines in runs.values() for line in lines)
     reach = {run: len({line["step"] for line in lines}) // PART for run, lines in runs.items()}
     panels = panels_of(runs, facts)
     kinds = [names for names, _ in panels.values() if "loss" in names]
@@ -96,7 +97,7 @@ def curves(ax, run: str, lines: list[dict], name: str, look: dict, training: dic
     skipped is a gap: its line lacks what was not finite, while a line of an evaluation never had it."""
     held_out = [(line["step"], line[f"eval_{name}"]) for line in lines if f"eval_{name}" in line]
     trained = [(line["step"], line.get(name, math.nan)) for line in lines
-               if name in line or not any(key.startswith("eval_") for key in line)]
+               if name in line or not is_evaluation(line)]
     if any(name in line for line in lines):
         gaps = [True, *(math.isnan(value) for _, value in trained), True]
         alone = [i for i in range(len(trained)) if gaps[i : i + 3] == [True, False, True]]  # a point without a line

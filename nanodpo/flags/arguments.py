@@ -236,4 +236,5 @@ def _as_typed(message: str, own: set[str], file: str | None) -> str:
 
 
 def _raise(message: str) -> None:
+    message = re.sub(r"Truthy value expected: got (.*) but exp.*", r"must be true or false, found \1", message)
     raise UserError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))

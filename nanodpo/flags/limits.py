@@ -35,6 +35,8 @@ def check(args) -> None:
             raise UserError(f"--{name} {value}: {limit.words}")
         if (isinstance(value, int) and name != "seed" or name == "num_train_epochs") and abs(value) >= 2**53:
             raise UserError(f"--{name} {value}: must be below 2^53")  # beyond it floats don't count in ones
+        if value != flag.default and name == ("beta" if args.loss == "sft" else "train_on"):
+            raise UserError(f"--{name} {value} has no meaning for --loss {args.loss}; leave it out")
     check_loss(args)
     if args.peft_config and not args.use_lora:
         raise UserError(f"--peft_config {args.peft_config} has no meaning without LoRA; leave it out")

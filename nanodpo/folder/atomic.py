@@ -5,6 +5,7 @@ ends the run in one line.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -96,10 +97,16 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def steps_of(folder: Path, prefix: str = "checkpoint") -> list[int]:
-    """Steps k of the <prefix>-<k> in a folder, the newest first. Names that nanodpo does not write (checkpoint-007, or
-    digits of another script) are left out."""
-    names = (re.fullmatch(rf"{prefix}-(0|[1-9][0-9]{{0,17}})", place.name) for place in folder.glob(f"{prefix}-*"))
-    return sorted((int(name[1]) for name in names if name), reverse=True)
+    """Steps k of the <prefix>-<k> in a folder, the newest first."""
+    steps = (step_of(place.name, prefix) for place in folder.glob(f"{prefix}-*"))
+    return sorted((step for step in steps if step is not None), reverse=True)
+
+
+def step_of(name: str, prefix: str = "checkpoint") -> int | None:
+    """The k of <prefix>-<k>; None for a name that nanodpo does not write, as checkpoint-007, or digits of another
+    script."""
+    found = re.fullmatch(rf"{prefix}-(0|[1-9][0-9]{{0,17}})", name)
+    return found and int(found[1])
 
 
 def remove(folder: Path) -> None:
@@ -177,6 +184,17 @@ def check_whole(folder: Path) -> dict[str, dict]:
     return facts["files"]
 
 
+def hold(file, taken: str) -> None:
+    """Locks an open file for as long as it stays open. Raises UserError, `taken`, where another process has locked it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(taken) from error
+    except OSError:  # a file system without locks
+        pass
+
+
 def finish_file(file: Path) -> None:
     """Gives a new file the usual permissions, and flushes it to the disk."""
     file.chmod(0o666 & ~_umask())  # safetensors lets the owner alone read its files
@@ -199,8 +217,7 @@ def clear_partials(folder: Path) -> None:
 
 
 def clear(place: Path) -> None:
-    """Removes a half-written file or folder, if it is there. A run that goes on tries again what can't be removed now.
-    """
+    """Removes a half-written file or folder, if it is there. What can't be removed is tried again at the next start."""
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place, ignore_errors=True)
     else:

@@ -16,6 +16,7 @@ from ..data.urls import client_errors
 from ..files import read_text
 from ..flags.loss import loss_name
 from .atomic import new_file
+from .log import is_evaluation, read_lines, timeless
 
 FIGURE = "training.png"
 SECONDS = 3  # for the hub's word on a model
@@ -30,10 +31,10 @@ QUANTISED = ("The adapter was trained on its base as bitsandbytes quantises it; 
              "BitsAndBytesConfig: `{}`.")
 
 
-def texts(facts: dict, step: int, metrics: Path, base: str, peft=None) -> dict[str, str]:
-    """{file name: text} of checkpoint-<step>. `facts`: run.json's; `base`: name of the base model; `peft`: the config
-    of the adapter, None for a whole model."""
-    log = history(metrics, step, facts["arguments"]["logging_steps"])
+def texts(facts: dict, step: int, run: Path, base: str, peft=None) -> dict[str, str]:
+    """{file name: text} of checkpoint-<step> of a run. `facts`: run.json's; `base`: name of the base model; `peft`: the
+    config of the adapter, None for a whole model."""
+    log = history(run, step, facts["arguments"]["logging_steps"])
     state = {"global_step": step, "max_steps": facts["steps"], "log_history": log}
     return {"README.md": model_card(facts, step, log, base, peft),
             "trainer_state.json": f"{json.dumps(state, indent=1)}\n"}
@@ -51,13 +52,13 @@ def add_figure(run: Path) -> None:
                 place.write_text(f"{read_text(card)}\n## Training\n\n![Training, step by step]({FIGURE})\n")
 
 
-def history(metrics: Path, step: int, every: int) -> list[dict]:
+def history(run: Path, step: int, every: int) -> list[dict]:
     """The lines of metrics.jsonl that led to checkpoint-<step>, one of training in `every`, without times and memory.
     None for checkpoint-0, which is written first."""
-    lines = [json.loads(line) for line in read_text(metrics).splitlines()] if step else []
-    kept = [line for line in lines if (line["step"] <= step if "eval_loss" in line else
+    lines = [line for _, line in read_lines(run)] if step else []
+    kept = [line for line in lines if (line["step"] <= step if is_evaluation(line) else
                                        line["step"] < step and line["step"] % every == 0)]
-    return [{name: value for name, value in line.items() if not name.startswith(("perf/", "mem/"))} for line in kept]
+    return [*map(timeless, kept)]
 
 
 def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) -> str:
@@ -77,7 +78,7 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
             *_forked(facts, step),
             *([QUANTISED.format(json.dumps(how))] if peft and (how := facts.get("quantisation")) else []),
             "## Data", *(f"- {_short_report(report)}" for report in facts["data_report"])]
-    held_out = [line for line in log if "eval_loss" in line]
+    held_out = [line for line in log if is_evaluation(line)]
     if held_out:
         first, last = held_out[0], held_out[-1]
         rows = [f"| {name} | {first[f'eval_{name}']:.4f} | {last[f'eval_{name}']:.4f} |" for name in METRICS

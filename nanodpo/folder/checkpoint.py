@@ -4,7 +4,6 @@ A checkpoint is written under another name, read back, compared with the weights
 manifest.json has the step, and the size and hash of every file.
 """
 
-import logging
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +14,7 @@ from torch import nn
 from ..data.template import read_template
 from ..errors import RunStopped, UserError, first_line
 from ..model.adapters import add_adapter, open_base
-from ..model.quantised import quantised_layers
+from ..model.quantised import quantised_layers, without_bits
 from ..model.sharding import whole
 from ..model.source import base_of
 from ..ranks.distributed import is_main, say
@@ -157,8 +156,7 @@ def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bo
     model = open_base(base, dtype, trust_remote_code, bits)
     check(model, base)
     if quantised_layers(model):
-        logging.getLogger("transformers.integrations.bitsandbytes").disabled = True  # it says the dtype, once
-        model = model.cpu().dequantize(dtype)
+        model = without_bits(model, dtype)
     model = add_adapter(model, str(adapter))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

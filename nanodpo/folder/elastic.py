@@ -2,7 +2,6 @@
 with another number of ranks, or another ZeRO stage; the pairs of a step stay."""
 
 import dataclasses
-from pathlib import Path
 
 from ..errors import UserError
 from ..flags.arguments import TrainArguments
@@ -36,9 +35,10 @@ def _groups(record: dict) -> int:
     return record["world_size"] // arguments_of(record)["sequence_parallel_size"]
 
 
-def share_anew(args, old: dict, folder: Path | str, demanded: bool = True) -> None:
-    """Gives the run `old` in this folder the --gradient_accumulation_steps with which this number of ranks makes its
-    steps, unless another one is asked for than it had. Raises UserError where there is none, if it is `demanded`."""
+def share_anew(args, old: dict, where, demanded: bool = True) -> None:
+    """Gives the run `old` the --gradient_accumulation_steps with which this number of ranks makes its steps, unless
+    another one is asked for than it had. Raises UserError where there is none, if it is `demanded`; `where`: with what
+    the message begins, the folder as the user named it, or a Fork."""
     size, total = args.sequence_parallel_size, _micro_batches(old)
     groups = world_size() // size
     if groups == _groups(old) or total != args.gradient_accumulation_steps * _groups(old):
@@ -47,7 +47,7 @@ def share_anew(args, old: dict, folder: Path | str, demanded: bool = True) -> No
         args.gradient_accumulation_steps = total // groups
     elif demanded:
         *fit, most = (str(n * size) for n in range(1, total + 1) if total % n == 0)
-        raise UserError(f"{folder}: a step has {pairs_per_step(old)} pairs in {total} micro-batches, which "
+        raise UserError(f"{where}: a step has {pairs_per_step(old)} pairs in {total} micro-batches, which "
                         f"{world_size()} ranks can't share evenly; go on with {', '.join(fit) + ' or ' * (total > 1)}"
                         f"{most} rank{'s' * (total * size > 1)}")
 

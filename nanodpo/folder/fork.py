@@ -19,6 +19,7 @@ from ..ranks.distributed import is_main
 from . import record, resume, same_run
 from .atomic import BESIDE, aside, new_file, steps_of, writing
 from .elastic import DEFAULTS, zero_alone
+from .log import read_lines
 
 # What a run can have anew from a step on: flags, and entries of run.json that follow from them.
 CHANGEABLE = {f"--{name}" for name in (
@@ -90,7 +91,7 @@ def entry(fork: Fork | None, old: dict | None) -> dict | None:
     if fork is None or old:
         return fork and old["fork"]
     if fork.step and is_main():
-        state = resume.state(fork.run, fork.step)
+        state = resume.state(fork.run, fork.step, read_lines(fork.run))
         if isinstance(state, str):
             raise UserError(f"{fork}: the run can't go on from this state: {state}")
     return {"run": str(fork.run), "step": fork.step, "fingerprint": same_run.fingerprint(fork.source), "changed": {},
@@ -134,7 +135,7 @@ def fill(fork: Fork, folder: Path) -> None:
             if not (folder / name).exists():
                 shutil.copytree(fork.run / name, aside(folder / name), copy_function=_link)
                 os.rename(aside(folder / name), folder / name)
-    before = [text for text, line in resume.lines_of(fork.run) if line["step"] < fork.step]
+    before = [text for text, line in read_lines(fork.run) if line["step"] < fork.step]
     with writing(folder / "metrics.jsonl"), new_file(folder / "metrics.jsonl") as place:
         place.write_text("".join(before))
 

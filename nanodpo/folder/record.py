@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.metadata
 import itertools
@@ -19,7 +18,7 @@ from ..data.places import absolute
 from ..errors import RunStopped, UserError
 from ..files import read_text
 from ..ranks.distributed import world_size
-from .atomic import aside, check_writable, clear_partials, flush, new_file, steps_of, writing
+from .atomic import aside, check_writable, clear_partials, flush, hold, new_file, steps_of, writing
 from .elastic import pairs_per_step
 from .reference import data_hash
 from .same_run import BY_CONTENT
@@ -163,12 +162,7 @@ def lock(folder: Path):
     """Locks a run against a second process for as long as this one lives. Returns the locked file, which must be kept
     open. Raises UserError where another process has the lock."""
     file = (folder / "run.json").open("r+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"--output_dir {folder}: is in use by another run") from error
-    except OSError:  # a file system without locks
-        pass
+    hold(file, f"--output_dir {folder}: is in use by another run")
     clear_partials(folder)
     clear_partials(folder / "resume")
     return file

@@ -5,9 +5,9 @@
     <run>/resume/step-<k>/manifest.json          sizes, hashes, the step, the counters, the run it belongs to, and how
                                                  many ranks wrote it
 
-Every rank writes its own file, without pickles; without ZeRO, where all have the same, the first rank writes it. The
-two newest states are kept, so that one may be damaged; all of them with --keep_states, for fork.py. To the state of
-step k belongs metrics.jsonl up to step k - 1.
+Every rank writes its own file, without pickles; without ZeRO, where all have the same weights and moments, these are in
+the first rank's alone. The two newest states are kept, so that one may be damaged; all of them with --keep_states, for
+fork.py. To the state of step k belong the lines of metrics.jsonl before step k, of which its manifest has a hash.
 
 ZeRO cuts a parameter wherever a rank's share ends. So a file has parts of parameters, flat: "exp_avg/<name>/1024" is
 a moment of the parameter <name> from its element 1024 on, as far as it goes. Whoever goes on reads the elements that it
@@ -15,7 +15,6 @@ is to have, from whichever files have them, and no others. With another number o
 otherwise: the run is then the same as far as arithmetic allows. So it is with another ZeRO stage.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +27,10 @@ from ..errors import RankStopped, RunStopped, UserError
 from ..files import read_text
 from ..ranks.distributed import gather_or_raise, is_main, main_first, say
 from .atomic import aside, clear, file_facts, flush, new_file, publish, read_manifest, remove, steps_of, writing
+from .log import MAX_BYTES, hash_before, is_evaluation, read_lines, trained_steps
 
 KEEP = 2
+LOST = "metrics.jsonl lacks step"
 LAYOUT = "by name"  # of the tensors in the files; before, a file had the shards of its rank by number
 
 
@@ -40,13 +41,16 @@ def begin(run: Path, steps: int, wanted: int | None, first: int = 0) -> tuple[di
     only the run's end is missing, which needs no state. `wanted`: the step that the user asked for; `first`: the
     step that the run began with, a fork's. Raises UserError where the run can't go on.
     """
-    written = {line["step"] for _, line in lines_of(run) if not _is_eval(line)}
-    if (wanted is None and sum(0 <= step < steps for step in written) == steps
+    lines = read_lines(run)
+    if (wanted is None and sum(0 <= step < steps for step in trained_steps(lines)) == steps
             and isinstance(read_manifest(run / f"checkpoint-{steps}"), dict)):
         facts = {"step": steps, "complete": True}  # the last thing that training writes
     else:
-        facts = find(run, wanted, first) or {"step": 0}
-    evaluated = go_back(run, facts["step"])
+        facts = find(run, lines, wanted, first) or {"step": 0}
+    if facts.get("log", (now := hash_before(lines, facts["step"]))) != now:
+        say(f"resume: {run / 'metrics.jsonl'}: lines before step {facts['step']} are not as the run wrote them; they "
+            "stay as they are")
+    evaluated = go_back(run, lines, facts["step"])
     # Checkpoint 0 and the one of this step are made again where they are damaged.
     for place in [run / f"checkpoint-{k}" for k in steps_of(run) if 0 < k < facts["step"]]:
         if isinstance(damage := read_manifest(place), str):
@@ -92,7 +96,8 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
                                     "be a folder that all machines share")
                 with writing(folder):
                     flush(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else None
-                    publish(folder, {"step": step, "tensors": LAYOUT, **facts}, names)
+                    log = hash_before(read_lines(run), step)
+                    publish(folder, {"step": step, "tensors": LAYOUT, "log": log, **facts}, names)
                 for old in [s for s in steps_in(run) if s < step][KEEP - 1 :] if not keep else ():
                     remove(folder_of(run, old))
     finally:
@@ -110,9 +115,9 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> dict:
     return file_facts(file)
 
 
-def find(run: Path, wanted: int | None = None, first: int = 0) -> dict | None:
-    """The facts of the newest state that is whole and has all its lines in metrics.jsonl, or of the step `wanted`. On
-    one rank.
+def find(run: Path, lines: list[tuple[str, dict]], wanted: int | None = None, first: int = 0) -> dict | None:
+    """The facts of the newest state that is whole and has all its lines in metrics.jsonl, or of the step `wanted`.
+    `lines`: from log.read_lines. On one rank.
 
     None where the run was stopped before its first state; a run that began with a step `first` above 0 always has one.
     Says which states it passes over, and why. Raises UserError where none is left: starting again from step 0 would
@@ -120,7 +125,7 @@ def find(run: Path, wanted: int | None = None, first: int = 0) -> dict | None:
     """
     steps, passed = steps_in(run) if wanted is None else [wanted], []
     for step in steps:
-        facts = state(run, step)
+        facts = state(run, step, lines)
         if isinstance(facts, dict):
             return facts
         passed.append(f"step-{step}: {facts}")
@@ -129,12 +134,14 @@ def find(run: Path, wanted: int | None = None, first: int = 0) -> dict | None:
     if passed or done or first:
         there = f"checkpoint-{done[0]} is there" if done else f"it is a fork at step {first}"
         broken = "; ".join(passed) or f"there is none, but {there}"
-        raise UserError(f"{run}: no state to go on from ({broken}); train again into a new --output_dir")
+        mend = "put metrics.jsonl back as it was, or " * bool(passed and all(LOST in why for why in passed))
+        raise UserError(f"{run}: no state to go on from ({broken}); {mend}train again into a new --output_dir")
     return None
 
 
-def state(run: Path, step: int) -> dict | str:
-    """The facts of a state; words where it is not whole, or metrics.jsonl lacks a line before it. On one rank."""
+def state(run: Path, step: int, lines: list[tuple[str, dict]]) -> dict | str:
+    """The facts of a state; words where it is not whole, or metrics.jsonl, whose `lines` these are, lacks one before
+    it. On one rank."""
     facts = read_manifest(folder_of(run, step))
     if isinstance(facts, str):
         return facts
@@ -142,10 +149,10 @@ def state(run: Path, step: int) -> dict | str:
         return "was written by another version of nanodpo, with which the run can go on"
     if len(facts["files"]) != facts.get("world_size"):
         return f"no rank{len(facts['files'])}.safetensors, of {facts.get('world_size')} ranks"
-    written = {line["step"] for _, line in lines_of(run) if not _is_eval(line)}
+    written = trained_steps(lines)
     lost = next((k for k in range(step) if k not in written), None)
     if lost is not None:
-        return f"metrics.jsonl lacks step {lost}"
+        return f"{LOST} {lost}"
     return facts if facts.get("step") == step else "misnamed"
 
 
@@ -180,35 +187,17 @@ def load(run: Path, facts: dict, rank: int) -> tuple[Callable[[str, str, int, in
     return read, random
 
 
-def go_back(run: Path, step: int) -> set[int]:
+def go_back(run: Path, lines: list[tuple[str, dict]], step: int) -> set[int]:
     """Removes from the run's folder the lines, states and checkpoints after step `step`: they are computed again, to
-    the same numbers. Returns the steps whose evaluation is there.
+    the same numbers. `lines`: those of metrics.jsonl. Returns the steps whose evaluation is there.
     """
-    metrics, kept = run / "metrics.jsonl", []
-    for text, line in lines_of(run):
-        if line["step"] < step or (_is_eval(line) and line["step"] == step):
-            kept.append((text, line))
-    if metrics.exists() and read_text(metrics, 2**32, "replace") != "".join(text for text, _ in kept):
+    metrics = run / "metrics.jsonl"
+    kept = [(text, line) for text, line in lines
+            if line["step"] < step or (is_evaluation(line) and line["step"] == step)]
+    if metrics.exists() and read_text(metrics, MAX_BYTES, "replace") != "".join(text for text, _ in kept):
         with writing(metrics), new_file(metrics) as place:
             place.write_text("".join(text for text, _ in kept))
     for folder, prefix in ((run / "resume", "step"), (run, "checkpoint")):
         for later in [s for s in steps_of(folder, prefix) if s > step]:
             remove(folder / f"{prefix}-{later}")
-    return {line["step"] for _, line in kept if _is_eval(line)}
-
-
-def lines_of(run: Path) -> list[tuple[str, dict]]:
-    """(text, values) of each whole line of metrics.jsonl: a killed process may leave half of the last one."""
-    lines, metrics = [], run / "metrics.jsonl"
-    for text in read_text(metrics, 2**32, "replace").splitlines(keepends=True) if metrics.exists() else ():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append((text, line))
-    return lines
-
-
-def _is_eval(line: dict) -> bool:
-    return any(name.startswith("eval_") for name in line)
+    return {line["step"] for _, line in kept if is_evaluation(line)}

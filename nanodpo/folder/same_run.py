@@ -73,7 +73,7 @@ def changed_machine(old: dict, new: dict) -> str:
     pairs = [(name, old.get(name), new[name]) for name in MACHINE]
     if new["device"] != "cpu":
         pairs += [("--deterministic", old["arguments"].get("deterministic", False), new["arguments"]["deterministic"])]
-    return ", ".join(f"{name}: {_short(was)} -> {_short(now)}" for name, was, now in pairs if was != now)
+    return in_words([(name, was, now) for name, was, now in pairs if was != now])
 
 
 def _short(value) -> str:

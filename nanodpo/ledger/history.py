@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from ..files import read_text
 from ..flags.arguments import TrainArguments
 from ..flags.loss import own_function, read_loss
 from ..folder.elastic import pairs_per_step
+from ..folder.log import MAX_BYTES
 from ..folder.reference import data_hash
 from ..model.source import open_source
+from ..progress import track
 from ..run.datasets import read_data
 from ..run.passes import row_weights
 from ..scoring.opened import Opened, Opener
@@ -114,10 +117,11 @@ class History:
         pairs, size = self.pairs(step), self.args.per_device_train_batch_size
         return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
-    def reference_logps(self, track: Callable) -> Tensor:
-        """(n, 2): the reference's log-probs of all pairs that the run visited, nats. `track`: around the work."""
+    def reference_logps(self) -> Tensor:
+        """(n, 2): the reference's log-probs of all pairs that the run visited, nats."""
         opened, ref = self.opener.open(self.reference), torch.full((len(self.examples), 2), torch.nan).double()
-        for step in track(range(self.steps), "reference", "step"):
+        epoch = math.ceil(len(self.examples) / self.pairs_per_step)  # training takes those of its first one
+        for step in track(range(min(self.steps, epoch)), "reference", "step"):
             for indices in self.micro_batches(step):
                 here = [self.examples[k] for k in indices]
                 ref[indices] = response_logps(opened.module, here, SIDES, opened.layout, opened.device).cpu()
@@ -168,8 +172,9 @@ class History:
         return values, torch.stack(grads)
 
 
-def open_history(checkpoints: list[Checkpoint], opener_of: Callable[[int], Opener], trust_remote_code: bool) -> History:
-    """The history of the run whose checkpoints these are. `opener_of` makes an Opener for sequences of so many tokens.
+def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: int, trust_remote_code: bool) -> History:
+    """The history of the run whose checkpoints these are, to be opened on `device` for its own sequences, and others of
+    `longest` tokens.
 
     Raises UserError where they are not those of every step of one run, where its training data are others by now, and
     for what made gradients that can't be made again: dropout.
@@ -198,7 +203,7 @@ def open_history(checkpoints: list[Checkpoint], opener_of: Callable[[int], Opene
     if args.reference and reference:
         find_bases([reference])
     skipped, norms = read_steps(folder)
-    opener = opener_of(max(example.length for example in train.examples))
+    opener = Opener(device, False, max(longest, *(example.length for example in train.examples)))
     return History(checkpoints, args, loss, train.examples, pairs_per_step(record), record["steps"], skipped, norms,
                    opener, reference, without)
 
@@ -225,7 +230,7 @@ def read_steps(folder: Path) -> tuple[set[int], dict[int, float]]:
     """(steps that made no update, {step: norm of its gradient}) of a run's metrics.jsonl. Raises UserError."""
     file, skipped, norms, before = folder / "metrics.jsonl", set(), {}, 0
     try:
-        for line in map(json.loads, read_text(file, 2**32).splitlines()):
+        for line in map(json.loads, read_text(file, MAX_BYTES).splitlines()):
             if (count := line.get("skipped_steps", before)) > before:
                 skipped.add(line["step"])
                 before = count

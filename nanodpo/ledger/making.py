@@ -2,16 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from ..errors import UserError
 from ..folder.atomic import nearest, new_file, remove, writing
-from ..progress import track
 from ..ranks.distributed import rank_and_world, say
 from ..scoring.contents import hash_of
 from ..scoring.datasets import ResponseSet
-from ..scoring.opened import Opener
 from ..scoring.runs import Checkpoint
 from . import report
 from .history import History, open_history
@@ -21,7 +20,7 @@ from .sweeps import Found, Store, backward, forward, references
 VECTORS = 7  # as large as the trained weights, that the backward pass holds for each probe
 
 
-def make_ledger(checkpoints: list[Checkpoint], datasets: list[ResponseSet], args, opener_of: Callable[[int], Opener],
+def make_ledger(checkpoints: list[Checkpoint], datasets: list[ResponseSet], args, device: torch.device,
                 folder: Path) -> list[str]:
     """Writes ledger.parquet and ledger.json into `folder`; returns the lines that say what is in them. `args`: those of
     score.py. Raises UserError, also where the memory or the disk would be too small."""
@@ -29,17 +28,17 @@ def make_ledger(checkpoints: list[Checkpoint], datasets: list[ResponseSet], args
         raise UserError("--ledger: works on one rank; start it with plain python")
     probes = make_probes(datasets, args.responses, args.ledger, args.ledger_rows, args.max_tokens)
     longest = max(len(prompt) + len(ids) for _, groups, _ in probes.batches for prompt, (ids,) in groups)
-    history = open_history(checkpoints, lambda length: opener_of(max(length, longest)), args.trust_remote_code)
+    history = open_history(checkpoints, device, longest, args.trust_remote_code)
     keys = [c.key for c in history.checkpoints] + [c.key for c in [history.reference] if c]
     store = Store(folder / f"ledger-{hash_of([keys, history.planned])[:16]}.partial")
     at_once = check_cost(history, probes, args.ledger_memory, store.folder)
-    references(history, store, track)
-    forward(history, store, track)
+    references(history, store)
+    forward(history, store)
     found = []
     for first in range(0, len(probes.names), at_once):
         part = probes.only(first, first + at_once)
         content = [part.names, [(m, groups, weights.tolist()) for m, groups, weights in part.batches]]
-        found.append((part, backward(history, part, store, f"probes-{hash_of(content)[:16]}", track)))
+        found.append((part, backward(history, part, store, f"probes-{hash_of(content)[:16]}")))
     return write(history, found, store, folder)
 
 

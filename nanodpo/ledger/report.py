@@ -10,6 +10,7 @@ from .sweeps import DECAY, Found
 
 SIDES = ("chosen", "rejected", "weight_decay")
 PAIR = ["pair", "chosen_answer", "rejected_answer"]  # the row, and the numbers of the answers in its lists
+WORST = 3  # pairs that are named
 UNRELIABLE = 0.05  # of the change: a residual above it
 
 
@@ -63,7 +64,7 @@ def sentence(record: dict) -> str:
     return text
 
 
-def worst_pairs(table: pandas.DataFrame, count: int = 3) -> list[str]:
+def worst_pairs(table: pandas.DataFrame) -> list[str]:
     """For the mean of each data set and response: the pairs that lowered it and raised it most, and how much of all
     that lowered it came from a tenth of the pairs."""
     lines = []
@@ -76,7 +77,7 @@ def worst_pairs(table: pandas.DataFrame, count: int = 3) -> list[str]:
         tenth = falls.iloc[: max(1, len(net) // 10)].sum() / falls.sum()
         words = [", ".join(f"row {row}" + (f" chosen[{i}] rejected[{j}]" if several[row] else "") + f" ({share:+.4f})"
                            for (row, i, j), share in side.items()) or "no pair"
-                 for side in (falls.head(count), net[net > 0].iloc[::-1].head(count))]
+                 for side in (falls.head(WORST), net[net > 0].iloc[::-1].head(WORST))]
         lines.append(f"{dataset}, {response}: lowered most by {words[0]}; raised most by {words[1]}; the "
                      f"{max(1, len(net) // 10)} of {len(net)} pairs that lowered it most made {tenth:.0%} of all that "
                      "lowered it")

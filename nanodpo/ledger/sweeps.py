@@ -6,7 +6,6 @@ What is done is kept in a folder, so that a ledger that was stopped goes on. Sha
 
 import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError, first_line
 from ..folder.atomic import new_file, writing
+from ..progress import track
 from .adamw import Adjoint, Moments, lacking
 from .history import History
 from .probes import Probes
@@ -63,18 +63,18 @@ class Store:
         return self.read(f"step-{step}", "norm")["norm"].item()
 
 
-def references(history: History, store: Store, track: Callable) -> None:
+def references(history: History, store: Store) -> None:
     """Gives the history its reference's log-probs, where its loss takes them, and keeps them."""
     if history.reference is None:
         return
     if kept := store.read("reference"):
         history.ref = kept["ref"]
         return
-    history.ref = history.reference_logps(track)
+    history.ref = history.reference_logps()
     store.write("reference", {"ref": history.ref})
 
 
-def forward(history: History, store: Store, track: Callable) -> None:
+def forward(history: History, store: Store) -> None:
     """Keeps the moments after each step that made an update, and the norm of its gradient."""
     steps = [step for step in range(history.steps) if step not in history.skipped]
     left = [step for step in steps if store.read(f"step-{step}", "norm") is None]
@@ -98,7 +98,7 @@ class Found:
     rebuilt: Tensor  # (K,): |update - its reconstruction| / |update|, beyond rounding; NaN where none was made
 
 
-def backward(history: History, probes: Probes, store: Store, name: str, track: Callable) -> Found:
+def backward(history: History, probes: Probes, store: Store, name: str) -> Found:
     """Shares and effects of all pairs, from the last step to the first. `name`: under which it keeps what is done."""
     kept = store.read(name)
     history.open(history.steps)

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+from unittest import mock
 
 import torch
 from torch import nn
@@ -127,12 +128,8 @@ def _drawn_in_float32():
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    own = BaseTunerLayer._move_adapter_to_device_of_base_layer
-    BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda *args, **kwargs: None
-    try:
+    with mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *args, **kwargs: None):
         yield
-    finally:
-        BaseTunerLayer._move_adapter_to_device_of_base_layer = own
 
 
 def _dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -1,5 +1,6 @@
 """The settings of a LoRA adapter beyond train.py's flags, from a file in the form of PEFT's adapter_config.json."""
 
+import dataclasses
 import re
 
 from ..errors import UserError
@@ -127,8 +128,6 @@ def take_over(args, own: dict, whose: str) -> None:
 
 
 def _defaults() -> dict:
-    import dataclasses
-
     from peft import LoraConfig  # slow to import
 
     return {field.name: field.default_factory() if field.default is dataclasses.MISSING else field.default

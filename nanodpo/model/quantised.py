@@ -6,8 +6,12 @@ layers of bitsandbytes round more, and not always the same: with 8 bits the inpu
 with 4 bits, on some CPUs, inputs to bfloat16, but not in training. There the policy would not start at its reference.
 """
 
+import copy
 import functools
 import importlib.util
+import logging
+from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -106,5 +110,23 @@ def _dequantise(layer: nn.Linear, weight: Tensor, dtype: torch.dtype) -> Tensor:
     from bitsandbytes import functional
 
     if hasattr(layer.weight, "quant_state"):
-        return functional.dequantize_4bit(weight, layer.weight.quant_state).to(dtype)
+        return _as_one_row(functional.dequantize_4bit, weight, layer.weight.quant_state).to(dtype)
     return functional.int8_vectorwise_dequant(weight, layer.scale).to(dtype)
+
+
+def _as_one_row(dequantize_4bit: Callable, weight: Tensor, state) -> Tensor:
+    """What `dequantize_4bit` of bitsandbytes gives for a matrix. On a CPU with AVX-512 it takes wrong constants where a
+    row ends within a block of 64 numbers (0.50.2), but not of a single row: the numbers lie one behind the other."""
+    flat = copy.copy(state)
+    flat.shape = torch.Size([state.shape.numel()])
+    return dequantize_4bit(weight, flat).view(state.shape)
+
+
+def without_bits(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A model, on CPU, whose matrices are those that its bits stand for."""
+    from bitsandbytes import functional
+
+    own = functools.partial(_as_one_row, functional.dequantize_4bit)
+    logging.getLogger("transformers.integrations.bitsandbytes").disabled = True  # it says the dtype, once
+    with mock.patch.object(functional, "dequantize_4bit", own):
+        return model.cpu().dequantize(dtype)

@@ -53,7 +53,8 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
                             "adapter, are broken")
         errors = {}
         for layout, attention in candidates:
-            _set_attention(model, shared(attention, ranks))
+            # One that can't be set stays the model's own, and fails the comparison.
+            model.set_attn_implementation(shared(attention, ranks))
             batch = LAYOUTS[layout](groups).to(device)
             errors[attention] = _over_ranks(device, _error, module, batch, truth, QUANTILE[dtype])
             if attention == VARLEN and errors[attention] <= TOLERANCE[dtype]:
@@ -61,8 +62,9 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
                                                 dtype)
             if errors[attention] <= TOLERANCE[dtype]:
                 return layout, attention
-            say(folded(f"not for this model, wrong by {errors[attention]:.2g} standard deviations of a token's "
-                       f"log-prob:\n  {describe(layout, attention, ranks)}"))
+            say(folded("not used, since this model's own log-probs are other ones (by "
+                       f"{errors[attention]:.2g} standard deviations of a token's):\n"
+                       f"  {describe(layout, attention, ranks)}"))
             if attention == VARLEN and demand_flash:
                 raise UserError("--use_flash_attention: the flash kernel does not give this model's own log-probs "
                                 f"(error {errors[attention]:.2g} standard deviations); leave the flag out")
@@ -97,11 +99,6 @@ def memory_is_linear(config, attention: str, longest: int) -> bool:
     window = getattr(config, "sliding_window", None)
     masked = getattr(config, "attn_logit_softcapping", None) or (window and window < longest)
     return attention == VARLEN or (attention == LOOP and not masked)
-
-
-def _set_attention(model, attention: str) -> None:
-    """Sets a model's attention by name. One that can't be set stays the model's own, and fails the comparison."""
-    model.set_attn_implementation(attention)
 
 
 def _random_groups(config, longest: int) -> list[Group]:

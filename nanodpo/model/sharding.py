@@ -18,11 +18,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 
 def shared_weights(settings: dict) -> dict | None:
-    """DeepSpeed's settings where its ranks share the weights from their reading on; else None. Weights on an NVMe disk
-    are not in memory to be widened (precision.py), and are shared once the whole model is ready."""
-    zero = settings.get("zero_optimization", {})
-    on_disk = (zero.get("offload_param") or {}).get("device") == "nvme"
-    return settings if zero.get("stage") == 3 and not on_disk else None
+    """DeepSpeed's settings where its ranks share the weights from their reading on; else None."""
+    return settings if stage_of(settings) == 3 else None
+
+
+def stage_of(settings: dict) -> int:
+    """ZeRO's stage by DeepSpeed's settings."""
+    return settings.get("zero_optimization", {}).get("stage", 0)
 
 
 @contextlib.contextmanager
@@ -56,12 +58,9 @@ def sharded_as_read(settings: dict | None, dtype: torch.dtype):
         model.all_tied_weights_keys = {a: b for a, b in tied if model.get_parameter(a) is model.get_parameter(b)}
         model.hash_as_read = hashlib.sha256("".join(digest for *_, digest in read.values()).encode()).hexdigest()
 
-    hook = register_module_parameter_registration_hook(shard)
-    try:
-        with mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"):  # threads would read the whole model ahead
-            yield finish
-    finally:
-        hook.remove()
+    with (register_module_parameter_registration_hook(shard),
+          mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1")):  # threads would read the whole model ahead
+        yield finish
 
 
 def is_sharded(model_or_weight: nn.Module | Tensor) -> bool:

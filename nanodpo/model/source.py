@@ -110,9 +110,7 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
         if quantised and not (isinstance(quantised, dict) and quantised.get("quant_method") == "bitsandbytes"):
             raise UserError(f"model {where}: its weights are quantised (quantization_config in config.json), and only "
                             "those of bitsandbytes are supported; name the model that they come from")
-        _check_files(Path(adapter or place))
-        if adapter and not any(Path(adapter).glob("adapter_model.*")):
-            raise UserError(f"model {name}: has adapter_config.json, but no adapter_model.safetensors")
+        check_weight_files(name)
         if vocabulary < 1:
             raise UserError(f"model {where}: config.json says vocab_size {vocabulary}; it must be above 0")
         source = Source(base, adapter, config, tokenizer)
@@ -120,6 +118,15 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
             raise UserError(f"model {where}: config.json says max_position_embeddings {source.context}; it must "
                             "be above 0")
     return source
+
+
+def check_weight_files(name: str) -> None:
+    """Raises UserError for a model or adapter without weights, or with a broken file of them; reads their heads."""
+    base, adapter = base_of(name)
+    folder = Path(adapter or place_of(base))
+    _check_files(folder)
+    if adapter and not any(folder.glob("adapter_model.*")):
+        raise UserError(f"model {name}: has adapter_config.json, but no adapter_model.safetensors")
 
 
 def check_reference(source: Source, reference: Source, name: str, path: str, examples) -> None:

@@ -249,7 +249,8 @@ def lost_peers_named():
             raise
         rank = os.environ.get("RANK", 0)
         if lost := next((sign for sign in LOST if sign in str(error)), None):
-            raise RankStopped(f"rank {rank} stops because another rank did, see there ({lost})") from error
+            raise RankStopped(f"rank {rank} stops because another rank has ended; its output says why ({lost})"
+                              ) from error
         cut = next((sign for sign in CUT if sign in str(error)), None)
         if cut or isinstance(error, dist.DistNetworkError):
             raise Unreachable(f"rank {rank} stops because it does not reach another rank; is the network between the "

@@ -87,8 +87,8 @@ def _come_together(ask, store, rank: int, world: int, other: str) -> list[str]:
     while not ask(store.check, names):
         if time.monotonic() > end:
             missing = [str(i) for i, name in enumerate(names) if not ask(store.check, [name])]
-            raise RunStopped(f"of {world} ranks {', '.join(missing[:8])} did not come within {waits.JOIN:.0f} s; see "
-                             "there why")
+            raise RunStopped(f"of {world} ranks {', '.join(missing[:8])} did not come within {waits.JOIN:.0f} s; their "
+                             "output says why")
         time.sleep(0.1)
     return [ask(store.get, name).decode() for name in names]
 

@@ -4,5 +4,5 @@ Read start (what was asked for) with datasets (what it trains on) and models (op
 (DeepSpeed's), guards (what stands around a step), metrics, passes (the reference, the evaluation and other passes
 without an update) and lifecycle (the run's folder). Beside them stand deepspeed_settings (of --deepspeed, and their
 checks), signals, memory, monitors (TensorBoard and others), noise (of bfloat16), agreement (ranks that were given the
-same) and other_trainers (settings that those leave).
+same) and other_trainers (what transformers and accelerate put into files and the environment).
 """

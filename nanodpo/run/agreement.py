@@ -92,7 +92,7 @@ def program(script: Path, local_rank: int) -> dict:
     if device.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(f"LOCAL_RANK is {local_rank}, and this machine has {torch.cuda.device_count()} CUDA devices, "
                         "from 0")
-    return {"files of this program that hash to": _hashed(digest.hexdigest()), **versions(),
+    return {"files of this program that hash to": (digest.hexdigest(), digest.hexdigest()[:8]), **versions(),
             "the device": distributed.device_name(device), "threads (OMP_NUM_THREADS):": torch.get_num_threads(),
             "float32 matmul precision": torch.get_float32_matmul_precision(),
             **{name: os.environ.get(name) for name in ROUNDING}}
@@ -103,15 +103,11 @@ def inputs(paths: tuple, facts: dict, old: dict | None, step: int | None) -> dic
     run.json, `old` those of the run.json in its folder where there is one, and `step` is the step to go on from where
     --resume names one."""
     flags = ("train_file_path", "eval_file_path")
-    read = {f"token ids of --{name}": (ids, f"{ids[:8]} ({path})") for name, path, ids in
+    read = {f"token ids of --{name}": (ids, f"{ids[:8]}{f' ({path})' * bool(path)}") for name, path, ids in
             zip(flags, paths, [*facts["data"], None]) if ids}
     read |= {f"DeepSpeed's {name}": value for name, value in _leaves(facts["deepspeed"])}
     state = "finished run" if old and old.get("finished") else "run to go on with" if old else "new run"
     return read | {"max_length": facts["max_length"], "in --output_dir a": state, "a state of step": step}
-
-
-def _hashed(digest: str) -> tuple[str, str]:
-    return digest, digest[:8]
 
 
 def _leaves(value, name: str = ""):

@@ -1,8 +1,8 @@
 """Reads the data sets of a run: what it trains on, and what it holds out."""
 
 import functools
-import sys
 
+from ..data.limits import longest_allowed
 from ..data.mixing import mix
 from ..data.schedule import epoch_order
 from ..data.template import template_for
@@ -24,10 +24,7 @@ def read_data(args, source, weights: list[float], date: str | None = None):
 def load_data(args, source, date: str | None = None):
     """(training set, held-out set or None, the longest sequence allowed in tokens). `date`: of the run, ISO."""
     template = template_for(source.tokenizer, args, date)
-    context = source.context or sys.maxsize
-    limit = args.max_length or context
-    if limit > context:
-        raise UserError(f"--max_length {limit}: the model's context is {context} tokens (max_position_embeddings)")
+    limit = longest_allowed(args.max_length, source.context)
     pairs, keep = args.loss != "sft", functools.partial(data_cache.keep, args.cache_dir)
     train = load_dataset(args.train_file_path, template, args, limit, pairs, keep=keep)
     check_ids(source, train.path, train.examples)

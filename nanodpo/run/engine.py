@@ -10,7 +10,7 @@ import torch
 from ..core.logprobs import SequenceLogProbs
 from ..errors import UserError
 from ..model.ready import prepare
-from ..model.sharding import is_sharded, shape_of
+from ..model.sharding import is_sharded, shape_of, stage_of
 from ..ranks import distributed
 from . import memory
 
@@ -32,7 +32,7 @@ def make_engine(model, args, settings: dict, device, longest: int) -> Built:
     from ..model import selfcheck, ulysses
     from ..model.recompute import FitToMemory, Recompute, sample_batch
 
-    stage = settings["zero_optimization"].get("stage", 0)
+    stage = stage_of(settings)
     product_dtype = prepare(model, args.bf16, device, in_place=stage < 3)
     if args.gradient_checkpointing or args.activation_memory:
         recompute = Recompute(model, stage)

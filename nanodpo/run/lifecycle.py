@@ -9,6 +9,7 @@ from ..data.template import prompt_leads, template_for
 from ..errors import UserError
 from ..folder import card, checkpoint, elastic, fork, record, resume, same_run, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
+from ..folder.log import read_lines
 from ..model import loading
 from ..model.quantised import bits_of
 from ..model.source import base_of
@@ -26,9 +27,7 @@ def open_folder(run: Run) -> dict:
     run.facts |= {"arguments": record.arguments(run.args), "steps": run.steps, "layout": run.layout,
                   "attention": run.attention, "weights": run.start_hashes, "reference": run.reference_hashes,
                   "device": distributed.device_name(run.device),
-                  "held_out_rows": sorted({e.row for e in run.held_out.examples}) if run.args.eval_size else None,
-                  "prompt_leads": prompt_leads(template_for(run.source.tokenizer, run.args, run.facts["date"]),
-                                               [example.prompt for example in run.train_set.examples])}
+                  "held_out_rows": sorted({e.row for e in run.held_out.examples}) if run.args.eval_size else None}
     with agreement.same_on_all_ranks() as compared:
         compared |= {name: run.facts[name] for name in ("layout", "attention")}
         compared |= agreement.flags(run.facts["arguments"])
@@ -48,6 +47,9 @@ def open_folder(run: Run) -> dict:
     if (warmup := run.args.warmup_steps) > run.steps:
         distributed.say(f"--warmup_steps {warmup}: more than the run has; it ends at {run.steps / warmup:.0%} of "
                         "--learning_rate")
+    for name in ("eval_steps", "save_steps", "resume_steps"):
+        if (every := getattr(run.args, name)) > run.steps:
+            distributed.say(f"--{name} {every}: more than the {run.steps} steps of the run, so it has no effect")
     save_checkpoint(run)  # the engine has the weights of step 0 until `go_on`: a damaged checkpoint-0 is made again
     return facts
 
@@ -63,6 +65,8 @@ def _open_as_main(run: Run) -> dict:
             distributed.say(f"fork: {run.fork.run} at step {run.fork.step}, {words or 'with nothing changed'}")
         memory.check_disk(run.folder, disk_needed(run))
         run.facts["license"] = card.license_of(run.source.base)
+        run.facts["prompt_leads"] = prompt_leads(template_for(run.source.tokenizer, run.args, run.facts["date"]),
+                                                 (example.prompt for example in run.train_set.examples))
         run.folder = run.folder if run.args.output_dir else record.take(run.folder)
         record.create(run.folder, run.facts)
     run.lock = record.lock(run.folder)
@@ -151,7 +155,7 @@ def save_checkpoint(run: Run) -> None:
             if run.step:  # whoever finds the last checkpoint takes all steps to be in metrics.jsonl
                 with writing(run.folder / "metrics.jsonl"):
                     flush(run.folder / "metrics.jsonl")
-            texts = card.texts(run.facts, run.step, run.folder / "metrics.jsonl", run.source.base,
+            texts = card.texts(run.facts, run.step, run.folder, run.source.base,
                                model.peft_config["default"] if run.args.use_lora else None)
             checkpoint.save(model, run.source.tokenizer, tensors, folder, {"step": run.step, **_owner(run)}, texts)
             checkpoint.rotate(run.folder, run.args.save_total_limit)
@@ -190,7 +194,7 @@ def finish(run: Run) -> None:
         record.finish(run.folder)
         (run.folder / "monitors.json").unlink(missing_ok=True)
         found = noise.of_record(record.read(run.folder), run.folder / "run.json")
-        if line := noise.nothing_learned(run.folder / "metrics.jsonl", found, run.pairs_per_step,
+        if line := noise.nothing_learned([values for _, values in read_lines(run.folder)], found, run.pairs_per_step,
                                          run.args.learning_rate):
             distributed.say(line)
 
@@ -204,7 +208,7 @@ def merge(folder: Path, steps: int, bf16: bool, trust_remote_code: bool, bits: i
     dtype, last = torch.bfloat16 if bf16 else torch.float32, folder / f"checkpoint-{steps}"
     check_whole(last)
     facts = record.read(folder)
-    texts = card.texts(facts, steps, folder / "metrics.jsonl", base_of(str(last))[0])
+    texts = card.texts(facts, steps, folder, base_of(str(last))[0])
     checkpoint.merge(last, folder / "merged", dtype, trust_remote_code, check, texts, bits)
     with writing(folder / "merged"):
         card.add_figure(folder)  # where an earlier call has drawn it

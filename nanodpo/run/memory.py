@@ -10,6 +10,7 @@ import torch
 from ..core.logprobs import CHUNK_BYTES
 from ..errors import RankStopped, UserError
 from ..folder.atomic import nearest
+from ..folder.resume import KEEP
 from ..model.quantised import is_quantised, numel
 from ..model.sharding import shape_of
 from ..ranks.distributed import rank_and_world
@@ -58,7 +59,7 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     kept = min(times, args.save_total_limit + 1) if args.save_total_limit else times  # one more while it is written
     needs = {"checkpoints": (kept + 1) * (weights + extra)}  # and checkpoint-0
     # The float32 weights and AdamW's two moments; two states stay and a third is being written, or all of them stay.
-    states = max(3, kept_states(args.save_steps, args.resume_steps, steps)) if args.keep_states else 3
+    states = max(KEEP + 1, kept_states(args.save_steps, args.resume_steps, steps) if args.keep_states else 0)
     needs["states to resume from"] = states * 12 * sum(map(_numel, trained))
     return needs | ({"the merged model": whole + extra} if args.merge_weights else {})
 

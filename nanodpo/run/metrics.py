@@ -119,11 +119,9 @@ class TokenMetrics:
 
     def take(self, batch: Batch, index: Tensor, lengths: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Of each pair, (P,) sums and (P,) numbers of tokens summed over, for `Meter`: entropies of all its responses,
-        hits of chosen alone, as in TRL. Empty where no token was scored since the last call. `batch` and `index` are
-        those of make_batch, `lengths` of pair_lengths (core/packing.py)."""
+        hits of chosen alone, as in TRL. `batch` and `index` are those of make_batch, `lengths` of pair_lengths
+        (core/packing.py)."""
         parts, self.parts = self.parts, []
-        if not parts:
-            return {}
         values = {name: self.gather(torch.cat([part[name] for part in parts])) for name in parts[0]}
         sums = {name: sum_by_sequence(values[name], batch.sequence_ids, batch.n_sequences)[index] for name in values}
         found = {"mean_token_accuracy": (sums["mean_token_accuracy"][:, 0], lengths[:, 0])}

@@ -10,18 +10,10 @@ from ..model import loading
 from ..model.adapters import adapter_shape
 from ..model.lora_settings import check_dora, check_trainable, read_lora_settings, take_over
 from ..model.quantised import QUANTISATION, bits_of, check_quantised
-from ..model.sharding import is_sharded, shared_weights
+from ..model.sharding import is_sharded, shared_weights, stage_of
 from ..model.source import Source, base_of, check_heads, check_reference, open_source, read_template_file
 from ..ranks import distributed
 from . import agreement
-
-
-def quantisation(args, source: Source, settings: dict) -> dict | None:
-    """How the base's matrices are quantised; None where they are not. Raises UserError where they can't be, or can't be
-    trained on."""
-    bits, stage = bits_of(args), settings["zero_optimization"].get("stage", 0)
-    check_quantised(bits, source.stored, source.base, args.use_lora, stage)
-    return source.stored or QUANTISATION.get(bits)
 
 
 def say_other_bits(args, adapter: str | None) -> None:
@@ -45,9 +37,8 @@ def read_lora(args) -> dict:
     return lora
 
 
-def check_lora(args, lora: dict, source: Source, settings: dict) -> None:
+def check_lora(args, lora: dict, source: Source, stage: int) -> None:
     """Raises UserError for settings of LoRA that go with no adapter of its own, or not with the precision or ZeRO."""
-    stage = settings["zero_optimization"].get("stage", 0)
     check_dora(lora, f"--peft_config {args.peft_config}", args.bf16, stage)
     if not source.adapter:
         return
@@ -66,21 +57,16 @@ def open_whole(name: str, trust_remote_code: bool) -> Source:
     return open_source(name, trust_remote_code)
 
 
-def open_start(args) -> Source:
-    """The model or adapter to start from, with the chat template of --chat_template."""
-    source = open_whole(args.model_name, args.trust_remote_code)
+def open_checked(args, lora: dict, settings: dict) -> tuple[Source, dict | None]:
+    """(the model or adapter to start from, with the chat template of --chat_template; how the matrices of its base are
+    quantised, None where they are not). Raises UserError where it can't be trained so."""
+    source, stage, bits = open_whole(args.model_name, args.trust_remote_code), stage_of(settings), bits_of(args)
     if args.chat_template:
         source.tokenizer.chat_template = read_template_file(args.chat_template)
-    return source
-
-
-def open_checked(args, lora: dict, settings: dict) -> tuple[Source, dict | None]:
-    """(what the run starts from, how its base is quantised). Raises UserError where it can't be trained so."""
-    source = open_start(args)
-    how = quantisation(args, source, settings)
-    check_lora(args, lora, source, settings)
+    check_quantised(bits, source.stored, source.base, args.use_lora, stage)
+    check_lora(args, lora, source, stage)
     check_heads(source.config, args.sequence_parallel_size, f"--model_name {args.model_name}")
-    return source, how
+    return source, source.stored or QUANTISATION.get(bits)
 
 
 def open_reference(args, source: Source, sets: list[DataSet]) -> Source:

@@ -14,6 +14,8 @@ import uuid
 from pathlib import Path
 
 from ..errors import RankStopped, UserError, first_line
+from ..folder.atomic import aside, check_writable
+from ..folder.log import is_evaluation
 from ..ranks import distributed
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "comet": "comet_ml"}
@@ -21,7 +23,7 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None,
 
 def take_blocks(settings: dict, report_to: list[str] | None) -> dict[str, dict]:
     """Takes the monitors' blocks out of DeepSpeed's settings, those of --report_to turned on. Raises UserError where
-    one is on whose package is not installed."""
+    one is on whose package is not installed, or whose folder can't be written to."""
     blocks = {name: settings.pop(name) for name in PACKAGES if name in settings}
     for name in report_to or ():
         blocks[name] = blocks.get(name, {}) | {"enabled": True}
@@ -31,7 +33,18 @@ def take_blocks(settings: dict, report_to: list[str] | None) -> dict[str, dict]:
         if block.get("enabled") and PACKAGES[name] and importlib.util.find_spec(PACKAGES[name]) is None:
             raise UserError(f"--report_to {name}: the package {PACKAGES[name]} is not installed; install it (pip "
                             f"install {PACKAGES[name]}), or take {name} out of --report_to and of DeepSpeed's file")
+        if block.get("enabled") and isinstance(path := block.get("output_path"), str) and path:
+            check_writable(Path(path), f"--deepspeed: {name}: output_path {path}")
     return blocks
+
+
+def read_sent(file: Path) -> dict:
+    """A name for W&B and Comet, and the last line that was sent; as of a new run where there is no such file."""
+    try:
+        found = json.loads(file.read_text())
+        return {"id": str(found["id"]), "step": int(found["step"]), "train": bool(found["train"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"id": uuid.uuid4().hex, "step": -1, "train": False}
 
 
 class Monitors:
@@ -43,10 +56,7 @@ class Monitors:
         from deepspeed.monitor.monitor import MonitorMaster
 
         self.file = folder / "monitors.json"
-        with contextlib.suppress(OSError, ValueError):  # a new run, or one killed while it wrote
-            self.sent = json.loads(self.file.read_text())
-        if not isinstance(getattr(self, "sent", None), dict):
-            self.sent = {"id": uuid.uuid4().hex, "step": -1, "train": False}
+        self.sent = read_sent(self.file)
         folder, name = folder.absolute(), folder.absolute().name
         own = {monitor: {"output_path": str(folder), "job_name": monitor} for monitor in ("tensorboard", "csv_monitor")}
         own["wandb"] = {"project": os.environ.get("WANDB_PROJECT", "nanodpo")}
@@ -59,7 +69,7 @@ class Monitors:
 
     def write(self, line: dict) -> None:
         """Sends a line of metrics.jsonl. Raises RankStopped where it can't be written."""
-        train = not any(name.startswith("eval_") for name in line)
+        train = not is_evaluation(line)
         if (line["step"], train) <= (self.sent["step"], self.sent["train"]):
             return
         # The epoch of an evaluation is in the step's own line.
@@ -68,7 +78,8 @@ class Monitors:
         try:
             self.master.write_events(events)
             self.sent |= {"step": line["step"], "train": train}
-            self.file.write_text(json.dumps(self.sent))
+            aside(self.file).write_text(json.dumps(self.sent))
+            os.replace(aside(self.file), self.file)  # whole, but not flushed: that would take longer than a small step
         except OSError as error:
             raise RankStopped(f"{error.filename or '--report_to'}: can't be written ({error.strerror}); the same "
                               "command goes on from the last state") from error

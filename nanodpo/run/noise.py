@@ -5,10 +5,8 @@ that matters, but every later rounding to bfloat16 falls out differently. The di
 a change of that size in training may be noise as well.
 """
 
-import contextlib
 import json
 import math
-from pathlib import Path
 
 import torch
 
@@ -27,20 +25,21 @@ def count(pairs: int) -> int:
 
 
 @torch.no_grad()
-def measure(engine, model, score, batches, lengths, beta: float | None) -> dict[str, float]:
+def measure(engine, score, batches, lengths, beta: float | None) -> dict[str, float]:
     """The standard deviation, for one pair, of the difference between two passes that should not differ: nats, by
     metric. That of a mean over n pairs is sqrt(n) times smaller. All ranks must call it, with as many batches.
 
     `score` maps indices to (P, R) log-probs, `lengths` to (P, R) token counts; `batches` are (indices, factor) of this
     rank. `beta`: None without a reference.
     """
-    names = [MARGIN, *LOGPS]
+    names, embeddings = [MARGIN, *LOGPS], engine.module.model.get_input_embeddings()
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)
     was_training = engine.training
     engine.eval()
     for indices, factor in batches:
         first = score(indices).double().cpu()
-        with _perturbed_embeddings(model):
+        # Within this the embeddings are larger by PART.
+        with embeddings.register_forward_hook(lambda module, args, states: states * (1 + PART)):
             change = score(indices).double().cpu() - first
         values = [beta * (change[:, 0] - change[:, 1])] if beta is not None else [torch.zeros(len(change))]
         values += [*(change / lengths(indices)).unbind(1)]
@@ -49,21 +48,11 @@ def measure(engine, model, score, batches, lengths, beta: float | None) -> dict[
         sums[-1] += factor * len(change)
         sides = change.shape[1]
     engine.train(was_training)
-    *squares, pairs = sum_over_ranks(sums.to(model.device)).tolist()
+    *squares, pairs = sum_over_ranks(sums.to(embeddings.weight.device)).tolist()
     noise = {name: math.sqrt(square / pairs) for name, square in zip(names, squares[: 1 + sides])}
     if beta is None:
         del noise[MARGIN]
     return noise
-
-
-@contextlib.contextmanager
-def _perturbed_embeddings(model):
-    """Within this the embeddings are larger by PART."""
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, states: states * (1 + PART))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def of_record(record: dict, file) -> dict[str, float]:
@@ -77,11 +66,10 @@ def of_record(record: dict, file) -> dict[str, float]:
     return noise
 
 
-def nothing_learned(file: Path, noise: dict[str, float], pairs_per_step: int, rate: float) -> str | None:
+def nothing_learned(lines: list[dict], noise: dict[str, float], pairs_per_step: int, rate: float) -> str | None:
     """A line for the end of a run of 10 steps or more whose margins, over its last half, are no larger than twice the
-    noise of a step's mean (root mean square); else None. `file`: its metrics.jsonl, `rate`: its learning rate."""
-    lines = map(json.loads, file.read_text().splitlines()) if MARGIN in noise else ()
-    margins = [line[MARGIN] for line in lines if MARGIN in line]
+    noise of a step's mean (root mean square); else None. `lines`: those of metrics.jsonl, `rate`: its learning rate."""
+    margins = [line[MARGIN] for line in lines if MARGIN in line] if MARGIN in noise else []
     last, here = margins[len(margins) // 2:], noise.get(MARGIN, 0.0) / math.sqrt(pairs_per_step)
     if len(margins) < LONG or (size := math.sqrt(sum(x * x for x in last) / len(last))) > 2 * here:
         return None

@@ -155,27 +155,27 @@ def evaluate(run: Run) -> None:
     run.engine.eval()
     examples, meter = run.held_out.examples, metrics.Meter(run.device)
     token_metrics = run.engine.module.head.on_chunk = metrics.TokenMetrics(run.engine.module, needs_logits=True)
-    sides = SIDES if examples[0].rejected is not None else SIDES[:1]
+    sides = run.held_out.sides
     divisor = loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples], [e.weight for e in examples])
     batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.data_world)
     for pairs in progress.track(batches, "evaluation", "batch"):
         run.stop.check()
         for indices, factor in micro_batches_of(pairs, args.per_device_eval_batch_size, run.data_rank, run.data_world):
             here = [examples[k] for k in indices]
-            batch, index = make_batch(here, sides, run.layout, run.device)
             lengths = pair_lengths(here, sides, run.device)
             ref = None if run.held_ref is None else run.held_ref[indices].to(run.device, non_blocking=True)
-            known = step == 0 and ref is not None and run.starts_as_reference
-            if known:
-                logps = ref
+            if step == 0 and ref is not None and run.starts_as_reference:
+                logps, of_tokens = ref, {}
             else:
+                batch, index = make_batch(here, sides, run.layout, run.device)
                 rows = functools.partial(memory.describe, here)
                 with memory.shortage_named(run.rank, f"step {step}", rows), torch.no_grad():
                     logps = run.engine(batch)[index]
+                of_tokens = token_metrics.take(batch, index, lengths)
             losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight) * row_weights(here).to(run.device)
             values = metrics.pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
             parts = losses * (len(examples) / divisor)  # as in train_step
-            meter.add({"loss": parts} | values | token_metrics.take(batch, index, lengths), factor)
+            meter.add({"loss": parts} | values | of_tokens, factor)
     means = meter.means()
     if bad := nonfinite(means):
         raise RunStopped(f"evaluation under checkpoint-{step}: {bad} not finite")
@@ -188,7 +188,7 @@ def evaluate(run: Run) -> None:
 def measure_noise(run: Run) -> dict[str, float]:
     """The standard deviation that bfloat16's rounding gives one pair's numbers, nats, by metric; see noise.py."""
     examples, args = run.train_set.examples, run.args
-    sides = SIDES if examples[0].rejected is not None else SIDES[:1]
+    sides = run.train_set.sides
     pairs = pairs_of_step(len(examples), noise.count(run.steps * run.pairs_per_step), args.seed, 0, run.row_starts)
 
     def score(indices):
@@ -198,8 +198,7 @@ def measure_noise(run: Run) -> dict[str, float]:
         return pair_lengths([examples[i] for i in indices], sides)
 
     batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.data_rank, run.data_world)
-    result = noise.measure(run.engine, run.engine.module.model, score, batches, lengths,
-                          args.beta if needs_reference(run.loss) else None)
+    result = noise.measure(run.engine, score, batches, lengths, args.beta if needs_reference(run.loss) else None)
     distributed.say(noise.describe(result, run.pairs_per_step))
     return result
 

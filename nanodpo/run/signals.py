@@ -149,7 +149,7 @@ class Stop:
         if not peers or distributed.works_alone():
             return
         limit = waits.SOON if self.name or peers.closed else waits.SILENCE
-        code, why = peers.ended or (1, "rank 0 did, see there" if peers.closed else
+        code, why = peers.ended or (1, "rank 0 has ended; its output says why" if peers.closed else
                                     f"rank {peers.asked} has not been heard of for {silent:.0f} s; it is stopped, or "
                                     "its machine or network is gone")
         if code == TEMPFAIL and not self.name:

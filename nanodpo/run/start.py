@@ -75,8 +75,8 @@ class Start:
 
 @dataclasses.dataclass
 class Run(Start):
-    """A run with its engine. `ref` and `held_ref` are (n, 2) reference log-probs, None for SFT; `row_weights` is (n,):
-    how much each training pair counts in the loss."""
+    """A run with its engine. `ref` and `held_ref` are (n, 2) reference log-probs, None for a loss that takes none;
+    `row_weights` is (n,): how much each training pair counts in the loss."""
 
     stop: Stop = None
     start_hashes: str = ""  # of the weights that it starts from, which are the reference without --reference
@@ -204,7 +204,8 @@ def say_config(args) -> None:
 
 
 def look(args, lora: dict, weights: list[float], deepspeed: Path) -> None:
-    """--inspect. Settings that a run would refuse are refused here, too; rows are left out and named."""
+    """--inspect. Rows that a run would refuse are left out and named; what it would refuse of settings, model and
+    DeepSpeed's file is refused here, too."""
     with agreement.same_on_all_ranks():
         settings = read_settings(args, deepspeed)
         distributed.check_device(args)

@@ -5,10 +5,8 @@ import json
 from pathlib import Path
 
 from ..errors import UserError, first_line
-from ..folder.atomic import BESIDE, check_whole, file_facts
-from ..model.source import place_of
-
-KINDS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.py")  # weights, settings, tokenizer, code
+from ..folder.atomic import BESIDE, MANIFEST, check_whole, file_facts
+from ..model.source import FILES, place_of
 
 
 def hash_of(value) -> str:
@@ -30,6 +28,8 @@ class Contents:
             raise UserError(f"{name}: can't be read: {first_line(error)}") from error
         whole = sorted((file, facts["sha256"]) for file, facts in self.hashes.items())
         self.key = hashlib.sha256(repr(whole or (name, _commit(name))).encode()).hexdigest()
+        small = [item for item in whole if not item[0].endswith((".safetensors", ".bin", MANIFEST))]
+        self.settings_key = hash_of(small or name)  # of its tokenizer and config
 
     def check(self) -> None:
         """Raises UserError where the files are others by now. Only files that were written to are read again."""
@@ -47,7 +47,7 @@ class Contents:
         try:
             if not any((self.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
                 return {}
-            files = {file.name: file.stat() for kind in KINDS for file in self.folder.glob(kind)
+            files = {file.name: file.stat() for kind in FILES for file in self.folder.glob(kind)
                      if file.is_file() and file.name not in BESIDE}
         except OSError:
             return {}

@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import itertools
 import json
-import sys
 
 from ..data.example import Example
+from ..data.limits import longest_allowed
 from ..data.template import Template, prompt_leads, template_for
 from ..data.tokens import DataSet, load_dataset
 from ..errors import UserError
 from ..folder.reference import data_hash
-from ..model.source import Source, check_heads, check_ids, open_source
+from ..model.source import Source, base_of, check_heads, check_ids, check_weight_files, open_source
 from ..ranks.distributed import say
 from ..screen import folded
 from .answers import final_answer, thinks
@@ -119,7 +119,7 @@ class Reader:
 
     def limit(self, settings) -> int:
         """Tokens of prompt and response."""
-        return min(settings.max_length or sys.maxsize, self.source.context or sys.maxsize)
+        return longest_allowed(settings.max_length, self.source.context)
 
 
 def open_datasets(checkpoints: list[Checkpoint], files: list[tuple[str, str]], own: bool, wanted: Wanted,
@@ -151,8 +151,14 @@ def open_datasets(checkpoints: list[Checkpoint], files: list[tuple[str, str]], o
 def one_source(checkpoints: list[Checkpoint], ranks: int = 1) -> Source:
     """The first checkpoint's tokenizer and limits. Tokenizers may lie in many folders, but they must say the same:
     log-probs of other tokens don't compare. Raises UserError where they don't."""
-    found = {}
+    found, seen = {}, set()
     for checkpoint in checkpoints:
+        base, adapter = base_of(checkpoint.path)
+        how = (base if adapter else None, checkpoint.contents.settings_key, checkpoint.settings.assistant_header)
+        if how in seen:  # those of one run have the same files beside their weights
+            check_weight_files(checkpoint.path)
+            continue
+        seen.add(how)
         source = open_source(checkpoint.path, checkpoint.settings.trust_remote_code)
         check_heads(source.config, ranks, checkpoint.path)
         tokenizer, header = source.tokenizer, checkpoint.settings.assistant_header
@@ -210,7 +216,7 @@ def open_dataset(name: str, reader: Reader, settings, wanted: Wanted) -> Respons
 
 def check_leads(checkpoints: list[Checkpoint], data: ResponseSet) -> None:
     """Raises UserError for prompts that open otherwise than those of a checkpoint's run."""
-    found = prompt_leads(data.template, [example.prompt for example in data.examples])
+    found = prompt_leads(data.template, (example.prompt for example in data.examples))
     for checkpoint in checkpoints:
         known = checkpoint.settings.prompt_leads
         if known and (new := [lead for lead in found if lead not in known]):

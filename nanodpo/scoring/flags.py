@@ -74,6 +74,9 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
                         ("max_length", 1), ("max_prompt_length", 1), ("sequence_parallel_size", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    if args.max_new_tokens and not args.answers and GREEDY not in (args.responses or []):
+        raise UserError(f"--max_new_tokens {args.max_new_tokens}: no answers are made; add --answers ROWS, or {GREEDY} "
+                        "to --responses")
     check_gpu(args.gpu_id)
     check_sequence_parallel(args.sequence_parallel_size)
     check_ledger(args)

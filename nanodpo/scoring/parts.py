@@ -1,12 +1,12 @@
 """Keeps the results of a scoring in <output_dir>/parts, so that the next one goes on from them.
 
 A part is a folder with the tables of some rows under one checkpoint. Its manifest.json has the size and hash of every
-file, and what it holds: {key: rows}, where a key is a hash of everything that could change a number (plan.py). It may
-have lines of more rows than that. A part that is no longer what was written counts as not done.
+file, and what it holds, {key: {rows, responses, family}}, where a key is a hash of everything that could change a
+number (plan.py). It may have lines of more rows than that. A part that is no longer what was written counts as not
+done.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +19,7 @@ import pyarrow
 
 from ..errors import RunStopped, UserError
 from ..files import read_text
-from ..folder.atomic import MANIFEST, clear_partials, new_folder, read_manifest, remove, writing
+from ..folder.atomic import MANIFEST, clear_partials, hold, new_folder, read_manifest, remove, writing
 from ..ranks.distributed import from_main, is_main, main_first, say
 from . import plausible
 
@@ -180,14 +180,10 @@ def _lock(folder: Path):
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
-            raise BlockingIOError  # the other has just ended, and taken its file away
-    except BlockingIOError as error:
-        raise UserError(f"--output_dir {folder.parent}: another scoring is at work there; wait for its end, or name "
-                        "another folder") from error
-    except OSError:  # a file system without locks
-        pass
+    hold(file, taken := f"--output_dir {folder.parent}: another scoring is at work there; wait for its end, or name "
+         "another folder")
+    place = folder / "lock"
+    if not place.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(place)):
+        raise UserError(taken)  # the other has just ended, and taken its file away
     clear_partials(folder)
     return file

@@ -34,7 +34,7 @@ class Result:
 
     def held(self, rows) -> dict:
         """The entry for these rows in a part's list of what it holds."""
-        return {"what": self.kind, "responses": self.responses, "rows": set(rows), "family": self.family}
+        return {"responses": self.responses, "rows": set(rows), "family": self.family}
 
 
 @dataclasses.dataclass
@@ -43,14 +43,13 @@ class Work:
 
     checkpoint: Checkpoint
     data: ResponseSet
-    start: str | None  # the key of the checkpoint of its run's step 0
+    start: Checkpoint | None  # of its run's step 0
     results: list[Result]
-    start_checkpoint: Checkpoint | None = None
     k: int = 0  # tokens that gained and that lost most, of each position, where these are asked for
 
     @property
     def is_start(self) -> bool:
-        return self.start == self.checkpoint.key
+        return self.start is not None and self.start.key == self.checkpoint.key
 
     def of_kind(self, *kinds: str) -> list[Result]:
         return [result for result in self.results if result.kind in kinds]
@@ -77,7 +76,7 @@ class Work:
         found, asked = {}, [result.responses for result in self.of_kind("scores", "tokens")]
         # The start may have scored chosen with rejected, or alone, or both; what was scored likewise is taken then.
         for unit in dict.fromkeys(unit for own in asked for unit in (PAIR, own) if {*unit} & {*own}):
-            found |= parts.sets(response_result("scores", self.start, self.start, self.data, unit).key)
+            found |= parts.sets(response_result("scores", self.start.key, self.start.key, self.data, unit).key)
         return found
 
 
@@ -89,12 +88,11 @@ def plan(checkpoints: list[Checkpoint], datasets: list[ResponseSet], parts: Part
     asked = {"scores": True, "tokens": tokens, "risers": risers, "gradients": gradients}
     for checkpoint in checkpoints:
         for data in datasets:
-            first = starts.get(checkpoint.run)
-            start = first and first.key
-            results = response_results(checkpoint, start, data, parts, asked)
+            start = starts.get(checkpoint.run)
+            results = response_results(checkpoint, start and start.key, data, parts, asked)
             if answers := answer_result("answers", checkpoint, data, data.questions, parts, bool(data.questions)):
                 results.append(answers)
-            work.append(Work(checkpoint, data, start, results, first, risers))
+            work.append(Work(checkpoint, data, start, results, risers))
     return work
 
 

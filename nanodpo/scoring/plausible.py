@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ..errors import UserError, first_line
+from .measures import Sets
 
-Sets = tuple[Tensor, Tensor, Tensor, Tensor]  # as in measures.py
 PARTS = ("counts", "rest", "ids", "probabilities")
 NAME = "plausible.safetensors"
 

@@ -10,7 +10,6 @@ import functools
 import glob
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
 from ..flags.loss import LOSSES, loss_name, own_function
+from ..folder.atomic import step_of, steps_of
 from ..folder.record import versions
 from ..folder.same_run import FREE, chosen
 from ..model.source import base_of
@@ -40,7 +40,6 @@ FLAGS = {flag.name: flag for flag in dataclasses.fields(TrainArguments) if flag.
 DEFAULTS = {name: flag.default for name, flag in FLAGS.items()} | {
     "loss": "", "train_on": "last", "prompt_leads": None, "held_out_rows": None, "date": None}
 NOT_A_RUN = {"trust_remote_code": False, "record": {}}  # `record` is all that a run's run.json says
-STEP = re.compile(r"checkpoint-(\d{1,15})")
 
 
 @dataclasses.dataclass
@@ -88,6 +87,9 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     seen = [(c.run, c.step) for c in found]
     if twice := {key for key in seen if seen.count(key) > 1}:
         run, step = min(twice)
+        first, second = [c.path for c in found if (c.run, c.step) == (run, step)][:2]
+        if os.path.realpath(first) == os.path.realpath(second):
+            raise UserError(f"{second}: is named twice, by itself or with its run; name it once")
         raise UserError(f"two checkpoints are both called {run}, step {step}; score them in two calls")
     for checkpoint in found:
         checkpoint.contents = Contents(checkpoint.path)
@@ -102,7 +104,13 @@ def runs_against(model: Checkpoint, checkpoints: list[Checkpoint]) -> list[Check
 
 def without_references(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     """The checkpoints less those that are here as the reference of one before them, whatever they were trained on."""
-    return [c for i, c in enumerate(checkpoints) if not runs_against(c, checkpoints[:i])]
+    found, references = [], set()
+    for c in checkpoints:
+        if os.path.realpath(c.path) not in references:
+            found.append(c)
+        if c.settings.reference:
+            references.add(os.path.realpath(c.settings.reference))
+    return found
 
 
 def find_bases(checkpoints: list[Checkpoint]) -> None:
@@ -157,17 +165,17 @@ def _open(target: str) -> list[Checkpoint]:
     except OSError as error:
         raise UserError(f"{target}: can't be opened: {error.strerror}") from error
     if not is_run:
-        name, step = path.name or target, STEP.fullmatch(path.name)
-        if step and (path.parent / "run.json").is_file():
+        step = step_of(path.name)
+        if step is not None and (path.parent / "run.json").is_file():
             settings = _settings(path.parent)
-            return [Checkpoint(path.parent.resolve().name, loss_name(settings.loss), int(step[1]), target, settings)]
-        return [Checkpoint(name, "", 0, target, SimpleNamespace(**DEFAULTS | NOT_A_RUN))]
+            return [Checkpoint(path.parent.resolve().name, loss_name(settings.loss), step, target, settings)]
+        return [Checkpoint(path.name or target, "", 0, target, SimpleNamespace(**DEFAULTS | NOT_A_RUN))]
     settings = _settings(path)
-    steps = sorted((int(m[1]), str(f)) for f in path.iterdir() if (m := STEP.fullmatch(f.name)))
-    if not steps:
+    if not (steps := steps_of(path)):
         raise UserError(f"{target}: the run has no checkpoint")
     name = path.resolve().name
-    return [Checkpoint(name, loss_name(settings.loss), step, folder, settings) for step, folder in steps]
+    return [Checkpoint(name, loss_name(settings.loss), step, str(path / f"checkpoint-{step}"), settings)
+            for step in reversed(steps)]
 
 
 def _settings(run: Path) -> SimpleNamespace:
@@ -215,7 +223,8 @@ def own_data(target: str) -> tuple[str, str]:
     """(name, file) of a run's held-out data, else of what it trained on. Raises UserError for a bare model."""
     name, file, _ = own_rows(_open(target)[0].settings)
     if not file:
-        why = "is no run, so --dataset_path is needed" if os.path.exists(target) else "no such run or folder"
+        why = ("is no run (run.json is missing); to score a model, name data with --dataset_path"
+               if os.path.exists(target) else "no such run or folder")
         raise UserError(f"{target}: {why}")
     if file.endswith(SUFFIXES) and not os.path.isabs(file) and not glob.glob(file, recursive=True):
         raise UserError(f"{file}: no such file; {target} names its data as seen from the folder where it was started: "

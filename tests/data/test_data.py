@@ -626,7 +626,7 @@ def test_named_columns_win_and_missing_ones_are_errors():
     assert fields(rows, chosen_field="a", **named) == ("q", "a", "b")
     with pytest.raises(UserError, match=r"d: has no column 'x' \(--chosen_field\); it has q, a, b, chosen, rejected"):
         fields(rows, chosen_field="x", **named)
-    with pytest.raises(UserError, match="or non_preferred_output; it has chosen: name one with --rejected_field"):
+    with pytest.raises(UserError, match="it has chosen: name one with --rejected_field, or train on chosen alone with"):
         fields([{"chosen": 1}])
     for flag, other in (("prompt", "chosen"), ("prompt", "rejected"), ("chosen", "rejected")):
         name = other if flag == "prompt" else "rejected"

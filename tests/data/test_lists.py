@@ -173,10 +173,11 @@ def test_limits_are_those_of_a_pair(tmp_path):
     """Pairs of an answer that is too long are left out, and the row's others stay; or the answer is cut, once."""
     row = {"prompt": "2?", "chosen": ["4", "four" * 9], "rejected": ["5", "six", "7" * 9]}
     message = error_of(tmp_path, row, row, limit=12)
-    assert "2 of 2 rows (100.0%) are too long; longest: row 0: chosen[1] and rejected[0]: 39 tokens, over" in message
+    assert "2 of 2 rows (100.0%) are too long; longest: row 0: chosen[1] and rejected[0]: 39 tokens (prompt " in message
     data = load(tmp_path, row, limit=12, overlong="drop")
     assert texts(data) == [(0, "4", "5"), (0, "4", "six"), (0, "4", "7" * 9)]
-    assert data.dropped[2]["reason"] == "chosen[1] and rejected[2]: 39 tokens, over --max_length 12"
+    assert data.dropped[2]["reason"] == ("chosen[1] and rejected[2]: 39 tokens (prompt 2, chosen 37), "
+                                         "over --max_length 12")
     data = load(tmp_path, row, limit=12, overlong="truncate")
     assert [(e.which, e.cut) for e in data.examples] == [
         ((i, j), (i == 1, False)) for i in range(2) for j in range(3)]

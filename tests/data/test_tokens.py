@@ -135,7 +135,8 @@ def test_lengths_are_tokens_not_characters(tmp_path):
     data = load(tmp_path, tiny.plain(), rows, limit=20000)
     assert data.examples == [Example(0, [*b"2?"], [*latex.encode(), 258], [*("数" * 6665).encode(), 258])]
     assert data.examples[0].length == 2 + 19995 + 1 and data.dropped == []
-    assert "19998 tokens, over --max_length 19997" in error_of(tmp_path, tiny.plain(), rows, limit=19997)
+    message = error_of(tmp_path, tiny.plain(), rows, limit=19997)
+    assert "19998 tokens (prompt 2, rejected 19996), over --max_length 19997" in message
     merged, = load(tmp_path, tiny.plain(), [row("2?", "23" * 9, "x")], limit=12).examples  # 18 characters, 9 tokens
     assert merged.chosen == [256] * 9 + [258]
 
@@ -148,16 +149,18 @@ def test_overlong_rows_stop_the_run_and_are_listed(tmp_path):
     assert "3 of 4 rows (75.0%) are too long" in message
     assert "row 2: 9 tokens" in message and "row 1: 8 tokens" in message and "--overlong drop" in message
     message = error_of(tmp_path, tiny.plain(), [*ROWS, row("2?", "fours", "x")], limit=3)
-    assert "longest: row 2: 9 tokens, over --max_length 3; row 1: 8 tokens, over --max_length 3; row 4: 8" in message
+    assert ("longest: row 2: 9 tokens (prompt 2, chosen 7), over --max_length 3; "
+            "row 1: 8 tokens (prompt 2, rejected 6), over --max_length 3; row 4: 8 tokens (p") in message
     message = error_of(tmp_path, tiny.plain(), ROWS, limit=8, max_length=None)
-    assert "row 2: 9 tokens, over the model's context of 8. Raise" in message
+    assert "row 2: 9 tokens (prompt 2, chosen 7), over the model's context of 8. Raise" in message
 
 
 def test_overlong_rows_are_dropped_with_reasons(tmp_path):
     data = load(tmp_path, tiny.plain(), ROWS, limit=7, overlong="drop")
     assert [e.row for e in data.examples] == [0, 3]
     assert [(d["row"], d["reason"]) for d in data.dropped] == [
-        (1, "8 tokens, over --max_length 7"), (2, "9 tokens, over --max_length 7")]
+        (1, "8 tokens (prompt 2, rejected 6), over --max_length 7"),
+        (2, "9 tokens (prompt 2, chosen 7), over --max_length 7")]
     assert data.lengths == [7, 8, 9, 4]
 
 
@@ -168,7 +171,7 @@ def test_truncation_cuts_each_side_by_its_own_length_and_closes_nothing(tmp_path
         Example(1, [*b"2?"], [*b"y", 258], [*b"fiv"], (False, True)),
         Example(3, [*b"2?"], [*b"a", 258], [*b"b", 258], (False, False))]
     assert [(d["row"], d["reason"]) for d in data.dropped] == [
-        (2, "9 tokens, over --max_length 5; cut, both responses would be equal")]
+        (2, "9 tokens (prompt 2, chosen 7), over --max_length 5; cut, both responses would be equal")]
     assert data.notes["only chosen cut to fit 5 tokens"] == data.notes["only rejected cut to fit 5 tokens"] == 1
 
 
@@ -178,7 +181,8 @@ def test_a_prompt_that_fills_the_limit_is_the_reason_why_its_row_is_dropped(tmp_
     data = load(tmp_path, tiny.plain(), rows, limit=6, overlong="truncate")
     assert [e.row for e in data.examples] == [1]
     assert data.dropped[0]["reason"] == (
-        "11 tokens, over --max_length 6; the prompt alone, 6 tokens, leaves no room for a response")  # 23 is one token
+        "11 tokens (prompt 6, rejected 5), over --max_length 6; the prompt alone, 6 tokens, leaves no room for a "
+        "response")  # 23 is one token
 
 
 def test_a_prompt_is_never_cut(tmp_path):

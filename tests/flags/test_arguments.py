@@ -38,7 +38,7 @@ lora_r lora_alpha lora_dropout lora_target_modules use_flash_attention deepspeed
 chosen_field rejected_field""".split()
 # Values that mean something only beside another setting, and some that are not the first guess by type.
 BESIDE = {"lora_dropout": ["--allow_dropout"], "eval_steps": ["--eval_size=5"], "random_init": ["--use_lora=false"],
-          "loss_kwargs": ["--loss=simpo"]}
+          "loss_kwargs": ["--loss=simpo"], "train_on": ["--loss=sft"]}
 VALUES = {"loss": "ipo", "loss_kwargs": '{"simpo_gamma": 1}', "label_smoothing": 0.2, "lora_dropout": 0.05,
           "max_steps": 7, "adam_beta1": 0.5, "adam_beta2": 0.5,
           "without_rows": "5,17"}

@@ -108,6 +108,8 @@ def test_every_loss_of_the_house_can_be_named(name):
     (["--loss", "simpo", "--loss_kwargs", '{"simpo_gamma": 1, "simpo_gamma": 2}'], "has 'simpo_gamma' twice"),
     (["--loss", "simpo", "--reference", "M"], "--reference M has no meaning for --loss simpo"),
     (["--loss", "sft", "--sft_weight", "0.5"], "--sft_weight 0.5 has no meaning for --loss sft"),
+    (["--loss", "sft", "--beta", "0.3"], "--beta 0.3 has no meaning for --loss sft"),
+    (["--train_on", "last"], "--train_on last has no meaning for --loss dpo"),
     (["--sft_weight", "-1"], "--sft_weight -1.0: must not be negative"),
     (["--loss", "gate", "--label_smoothing", "0.1"], "no meaning for --loss gate; leave it out, or use dpo or "),
 ])

@@ -94,7 +94,7 @@ def world(tmp_path, models, monkeypatch, capsys):
      "row 0: prompts of chosen and rejected differ"),
     ([GOOD | {"chosen": "[INST] 1+1= [/INST] 2"}], [], "'<|im_start|>assistant\\n'"),
     ([GOOD | {"chosen": "2" * 101}], [], "1 of 1 row (100.0%) are too long; longest: row 0: 106 tokens"),
-    ([GOOD], ["--max_length", "5"], "row 0: 6 tokens, over --max_length 5"),
+    ([GOOD], ["--max_length", "5"], "row 0: 6 tokens (prompt 4, chosen 2), over --max_length 5"),
     ([GOOD], ["--max_length", "4", "--overlong", "truncate"], "no usable row is left of 1"),
     ([GOOD], ["--max_length", "101"], "the model's context is 100 tokens"),
     ([GOOD], ["--max_prompt_length", "3"], "prompt of 4 tokens"),

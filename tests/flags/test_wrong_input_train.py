@@ -67,7 +67,8 @@ PROMPTS = [
     ("white space", " \n ", "chosen has an empty prompt"), ("half a character", "\udc00", "holds half a character"),
     ("messages without roles", [{"content": "a"}], "has a prompt that is of type list"),
     ("a content that is a list", [{"role": "user", "content": ["a"]}], "a message whose content is of type list"),
-    ("huge", "x" * 1_000_000, "too long; longest: row 0: 1000002 tokens, over the model's context of 100"),
+    ("huge", "x" * 1_000_000, "too long; longest: row 0: 1000002 tokens (prompt 1000000, chosen 2), over the model's "
+     "context of 100"),
 ]
 VALUES = [(f"{side} is {what}", jsonl(GOOD | {side: value}), ROWS, ["@/rows.jsonl: 1 of 1 row", "row 0", side, words])
           for side in ("chosen", "rejected") for what, value, words in RESPONSES]
@@ -474,7 +475,8 @@ FLAGS += [(f"--{name}={value}", nothing_changed, [f"--{name}={value}"],
           for name in FLOATS for value in NOT_FINITE]
 FLAGS += [(f"{what} for {flag}", nothing_changed, [f"--{flag}={value}"], [f"--{flag}", words])
           for flag, what, value, words in [
-    ("seed", "5000 digits", "9" * 5000, "invalid int value"), ("bf16", "a word", "perhaps", "Truthy value expected"),
+    ("seed", "5000 digits", "9" * 5000, "invalid int value"),
+    ("bf16", "a word", "perhaps", ": must be true or false, found perhaps"),
     ("output_dir", "a device", "/dev/null/x", "/dev/null is a file"),
     ("cache_dir", "a device", "/dev/null/x", "can't be wr"),
     ("cache_dir", "a name too long", "@/" + "x" * 300, "File name too long"),

@@ -60,7 +60,7 @@ def test_the_log_of_a_checkpoint_is_what_led_to_it(step, kept, tmp_path):
     lines = [{"step": k, "loss": 0.5, "perf/step_seconds": 1.0, "mem/peak_gib": 2.0} for k in range(6)]
     lines[0:0], lines[5:5] = [{"step": 0, "eval_loss": 0.7}], [{"step": 4, "eval_loss": 0.6}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    log = history(tmp_path / "metrics.jsonl", step, 2)
+    log = history(tmp_path, step, 2)
     assert " ".join(f"{'e' if 'eval_loss' in line else 't'}{line['step']}" for line in log) == kept
     assert all(line.keys() <= {"step", "loss", "eval_loss"} for line in log)
 

@@ -206,7 +206,7 @@ def test_a_fork_is_scored_and_drawn_by_itself(source, tmp_path, forked):
     place = tmp_path / "fork"
     assert forked(TRAIN, "--fork", f"{tmp_path / 'gone'}@2", "--output_dir", place, "--beta", "1")[0] == [0]
     shutil.rmtree(tmp_path / "gone")
-    codes, said = forked(ROOT / "score.py", place, "--max_new_tokens", "3")
+    codes, said = forked(ROOT / "score.py", place)
     assert codes == [0] and "step 0 to 4" in said
     codes, said = forked(ROOT / "plot.py", place)
     assert codes == [0] and (place / "training.png").is_file() and (place / "dynamics.png").is_file()

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from nanodpo.errors import Preempted, RunStopped, UserError
 from nanodpo.flags.arguments import TrainArguments
+from nanodpo.folder import card, resume, same_run
 from nanodpo.folder import record as run_record
-from nanodpo.folder import resume, same_run
 from nanodpo.folder.atomic import (
     aside,
     check_whole,
@@ -34,6 +34,7 @@ from nanodpo.folder.atomic import (
     read_manifest,
     remove,
 )
+from nanodpo.folder.log import read_lines
 from nanodpo.run import lifecycle, signals
 from nanodpo.run.start import Run
 
@@ -248,7 +249,7 @@ def test_a_launcher_changes_nothing(whole, tiny, tmp_path):
     """The same with torchrun: it reports a killed rank, and the same command goes on."""
     began = time.monotonic()
     killed = launch(FAULTY, "kill@3:1", *flags(tiny, tmp_path / "run"), ranks=2, check=False)
-    assert killed.returncode == 1 and "rank 0 stops because another rank did" in killed.stderr
+    assert killed.returncode == 1 and "rank 0 stops because another rank has ended" in killed.stderr
     assert time.monotonic() - began < 60
     launch(TRAIN, *flags(tiny, tmp_path / "run"), ranks=2)
     assert_same(whole(2), tmp_path / "run")
@@ -357,11 +358,11 @@ BREAKS = {"cut": lambda f: f.write_bytes(f.read_bytes()[:-3]), "emptied": lambda
 def test_a_broken_state_is_passed_over(name, how, stopped, capsys):
     """Every file in turn; the run goes on from the state before and says so; with both broken it refuses."""
     BREAKS[how](resume.folder_of(stopped, 4) / name)
-    assert resume.find(stopped)["step"] == 2
+    assert resume.find(stopped, read_lines(stopped))["step"] == 2
     said = capsys.readouterr().out
     assert "passing over" in said and "step-4" in said
     with pytest.raises(UserError, match="no state to go on from"):
-        resume.find(stopped, 4)  # asked for by name, there is no other
+        resume.find(stopped, read_lines(stopped), 4)  # asked for by name, there is no other
     BREAKS[how](resume.folder_of(stopped, 2) / name)
     with pytest.raises(UserError, match="step-4.*step-2"):
         resume.begin(stopped, 8, None)
@@ -383,7 +384,7 @@ def test_a_flipped_bit_anywhere_is_found(stopped):
 def test_a_state_under_another_name_is_passed_over(stopped, capsys):
     """A folder that somebody renamed: its weights are those of another step."""
     resume.folder_of(stopped, 4).rename(resume.folder_of(stopped, 3))
-    assert resume.find(stopped)["step"] == 2 and "step-3: misnamed" in capsys.readouterr().out
+    assert resume.find(stopped, read_lines(stopped))["step"] == 2 and "step-3: misnamed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps, wanted, step", [(6, None, 6), (7, None, 4), (6, 2, 2)])
@@ -399,7 +400,7 @@ def test_a_run_is_done_with_its_last_line_and_its_last_checkpoint(steps, wanted,
 def test_a_last_line_without_its_end_is_not_whole(tmp_path):
     """A line that is appended later would stand behind it in the same line."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 1.0}')
-    resume.go_back(tmp_path, 2)
+    resume.go_back(tmp_path, read_lines(tmp_path), 2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n'
 
 
@@ -409,11 +410,35 @@ def test_states_that_do_not_fit(stopped, capsys):
                                 (2, {"tensors": None}, "was written by another version of nanodpo")):
         shutil.rmtree(resume.folder_of(stopped, 4))
         state(stopped, 4, ranks=ranks, **facts)
-        assert resume.find(stopped)["step"] == 2 and words in capsys.readouterr().out
+        assert resume.find(stopped, read_lines(stopped))["step"] == 2 and words in capsys.readouterr().out
     text = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
     (stopped / "metrics.jsonl").write_text("".join(text[:1] + text[2:]))
     with pytest.raises(UserError, match="metrics.jsonl lacks step 1"):
-        resume.find(stopped)
+        resume.find(stopped, read_lines(stopped))
+
+
+def test_lines_that_somebody_changed_stay_and_are_named(tmp_path, capsys):
+    """The numbers before a state are part of the run that goes on from it. The evaluation at its step may be made
+    again, so it may be another."""
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(f'{{"step": {k}, "loss": 0.5}}\n' for k in range(3)) + '{"step": 3, "eval_loss": 0.5}\n')
+    resume.save(tmp_path, 3, {"weight/a/0": torch.ones(3)}, {"world_size": 1}, 0)
+    whole, words = log.read_text(), f"resume: {log}: lines before step 3 are not as the run wrote them"
+    for text, said in ((whole, False), (whole.replace('"eval_loss": 0.5', '"eval_loss": 0.7'), False),
+                       (whole.replace('"step": 1, "loss": 0.5', '"step": 1, "loss": 0.4'), True)):
+        log.write_text(text)
+        assert resume.begin(tmp_path, 8, None)[0]["step"] == 3
+        assert (words in capsys.readouterr().out) == said and log.read_text() == text
+    log.unlink()
+    with pytest.raises(UserError, match="lacks step 0.; put metrics.jsonl back as it was, or train again into a new"):
+        resume.begin(tmp_path, 8, None)
+
+
+def test_a_log_of_any_length_is_read(tmp_path):
+    """70 MB, as some 60,000 steps leave: at a smaller limit such a run could never end."""
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0, "x": "{"x" * 70_000_000}"}}\n')
+    assert [line["step"] for _, line in read_lines(tmp_path)] == [0]
+    assert card.history(tmp_path, 1, 1)[0]["step"] == 0
 
 
 def test_a_run_of_any_length_goes_on_at_once(tmp_path):
@@ -617,7 +642,7 @@ def test_told_twice_ends_at_once(ranks, whole, tiny, tmp_path, forked):
     run = tmp_path / "run"
     codes, said = forked(FAULTY, f"twice@3:{ranks - 1}", *flags(tiny, run), ranks=ranks)
     assert codes == [1] * (ranks - 1) + [128 + signal.SIGTERM] and "to go on" not in said
-    assert resume.find(run)["step"] == 2 and resume.steps_in(run) == [2]
+    assert resume.find(run, read_lines(run))["step"] == 2 and resume.steps_in(run) == [2]
     codes, said = forked(TRAIN, *flags(tiny, run), ranks=ranks)
     assert codes == [0] * ranks and "going on at step 2" in said
     assert_same(whole(ranks), run)

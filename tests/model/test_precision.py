@@ -161,7 +161,7 @@ def test_noise_by_hand():
     """A stand-in for a model whose log-probs are 1,000 times its embedding: a part in 2**20 moves them by known
     amounts. Margins: beta times the difference of two sides; the mean is of squares, over pairs."""
     model, lengths = Stub(), torch.tensor([[2, 4], [5, 10]])
-    found = noise.measure(model, model, model.score, [([0, 1], 1.0), ([0], 0.0)], lambda indices: lengths[indices], 0.1)
+    found = noise.measure(model, model.score, [([0, 1], 1.0), ([0], 0.0)], lambda indices: lengths[indices], 0.1)
     moved = 1000 * 2.0**-20 * torch.tensor([[1.0, 3], [2, 8]], dtype=torch.float64)  # of pair 0 and pair 1
     margin = 0.1 * (moved[:, 0] - moved[:, 1])
     truth = {"rewards/margins": margin, "logps_per_token/chosen": moved[:, 0] / lengths[:, 0],
@@ -169,16 +169,22 @@ def test_noise_by_hand():
     truth = {name: value.square().mean().sqrt().item() for name, value in truth.items()}
     assert found == pytest.approx(truth, rel=1e-6)
     assert model.training and not model.embedding._forward_hooks
-    sft = noise.measure(model, model, lambda i: model.score(i)[:, :1], [([0], 1.0)], lambda i: lengths[i][:, :1], None)
+    sft = noise.measure(model, lambda i: model.score(i)[:, :1], [([0], 1.0)], lambda i: lengths[i][:, :1], None)
     assert sft == pytest.approx({"logps_per_token/chosen": moved[0, 0].item() / 2}, rel=1e-6)
 
 
 class Stub(torch.nn.Module):
-    device = CPU
+    """An engine, the module in it and its model, in one."""
 
     def __init__(self):
         super().__init__()
         self.embedding = torch.nn.Embedding.from_pretrained(torch.tensor([[1.0, 3], [2, 8]], dtype=torch.float64))
+
+    @property
+    def module(self):
+        return self
+
+    model = module
 
     def get_input_embeddings(self):
         return self.embedding
@@ -200,19 +206,17 @@ def test_noise_costs_little_and_is_said():
 
 
 @pytest.mark.parametrize("size, steps, said", [(1.9, 40, True), (0.0, 10, True), (2.1, 40, False), (1.9, 8, False)])
-def test_margins_within_noise_to_the_end_are_nothing_learned(size, steps, said, tmp_path):
+def test_margins_within_noise_to_the_end_are_nothing_learned(size, steps, said):
     """Noise of 0.06 for one pair is 0.03 for the mean of 4. The last half counts, in which margins of either sign are
     this many times as large; what went before may be anything, and lines of evaluations are none of it."""
-    file = tmp_path / "metrics.jsonl"
     margins = [5.0 if i < steps // 2 else 0.03 * size * (-1) ** i for i in range(steps)]
-    file.write_text("".join(json.dumps({"rewards/margins": x}) + "\n" + json.dumps({"eval_rewards/margins": 7.0}) + "\n"
-                            for x in margins))
-    line = noise.nothing_learned(file, {"rewards/margins": 0.06}, 4, 1e-9)
+    lines = [line for x in margins for line in ({"rewards/margins": x}, {"eval_rewards/margins": 7.0})]
+    line = noise.nothing_learned(lines, {"rewards/margins": 0.06}, 4, 1e-9)
     assert (line is not None) == said
     if said:
         assert line.startswith(f"nothing is learned: rewards/margins of the last {steps // 2} steps")
         assert "noise of 0.03 for a step's mean. --learning_rate 1e-09 may be too small" in line
-    assert noise.nothing_learned(file, {}, 4, 1e-9) is None  # a run in float32
+    assert noise.nothing_learned(lines, {}, 4, 1e-9) is None  # a run in float32
 
 
 @pytest.mark.parametrize("rate, said", [("1e-12", True), ("1e-2", False)])

@@ -139,5 +139,5 @@ def test_a_network_that_is_cut_while_ranks_meet(hosts, on_hosts, tiny, tmp_path)
     """The first rank says who has not come; the other one gets no answer, and does not wait for it without end."""
     codes, said = on_hosts("train", flags(tiny, tmp_path / "run"), {1: {"meet": [hosts.cut]}})
     assert codes == [1, 1] and "Traceback" not in said and not (tmp_path / "run").exists(), said
-    assert "error: of 2 ranks 1 did not come within 3 s; see there why" in said
+    assert "error: of 2 ranks 1 did not come within 3 s; their output says why" in said
     assert f"error: rank 1 gets no answer from the others at {address(0)}:" in said

@@ -19,6 +19,7 @@ from test_resume import flags
 from nanodpo import errors
 from nanodpo.errors import Preempted, RankStopped, RunStopped, Unreachable, UserError
 from nanodpo.folder import resume
+from nanodpo.folder.log import read_lines
 from nanodpo.ranks import distributed, gpu
 from nanodpo.run import agreement, signals
 
@@ -159,7 +160,7 @@ def test_a_stopped_rank_is_not_waited_for(where, told, words, apart, tmp_path):
     codes, said = apart(plans, "--save_steps", "1")
     assert codes == [75, 137] and words in said and "Traceback" not in said
     if where == "step":
-        assert resume.find(tmp_path / "run")["step"] == 2
+        assert resume.find(tmp_path / "run", read_lines(tmp_path / "run"))["step"] == 2
 
 
 @pytest.mark.slow
@@ -167,7 +168,7 @@ def test_the_end_of_the_first_rank_ends_one_that_waits_for_nobody(apart):
     """The store ends with the first rank. That is no silence, after which a job would be started again."""
     plan = {"set": {"ranks.waits.SOON": 2.0}, "at": {"load": [60]}}
     codes, said = apart({"0": {"at": {"load": ["exit 1"]}}, "1": plan})
-    assert codes == [1, 1] and "error: rank 1 stops because rank 0 did, see there" in said
+    assert codes == [1, 1] and "error: rank 1 stops because rank 0 has ended; its output says why" in said
 
 
 @pytest.mark.slow
@@ -322,7 +323,7 @@ def test_a_cut_network_is_one_line(error, words, monkeypatch, capsys):
 
 @pytest.mark.parametrize("error, words", [
     (RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.2]:1. This is typically caused by ..."),
-     "another rank did, see there .Connection closed by peer.$"),
+     "another rank has ended; its output says why .Connection closed by peer.$"),
     (dist.DistBackendError("NCCL error in: x.cpp:1, unhandled cuda error"),
      "it can't exchange values with the others")])
 def test_what_may_come_again_is_one_line_too(error, words, monkeypatch):

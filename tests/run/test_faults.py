@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from nanodpo.errors import RunStopped, UserError, run_script
 from nanodpo.folder import checkpoint, record, resume, state
 from nanodpo.folder.atomic import read_manifest
+from nanodpo.folder.log import read_lines
 from nanodpo.run import memory
 
 pytestmark = pytest.mark.slow
@@ -62,7 +63,7 @@ def test_a_rank_that_fails_ends_the_others(fault, code, words, tiny, tmp_path, f
     codes, said = forked(FAULTY, f"{fault}@2:1", *flags(tiny, tmp_path / "run"), ranks=2)
     assert codes == [1, code] and time.monotonic() - began < 60
     last = said.splitlines()[-1]
-    assert "error: rank 0 stops because another rank did" in last
+    assert "error: rank 0 stops because another rank has ended" in last
     assert said.find(words) < said.find(last) and words in said
     if fault == "memory":
         assert "--gradient_checkpointing" in said and "tokens)" in said and "Traceback" not in said
@@ -105,7 +106,8 @@ def test_a_disk_that_fills_loses_nothing(fault, error, step, whole, tiny, tmp_pa
     codes, said = forked(FAULTY, fault, *flags(tiny, tmp_path / "run"))
     assert codes == [1] and "Traceback" not in said
     assert error in said.splitlines()[-1] and "the same command goes on" in said
-    assert resume.find(tmp_path / "run")["step"] == step and not list((tmp_path / "run").rglob("*.partial"))
+    run = tmp_path / "run"
+    assert resume.find(run, read_lines(run))["step"] == step and not list(run.rglob("*.partial"))
     assert isinstance(read_manifest(tmp_path / "run" / "checkpoint-2"), dict)
     assert forked(TRAIN, *flags(tiny, tmp_path / "run"))[0] == [0]
     assert_same(whole(), tmp_path / "run")
@@ -150,7 +152,7 @@ def test_a_full_disk_at_the_start_and_at_the_end(tmp_path):
     before = (run / "run.json").read_bytes()
     with small_files(10):
         with pytest.raises(RunStopped, match="metrics.jsonl: can't be written"):
-            resume.go_back(run, 19)
+            resume.go_back(run, read_lines(run), 19)
         with pytest.raises(RunStopped, match="run.json: can't be written"):
             record.finish(run)
     assert (run / "metrics.jsonl").read_text() == metrics and (run / "run.json").read_bytes() == before

@@ -256,4 +256,13 @@ def test_a_monitor_that_can_not_write_ends_the_run_in_a_line(tiny, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps({"csv_monitor": {"enabled": True,
                                                                   "output_path": str(tmp_path / "file")}}))
     codes, said = fork(TRAIN, *flags(tiny, tmp_path / "run", "--deepspeed", tmp_path / "ds.json"), ranks=2)
-    assert codes == [2, 2] and "error: --report_to csv_monitor: " in said and "Traceback" not in said
+    assert codes == [2, 2] and "error: --deepspeed: csv_monitor: output_path" in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()  # said before a model is opened
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"id": "a", "step": "x", "train": true}', '{"id": "a"}'])
+def test_a_record_of_what_was_sent_that_is_none_is_written_anew(text, tmp_path):
+    """An earlier version could be killed while it wrote the file."""
+    (tmp_path / "monitors.json").write_text(text)
+    sent = monitors.read_sent(tmp_path / "monitors.json")
+    assert (len(sent["id"]), sent["step"], sent["train"]) == (32, -1, False)

@@ -207,7 +207,7 @@ def test_a_response_is_compared_with_the_start_that_was_scored_likewise():
     parts = SimpleNamespace(sets=lambda key: {(0, side): keys[key] for side in keys[key]})
     for unit in units:
         results = [plan.Result(kind, unit, {}, "", "") for kind in ("scores", "tokens")]
-        found = plan.Work(SimpleNamespace(key="later"), data, "start", results).start_sets(parts)
+        found = plan.Work(SimpleNamespace(key="later"), data, SimpleNamespace(key="start"), results).start_sets(parts)
         assert [found[0, side] for side in unit] == [unit] * len(unit)
 
 

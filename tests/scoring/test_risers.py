@@ -152,7 +152,8 @@ def test_tables_are_those_of_plain_transformers(run, whole, tiny):  # noqa: F811
 
 
 def test_a_small_k_keeps_the_first_places_of_all_and_says_how_much_they_are(run, whole, tmp_path, capsys):  # noqa: F811
-    """Their part of all gains is that which the lines of the whole vocabulary have."""
+    """Their part of all gains is that which the lines of the whole vocabulary have, whose probabilities of some 0.004
+    are kept in float32: a gain of 1e-4 is known to 2e-10 / 1e-4."""
     table, sums = scored(tmp_path, run, "--risers", "2")
     every = whole[1][0]
     pandas.testing.assert_frame_equal(table, every[every.place.abs() <= 2].reset_index(drop=True))
@@ -162,7 +163,7 @@ def test_a_small_k_keeps_the_first_places_of_all_and_says_how_much_they_are(run,
         for sign in (1, -1):
             mine = sums[(sums.response == response) & (sums.section == "all") & (sums.place == sign)]
             kept = gain[(lines.place * sign > 0) & (lines.place.abs() <= 2)].sum() / gain[lines.place * sign > 0].sum()
-            assert mine.kept.item() == pytest.approx(kept, rel=1e-6) and 0.01 < kept < 1
+            assert mine.kept.item() == pytest.approx(kept, rel=1e-5) and 0.01 < kept < 1
     said = capsys.readouterr().out
     assert "tokens that gained and lost most, run on train, step 0 to 1" in said
     first = sums[(sums.response == "chosen") & (sums.section == "all")].iloc[0]

@@ -700,10 +700,11 @@ def test_wrong_input_is_one_line(run, tiny, tmp_path, capsys, monkeypatch):
     data = ["--dataset_path", file]
     capsys.readouterr()
     for flags, words in [
-            ([], "runs/ holds no run"), (["nowhere", *data], "nowhere"), ([model], "--dataset_path is needed"),
+            ([], "runs/ holds no run"), (["nowhere", *data], "nowhere"), ([model], "name data with --dataset_path"),
             ([run, "--responses", "best"], "no such column; it has prompt, chosen"),
             ([run, "--what"], "unknown argument --what"),
-            ([str(broken), *data], "run.json: is not what train.py writes"), ([run, run], "both called dpo, step 0"),
+            ([str(broken), *data], "run.json: is not what train.py writes"),
+            ([run, run], "dpo/checkpoint-0: is named twice"),
             ([model, str(foreign), *data], "different tokenizers or chat templates"),
             ([run, "--dataset_path", "gone.parquet"], "gone.parquet: no such file"),
             ([run, *data, file], "two data sets are called train"), ([run, "--max_tokens", "0"], "--max_tokens 0"),

@@ -60,7 +60,7 @@ RUNS += [(f"run.json: chat_template_kwargs were {value}", setting(chat_template_
 RUNS += [
     ("run.json: beta is beyond all floats", setting(beta=10**400), RUN, [WRITES, f"beta is 1{99 * '0'}"]),
     ("run.json is a folder", broken("run/run.json", "a folder"), RUN,
-     ["@/run: is no run, so --dataset_path is needed"]),
+     ["@/run: is no run (run.json is missing); to score a model, name data with --dataset_path"]),
     ("data that is gone", setting(train_file_path="gone.jsonl"), RUN, ["gone.jsonl: no such file"]),
     ("a column that is gone", setting(prompt_field="q"), RUN, ["@/rows.jsonl: has no column 'q' (--prompt_field)"]),
     ("other prompts", edited("run/run.json", prompt_leads=["x"]), RUN, ["run run was trained on 'x'; --other_prompts"]),
@@ -111,8 +111,6 @@ CHECKPOINTS += [
      ["@/run/checkpoint-3: config.json"]),
     ("an empty checkpoint", instead(lambda place: place.mkdir()), RUN,
      ["@/run/checkpoint-3: has neither config.json nor"]),
-    ("the same step twice", lambda folder: copied(folder / "run/checkpoint-3", folder / "run/checkpoint-03"), RUN,
-     ["two checkpoints are both called run, step 3"]),
     ("no checkpoint", lambda folder: [shutil.rmtree(place) for place in folder.glob("run/checkpoint-*")], RUN,
      ["@/run: the run has no checkpoint"]),
     ("no base", lambda folder: shutil.rmtree(folder / "model"), RUN,
@@ -133,6 +131,8 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
       for value in ("x", "1.5", "nan", "", "1e400")),
     (["--max_tokens=-1"], "--max_tokens -1: must be at least 1"),
     (["--max_new_tokens=0"], "--max_new_tokens 0: must be"),
+    (["--max_new_tokens=9"], "--max_new_tokens 9: no answers are made; add --answers ROWS, or greedy to --responses"),
+    (["--max_length=101"], "--max_length 101: the model's context is 100 tokens"),
     (["--gpu_id=99"], "--gpu_id 99: this machine has"), (["--gpu_id=-1"], "--gpu_id -1: this machine has"),
     (["--local_rank=2"], "--local_rank 2 without RANK"), (["--seed=" + "9" * 5000], "--seed: invalid int value"),
     (["--responses"], "--responses: expected at least one argument"), (["--responses", ""], "has no such column"),
@@ -147,7 +147,8 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["--dataset_path", "=x"], "--dataset_path =x: expected FILE or NAME=FILE"),
     (["--dataset_path", "a=@/rows.jsonl", "a=@/s.jsonl"], "two data sets are called a"),
     (["--dataset_path", "@/run"], "@/run: has no column chosen"),  # a folder's files are data
-    (["--model_path=@/run"], "two checkpoints are both called run, step 0"),
+    (["--model_path=@/run"], "@/run/checkpoint-0: is named twice"),
+    (["--model_path=@/run/checkpoint-3"], "@/run/checkpoint-3: is named twice"),
     (["--tokens=yes"], "--tokens: ignored expl"),
     (["--model_path=@/none"], "model @/none: no such folder"),
     (["--output_dir=@/rows.jsonl"], "--output_dir @/rows.jsonl: can't be written to"),
@@ -181,7 +182,8 @@ PROBES = [(f"data: {what}", jsonl(*rows), [*RUN, *flags], [words]) for what, row
      ["--responses", "x"], "row 0: column x answers another prompt"),
     ("a number", [ROWS[0] | {"chosen": 3}], [], "row 0: chosen is of type int"),
     ("no columns", [{"a": 1}], [], "no column"),
-    ("too long", [ROWS[0] | {"chosen": "x" * 200}], [], "longest: row 0: 205 tokens, over --max_length 100"),
+    ("too long", [ROWS[0] | {"chosen": "x" * 200}], [],
+     "longest: row 0: 205 tokens (prompt 4, chosen 201), over --max_length 100"),
     ("nothing", [], [], "@/rows.jsonl: is an empty file"),
 ]]
 
