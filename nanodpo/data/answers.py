@@ -2,11 +2,11 @@
 
 import itertools
 import json
-import sys
 
 from ..errors import UserError
 
 WEIGHT = "weight"  # a column: how much a row counts in the loss
+LIMITS = 1e-9, 1e9  # of a weight that is not 0: sums and ratios of any of them are ordinary numbers
 
 
 def answers_of(value) -> list:
@@ -31,11 +31,11 @@ def pairs_of(row: dict, chosen: str, rejected: str | None, alone: bool) -> list[
 
 
 def weight_of(row: dict, there: bool) -> float:
-    """The weight of a row: 1 without the column. Raises UserError where its value is not a number of 0 or more."""
+    """The weight of a row: 1 without the column. Raises UserError where its value is neither 0 nor within LIMITS."""
     value = row[WEIGHT] if there else 1
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and 0 <= value <= sys.float_info.max:  # NaN is not
+    if number and (value == 0 or LIMITS[0] <= value <= LIMITS[1]):  # NaN is not
         return float(value)
     raise UserError(f"has the weight {str(value)[:40] if number else json.dumps(value, default=str)[:40]}, and the "
-                    "weight of a row in the loss is a finite number of 0 or more; give one in every row, or rename the "
-                    "column where it means something else")
+                    "weight of a row in the loss is 0 or a number from 1e-9 to 1e9; give one in every row, or rename "
+                    "the column where it means something else")

@@ -89,7 +89,8 @@ def files_of(name: str, split: str | None) -> list[str]:
     from datasets.data_files import DataFilesDict, get_data_patterns  # slow to import
 
     try:  # as datasets tells by their names which files are of which split
-        found = DataFilesDict.from_patterns(get_data_patterns(name), base_path=name)
+        place = glob.escape(name)
+        found = DataFilesDict.from_patterns(get_data_patterns(place), base_path=place)
     except FileNotFoundError:  # as it calls a folder without files
         found = {}
     found = {str(part): [file for file in files
@@ -97,7 +98,22 @@ def files_of(name: str, split: str | None) -> list[str]:
              for part, files in found.items()}
     if not (found := {part: files for part, files in found.items() if files}):
         raise UserError(f"{name}: is a folder without data files ({', '.join(SUFFIXES)})")
-    return one_split(name, found, split)
+    chosen = one_split(name, found, split)
+    if len(found) == 1:
+        _check_all_are_read(Path(name), str(*found), chosen)
+    return chosen
+
+
+def _check_all_are_read(folder: Path, split: str, chosen: list[str]) -> None:
+    """Raises UserError where datasets takes some files alone, since a word in their names, as in pairs_test.jsonl, is a
+    split's, and leaves out others of the same kind."""
+    read, kinds = {Path(file).resolve() for file in chosen}, {suffix_of(file) for file in chosen}
+    names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*"))
+             if file.is_file() and suffix_of(str(file)) in kinds and file.resolve() not in read]
+    if names := [name for name in names if not any(part.startswith((".", "__")) for part in Path(name).parts)]:
+        taken = ", ".join(Path(file).name for file in chosen[:3])
+        raise UserError(f"{folder}: by their names, as datasets reads them, {taken} would be the split {split}, and "
+                        f"{', '.join(names[:3])} of none; name the files")
 
 
 def one_split(name: str, splits: dict, split: str | None):

@@ -17,9 +17,9 @@ def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def steps_of(max_steps: int, epochs: float, steps_per_epoch: int) -> int:
-    """Steps of a run: `max_steps` where it is above 0, else epochs * steps_per_epoch, rounded up."""
+    """Steps of a run, at least one: `max_steps` where it is above 0, else epochs * steps_per_epoch, rounded up."""
     # 1.1 * 50 is a little above 55 in floating point.
-    return max_steps if max_steps > 0 else math.ceil(round(epochs * steps_per_epoch, 6))
+    return max_steps if max_steps > 0 else max(1, math.ceil(round(epochs * steps_per_epoch, 6)))
 
 
 @functools.lru_cache(maxsize=2)

@@ -23,6 +23,7 @@ def aside_figure(scores: pandas.DataFrame, answers: pandas.DataFrame | None, col
     """
     tables = {}
     if {*MASS} <= {*scores}:
+        scores = scores[scores.groupby("run")["step"].transform("max") > 0]  # a model alone has nothing to change from
         change = scores[MASS[0]] - scores[MASS[1]]
         mass = levels(scores.assign(mean_logps=change)[scores["response"].isin(SIDES) & change.notna()])
         tables["mass"] = mass[mass["response"] != "gap"]

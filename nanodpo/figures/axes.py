@@ -78,6 +78,7 @@ def grid(panels: int, across: int, columns: int, xlabel: str = "step", height: f
     for ax in axes[max(0, panels - across) : panels]:  # the lowest of each column, above a gap in the last line too
         ax.set_xlabel(xlabel)
         ax.tick_params(labelbottom=True)
+    for ax in axes[:panels]:
         ax.xaxis.get_major_locator().set_params(integer=True)
     return fig, axes[:panels]
 

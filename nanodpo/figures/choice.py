@@ -56,6 +56,9 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
         scores, series, how["phases"], notes = follow(args, scores, series, names, runs, facts)
         answers = read_answers([file.with_name("answers.parquet") for file in files])
         drawn |= scored_figures(scores, series, answers, **how)
+        here = {} if args.scores else runs
+        if unscored := [run for run, folder in here.items() if not (folder / "scores.parquet").exists()]:
+            notes.append(f"{listed(unscored)} was not scored, and is in no figure of scores")
     return drawn, notes
 
 
@@ -66,14 +69,18 @@ def draw_difference(args, lines: dict[str, list[dict]], facts: dict[str, Facts],
         raise UserError(f"--diff: needs the folders of two runs, and found {listed(lines) or 'none'}")
     names = [Path(run).name for run in lines]
     drawn = {"difference": training_difference_figure(lines, args.columns, facts)}
-    if scores is None:
-        return drawn, []
-    (scores,) = select([scores], [], args.test)
-    if missing := [run for run in names if run not in set(scores["run"])]:
-        return drawn, [f"{listed(missing)} was not scored, so the difference of training alone is drawn"]
-    found = scored_difference_figure(scores, names, args.columns, facts)
-    why = f"{listed(names)} have no score of one row at one step in common; score them in one call"
-    return (drawn | {"difference_scores": found}, []) if found else (drawn, [why])
+    notes = [] if drawn["difference"] else [f"{listed(names)} have no panel of training in common"]
+    if scores is not None:
+        (scores,) = select([scores], [], args.test)
+        if missing := [run for run in names if run not in set(scores["run"])]:
+            notes.append(f"{listed(missing)} was not scored, so no difference of scores is drawn")
+        else:
+            drawn["difference_scores"] = scored_difference_figure(scores, names, args.columns, facts)
+            notes += [f"{listed(names)} have no score of one row at one step in common; score them in one call"] * (
+                drawn["difference_scores"] is None)
+    if not (drawn := {name: figure for name, figure in drawn.items() if figure}):
+        raise UserError(f"--diff: {'; '.join(notes)}")
+    return drawn, notes
 
 
 def follow(args, scores, series, names: list[str], runs: dict[str, Path], facts: dict[str, Facts]):
@@ -91,7 +98,7 @@ def follow(args, scores, series, names: list[str], runs: dict[str, Path], facts:
             why = str(error).removeprefix("--phases: ")
     elif args.phases:
         in_phases(None, order)  # raises
-    beside = f"{listed(runs)} followed one another, but their dynamics are drawn beside one another: {why}"
+    beside = f"dynamics are drawn beside one another, and not as phases: {why}"
     return scores, series, None, [beside] if why and scores is not None else []
 
 

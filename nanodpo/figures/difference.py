@@ -9,7 +9,6 @@ import math
 import pandas
 from matplotlib.lines import Line2D
 
-from ..errors import UserError
 from ..folder.log import is_evaluation
 from ..run.noise import MARGIN
 from ..stats import over_problems
@@ -24,13 +23,13 @@ PAIR = ["dataset", "row", "response", "step"]  # a score in two runs
 
 
 def training_difference_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, Facts]):
-    """(figure, caption) of the metrics that two runs, {name: lines of metrics.jsonl}, have at the same steps. Raises
-    UserError where there are none."""
+    """(figure, caption) of the metrics that two runs, {name: lines of metrics.jsonl}, have at the same steps. None
+    where they share no panel: those of a loss without a reference are others."""
     runs = {run: [with_moved(line) for line in lines] for run, lines in runs.items()}
     panels = {label: names for label, (names, here) in panels_of(runs, facts).items() if len(here) == 2}
     below = subtract(*runs.values())
     if not panels or not below:
-        raise UserError(f"--diff: {listed(runs)} have no metric of one step in common")
+        return None
     held_out = any(map(is_evaluation, below))
     look = FAINT if held_out else {}
     marks, fig, pairs = Marks("a step's mean"), *framed(panels, columns, facts)

@@ -64,7 +64,7 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
             ax.axhline(0, color=GREY, linewidth=0.6, zorder=ABOVE_GRID)
         elif floor is not None:
             ax.axhline(floor, **FLOOR, zorder=ABOVE_GRID)
-    band = focus or crowd([*levels["mean"], *([0.0] if bars else [])])
+    band = focus or _band(levels, bars)
     if band and not focus:  # what is far away gets a narrow part, and would lie on the edge of the panel
         room = 0.12 * (levels["mean"].max() - levels["mean"].min())
         axes[0].set_ylim(axes[0].get_ylim()[0] - room * (levels["mean"].min() < band[0]),
@@ -124,6 +124,16 @@ def _noise(marks: Marks, ax, levels: pandas.DataFrame, noise: dict[str, Noise], 
         marks.band(ax, around, deviation)
 
 
+def _band(levels: pandas.DataFrame, bars: bool) -> tuple[float, float] | None:
+    """The band in which most means lie close together, wide enough for their intervals; None where there is none."""
+    if not (band := crowd([*levels["mean"], *([0.0] if bars else [])])):
+        return None
+    inside = levels["mean"].between(*band)
+    ends = levels.loc[inside, ["low", "high"]].stack()
+    band = min(band[0], *ends), max(band[1], *ends)
+    return None if levels["mean"][~inside].between(*band).any() else band
+
+
 def xlabel(levels: pandas.DataFrame, bars: bool) -> str:
     names, steps = set(levels["phase"]), levels["step"].unique()
     text = f"{plain(names.pop().upper())} step".strip() if len(names) == 1 else "step"
@@ -141,7 +151,7 @@ def interval(levels: pandas.DataFrame) -> str:
     """Returns the words for what is shaded, like "95% interval, n = 398 to 400, 2 scores missing"; none where nothing
     is. Of a csv alone nobody knows what low and high are."""
     n = levels["n"][levels["n"] > 0]
-    if n.empty:
+    if n.empty or levels["low"].isna().all():  # of one problem there is no interval
         return "low to high, as given" if levels["low"].notna().any() else ""
     span = f"{n.max():,}" if n.min() == n.max() else f"{n.min():,} to {n.max():,}"
     missing = levels["left_out"].sum()
@@ -179,7 +189,7 @@ def _caption(levels: pandas.DataFrame, since: str | None, phases, floor, band) -
     how += ["of the means" if not rows else f"of {listed(means)} of the means"] * bool(means)
     text += f": its level (left) and its change since {since}, {', '.join(how)} (right)." if since else "."
     given = levels.loc[levels["run"].isin(means) & levels["low"].notna(), "run"].unique()
-    shaded = [f"{interval(levels)} (mean ± Student's t standard errors over rows)"] * bool(rows)
+    shaded = [f"{interval(levels)} (mean ± Student's t standard errors over problems; n counts rows)"] * bool(rows)
     shaded += [f"low to high, as given for {listed(given)}"] * bool(len(given))
     text += f" {'Shaded' if since else 'Lines'}: {'; '.join(shaded)}." if shaded else ""
     text += f" Dashed: the best possible value, {floor:g}." if floor is not None else ""

@@ -22,7 +22,7 @@ BELOW_1 = Limit("must be at least 0 and below 1", lambda value: 0 <= value < 1)
 BELOW_HALF = Limit("must be at least 0 and below 0.5", lambda value: 0 <= value < 0.5)
 SEED = Limit("must not be negative, and below 2^63", lambda value: 0 <= value < 2**63)
 STEPS = Limit("must be above 0, or -1 to let --num_train_epochs decide", lambda value: value > 0 or value == -1)
-GIB = Limit("must be above 0 (GiB), or -1", lambda value: value > 0 or value == -1)
+GIB = Limit("must be above 0 and below 2^20 (GiB), or -1", lambda value: 0 < value < 2**20 or value == -1)
 
 
 def check(args) -> None:
@@ -46,6 +46,8 @@ def check(args) -> None:
     for names in (("eval_file_path", "eval_size"), ("gradient_checkpointing", "activation_memory")):
         if len(given := [f"--{name}" for name in names if getattr(args, name)]) > 1:
             raise UserError(f"{' and '.join(given)}: give one of them")
+    if not args.cache_dir:
+        raise UserError("--cache_dir: is empty; name a folder")
     if "none" in (args.report_to or ()) and len(args.report_to) > 1:
         raise UserError(f"--report_to {' '.join(args.report_to)}: none stands alone")
     if args.eval_steps and not (args.eval_file_path or args.eval_size):

@@ -25,7 +25,8 @@ RENAMED = {name: ours for ours, names in {
     "label_smoothing": "label_smoothing_factor", "seed": "data_seed random_seed", "deepspeed": "deepspeed_config",
     "output_dir": "output output_path save_dir", "use_flash_attention": "flash_attn use_flash_attn",
     "deterministic": "full_determinism use_deterministic_algorithms",
-    "beta": "dpo_beta pref_beta", "reference": "ref_model ref_model_name_or_path reference_model",
+    "beta": "dpo_beta pref_beta", "sft_weight": "rpo_alpha",
+    "reference": "ref_model ref_model_name_or_path reference_model",
     "merge_weights": "merge_adapter merge_lora",
     "sequence_parallel_size": "sp_size sequence_parallel_degree ulysses_size context_parallel_size ring_attn_size",
 }.items() for name in names.split()}
@@ -62,16 +63,21 @@ OTHERWISE = {name: what for what, names in {
     "not needed: dropout is off unless --allow_dropout": "disable_dropout",
     "--overlong truncate cuts the end of a response to --max_length; a prompt is never cut":
         "truncation_mode max_completion_length max_target_length max_response_length",
+    "a part of --model_name, which may be NAME@REVISION of the hub": "model_revision",
     "a part of --train_file_path, which may be NAME@REVISION:CONFIG:SPLIT of the hub":
         "dataset_config dataset_config_name subset revision",
     "answers alone are scored, with their ends of turn; --train_on last scores the last one":
         "assistant_only_loss completion_only_loss train_on_prompt train_on_inputs train_on_input",
     "all checkpoints of --save_steps stay; score.py compares them": "load_best_model_at_end metric_for_best_model",
+    "nothing here takes it; docs/losses.md has all losses and their settings":
+        "ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting discopop_tau loss_weights "
+        "neftune_noise_alpha",
     "nothing is uploaded; leave it out": "push_to_hub hub_model_id hub_token hub_strategy",
     "ZeRO shares a model among GPUs: a stage in the file of --deepspeed": "fsdp fsdp_config zero_stage",
     "not needed: leave it out": "remove_unused_columns dataloader_num_workers dataloader_drop_last dataset_num_proc "
         "dataloader_pin_memory preprocessing_num_workers ddp_find_unused_parameters ddp_timeout disable_tqdm log_level "
-        "gradient_checkpointing_kwargs use_cache lora_task_type peft_type use_fast_tokenizer",
+        "gradient_checkpointing_kwargs torch_compile pad_token label_pad_token_id padding_value use_cache "
+        "lora_task_type peft_type use_fast_tokenizer",
 }.items() for name in names.split()}
 
 

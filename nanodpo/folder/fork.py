@@ -42,6 +42,16 @@ class Fork:
         return f"--fork {self.run}@{self.step}"
 
 
+def owners(record: dict) -> list[str]:
+    """The fingerprints of a run, by its run.json, and of those that it is a fork of: whose states and checkpoints its
+    folder may hold."""
+    found, fork = [same_run.fingerprint(record)], record.get("fork")
+    while fork:
+        found.append(fork["fingerprint"])
+        fork = fork.get("of")
+    return found
+
+
 def settings_of(fork: str, output_dir: str | None) -> tuple[dict, str]:
     """(the settings that are the defaults of a fork's flags, the file that they come from): the source's, which the
     fork's own run.json has, too. Raises UserError."""
@@ -91,7 +101,7 @@ def entry(fork: Fork | None, old: dict | None) -> dict | None:
     if fork is None or old:
         return fork and old["fork"]
     if fork.step and is_main():
-        state = resume.state(fork.run, fork.step, read_lines(fork.run))
+        state = resume.state(fork.run, fork.step, read_lines(fork.run), owners(fork.source))
         if isinstance(state, str):
             raise UserError(f"{fork}: the run can't go on from this state: {state}")
     return {"run": str(fork.run), "step": fork.step, "fingerprint": same_run.fingerprint(fork.source), "changed": {},

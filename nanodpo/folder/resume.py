@@ -28,32 +28,38 @@ from ..files import read_text
 from ..ranks.distributed import gather_or_raise, is_main, main_first, say
 from .atomic import aside, clear, file_facts, flush, new_file, publish, read_manifest, remove, steps_of, writing
 from .log import MAX_BYTES, hash_before, is_evaluation, read_lines, trained_steps
+from .state import COUNTERS
 
 KEEP = 2
+FOREIGN = "was written by another run"
 LOST = "metrics.jsonl lacks step"
 LAYOUT = "by name"  # of the tensors in the files; before, a file had the shards of its rank by number
 
 
-def begin(run: Path, steps: int, wanted: int | None, first: int = 0) -> tuple[dict, set[int]]:
+def begin(run: Path, steps: int, wanted: int | None, owners: list[str], first: int = 0) -> tuple[dict, set[int]]:
     """(facts of the state to go on from, steps with an evaluation); cuts the run's folder back to it. On one rank.
 
     The facts have the step: 0 where the run was stopped before its first state, and `steps` where training is done and
-    only the run's end is missing, which needs no state. `wanted`: the step that the user asked for; `first`: the
-    step that the run began with, a fork's. Raises UserError where the run can't go on.
+    only the run's end is missing, which needs no state. `wanted`: the step that the user asked for; `owners`: the
+    fingerprints of the run, and of that which it is a fork of; `first`: the step that it began with. Raises UserError
+    where the run can't go on.
     """
     lines = read_lines(run)
     if (wanted is None and sum(0 <= step < steps for step in trained_steps(lines)) == steps
             and isinstance(read_manifest(run / f"checkpoint-{steps}"), dict)):
         facts = {"step": steps, "complete": True}  # the last thing that training writes
     else:
-        facts = find(run, lines, wanted, first) or {"step": 0}
+        facts = find(run, lines, owners, wanted, first) or {"step": 0}
     if facts.get("log", (now := hash_before(lines, facts["step"]))) != now:
         say(f"resume: {run / 'metrics.jsonl'}: lines before step {facts['step']} are not as the run wrote them; they "
             "stay as they are")
     evaluated = go_back(run, lines, facts["step"])
     # Checkpoint 0 and the one of this step are made again where they are damaged.
     for place in [run / f"checkpoint-{k}" for k in steps_of(run) if 0 < k < facts["step"]]:
-        if isinstance(damage := read_manifest(place), str):
+        damage = read_manifest(place)
+        if isinstance(damage, dict):
+            damage = FOREIGN if damage.get("run") not in owners else None
+        if damage:
             say(f"resume: {place}: {damage}; only a run into a new --output_dir would make it again")
     return facts, evaluated
 
@@ -115,9 +121,10 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> dict:
     return file_facts(file)
 
 
-def find(run: Path, lines: list[tuple[str, dict]], wanted: int | None = None, first: int = 0) -> dict | None:
+def find(run: Path, lines: list[tuple[str, dict]], owners: list[str], wanted: int | None = None,
+         first: int = 0) -> dict | None:
     """The facts of the newest state that is whole and has all its lines in metrics.jsonl, or of the step `wanted`.
-    `lines`: from log.read_lines. On one rank.
+    `lines`: from log.read_lines; `owners`: as for `begin`. On one rank.
 
     None where the run was stopped before its first state; a run that began with a step `first` above 0 always has one.
     Says which states it passes over, and why. Raises UserError where none is left: starting again from step 0 would
@@ -125,7 +132,7 @@ def find(run: Path, lines: list[tuple[str, dict]], wanted: int | None = None, fi
     """
     steps, passed = steps_in(run) if wanted is None else [wanted], []
     for step in steps:
-        facts = state(run, step, lines)
+        facts = state(run, step, lines, owners)
         if isinstance(facts, dict):
             return facts
         passed.append(f"step-{step}: {facts}")
@@ -139,14 +146,18 @@ def find(run: Path, lines: list[tuple[str, dict]], wanted: int | None = None, fi
     return None
 
 
-def state(run: Path, step: int, lines: list[tuple[str, dict]]) -> dict | str:
-    """The facts of a state; words where it is not whole, or metrics.jsonl, whose `lines` these are, lacks one before
-    it. On one rank."""
+def state(run: Path, step: int, lines: list[tuple[str, dict]], owners: list[str]) -> dict | str:
+    """The facts of a state; words where it is not whole or another run's, or metrics.jsonl, whose `lines` these are,
+    lacks one before it. On one rank."""
     facts = read_manifest(folder_of(run, step))
     if isinstance(facts, str):
         return facts
     if facts.get("tensors") != LAYOUT:
         return "was written by another version of nanodpo, with which the run can go on"
+    if facts.get("run") not in owners:
+        return FOREIGN
+    if any(type(facts.get(name)) is not int for name in ("tokens", "skipped", *COUNTERS)):
+        return "manifest.json is damaged"
     if len(facts["files"]) != facts.get("world_size"):
         return f"no rank{len(facts['files'])}.safetensors, of {facts.get('world_size')} ranks"
     written = trained_steps(lines)

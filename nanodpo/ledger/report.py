@@ -1,5 +1,7 @@
 """Puts a ledger into a table, a sentence for each probe, and a line on the pairs that did most."""
 
+import math
+
 import numpy as np
 import pandas
 from torch import Tensor
@@ -11,7 +13,9 @@ from .sweeps import DECAY, Found
 SIDES = ("chosen", "rejected", "weight_decay")
 PAIR = ["pair", "chosen_answer", "rejected_answer"]  # the row, and the numbers of the answers in its lists
 WORST = 3  # pairs that are named
-UNRELIABLE = 0.05  # of the change: a residual above it
+UNRELIABLE = 0.05  # of the change a residual, and of all that the steps moved what they moved otherwise than foreseen
+OVERDONE = 30  # times what all steps moved: the sizes of all shares
+BEGINNING = 0.5  # of these sizes: the part of the first update
 
 
 def to_table(history: History, probes: list[Probe], found: Found) -> pandas.DataFrame:
@@ -42,9 +46,13 @@ def to_record(history: History, probes: list[Probe], found: Found) -> list[dict]
         start, end = found.levels[[0, -1], m].tolist()
         parts = {name: lines[side == i, m].sum().item() for i, name in enumerate(SIDES) if (side == i).any()}
         rest = end - start - sum(parts.values())
+        moved, sizes = found.levels[:, m].diff(), lines[side != DECAY, m].abs()
+        first = found.lines["step"][side != DECAY] == found.lines["step"].min()
         records.append(probe._asdict() | {
             "run": history.run, "steps": history.steps, "start": start, "end": end,
             "change": end - start, "from": parts, "residual": rest / (end - start) if end != start else 0.0,
+            "moved": moved.abs().sum().item(), "missed": (moved - found.predicted[:, m]).abs().sum().item(),
+            "sizes": sizes.sum().item(), "sizes_of_the_first_update": sizes[first].sum().item(),
             "levels": found.levels[:, m].tolist(), "updates_rebuilt": {
                 "median": float(np.median(rebuilt)), "largest": max(rebuilt)} if rebuilt else None})
     return records
@@ -54,14 +62,42 @@ def sentence(record: dict) -> str:
     """How a probe changed and what made it, in one line, and one more where that is not to be relied on."""
     whose = f"row {record['row']}" if record["row"] is not None else f"mean of {record['rows']} rows"
     names = {"chosen": "from chosen halves", "rejected": "from rejected halves", "weight_decay": "from weight decay"}
-    parts = "".join(f" {'-' if part < 0 else '+'} {abs(part):.4f} {names[name]}"
+    digits = decimals(record["change"])
+    parts = "".join(f" {'-' if part < 0 else '+'} {abs(part):.{digits}f} {names[name]}"
                     for name, part in record["from"].items()).removeprefix(" + ").removeprefix(" ")
-    text = (f"{record['dataset']}, {whose}, {record['response']}: {record['change']:+.4f} nats a token = {parts}; "
-            f"residual {abs(record['residual']):.1%}")
-    if abs(record["residual"]) > UNRELIABLE:
-        text += ("\n  unreliable: what the pairs' shares leave over is more than 5% of the change. Either the change "
-                 "is close to 0, or the steps are too large for their gradients to tell it")
-    return text
+    text = (f"{record['dataset']}, {whose}, {record['response']}: {record['change']:+.{digits}f} nats a token = "
+            f"{parts}; residual {abs(record['residual']):.1%}")
+    return text + "".join(f"\n  {why}" for why in doubts(record))
+
+
+def decimals(number: float) -> int:
+    """How many show a number's third digit; four at least.
+
+    >>> decimals(-0.0232), decimals(0.00042), decimals(0.0)
+    (4, 6, 4)
+    """
+    return max(4, 2 - math.floor(math.log10(abs(number)))) if number else 4
+
+
+def doubts(record: dict) -> list[str]:
+    """What speaks against a probe's shares, in words."""
+    found, moved, sizes = [], record["moved"], record["sizes"]
+    if record["missed"] > UNRELIABLE * moved:
+        found.append(f"unreliable: the steps are too large: their gradients foresee each with an error, and these come "
+                     f"to {record['missed'] / moved:.0%} of all that the steps moved. Train with a smaller "
+                     "--learning_rate, or more --warmup_steps")
+    elif abs(record["residual"]) > UNRELIABLE:
+        found.append("unreliable: what the pairs' shares leave over is more than 5% of the change, which is close to 0")
+    if sizes > OVERDONE * moved:
+        found.append(f"ill-conditioned: all shares together are {sizes / moved:,.0f} times what the steps moved. A "
+                     "share is divided by the size of a step's whole gradient, so single weights in which its parts "
+                     "cancel decide, and their rounding; take no pair's share as its own doing")
+    elif record["sizes_of_the_first_update"] > BEGINNING * sizes:
+        part = record["sizes_of_the_first_update"] / sizes
+        found.append(f"ill-conditioned: {part:.0%} of all shares, by size, are of the first update, which is the sign "
+                     "of each weight's gradient; there single weights in which its parts cancel decide, and their "
+                     "rounding; compare pairs of later steps, or of a run with --warmup_steps")
+    return found
 
 
 def worst_pairs(table: pandas.DataFrame) -> list[str]:
@@ -74,8 +110,9 @@ def worst_pairs(table: pandas.DataFrame) -> list[str]:
         falls = net[net < 0]
         if falls.empty:
             continue
+        digits = decimals(10 * max(-falls.min(), net.max()))  # of a pair two digits do
         tenth = falls.iloc[: max(1, len(net) // 10)].sum() / falls.sum()
-        words = [", ".join(f"row {row}" + (f" chosen[{i}] rejected[{j}]" if several[row] else "") + f" ({share:+.4f})"
+        words = [", ".join(f"row {row}{f' chosen[{i}] rejected[{j}]' * bool(several[row])} ({share:+.{digits}f})"
                            for (row, i, j), share in side.items()) or "no pair"
                  for side in (falls.head(WORST), net[net > 0].iloc[::-1].head(WORST))]
         lines.append(f"{dataset}, {response}: lowered most by {words[0]}; raised most by {words[1]}; the "

@@ -94,6 +94,7 @@ class Found:
     """The results of the pass backwards through the steps, for M probes."""
 
     levels: Tensor  # (K + 1, M): their values at every step, nats a token
+    predicted: Tensor  # (K, M): how far each step moved them by the trapezoid rule
     lines: dict[str, Tensor]  # step, index (of an example; -1 for weight decay), side: (L,); share, effect: (L, M)
     rebuilt: Tensor  # (K,): |update - its reconstruction| / |update|, beyond rounding; NaN where none was made
 
@@ -101,13 +102,14 @@ class Found:
 def backward(history: History, probes: Probes, store: Store, name: str) -> Found:
     """Shares and effects of all pairs, from the last step to the first. `name`: under which it keeps what is done."""
     kept = store.read(name)
+    kept = kept if kept and "predicted" in kept else None  # an earlier version's has none
     history.open(history.steps)
     if kept is None:
         level, end = history.probe_gradients(probes)
         levels = torch.full((history.steps + 1, len(probes.names)), torch.nan, dtype=torch.float64)
         levels[-1] = level
         kept = {"next": end, "after": history.weights(), "end": end, "levels": levels,
-                "at": torch.tensor(history.steps),
+                "at": torch.tensor(history.steps), "predicted": torch.full_like(levels[1:], torch.nan),
                 "rebuilt": torch.full((history.steps,), torch.nan, dtype=torch.float64)}
     device = history.opened.device
     state = {key: value.to(device) for key, value in kept.items()}
@@ -119,15 +121,16 @@ def backward(history: History, probes: Probes, store: Store, name: str) -> Found
     for step in track(range(int(kept["at"]) - 1, -1, -1), "ledger", "step"):
         history.open(step)
         state["levels"][step], here = history.probe_gradients(probes)
-        weights = history.weights()
+        weights, path = history.weights(), (here + state["next"]) / 2
+        state["predicted"][step] = path @ (state["after"] - weights)
         if step not in history.skipped:
-            lines.append(_step(history, store, adjoint, step, (here + state["next"]) / 2, state, weights))
+            lines.append(_step(history, store, adjoint, step, path, state, weights))
         state |= {"next": here, "after": weights, "at": torch.tensor(step)}
         if time.monotonic() - last > KEEP_EVERY or step == 0:
             lines = [{key: torch.cat([part[key] for part in lines]) for key in COLUMNS}]
             store.write(name, {key: value.clone() for key, value in (state | adjoint.state() | lines[0]).items()})
             last = time.monotonic()
-    return Found(state["levels"].cpu(), lines[0], state["rebuilt"].cpu())
+    return Found(state["levels"].cpu(), state["predicted"].cpu(), lines[0], state["rebuilt"].cpu())
 
 
 def _step(history: History, store: Store, adjoint: Adjoint, step: int, path: Tensor, state: dict[str, Tensor],

@@ -10,7 +10,8 @@ from ..flags.unknown import hint
 from .other_trainers import leave_out_same
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-         "gradient_clipping", "fp16", "bf16", "torch_autocast", "sequence_parallel_size")  # flags of train.py
+         "gradient_clipping", "fp16", "bf16", "torch_autocast", "data_types", "communication_data_type",
+         "sequence_parallel_size")  # flags of train.py
 
 
 def _settings(words: str, holds, names: str) -> dict[str, Limit]:
@@ -22,17 +23,16 @@ def _settings(words: str, holds, names: str) -> dict[str, Limit]:
 # misspelt name would be ignored in silence.
 SETTINGS = (
     _settings("must be an object", lambda value: isinstance(value, dict),
-              "activation_checkpointing aio bf16 checkpoint comet comms_logger compile csv_monitor data_types "
-              "flops_profiler fp16 tensorboard timers wandb")
+              "activation_checkpointing aio bf16 checkpoint comet comms_logger compile csv_monitor flops_profiler "
+              "fp16 tensorboard timers wandb")
     | _settings('must be an object, like {"stage": 0}, with a stage of 0 to 3', lambda value: isinstance(value, dict)
                 and type(value.get("stage", 0)) is int and 0 <= value.get("stage", 0) <= 3, "zero_optimization")
     | _settings("must be true or false", lambda value: isinstance(value, bool),
                 "disable_allgather dump_state memory_breakdown prescale_gradients wall_clock_breakdown "
                 "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer")
     | _settings("must be a number above 0", lambda value: type(value) in (int, float) and value > 0,
-                "steps_per_print gradient_predivide_factor")
-    # Checked by DeepSpeed; the last two it refuses, and says why.
-    | _settings("", lambda value: True, "communication_data_type amp sparse_gradients"))
+                "steps_per_print")
+    | _settings("", lambda value: True, "amp sparse_gradients"))  # DeepSpeed refuses them, and says why
 
 
 def read_settings(args, default: Path) -> dict:
@@ -76,6 +76,8 @@ def engine_config(settings: dict, path: str, args) -> dict:
     settings["gradient_clipping"] = args.max_grad_norm
     settings["bf16"] = {"enabled": False, "check_grad_overflow": True}  # what is trained is float32, see precision.py
     zero = settings.setdefault("zero_optimization", {})
+    if odd := [name for name in ("legacy_stage1", "zenflow") if zero.get(name)]:
+        raise UserError(f"{path}: sets zero_optimization.{odd[0]}, which train.py does not support; remove it")
     if args.activation_memory and zero.get("stage") == 3:
         raise UserError(f"{path}: stage 3 gathers weights within the layers, which --activation_memory would take for "
                         "a batch's own; use --gradient_checkpointing, or stage 2")
@@ -99,14 +101,11 @@ def engine_config(settings: dict, path: str, args) -> dict:
 def check_with_deepspeed(settings: dict, file: str | None) -> None:
     """Raises UserError, naming the file and the setting, where DeepSpeed refuses the settings or does not know one. To
     be called when the ranks have joined, since DeepSpeed is imported. `file`: that of --deepspeed."""
-    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     asked = Asked(json.loads(json.dumps(settings)))
     try:
         DeepSpeedConfig(asked)
-        for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
-            if (dtype := settings.get("data_types", {}).get(name)) is not None:
-                DtypeEnum(dtype)
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
         reason = first_line(error)
         if hasattr(error, "errors"):  # pydantic's

@@ -77,13 +77,13 @@ def _open_as_main(run: Run) -> dict:
     memory.check_disk(run.folder, disk_needed(run))  # now, when half-written files of an ended process are removed
     if changed := same_run.changed_machine(run.old or run.fork.source, run.facts):
         distributed.say(f"resume: the last bits may differ: {changed}")
-    was, now = ((run.old or run.fork.source)["deepspeed"], run.facts["deepspeed"])
-    if was != now and elastic.zero_alone(was, now):
-        was, now = (json.dumps(one["zero_optimization"]) for one in (was, now))
-        distributed.say(f"resume: the last bits may differ, since ZeRO is {now} in place of {was}")
     if run.fork:
         fork.fill(run.fork, run.folder)
-    facts, run.evaluated = resume.begin(run.folder, run.steps, run.wanted, first)
+    facts, run.evaluated = resume.begin(run.folder, run.steps, run.wanted, fork.owners(run.old or run.facts), first)
+    zero = ((run.old or run.fork.source)["deepspeed"], run.facts["deepspeed"])
+    was, now = (json.dumps(one["zero_optimization"]) for one in zero)
+    if (was := facts.get("zero", was)) != now:  # of what wrote the state, which may have been another continuation
+        distributed.say(f"resume: the last bits may differ, since ZeRO is {now} in place of {was}")
     checkpoint.rotate(run.folder, run.args.save_total_limit)  # the run may have been killed before it did
     return facts
 
@@ -168,7 +168,9 @@ def save_state(run: Run) -> None:
     tensors = run.random
     if run.rank == 0 or run.engine.zero_optimization_stage():  # without ZeRO all ranks have the same
         tensors = tensors | state.weights_and_moments(run.engine)
-    facts = {"tokens": run.tokens, "skipped": run.skipped} | {n: getattr(run.engine, n) for n in state.COUNTERS}
+    zero = json.dumps(run.facts["deepspeed"]["zero_optimization"])
+    facts = {"tokens": run.tokens, "skipped": run.skipped, "zero": zero}
+    facts |= {name: getattr(run.engine, name) for name in state.COUNTERS}
     resume.save(run.folder, run.step, tensors, facts | _owner(run), run.rank, run.args.keep_states)
 
 

@@ -9,8 +9,16 @@ SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR"
 
 
 def leave_out_same(settings: dict, path: str, args) -> None:
-    """Takes an optimizer and a scheduler out of DeepSpeed's settings where all their values are the flags' own ("auto"
-    is gone already). Says so where the scheduler's name means another schedule than the flag."""
+    """Takes out of DeepSpeed's settings what says the same as the flags ("auto" is gone already): batch sizes,
+    clipping, data types, an optimizer and a scheduler. Says so where the scheduler's name means another schedule than
+    the flag."""
+    size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    same = {"train_micro_batch_size_per_gpu": size, "gradient_accumulation_steps": steps,
+            "train_batch_size": size * steps * distributed.world_size() // args.sequence_parallel_size,
+            "gradient_clipping": args.max_grad_norm, "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"}}
+    for name in [name for name, value in same.items() if name in settings and settings[name] == value]:
+        del settings[name]
     flags = {"optimizer": {"lr": args.learning_rate, "betas": [args.adam_beta1, args.adam_beta2],
                            "eps": args.adam_epsilon, "weight_decay": args.weight_decay, "torch_adam": True,
                            "adam_w_mode": True},

@@ -27,7 +27,8 @@ def change_of_share(table: pandas.DataFrame, column: str, first, last) -> dict[s
     n, up, down = (each * count for count in (len(values), (values > 0).sum(), (values < 0).sum()))
     centre = (up - down) / (n + 2)
     reach = Z * math.sqrt(up + down + 1 - (up - down) ** 2 / (n + 2)) / (n + 2)
-    return _count(values) | _interval(centre, reach, values)
+    ends = _interval(centre, reach, values)
+    return _count(values) | {name: min(1.0, max(-1.0, end)) for name, end in ends.items()}
 
 
 def mean(values: pandas.Series) -> dict[str, float]:

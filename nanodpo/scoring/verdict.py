@@ -261,7 +261,8 @@ def _of_pairs(pairs, last, phase: str) -> dict[str, dict]:
 def _of_answers(answers, first, last) -> dict[str, dict]:
     if not len(answers):
         return {}
-    answers = answers.assign(silent=answers["found"].isna())
+    # An answer that reached --max_new_tokens has not stopped.
+    answers = answers.assign(silent=answers["found"].isna() & answers["ended"].astype(bool))
     right = {name: share(answers[answers["step"] == step].set_index(ROW)["correct"])
              for name, step in (("right answers at the start", first), ("right answers", last))}
     return right | {"change of answer accuracy": change_of_share(answers, "correct", first, last),

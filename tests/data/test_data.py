@@ -433,6 +433,31 @@ def test_a_folder_as_the_hub_has_it(suffix, tmp_path):
         read_rows(str(folder / ".cache" / "huggingface"))
 
 
+def test_a_folder_is_the_one_that_was_named(tmp_path):
+    """Not the one that its name would be as a pattern."""
+    for name, rows in (("run[1]", ROWS[:1]), ("run1", ROWS[1:]), ("why?", ROWS[2:]), ("whys", ROWS[:2])):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.jsonl", rows)
+    assert read_rows(str(tmp_path / "run[1]")) == ROWS[:1] and read_rows(str(tmp_path / "why?")) == ROWS[2:]
+    assert len(places.contents(str(tmp_path / "run[1]"))) == 1
+
+
+@pytest.mark.parametrize("taken, split, left", [
+    ("pairs_test.jsonl", "test", "pairs.jsonl"), ("my-eval-set.jsonl", "test", "preferences.jsonl"),
+    ("train.jsonl", "train", "more.jsonl")])
+def test_a_file_of_a_folder_that_would_not_be_read_is_named(taken, split, left, tmp_path):
+    """Of a folder datasets takes the files alone whose names have a split's word, where there are such. Files of
+    another kind, and hidden ones, are something else."""
+    write(tmp_path / taken, ROWS[:1])
+    (tmp_path / "notes.csv").write_text("a\n1\n")
+    write(tmp_path / ".hidden.jsonl", ROWS)
+    assert read_rows(str(tmp_path)) == ROWS[:1]
+    write(tmp_path / left, ROWS)
+    with pytest.raises(UserError, match=f"{taken} would be the split {split}, and {left} of none; name the files"):
+        read_rows(str(tmp_path))
+    assert read_rows(f"{tmp_path / left},{tmp_path / taken}") == ROWS + ROWS[:1]
+
+
 def test_a_folder_of_files_that_are_called_as_their_splits(tmp_path):
     for name, rows in (("train", ROWS[:1]), ("test", ROWS[1:])):
         write(tmp_path / f"{name}.jsonl", rows)

@@ -43,7 +43,8 @@ def test_learning_rates_by_hand():
     assert {learning_rate(step, 4, 2.0, 0, "constant") for step in range(4)} == {2.0}
 
 
-@pytest.mark.parametrize("epochs, per_epoch, steps", [(1.1, 50, 55), (2.2, 25, 55), (1.0, 7, 7), (0.5, 7, 4)])
+@pytest.mark.parametrize("epochs, per_epoch, steps", [(1.1, 50, 55), (2.2, 25, 55), (1.0, 7, 7), (0.5, 7, 4),
+                                                        (1e-9, 7, 1)])
 def test_epochs_come_to_steps_without_rounding_up_dust(epochs, per_epoch, steps):
     """1.1 * 50 is 55.00000000000001 in binary; half of seven steps is four."""
     assert steps_of(-1, epochs, per_epoch) == steps and steps_of(3, epochs, per_epoch) == 3

@@ -215,14 +215,18 @@ def test_what_lies_together_is_found_where_the_rest_is_far_away(values, band):
     assert band is None or (found[0] <= band[0] and band[1] <= found[1] and found[1] - found[0] < 2)
 
 
-def test_responses_that_lie_together_get_three_quarters_of_the_level(tmp_path, draw):  # noqa: F811
-    values = {("test", response, step): [start + step / 100, start - 0.1] for step in (0, 10)
+@pytest.mark.parametrize("apart, reach", [(0.001, 0.006), (0.1, 0.6353)])
+def test_responses_that_lie_together_get_three_quarters_of_the_level(apart, reach, tmp_path, draw):  # noqa: F811
+    """With their intervals, which of two rows that are `apart` reach 12.706 * apart / 2 beyond the mean. Where these
+    are narrow, the nat in which the means lie is most of the panel."""
+    values = {("test", response, step): [start + step / 1000, start + step / 1000 - apart] for step in (0, 10)
               for response, start in (("chosen", -0.2), ("rejected", -0.9), ("shuffled", -13.0))}
     level, change = draw("--scores", make_scores(tmp_path / "s.parquet", values))["dynamics"].axes
     high = (level.transData + level.transAxes.inverted()).transform([(0, -1), (0, 0)])[:, 1]
     low, top = sorted(line.get_ydata()[0] for line in level.get_lines() if line.get_linestyle() == ":"
                       or line.get_linewidth() == 0.6)[:2]
-    assert low <= -1.0 and top >= -0.2 and high[1] - high[0] > 0.6
+    assert low <= -0.9 - apart / 2 - reach and top >= -0.19 - apart / 2 + reach
+    assert apart > 0.01 or high[1] - high[0] > 0.6
     assert change.get_yscale() == "linear"
 
 
@@ -356,7 +360,8 @@ def test_a_caption_says_rows_only_where_there_are_rows(tmp_path, draw):  # noqa:
     assert "since step 0, row by row (right)." in draw("--scores", scores)["captions"]["dynamics"]
     both = draw("--scores", scores, "--series", tmp_path / "p.csv")["captions"]["dynamics"]
     assert "since step 0, row by row, of paper of the means (right)." in both
-    assert both.endswith("(mean ± Student's t standard errors over rows); low to high, as given for paper.")
+    assert both.endswith("(mean ± Student's t standard errors over problems; n counts rows); low to high, as given for "
+                         "paper.")
 
 
 def test_a_series_is_drawn_beside_scores_and_alone(tmp_path, draw):  # noqa: F811
@@ -688,8 +693,8 @@ def test_what_keeps_runs_from_one_axis_is_said(tmp_path, draw, capsys):  # noqa:
     descend(dpo, "sft/checkpoint-100")
     found = draw(sft, dpo)
     assert not found["dynamics"].axes[0].texts  # beside one another
-    assert re.match("note: sft and dpo followed one another, but their dynamics are drawn beside one another: sft and "
-                    "dpo were scored on different rows", capsys.readouterr().err)
+    assert re.match("note: dynamics are drawn beside one another, and not as phases: sft and dpo were "
+                    "scored on different rows", capsys.readouterr().err)
     shutil.copytree(dpo, tmp_path / "dpo2")
     pandas.read_parquet(dpo / "scores.parquet").assign(run="dpo2").to_parquet(tmp_path / "dpo2" / "scores.parquet")
     draw(sft, dpo, tmp_path / "dpo2")

@@ -162,7 +162,7 @@ def test_a_difference_that_can_not_be_drawn(tmp_path, draw):
     for arguments, words in (([run], "needs two runs"), ([run, run], "needs two runs"),
                              ([run, other, tmp_path], "needs two runs"), ([run, other, "--floor", "1"], "takes no"),
                              ([run, "dpo", "--scores", scores], "needs the folders of two runs, and found a"),
-                             ([run, other], "a and b have no metric of one step in common")):
+                             ([run, other], "a and b have no panel of training in common")):
         with pytest.raises(UserError, match=f"^--diff: .*?{words}"):
             draw(*arguments, "--diff")
     (other / "run.json").write_text('{"fork": {"step": -2}}')

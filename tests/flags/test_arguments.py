@@ -233,7 +233,7 @@ def test_unreadable_settings_files(tmp_path):
     (["--lora_dropout", "0.05"], "--allow_dropout"), (["--lora_dropout", "1", "--allow_dropout"], "below 1"),
     (["--eval_file_path", "E", "--eval_size", "3"], "one of them"), (["--eval_steps", "3"], "nothing to evaluate"),
     (["--gradient_checkpointing", "--activation_memory", "1"], "one of them"),
-    (["--activation_memory", "0"], "--activation_memory 0.0: must be above 0 (GiB), or -1"),
+    (["--activation_memory", "0"], "--activation_memory 0.0: must be above 0 and below 2^20 (GiB), or -1"),
     (["--activation_memory", "-2"], "--activation_memory -2.0: must be above 0"),
     (["--random_init"], "--use_lora false"), (["--merge_weights", "--use_lora", "false"], "nothing to merge"),
     (["--merge_weights", "--lora_r", "0"], "nothing to merge"), (["--local_rank", "3"], "without RANK"),

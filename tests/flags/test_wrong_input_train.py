@@ -540,14 +540,17 @@ FLAGS += [(f"DeepSpeed: {text[:80]!r}", written("ds.json", text), ["--deepspeed=
         ({"overlap_comm": "x"}, "overlap_comm: Input should be"), ({"nope": 1}, "nope: Extra inputs are not permitted"),
     ]),
     *((json.dumps({name: value}), f"{name} is {json.dumps(value)}; it must be {kind}") for names, kind, values in [
-        (("data_types", "activation_checkpointing", "checkpoint", "aio", "flops_profiler", "fp16", "bf16"), "an object",
+        (("activation_checkpointing", "checkpoint", "aio", "flops_profiler", "fp16", "bf16"), "an object",
          ([], "fp32", 3, None)),
         (("wall_clock_breakdown", "prescale_gradients"), "true or false", ("true", [], None)),
-        (("steps_per_print", "gradient_predivide_factor"), "a number above 0", ("10", True, [], -1, 0)),
+        (("steps_per_print",), "a number above 0", ("10", True, [], -1, 0)),
     ] for name in names for value in values),
-    ('{"data_types": {"grad_accum_dtype": "x"}}', "'x' is not a valid"),
-    ('{"data_types": {"grad_accum_dtype": []}}', "[] is not a valid"),
-    ('{"communication_data_type": "x"}', "Invalid communication_data_type"),
+    *((json.dumps({name: value}), f"sets {name}, which train.py owns") for name, value in [
+        ("data_types", {"grad_accum_dtype": "bf16"}), ("communication_data_type", "bf16"), ("gradient_clipping", 0.5),
+        ("train_micro_batch_size_per_gpu", 2), ("train_batch_size", 16), ("gradient_accumulation_steps", 4)]),
+    ('{"gradient_predivide_factor": 4}', "sets gradient_predivide_factor, which train.py does not support"),
+    *((json.dumps({"zero_optimization": {"stage": 2, name: value}}), f"sets zero_optimization.{name}, which train.py "
+       "does not support; remove it") for name, value in [("legacy_stage1", True), ("zenflow", {"topk_ratio": 0.1})]),
     ('{"checkpoint": {"tag_validation": "x"}}', "invalid tag_validation value of X"),
     ('{"amp": {}}', "AMP integration has been removed"),
     ('{"compile": {"a": []}}', "a: Extra inputs"), ('{"sparse_gradients": true}', "Sparse compression"),
@@ -558,7 +561,7 @@ FLAGS += [(f"DeepSpeed: {text[:80]!r}", written("ds.json", text), ["--deepspeed=
     ('{"steps_per_prnt": 10}', "did you mean steps_per_print?"), ('{"_comment": "x"}', "sets _comment, which"),
     # So it would within blocks that it has no model of.
     *((json.dumps({block: {"nope": 1}}), f"sets {block}.nope, which DeepSpeed does not know; remove it") for block in (
-        "activation_checkpointing", "aio", "checkpoint", "data_types", "flops_profiler", "timers")),
+        "activation_checkpointing", "aio", "checkpoint", "flops_profiler", "timers")),
     ('{"checkpoint": {"parallel_write": {"pipeline_stag": 1}, "writer": null, "tag_validaton": "Warn"}}',
      "sets checkpoint.parallel_write.pipeline_stag (did you mean checkpoint.parallel_write.pipeline_stage?), "
      "checkpoint.tag_validaton (did you mean checkpoint.tag_validation?), which DeepSpeed does not know"),

@@ -190,18 +190,21 @@ def test_what_comes_after_such_a_run(tiny, tmp_path, forked):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_zero_stage(tiny, tmp_path, forked):
-    """Stage 2, then 3 on two ranks, then none, each told in its line: the steps of the run that stayed at 2, to
-    float32's rounding. What else is in DeepSpeed's file stays as it is, and that is one run's, still."""
+    """Stage 2, then 3 on two ranks, then none, each told in its line beside that of the state's writer: the steps of
+    the run that stayed at 2, to float32's rounding. What else is in DeepSpeed's file stays as it is, and that is one
+    run's, still."""
     more = ["--gradient_accumulation_steps", "2", "--max_grad_norm", "1.0"]
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert forked(TRAIN, *flags(tiny, whole, *more, "--deepspeed", zero(tiny, 2)))[0] == [0]
     assert forked(FAULTY, "kill@3", *flags(tiny, run, *more, "--deepspeed", zero(tiny, 2)))[0] == [137]
     codes, said = forked(FAULTY, "kill@5:1", *flags(tiny, run, *more, "--deepspeed", zero(tiny, 3)), ranks=2)
     assert codes[1] == 137 and "going on at step 2" in said, said
-    words = 'since ZeRO is {"stage": %s, "reduce_bucket_size": 20000000} in place of {"stage": 2, '
-    assert words % '3, "stage3_param_persistence_threshold": 0' in said
+    stages = [f'{{"stage": {stage}, "reduce_bucket_size": 20000000}}' for stage in (
+        2, '3, "stage3_param_persistence_threshold": 0', 0)]
+    words = "since ZeRO is {} in place of {}\n"
+    assert words.format(stages[1], stages[0]) in said
     codes, said = forked(TRAIN, *flags(tiny, run, *more, "--deepspeed", zero(tiny, 0)))
-    assert codes == [0] and words % 0 in said and "going on at step 4" in said, said
+    assert codes == [0] and words.format(stages[2], stages[1]) in said and "going on at step 4" in said, said
     for line, known in zip(lines(run), lines(whole), strict=True):
         for name, value in known.items():
             exact = name in EXACT or line["step"] < 2

@@ -312,4 +312,4 @@ def test_a_fork_that_has_lost_its_states_does_not_begin_again(copied):
     for place in copied.glob("checkpoint-*"):
         shutil.rmtree(place)
     with pytest.raises(UserError, match="no state to go on from .there is none, but it is a fork at step 2"):
-        resume.begin(copied, 8, None, 2)
+        resume.begin(copied, 8, None, ["x"], 2)

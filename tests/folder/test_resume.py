@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from nanodpo.errors import Preempted, RunStopped, UserError
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.folder import card, resume, same_run
+from nanodpo.folder import fork as fork_of
 from nanodpo.folder import record as run_record
 from nanodpo.folder.atomic import (
     aside,
@@ -35,6 +36,7 @@ from nanodpo.folder.atomic import (
     remove,
 )
 from nanodpo.folder.log import read_lines
+from nanodpo.folder.state import COUNTERS
 from nanodpo.run import lifecycle, signals
 from nanodpo.run.start import Run
 
@@ -258,13 +260,17 @@ def test_a_launcher_changes_nothing(whole, tiny, tmp_path):
 # In one process: which state counts
 
 
-def state(run: Path, step: int, ranks: int = 2, value: float = 1.0, **facts):
+OWNERS = ["this run"]
+OWN = {"run": OWNERS[0], "tokens": 0, "skipped": 0} | dict.fromkeys(COUNTERS, 0)
+
+
+def state(place: Path, step: int, ranks: int = 2, value: float = 1.0, **facts):
     """A state of two ranks as resume.save leaves it."""
-    folder = resume.folder_of(run, step)
+    folder = resume.folder_of(place, step)
     aside(folder).mkdir(parents=True)
     for rank in range(ranks):
         save_file({f"weight/a/{4 * rank}": torch.full((4,), value)}, aside(folder) / f"rank{rank}.safetensors")
-    publish(folder, {"step": step, "tensors": resume.LAYOUT, "world_size": 2, "tokens": 7} | facts)
+    publish(folder, {"step": step, "tensors": resume.LAYOUT, "world_size": 2, **OWN, "tokens": 7} | facts)
 
 
 @pytest.fixture
@@ -282,12 +288,12 @@ def stopped(tmp_path):
 
 def test_a_run_goes_back_to_its_newest_state(stopped):
     """Metrics lose what comes after it, a half-written line too, and so do the checkpoints."""
-    facts, evaluated = resume.begin(stopped, 8, None)
+    facts, evaluated = resume.begin(stopped, 8, None, OWNERS)
     assert (facts["step"], facts["tokens"], evaluated) == (4, 7, {4})
     left = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in left] == [0, 1, 2, 3, 4] and "eval_loss" in left[-1]
     assert sorted(f.name for f in stopped.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-2", "checkpoint-4"]
-    assert resume.begin(stopped, 8, 2)[0]["step"] == 2  # a state asked for by name
+    assert resume.begin(stopped, 8, 2, OWNERS)[0]["step"] == 2  # a state asked for by name
     assert resume.steps_in(stopped) == [2]
 
 
@@ -301,7 +307,7 @@ def test_going_back_takes_a_link_and_leaves_what_it_points_to(stopped, tmp_path_
     odd = ["checkpoint-007", "checkpoint-\u0669", "checkpoint-5 (copy)", "resume/step-09", "resume/step-\u0669"]
     for name in odd:
         (stopped / name).mkdir()
-    assert resume.begin(stopped, 8, None)[0]["step"] == 2
+    assert resume.begin(stopped, 8, None, OWNERS)[0]["step"] == 2
     assert not any(os.path.lexists(stopped / name) for name in ("checkpoint-5", "resume/step-4"))
     assert (disk / "checkpoint-5").is_dir() and (disk / "step-4" / "rank1.safetensors").is_file()
     assert all((stopped / name).is_dir() for name in odd) and not list(stopped.rglob("*.partial"))
@@ -358,14 +364,14 @@ BREAKS = {"cut": lambda f: f.write_bytes(f.read_bytes()[:-3]), "emptied": lambda
 def test_a_broken_state_is_passed_over(name, how, stopped, capsys):
     """Every file in turn; the run goes on from the state before and says so; with both broken it refuses."""
     BREAKS[how](resume.folder_of(stopped, 4) / name)
-    assert resume.find(stopped, read_lines(stopped))["step"] == 2
+    assert resume.find(stopped, read_lines(stopped), OWNERS)["step"] == 2
     said = capsys.readouterr().out
     assert "passing over" in said and "step-4" in said
     with pytest.raises(UserError, match="no state to go on from"):
-        resume.find(stopped, read_lines(stopped), 4)  # asked for by name, there is no other
+        resume.find(stopped, read_lines(stopped), OWNERS, 4)  # asked for by name, there is no other
     BREAKS[how](resume.folder_of(stopped, 2) / name)
     with pytest.raises(UserError, match="step-4.*step-2"):
-        resume.begin(stopped, 8, None)
+        resume.begin(stopped, 8, None, OWNERS)
     assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 9, "nothing was touched"
 
 
@@ -384,7 +390,8 @@ def test_a_flipped_bit_anywhere_is_found(stopped):
 def test_a_state_under_another_name_is_passed_over(stopped, capsys):
     """A folder that somebody renamed: its weights are those of another step."""
     resume.folder_of(stopped, 4).rename(resume.folder_of(stopped, 3))
-    assert resume.find(stopped, read_lines(stopped))["step"] == 2 and "step-3: misnamed" in capsys.readouterr().out
+    assert resume.find(stopped, read_lines(stopped), OWNERS)["step"] == 2
+    assert "step-3: misnamed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps, wanted, step", [(6, None, 6), (7, None, 4), (6, 2, 2)])
@@ -393,7 +400,7 @@ def test_a_run_is_done_with_its_last_line_and_its_last_checkpoint(steps, wanted,
     place = stopped / f"checkpoint-{steps}"
     aside(place).mkdir()
     publish(place, {"step": steps})
-    facts, _ = resume.begin(stopped, steps, wanted)
+    facts, _ = resume.begin(stopped, steps, wanted, OWNERS)
     assert (facts["step"], facts.get("complete", False), place.exists()) == (step, step == 6, step == 6)
 
 
@@ -405,16 +412,20 @@ def test_a_last_line_without_its_end_is_not_whole(tmp_path):
 
 
 def test_states_that_do_not_fit(stopped, capsys):
-    """Fewer ranks' files than ranks have written it, another version's, or metrics that end before the state."""
+    """Fewer ranks' files than ranks have written it, another version's or run's, values that are none, or metrics that
+    end before the state."""
     for ranks, facts, words in ((1, {}, "no rank1.safetensors"), (2, {"world_size": None}, "no rank2.safetensors"),
-                                (2, {"tensors": None}, "was written by another version of nanodpo")):
+                                (2, {"tensors": None}, "was written by another version of nanodpo"),
+                                (2, {"run": "that run"}, "was written by another run"),
+                                (2, {"tokens": "7"}, "manifest.json is damaged"),
+                                (2, {"global_steps": None}, "manifest.json is damaged")):
         shutil.rmtree(resume.folder_of(stopped, 4))
         state(stopped, 4, ranks=ranks, **facts)
-        assert resume.find(stopped, read_lines(stopped))["step"] == 2 and words in capsys.readouterr().out
+        assert resume.find(stopped, read_lines(stopped), OWNERS)["step"] == 2 and words in capsys.readouterr().out
     text = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
     (stopped / "metrics.jsonl").write_text("".join(text[:1] + text[2:]))
     with pytest.raises(UserError, match="metrics.jsonl lacks step 1"):
-        resume.find(stopped, read_lines(stopped))
+        resume.find(stopped, read_lines(stopped), OWNERS)
 
 
 def test_lines_that_somebody_changed_stay_and_are_named(tmp_path, capsys):
@@ -422,16 +433,16 @@ def test_lines_that_somebody_changed_stay_and_are_named(tmp_path, capsys):
     again, so it may be another."""
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(f'{{"step": {k}, "loss": 0.5}}\n' for k in range(3)) + '{"step": 3, "eval_loss": 0.5}\n')
-    resume.save(tmp_path, 3, {"weight/a/0": torch.ones(3)}, {"world_size": 1}, 0)
+    resume.save(tmp_path, 3, {"weight/a/0": torch.ones(3)}, {"world_size": 1} | OWN, 0)
     whole, words = log.read_text(), f"resume: {log}: lines before step 3 are not as the run wrote them"
     for text, said in ((whole, False), (whole.replace('"eval_loss": 0.5', '"eval_loss": 0.7'), False),
                        (whole.replace('"step": 1, "loss": 0.5', '"step": 1, "loss": 0.4'), True)):
         log.write_text(text)
-        assert resume.begin(tmp_path, 8, None)[0]["step"] == 3
+        assert resume.begin(tmp_path, 8, None, OWNERS)[0]["step"] == 3
         assert (words in capsys.readouterr().out) == said and log.read_text() == text
     log.unlink()
     with pytest.raises(UserError, match="lacks step 0.; put metrics.jsonl back as it was, or train again into a new"):
-        resume.begin(tmp_path, 8, None)
+        resume.begin(tmp_path, 8, None, OWNERS)
 
 
 def test_a_log_of_any_length_is_read(tmp_path):
@@ -441,14 +452,23 @@ def test_a_log_of_any_length_is_read(tmp_path):
     assert card.history(tmp_path, 1, 1)[0]["step"] == 0
 
 
+def test_a_checkpoint_of_another_run_is_named(stopped, capsys):
+    for step, run in ((1, OWNERS[0]), (3, "that run")):
+        aside(stopped / f"checkpoint-{step}").mkdir()
+        publish(stopped / f"checkpoint-{step}", {"step": step, "run": run})
+    resume.begin(stopped, 8, None, OWNERS)
+    said = capsys.readouterr().out
+    assert f"{stopped}/checkpoint-3: was written by another run" in said and "checkpoint-1" not in said
+
+
 def test_a_run_of_any_length_goes_on_at_once(tmp_path):
     """A limit that is never reached costs nothing: neither the steps of the run nor those of a state are listed."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 1.0}\n')
     state(tmp_path, 2)
     aside(resume.folder_of(tmp_path, 10**12)).mkdir()
-    publish(resume.folder_of(tmp_path, 10**12), {"step": 10**12, "tensors": resume.LAYOUT, "world_size": 0})
+    publish(resume.folder_of(tmp_path, 10**12), {"step": 10**12, "tensors": resume.LAYOUT, "world_size": 0, **OWN})
     tracemalloc.start()
-    facts, _ = resume.begin(tmp_path, 10**15, None)
+    facts, _ = resume.begin(tmp_path, 10**15, None, OWNERS)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert facts["step"] == 2 and most < 2**20
@@ -457,10 +477,10 @@ def test_a_run_of_any_length_goes_on_at_once(tmp_path):
 def test_a_run_without_a_state_starts_again_only_if_nothing_is_lost(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 0, "eval_loss": 1.0}\n')
     (tmp_path / "checkpoint-0").mkdir()
-    assert resume.begin(tmp_path, 8, None) == ({"step": 0}, {0})
+    assert resume.begin(tmp_path, 8, None, OWNERS) == ({"step": 0}, {0})
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(UserError, match="checkpoint-4 is there"):
-        resume.begin(tmp_path, 8, None)
+        resume.begin(tmp_path, 8, None, OWNERS)
 
 
 def test_two_states_are_kept(tmp_path):
@@ -642,7 +662,8 @@ def test_told_twice_ends_at_once(ranks, whole, tiny, tmp_path, forked):
     run = tmp_path / "run"
     codes, said = forked(FAULTY, f"twice@3:{ranks - 1}", *flags(tiny, run), ranks=ranks)
     assert codes == [1] * (ranks - 1) + [128 + signal.SIGTERM] and "to go on" not in said
-    assert resume.find(run, read_lines(run))["step"] == 2 and resume.steps_in(run) == [2]
+    assert resume.find(run, read_lines(run), fork_of.owners(run_record.read(run)))["step"] == 2
+    assert resume.steps_in(run) == [2]
     codes, said = forked(TRAIN, *flags(tiny, run), ranks=ranks)
     assert codes == [0] * ranks and "going on at step 2" in said
     assert_same(whole(ranks), run)

@@ -21,7 +21,7 @@ from nanodpo.flags.arguments import TrainArguments
 from nanodpo.ledger import history
 from nanodpo.ledger.history import History
 from nanodpo.ledger.probes import Probe, Probes
-from nanodpo.ledger.report import sentence, to_record, to_table, worst_pairs
+from nanodpo.ledger.report import decimals, sentence, to_record, to_table, worst_pairs
 from nanodpo.ledger.sweeps import Store, backward, forward, references
 
 STEPS, BETA, N = 12, 0.5, 9
@@ -153,7 +153,13 @@ def test_shares_add_up_to_the_change(ledger):
     assert sum(record["from"].values()) == pytest.approx(total, abs=1e-14)
     by_pair = table[(table["step"] == 0) & (table["side"] == "chosen")]["pair"].tolist()
     assert by_pair == sorted(EXAMPLES[k].row for k in pairs_of_step(N, 2, 42, 0))
-    assert f"{end - start:+.4f} nats a token = " in sentence(record) and "from weight decay" in sentence(record)
+    said = sentence(record)
+    assert f"{end - start:+.{decimals(end - start)}f} nats a token = " in said and "from weight decay" in said
+    # The shares are of what the trapezoid rule foresees of each step, and that is nearly what the step did.
+    assert found.predicted.sum().item() == pytest.approx(total, rel=1e-9)
+    moved = found.levels[:, 0].diff()
+    assert record["moved"] == moved.abs().sum().item() and record["missed"] < 2e-3 * record["moved"]
+    assert record["sizes"] == pytest.approx(table[table["side"] != "weight_decay"]["share"].abs().sum(), rel=1e-12)
 
 
 @functools.cache

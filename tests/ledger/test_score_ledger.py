@@ -1,6 +1,8 @@
 """score.py --ledger on real runs of train.py: what it writes is true by the scores of the same checkpoints."""
 
 import json
+import re
+import shutil
 
 import pandas
 import pytest
@@ -8,7 +10,7 @@ from conftest import ROOT, launch
 
 import score
 from nanodpo.errors import UserError
-from nanodpo.ledger.report import worst_pairs
+from nanodpo.ledger.report import decimals, doubts, worst_pairs
 
 STEPS = ["--max_steps", "5", "--save_steps", "1", "--per_device_train_batch_size", "2", "--draw", "false"]
 
@@ -45,7 +47,7 @@ def test_shares_add_up_to_what_the_scores_say(run, tmp_path, capsys):
         here = table[(table["response"] == record["response"])
                      & (table["row"].isna() if record["row"] is None else table["row"] == record["row"])]
         assert here["share"].sum() == pytest.approx(end - start, rel=0.01, abs=1e-5)
-        assert f"{record['change']:+.4f} nats a token" in said
+        assert f"{record['change']:+.{decimals(record['change'])}f} nats a token" in said
         assert abs(record["residual"]) < 0.01 and record["updates_rebuilt"]["largest"] < 1e-4
     assert {*table["side"]} == {"chosen", "rejected", "weight_decay"}
     assert {*table["step"]} == {0, 1, 2, 3, 4}
@@ -137,6 +139,32 @@ def test_a_pair_that_lowered_is_not_among_those_that_raised(shares, raised):
               "share": share} for k, share in enumerate(shares)]
     (said,) = worst_pairs(pandas.DataFrame(lines))
     assert f"lowered most by row 0 (-0.3000), row 1 (-0.1000); raised most by {raised}; the 1 of " in said
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({}, []), ({"missed": 0.049, "residual": -0.049}, []),
+    ({"missed": 0.06}, ["the steps are too large.* come to 6% of all that the steps moved"]),
+    ({"missed": 0.06, "residual": 0.3}, ["the steps are too large"]),  # the residual follows from it
+    ({"residual": -0.06}, ["more than 5% of the change, which is close to 0"]),
+    ({"sizes": 31.0}, ["all shares together are 31 times what the steps moved"]),
+    ({"sizes_of_the_first_update": 2.6}, ["52% of all shares, by size, are of the first update"]),
+    ({"sizes": 44.0, "sizes_of_the_first_update": 40.0, "missed": 1.0}, ["too large", "together are 44 times"])])
+def test_what_speaks_against_shares_is_said(changed, words):
+    """Errors of steps that cancel; a change close to 0; weights in which the parts of a gradient cancel."""
+    record = {"moved": 1.0, "missed": 0.0, "sizes": 5.0, "sizes_of_the_first_update": 2.4, "residual": 0.0}
+    found = doubts(record | changed)
+    assert len(found) == len(words) and all(re.search(one, line) for one, line in zip(words, found))
+
+
+def test_parts_that_cancel_are_named(tiny, tmp_path, capsys):
+    """Chosen and rejected that differ in their last letter: their gradients cancel in most weights."""
+    rows = [{"prompt": f"What is {i}+{i}? ", "chosen": f"It is {i}, I think; x", "rejected": f"It is {i}, I think; y"}
+            for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    run = train(tmp_path, tmp_path / "run", "--use_lora", "false", "--learning_rate", "2e-4")
+    ledger(run, tmp_path / "out", "--ledger", "4", "--responses", "chosen")
+    assert "\n  ill-conditioned: " in capsys.readouterr().out
 
 
 def test_several_ranks_are_told_to_be_one(run, tmp_path):

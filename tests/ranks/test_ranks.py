@@ -18,7 +18,8 @@ from test_resume import flags
 
 from nanodpo import errors
 from nanodpo.errors import Preempted, RankStopped, RunStopped, Unreachable, UserError
-from nanodpo.folder import resume
+from nanodpo.folder import record, resume
+from nanodpo.folder.fork import owners
 from nanodpo.folder.log import read_lines
 from nanodpo.ranks import distributed, gpu
 from nanodpo.run import agreement, signals
@@ -160,7 +161,8 @@ def test_a_stopped_rank_is_not_waited_for(where, told, words, apart, tmp_path):
     codes, said = apart(plans, "--save_steps", "1")
     assert codes == [75, 137] and words in said and "Traceback" not in said
     if where == "step":
-        assert resume.find(tmp_path / "run", read_lines(tmp_path / "run"))["step"] == 2
+        run = tmp_path / "run"
+        assert resume.find(run, read_lines(run), owners(record.read(run)))["step"] == 2
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from nanodpo.errors import RunStopped, UserError, run_script
 from nanodpo.folder import checkpoint, record, resume, state
 from nanodpo.folder.atomic import read_manifest
+from nanodpo.folder.fork import owners
 from nanodpo.folder.log import read_lines
 from nanodpo.run import memory
 
@@ -107,7 +108,8 @@ def test_a_disk_that_fills_loses_nothing(fault, error, step, whole, tiny, tmp_pa
     assert codes == [1] and "Traceback" not in said
     assert error in said.splitlines()[-1] and "the same command goes on" in said
     run = tmp_path / "run"
-    assert resume.find(run, read_lines(run))["step"] == step and not list(run.rglob("*.partial"))
+    assert resume.find(run, read_lines(run), owners(record.read(run)))["step"] == step
+    assert not list(run.rglob("*.partial"))
     assert isinstance(read_manifest(tmp_path / "run" / "checkpoint-2"), dict)
     assert forked(TRAIN, *flags(tiny, tmp_path / "run"))[0] == [0]
     assert_same(whole(), tmp_path / "run")

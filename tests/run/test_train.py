@@ -384,7 +384,9 @@ def test_settings_that_deepspeed_knows_are_taken(tiny, tmp_path):
                 "overlap_events": True, "use_gds": False},
         "checkpoint": {"tag_validation": "Warn", "load_universal": False, "use_node_local_storage": False,
                        "parallel_write": {"pipeline_stage": False}},
-        "data_types": {"grad_accum_dtype": "fp32"}, "timers": {"throughput": {"enabled": False, "synchronized": True}},
+        "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32", "train_batch_size": 1,
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
+        "timers": {"throughput": {"enabled": False, "synchronized": True}},
         "flops_profiler": {"enabled": False, "profile_step": 1, "module_depth": -1, "top_modules": 1, "detailed": True,
                            "output_file": None, "recompute_fwd_factor": 0.0}}))
     assert len(train(tiny, tmp_path / "run", "--deepspeed", tmp_path / "ds.json", "--max_steps", "1")) == 1

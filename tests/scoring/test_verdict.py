@@ -46,9 +46,16 @@ def tables(rows=40, **changes):
             pairs.append(here | {"margin": margin, "weights/chosen": values["weight"] + noise if step else 0.5})
             right = row < rows * values["correct"] if step else True
             silent = step and row < rows * values["silent"]
-            answers.append(here | {"correct": right, "tokens": 20, "found": None if silent else "7",
+            answers.append(here | {"correct": right, "tokens": 20, "ended": True, "found": None if silent else "7",
                                    "repetition": (values["repetition"] + abs(noise)) * (step > 0)})
     return [pandas.DataFrame(lines) for lines in (scores, pairs, answers, tenths)]
+
+
+def test_an_answer_that_was_cut_at_its_limit_has_not_stopped():
+    """It went on, and so has no answer yet."""
+    scores, pairs, answers, tenths = tables(**CASES["breaking off"])
+    (found,) = judge(scores, pairs, answers.assign(ended=answers["found"].notna()), tenths)
+    assert "breaking off" not in found["names"] and found["numbers"]["change of answers without one"]["mean"] == 0
 
 
 @pytest.mark.parametrize("case", CASES)
