@@ -133,8 +133,8 @@ def test_a_shares_interval_holds_the_truth_in_95_of_100_experiments(rows):
     ((1, 1, 1, 0), (0, 0, 1, 1), -0.25, (-1 - 1.959964 * (23 / 6) ** 0.5) / 6, (-1 + 1.959964 * (23 / 6) ** 0.5) / 6),
 ])
 def test_a_change_of_a_share_has_agresti_and_mins_interval(before, after, mean, low, high):
-    """By hand; two rows that both go wrong are not yet a sure fall, and no change at all has an interval too. No share falls by
-    more than 1."""
+    """By hand; two rows that both go wrong are not yet a sure fall, and no change at all has an interval too. No share
+    falls by more than 1."""
     table = pandas.DataFrame([{"row": row, "problem": str(row), "step": step, "correct": bool(value)}
                               for step, values in enumerate((before, after)) for row, value in enumerate(values)])
     found = estimates.change_of_share(table, "correct", 0, 1)
