@@ -80,7 +80,7 @@ def decimals(number: float) -> int:
 
 
 def doubts(record: dict) -> list[str]:
-    """What speaks against a probe's shares, in words."""
+    """The reasons, in words, not to rely on a probe's shares."""
     found, moved, sizes = [], record["moved"], record["sizes"]
     if record["missed"] > UNRELIABLE * moved:
         found.append(f"unreliable: the steps are too large: their gradients foresee each with an error, and these come "
