@@ -115,8 +115,9 @@ def _dequantise(layer: nn.Linear, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _as_one_row(dequantize_4bit: Callable, weight: Tensor, state) -> Tensor:
-    """The matrix that `dequantize_4bit` of bitsandbytes gives, made as a single row. On a CPU with AVX-512 it takes wrong constants where a
-    row ends within a block of 64 numbers (0.50.2); the numbers of a matrix lie one behind the other."""
+    """The matrix that `dequantize_4bit` of bitsandbytes gives, made as a single row. On a CPU with AVX-512 it takes
+    wrong constants where a row ends within a block of 64 numbers (0.50.2); those of a matrix lie one behind the other.
+    """
     flat = copy.copy(state)
     flat.shape = torch.Size([state.shape.numel()])
     return dequantize_4bit(weight, flat).view(state.shape)
