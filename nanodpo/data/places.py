@@ -99,7 +99,7 @@ def files_of(name: str, split: str | None) -> list[str]:
     if not (found := {part: files for part, files in found.items() if files}):
         raise UserError(f"{name}: is a folder without data files ({', '.join(SUFFIXES)})")
     chosen = one_split(name, found, split)
-    if len(found) == 1:
+    if split is None:
         _check_all_are_read(Path(name), str(*found), chosen)
     return chosen
 

@@ -456,6 +456,7 @@ def test_a_file_of_a_folder_that_would_not_be_read_is_named(taken, split, left, 
     with pytest.raises(UserError, match=f"{taken} would be the split {split}, and {left} of none; name the files"):
         read_rows(str(tmp_path))
     assert read_rows(f"{tmp_path / left},{tmp_path / taken}") == ROWS + ROWS[:1]
+    assert read_rows(f"{tmp_path}::{split}") == ROWS[:1]  # asked for
 
 
 def test_a_folder_of_files_that_are_called_as_their_splits(tmp_path):
