@@ -132,6 +132,8 @@ def render_more(template: Template, prompt: str, name: str, value) -> tuple[str 
     """
     if value is None or isinstance(value, str) and not value.strip():
         return None, []
+    if _is_messages(value) and not any(message["role"] == "user" for message in value):
+        raise UserError(f"column {name} is an answer in messages; give it as text, or with the conversation before it")
     notes = []
     found = _render_side(template, f"column {name}", prompt, value, notes)
     # Plain text answers the prompt that the row has; a transcript brings its own, which must be the same.

@@ -115,6 +115,10 @@ def _check_used(model: nn.Module, lora: dict, where: str, merge: bool) -> None:
         for pattern in lora.get(name, ()):
             if not any(re.match(rf"(.*\.)?({pattern})$", layer) for layer in layers):  # as PEFT reads it
                 raise UserError(f"{where}: {name} has {pattern!r}, which fits no layer that has LoRA")
+    asked = lora.get("layers_to_transform", ())
+    for number in [asked] if isinstance(asked, int) else asked:
+        if not any(f".{number}." in layer for layer in layers):
+            raise UserError(f"{where}: layers_to_transform has {number}, which is no layer that has LoRA")
     if merge and lora.get("lora_bias"):
         if bare := [name for name, layer in layers.items() if layer.get_base_layer().bias is None]:
             raise UserError(f"{where}: lora_bias has no place to be merged into, since {bare[0]} has no bias; leave "

@@ -803,6 +803,14 @@ def test_a_whole_conversation_beside_its_prompt_is_refused(chatml):
         render_more(chatml, "q", "other", sides[0])
 
 
+def test_a_further_answer_in_messages_is_asked_for_as_text(chatml):
+    """The prompt is rendered by then, whatever the file has; a whole conversation brings its own."""
+    with pytest.raises(UserError, match="^column other is an answer in messages; give it as text, or with the conver"):
+        render_more(chatml, "q", "other", [NO])
+    prompt = render_row(chatml, 0, None, [USER, YES], None, False).prompt
+    assert render_more(chatml, prompt, "other", [USER, NO])[0] == "five<|im_end|>"
+
+
 def test_a_token_that_begins_texts_is_no_part_of_an_answer():
     """The prompt has the one that there may be. A tokenizer may end texts with the same token, or open turns with it as
     SmolLM2's does: "<|im_start|>think" within an answer, as s1's data have it, is no mistake there."""
