@@ -282,7 +282,7 @@ def test_a_killed_run_with_dora_goes_on_to_the_bit(tiny, other, tmp_path, forked
     ({"target_modules": "(q_proj"}, (), "which is no regular expression"),
     ({"target_modules": "none_such"}, (), "not found in the base model"),
     ({"rank_pattern": {"w_proj": 2}}, (), "rank_pattern has 'w_proj', which fits no layer"),
-    ({"layers_to_transform": [0, 9], "target_modules": ["q_proj"]}, (), "layers_to_transform has 9, which is no layer that has LoRA"),
+    ({"layers_to_transform": [0, 9], "target_modules": ["q_proj"]}, (), "layers_to_transform has 9, which is no layer"),
     ({"rank_pattern": {"q_proj": 0}}, (), "rank_pattern is {'q_proj': 0}; it must be"),
     ({"init_lora_weights": "pissa"}, (), "init_lora_weights is pissa; it must be true or"),
     ({"init_lora_weights": False}, (), "init_lora_weights is False; it must be true or"),
