@@ -9,7 +9,8 @@ def find_problems(examples: list[Example], questions: dict[int, tuple], alone: s
     """Gives each example its problem, a short hash: the same for one prompt (token ids) and, in the paper's columns,
     for a question and the row whose relevant-question it is. `questions` are these two columns, by row. Rows that are
     `alone` have no prompt but a text's first token, and each is a problem of its own."""
-    prompts = [_hash(example, example.row in alone) for example in examples]
+    prompts = [str((example.prompt, example.chosen) if example.row in alone else example.prompt)
+               for example in examples]
     rows = [questions.get(example.row, (None, None)) for example in examples]
     asked = {question: key for (question, _), key in zip(rows, prompts) if isinstance(question, str)}
     links = {}
@@ -23,9 +24,4 @@ def find_problems(examples: list[Example], questions: dict[int, tuple], alone: s
         ends = {root(key), root(asked.get(named, key) if isinstance(named, str) else key)}
         links |= {end: min(ends) for end in ends - {min(ends)}}
     for example, key in zip(examples, prompts):
-        example.problem = root(key)[:8]
-
-
-def _hash(example: Example, alone: bool) -> str:
-    prompt, chosen, _ = example.compact()
-    return hashlib.sha256(b"|".join([prompt.ids, chosen.ids] if alone else [prompt.ids])).hexdigest()
+        example.problem = hashlib.sha256(root(key).encode()).hexdigest()[:8]
