@@ -132,7 +132,7 @@ def render_more(template: Template, prompt: str, name: str, value) -> tuple[str 
     """
     if value is None or isinstance(value, str) and not value.strip():
         return None, []
-    if _is_messages(value) and not any(message["role"] == "user" for message in value):
+    if _is_messages(value) and {message["role"] for message in value} <= {"assistant", *SYSTEMS}:
         raise UserError(f"column {name} is an answer in messages; give it as text, or with the conversation before it")
     notes = []
     found = _render_side(template, f"column {name}", prompt, value, notes)

@@ -365,7 +365,9 @@ def test_a_terminal_that_is_gone_keeps_nothing_from_being_saved(tmp_path):
 def test_an_operation_that_changes_its_bits_is_named(monkeypatch):
     """On a GPU torch raises an error of its own: in a line it says what to do. Another error stays, also of a folder
     that is called deterministic, and so does the process: after a run the next one in it may do as it likes."""
-    torch.backends.cuda.enable_cudnn_sdp(True)  # whatever other tests left
+    torch.backends.cuda.enable_cudnn_sdp(True)  # as a new process has it, whatever other tests left
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(False)
     torch_says = "put_ does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms'"
     with distributed.process_as_it_was():
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
