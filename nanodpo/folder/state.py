@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
-COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # DeepSpeed's monitors write them
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # DeepSpeed's own, for its reports
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
 
 
