@@ -129,8 +129,8 @@ def table(results: dict[str, dict], timed: bool) -> str:
     header += ["time / float32", "processor time / float32", "peak MiB", "of it above the model"] * timed
     base = next(iter(results.values()))
     for row, one in results.items():
-        cells = [row, " ".join(f"{x:.2g}" for x in one["distance"])]
-        cells += ["" if one["noise"] is None else f"{one['noise']:.2g}"]
+        cells = [row, " ".join(f"{x:.2g}" for x in one.get("distance", []))]
+        cells += ["" if one.get("noise") is None else f"{one['noise']:.2g}"]
         if timed and "seconds" in one:
             cells += [measure.ratio(one, base), measure.ratio(one, base, "cpu_seconds"),
                       one["loaded_mib"] + one["mib_above_loaded"], one["mib_above_loaded"]]
@@ -144,19 +144,21 @@ def main() -> None:
     parser.add_argument("--train_file_path", required=True, help="real pairs")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="0: no margins, and times of pairs of any length")
     parser.add_argument("--rounds", type=int, default=1, help="timed steps, after one that is not; 0: no times")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--json", help="default: bench/results/precision.json")
     args = parser.parse_args()
     pairs = contenders.real_pairs(args.model_name, args.train_file_path, args.max_length)
-    work = contenders.Work(pairs[: args.steps], args.model_name)
-    results = follow(work, args)
-    shortest = min(pairs, key=lambda pair: sum(map(len, pair)))  # slow kernels take minutes for longer ones
-    costs = cost(dataclasses.replace(work, pairs=[shortest]), args) if args.rounds else {}
-    results = {row: one | costs.get(row, {}) for row, one in results.items()}
+    work = contenders.Work(pairs[: args.steps or args.rounds + 1], args.model_name)
+    results = follow(work, args) if args.steps else {}
+    # Slow kernels take minutes for longer ones.
+    timed = [min(pairs, key=lambda pair: sum(map(len, pair)))] if args.steps else work.pairs
+    costs = cost(dataclasses.replace(work, pairs=timed), args) if args.rounds else {}
+    results = {row: results.get(row, {}) | costs.get(row, {}) for row in results or costs}
     print(table(results, bool(costs)))
-    measure.write("precision", args.json, vars(args) | {"timed_tokens": sum(map(len, shortest))}, results)
+    tokens = [sum(map(len, pair)) for pair in timed]
+    measure.write("precision", args.json, vars(args) | {"timed_tokens": tokens}, results)
 
 
 if __name__ == "__main__":

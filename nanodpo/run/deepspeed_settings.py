@@ -7,11 +7,15 @@ from ..errors import UserError, first_line
 from ..files import parse_json, read_text
 from ..flags.limits import Limit
 from ..flags.unknown import hint
+from ..ranks import distributed
 from .other_trainers import leave_out_same
 
 OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
          "gradient_clipping", "fp16", "bf16", "torch_autocast", "data_types", "communication_data_type",
          "sequence_parallel_size")  # flags of train.py
+# Taken, since files of other trainers have them. DeepSpeed uses them where a trainer asks it to recompute, to save or
+# to compile, or for disks: train.py never does.
+IDLE = ("activation_checkpointing", "aio", "checkpoint", "compile")
 
 
 def _settings(words: str, holds, names: str) -> dict[str, Limit]:
@@ -100,7 +104,8 @@ def engine_config(settings: dict, path: str, args) -> dict:
 
 def check_with_deepspeed(settings: dict, file: str | None) -> None:
     """Raises UserError, naming the file and the setting, where DeepSpeed refuses the settings or does not know one. To
-    be called when the ranks have joined, since DeepSpeed is imported. `file`: that of --deepspeed."""
+    be called when the ranks have joined, since DeepSpeed is imported. Names blocks that have no effect. `file`: that of
+    --deepspeed."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     asked = Asked(json.loads(json.dumps(settings)))
@@ -116,6 +121,9 @@ def check_with_deepspeed(settings: dict, file: str | None) -> None:
     if unknown := [words for name, block in blocks.items() for words in block.unknown(name)]:
         raise UserError(f"{file or 'ds_config.json'}: sets {', '.join(unknown)}, which DeepSpeed does not know; "
                         "remove it")
+    if idle := [name for name in IDLE if settings.get(name)]:
+        distributed.say(f"{file}: no effect here: {', '.join(idle)}"
+                        + "; use --gradient_checkpointing" * ("activation_checkpointing" in idle))
 
 
 class Asked(dict):

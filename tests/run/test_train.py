@@ -375,7 +375,8 @@ def test_offloaded_optimizer_gives_the_same_run(tiny, tmp_path):
 
 
 def test_settings_that_deepspeed_knows_are_taken(tiny, tmp_path):
-    """All names of the blocks that it does not check itself, as its documentation has them."""
+    """All names of the blocks that it does not check itself, as its documentation has them. Blocks that it reads for
+    what train.py never asks it to do are named."""
     (tmp_path / "ds.json").write_text(json.dumps({
         "activation_checkpointing": {
             "partition_activations": False, "cpu_checkpointing": False, "contiguous_memory_optimization": False,
@@ -389,7 +390,12 @@ def test_settings_that_deepspeed_knows_are_taken(tiny, tmp_path):
         "timers": {"throughput": {"enabled": False, "synchronized": True}},
         "flops_profiler": {"enabled": False, "profile_step": 1, "module_depth": -1, "top_modules": 1, "detailed": True,
                            "output_file": None, "recompute_fwd_factor": 0.0}}))
-    assert len(train(tiny, tmp_path / "run", "--deepspeed", tmp_path / "ds.json", "--max_steps", "1")) == 1
+    said = launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
+                  "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--draw", "false",
+                  "--deepspeed", tmp_path / "ds.json", "--max_steps", "1", launcher="fork").stdout
+    assert (f"{tmp_path / 'ds.json'}: no effect here: activation_checkpointing, aio, checkpoint; use "
+            "--gradient_checkpointing\n") in said
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_rows_left_out_that_a_run_does_not_visit_are_named(tiny, tmp_path):
