@@ -16,6 +16,9 @@ OWNED = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_p
 # Taken, since files of other trainers have them. DeepSpeed uses them where a trainer asks it to recompute, to save or
 # to compile, or for disks: train.py never does.
 IDLE = ("activation_checkpointing", "aio", "checkpoint", "compile")
+# Of zero_optimization: with these DeepSpeed computes other numbers, or fails.
+REFUSED = ("legacy_stage1", "zenflow", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+           "zero_quantized_gradients")
 
 
 def _settings(words: str, holds, names: str) -> dict[str, Limit]:
@@ -80,7 +83,7 @@ def engine_config(settings: dict, path: str, args) -> dict:
     settings["gradient_clipping"] = args.max_grad_norm
     settings["bf16"] = {"enabled": False, "check_grad_overflow": True}  # what is trained is float32, see precision.py
     zero = settings.setdefault("zero_optimization", {})
-    if odd := [name for name in ("legacy_stage1", "zenflow") if zero.get(name)]:
+    if odd := [name for name in REFUSED if zero.get(name)]:
         raise UserError(f"{path}: sets zero_optimization.{odd[0]}, which train.py does not support; remove it")
     if args.activation_memory and zero.get("stage") == 3:
         raise UserError(f"{path}: stage 3 gathers weights within the layers, which --activation_memory would take for "
