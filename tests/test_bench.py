@@ -29,6 +29,7 @@ from nanodpo.core.attention import LOOP
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.model.layers import fuse_lora, keep_less
 from nanodpo.model.recompute import MODES, FitToMemory, Recompute, sample_batch
+from nanodpo.ranks import distributed
 
 SHAPE = contenders.tiny_wide(hidden=32, vocabulary=300)
 PAIRS = [([5, 6, 7], [8, 9, 1, 2, 4], [3, 3]), ([9], [1, 2], [2, 1, 9, 9])]
@@ -155,10 +156,8 @@ def test_gpu_benchmark_runs_at_toy_size_and_says_so(monkeypatch, tmp_path, capsy
     monkeypatch.setattr(measure, "Worker", Broken)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--toy", "--pairs", "2", "--rounds", "1", "--only", "nanodpo",
                                       "--profile", "--json", str(tmp_path / "toy.json")])
-    try:
+    with distributed.process_as_it_was():
         gpu.main()
-    finally:
-        torch.use_deterministic_algorithms(False)
     shown, record = capsys.readouterr().out, json.loads((tmp_path / "toy.json").read_text())
     assert "TOY SIZE ON CPU" in shown and record["results"]["toy"] is True
     found = {one["checkpointing"]: one for one in record["results"]["contenders"]}
