@@ -69,13 +69,13 @@ def build(start: Start, stop: Stop) -> Run:
     check_with_deepspeed(start.settings | start.monitors, args.deepspeed)
     rank, world = distributed.rank_and_world()
     with memory.shortage_named(rank, "loading the model"):
-        model, hashes, other, its_hashes = load_models(start)
+        model, hashes, reference_model, reference_hashes = load_models(start)
     distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
     with memory.shortage_named(rank, "loading the model"):
         built = make_engine(model, args, start.settings, device, start.longest)
     torch.manual_seed(args.seed + rank)  # dropout's, with --allow_dropout
-    return Run(**vars(start), **vars(built), stop=stop, start_hashes=hashes, reference_hashes=its_hashes,
-               reference_model=other, device=device, world=world, rank=rank)
+    return Run(**vars(start), **vars(built), stop=stop, start_hashes=hashes, reference_hashes=reference_hashes,
+               reference_model=reference_model, device=device, world=world, rank=rank)
 
 
 def train(run: Run) -> None:
@@ -131,8 +131,8 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     args, engine, examples, began = run.args, run.engine, run.train_set.examples, time.perf_counter()
     pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step, run.row_starts)  # their indices
     sides = SIDES[:1] if args.loss == "sft" else SIDES  # SFT trains on chosen alone
-    # A step's loss is the sum of its pairs' losses, each times the weight of its row, divided by this number: where all
-    # weights are 1 that of the pairs, for sft that of their tokens.
+    # A step's loss is the sum of its pairs' losses, each times the weight of its row, divided by this number: the sum
+    # of these weights, which are 1 without a column `weight`; for sft of weight times the scored tokens of chosen.
     divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs],
                            [examples[k].weight for k in pairs])
     rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
@@ -144,13 +144,13 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     token_metrics = engine.module.head.on_chunk = TokenMetrics(engine.module)  # called with each chunk of tokens
     micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.data_rank, run.data_world)
     for i, (indices, factor) in enumerate(guard.each(micro_batches)):  # factor 0: a repeat, see micro_batches_of
-        here = [examples[k] for k in indices]
-        batch, index = make_batch(here, sides, run.layout, run.device)  # [prompt | chosen | rejected] ..., no padding
-        lengths = pair_lengths(here, sides, run.device)  # (P, 2), in tokens
+        micro_batch = [examples[k] for k in indices]
+        batch, index = make_batch(micro_batch, sides, run.layout, run.device)  # [prompt | chosen | rejected] ...
+        lengths = pair_lengths(micro_batch, sides, run.device)  # (P, R), in tokens: R is 2, for sft 1
         # (P, 2), computed before the first step: add_references in run/passes.py, kept by folder/reference.py.
         ref = None if run.ref is None else run.ref[indices].to(run.device, non_blocking=True)
         # DeepSpeed's engine calls SequenceLogProbs of core/logprobs.py: log pi(y|x), summed over the tokens of y.
-        logps = engine(batch)[index]  # (P, 2): a response that pairs of one row share is computed once
+        logps = engine(batch)[index]  # (P, R): a response that pairs of one row share is computed once
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)  # (P,)
         losses = losses * run.row_weights[indices].to(run.device, non_blocking=True)
         values = pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)

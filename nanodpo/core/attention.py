@@ -66,7 +66,7 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     if kwargs.get("softcap") or dropout:
         return loop_attention(module, query, key, value, attention_mask, dropout, scaling, segments=segments, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)
-    # Flattened, not query[0], and split, not indexed: the gradients of those are filled and copied, or sorted.
+    # The backward pass of query[0] would fill and copy a tensor as large as the batch, that of an index would sort.
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (T, H, E), (T, G, E) x 2
     if len(segments.order) > len(segments.lengths):  # a prompt has several responses
         k, v = (torch.cat([parts[i] for i in segments.order]) for parts in (x.split(segments.lengths) for x in (k, v)))
@@ -79,8 +79,8 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 def varlen_call(q, k, v, cu_q, cu_k, max_q: int, max_k: int, scaling, window: int) -> Tensor:
     """PyTorch's flash kernel; a function of its own so that a test can put a slow, plain one in its place.
 
-    (T, H, E), (K, G, E) x 2, int32 (S+1,) x 2 -> (T, H, E). With a right window of 0 query i of a stretch sees keys up
-    to i + keys - queries, and with a left window of w only the last w + 1 keys up to that one.
+    (T, H, E), (K, G, E) x 2, int32 (S+1,) x 2 -> (T, H, E). Of a sequence with L queries and K keys, query i sees keys
+    up to i + K - L (a right window of 0), and with a left window of w only the last w + 1 of them.
     """
     return _kernel()(q, k, v, cu_q, cu_k, max_q, max_k, scale=scaling, window_size=(window, 0))
 

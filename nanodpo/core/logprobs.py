@@ -101,9 +101,9 @@ class Chunk(NamedTuple):
 
 
 def chunk_logps(z: Tensor, targets: Tensor, exps: Tensor | None = None) -> Chunk:
-    """(C, V) logits, (C,) -> the log-probs of the targets: every log-softmax of this program. From its exponentials
-    training computes its gradient, and score.py its measures. Overwrites z: with the exponentials, or, where `exps` is
-    given for these, with z - top."""
+    """(C, V) logits, (C,) -> the log-probs of the targets: every log-softmax of training and scoring. From its
+    exponentials training computes its gradient, and score.py its measures. Overwrites z: with the exponentials, or,
+    where `exps` is given for these, with z - top."""
     top = z.amax(1)
     picked = z.gather(1, targets[:, None]).squeeze(1)
     z.sub_(top[:, None])  # no exponential is above 1 then, none overflows
@@ -216,7 +216,7 @@ class SequenceLogProbs(nn.Module):
         """Batch -> (N, D): the hidden state that predicts each scored token, in the wider of its dtype and the output
         layer's."""
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        # LoRA stands within the base's own layers. Its output layer is not called: LogProbHead is in its place.
+        # LoRA sits inside the base's layers, so it takes part. The output layer is not called: LogProbHead replaces it.
         # transformers hands keywords that it does not know down to the attention function, which needs `segments`.
         extra = {} if batch.segments is None else {"position_ids": batch.position_ids, "segments": batch.segments}
         states = inner.base_model(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state  # (B, T, D)

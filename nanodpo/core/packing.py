@@ -53,8 +53,8 @@ class Segments(TensorRecord):
     # together again in this `order`, where a prompt comes once for each of its responses, they are the keys.
     lengths: list[int]
     order: list[int]
-    max_q: int  # tokens of the longest stretch of queries
-    max_k: int  # tokens of the longest sequence
+    max_q: int  # the most queries of a sequence
+    max_k: int  # the most keys: tokens of the longest sequence
 
 
 @dataclasses.dataclass
@@ -65,7 +65,7 @@ class Batch(TensorRecord):
     position_ids: Tensor  # (B, T)
     predictors: Tensor  # (N,) where each scored token is predicted: indices into the B*T hidden states
     targets: Tensor  # (N,) its id
-    sequence_ids: Tensor  # (N,) its sequence; of pairs 0 is the first's chosen, 1 its rejected, 2 the next one's chosen
+    sequence_ids: Tensor  # (N,) its sequence; of pairs 0 is chosen of the first, 1 its rejected, 2 chosen of the next
     n_sequences: int
     segments: Segments | None
 
@@ -163,7 +163,7 @@ def groups_of(examples: list, sides: list[str]) -> tuple[list[Group], Tensor]:
     >>> groups_of([Example(0, [1], [2], [3]), Example(1, [4], [5], [6])], ["chosen", "rejected"])
     ([([1], [[2], [3]]), ([4], [[5], [6]])], tensor([[0, 1],
             [2, 3]]))
-    >>> row = [Example(0, [1], [2], [3], which=(0, 0)), Example(0, [1], [2], [4], which=(0, 1))]    # chosen 2; 3 and 4
+    >>> row = [Example(0, [1], [2], [rejected], answer_numbers=(0, k)) for k, rejected in enumerate((3, 4))]
     >>> groups_of(row, ["chosen", "rejected"])
     ([([1], [[2], [3], [4]])], tensor([[0, 1],
             [0, 2]]))

@@ -60,7 +60,7 @@ class Example:
     cut: tuple[bool, bool] = (False, False)  # was chosen, rejected truncated
     more: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # responses of further columns
     weight: float = 1.0  # of the row in the loss
-    which: tuple[int, int] = (0, 0)  # the numbers of chosen and rejected in the row's lists of answers
+    answer_numbers: tuple[int, int] = (0, 0)  # the numbers of chosen and rejected in the row's lists of answers
     problem: str = dataclasses.field(default="", compare=False)  # the same in rows of one problem, a short hash
 
     @property
@@ -74,11 +74,11 @@ class Example:
 
     def number_of(self, side: str) -> int:
         """The number of this side's response in the row's list of answers."""
-        return self.which[SIDES.index(side)]
+        return self.answer_numbers[SIDES.index(side)]
 
     def follows(self, other: "Example") -> bool:
         """Whether both are pairs of one row, and this one comes later."""
-        return self.row == other.row and self.which > other.which
+        return self.row == other.row and self.answer_numbers > other.answer_numbers
 
     def last_answer(self) -> "Example":
         """The same row with the last of several scored answers as its response, and all before it as its prompt."""

@@ -30,7 +30,7 @@ def inspect(data, tokenizer, limit: int, row: int | None = None, held_out=None) 
     note = ["  dropped rows stop a run, but for --on_bad_row drop, --overlong drop or truncate"] * bool(data.dropped)
     parts = [folded(data.report()), *note, f"\nrow {first.row}{count}{weight}{often}; [scored tokens] in brackets"]
     for k, side in enumerate(("chosen", "rejected")):
-        answers = {pair.which[k]: (getattr(pair, side), pair.cut[k]) for pair in pairs}
+        answers = {pair.answer_numbers[k]: (getattr(pair, side), pair.cut[k]) for pair in pairs}
         for number, (response, cut) in sorted(answers.items()):
             if response is not None:
                 name = f"{side}[{number}]" if len(answers) > 1 else side

@@ -51,7 +51,7 @@ class Line(NamedTuple):
     whole: bool  # there is no prompt
     lengths: tuple[int, ...]  # of its pieces of token ids; -1: there is none. Empty: the row can't be tokenised
     weight: float  # in the loss
-    which: tuple[int, int]  # numbers of chosen and rejected in lists of answers
+    answer_numbers: tuple[int, int]  # numbers of chosen and rejected in lists of answers
 
 
 @dataclasses.dataclass
@@ -79,14 +79,15 @@ class Prepared:
         found, ids, at, own = [], memoryview(self.ids), 0, {}
         for line in filter(lambda line: line.lengths, self.lines):
             own = own if found and found[-1].row == line.row else {}
-            for key, length in (keys := [*zip(_keys(line.which, len(line.lengths)), line.lengths)]):
+            for key, length in (keys := [*zip(_keys(line.answer_numbers, len(line.lengths)), line.lengths)]):
                 if key not in own:
                     own[key] = ids[at : at + length] if length >= 0 else None
                     at += max(length, 0)
             prompt, chosen, rejected, scored, *more = [own[key] for key, _ in keys]
             said = {name: piece.tolist() for name, piece in zip(self.more, more) if piece is not None}
             kept = CompactIds(prompt), CompactIds(chosen, scored), rejected and CompactIds(rejected)
-            found.append(Example(line.row, *kept, more=said, weight=line.weight, which=tuple(line.which)))
+            found.append(Example(line.row, *kept, more=said, weight=line.weight,
+                                 answer_numbers=tuple(line.answer_numbers)))
         return found
 
 
@@ -145,18 +146,19 @@ def _prepare_some(rows: list[dict], template: Template, how: Reading, columns: C
     wrong = {}  # one bad answer makes a bad row
     for text, example in zip(texts, examples):
         if isinstance(example, str):
-            where = answers_named(text.which, [other.which for other in texts if other.row == text.row])
-            wrong.setdefault(text.row, where + example)
+            row = [other.answer_numbers for other in texts if other.row == text.row]
+            wrong.setdefault(text.row, answers_named(text.answer_numbers, row) + example)
     dropped += wrong.items()
     for text, example in zip(texts, examples):
         pieces = () if text.row in wrong else _pieces(example, how.more)
-        for key, piece in zip(_keys(text.which, len(pieces)), pieces):
+        for key, piece in zip(_keys(text.answer_numbers, len(pieces)), pieces):
             if piece and (text.row, key) not in stored:
                 stored.add((text.row, key))
                 ids.extend(piece)
         content = hashlib.sha256(repr((text.prompt, text.chosen, text.rejected)).encode(errors="surrogatepass"))
         lines.append(Line(text.row, text.notes, content.hexdigest()[:32], not text.prompt,
-                          tuple(-1 if piece is None else len(piece) for piece in pieces), text.weight, text.which))
+                          tuple(-1 if piece is None else len(piece) for piece in pieces), text.weight,
+                          text.answer_numbers))
     return Part(lines, sorted(dropped), ids)
 
 
@@ -181,7 +183,7 @@ def _render_pairs(template: Template, number: int, row: dict, columns: Columns, 
             text = _render(template, number, own, columns, how.more, alone, alone and how.train_on == "all")
         except UserError as error:
             raise UserError(answers_named(which, [numbers for numbers, _ in pairs]) + str(error)) from error
-        text.weight, text.which = weight, which
+        text.weight, text.answer_numbers = weight, which
         found.setdefault((text.chosen, None if alone else text.rejected), text)
     first, *others = found.values()
     if other := next((text.prompt for text in others if text.prompt != first.prompt), None):

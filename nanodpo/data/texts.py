@@ -38,7 +38,7 @@ class Texts:
     more: dict[str, str] = dataclasses.field(default_factory=dict)  # responses of further columns
     places: tuple[tuple[int, int], ...] = ()  # of what is scored of chosen, in characters; empty: all of it
     weight: float = 1.0
-    which: tuple[int, int] = (0, 0)  # numbers of chosen and rejected in lists of answers
+    answer_numbers: tuple[int, int] = (0, 0)  # numbers of chosen and rejected in lists of answers
 
 
 def render_row(template: Template, number: int, prompt, chosen, rejected, has_rejected: bool,

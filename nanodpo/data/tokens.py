@@ -91,13 +91,13 @@ def _add(data: DataSet, examples: list[Example], limit: int, args) -> list[tuple
     """Adds the examples that fit to the data set. Returns the others, each with the limit that it breaks."""
     overlong, rows = [], {}
     for example in examples:
-        rows.setdefault(example.row, []).append(example.which)
+        rows.setdefault(example.row, []).append(example.answer_numbers)
     for example in examples:
         room = max(0, limit - len(example.prompt)) if example.more else 0
         example.more = {name: ids[:room] for name, ids in example.more.items()}
         data.lengths.append(example.length)
         if reason := too_long(example, args.max_prompt_length, limit, args.max_length):
-            overlong.append((example, answers_named(example.which, rows[example.row]) + reason))
+            overlong.append((example, answers_named(example.answer_numbers, rows[example.row]) + reason))
         else:
             data.examples.append(example)
     return overlong
@@ -197,7 +197,7 @@ def _handle_overlong(data: DataSet, overlong: list[tuple[Example, str]], limit: 
         sides = "both responses" if all(cut.cut) else f"only {'chosen' if cut.cut[0] else 'rejected'}"
         shortened.add((example.row, f"{sides} cut to fit {limit} tokens"))
     data.notes.update(note for _, note in shortened)
-    data.examples.sort(key=lambda example: (example.row, example.which))
+    data.examples.sort(key=lambda example: (example.row, example.answer_numbers))
     if shortened:
         _drop_repeated(data, {row for row, _ in shortened}, args.loss == "sft")
     data.dropped.sort(key=lambda row: row["row"])

@@ -22,7 +22,7 @@ def to_table(history: History, probes: list[Probe], found: Found) -> pandas.Data
     """A line for each probe, step, pair and side of it. A pair is named by its row, and where that has lists of answers
     by the numbers of its two in them."""
     step, index, side = (found.lines[name].numpy() for name in ("step", "index", "side"))
-    names = np.array([(example.row, *example.which) for example in history.examples])
+    names = np.array([(example.row, *example.answer_numbers) for example in history.examples])
     names = pandas.DataFrame(names[np.maximum(index, 0)], columns=PAIR, dtype="Int64")
     names[side == DECAY] = pandas.NA
     order = np.lexsort((side, index, step))

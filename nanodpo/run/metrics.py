@@ -18,13 +18,13 @@ over its pairs:
     mean_token_accuracy      share of chosen's tokens that the model finds likeliest
 
 In training, entropy is there with LoRA, unless the output layer has a bias, the model caps its logits, or a GPU
-computes in bfloat16 (TokenMetrics says why). An evaluation has both, except at step 0, where it takes the reference's
-log-probs and makes no pass.
+computes in bfloat16 (TokenMetrics says why). An evaluation has both, except at step 0 of a run that begins as its
+reference: it takes the reference's log-probs there, and makes no pass.
 
-Where the data have a column `weight`, the loss alone is a weighted mean; L above is the loss as --loss defines it, not
-yet times this weight. With --without_rows the loss alone lacks the terms of these rows: it is the sum of the others,
-divided as if none were missing. All other metrics are of all pairs, so that they can be compared with those of a run
-with these rows.
+Where the data have a column `weight`, the loss alone is a weighted mean; L above is the loss of --loss with the term of
+--sft_weight, not yet times this weight. With --without_rows the loss alone lacks the terms of these rows: it is the sum
+of the others, divided as if none were missing. All other metrics are of all pairs, so that they can be compared with
+those of a run with these rows.
 
 SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected.
 A loss that takes no ref_... (simpo, cpo, orpo) has no reference either.
@@ -105,16 +105,16 @@ class TokenMetrics:
         self.needs_logits, self.gather, self.parts = needs_logits, module.parallel.gather, []
         self.linear = module.head.cap is None and module.head.bias is None
 
-    def __call__(self, chunk, z: Tensor, hidden: Tensor, kept: Tensor | None) -> None:
-        """`z`: logits less the largest, where it needs them; `kept`: the gradient with respect to the hidden states,
-        where there is one."""
+    def __call__(self, chunk, z: Tensor, hidden: Tensor, d_hidden: Tensor | None) -> None:
+        """`z`: logits less the largest, where it needs them; `d_hidden`: the gradient of the log-probs with respect to
+        the hidden states, where there is one."""
         # A target's log-prob is its logit less lse: the same subtraction, bit by bit, where its logit is the largest.
         found = {"mean_token_accuracy": chunk.logps == chunk.top - chunk.lse}
         if self.needs_logits:
             mean = torch.linalg.vecdot(chunk.exps, z.clamp_(min=-1e4)) / chunk.total  # 0 times -inf would be NaN
             found["entropy"] = chunk.total.log() - mean
-        elif kept is not None and self.linear and kept.dtype != torch.bfloat16:
-            found["entropy"] = (hidden.double() * kept).sum(1) - chunk.logps
+        elif d_hidden is not None and self.linear and d_hidden.dtype != torch.bfloat16:
+            found["entropy"] = (hidden.double() * d_hidden).sum(1) - chunk.logps
         self.parts.append(found)
 
     def take(self, batch: Batch, index: Tensor, lengths: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -161,18 +161,19 @@ def evaluate(run: Run) -> None:
     for pairs in progress.track(batches, "evaluation", "batch"):
         run.stop.check()
         for indices, factor in micro_batches_of(pairs, args.per_device_eval_batch_size, run.data_rank, run.data_world):
-            here = [examples[k] for k in indices]
-            lengths = pair_lengths(here, sides, run.device)
+            micro_batch = [examples[k] for k in indices]
+            lengths = pair_lengths(micro_batch, sides, run.device)
             ref = None if run.held_ref is None else run.held_ref[indices].to(run.device, non_blocking=True)
             if step == 0 and ref is not None and run.starts_as_reference:
                 logps, of_tokens = ref, {}
             else:
-                batch, index = make_batch(here, sides, run.layout, run.device)
-                rows = functools.partial(memory.describe, here)
+                batch, index = make_batch(micro_batch, sides, run.layout, run.device)
+                rows = functools.partial(memory.describe, micro_batch)
                 with memory.shortage_named(run.rank, f"step {step}", rows), torch.no_grad():
                     logps = run.engine(batch)[index]
                 of_tokens = token_metrics.take(batch, index, lengths)
-            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight) * row_weights(here).to(run.device)
+            losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
+            losses = losses * row_weights(micro_batch).to(run.device)
             values = metrics.pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
             parts = losses * (len(examples) / divisor)  # as in train_step
             meter.add({"loss": parts} | values | of_tokens, factor)

@@ -40,7 +40,7 @@ def one_a_row(examples: list[Example]) -> tuple[list[Example], list[str]]:
     for example in examples:
         if before is None or not example.follows(before):
             found.append(dataclasses.replace(example, more={**example.more}))
-        for side, number, own in zip(("chosen", "rejected"), example.which, found[-1].which):
+        for side, number, own in zip(("chosen", "rejected"), example.answer_numbers, found[-1].answer_numbers):
             ids = getattr(example, side)
             if number != own and ids is not None and example.prompt == found[-1].prompt:
                 found[-1].more[f"{side}[{number}]"] = ids

@@ -19,7 +19,7 @@ CHOSEN, REJECTED = [[11, 12, 13], [14]], [[21, 22], [23, 24, 25, 26], [27]]
 
 def row(number: int, prompt: list[int], chosen: list, rejected: list) -> list[Example]:
     """All pairs of a row with these answers."""
-    return [Example(number, prompt, chosen[i], rejected[j], which=(i, j))
+    return [Example(number, prompt, chosen[i], rejected[j], answer_numbers=(i, j))
             for i, j in itertools.product(range(len(chosen)), range(len(rejected)))]
 
 

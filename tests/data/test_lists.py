@@ -58,7 +58,7 @@ def test_every_chosen_with_every_rejected_answer(tmp_path):
     """In the order of the file, each with its numbers; each has the ids that a row of its own would have."""
     data = load(tmp_path, ROW, {"prompt": "3?", "chosen": "6", "rejected": ["7", "8"]})
     assert texts(data) == [*PAIRS, (1, "6", "7"), (1, "6", "8")]
-    assert [e.which for e in data.examples] == [*itertools.product(range(2), range(3)), (0, 0), (0, 1)]
+    assert [e.answer_numbers for e in data.examples] == [*itertools.product(range(2), range(3)), (0, 0), (0, 1)]
     apart = load(tmp_path, *({"prompt": "2?", "chosen": c, "rejected": r} for _, c, r in PAIRS))
     assert [e.compact() for e in data.examples[:6]] == [e.compact() for e in apart.examples]
     assert data.report().splitlines()[:2] == [f"data {tmp_path}/rows.jsonl: 2 rows, 0 dropped",
@@ -179,7 +179,7 @@ def test_limits_are_those_of_a_pair(tmp_path):
     assert data.dropped[2]["reason"] == ("chosen[1] and rejected[2]: 39 tokens (prompt 2, chosen 37), "
                                          "over --max_length 12")
     data = load(tmp_path, row, limit=12, overlong="truncate")
-    assert [(e.which, e.cut) for e in data.examples] == [
+    assert [(e.answer_numbers, e.cut) for e in data.examples] == [
         ((i, j), (i == 1, False)) for i in range(2) for j in range(3)]
     assert data.notes["only chosen cut to fit 12 tokens"] == 1
 
@@ -274,7 +274,7 @@ def test_pairs_of_a_row_stay_together_in_an_order_of_rows():
 def test_where_rows_start():
     """Also where the first pairs of one were left out, and where one comes twice."""
     def starts(*pairs):
-        return row_starts([Example(row, [1], [2], [3], which=which) for row, which in pairs])
+        return row_starts([Example(row, [1], [2], [3], answer_numbers=which) for row, which in pairs])
 
     assert starts((0, (0, 0)), (1, (0, 0)), (1, (0, 0)), (2, (0, 0))) is None
     assert starts((0, (0, 1)), (0, (1, 0)), (1, (0, 0)), (2, (0, 0)), (2, (0, 1))) == (0, 2, 3)
@@ -293,7 +293,7 @@ def test_rows_are_held_out_and_mixed_as_a_whole(tmp_path):
     assert held == {epoch_order(8, 1, -1)[i] for i in range(3)}
     assert len(train.examples) + len(held_out.examples) == 12 and train.report().startswith(
         f"data {tmp_path}/rows.jsonl: 8 rows, 0 dropped, 3 held out\n  lists of answers: 5 rows make ")
-    examples = [Example(row, [row], [1], [2], which=(0, j)) for row in range(10) for j in range(1 + row % 2)]
+    examples = [Example(row, [row], [1], [2], answer_numbers=(0, j)) for row in range(10) for j in range(1 + row % 2)]
     data = DataSet("a.jsonl,b.jsonl", examples, [], Counter(), sizes=[4, 6])
     mix(data, [2, 0.5], 0)
     assert Counter(e.row for e in data.examples if e.row < 4) == {0: 2, 1: 4, 2: 2, 3: 4}

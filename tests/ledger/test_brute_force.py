@@ -243,7 +243,7 @@ def test_pairs_of_one_row_are_named_by_their_answers(ledger):
     """The nine pairs as three rows, each of one chosen and three rejected answers: every line has its pair's numbers,
     and the sentence names them. Where a row has one pair it is the row alone."""
     run, found, probes, *_ = ledger
-    lists = [dataclasses.replace(e, row=k // 3, which=(0, k % 3)) for k, e in enumerate(EXAMPLES)]
+    lists = [dataclasses.replace(e, row=k // 3, answer_numbers=(0, k % 3)) for k, e in enumerate(EXAMPLES)]
     plain, table = (to_table(one, probes.names, found) for one in (run, dataclasses.replace(run, examples=lists)))
     indices = plain["pair"].dropna() - 100
     for name, numbers in (("pair", indices // 3), ("chosen_answer", 0 * indices), ("rejected_answer", indices % 3)):
