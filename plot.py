@@ -15,7 +15,8 @@
 
 A RUN is a run's folder or, with --scores, a name in its column `run`. Leaves each figure as .png, .pdf and .svg, with a
 .tex that includes it, in the run's folder (runs/figures for several runs). Every number drawn is read from
-metrics.jsonl, scores.parquet, tokens.parquet or the csv; a rerun gives the same bytes.
+metrics.jsonl, the tables of score.py (scores, answers, tokens, ledger) or the csv, and bfloat16's noise from run.json
+or verdict.json; a rerun gives the same bytes.
 """
 
 import argparse

@@ -9,7 +9,7 @@
 Leaves scores.parquet, a line for each checkpoint, data set, row and response, summary.csv, their means, verdict.json,
 what became of each run, and the other tables that nanodpo/scoring/tables.py describes. A scoring that was stopped goes
 on where it was, and another one in the same folder adds to what is there: all that is done is kept in
-<output_dir>/parts, under the contents of checkpoint and data (nanodpo/scoring/parts.py).
+<output_dir>/parts, under a hash of what the checkpoint and the data contain (nanodpo/scoring/parts.py).
 """
 
 import json

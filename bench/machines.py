@@ -13,6 +13,7 @@ bytes. Layers' inputs are float32 with --bf16, which `--count` has not: they are
 import argparse
 import dataclasses
 import functools
+import math
 import sys
 from pathlib import Path
 
@@ -79,7 +80,8 @@ class Numbers:
     vectors: int
     lora: int
     per_token: dict[str, float]
-    inputs: int  # bytes a token of the layers' inputs, float32
+    hidden: int
+    layers: int
     heads: int
 
 
@@ -95,8 +97,8 @@ def numbers(size: str, rank: int) -> Numbers:
     inputs = 2 * shape["hidden_size"] * shape["num_hidden_layers"]
     kept = sizes | {"full": sizes["full"] + inputs}  # 4 bytes a number in place of the 2 that were counted
     return Numbers(sum(p.numel() for p in frozen.values()) - ends - vectors, ends, vectors,
-                   sum(p.numel() for p in model.parameters() if p.requires_grad), kept, 2 * inputs,
-                   shape["num_attention_heads"])
+                   sum(p.numel() for p in model.parameters() if p.requires_grad), kept,
+                   shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"])
 
 
 def bytes_beside(n: Numbers, setting: Setting, gpus: int) -> float:
@@ -114,6 +116,12 @@ def needed(n: Numbers, setting: Setting, gpus: int, pair: int) -> float:
     return bytes_beside(n, setting, gpus) + n.per_token[setting.keeps] * pair / (gpus if setting.split else 1)
 
 
+def waiting(n: Numbers, tokens: float) -> int:
+    """Bytes of the CPU's memory on each rank for the layers' inputs of so many tokens: float32, each rounded up to a
+    power of two, as PyTorch does with pinned memory."""
+    return n.layers * 2 ** math.ceil(math.log2(4 * n.hidden * tokens))
+
+
 def fits(n: Numbers, setting: Setting, gpus: int, gb: int, pair: int) -> float | None:
     """GiB on each GPU, or None where they are more than it has, but for 8%."""
     need = needed(n, setting, gpus, pair)
@@ -126,7 +134,8 @@ def cell(n: Numbers, gpus: int, gb: int, pair: int) -> str:
     settings = [s for s in settings if not s.split or n.heads % gpus == 0]  # each rank has as many heads
     for setting in settings:
         if need := fits(n, setting, gpus, gb, pair):
-            waits = n.inputs * pair / (gpus if setting.split else 1) / 2**30 if setting.keeps == "offload" else 0
+            tokens = pair / (gpus if setting.split else 1)
+            waits = waiting(n, tokens) / 2**30 if setting.keeps == "offload" else 0
             cpu = f", and {waits:.0f} of the CPU's a rank" * (waits >= 1)
             return f"{setting.name.format(gpus=gpus)}: {need:.0f} GiB{cpu}"
     least = min(needed(n, setting, gpus, pair) for setting in settings)

@@ -230,6 +230,8 @@ def test_which_settings_fit_which_machine_is_arithmetic(monkeypatch, tmp_path, c
     assert machines.cell(n, 4, 24, most).startswith("stage 2: 21 GiB")  # 0.92 of 24e9 bytes are 20.6
     assert machines.cell(n, 4, 24, most + 9).startswith("stage 2, `--activation_memory -1`: ")
     assert machines.cell(n, 1, 24, 10**7).startswith("does not fit: ")
+    # 20,000 tokens of 896 numbers of 4 bytes are 71.7 MB, in 2^27 bytes for each layer: 3 GiB.
+    assert machines.waiting(n, 20_000) == 24 * 2**27
     monkeypatch.setattr(machines, "SIZES", {"0.5B": machines.SIZES["0.5B"]})
     monkeypatch.setattr(sys, "argv", ["machines.py", "--lora_r", "16", "--json", str(tmp_path / "machines.json")])
     machines.main()

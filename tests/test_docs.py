@@ -22,6 +22,7 @@ from nanodpo import errors
 from nanodpo.core.losses import LOSSES, inputs_of
 from nanodpo.flags import arguments
 from nanodpo.run.metrics import pair_metrics
+from nanodpo.scoring.verdict import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -207,6 +208,12 @@ def test_the_job_of_kubernetes_fits_together(monkeypatch):
     for path in (args.output_dir, args.cache_dir, args.model_name, args.train_file_path):
         assert str(path).startswith(mounts["shared"])
     assert Path(args.deepspeed).is_file()
+
+
+def test_the_rules_of_the_verdict_stand_in_the_page_on_scoring():
+    """Each with its words, in the order in which they are asked."""
+    lines = (ROOT / "docs" / "scoring.md").read_text().split("| verdict | its rule |\n|---|---|\n")[1].splitlines()
+    assert lines[: len(RULES) + 1] == [f"| {rule.name} | {rule.words} |" for rule in RULES] + [""]
 
 
 def test_the_table_of_losses_has_each_with_its_paper_and_settings():

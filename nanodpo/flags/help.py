@@ -35,6 +35,8 @@ def _describe(flag: dataclasses.Field) -> str:
     choices = ["true", "false"] if default is True else flag.metadata.get("choices")
     value = f" {{{','.join(choices)}}}" if choices else VALUES[flag.type]
     value += " ..." * (flag.type == list[str])
-    if default is not None and flag.type is not bool:
+    if default is True:
+        text += " Default: true."
+    elif default is not None and flag.type is not bool:
         text += f" Default: {default}."
     return f"  --{flag.name}{value}\n" + textwrap.fill(text, 80, initial_indent=INDENT, subsequent_indent=INDENT)

@@ -22,8 +22,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("targets", nargs="*", help="run folders, checkpoints, adapters or models")
-    parser.add_argument("--model_path", help="one more of these")
-    parser.add_argument("--dataset_path", nargs="+", default=[], help="files, with a name: NAME=FILE")
+    parser.add_argument("--model_path", help="one more of them")
+    parser.add_argument("--dataset_path", nargs="+", default=[], help="FILE or NAME=FILE; default: the "
+                        "held-out data of the run")
     parser.add_argument("--responses", nargs="+", metavar="KIND", help=f"of {', '.join(KINDS)}, {GREEDY} (the first "
                         "checkpoint's own answer) and further columns of the data, by name; default: the first four, "
                         "as far as the data has them")
@@ -38,21 +39,23 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         "the mean log-prob of the first so many rows, from step 0 to the last, over the training pairs "
                         "and their two sides: ledger.parquet, ledger.json; needs a run with --save_steps 1")
     parser.add_argument("--ledger_rows", type=int, nargs="+", metavar="ROW", help="also of each of these rows alone")
-    parser.add_argument("--ledger_memory", type=float, default=4.0, metavar="GIB", help="that the ledger may take "
-                        "beside the model; with less it goes through the run more often")
+    parser.add_argument("--ledger_memory", type=float, default=4.0, metavar="GIB", help="what the ledger may "
+                        "take beside the model, 4 by default; with less it goes through the run more often")
     parser.add_argument("--answers", type=int, default=0, metavar="ROWS",
                         help="also let each checkpoint answer the first so many rows of each data set whose chosen "
                         r"response ends in a \boxed{...} or a number, greedily, and check that")
     parser.add_argument("--max_new_tokens", type=int, help="of a greedy answer; default: as the data's longest chosen")
     parser.add_argument("--other_prompts", action="store_true",
-                        help="score prompts that open (system prompt) as none did in training")
+                        help="also score prompts that open as none did in training (with another system prompt); "
+                        "without it they are refused")
     parser.add_argument("--max_tokens", type=int, default=16384 if torch.cuda.is_available() else 2048,
-                        help="in a micro-batch")
+                        help="the most in a micro-batch; default: 2048, on a GPU 16384")
     parser.add_argument("--sequence_parallel_size", type=int, default=1, metavar="N", help="ranks that share a "
                         "micro-batch, for responses too long for one, as in train.py")
-    parser.add_argument("--seed", type=int, default=42, help="of drawn and shuffled responses")
+    parser.add_argument("--seed", type=int, default=42, help="of the drawn (other) and shuffled responses; default: 42")
     for name in PRECISION:
-        parser.add_argument(f"--{name}", action="store_true", help="also for models that no run says it of")
+        parser.add_argument(f"--{name}", action="store_true", help="open all targets so; without it runs as they "
+                            "were trained")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
     for name in READING:
         parser.add_argument(f"--{name}", choices=FLAGS[name].metadata.get("choices"), type=FLAGS[name].type,

@@ -96,8 +96,8 @@ RULES = [
 # A number in words: {} is its change, mean or share; other names are the fields of `_phrase`.
 WORDS = {"change of chosen": "chosen {change} nats a token", "change of chosen there": "in {there} {change}",
          "change of argmax there": "argmax token {change} nats a token in {there}",
-         "implausible mass": "probability of implausible tokens grew to {times:.3g} times the start's ({start:.2g} -> "
-                             "{mean:.2g})",
+         "implausible mass": "along chosen and rejected, probability of implausible tokens grew to {times:.3g} "
+                             "times the start's ({start:.2g} -> {mean:.2g})",
          "change of gap": "gap of chosen to rejected {change} nats a token",
          "weight": "a pair's weight in the loss is {share:.2g} of the start's ({start:.2g} -> {mean:.2g})",
          "change of answer accuracy": "right answers {counts}, change {change}",

@@ -218,8 +218,8 @@ def test_spreading_in_words_and_its_floor():
         (found,) = judge(scores, *others)
         assert found["names"] == names
         if names == ["spreading"]:
-            assert ("spreading (probability of implausible tokens grew to 11.7 times the start's (0.0007 -> 0.0082))"
-                    in found["text"])
+            assert ("spreading (along chosen and rejected, probability of implausible tokens grew to 11.7 times the "
+                    "start's (0.0007 -> 0.0082))" in found["text"])
 
 
 def test_noise_between_start_and_end_is_no_spreading():
