@@ -76,8 +76,8 @@ def flops(name: str, pair: contenders.Pair, shape: dict, rank: int, modes: dict[
 
 def sized(shape: dict, rank: int, gib: float = 0.0):
     """(the model, its FitToMemory for so many GiB, bytes that stand beside any row), counted on tensors that have a
-    shape and no data, with the attention that runs on a GPU. Beside the row stand the weights in bfloat16, and LoRA's twins
-    in float32 with moments and gradients."""
+    shape and no data, with the attention that runs on a GPU. Beside the row stand the weights in bfloat16, and of LoRA
+    twins in float32, moments and gradients."""
     from nanodpo.core.attention import VARLEN
     from nanodpo.core.logprobs import SequenceLogProbs
     from nanodpo.model.layers import fuse_lora, keep_less

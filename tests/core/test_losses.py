@@ -37,7 +37,7 @@ MARGINS = [-7.0, -1.0, -0.1, 0.0, 0.3, 2.0, 11.0]
 
 
 def at(m: float, dtype=torch.float64, requires_grad: bool = False):
-    """Four log-probs, none of them zero, whose margin is m; exact in float64."""
+    """Four log-probs, none of them zero, whose log-ratios differ by m; exact in float64."""
     chosen = torch.tensor([-12.0 + m], dtype=dtype, requires_grad=requires_grad)
     return chosen, *(torch.tensor([x], dtype=dtype) for x in (-20.0, -10.0, -18.0))
 

@@ -24,7 +24,7 @@ TOKENS = torch.tensor([[5.0, 10.0], [4.0, 2.0], [1.0, 5.0]], dtype=torch.float64
 
 
 def test_the_values_of_three_pairs():
-    """Margins 3, 0 and -2 nats; a tie is no success; sums and means a token both."""
+    """m of 3, 0 and -2 nats; a tie is no success; sums and means a token both."""
     loss = partial(dpo, beta=0.5)
     losses, values = pair_losses(loss, LOGPS, REF, TOKENS), pair_metrics(loss, LOGPS, REF, TOKENS, 0.5)
     assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.5 * m)) for m in (3, 0, -2)])
@@ -47,7 +47,7 @@ def test_the_values_of_three_pairs():
 
 
 def test_ipo_takes_means_and_the_others_sums():
-    """arXiv 2310.12036 on means over tokens: margins 2/5+1/10, 0, -1-1/5; its zero is at 1/(2 beta)."""
+    """arXiv 2310.12036 on means over tokens: m of 2/5+1/10, 0, -1-1/5; its zero is at 1/(2 beta)."""
     losses = pair_losses(partial(ipo, beta=0.5), LOGPS, REF, TOKENS)
     assert losses.tolist() == pytest.approx([(m - 1.0) ** 2 for m in (0.5, 0.0, -1.2)])
     hinges = pair_losses(partial(hinge, beta=0.5), LOGPS, REF, TOKENS)
