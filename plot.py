@@ -107,6 +107,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     look.add_argument("--usetex", action="store_true", help="Letters set by LaTeX, which must be installed.")
     args = parse_known(parser, argv, "plot.py")
     args.series = args.series and home(args.series)
+    if files := [name for name in args.scores or [] if name.endswith(".parquet")]:  # --scores FILE RUN RUN
+        args.runs, args.scores = args.runs + [name for name in args.scores if name not in files], files
     check(args)
     return args
 

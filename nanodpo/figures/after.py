@@ -20,8 +20,12 @@ def ledger_after(folder: Path) -> str:
 
 
 def page_after(folder: Path) -> str:
-    """Makes the page of a scoring that kept single tokens, in words as `draw_after`; "" where none are kept."""
-    return _made("page", folder, _page, "--page") if (folder / "tokens.parquet").exists() else ""
+    """Makes the page of a scoring that kept single tokens, in words as `draw_after`; "" where none are kept, and then
+    none stays that an earlier call left."""
+    if (folder / "tokens.parquet").exists():
+        return _made("page", folder, _page, "--page")
+    (folder / "page.html").unlink(missing_ok=True)
+    return ""
 
 
 def _made(what: str, folder: Path, make, *flags: str) -> str:

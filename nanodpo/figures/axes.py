@@ -84,11 +84,12 @@ def grid(panels: int, across: int, columns: int, xlabel: str = "step", height: f
 
 
 def add_legend(fig: Figure, handles: list, title: str | None = None) -> None:
-    """Above the panels, in as many columns as fit the width."""
+    """Above the panels, in as many columns as fit the width; of long names the figure grows with the legend."""
     for columns in range(len(handles), 0, -1):
         legend = fig.legend(handles=handles, ncols=columns, title=title and wrap(title), loc="outside upper center")
         if columns == 1 or legend.get_window_extent().width <= 0.98 * fig.bbox.width:
-            return
+            more = legend.get_window_extent().height - fig.bbox.height / 4
+            return fig.set_figheight(fig.get_figheight() + max(0, more) / fig.dpi)
         legend.remove()
 
 

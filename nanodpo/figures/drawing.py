@@ -45,12 +45,17 @@ SNIPPET = r"""%% In the preamble: \usepackage{graphicx}
 
 
 def draw_run(folder: Path) -> list[Path]:
-    """Draws the figures of a folder that nobody has to ask for into it, as plot.py does. Returns the files; raises
-    UserError where there is nothing that can be drawn."""
+    """Draws the figures of a folder that nobody has to ask for into it, as plot.py does. Those that an earlier call
+    left, of scores that are there no more, go. Returns the files; raises UserError where there is nothing that can be
+    drawn."""
     scored = folder / "scores.parquet"
     runs = [folder] if (folder / "metrics.jsonl").exists() or not scored.exists() else []
     with house_style():
-        return save(draw(ASKED, runs, [scored] if scored.exists() else [], [])[0], folder, 2)
+        drawn = draw(ASKED, runs, [scored] if scored.exists() else [], [])[0]
+        for name in {"dynamics", "mass_and_answers"} - drawn.keys():
+            for kind in (*FORMATS, "tex"):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
+        return save(drawn, folder, 2)
 
 
 def draw_ledger(folder: Path) -> list[Path]:

@@ -31,7 +31,7 @@ def read_ledger(folder: Path) -> tuple[pandas.DataFrame, list[dict]]:
         records = [record for record in records if record["row"] is None]
         for record in records:
             _ = [record["dataset"], record["response"], record["change"] + 0.0, record["residual"] + 0.0,
-                 [level + 0.0 for level in record["levels"]]]
+                 [level + 0.0 for level in record["levels"]], [f"{why}" for why in record.get("doubts", [])]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / 'ledger.json'}: is not what score.py writes ({type(error).__name__}: {error})"
                         ) from error
@@ -49,7 +49,8 @@ def ledger_figure(folder: Path, columns: int, noise: Noise | None = None):
     for record, left, right in zip(records, axes[::2], axes[1::2]):
         here = table[(table["dataset"] == record["dataset"]) & (table["response"] == record["response"])]
         name = f"{record['dataset']}, {record['response']}" if several else record["response"]
-        _forces(left, here, record, name)
+        # The first word of each doubt: unreliable, ill-conditioned. The caption has all of them.
+        _forces(left, here, record, ", ".join([name, *(why.partition(":")[0] for why in record.get("doubts", []))]))
         _waterfall(right, here, record)
     axes[0].set_title("summed over the steps so far", fontsize=rcParams["legend.fontsize"])
     axes[1].set_title("summed over the pairs, one after the other", fontsize=rcParams["legend.fontsize"])
@@ -57,12 +58,14 @@ def ledger_figure(folder: Path, columns: int, noise: Noise | None = None):
     marks = Marks("a pair's share")
     marks.not_measured([noise or Noise()])
     add_legend(fig, axes[0].get_legend_handles_labels()[0] + marks.handles, table["run"].iloc[0])
+    doubts = [f" Of {record['response']} on {record['dataset']} the shares are {why}." for record in records
+              for why in record.get("doubts", [])]
     first = records[0]
     caption = (f"What changed the mean log-prob per token over {first['rows']} rows of {first['dataset']} in "
                f"{first['run']}, {first['steps']} steps. Left: the sum so far of what the chosen and the rejected "
                "sides of the pairs of each step made of the final change, their sum, and the log-prob as it was. "
                "Right: the pairs that lowered and raised it most, by their rows in the training data, and all others.")
-    return fig, caption + marks.caption
+    return fig, caption + "".join(doubts) + marks.caption
 
 
 def _forces(ax, table: pandas.DataFrame, record: dict, name: str) -> None:

@@ -49,7 +49,8 @@ def write_page(files: list[Path], folder: Path, runs: list[str], sets: list[str]
     for file in tokens:
         if not file.exists():
             command = command_line(Path(__file__).resolve().parents[2] / "score.py", file.parent, "--tokens")
-            raise UserError(f"{file}: is not there; `{command}` makes it")
+            how = f"`{command}` makes it" if (file.parent / "run.json").exists() else "score.py makes it with --tokens"
+            raise UserError(f"{file}: is not there; {how}")
     (scores,) = select([read_scores(files)], runs, sets)
     ledger = {run: its for file in files for run, its in read_pairs(file.parent).items()}
     text, notes = make_page(tokens, scores, one_line(folder.resolve().name), noise, ledger)

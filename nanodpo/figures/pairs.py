@@ -19,8 +19,8 @@ LONGEST = 4000  # characters of a text
 def read_pairs(folder: Path) -> dict:
     """{run: "sets", "texts" and "why"} of the ledger in a folder of scores; empty where there is none of means.
 
-    "sets" has by data set and response the "rows" in the mean, its "change", the "residual" (parts of the change that
-    the pairs leave over), and MOST "lowered" and "raised" pairs, the strongest first: [row, share, its chosen side's,
+    "sets" has by data set and response the "rows" in the mean, its "change", the "doubts" (reasons not to rely on the
+    shares), and MOST "lowered" and "raised" pairs, the strongest first: [row, share, its chosen side's,
     its rejected side's], nats per token. "texts" are prompt, chosen and rejected by row, and "why" the reason where
     there are none.
     """
@@ -36,7 +36,7 @@ def read_pairs(folder: Path) -> dict:
         shares = shares.sort_values("share", kind="stable")
         ends = {"lowered": shares[shares["share"] < 0][:MOST], "raised": shares[shares["share"] > 0][::-1][:MOST]}
         its = found.setdefault(record["run"], {"sets": {}})["sets"].setdefault(name, {})
-        its[response] = {key: record[key] for key in ("rows", "change", "residual")} | {
+        its[response] = {"rows": record["rows"], "change": record["change"], "doubts": record.get("doubts", [])} | {
             word: [[int(row), *(float(f"{share:.6g}") for share in line)] for row, *line in end.itertuples()]
             for word, end in ends.items()}
     for its in found.values():

@@ -38,7 +38,8 @@ def to_table(history: History, probes: list[Probe], found: Found) -> pandas.Data
 
 
 def to_record(history: History, probes: list[Probe], found: Found) -> list[dict]:
-    """The entries of ledger.json, one a probe: its change, nats a token, and the sums of the shares that made it."""
+    """The entries of ledger.json, one a probe: its change, nats a token, the sums of the shares that made it,
+    and the reasons not to rely on these."""
     side, lines = found.lines["side"], found.lines["share"]
     rebuilt = [value for value in found.rebuilt.tolist() if value == value]
     records = []
@@ -48,13 +49,14 @@ def to_record(history: History, probes: list[Probe], found: Found) -> list[dict]
         rest = end - start - sum(parts.values())
         moved, sizes = found.levels[:, m].diff(), lines[side != DECAY, m].abs()
         first = found.lines["step"][side != DECAY] == found.lines["step"].min()
-        records.append(probe._asdict() | {
+        record = probe._asdict() | {
             "run": history.run, "steps": history.steps, "start": start, "end": end,
             "change": end - start, "from": parts, "residual": rest / (end - start) if end != start else 0.0,
             "moved": moved.abs().sum().item(), "missed": (moved - found.predicted[:, m]).abs().sum().item(),
             "sizes": sizes.sum().item(), "sizes_of_the_first_update": sizes[first].sum().item(),
             "levels": found.levels[:, m].tolist(), "updates_rebuilt": {
-                "median": float(np.median(rebuilt)), "largest": max(rebuilt)} if rebuilt else None})
+                "median": float(np.median(rebuilt)), "largest": max(rebuilt)} if rebuilt else None}
+        records.append(record | {"doubts": doubts(record)})
     return records
 
 
@@ -67,7 +69,7 @@ def sentence(record: dict) -> str:
                     for name, part in record["from"].items()).removeprefix(" + ").removeprefix(" ")
     text = (f"{record['dataset']}, {whose}, {record['response']}: {record['change']:+.{digits}f} nats a token = "
             f"{parts}; residual {abs(record['residual']):.1%}")
-    return text + "".join(f"\n  {why}" for why in doubts(record))
+    return text + "".join(f"\n  {why}" for why in record["doubts"])
 
 
 def decimals(number: float) -> int:

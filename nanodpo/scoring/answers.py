@@ -6,7 +6,10 @@ import torch
 
 from .sections import ANSWERS
 
-NUMBER = r"((?:(?<![\w)])-)?(?<!\d)(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?)"
+DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?|(?<![\w.])\.\d++)(?:[eE][-+\u2212]?\d++)?"
+# A fraction is one number. A part of a power, a time, a date or digits in groups of another kind is none.
+NUMBER = (r"((?:(?<![\w)])[-\u2212])?(?<!\d)(?<!\d[.:/\u00a0\u202f\u2009])(?<!\^)(?<!\^[{(-])" + DECIMAL
+          + rf"(?:\s?/\s?{DECIMAL})?(?!\s?[/^]\s?[\d{{(]|[.:\u00a0\u202f\u2009]\d))")
 LAST = re.compile(NUMBER + r"(?:<[^<>\s]*>|[^\w<])*$")  # nothing but punctuation and special tokens after it
 NAMED = re.compile(r"answer(?:s?\s+(?:is|are))?[^\w<.]*?" + NUMBER + r"(?!\w)", re.IGNORECASE)
 
@@ -70,14 +73,30 @@ def final_answer(text: str, marked: bool = False) -> str | None:
     ('2', None)
     >>> final_answer("10-5 = 5.00"), final_answer("1, 2,3"), final_answer("it is -0.50")
     ('5', '3', '-0.5')
+    >>> final_answer("it is 3/4."), final_answer("\u221227"), final_answer("4.24e24"), final_answer(r"\boxed{3{,}000}")
+    ('3/4', '-27', '4.24e24', '3000')
+    >>> final_answer("The answer is 10:30."), final_answer("it is 2^10"), final_answer("1.000.000")
+    (None, None, None)
     """
     if marked and not thinks(text):
         return None
     said = text[max((text.rfind(mark) + len(mark) for mark in ANSWERS if mark in text), default=0):]
     if (boxed := _boxed(said)) is not None:
-        return "".join(boxed.split()) or None
-    number = next(iter(LAST.findall(said) or NAMED.findall(said)[-1:]), "").replace(",", "")
-    return (number.rstrip("0").rstrip(".") if "." in number else number) or None
+        boxed = "".join(boxed.split())
+        number = re.fullmatch(NUMBER, boxed.replace("{,}", ","))
+        return (plain_number(number[0]) if number else boxed) or None
+    return plain_number(next(iter(LAST.findall(said) or NAMED.findall(said)[-1:]), "")) or None
+
+
+def plain_number(text: str) -> str:
+    """A number without what others write otherwise: spaces and commas within, zeros at its end.
+
+    >>> plain_number("1,205.50"), plain_number(".5"), plain_number("1 / 2"), plain_number("1.5E+3")
+    ('1205.5', '0.5', '1/2', '1.5e3')
+    """
+    text = "".join(text.split()).replace(",", "").replace("\u2212", "-").lower().replace("e+", "e")
+    text = re.sub(r"(?<!\d)\.", "0.", text)
+    return text.rstrip("0").rstrip(".") if re.fullmatch(r"-?\d+\.\d+", text) else text
 
 
 def _boxed(text: str) -> str | None:

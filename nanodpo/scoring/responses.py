@@ -13,18 +13,24 @@ Group = tuple[list[int], dict[str, list[int]]]  # prompt ids, {kind: response id
 
 
 def other(examples: list[Example], i: int, seed: int) -> list[int] | None:
-    """The chosen answer to another question of the set, drawn by seed; None where a hundred draws find none."""
+    """The chosen answer to another question of the set, drawn by seed; None where a hundred draws find none that is
+    another one."""
     draw = random.Random(f"other/{seed}/{examples[i].row}")
     for j in draw.choices(range(len(examples)), k=100):
-        if examples[j].prompt != examples[i].prompt:
+        if examples[j].prompt != examples[i].prompt and examples[j].chosen != examples[i].chosen:
             return examples[j].chosen
     return None
 
 
 def shuffled(examples: list[Example], i: int, seed: int) -> list[int] | None:
-    """The chosen answer's tokens in random order, its last token (the end of turn) in its place."""
-    *body, end = examples[i].chosen
-    random.Random(f"shuffled/{seed}/{examples[i].row}").shuffle(body)
+    """The chosen answer's tokens in random order, its last token (the end of turn) in its place; None where no order is
+    another one."""
+    *body, end = chosen = examples[i].chosen
+    if len(set(body)) < 2:
+        return None
+    draw = random.Random(f"shuffled/{seed}/{examples[i].row}")
+    while [*body, end] == chosen:
+        draw.shuffle(body)
     return [*body, end]
 
 

@@ -28,7 +28,7 @@ def folder(tmp_path):
     pandas.concat([table, single]).to_parquet(tmp_path / "ledger.parquet")
     change = table["share"].sum() + 0.002
     record = {"dataset": "test", "row": None, "response": "chosen", "rows": 5, "run": "r", "steps": STEPS,
-              "change": change, "residual": 0.002 / change,
+              "change": change, "residual": 0.002 / change, "doubts": ["unreliable: so it is", "ill-conditioned: too"],
               "levels": [-1 + change * k / STEPS for k in range(STEPS + 1)]}
     (tmp_path / "ledger.json").write_text(json.dumps([record, record | {"row": 3}]))
     return tmp_path
@@ -50,7 +50,8 @@ def test_the_bars_follow_one_another_to_the_change(folder):
     chosen = next(line for line in left.lines if line.get_label() == "from chosen halves")
     assert chosen.get_ydata()[-1] == pytest.approx(table[table["side"] == "chosen"]["share"].sum())
     assert chosen.get_ydata()[1] == pytest.approx((1 - 2) / 1000)  # pairs 0 and 1 of step 0
-    assert "5 rows of test" in caption
+    assert "5 rows of test" in caption and "unreliable" in left.get_ylabel() and "conditioned" in left.get_ylabel()
+    assert "Of chosen on test the shares are unreliable: so it is." in caption  # as score.py says of them
 
 
 def test_plot_writes_it(folder):

@@ -284,7 +284,7 @@ def add_ledger(folder, run="dpo", name="test"):
     table = pandas.concat([table, table.assign(row=3, share=99.0)])
     table.astype({"pair": "Int64", "row": "Int64"}).to_parquet(folder / "ledger.parquet")
     record = {"run": run, "dataset": name, "response": "chosen", "row": None, "rows": 4, "change": 0.077,
-              "levels": [0.0], "residual": 0.07, "steps": 20}
+              "levels": [0.0], "residual": 0.07, "steps": 20, "doubts": ["unreliable: 7% is left over"]}
     (folder / "ledger.json").write_text(json.dumps([record, record | {"row": 3}]))
     pairs = [{"prompt": f"Q{k}", "chosen": {0: "A0 " * 2000, 19: HOSTILE[0]}.get(k, f"A{k}"), "rejected": f"B{k}"}
              for k in range(20)]
@@ -305,7 +305,7 @@ def test_pairs_of_a_ledger(tmp_path):
     assert [row for row, *_ in chosen["raised"]] == [19, 18, 17, 16, 15]
     for row, share, first, second in (*chosen["lowered"], *chosen["raised"]):
         assert [share, first, second] == pytest.approx([(row - 6) * part / 1000 for part in (1.1, 1, 0.1)])
-    assert (chosen["rows"], chosen["change"], chosen["residual"]) == (4, 0.077, 0.07)
+    assert (chosen["rows"], chosen["change"], chosen["doubts"]) == (4, 0.077, ["unreliable: 7% is left over"])
     assert {*found["texts"]} == {str(row) for row in (0, 1, 2, 3, 4, 15, 16, 17, 18, 19)}
     assert found["texts"]["19"] == ["Q19", HOSTILE[0], "B19"] and found["why"] == ""
     assert found["texts"]["0"][1].endswith(" ... (2,000 characters more)")
@@ -650,7 +650,7 @@ def test_pairs_that_moved_the_mean(tmp_path, show):
     assert len(lines) == 10 and lines[0] == "row 0: \N{MINUS SIGN}0.0066 = \N{MINUS SIGN}0.0060 by its chosen, " \
         "\N{MINUS SIGN}0.0006 by its rejected" and lines[5].startswith("row 19: +0.014 = +0.013 by its chosen")
     assert texts(browser, "#pairs .card > .title") == [
-        "mean of 4 rows of test: +0.077 nats per token in all steps; unreliable, pairs leave 7% of it unexplained"]
+        "mean of 4 rows of test: +0.077 nats per token in all steps", "unreliable: 7% is left over"]
     browser.execute_script("document.querySelectorAll('#pairs details')[5].open = true")
     assert texts(browser, "#pairs details:nth-of-type(6) .text") == ["Q19", HOSTILE[0], "B19"]
     browser.execute_script("document.querySelector('.pane select').value = 'rejected';"

@@ -134,6 +134,25 @@ def test_the_difference_of_a_run_and_its_fork(tmp_path, draw):
     assert [points(one, f"{which} loss")[0] for which in ("a", "difference")] == [0, 1]
 
 
+def test_runs_may_be_named_behind_the_files_of_scores(tmp_path, draw):
+    """As the usage line has them: plot.py --scores FILE RUN."""
+    file = make_scores(tmp_path / "scores.parquet", SCORES, "a")
+    table = pandas.concat([pandas.read_parquet(file), pandas.read_parquet(file).assign(run="b")])
+    table.to_parquet(file)
+    ends = [draw("--scores", file, "a")["captions"], draw("a", "--scores", file)["captions"]]
+    assert ends[0] == ends[1] != draw("--scores", file)["captions"]
+
+
+def test_a_figure_grows_with_a_long_legend(tmp_path, draw):
+    """Six runs whose names fill a line each: the panels keep their height, with half an inch for the legend."""
+    runs = [make_run(tmp_path / f"{k}{'-a-name-of-usual-length' * 5}") for k in range(6)]
+    short, long = draw(*[make_run(tmp_path / f"{k}") for k in range(6)])["training"], draw(*runs)["training"]
+    for fig in (short, long):
+        fig.draw_without_rendering()
+    heights = [fig.axes[0].get_window_extent().height / fig.dpi for fig in (short, long)]
+    assert heights[1] > 0.8 * heights[0] and long.get_figheight() > short.get_figheight()
+
+
 def test_the_difference_of_scores_is_of_the_rows_that_both_have(tmp_path, draw, capsys):
     """0.1, 0.2 and 0.3 in three rows: mean 0.2, and t = 4.302653 with two degrees of freedom at standard error
     0.1 / sqrt(3). A row that one run lacks, and a step, count nowhere."""

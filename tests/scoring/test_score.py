@@ -525,7 +525,14 @@ def test_what_a_scoring_takes_the_place_of_is_said(run, tiny, tmp_path, capsys):
     scored(tmp_path, run / "checkpoint-0", "--dataset_path", tmp_path / "b.jsonl", "--responses", "chosen")
     assert (f"no longer in {tmp_path}: data set test, tokens.parquet; the command that scored it brings it back"
             in capsys.readouterr().out)
-    assert not (tmp_path / "tokens.parquet").exists()
+    assert not (tmp_path / "tokens.parquet").exists() and not (tmp_path / "page.html").exists()
+
+
+def test_figures_of_scores_that_are_gone_go_too(run, tmp_path):
+    """This scoring has no masses to draw, so a figure of masses is of another one."""
+    (tmp_path / "mass_and_answers.png").write_text("of before")
+    scored(tmp_path, run / "checkpoint-0", "--responses", "chosen")
+    assert (tmp_path / "dynamics.png").exists() and not [*tmp_path.glob("mass_and_answers.*")]
 
 
 def test_other_ways_of_reading_are_said(run, tiny, tmp_path, capsys):
@@ -575,6 +582,10 @@ def test_other_and_shuffled():
         assert source.prompt != example.prompt
     assert any(found["shuffled"] != e.chosen for e, (_, found) in zip(examples, groups))
     assert responses.make_groups(examples, ["shuffled"], 1, 99) != responses.make_groups(examples, ["shuffled"], 0, 99)
+    alike = [Example(i, [i], [5, 5, 9] if i else [5, 6, 9], None) for i in range(4)]
+    for seed in range(9):  # rows 1 to 3 have one answer, which is no other one, and has one order
+        first, *rest = [found for _, found in responses.make_groups(alike, ["other", "shuffled"], seed, 99)]
+        assert first == {"other": [5, 5, 9], "shuffled": [6, 5, 9]} and rest == [{"other": [5, 6, 9]}] * 3
     alone = [Example(0, [1], [2], None), Example(1, [1], [3], None)]
     with pytest.raises(UserError, match="--responses other: no row"):
         responses.make_groups(alone, ["other"], 0, 99)

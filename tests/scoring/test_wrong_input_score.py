@@ -137,6 +137,7 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["--local_rank=2"], "--local_rank 2 without RANK"), (["--seed=" + "9" * 5000], "--seed: invalid int value"),
     (["--responses"], "--responses: expected at least one argument"), (["--responses", ""], "has no such column"),
     (["--responses", "chosen", "chosen"], "--responses: chosen is named twice"),
+    (["--responses", "chosen", "gap"], "--responses gap: summary.csv has the gap of chosen to rejected under"),
     (["--bf16=yes"], "--bf16: ignored expl"),
     *(([f"--risers={k}"], f"--risers {k}: must be at least 1") for k in (0, -3)),
     (["--risers=999"], "--risers 999: the vocabulary has"),
