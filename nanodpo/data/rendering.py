@@ -90,6 +90,9 @@ def _last_reply(template: Template, before: list[dict], reply: dict) -> Rendered
         elif opened:
             rendered.note = (f"the chat template opens an answer with {opened!r}, and not once it is in the "
                              "conversation; scored as in the conversation")
+    if before[-1]["role"] == "assistant":
+        rendered.note = rendered.note or ("the prompt ends with an assistant's turn, which is closed; the answer is a "
+                                          "new one")
     return rendered
 
 
@@ -101,8 +104,13 @@ def _asks_otherwise(template: Template, before: list[dict], reply: dict, asked: 
 
 
 def _is_trained_on(message: dict) -> bool:
-    """Messages may say that they are not, as OpenAI's (weight), Axolotl's (train) and others do."""
-    return not any(message.get(name) in (0, False) for name in ("weight", "train", "loss_weight", "loss"))
+    """Messages may say that they are not, as OpenAI's (weight), Axolotl's (train) and others do. Raises UserError for
+    one that counts in part."""
+    said = {name: message[name] for name in ("weight", "train", "loss_weight", "loss") if name in message}
+    if part := [name for name, value in said.items() if isinstance(value, (int, float)) and value not in (0, 1)]:
+        raise UserError(f"has an answer whose {part[0]} is {said[part[0]]}; an answer counts (1) or does not (0), and "
+                        "a column weight is for whole rows")
+    return not any(value in (0, False) for value in said.values())
 
 
 def _until_reply(template: Template, before: list[dict], asked: str, whole: str) -> str:

@@ -52,7 +52,7 @@ class DataSet:
             lines.append(f"  {'a pair' if pairs == 1 else f'{pairs} pairs'} dropped of {_rows(len(lost & stay))} with "
                          "lists of answers")
         if len(self.once) > self.rows:
-            lines.append(f"  lists of answers: {_rows(self.rows)} make {len(self.once)} pairs")
+            lines.append(f"  lists of answers: {_rows(self.rows)} make{'s' * (self.rows == 1)} {len(self.once)} pairs")
         lines += [f"  {text}" for text in (self.columns, self.mixture) if text]
         lines += [f"  {_rows(count)}: {note}" for note, count in sorted(self.notes.items())]
         lines += [f"  dropped row {row['row']}: {one_line(row['reason'])}" for row in self.dropped[:SHOWN]]

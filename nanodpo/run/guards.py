@@ -62,19 +62,24 @@ class StepGuard:
                 for indices, _, finite in self.seen for i, row in zip(indices, finite.tolist()) if not all(row)}
 
     def nonfinite_rows(self) -> str:
-        """The rows of all ranks that went wrong, with their lengths and the side. All ranks must call it."""
+        """The rows of all ranks that went wrong, with their lengths and the side; empty where none did. All ranks must
+        call it."""
         everyone = distributed.gather_or_raise(None, self.nonfinite_pairs())
         wrong = {i: names for found in everyone for i, names in found.items()}
+        if not wrong:
+            return ""
         names = sorted({*itertools.chain(*wrong.values())})
         return f"{describe([self.examples[i] for i in sorted(wrong)])} in {', '.join(names)}"
 
     def why_left_out(self, means: dict[str, float], norm: float, pairs: list[int]) -> str:
         """Says why no update was made: which means of the step are not finite, and in which rows; or else the norm of
-        its gradient, and all its pairs. The same on all ranks, which must call it together."""
+        its gradient. All its pairs, where none is wrong by itself. The same on all ranks, which must call it together.
+        """
+        everyone = describe([self.examples[i] for i in pairs])
         if bad := nonfinite(means):
-            return f"{bad} not finite; {self.nonfinite_rows()}"
+            return f"{bad} not finite; {self.nonfinite_rows() or everyone}"
         why = "DeepSpeed skipped the update" if math.isfinite(norm) else f"the gradient is not finite (norm {norm})"
-        return f"{why}; {describe([self.examples[i] for i in pairs])}"
+        return f"{why}; {everyone}"
 
     def reference_gap(self, ref: Tensor) -> float:
         """By how much the step's log-probs differ from those of the reference, (n, 2) of all pairs: the mean over the

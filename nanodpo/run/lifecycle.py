@@ -1,6 +1,7 @@
 """A run's folder: made or opened again, saved into, finished. All ranks call these functions together."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -44,14 +45,23 @@ def open_folder(run: Run) -> dict:
     going = f", going on at step {facts['step']}" if run.old or run.fork else ""
     epochs = f"{run.steps / run.steps_per_epoch:.3g} epochs"
     distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs, {epochs}{going}")
-    if (warmup := run.args.warmup_steps) > run.steps:
-        distributed.say(f"--warmup_steps {warmup}: more than the run has; it ends at {run.steps / warmup:.0%} of "
-                        "--learning_rate")
-    for name in ("eval_steps", "save_steps", "resume_steps"):
-        if (every := getattr(run.args, name)) > run.steps:
-            distributed.say(f"--{name} {every}: more than the {run.steps} steps of the run, so it has no effect")
+    _say_idle_flags(run.args, run.steps)
     save_checkpoint(run)  # the engine has the weights of step 0 until `go_on`: a damaged checkpoint-0 is made again
     return facts
+
+
+def _say_idle_flags(args, steps: int) -> None:
+    """Names flags that have no effect in a run of so many steps, or less than they say."""
+    if args.warmup_steps > steps:
+        distributed.say(f"--warmup_steps {args.warmup_steps}: more than the run has; it ends at "
+                        f"{steps / args.warmup_steps:.0%} of --learning_rate")
+    for name in ("eval_steps", "save_steps", "resume_steps"):
+        if (every := getattr(args, name)) > steps:
+            distributed.say(f"--{name} {every}: more than the {steps} steps of the run, so it has no effect")
+    lora = [f"--{flag.name} {getattr(args, flag.name)}" for flag in fields(args)
+            if flag.name.startswith("lora_") and getattr(args, flag.name) not in (flag.default, 0)]
+    if lora and not args.use_lora:
+        distributed.say(f"no effect without LoRA: {', '.join(lora)}")
 
 
 def _open_as_main(run: Run) -> dict:

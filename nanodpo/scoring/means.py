@@ -103,7 +103,8 @@ def show(table: pandas.DataFrame) -> str:
     shown = table.pivot_table(index=keys, columns="response", values="mean", sort=False)
     shown = shown.map(lambda value: "" if np.isnan(value) else f"{value:.4f}")
     least, most = table["n"].min(), table["n"].max()
-    notes = [f"mean log-prob, nats a token, over {least if least == most else f'{least} to {most}'} rows of one run"]
+    notes = [f"mean log-prob, nats a token, over {least if least == most else f'{least} to {most}'} "
+             f"row{'s' if most != 1 else ''} of one run"]
     along = table[table["response"] == "chosen"].set_index(keys).reindex(shown.index)
     if along["implausible_mass"].notna().any():
         shown["implausible"] = [f"{start:.2g} -> {here:.2g}" if here == here else "" for start, here in

@@ -13,12 +13,15 @@ Group = tuple[list[int], dict[str, list[int]]]  # prompt ids, {kind: response id
 
 
 def other(examples: list[Example], i: int, seed: int) -> list[int] | None:
-    """The chosen answer to another question of the set, drawn by seed; None where a hundred draws find none that is
-    another one."""
-    draw = random.Random(f"other/{seed}/{examples[i].row}")
+    """The chosen answer to another question of another problem, drawn by seed; None where a hundred draws find none
+    that is neither of the row's own answers."""
+    own = examples[i]
+    draw = random.Random(f"other/{seed}/{own.row}")
     for j in draw.choices(range(len(examples)), k=100):
-        if examples[j].prompt != examples[i].prompt and examples[j].chosen != examples[i].chosen:
-            return examples[j].chosen
+        found = examples[j]
+        another = found.prompt != own.prompt and not (own.problem and found.problem == own.problem)
+        if another and found.chosen not in (own.chosen, own.rejected):
+            return found.chosen
     return None
 
 

@@ -247,6 +247,12 @@ def test_squared_is_dpo_at_the_start_and_stops_at_e_times_the_reference(beta):
     by_hand = [(1 - 2) * math.exp(-2), (1 + 0.5) * math.exp(0.5)]  # r'(u) = (1 - u) exp(-u)
     assert weights == pytest.approx([beta * sigmoid(-margin) * slope for slope in by_hand], rel=1e-6)
     assert loss_and_weights(squared, beta=beta, logps=PAIR["ref"] + torch.tensor([[1.0, 0.0]]))[1][0] == 0
+    value, weights = loss_and_weights(squared, beta=beta, logps=PAIR["ref"] + torch.tensor([[0.0, -8.0]]))
+    assert value == pytest.approx(softplus(-beta * 8 * math.exp(8)), abs=1e-12)
+    for u in (8, 29):  # far below its reference chosen is pushed up by r'(-u) = (1 + u) exp(u)
+        value, weights = loss_and_weights(squared, beta=beta, logps=PAIR["ref"] - torch.tensor([[u, 0.0]]))
+        assert value == pytest.approx(beta * u * math.exp(u))
+        assert weights[0] == pytest.approx(beta * (1 + u) * math.exp(u))
 
 
 def test_squared_reward_is_the_slope_of_its_divergence():

@@ -207,7 +207,8 @@ def test_of_messages_only_what_the_user_wrote_is_noted(chatml, said, noted):
     for values in ((None, talk, [USER, NO]), ([USER], talk[1:], [NO])):
         text = render_row(chatml, 0, *values, True)
         assert text.chosen == said.replace("<|im_end|>\n", "").replace("<|im_end|>", "") + "<|im_end|>"
-        assert text.notes == ("chosen: a second end of the turn is left out",) * noted
+        ends = ("one side alone ends in white space",) * (said == "four \n")
+        assert text.notes == ("chosen: a second end of the turn is left out",) * noted + ends
 
 
 @pytest.mark.parametrize("prompt, chosen, plain", [
@@ -835,6 +836,15 @@ def test_white_space_that_tells_a_pair_apart_is_noted(chatml):
     assert notes("a\n", "b") == {"one side alone ends in white space"}
     assert notes("a ", "a") == {"one side alone ends in white space", "chosen and rejected differ in white space alone"}
     assert notes("a  b", "a b") == {"chosen and rejected differ in white space alone"}
+    assert notes("a", "b\n") == {"one side alone ends in white space"}
+    assert notes("a<|im_end|>\n", "b<|im_end|>") == notes("a", "b") == set()  # after the end of turn it is left out
+    assert notes("a<|im_end|>\n", "b ") == {"one side alone ends in white space"}
+    said = [[{"role": "assistant", "content": text}] for text in ("1.\n", "2.")]
+    asked = [{"role": "user", "content": "q"}]
+    found = render_row(chatml, 0, asked, *said, True).notes
+    assert [note for note in found if "white space" in note] == ["one side alone ends in white space"]
+    assert "the prompt ends with an assistant's turn, which is closed; the answer is a new one" in render_row(
+        chatml, 0, [*asked, {"role": "assistant", "content": "It is"}], *said, True).notes
     assert notes("a\n", "b ") == notes("a", "b") == set()
 
 

@@ -210,6 +210,9 @@ def test_a_page_that_would_be_too_large_is_coarser_then_lacks_rows_and_says_so(t
 def test_a_folder_without_tokens_names_the_command_that_makes_them(tmp_path):
     folder = write_scoring(tmp_path / "my run")
     (folder / "tokens.parquet").unlink()
+    with pytest.raises(UserError, match="tokens.parquet: is not there; score.py makes it with --tokens"):
+        make(folder)
+    (folder / "run.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokens.parquet: is not there; `.*score.py '?\S*my run'? --tokens` makes it"):
         make(folder)
     assert page_after(folder) == "" and not (folder / "page.html").exists()

@@ -134,6 +134,16 @@ def test_the_difference_of_a_run_and_its_fork(tmp_path, draw):
     assert [points(one, f"{which} loss")[0] for which in ("a", "difference")] == [0, 1]
 
 
+def test_figures_of_scores_that_are_gone_go_too(tmp_path):
+    """These scores have no masses, so a figure of masses is of others."""
+    make_scores(tmp_path / "scores.parquet", SCORES)
+    for kind in ("png", "pdf", "svg", "tex"):
+        (tmp_path / f"mass_and_answers.{kind}").write_text("of before")
+    (tmp_path / "mine.png").write_text("")
+    assert {file.stem for file in drawing.draw_run(tmp_path)} == {"dynamics"}
+    assert (tmp_path / "mine.png").exists() and not [*tmp_path.glob("mass_and_answers.*")]
+
+
 def test_runs_may_be_named_behind_the_files_of_scores(tmp_path, draw):
     """As the usage line has them: plot.py --scores FILE RUN."""
     file = make_scores(tmp_path / "scores.parquet", SCORES, "a")

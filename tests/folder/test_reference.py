@@ -9,9 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_resume import BREAKS
 
+import train
+from nanodpo.core.attention import LOOP
 from nanodpo.data.example import Example
 from nanodpo.errors import Preempted, RunStopped, UserError
-from nanodpo.folder import atomic, reference
+from nanodpo.folder import atomic, record, reference
+from nanodpo.ranks.distributed import device_name
 
 STEPS = [[0, 1], [2, 3], [4, 5]]
 TRUTH = torch.arange(12, dtype=torch.float64).view(6, 2) / -7
@@ -193,3 +196,17 @@ def test_a_disk_that_fills_keeps_what_was_known(name, run, monkeypatch):
     assert name == "flush" or run.file.read_bytes() == before
     monkeypatch.undo()
     assert torch.equal(run(), TRUTH) and 0 not in run.scored
+
+
+def test_references_are_kept_under_all_that_rounds_them(tiny, tmp_path, monkeypatch):
+    """A run's references are found again where nothing has changed that could change a digit."""
+    seen, logps = [], reference.reference_logps
+    monkeypatch.setattr(reference, "reference_logps", lambda *given: seen.append(given[4]) or logps(*given))
+    train.main(["--model_name", str(tiny / "model"), "--train_file_path", str(tiny / "train.jsonl"), "--max_steps", "1",
+                "--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), "--draw", "false"])
+    (key,) = seen
+    cpu = torch.device("cpu")
+    assert {name: key[name] for name in ("layout", "attention", "bf16", "zero", "device", "versions")} == {
+        "layout": "packed", "attention": LOOP, "bf16": False, "zero": 2, "device": device_name(cpu),
+        "versions": record.versions()}
+    assert key["weights"] and key["data"] and key["model_name"] == str(tiny / "model")

@@ -51,6 +51,9 @@ def test_pairs_that_went_wrong_are_remembered_by_side():
     assert guard.why_left_out({"loss": math.inf, "x": 1.0}, math.nan, [7]).startswith("loss not finite; rows 17 (3+4/5")
     words = "the gradient is not finite (norm nan); rows 12 (3+4/5 tokens)"
     assert guard.why_left_out({"loss": 0.5}, math.nan, [2]) == words
+    fine = StepGuard(guard.examples, guard.stop)  # a metric that is not finite where log-probs and losses are
+    assert fine.why_left_out({"weights/chosen": math.nan}, math.nan, [2]) == (
+        f"weights/chosen not finite; {words.partition('; ')[2]}")
 
 
 def test_the_loss_of_sft_data_is_not_called_rejected():

@@ -398,6 +398,13 @@ def test_settings_that_deepspeed_knows_are_taken(tiny, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def test_flags_of_lora_without_lora_are_named(tiny, tmp_path):
+    said = launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
+                  "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--draw", "false", "--max_steps",
+                  "1", "--use_lora", "false", "--lora_alpha", "99", launcher="fork").stdout
+    assert "no effect without LoRA: --lora_alpha 99\n" in said
+
+
 def test_rows_left_out_that_a_run_does_not_visit_are_named(tiny, tmp_path):
     """Two steps of one pair visit two rows: to leave out others changes nothing, and may look like an answer."""
     seen = pairs_of_step(11, 1, 42, 0) + pairs_of_step(11, 1, 42, 1)

@@ -528,12 +528,6 @@ def test_what_a_scoring_takes_the_place_of_is_said(run, tiny, tmp_path, capsys):
     assert not (tmp_path / "tokens.parquet").exists() and not (tmp_path / "page.html").exists()
 
 
-def test_figures_of_scores_that_are_gone_go_too(run, tmp_path):
-    """This scoring has no masses to draw, so a figure of masses is of another one."""
-    (tmp_path / "mass_and_answers.png").write_text("of before")
-    scored(tmp_path, run / "checkpoint-0", "--responses", "chosen")
-    assert (tmp_path / "dynamics.png").exists() and not [*tmp_path.glob("mass_and_answers.*")]
-
 
 def test_other_ways_of_reading_are_said(run, tiny, tmp_path, capsys):
     """Of two runs with different settings of the data the first one's hold, and that is on the screen."""
@@ -586,6 +580,12 @@ def test_other_and_shuffled():
     for seed in range(9):  # rows 1 to 3 have one answer, which is no other one, and has one order
         first, *rest = [found for _, found in responses.make_groups(alike, ["other", "shuffled"], seed, 99)]
         assert first == {"other": [5, 5, 9], "shuffled": [6, 5, 9]} and rest == [{"other": [5, 6, 9]}] * 3
+    # Rows 0 and 1 are one problem's two directions: what one chooses the other rejects. Row 2 has row 0's answer, too.
+    pair = [Example(0, [1], [5, 9], [6, 9], problem="a"), Example(1, [2], [6, 9], [5, 9], problem="a"),
+            Example(2, [3], [5, 9], [7, 9], problem="b"), Example(3, [4], [8, 9], [7, 9], problem="b")]
+    for seed in range(9):
+        found = [group["other"] for _, group in responses.make_groups(pair, ["other"], seed, 99)]
+        assert found[:2] == [[8, 9]] * 2 and found[2] == [6, 9] and found[3] in ([5, 9], [6, 9])
     alone = [Example(0, [1], [2], None), Example(1, [1], [3], None)]
     with pytest.raises(UserError, match="--responses other: no row"):
         responses.make_groups(alone, ["other"], 0, 99)
