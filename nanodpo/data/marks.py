@@ -17,3 +17,20 @@ def shared_start(tokenizer, a: str, b: str, at_end: bool = False) -> str:
             [:: -1 if at_end else 1] for text in (a, b))
     pieces = {code: piece for piece, code in codes.items()}
     return "".join(pieces.get(c, c) for c in os.path.commonprefix([a, b])[:: -1 if at_end else 1])
+
+
+def token_text(tokenizer, i: int) -> str:
+    r"""The text of one token. Bytes of it that are no whole character stand as \xf0."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import
+
+    text, token = tokenizer.decode([i]), tokenizer.convert_ids_to_tokens(i)
+    if "\ufffd" not in text or token is None:
+        return text
+    if token in tokenizer.get_added_vocab():
+        return token
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):  # SentencePiece's
+        return rf"\x{byte[1].lower()}"
+    known = {letter: byte for byte, letter in bytes_to_unicode().items()}  # byte-level BPE writes a byte as a letter
+    if not {*token} <= known.keys():
+        return text
+    return bytes(known[letter] for letter in token).decode(errors="backslashreplace")

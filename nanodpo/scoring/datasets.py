@@ -7,6 +7,7 @@ import json
 
 from ..data.example import Example
 from ..data.limits import longest_allowed
+from ..data.marks import token_text
 from ..data.template import Template, prompt_leads, template_for
 from ..data.tokens import DataSet, load_dataset
 from ..errors import UserError
@@ -66,8 +67,8 @@ class ResponseSet:
 
     @functools.cached_property
     def token_texts(self):
-        """A function of token ids: their texts."""
-        text = functools.lru_cache(None)(lambda i: self.template.tokenizer.decode([i]))
+        """A function of token ids: their texts, of a token by itself."""
+        text = functools.lru_cache(None)(functools.partial(token_text, self.template.tokenizer))
         return lambda ids: [*map(text, ids)]
 
     def add_greedy(self, answers: list[list[int]]) -> None:

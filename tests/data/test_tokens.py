@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_tokenizers as tiny
+from conftest import make_tokenizer
 from tokenizers import AddedToken, normalizers
 
 from nanodpo.data import encoding, prepared
 from nanodpo.data.example import Example, PartlyScored
 from nanodpo.data.inspection import histogram, inspect
 from nanodpo.data.limits import truncate
+from nanodpo.data.marks import token_text
 from nanodpo.data.template import read_template
 from nanodpo.data.tokens import DataSet, load_dataset
 from nanodpo.errors import UserError
@@ -435,3 +437,13 @@ def test_no_text_is_cut_at_a_token_that_may_be_another_one(how, content):
     prompt = f"2?<|im_start|>{content if how else 'assistant'}"
     assert encoding._border(tokenizer, prompt) is None
     assert encoding._border(tiny.chatml(), prompt) == "<|im_start|>"
+
+
+def test_a_token_that_is_part_of_a_character_is_written_in_bytes():
+    """Each byte of UTF-8 by itself, as Python writes it; what is a character stays one."""
+    tokenizer, text = make_tokenizer(), "é\N{GRINNING FACE}\ufffd"
+    texts = [token_text(tokenizer, i) for i in tokenizer(f"a{text}", add_special_tokens=False).input_ids]
+    assert texts == ["a", *(rf"\x{byte:02x}" for byte in text.encode())]
+    tokenizer.add_tokens(["\ufffd", "é!"])
+    assert [token_text(tokenizer, i) for i in tokenizer.convert_tokens_to_ids(["\ufffd", "é!"])] == ["\ufffd", "é!"]
+    assert token_text(tokenizer, 10**6) == tokenizer.decode([10**6])  # no token of the tokenizer
