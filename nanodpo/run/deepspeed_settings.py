@@ -125,7 +125,7 @@ def check_with_deepspeed(settings: dict, file: str | None) -> None:
         raise UserError(f"{file or 'ds_config.json'}: sets {', '.join(unknown)}, which DeepSpeed does not know; "
                         "remove it")
     if idle := [name for name in IDLE if settings.get(name)]:
-        distributed.say(f"{file}: no effect here: {', '.join(idle)}"
+        distributed.say(f"{file or 'ds_config.json'}: no effect here: {', '.join(idle)}"
                         + "; use --gradient_checkpointing" * ("activation_checkpointing" in idle))
 
 
