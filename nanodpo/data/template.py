@@ -152,6 +152,8 @@ def apply(template: Template, messages: list[dict], **options) -> str:
     from transformers.utils import chat_template_utils
 
     messages = [_present(message) for message in messages]
+    if bare := [message for message in messages if message.keys() <= {"role", "name"}]:
+        raise UserError(f"has a message of role {bare[0].get('role')!r} without content")
     if odd := [content for m in messages if not isinstance(content := m.get("content", ""), str)]:
         raise UserError(f"has a message whose content is of type {type(odd[0]).__name__}, not text")
     clock = contextlib.nullcontext()

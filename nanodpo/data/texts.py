@@ -244,6 +244,10 @@ def split_pair(chosen: str, rejected: str) -> tuple[str, str, str]:
     if not shared[:at].strip():
         raise UserError("chosen and rejected have no beginning in common, and there is no column of prompts: name one "
                         "with --prompt_field")
+    for name, other, side in (("chosen", "rejected", chosen), ("rejected", "chosen", rejected)):
+        if not side[at:].strip() and chosen != rejected:
+            raise UserError(f"{name} is the beginning of {other}, and there is no column of prompts, so all of it "
+                            "would be the prompt; name one with --prompt_field")
     return chosen[:at], chosen[at:], rejected[at:]
 
 

@@ -215,6 +215,13 @@ def test_the_prompt_of_two_texts_is_how_both_begin(chosen, rejected, split):
     assert split_pair(rejected, chosen) == (split[0], split[2], split[1])
 
 
+def test_a_side_that_is_the_beginning_of_the_other_is_named(tmp_path):
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is blue. Yes"}
+    assert "chosen is the beginning of rejected, and there is no column of prompts" in error_of(tmp_path, row)
+    row = {"chosen": row["rejected"], "rejected": row["chosen"]}
+    assert "rejected is the beginning of chosen" in error_of(tmp_path, row)
+
+
 def test_pairs_of_texts_without_a_prompt(tmp_path):
     """10 tokens of prompt, 7 and 8 of responses with their end. The report says what was done."""
     data = load(tmp_path, {"chosen": "The sky is blue.", "rejected": "The sky is black."}, tokenizer=tiny.plain())

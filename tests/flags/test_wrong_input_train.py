@@ -48,7 +48,8 @@ RESPONSES = [
     ("a role that is a number", [TALK[0], {"role": 3, "content": "b"}], "is of type list"),
     ("no reply", TALK[:1], "must end with an assistant message, ends with role 'user'"),
     ("a message beside a text", TALK[1:], "prompts of chosen and rejected differ: "),
-    ("a null content", [TALK[0], {"role": "assistant", "content": None}], "is empty"),
+    ("a null content", [TALK[0], {"role": "assistant", "content": None}],
+     "has a message of role 'assistant' without content"),
     ("a content that is a number", [TALK[0], {"role": "assistant", "content": 3}], "a message whose content is of type "
      "int, not text"),
     ("a content that is a list", [TALK[0], {"role": "assistant", "content": [{"type": "text", "text": "b"}]}],
@@ -66,6 +67,7 @@ PROMPTS = [
     ("an object", {"a": 1}, "has a prompt that is of type dict"), ("empty", "", "chosen has an empty prompt"),
     ("white space", " \n ", "chosen has an empty prompt"), ("half a character", "\udc00", "holds half a character"),
     ("messages without roles", [{"content": "a"}], "has a prompt that is of type list"),
+    ("a message without content", [{"role": "user", "content": None}], "a message of role 'user' without content"),
     ("a content that is a list", [{"role": "user", "content": ["a"]}], "a message whose content is of type list"),
     ("huge", "x" * 1_000_000, "too long; longest: row 0: 1000002 tokens (prompt 1000000, chosen 2), over the model's "
      "context of 100"),
