@@ -156,17 +156,26 @@ def _csv_rows(file: str, delimiter: str):
     """Every field is text, but for a weight: guessed, an answer "007" would be a number and "None" nothing."""
     csv.field_size_limit(sys.maxsize)
     lines = csv.reader(_lines(file, newline=""), strict=True, delimiter=delimiter)
-    columns = next(lines, [])
+    fields = filter(None, _named_lines(file, lines))  # without empty lines
+    columns = next(fields, [])
     if twice := [name for name in columns if columns.count(name) > 1]:
         raise UserError(f"{file}: has two columns called {twice[0]!r}")
-    for fields in filter(None, lines):
-        if len(fields) > len(columns):
-            raise UserError(f"{file}, line {lines.line_num}: can't be read: {len(fields)} fields, and the first "
-                            f"line names {len(columns)} columns")
-        row = dict.fromkeys(columns, "") | dict(zip(columns, fields))
+    for line in fields:
+        if len(line) != len(columns):
+            raise UserError(f"{file}, line {lines.line_num}: can't be read: {len(line)} field{'s' * (len(line) != 1)}, "
+                            f"and the first line names {len(columns)} columns")
+        row = dict(zip(columns, line))
         with contextlib.suppress(KeyError, ValueError):  # what is no number stays as it is, and is refused as a weight
-            row[WEIGHT] = float(row[WEIGHT])
+            row[WEIGHT] = float(row[WEIGHT].replace("_", "?"))  # Python's float takes 1_0
         yield row
+
+
+def _named_lines(file: str, lines):
+    """The lines of a csv.reader. Raises UserError, which names the line, for one that is no CSV."""
+    try:
+        yield from lines
+    except csv.Error as error:
+        raise UserError(f"{file}, line {lines.line_num}: can't be read: {error}") from error
 
 
 # Bounds

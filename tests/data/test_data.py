@@ -565,6 +565,8 @@ def test_a_data_set_of_the_hub_is_asked_for_as_datasets_names_it(name, given, mo
 def test_a_csv_of_numbers_is_text(tmp_path):
     assert read_rows(write(tmp_path / "a.csv", [{"prompt": "1", "chosen": "2", "rejected": "3"}])) == [
         {"prompt": "1", "chosen": "2", "rejected": "3"}]
+    (tmp_path / "b.csv").write_text("\n\nprompt,chosen,rejected\n\n1,2,3\n")  # empty lines are none
+    assert read_rows(str(tmp_path / "b.csv")) == [{"prompt": "1", "chosen": "2", "rejected": "3"}]
 
 
 def test_a_glob_reads_its_files_in_the_order_of_their_names(tmp_path):
