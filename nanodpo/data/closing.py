@@ -20,13 +20,13 @@ def close(template: Template, side: str, found: Rendered, value, notes: list[str
         except UserError as error:
             raise UserError(f"has an answer before its last one that {error}") from error
     last = found.places[-1][0] if found.places else 0
-    _check_answer(template, response[last:].removesuffix(end), end)
-    body = response.removesuffix(end).rstrip()
-    if marks := [token for token in template.tokenizer.all_special_tokens if token and body.endswith(token)]:
+    body = response[last:].removesuffix(end)
+    _check_answer(template, body, end)
+    if marks := [token for token in template.tokenizer.all_special_tokens if token and body.rstrip().endswith(token)]:
         notes.append(f"{side}: the special token {marks[0]!r} before the end of turn is scored as well")
     if found.places:
         found.places = (*found.places[:-1], (last, len(response)))
-    found.response = response
+    found.response, found.end = response, end
     notes += [f"{side}: a second end of the turn is left out"] * dropped
     notes += [f"{side}: added the end of turn"] * added
 

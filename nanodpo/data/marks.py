@@ -21,8 +21,6 @@ def shared_start(tokenizer, a: str, b: str, at_end: bool = False) -> str:
 
 def token_text(tokenizer, i: int) -> str:
     r"""The text of one token. Bytes of it that are no whole character stand as \xf0."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import
-
     text, token = tokenizer.decode([i]), tokenizer.convert_ids_to_tokens(i)
     if "\ufffd" not in text or token is None:
         return text
@@ -30,6 +28,8 @@ def token_text(tokenizer, i: int) -> str:
         return token
     if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):  # SentencePiece's
         return rf"\x{byte[1].lower()}"
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import
+
     known = {letter: byte for byte, letter in bytes_to_unicode().items()}  # byte-level BPE writes a byte as a letter
     if not {*token} <= known.keys():
         return text

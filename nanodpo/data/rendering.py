@@ -25,6 +25,7 @@ class Rendered:
     response: str
     places: tuple[tuple[int, int], ...] = ()
     note: str = ""  # what the template did to it, for the report
+    end: str = ""  # the end of turn that closes the response, once closing.py has seen to it
 
 
 def render_prompt(template: Template, messages: list[dict]) -> str:

@@ -42,7 +42,7 @@ def read_places(path: str) -> list[list[dict]]:
         found = [_read(place) for place in places]
     except UserError:
         raise
-    except (OSError, ValueError, RecursionError, EOFError, csv.Error, zlib.error, lzma.LZMAError) as error:
+    except (OSError, ValueError, RecursionError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, UnicodeDecodeError):
             reason += "; JSON and CSV must be UTF-8, to which `iconv -f ENCODING -t utf-8` converts it"
@@ -156,15 +156,16 @@ def _csv_rows(file: str, delimiter: str):
     """Every field is text, but for a weight: guessed, an answer "007" would be a number and "None" nothing."""
     csv.field_size_limit(sys.maxsize)
     lines = csv.reader(_lines(file, newline=""), strict=True, delimiter=delimiter)
-    fields = filter(None, _named_lines(file, lines))  # without empty lines
-    columns = next(fields, [])
+    rows = filter(None, _named_lines(file, lines))  # without empty lines
+    columns = next(rows, [])
     if twice := [name for name in columns if columns.count(name) > 1]:
         raise UserError(f"{file}: has two columns called {twice[0]!r}")
-    for line in fields:
-        if len(line) != len(columns):
-            raise UserError(f"{file}, line {lines.line_num}: can't be read: {len(line)} field{'s' * (len(line) != 1)}, "
-                            f"and the first line names {len(columns)} columns")
-        row = dict(zip(columns, line))
+    for fields in rows:
+        if len(fields) != len(columns):
+            found = f"{len(fields)} field{'s' * (len(fields) != 1)}"
+            raise UserError(f"{file}, line {lines.line_num}: can't be read: {found}, and the first line names "
+                            f"{len(columns)} columns")
+        row = dict(zip(columns, fields))
         with contextlib.suppress(KeyError, ValueError):  # what is no number stays as it is, and is refused as a weight
             row[WEIGHT] = float(row[WEIGHT].replace("_", "?"))  # Python's float takes 1_0
         yield row

@@ -61,14 +61,8 @@ def render_row(template: Template, number: int, prompt, chosen, rejected, has_re
         _refuse_prompts(chosen, rejected, first.prompt, second.prompt)
     if first.response == second.response and not may_be_equal:
         raise UserError("chosen and rejected are equal")
-    notes += _white_space(*(_without_end(template, side.response) for side in (first, second)))
+    notes += _white_space(*(side.response.removesuffix(side.end) for side in (first, second)))
     return Texts(number, first.prompt, first.response, second.response, tuple(notes), rendered)
-
-
-def _without_end(template: Template, response: str) -> str:
-    """The response without its end of turn."""
-    ends = (template.end, template.tokenizer.eos_token or template.end)
-    return next((response.removesuffix(end) for end in ends if response.endswith(end)), response)
 
 
 def _white_space(chosen: str, rejected: str) -> list[str]:

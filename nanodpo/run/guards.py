@@ -75,11 +75,11 @@ class StepGuard:
         """Says why no update was made: which means of the step are not finite, and in which rows; or else the norm of
         its gradient. All its pairs, where none is wrong by itself. The same on all ranks, which must call it together.
         """
-        everyone = describe([self.examples[i] for i in pairs])
+        rows = describe([self.examples[i] for i in pairs])
         if bad := nonfinite(means):
-            return f"{bad} not finite; {self.nonfinite_rows() or everyone}"
+            return f"{bad} not finite; {self.nonfinite_rows() or rows}"
         why = "DeepSpeed skipped the update" if math.isfinite(norm) else f"the gradient is not finite (norm {norm})"
-        return f"{why}; {everyone}"
+        return f"{why}; {rows}"
 
     def reference_gap(self, ref: Tensor) -> float:
         """By how much the step's log-probs differ from those of the reference, (n, 2) of all pairs: the mean over the
