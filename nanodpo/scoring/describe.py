@@ -42,7 +42,7 @@ def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict],
         out["sections"] += [key | {"section": name, "tokens": len(part)} | mean
                             for (name, part), mean in zip(parts.items(), means)]
         if tokens:
-            out["tokens"].append(_token_table(key, texts, measures))
+            out["tokens"].append(_token_table(key, ids, texts, measures))
         if "risers" in found[kind]:
             out["risers"].append(risers.table_of(key, found[kind]["risers"]))
     if pair and all(math.isfinite(found[side]["logps"]) for side in ("chosen", "rejected")):
@@ -59,6 +59,6 @@ def _means(table: np.ndarray, parts: list[range]) -> list[dict[str, float]]:
     return [dict(zip(("mean_logps", *MEASURES), mean)) for mean in (sums / [len(part) for part in parts]).T.tolist()]
 
 
-def _token_table(key: dict, texts: list[str], measures: dict[str, np.ndarray]) -> pandas.DataFrame:
+def _token_table(key: dict, ids: list[int], texts: list[str], measures: dict[str, np.ndarray]) -> pandas.DataFrame:
     columns = {name.replace("logps", "logp"): measures[name] for name in TOKEN_MEASURES}
-    return pandas.DataFrame(key | {"position": range(len(texts)), "token": texts} | columns)
+    return pandas.DataFrame(key | {"position": range(len(ids)), "id": ids, "token": texts} | columns)

@@ -25,7 +25,7 @@ Standard errors are over the problems of one run (stats.py).
                       quotes), positions (how many lines it has in risers.parquet), change = the sum of after - before
                       over these lines / tokens, and kept: the part of all gains, or losses, that the lines of
                       risers.parquet hold. Where it is well below 1, a larger K may name other tokens
-    tokens.parquet    row, response, position, token (text), and TOKEN_MEASURES of measures.py
+    tokens.parquet    row, response, position, id, token (its text), and TOKEN_MEASURES of measures.py
     prompts.parquet   dataset, row, problem, prompt (its text as the model reads it, markup and all), beside tokens
     answers.parquet   row, found, expected, correct, ended, tokens, repetition, prompt_end, text: greedy answers of each
                       checkpoint; answers.txt has the first and the last one's side by side

@@ -177,7 +177,7 @@ def test_two_ranks_write_the_same_tables(full):
     assert (full / "one" / "dynamics.png").stat().st_size > 10_000  # nobody had to ask for it
 
 
-def test_tokens_add_up(full):
+def test_tokens_add_up(full, tiny):
     """The tokens of a response add up to its log-prob; means of the measures are those of its tokens. Each measure is a
     column of tokens, or follows from them."""
     scores_, tokens = (pandas.read_parquet(full / "one" / f"{name}.parquet") for name in ("scores", "tokens"))
@@ -195,6 +195,8 @@ def test_tokens_add_up(full):
     assert ((tokens.logp < tokens.argmax_logp) == (tokens["rank"] > 1)).all()
     first = tokens[(tokens.step == 0) & (tokens.row == 0) & (tokens.response == "chosen")]
     assert "".join(first.token) == "It is 0, <|im_end|>" and first.position.tolist() == list(range(10))
+    _, ids, _ = next(iter(oracle.read_pairs(tiny / "train.jsonl")))
+    assert first.id.tolist() == ids
 
 
 def test_prompts_are_kept_once_a_row_beside_the_tokens(full, tiny):
