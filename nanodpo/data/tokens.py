@@ -43,6 +43,12 @@ class DataSet:
         """Those that it has: data for SFT may lack rejected."""
         return SIDES if self.examples[0].rejected is not None else SIDES[:1]
 
+    def cut_rows(self) -> list[dict]:
+        """{"file", "row", "answer_numbers", "cut"} of each pair of which a side, or both, was cut to fit."""
+        return [{"file": self.path, "row": example.row, "answer_numbers": example.answer_numbers,
+                 "cut": [side for side, cut in zip(SIDES, example.cut) if cut]}
+                for example in self.once if any(example.cut)]
+
     def report(self) -> str:
         stay = {example.row for example in self.once}
         lost = {row["row"] for row in self.dropped}

@@ -150,9 +150,9 @@ def create(folder: Path, record: dict) -> None:
     flush(folder)
 
 
-def list_dropped(folder: Path, rows: list[dict]) -> None:
-    """Writes dropped_rows.jsonl, unless it is there: a run that goes on may have been killed before it wrote it."""
-    file = folder / "dropped_rows.jsonl"
+def list_rows(file: Path, rows: list[dict]) -> None:
+    """Writes a line for each row, unless the file is there: a run that goes on may have been killed before it wrote
+    it. Without rows there is no file."""
     if rows and not file.exists():
         with writing(file), new_file(file) as place:
             place.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -20,9 +20,9 @@ from .start import Run
 
 
 def open_folder(run: Run) -> dict:
-    """Makes the run's folder with run.json, dropped_rows.jsonl and checkpoint-0, the starting point; or opens the
-    folder of a run to go on with. Returns the facts of the state to go on from, for `go_on`. Raises UserError where the
-    folder is another run's, or is not shared by all ranks.
+    """Makes the run's folder with run.json, the lists of dropped and cut rows and checkpoint-0, the starting point; or
+    opens the folder of a run to go on with. Returns the facts of the state to go on from, for `go_on`. Raises UserError
+    where the folder is another run's, or is not shared by all ranks.
     """
     # Loading an adapter has written its settings into run.args.
     run.facts |= {"arguments": record.arguments(run.args), "steps": run.steps, "layout": run.layout,
@@ -80,7 +80,9 @@ def _open_as_main(run: Run) -> dict:
         run.folder = run.folder if run.args.output_dir else record.take(run.folder)
         record.create(run.folder, run.facts)
     run.lock = record.lock(run.folder)
-    record.list_dropped(run.folder, [row for data in (run.train_set, run.held_out) if data for row in data.dropped])
+    data = [data for data in (run.train_set, run.held_out) if data]
+    record.list_rows(run.folder / "dropped_rows.jsonl", [row for one in data for row in one.dropped])
+    record.list_rows(run.folder / "cut_rows.jsonl", [row for one in data for row in one.cut_rows()])
     first = run.fork.step if run.fork else 0
     if not (run.old or first):
         return {"step": 0}

@@ -175,6 +175,8 @@ def test_truncation_cuts_each_side_by_its_own_length_and_closes_nothing(tmp_path
     assert [(d["row"], d["reason"]) for d in data.dropped] == [
         (2, "9 tokens (prompt 2, chosen 7), over --max_length 5; cut, both responses would be equal")]
     assert data.notes["only chosen cut to fit 5 tokens"] == data.notes["only rejected cut to fit 5 tokens"] == 1
+    assert [(line["row"], line["cut"]) for line in data.cut_rows()] == [(0, ["chosen"]), (1, ["rejected"])]
+    assert load(tmp_path, tiny.plain(), ROWS).cut_rows() == []
 
 
 def test_a_prompt_that_fills_the_limit_is_the_reason_why_its_row_is_dropped(tmp_path):

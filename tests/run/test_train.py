@@ -285,17 +285,21 @@ def test_reference_after_training_equals_the_cache(tiny, tmp_path):
 
 
 def test_what_a_run_leaves(tiny, tmp_path):
-    """run.json, metrics with TRL's names, checkpoint-0 and the rotation, dropped rows with their reason."""
-    rows = (tiny / "train.jsonl").read_text() + json.dumps({"prompt": "Empty? ", "chosen": " ", "rejected": "x"}) + "\n"
+    """run.json, metrics with TRL's names, checkpoint-0 and the rotation, dropped rows with their reason, cut ones."""
+    more = [{"prompt": "Empty? ", "chosen": " ", "rejected": "x"},
+            {"prompt": "Long? ", "chosen": "a" * 90, "rejected": "b"}]
+    rows = (tiny / "train.jsonl").read_text() + "".join(json.dumps(row) + "\n" for row in more)
     (tmp_path / "data.jsonl").write_text(rows)
     done = launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tmp_path / "data.jsonl",
                   "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", *LORA, "--max_steps", "5",
                   "--save_steps", "1", "--save_total_limit", "2", "--eval_size", "3", "--eval_steps", "2",
-                  "--on_bad_row", "drop", "--bf16", launcher="fork")
+                  "--on_bad_row", "drop", "--bf16", "--max_length", "80", "--overlong", "truncate", launcher="fork")
     run = tmp_path / "run"
     assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-4", "checkpoint-5"]
     assert json.loads((run / "dropped_rows.jsonl").read_text()) == {
         "file": str(tmp_path / "data.jsonl"), "row": 11, "reason": "chosen is empty"}
+    assert json.loads((run / "cut_rows.jsonl").read_text()) == {
+        "file": str(tmp_path / "data.jsonl"), "row": 12, "answer_numbers": [0, 0], "cut": ["chosen"]}
     record = json.loads((run / "run.json").read_text())
     assert record["arguments"]["lora_r"] == 4 and record["versions"]["torch"] == torch.__version__
     assert record["steps"] == 5 and record["layout"] == "packed" and "train.py" in record["command"]
