@@ -43,10 +43,7 @@ def read_places(path: str) -> list[list[dict]]:
     except UserError:
         raise
     except (OSError, ValueError, RecursionError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = " ".join(str(error).split())[:300]
-        if isinstance(error, UnicodeDecodeError):
-            reason += "; JSON and CSV must be UTF-8, to which `iconv -f ENCODING -t utf-8` converts it"
-        raise UserError(f"{path}: can't be read as a data set: {reason}") from error
+        raise UserError(f"{path}: can't be read as a data set: {' '.join(str(error).split())[:300]}") from error
     for place, rows in zip(places, found):
         if not rows:
             raise UserError(f"{place}: has no rows")
@@ -83,20 +80,32 @@ def _text_rows(file: str, kind: str, split: str | None):
     return _json_rows(file, kind, split)
 
 
-def _open_text(file: str, newline: str | None = None):
+def _open(file: str):
     suffix = Path(file).suffix
     if suffix == ".zst":
         import pyarrow
 
-        raw = pyarrow.input_stream(file, compression="zstd")
-    else:
-        raw = PACKED.get(suffix, open)(file, "rb")
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)
+        return pyarrow.input_stream(file, compression="zstd")
+    return PACKED.get(suffix, open)(file, "rb")
+
+
+@contextlib.contextmanager
+def _text_of(file: str, newline: str | None = None):
+    """A text file, open. Raises UserError that names the first line which is not UTF-8."""
+    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline=newline) as text:
+        try:
+            yield text
+        except UnicodeDecodeError as error:  # which knows the place in a block of bytes, not in the file
+            with _open(file) as raw:
+                line = next(i for i, line in enumerate(io.BufferedReader(raw), 1)
+                            if line.decode(errors="ignore").encode() != line)
+            raise UserError(f"{file}, line {line}: is not UTF-8, as text files must be ({error.reason}); "
+                            f"`iconv -f ENCODING -t utf-8` converts it") from error
 
 
 def _lines(file: str, newline: str | None = None):
     """The lines of a text file. Raises UserError for one that is longer than any row: a few KB may unpack to it."""
-    with _open_text(file, newline) as text:
+    with _text_of(file, newline) as text:
         for i in itertools.count(1):
             line = text.readline(LINE)
             if not line:
@@ -136,7 +145,7 @@ def _json_rows(file: str, kind: str, split: str | None):
 
 def _parse_all(file: str):
     """One JSON value that takes many lines."""
-    with _open_text(file) as text:
+    with _text_of(file) as text:
         said = text.read(_memory() // 16)  # characters of up to four bytes, and the values that are made of them
         if text.read(1):
             raise UserError(f"{file}: is one JSON value of more than {len(said):,} characters; write a row a line, and "

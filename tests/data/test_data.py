@@ -370,6 +370,19 @@ def test_packed_text_files_are_read_as_they_are(name, suffix, tmp_path):
         read_rows(str(file))
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_text_that_is_not_utf8_names_the_line(name, suffix, tmp_path):
+    """Latin-1 in line 2,001, far behind what is read and decoded at once."""
+    head, row, last = {"a.jsonl": ("", '{"prompt": "ä"}\n', '{"prompt": "ä"}\n'), "a.csv": ("prompt\n", "ä\n", "ä\n"),
+                       "a.json": ("[\n", '{"prompt": "ä"},\n', '{"prompt": "ä"}]\n')}[name]
+    text = head + row * (2000 - bool(head))
+    (tmp_path / name).write_bytes(text.encode() + last.encode("latin-1"))
+    file = packed(tmp_path / name, suffix) if suffix else tmp_path / name
+    with pytest.raises(UserError, match=f"{name}{suffix}, line 2001: is not UTF-8.*; `iconv -f"):
+        read_rows(str(file))
+
+
 def test_a_small_file_that_unpacks_to_a_long_line_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(rows_module, "LINE", 50_000)
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "x" * 100_000}))

@@ -130,7 +130,7 @@ def parquet_bytes():
     ("rows.csv", b"prompt,chosen,rejected\na,b,c\na\n", "line 3: can't be read: 1 field, and the first line names 3"),
     ("rows.csv", b"prompt,chosen,rejected,weight\na,b,c,1_0\n", 'row 0: has the weight "1_0"'),
     ("rows.csv", b'prompt,chosen,rejected\n"a,b,c\n', "line 2: can't be read: unexpected end of data"),
-    ("rows.csv", "prompt,chosen,rejected\né,b,c\n".encode("latin-1"), "can't be read"),
+    ("rows.csv", "prompt,chosen,rejected\né,b,c\n".encode("latin-1"), "line 2: is not UTF-8"),
     ("rows.parquet", b"PAR1", "can't be read"), ("rows.parquet", bytes(range(256)) * 20, "can't be read"),
     ("rows.parquet", parquet_bytes()[:-40], "can't be read"), ("rows.csv", parquet_bytes(), ""),
     ("rows.parquet", parquet_bytes()[:10] + b"x" * 40 + parquet_bytes()[50:], ""),
