@@ -13,6 +13,7 @@ on where it was, and another one in the same folder adds to what is there: all t
 """
 
 import json
+from collections.abc import Container
 from pathlib import Path
 
 import pandas
@@ -20,6 +21,7 @@ import torch
 
 from nanodpo.core.logprobs import sum_by_sequence
 from nanodpo.core.packing import LAYOUTS
+from nanodpo.data.example import SIDES
 from nanodpo.errors import UserError, leave, run_script
 from nanodpo.figures.after import draw_after, ledger_after, page_after
 from nanodpo.folder.atomic import check_writable
@@ -38,19 +40,19 @@ from nanodpo.scoring.measures import token_measures
 from nanodpo.scoring.opened import Opened, Opener, open_device
 from nanodpo.scoring.pairs import gradient_products
 from nanodpo.scoring.parts import Parts
-from nanodpo.scoring.plan import FORWARD, PAIR, Result, Work, greedy_result, plan
+from nanodpo.scoring.plan import FORWARD, Result, Work, greedy_result, plan
 from nanodpo.scoring.responses import Group, batches
 from nanodpo.scoring.runs import Checkpoint, check_starts, find_bases, open_targets, recipe
 
 AT_ONCE = 32  # micro-batches on each rank, or greedy answers, after which what is done is kept
-LESS_LEDGER = "what is done is kept, and the same command goes on from there. It needs a smaller --ledger_memory"
-LESS = ("what is done is kept, and the same command goes on from there. It needs a smaller --max_tokens, or --bf16, or "
-        "to be without --gradients or --risers")
+GOES_ON = "what is done is kept, and the same command goes on from there"
+ADVICE = f"{GOES_ON}. It needs a smaller --max_tokens, or --bf16, or to be without --gradients or --risers"
+LEDGER_ADVICE = f"{GOES_ON}. It needs a smaller --ledger_memory"
 
 
 def main(argv: list[str]) -> None:
     with Stop() as stop, distributed.process_as_it_was(), distributed.lost_peers_named():
-        stop.advice = lambda: "; what is done is kept, and the same command goes on from there"
+        stop.advice = lambda: f"; {GOES_ON}"
         distributed.meet()
         score(argv)
 
@@ -78,7 +80,7 @@ def score(argv: list[str]) -> None:
         compared |= {f"responses of data set {data.name} that hash to": data.hash[:8] for data in datasets}
     device = open_device(args.local_rank, args.gpu_id)
     if args.ledger or args.ledger_rows:
-        with shortage_named("the ledger", less=LESS_LEDGER):
+        with shortage_named("the ledger", advice=LEDGER_ADVICE):
             lines = make_ledger(checkpoints, datasets, args, device, folder)
         return distributed.say("\n".join(filter(None, [*lines, ledger_after(folder), page_after(folder)])))
     from nanodpo.model.ulysses import ranks_of_a_batch  # slow to import, with transformers' models
@@ -138,7 +140,7 @@ def score_part(opened: Opened, start: Opened | None, work: Work, parts: Parts, m
     parallel = opened.module.parallel
     rank, world = (number // parallel.size for number in distributed.rank_and_world())  # of micro-batches
     missing = {"scores": work.missing(*FORWARD), "gradients": work.missing("gradients")}  # {index: results}
-    groups, tokens = work.missing_groups(), work.missing("tokens")
+    groups, with_tokens = work.missing_groups(), work.missing("tokens")
     tasks = [("scores", indices) for indices in batches(groups, max_tokens)]
     start_sets = work.start_sets(parts) if tasks else None
     tasks += [("gradients", [i]) for i in missing["gradients"]]  # a backward pass for each response, so one row at once
@@ -146,7 +148,7 @@ def score_part(opened: Opened, start: Opened | None, work: Work, parts: Parts, m
         mine = {}
         for kind, indices in tasks[first : first + AT_ONCE * world][rank::world]:
             if kind == "scores":
-                mine |= score_groups(opened, start, work, {i: groups[i] for i in indices}, tokens, start_sets)
+                mine |= score_groups(opened, start, work, {i: groups[i] for i in indices}, with_tokens, start_sets)
             else:
                 mine |= score_gradients(opened, work, *indices)
             bar.update(world * sum(kind == "scores" or i not in missing["scores"] for i in indices))
@@ -156,12 +158,12 @@ def score_part(opened: Opened, start: Opened | None, work: Work, parts: Parts, m
 
 
 @torch.no_grad()
-def score_groups(opened: Opened, start: Opened | None, work: Work, groups: dict[int, Group], tokens,
-                 start_sets: dict | None) -> dict:
+def score_groups(opened: Opened, start: Opened | None, work: Work, groups: dict[int, Group],
+                 with_tokens: Container[int], start_sets: dict | None) -> dict:
     """{("scores", index): {table: lines}} of the responses in these groups, {index: group}: one forward pass.
 
-    `start` is step 0 of the run, where risers are missing. `tokens` are the indices for which every token's numbers
-    are kept. `start_sets` has the plausible tokens of the run's start; None where this is the start, or where there is
+    `start` is step 0 of the run, where risers are missing. `with_tokens`: indices for which every token's numbers are
+    kept. `start_sets` has the plausible tokens of the run's start; None where this is the start, or where there is
     none.
     """
     data, sequences = work.data, [(i, kind) for i, (_, responses) in groups.items() for kind in responses]  # S of them
@@ -194,7 +196,7 @@ def score_groups(opened: Opened, start: Opened | None, work: Work, groups: dict[
     found = {}
     for i, (_, responses) in groups.items():
         lines = describe(data.key_of(i), responses, {kind: measured[i, kind] for kind in responses}, data.token_texts,
-                         i in tokens)
+                         i in with_tokens)
         found["scores", i] = lines | {"plausible": [own[i, kind] for kind in responses if own]}
     return found
 
@@ -204,7 +206,7 @@ def score_gradients(opened: Opened, work: Work, i: int) -> dict:
     """{("gradients", i): {table: lines}} of a pair: products of the gradients of its two sides by the LoRA weights."""
     example, (prompt, responses) = work.data.examples[i], work.data.groups[i]
     with shortage_named(f"the gradients under {opened.checkpoint.path}", [example]):
-        batch = LAYOUTS[opened.layout]([(prompt, [responses[side] for side in PAIR])]).to(opened.device)
+        batch = LAYOUTS[opened.layout]([(prompt, [responses[side] for side in SIDES])]).to(opened.device)
         # Of (2,): log pi(y|x) of both sides.
         products = gradient_products(opened.module(batch), opened.trained, opened.module.parallel.sum)
     return {("gradients", i): {"gradients": [{"row": example.row} | products]}}
@@ -236,10 +238,10 @@ def answer_greedily(opened: Opened, data: ResponseSet, prompts: list[list[int]],
     return [found[i % world][i // world] for i in range(len(prompts))]
 
 
-def shortage_named(where: str, examples=(), less: str = LESS):
+def shortage_named(where: str, examples=(), advice: str = ADVICE):
     """Names the rank and the rows for which memory was short, and what to change."""
     rows = (lambda: memory.describe(examples)) if examples else None
-    return memory.shortage_named(distributed.rank_and_world()[0], where, rows, less)
+    return memory.shortage_named(distributed.rank_and_world()[0], where, rows, advice)
 
 
 def report(folder: Path, checkpoints: list[Checkpoint], work: list[Work], parts: Parts) -> None:

@@ -19,7 +19,6 @@ import torch
 from nanodpo import progress
 from nanodpo.core.losses import loss_divisor, needs_reference, pair_losses
 from nanodpo.core.packing import make_batch, pair_lengths, scored_places, total_tokens
-from nanodpo.data.example import SIDES
 from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
 from nanodpo.errors import Preempted, RunStopped, leave, run_script
 from nanodpo.figures.after import draw_run_after, is_drawn
@@ -72,10 +71,11 @@ def build(start: Start, stop: Stop) -> Run:
         model, hashes, reference_model, reference_hashes = load_models(start)
     distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
     with memory.shortage_named(rank, "loading the model"):
-        built = make_engine(model, args, start.settings, device, start.longest)
+        engine, layout, attention = make_engine(model, args, start.settings, device, start.longest)
     torch.manual_seed(args.seed + rank)  # dropout's, with --allow_dropout
-    return Run(**vars(start), **vars(built), stop=stop, start_hashes=hashes, reference_hashes=reference_hashes,
-               reference_model=reference_model, device=device, world=world, rank=rank)
+    return Run(**vars(start), stop=stop, start_hashes=hashes, reference_hashes=reference_hashes,
+               reference_model=reference_model, engine=engine, layout=layout, attention=attention, device=device,
+               world=world, rank=rank)
 
 
 def train(run: Run) -> None:
@@ -130,7 +130,7 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     """
     args, engine, examples, began = run.args, run.engine, run.train_set.examples, time.perf_counter()
     pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step, run.row_starts)  # their indices
-    sides = SIDES[:1] if args.loss == "sft" else SIDES  # SFT trains on chosen alone
+    sides = run.trained_sides  # chosen and rejected; for SFT chosen alone
     # A step's loss is the sum of its pairs' losses, each times the weight of its row, divided by this number: the sum
     # of these weights, which are 1 without a column `weight`; for sft of weight times the scored tokens of chosen.
     divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs],
@@ -182,12 +182,17 @@ def update(engine) -> tuple[float, bool]:
     if engine.zero_optimization_stage():  # 2 in ds_config.json
         engine.step()  # with check_grad_overflow it makes no update where the norm is not finite
         return float(engine.get_global_grad_norm()), engine.was_step_applied()
-    # Without ZeRO DeepSpeed returns no norm, and would take a step of NaN.
+    # Without ZeRO DeepSpeed returns no norm, and would take a step of NaN. After the last backward pass every rank has
+    # the whole gradient, so its own norm is that of all.
     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms)).item()
-    engine.step() if math.isfinite(norm) else engine.zero_grad()
-    return norm, math.isfinite(norm)
+    applied = math.isfinite(norm)
+    if applied:
+        engine.step()
+    else:
+        engine.zero_grad()
+    return norm, applied
 
 
 def skip_or_stop(run: Run, why: str) -> None:

@@ -74,15 +74,16 @@ def wilson(hits: np.ndarray, problems) -> tuple[float, float]:
     >>> [round(float(value), 3) for value in wilson(np.array([0.0, 0.0, 1.0, 1.0]), ["a", "b", "c", "d"])]
     [0.5, 0.35]
     """
-    p, n = hits.mean(), len(hits) * worth(hits, problems)
+    p, n = hits.mean(), len(hits) * effective_share(hits, problems)
     centre, reach = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + (Z / (2 * n)) ** 2)
     return centre / (1 + Z * Z / n), reach / (1 + Z * Z / n)
 
 
-def worth(values: np.ndarray, problems) -> float:
-    """How much a row counts, at most 1, for a row of a problem of its own: of a share, the variance that independent
-    rows would have by the one over problems, and fewer degrees of freedom (Korn & Graubard, Survey Methodology 24).
-    Where all values are equal nothing is known, and a problem counts as one row."""
+def effective_share(values: np.ndarray, problems) -> float:
+    """The effective number of rows divided by their number, at most 1: for a share of rows, of which several may be of
+    one problem. The inverse of the design effect, the variance over problems divided by that of independent rows,
+    corrected for fewer degrees of freedom (Korn & Graubard, Survey Methodology 24). Where all values are equal nothing
+    is known of it, and a problem counts as one row."""
     n, (sem, count) = len(values), problem_error(values, problems)
     if count in (n, 1):
         return 1.0

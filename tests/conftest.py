@@ -80,7 +80,7 @@ def launch(*arguments, ranks: int = 1, launcher: str = "python", check: bool = T
     """Runs a script as a user would ("python", which is torchrun for several ranks, "deepspeed", "torchrun"), or by
     "fork". Returns the finished process, its output as text; of forks both kinds of it in both."""
     if launcher == "fork":
-        codes, said = fork(*arguments, ranks=ranks, cwd=cwd)
+        codes, said = forked(*arguments, ranks=ranks, cwd=cwd)
         done = subprocess.CompletedProcess(arguments, max(codes), said, said)
     else:
         port = str(20000 + (os.getpid() * 7 + next(NUMBERS) * 13) % 20000)  # side by side with other test processes
@@ -108,7 +108,7 @@ def fork_server() -> tuple[subprocess.Popen, Path]:
     return server, Path(folder.name)
 
 
-def fork(*arguments, ranks: int = 1, cwd=ROOT) -> tuple[list[int], str]:
+def forked(*arguments, ranks: int = 1, cwd=ROOT) -> tuple[list[int], str]:
     """A script on ranks that are forks, which start ten times as fast: exit codes by rank, and what all printed. It
     draws figures, and makes a page, only where its flags have --draw."""
     server, folder = fork_server()
@@ -116,11 +116,6 @@ def fork(*arguments, ranks: int = 1, cwd=ROOT) -> tuple[list[int], str]:
     server.stdin.write(json.dumps([[str(x) for x in arguments], ranks, str(log), str(cwd)]) + "\n")
     server.stdin.flush()
     return json.loads(server.stdout.readline()), log.read_text()
-
-
-@pytest.fixture(scope="session")
-def forked():
-    return fork
 
 
 def train(tiny: Path, output: Path, *flags, model: str = "model", launcher: str = "fork", **how) -> list[dict]:

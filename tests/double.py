@@ -13,13 +13,13 @@ from nanodpo.model import ready
 from nanodpo.model.sharding import cast
 from nanodpo.run import engine
 
-PREPARE = ready.prepare
+MAKE_READY = ready.make_ready
 
 
-def prepare(model, *args, **kwargs):
+def make_ready(model, *args, **kwargs):
     for weight in model.double().parameters():  # which leaves the parts that ranks share as they are
         cast(weight, torch.float64)
-    return PREPARE(model, *args, **kwargs)
+    return MAKE_READY(model, *args, **kwargs)
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
 
     DeepSpeedEngine._DeepSpeedEngine__check_params = lambda *args: None  # that all are float32
     CPU_Accelerator.supported_dtypes = lambda *args: [torch.float64]
-    engine.prepare = ready.prepare = prepare
+    engine.make_ready = ready.make_ready = make_ready
     script = importlib.import_module(sys.argv.pop(1))
     with KeepDouble():
         leave(run_script(script.main))

@@ -25,10 +25,10 @@ def compare(run):
             for row in micro_batches_of(pairs_of_step(n, run.pairs_per_step, run.args.seed, step), 1, run.rank,
                                         run.world)]
     trained = torch.zeros_like(run.ref)
-    for indices, weight in rows:
+    for indices, factor in rows:
         with reference_policy(run.engine.module.model, adapter_off=True):
-            again[indices] += weight * score(run, indices)
-        trained[indices] += weight * score(run, indices)
+            again[indices] += factor * score(run, indices)
+        trained[indices] += factor * score(run, indices)
     again, trained = sum_over_ranks(again), sum_over_ranks(trained)
     if run.rank == 0:
         result = {"largest_difference": (again - run.ref).abs().max().item(),

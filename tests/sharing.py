@@ -64,12 +64,12 @@ def check(family: str, lora: bool, size: int, name: str) -> None:
     module.parallel = ulysses.ranks_of_a_batch(size)
     (model.get_base_model() if lora else model).set_attn_implementation(ulysses.shared(name, size))
     mine = micro_batches_of([*range(len(GROUPS))], 2, rank // size, world // size)
-    for indices, weight in mine:
+    for indices, factor in mine:
         batch = pack([GROUPS[i] for i in indices])
         tokens = module.token_logps(batch)
         assert (tokens - torch.cat([t for i in indices for t in truth[i]])).abs().max() < 1e-11, family
         sums = module(batch).split([len(GROUPS[i][1]) for i in indices])
-        (weight * sum(map(loss_of, sums))).backward()
+        (factor * sum(map(loss_of, sums))).backward()
     found = gradients(model)
     assert found.keys() == expected.keys() and len(found) > 3
     for key, gradient in found.items():  # DeepSpeed's mean over ranks, times their number

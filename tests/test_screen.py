@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT, environment, launch, train
+from conftest import ROOT, environment, forked, launch, train
 
 import plot
 import score
@@ -292,7 +292,7 @@ def test_only_rank_0_says_how_far_it_is(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("work: 1 of 5 items, ")
 
 
-def test_every_work_that_may_be_long_says_how_far_it_is(tiny, tmp_path, forked):
+def test_every_work_that_may_be_long_says_how_far_it_is(tiny, tmp_path):
     """Of train.py and of score.py: reading, the reference pass, steps, evaluation; scoring and answering."""
     plan = json.dumps({"0": {"set": {"progress.EVERY": 0.0, "data.prepared.AT_ONCE": 4}}})
     given = [word for word in again(tiny, tmp_path / "run") if word not in ("--max_steps", 1)]

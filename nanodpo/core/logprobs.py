@@ -13,6 +13,7 @@ never below float32; sums over a response are float64: the order of 20,000 token
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,9 @@ from .packing import make_batch
 # (bench/head.py).
 CHUNK_BYTES = (256 if torch.cuda.is_available() else 64) * 2**20
 CAST_BLOCK = 2**24  # numbers of a bfloat16 output weight that are held in float32 at one time, on a CPU: 64 MiB
+# Where a logit less the largest may be -inf, this stands for it: its exp is 0, and 0 times it is 0 where 0 times -inf
+# would be NaN.
+LOWEST = -1e4
 
 
 class LogProbHead(nn.Module):
@@ -234,7 +238,7 @@ class SequenceLogProbs(nn.Module):
 
 
 @torch.no_grad()
-def response_logps(model, examples: list, sides: list[str], layout: str, device: torch.device) -> Tensor:
+def response_logps(model, examples: list, sides: Sequence[str], layout: str, device: torch.device) -> Tensor:
     """(P, R) float64: log pi(y|x) of each response, summed over its tokens, nats; without gradients.
     `model` is a SequenceLogProbs or DeepSpeed's engine around one."""
     batch, index = make_batch(examples, sides, layout, device)

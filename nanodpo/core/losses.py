@@ -78,13 +78,14 @@ def pair_weights(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Ten
 
     They say how hard a pair pushes its chosen response up and its rejected one down. With w of this function the
     gradient of a pair's loss by the model's parameters is -w_chosen grad(chosen) + w_rejected grad(rejected). For dpo
-    both are beta sigmoid(-beta m).
+    both are beta (sigmoid(-beta m) - label_smoothing).
 
     The loss is computed again, on numbers without a graph: a metric can't touch the graph that training needs, and an
     evaluation or score.py, which have none, call this function as training does.
     """
     with torch.enable_grad():
-        logps = logps.detach().clone().requires_grad_()
+        logps = logps.detach().requires_grad_()
+        # A pair's loss depends on its own log-probs alone, so the gradient of the sum has each pair's own slopes.
         (grads,) = torch.autograd.grad(pair_losses(loss, logps, ref, lengths, sft_weight).sum(), logps)
     return torch.cat([-grads[:, :1], grads[:, 1:]], 1) if "rejected" in inputs_of(loss) else -grads[:, :1]
 
@@ -121,6 +122,7 @@ def robust(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smooth
 
 def dpo_norm(chosen, rejected, ref_chosen, ref_rejected, lengths, beta: float) -> Tensor:
     """dpo of mean instead of summed log-probs: (P,). arXiv 2411.15124 (Tulu 3, with beta 5)."""
+    # Divided before the difference is taken, which no beta could do: each side has a length of its own.
     n_chosen, n_rejected = lengths.unbind(1)
     return dpo(chosen / n_chosen, rejected / n_rejected, ref_chosen / n_chosen, ref_rejected / n_rejected, beta)
 
@@ -143,6 +145,7 @@ def hinge(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
 def apo_zero(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
     """1 - sigmoid(beta (chosen - ref_chosen)) + sigmoid(beta (rejected - ref_rejected)): (P,). Eq. 7 of arXiv
     2408.06266; 1 where the policy is the reference. Chosen is pushed up and rejected down, each for itself."""
+    # 1 - sigmoid(x) is written as sigmoid(-x), which keeps its digits where sigmoid(x) rounds to 1.
     return torch.sigmoid(-beta * (chosen - ref_chosen)) + torch.sigmoid(beta * (rejected - ref_rejected))
 
 
@@ -171,6 +174,7 @@ def gate(chosen, rejected, ref_chosen, ref_rejected, lengths, beta: float, gate_
     """
     value = rejected.detach()
     g = torch.sigmoid(gate_slope * ((value / lengths[:, 1]).exp() - gate_threshold))
+    # value + g (rejected - value) has the value of rejected, and g times its gradient.
     return dpo(chosen, value + g * (rejected - value), ref_chosen, ref_rejected, beta)
 
 
@@ -178,10 +182,10 @@ def squared(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
     """-log sigmoid(beta (r(chosen) - r(rejected))) with r = u exp(-u) of u = logps - ref_logps: (P,).
 
     The divergence f(t) = (log t)^2 / 2 of arXiv 2602.06788 (SquaredPO): r is f' at t = pi / pi_ref, largest at u = 1.
-    So chosen is not pushed beyond e times its probability under the reference. Below u = -30 nats r goes on as a
-    straight line: exp(-u) would soon be infinite.
+    So chosen is not pushed beyond e times its probability under the reference. Below u = -30 nats r is
+    e^30 u, a straight line through 0 whose slope is 31 times smaller: exp(-u) would soon be infinite.
     """
-    def reward(u):
+    def reward(u):  # only its factor is held, so that the gradient of the worst responses is not 0
         return u * torch.exp(-u.clamp(min=-30))
 
     return -F.logsigmoid(beta * (reward(chosen - ref_chosen) - reward(rejected - ref_rejected)))
@@ -205,6 +209,7 @@ def orpo(chosen, rejected, lengths, beta: float) -> Tensor:
     2403.07691, beta being its lambda; odds = p / (1 - p) of p, the geometric mean of the tokens' probabilities.
     Needs no reference."""
     means = chosen / lengths[:, 0], rejected / lengths[:, 1]
+    # expm1(x) is exp(x) - 1 with all digits near x = 0, where 1 - exp(x) rounds to 0 and its logarithm is -inf.
     log_odds = [mean - torch.log(-torch.expm1(mean)) for mean in means]
     return -means[0] - beta * F.logsigmoid(log_odds[0] - log_odds[1])
 

@@ -11,6 +11,7 @@ take a packed batch gets the plain layout, `pad`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -147,14 +148,14 @@ def pad(groups: list[Group]) -> Batch:
 LAYOUTS = {"packed": pack, "plain": pad}
 
 
-def make_batch(examples: list, sides: list[str], layout: str, device: torch.device) -> tuple[Batch, Tensor]:
+def make_batch(examples: list, sides: Sequence[str], layout: str, device: torch.device) -> tuple[Batch, Tensor]:
     """(one forward pass for these sides of all pairs, in a layout of `LAYOUTS`, on `device`; (P, R): the numbers of
     each pair's responses among the S of the batch)."""
     groups, index = groups_of(examples, sides)
     return LAYOUTS[layout](groups).to(device), index.to(device, non_blocking=True)
 
 
-def groups_of(examples: list, sides: list[str]) -> tuple[list[Group], Tensor]:
+def groups_of(examples: list, sides: Sequence[str]) -> tuple[list[Group], Tensor]:
     """(groups, index) of pairs: prompts with the ids of these sides, and (P, R): where each pair's responses stand
     among the S of all groups. A pair is a group of its own. But a row of the data may list several answers, which
     gives several pairs: consecutive pairs of one row form one group, the prompt once and each answer once.
@@ -181,12 +182,12 @@ def groups_of(examples: list, sides: list[str]) -> tuple[list[Group], Tensor]:
     return groups, torch.tensor(index)
 
 
-def pair_lengths(examples: list, sides: list[str], device: torch.device | None = None) -> Tensor:
+def pair_lengths(examples: list, sides: Sequence[str], device: torch.device | None = None) -> Tensor:
     """(P, R) float64: how many tokens of each response are scored."""
     counts = [[len(scored_places(getattr(example, side))) for side in sides] for example in examples]
     return torch.tensor(counts, dtype=torch.float64).to(device, non_blocking=True)
 
 
-def total_tokens(examples: list, sides: list[str]) -> int:
+def total_tokens(examples: list, sides: Sequence[str]) -> int:
     """Prompts and these sides' responses, together; what several pairs of a row share counts once."""
     return sum(len(prompt) + sum(map(len, responses)) for prompt, responses in groups_of(examples, sides)[0])

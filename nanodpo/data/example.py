@@ -85,8 +85,14 @@ class Example:
         if not isinstance(self.chosen, PartlyScored):
             return self
         scored = self.chosen.scored
-        start = max(place for place, before in zip(scored, [-1, *scored]) if place == 0 or place - 1 != before)
+        # The last answer begins at the last scored place that does not follow another one.
+        start = max(place for place, before in zip(scored, [-2, *scored]) if place - 1 != before)
         return dataclasses.replace(self, prompt=self.prompt + self.chosen[:start], chosen=self.chosen[start:])
+
+
+def trained_sides(loss_name: str) -> tuple[str, ...]:
+    """The sides of a pair on which a loss of this name trains: SFT on chosen alone."""
+    return SIDES[:1] if loss_name == "sft" else SIDES
 
 
 def row_starts(examples: list[Example]) -> tuple[int, ...] | None:

@@ -70,5 +70,5 @@ def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, kind: s
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    done = (step - warmup_steps) / (steps - warmup_steps)
     return peak * {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[kind]

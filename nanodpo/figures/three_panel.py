@@ -35,7 +35,7 @@ from .noise import Marks, Noise
 ROLES = {"forward": ("F", "#0072B2"), "reverse": ("R", "#E69F00"), "mixed": ("M", "#000000"), "dpo": ("DPO", "#D55E00")}
 MARKERS = "os^"
 ZERO = {"color": GREY, "linewidth": 0.6, "linestyle": "-"}
-SIDES = {"chosen": {"linestyle": "-"}, "rejected": {"linestyle": (0, (3, 1.2)), "markerfacecolor": "white"}}
+STYLES = {"chosen": {"linestyle": "-"}, "rejected": {"linestyle": (0, (3, 1.2)), "markerfacecolor": "white"}}
 
 
 Key = tuple[str, str, str]  # of a curve: role, data set, and chosen, rejected or gap
@@ -52,8 +52,8 @@ def three_panel_figure(curves: pandas.DataFrame, roles: dict[str, list[str]], te
     y+ - y- of everything on everything, where `focus` gets a quarter of the height. Curves that a csv lacks are left
     out, and so is a panel without any. `noise` is that of each run in bfloat16.
     """
-    plan = {"a": [(role, test, side) for role, test in zip(("forward", "reverse"), tests) for side in SIDES],
-            "b": [(role, tests[2], side) for role in ("mixed", "dpo") for side in SIDES],
+    plan = {"a": [(role, test, side) for role, test in zip(("forward", "reverse"), tests) for side in STYLES],
+            "b": [(role, tests[2], side) for role in ("mixed", "dpo") for side in STYLES],
             "c": [(role, test, "gap") for role in ROLES for test in tests]}
     wanted = [key for keys in plan.values() for key in keys if roles[key[0]]]
     seeds = {key: found for key in wanted if (found := _seeds(curves, *key, roles[key[0]], noise or {})) is not None}
@@ -139,7 +139,7 @@ def _panels(columns: int, ratios: dict[str, float]):
 def _draw(ax, curve: pandas.DataFrame, role: str, number: int, test: str, side: str, phases: list,
           marks: Marks) -> None:
     """A role's curve on the test set of this number; with `phases`, in its own."""
-    look = {"color": ROLES[role][1], "marker": MARKERS[number]} | SIDES.get(side, {"linestyle": "-"})
+    look = {"color": ROLES[role][1], "marker": MARKERS[number]} | STYLES.get(side, {"linestyle": "-"})
     if phases:
         names = [name for name, *_ in phases]
         i = names.index("DPO" if role == "dpo" else "SFT")
@@ -171,7 +171,7 @@ def _legend(fig, seeds: dict[Key, pandas.DataFrame], tests: list[str], shaded: s
     handles = [Line2D([], [], color=ROLES[role][1], label=label) for role, label in zip(
         ROLES, ("SFT forward", "SFT reverse", "SFT mixed", "DPO")) if role in roles]
     handles += [Line2D([], [], color=GREY, marker="o", label=label, **look)
-                for (side, look), label in zip(SIDES.items(), ("$y^+$, chosen", "$y^-$, rejected")) if side in sides]
+                for (side, look), label in zip(STYLES.items(), ("$y^+$, chosen", "$y^-$, rejected")) if side in sides]
     handles += [Line2D([], [], color=GREY, marker=marker, linestyle="", label=wrap(f"on {test}"))
                 for marker, test in zip(MARKERS, tests) if test in there]
     handles += [Patch(color=GREY, **INTERVAL, label=plain(shaded))] if shaded else []

@@ -104,8 +104,8 @@ def curves(ax, run: str, lines: list[dict], name: str, look: dict, training: dic
         dots = {"marker": ".", "markevery": alone} if alone else {"marker": ""}
         ax.plot(*zip(*trained), **look | (POINTS if reach else training | dots), label=f"{run} {name}")
         if reach:
-            ax.plot(*average(trained, reach), **look | {"marker": ""} | training | {"alpha": 0.7} if training else
-                    look | {"marker": ""}, label=f"{run} {name}, average")
+            faint = training | {"alpha": 0.7} if training else {}
+            ax.plot(*average(trained, reach), **look | {"marker": ""} | faint, label=f"{run} {name}, average")
     if held_out:
         ax.plot(*zip(*held_out), **look | PROMINENT, label=f"{run} eval_{name}")
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.logprobs import response_logps
 from ..core.losses import loss_divisor, needs_reference, pair_losses, pair_weights
 from ..core.packing import LAYOUTS, make_batch, pair_lengths, scored_places
-from ..data.example import SIDES, Example, row_starts
+from ..data.example import SIDES, Example, row_starts, trained_sides
 from ..data.mixing import read_weights
 from ..data.schedule import learning_rate, pairs_of_step
 from ..errors import UserError
@@ -76,8 +76,8 @@ class History:
         return AdamW(a.adam_beta1, a.adam_beta2, a.adam_epsilon, a.max_grad_norm, a.weight_decay)
 
     @property
-    def sides(self) -> list[str]:
-        return SIDES[:1] if self.args.loss == "sft" else SIDES
+    def sides(self) -> tuple[str, ...]:
+        return trained_sides(self.args.loss)
 
     def open(self, step: int) -> None:
         """Loads the weights that step `step` began with."""
@@ -127,7 +127,7 @@ class History:
                 ref[indices] = response_logps(opened.module, here, SIDES, opened.layout, opened.device).cpu()
         return ref
 
-    def _logps(self, indices: list[int], sides: list[str]) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _logps(self, indices: list[int], sides: Sequence[str]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probs (P, R) of these sides of examples with their graph, the reference's of both (P, 2), lengths (P, R).
         """
         opened = self.opened

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..scoring.datasets import ResponseSet
 from ..scoring.responses import batches
 
-KINDS = ("chosen", "rejected", "other")
+DEFAULT_KINDS = ("chosen", "rejected", "other")
 
 
 class Probe(NamedTuple):
@@ -40,13 +40,13 @@ class Probes:
 def make_probes(datasets: list[ResponseSet], kinds: list[str] | None, rows: int, single: list[int],
                 max_tokens: int) -> Probes:
     """The mean over the first `rows` rows of each data set, and the rows `single` by themselves, for these kinds of
-    responses (None: KINDS, as far as the data have them). Raises UserError for a row that no data set has."""
+    responses (None: DEFAULT_KINDS, as far as the data have them). Raises UserError for a row that no data set has."""
     probes = Probes([], [])
     for data in datasets:
         ones = [[i] for i, example in enumerate(data.examples) if example.row in single]
         for indices in [[*range(min(rows, len(data.groups)))], *ones]:
             row = data.examples[indices[0]].row if indices in ones else None
-            for kind in kinds or KINDS:
+            for kind in kinds or DEFAULT_KINDS:
                 having = [i for i in indices if kind in data.groups[i][1]]
                 if having:
                     _add(probes, Probe(data.name, row, kind, len(having)), [data.groups[i] for i in having], max_tokens)

@@ -10,7 +10,7 @@ from .history import History
 from .probes import Probe
 from .sweeps import DECAY, Found
 
-SIDES = ("chosen", "rejected", "weight_decay")
+SOURCES = ("chosen", "rejected", "weight_decay")
 PAIR = ["pair", "chosen_answer", "rejected_answer"]  # the row, and the numbers of the answers in its lists
 WORST = 3  # pairs that are named
 UNRELIABLE = 0.05  # of the change a residual, and of all that the steps moved what they moved otherwise than foreseen
@@ -31,7 +31,7 @@ def to_table(history: History, probes: list[Probe], found: Found) -> pandas.Data
         table = pandas.DataFrame({
             "run": history.run, "dataset": probe.dataset,
             "row": pandas.array([probe.row] * len(step), dtype="Int64"), "response": probe.response, "step": step,
-            **names, "side": np.array(SIDES)[side], "share": found.lines["share"][:, m].numpy(),
+            **names, "side": np.array(SOURCES)[side], "share": found.lines["share"][:, m].numpy(),
             "effect": found.lines["effect"][:, m].numpy()})
         tables.append(table.iloc[order])
     return pandas.concat(tables, ignore_index=True)
@@ -45,7 +45,7 @@ def to_record(history: History, probes: list[Probe], found: Found) -> list[dict]
     records = []
     for m, probe in enumerate(probes):
         start, end = found.levels[[0, -1], m].tolist()
-        parts = {name: lines[side == i, m].sum().item() for i, name in enumerate(SIDES) if (side == i).any()}
+        parts = {name: lines[side == i, m].sum().item() for i, name in enumerate(SOURCES) if (side == i).any()}
         rest = end - start - sum(parts.values())
         moved, sizes = found.levels[:, m].diff(), lines[side != DECAY, m].abs()
         first = found.lines["step"][side != DECAY] == found.lines["step"].min()

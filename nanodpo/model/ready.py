@@ -9,20 +9,25 @@ from .quantised import multiply_dequantised
 from .sharding import gather_in_forward, is_sharded
 
 
-def prepare(model: nn.Module, bf16: bool, device: torch.device, in_place: bool = True) -> torch.dtype:
-    """Sets the precision of a model that was loaded in the dtype of `storage_dtype`, and exchanges the layers that
-    compute the same with less. `in_place` as in `layers.fuse_lora`. Returns the dtype of matrix products."""
-    from . import layers  # slow to import, with transformers' models
-
+def make_ready(model: nn.Module, bf16: bool, device: torch.device, in_place: bool = True) -> torch.dtype:
+    """Sets the precision of a model that was loaded in the dtype of `storage_dtype`, and exchanges its layers.
+    `in_place` as in `layers.fuse_lora`. Returns the dtype of matrix products."""
     product = product_dtype(bf16, device)
     if bf16:
         mix_precision(model, product)
+    exchange_layers(model, device, in_place)
+    return product
+
+
+def exchange_layers(model: nn.Module, device: torch.device, in_place: bool = True) -> None:
+    """Puts layers that compute the same with less in the place of the model's own."""
+    from . import layers  # slow to import, with transformers' models
+
     multiply_dequantised(model)
     layers.fuse_lora(model, in_place)
     layers.keep_less(model)
     if device.type == "cuda":
         layers.fuse_norms(model)
-    return product
 
 
 def freeze(model: nn.Module, bf16: bool, device: torch.device, longest: int, parallel: OneRank,
@@ -32,7 +37,7 @@ def freeze(model: nn.Module, bf16: bool, device: torch.device, longest: int, par
     `settings`: DeepSpeed's, for a model whose weights the ranks share."""
     from . import selfcheck  # slow to import, with transformers' models
 
-    product = prepare(model, bf16, device, in_place=not is_sharded(model))
+    product = make_ready(model, bf16, device, in_place=not is_sharded(model))
     model.requires_grad_(False)
     module = SequenceLogProbs(model).to(device).eval()
     module.parallel = parallel

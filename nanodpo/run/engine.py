@@ -1,7 +1,6 @@
 """The DeepSpeed engine around the log-prob module."""
 
 import contextlib
-import dataclasses
 import functools
 from unittest import mock
 
@@ -9,35 +8,30 @@ import torch
 
 from ..core.logprobs import SequenceLogProbs
 from ..errors import UserError
-from ..model.ready import prepare
+from ..model.ready import make_ready
 from ..model.sharding import is_sharded, shape_of, stage_of
 from ..ranks import distributed
 from . import memory
 
 
-@dataclasses.dataclass
-class Built:
-    """DeepSpeed's engine around a SequenceLogProbs, and how batches are made for it."""
+def make_engine(model, args, settings: dict, device, longest: int) -> tuple:
+    """(DeepSpeed's engine around a SequenceLogProbs, the layout of its batches, the name of its attention).
 
-    engine: object
-    layout: str  # of core/packing.py
-    attention: str  # its name, as transformers knows it
-
-
-def make_engine(model, args, settings: dict, device, longest: int) -> Built:
-    """The engine of a run, its model prepared: precision, LoRA in one product, MLPs that keep less, recomputation, and
-    the layout that gives this model's own log-probs. `longest`: tokens of the longest sequence."""
+    The model is made ready: precision, LoRA in one product, MLPs that keep less, recomputation; the layout is one that
+    gives this model's own log-probs. `longest`: tokens of the longest sequence.
+    """
     import deepspeed  # all slow to import, and --help and wrong input don't need them
 
     from ..model import selfcheck, ulysses
     from ..model.recompute import FitToMemory, Recompute, sample_batch
 
     stage = stage_of(settings)
-    product_dtype = prepare(model, args.bf16, device, in_place=stage < 3)
+    product_dtype = make_ready(model, args.bf16, device, in_place=stage < 3)
     if args.gradient_checkpointing or args.activation_memory:
         recompute = Recompute(model, stage)
-        recompute.use("full")
+        recompute.use("full")  # until FitToMemory has measured what fits
     trained = [p for p in model.parameters() if p.requires_grad]
+    # As in transformers, weight decay shrinks matrices, and no norms and biases.
     groups = [{"params": [p for p in trained if len(shape_of(p)) > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if len(shape_of(p)) <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate,
@@ -61,7 +55,7 @@ def make_engine(model, args, settings: dict, device, longest: int) -> Built:
                           budget * module.parallel.size)
         module.register_forward_pre_hook(fit.before_forward)
         distributed.say(f"activations: {memory.gib(budget)}; {fit}")
-    return Built(engine, layout, attention)
+    return engine, layout, attention
 
 
 def import_muon() -> None:

@@ -100,7 +100,7 @@ def check_start(means: dict[str, float], gap: float, bf16: bool, cache_dir: str)
     """Raises RunStopped where the policy of step 0 isn't its reference: they are one model then, and their
     micro-batches are the same. `gap`: by how much their log-probs differ, nats a token."""
     # Far above what rounding does to a token's mean, and to a step's mean margin; far below what dropout does.
-    if gap > (1e-3 if bf16 else 1e-4) or abs(means.get("rewards/margins", 0.0)) > 0.01:
+    if gap > (1e-3 if bf16 else 1e-4) or abs(means["rewards/margins"]) > 0.01:
         raise RunStopped(
             f"step 0: policy and reference should be equal, but their log-probs differ by {gap:.2g} nats a token (loss "
             f"{means['loss']:.4f}, rewards/margins {means['rewards/margins']:.4f}). Likely causes: dropout, cached "

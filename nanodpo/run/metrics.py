@@ -53,7 +53,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.logprobs import sum_by_sequence
+from ..core.logprobs import LOWEST, sum_by_sequence
 from ..core.losses import pair_weights
 from ..core.packing import Batch
 from ..data.example import SIDES
@@ -111,9 +111,11 @@ class TokenMetrics:
         # A target's log-prob is its logit less lse: the same subtraction, bit by bit, where its logit is the largest.
         found = {"mean_token_accuracy": chunk.logps == chunk.top - chunk.lse}
         if self.needs_logits:
-            mean = torch.linalg.vecdot(chunk.exps, z.clamp_(min=-1e4)) / chunk.total  # 0 times -inf would be NaN
+            # logsumexp(z) - E[z], which stays as it is where one number, the largest logit, is taken from all z.
+            mean = torch.linalg.vecdot(chunk.exps, z.clamp_(min=LOWEST)) / chunk.total
             found["entropy"] = chunk.total.log() - mean
         elif d_hidden is not None and self.linear and d_hidden.dtype != torch.bfloat16:
+            # In float64: products of both signs, of which the sum may be small beside them.
             found["entropy"] = (hidden.double() * d_hidden).sum(1) - chunk.logps
         self.parts.append(found)
 
@@ -137,13 +139,14 @@ class Meter:
     def add(self, values: dict[str, Tensor | tuple[Tensor, Tensor]], factor: float) -> None:
         """(P,) values by name; of a mean over tokens (P,) sums and (P,) numbers of tokens. `factor` is 1, or 0 for a
         micro-batch that is a repeat (data/schedule.py)."""
-        for name, value in values.items():
+        for name, value in values.items():  # the factor is in both sums, so a repeat changes no mean
             value, count = (value[0], value[1].sum()) if isinstance(value, tuple) else (value, len(value))
             self.sums[name] = self.sums.get(name, 0.0) + factor * value.sum()
             self.counts[name] = self.counts.get(name, 0.0) + factor * count
 
     def means(self) -> dict[str, float]:
         """Every name's mean over the pairs of all ranks, or over their tokens. The same on every rank."""
+        # All names in one sum over the ranks: one wait for the others, and for the GPU, however many metrics there are.
         both = [torch.as_tensor(value, dtype=torch.float64, device=self.device)
                 for values in (self.sums, self.counts) for value in values.values()]
         sums, counts = sum_over_ranks(torch.stack(both)).view(2, -1).tolist()
@@ -154,7 +157,7 @@ def peak_gib(device: torch.device) -> float:
     """Peak memory of this rank so far, GiB: of the GPU, or of the process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts it in KiB
 
 
 def write_line(file: Path, line: dict) -> None:

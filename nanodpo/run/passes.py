@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -27,7 +28,7 @@ from .lifecycle import disk_needed, write_line
 from .start import Run
 
 
-def logps_of(run: Run, examples: list[Example], sides: list[str], where: str, model=None,
+def logps_of(run: Run, examples: list[Example], sides: Sequence[str], where: str, model=None,
             layout: str = "") -> torch.Tensor:
     """(P, R) summed log-probs of these sides, nats, without gradients. Raises RankStopped, which names the rows, where
     the memory is too small; `where` names the pass. `model`: a SequenceLogProbs with its layout, in place of the
@@ -118,8 +119,9 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
                    # Stage 3 has matrix products of its own, which round otherwise.
                    "zero": stage, "device": distributed.device_name(run.device), "versions": record.versions()}
     if run.device.type == "cuda":
+        # The text stands for a way to compute: norms in several passes rounded otherwise.
         fingerprint |= {"on a GPU": ["norms in one pass", args.deterministic]}
-    if args.sequence_parallel_size > 1:  # so do products of parts of a batch
+    if args.sequence_parallel_size > 1:  # products of parts of a batch round otherwise, too
         fingerprint |= {"ranks that share a batch": args.sequence_parallel_size}
     if args.bf16:  # its rounding depends on what else is in the micro-batch
         # How many ranks share them changes none: evaluation cuts its pairs in order, a micro-batch is `batch` of them.
@@ -208,7 +210,7 @@ def dry_run(run: Run) -> None:
     """Runs the longest micro-batch forward and backward, with an update, and prints memory, time and disk. Writes
     nothing.
     """
-    args, sides = run.args, SIDES[:1] if run.args.loss == "sft" else SIDES
+    args, sides = run.args, run.trained_sides
     longest = sorted(run.train_set.examples, key=lambda example: -total_tokens([example], sides))
     examples = longest[: args.per_device_train_batch_size]
     groups = [groups_of([example], sides)[0][0] for example in examples]  # nothing shared: no micro-batch takes more

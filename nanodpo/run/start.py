@@ -13,7 +13,7 @@ import torch
 
 from ..core.losses import needs_reference
 from ..data import inspection
-from ..data.example import row_starts
+from ..data.example import row_starts, trained_sides
 from ..data.mixing import read_weights
 from ..data.places import name_splits
 from ..data.schedule import steps_of
@@ -105,6 +105,10 @@ class Run(Start):
     def __exit__(self, *error) -> None:
         if self.lock:  # a notebook's process goes on, and may go on with this run
             self.lock.close()
+
+    @functools.cached_property
+    def trained_sides(self) -> tuple[str, ...]:
+        return trained_sides(self.args.loss)
 
     @functools.cached_property
     def data_rank(self) -> int:

@@ -15,7 +15,8 @@ DERIVED = {"argmax_mass": lambda measures: np.exp(measures["argmax_logps"]),
            "accuracy": lambda measures: measures["rank"] == 1}
 
 
-def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict], token_texts, tokens: bool) -> dict:
+def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict], token_texts,
+             with_tokens: bool) -> dict:
     """{table: lines} of one row; of "tokens" and "risers", where asked for, a table a response. `row` has the columns
     that tell it from others, row and problem.
 
@@ -41,7 +42,7 @@ def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict],
         out["scores"].append(key | {"tokens": len(ids), "logps": logps} | whole)
         out["sections"] += [key | {"section": name, "tokens": len(part)} | mean
                             for (name, part), mean in zip(parts.items(), means)]
-        if tokens:
+        if with_tokens:
             out["tokens"].append(_token_table(key, ids, texts, measures))
         if "risers" in found[kind]:
             out["risers"].append(risers.table_of(key, found[kind]["risers"]))

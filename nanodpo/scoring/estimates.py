@@ -9,21 +9,22 @@ import math
 
 import pandas
 
-from ..stats import Z, problem_error, t_quantile, wilson, worth
+from ..stats import Z, effective_share, problem_error, t_quantile, wilson
 
 ROW = ["row", "problem"]
 
 
 def change(table: pandas.DataFrame, column: str, first, last) -> dict[str, float]:
-    """Of a column from step to step, row by row."""
+    """The mean change of a column from step `first` to `last`, row by row, in the column's unit."""
     return mean(differences(table, column, first, last))
 
 
 def change_of_share(table: pandas.DataFrame, column: str, first, last) -> dict[str, float]:
-    """Of a column of True and False, row by row: Agresti and Min's interval, which adds half a row to each of the four
-    cells of the table before by after, and so has a width where no row changed (Statistics in Medicine 24, 729)."""
+    """The change of the share of rows in which a column is True, from step `first` to `last`. With Agresti and Min's
+    interval, which adds half a row to each of the four cells of the table before by after, and so has a width where no
+    row changed (Statistics in Medicine 24, 729)."""
     values = differences(table.assign(**{column: table[column].astype(float)}), column, first, last)
-    each = worth(values.to_numpy(), _problems(values)) if len(values) else 1.0
+    each = effective_share(values.to_numpy(), _problems(values)) if len(values) else 1.0
     n, up, down = (each * count for count in (len(values), (values > 0).sum(), (values < 0).sum()))
     centre = (up - down) / (n + 2)
     reach = Z * math.sqrt(up + down + 1 - (up - down) ** 2 / (n + 2)) / (n + 2)
@@ -41,7 +42,8 @@ def mean(values: pandas.Series) -> dict[str, float]:
 
 
 def share(hits: pandas.Series) -> dict[str, float]:
-    """A share of rows; Wilson's interval (JASA 22, 1927) stays between 0 and 1 and has a width at either end."""
+    """The share of rows that are True. Wilson's interval (JASA 22, 1927) stays between 0 and 1 and has a width at
+    either end."""
     if hits.empty:
         return _count(hits)
     return _count(hits) | _interval(*wilson(hits.to_numpy(dtype=float), _problems(hits)), hits)

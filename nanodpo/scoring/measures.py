@@ -23,7 +23,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..core.logprobs import chunk_logps
+from ..core.logprobs import LOWEST, chunk_logps
 from ..core.packing import Batch
 
 # Of each token: the columns of tokens.parquet, where one token's log-prob is called logp, not logps.
@@ -32,7 +32,6 @@ TOKEN_MEASURES = ["logps", "entropy", "argmax_logps", "rank", "implausible_mass"
 # argmax_mass is the mean of exp(argmax_logps), and accuracy the share of tokens with rank 1.
 MEASURES = ["argmax_logps", "entropy", "argmax_mass", "implausible_mass", "implausible_mass_start", "accuracy"]
 IMPLAUSIBLE = 1e-3
-FLOOR = -1e4  # below it exp is 0 in any precision, and 0 times it is 0, where 0 times -inf would be NaN
 # Of the start: (N,) how many plausible tokens a place has, (N,) the probability of all others; (K,) the ids and (K,)
 # the probabilities of the plausible ones, one place after the other.
 Sets = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -75,7 +74,7 @@ def _measure(z: Tensor, p: Tensor, targets: Tensor, plausible: Sets | None, on_c
     found = {"logps": chunk.logps, "argmax_logps": chunk.top - chunk.lse, "rank": rank}
     if on_chunk:
         on_chunk(p)
-    found["entropy"] = -z.sub_(chunk.total.log()[:, None]).clamp_(min=FLOOR).mul_(p).sum(1)
+    found["entropy"] = -z.sub_(chunk.total.log()[:, None]).clamp_(min=LOWEST).mul_(p).sum(1)
     if plausible is None:
         place, ids = (p >= IMPLAUSIBLE).nonzero(as_tuple=True)
         plausible = place.bincount(minlength=len(p)), None, ids, p[place, ids]

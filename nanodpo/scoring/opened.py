@@ -15,13 +15,14 @@ from ..model.quantised import bits_of
 from ..model.ready import freeze
 from ..model.source import base_of
 from ..ranks import distributed, gpu
+from .runs import Checkpoint
 
 
 @dataclasses.dataclass
 class Opened:
     """A checkpoint, ready to be scored."""
 
-    checkpoint: object  # a runs.Checkpoint
+    checkpoint: Checkpoint
     made_of: tuple[str, dict | None, bool, int | None]  # the base, the shape of its adapter, bf16, bits
     module: SequenceLogProbs
     layout: str
@@ -74,7 +75,7 @@ class Opener:
         self.hashes: dict = {}  # of bases, by name and precision
         self.checked: set = set()  # runs and their bases
 
-    def open(self, checkpoint) -> Opened:
+    def open(self, checkpoint: Checkpoint) -> Opened:
         """Raises UserError for what can't be opened, naming it."""
         if self.last and self.last.checkpoint is checkpoint:
             return self.last
@@ -91,7 +92,7 @@ class Opener:
             contents.check()  # what was loaded is what the results will be kept as
         return self.last
 
-    def open_with_start(self, checkpoint, start) -> tuple[Opened, Opened]:
+    def open_with_start(self, checkpoint: Checkpoint, start: Checkpoint) -> tuple[Opened, Opened]:
         """A checkpoint and step 0 of its run, both at once. Raises UserError as `open`."""
         if not _only_lora((made := _made_of(start))[1]) or made != _made_of(checkpoint):
             self.starts = self.starts or Opener(self.device, False, self.longest, self.parallel)
@@ -102,7 +103,7 @@ class Opener:
         opened = self.open(checkpoint)
         return opened, dataclasses.replace(opened, checkpoint=start, module=StepZero(opened.module, adapter, values))
 
-    def _check_base(self, checkpoint, base: str) -> None:
+    def _check_base(self, checkpoint: Checkpoint, base: str) -> None:
         """Raises UserError where the base under a run's adapter is not the one that it was trained on."""
         key, run = (base, checkpoint.recorded.bf16, bits_of(checkpoint.recorded)), Path(checkpoint.path).parent
         if (run, key) in self.checked:
@@ -113,7 +114,7 @@ class Opener:
         check_base(self.hashes[key], base, checkpoint.settings.record, run)
         self.checked.add((run, key))
 
-    def _load(self, checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool,
+    def _load(self, checkpoint: Checkpoint, adapter: str | None, base: str, shape: dict | None, bf16: bool,
               bits: int | None) -> Opened:
         from ..model import selfcheck  # slow to import
 
@@ -129,7 +130,7 @@ class Opener:
         return Opened(checkpoint, (base, shape, bf16, bits), module, layout, own, trained)
 
 
-def _made_of(checkpoint) -> tuple[str, dict | None, bool, int | None]:
+def _made_of(checkpoint: Checkpoint) -> tuple[str, dict | None, bool, int | None]:
     base, adapter = base_of(checkpoint.path)
     return base, adapter_shape(adapter), checkpoint.settings.bf16, bits_of(checkpoint.settings)
 

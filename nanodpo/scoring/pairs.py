@@ -19,8 +19,9 @@ def gradient_products(logps: Tensor, parameters: list[Tensor], sum_over=lambda p
     """(2,) log-probs of chosen and rejected -> inner product, cosine and norms of their gradients by `parameters`.
     `sum_over`: the `sum` of OneRank, for ranks that share the batch and have a part of each gradient.
 
-    Chosen rises and rejected falls in a step only where the inner product is small beside both squared norms
-    (arXiv 2410.13828). The cosine is NaN where a gradient is zero.
+    A small step along g(chosen) - g(rejected), dpo's direction, raises chosen where <g(chosen), g(rejected)> is below
+    |g(chosen)|^2, and lowers rejected where it is below |g(rejected)|^2 (arXiv 2410.13828). The cosine is NaN where a
+    gradient is zero.
     """
     grads = [torch.autograd.grad(logp, parameters, retain_graph=i == 0, materialize_grads=True)
              for i, logp in enumerate(logps)]

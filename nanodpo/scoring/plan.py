@@ -16,7 +16,6 @@ from .plausible import Sets
 from .responses import GREEDY, Group
 from .runs import Checkpoint
 
-PAIR = SIDES  # responses that are scored for each other
 FORWARD = ("scores", "tokens", "risers")  # kinds that one forward pass gives
 
 
@@ -75,7 +74,7 @@ class Work:
             return None
         found, asked = {}, [result.responses for result in self.of_kind("scores", "tokens")]
         # The start may have scored chosen with rejected, or alone, or both; what was scored likewise is taken then.
-        for unit in dict.fromkeys(unit for own in asked for unit in (PAIR, own) if {*unit} & {*own}):
+        for unit in dict.fromkeys(unit for own in asked for unit in (SIDES, own) if {*unit} & {*own}):
             found |= parts.sets(response_result("scores", self.start.key, self.start.key, self.data, unit).key)
         return found
 
@@ -111,7 +110,7 @@ def response_results(checkpoint: Checkpoint, start: str | None, data: ResponseSe
         if unit not in scored and not result_of("scores", unit).missing:
             scored = [other for other in scored if not {*other} & {*unit}] + [unit]
     for unit in scored:
-        for kind in [*asked][: 3 + (unit == PAIR)]:  # only of a pair there are gradients
+        for kind in [*asked][: 3 + (unit == SIDES)]:  # only of a pair there are gradients
             if kind == "risers" and start in (None, checkpoint.key):  # nothing has moved since the start
                 continue
             result = result_of(kind, unit)
@@ -135,8 +134,8 @@ def units(kinds: list[str]) -> list[tuple[str, ...]]:
     >>> units(["other", "rejected", "chosen"]), units(["chosen", "greedy"])
     ([('chosen', 'rejected'), ('other',)], [('chosen',), ('greedy',)])
     """
-    pair = [PAIR] if {*PAIR} <= {*kinds} else []
-    return pair + [(kind,) for kind in kinds if not (pair and kind in PAIR)]
+    pair = [SIDES] if {*SIDES} <= {*kinds} else []
+    return pair + [(kind,) for kind in kinds if not (pair and kind in SIDES)]
 
 
 def greedy_result(first: Checkpoint, data: ResponseSet, parts: Parts) -> Result | None:

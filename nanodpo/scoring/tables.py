@@ -45,6 +45,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
+from ..data.example import SIDES
 from ..errors import UserError
 from ..folder.atomic import new_file, writing
 from . import risers
@@ -53,7 +54,7 @@ from .datasets import ResponseSet
 from .means import KEYS, add_rewards, means, summary
 from .measures import MEASURES
 from .parts import Parts
-from .plan import PAIR, Result, Work
+from .plan import Result, Work
 
 COLUMNS = [*KEYS, "row", "problem", "response", "tokens", "logps", "mean_logps", *MEASURES]
 BY_POSITION = {"tokens", "risers"}
@@ -87,7 +88,7 @@ def table_of(work: Work, parts: Parts, name: str) -> pandas.DataFrame:
     else:
         results = work.of_kind(name if name in BY_POSITION else "scores")
         table = _concat([parts.read(result.key, name) for result in results
-                         if name != "pairs" or result.responses == PAIR])
+                         if name != "pairs" or result.responses == SIDES])
     if name == "pairs" and len(table):
         products = _concat([parts.read(result.key, "gradients") for result in work.of_kind("gradients")])
         table = table.merge(products, on="row", how="left") if len(products) else table

@@ -57,14 +57,14 @@ class Rule:
     alone: bool = False  # for runs that no other rule names; the first of these that fires
 
 
-SIDES = ("change of chosen", "change of rejected", "change of other")
+FALLING = ("change of chosen", "change of rejected", "change of other")
 BOTH = ("change of chosen", "change of gap")
 RULES = [
     Rule("displacement", f"the chosen responses' log-prob falls, by {NOTABLE} nats a token or more",
          lambda of: of.falls("change of chosen", NOTABLE), ("change of chosen", "change of chosen there")),
     Rule("squeezing", "chosen, rejected and, where scored, other responses fall, and there, where chosen loses most, "
          f"the argmax token's log-prob rises by {NOTABLE} nats a token or more",
-         lambda of: all(of.falls(side) for side in SIDES if side in of or side != "change of other")
+         lambda of: all(of.falls(side) for side in FALLING if side in of or side != "change of other")
          and of.rises("change of argmax there", NOTABLE), ("change of argmax there",)),
     Rule("spreading", "along chosen and rejected, the probability of tokens that the start or the end gives less than "
          f"0.001 rises by {AT_LEAST} or more, and to {SPREAD} times or more",

@@ -1,4 +1,4 @@
-"""Packed rows against separate forward passes, family by family; the CUDA path against a slow one; the self-check."""
+"""Packed batches against separate forward passes, by family; the CUDA path against a slow one; the self-check."""
 
 import math
 
@@ -41,7 +41,7 @@ def compare(model, layout, attention_name, groups):
 
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_is_separate(name, record_property):
-    """In float64 to 1e-12, in float32 to 1e-5 nats a token and 1e-5 of the gradient; four groups in a row."""
+    """In float64 to 1e-12, in float32 to 1e-5 nats a token and 1e-5 of the gradient; four groups in a batch."""
     with KeepDouble():
         exact = compare(tiny(name), pack, LOOP, random_groups())
     single = compare(tiny(name, torch.float32), pack, LOOP, random_groups())
@@ -79,7 +79,7 @@ def test_a_response_is_blind_to_its_siblings_and_neighbours(name):
             assert moved.nonzero().flatten().tolist() == [2 * g, 2 * g + 1]
 
 
-def test_row_mates_come_and_go_unnoticed():
+def test_other_groups_of_a_batch_come_and_go_unnoticed():
     """Alone, in front, behind, as one pair of many: the same sums to 1e-12 in float64."""
     model, groups = tiny("llama"), random_groups()
     model.set_attn_implementation(LOOP)
@@ -93,7 +93,7 @@ def test_row_mates_come_and_go_unnoticed():
 
 
 def slow_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scaling, window):
-    """The variable-length kernel as it is documented, a stretch, a head and a query at a time."""
+    """The variable-length kernel as it is documented, a sequence, a head and a query at a time."""
     assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
     out, share = [], q.shape[1] // k.shape[1]
     for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
@@ -124,9 +124,9 @@ def attend(function, segments, length, window, kv_heads=2, dtype=torch.float64, 
 def test_varlen_is_the_loop(monkeypatch, window, kv_heads):
     """Forward and gradients to 1e-12; windows shorter than, as long as and longer than the longest sequence of 45."""
     monkeypatch.setattr(attention, "varlen_call", slow_varlen)
-    row = pack(random_groups())
-    length = row.input_ids.shape[1]
-    loop, varlen = (attend(f, row.segments, length, window, kv_heads) for f in (loop_attention, varlen_attention))
+    batch = pack(random_groups())
+    length = batch.input_ids.shape[1]
+    loop, varlen = (attend(f, batch.segments, length, window, kv_heads) for f in (loop_attention, varlen_attention))
     for a, b in zip(loop, varlen):
         assert (a - b).abs().max() < 1e-12
 
@@ -181,9 +181,9 @@ def test_how_the_kernel_is_called(monkeypatch):
 def test_cuda_kernel_is_as_exact_as_the_loop(window, kv_heads):
     """PyTorch's kernel in bfloat16 against float64, its error within twice the loop's own, output and gradients.
     """
-    row = pack(random_groups()).to(torch.device("cuda"))
-    length = row.input_ids.shape[1]
-    call = {"segments": row.segments, "length": length, "window": window, "kv_heads": kv_heads, "size": 64,
+    batch = pack(random_groups()).to(torch.device("cuda"))
+    length = batch.input_ids.shape[1]
+    call = {"segments": batch.segments, "length": length, "window": window, "kv_heads": kv_heads, "size": 64,
             "device": "cuda"}
     # The truth starts from what bfloat16 can hold, so that it differs by arithmetic alone.
     truth = attend(lambda m, *a, **k: loop_attention(m, *(x if x is None else x.bfloat16().double() for x in a), **k),
@@ -238,25 +238,25 @@ def test_attention_grows_with_the_tokens_and_not_with_their_product_with_the_seq
 
 
 @pytest.mark.parametrize("sizes", [((20, [120, 110]), (30, [9, 140])), ((20, [150]),)])
-def test_no_square_of_the_row_is_ever_built(sizes):
-    """Forward and backward of packed rows: no T x T mask or score matrix, even for one sequence that fills it."""
+def test_no_square_of_a_batchs_length_is_ever_built(sizes):
+    """Forward and backward of packed batches: no T x T mask or score matrix, even for one sequence that fills it."""
     model, groups = tiny("llama", torch.float32), random_groups(sizes=sizes)
-    row = pack(groups)
-    length = row.input_ids.shape[1]
+    batch = pack(groups)
+    length = batch.input_ids.shape[1]
     model.set_attn_implementation(LOOP)
     with Square(length) as seen:
-        SequenceLogProbs(model, chunk=64)(row).sum().backward()
+        SequenceLogProbs(model, chunk=64)(batch).sum().backward()
     assert seen.count == 0
     model.set_attn_implementation("eager")
     with Square(length) as seen:
-        model(input_ids=row.input_ids)
+        model(input_ids=batch.input_ids)
     assert seen.count > 0  # the counter counts
 
 
 @pytest.mark.parametrize("prompt, response, masked", [(700, 512, True), (700, 513, False), (511, 512, False)])
 def test_a_mask_is_built_for_a_short_response_alone(prompt, response, masked):
-    """One as long as its prompt and 512 tokens at most, so that masks grow in proportion to rows; and not for the one
-    that brings the prompt along."""
+    """One as long as its prompt and 512 tokens at most, so that masks grow in proportion to batches; and not for the
+    one that brings the prompt along."""
     segments = pack([([1] * prompt, [[2] * 900, [3] * response])]).segments
     with Square(512) as seen:
         attend(loop_attention, segments, prompt + 900 + response, None)
@@ -265,8 +265,8 @@ def test_a_mask_is_built_for_a_short_response_alone(prompt, response, masked):
 
 @pytest.mark.parametrize("std", [0.3, None])
 @pytest.mark.parametrize("name", [*PACKED, *PLAIN])
-def test_self_check_knows_who_can_share_a_row(name, std):
-    """Convolution, SSM, alibi and attention sinks go to plain rows, even in a freshly drawn model of faint effects."""
+def test_self_check_knows_which_models_can_be_packed(name, std):
+    """Convolution, SSM, alibi and attention sinks get padded batches, even in a new model of faint effects."""
     model = tiny(name, torch.float32, std)
     own, module = model.config._attn_implementation, SequenceLogProbs(model).train()
     expected = ("packed", LOOP) if name in PACKED else ("plain", own)
@@ -285,17 +285,17 @@ def test_self_check_in_bfloat16(name):
 
 
 @pytest.mark.parametrize("name", PLAIN[:3])
-def test_plain_rows_after_the_self_check_are_right(name):
-    """For a model that was sent to plain rows, sums and gradients are those of separate forward passes."""
+def test_padded_batches_after_the_self_check_are_right(name):
+    """For a model that was sent to padded batches, sums and gradients are those of separate forward passes."""
     model, groups = tiny(name, torch.float32), random_groups(7)
     module = SequenceLogProbs(model)
     truth = naive_token_logps(model, groups)
     sums = torch.stack([t.double().sum() for t in truth])
     _, true_grad = logps_and_gradients(model, torch.cat(truth))
     layout, _ = choose_layout(module, CPU, torch.float32, demand_flash=False)
-    row = LAYOUTS[layout](groups)
-    logps, grad = logps_and_gradients(model, module.token_logps(row))
-    assert (sum_by_sequence(logps, row.sequence_ids, 8) - sums).abs().max() < 1e-4
+    batch = LAYOUTS[layout](groups)
+    logps, grad = logps_and_gradients(model, module.token_logps(batch))
+    assert (sum_by_sequence(logps, batch.sequence_ids, 8) - sums).abs().max() < 1e-4
     assert (grad - true_grad).norm() < 1e-4 * true_grad.norm()
 
 
@@ -349,7 +349,7 @@ def test_flash_attention_is_offered_where_the_kernel_can_do_it(dtype, cap, offer
 
 
 def test_a_window_hidden_in_the_mask_is_caught():
-    """qwen2_moe keeps its window in the mask alone, where packed rows do not look: right below it, wrong past it."""
+    """qwen2_moe keeps its window in the mask alone, where packed batches do not look: right below it, wrong past it."""
     model = tiny("qwen2_moe", torch.float32)
     module = SequenceLogProbs(model)
     assert choose_layout(module, CPU, torch.float32, False, longest=50) == ("packed", LOOP)
@@ -397,3 +397,11 @@ def test_the_kernels_gradients_are_compared_too(wrong, monkeypatch):
     config = tiny("mistral").config
     error = selfcheck._backward_error(config, random_groups(), CPU, torch.float64)
     assert (0.05 < error < 0.2) if wrong else error < 1e-12
+
+
+def test_queries_and_keys_take_the_dtype_of_the_values():
+    """Rotary embeddings may return float32 beside values in bfloat16; the kernels take one dtype."""
+    batch = pack(random_groups())
+    query, key, value = (torch.randn(1, 4, batch.input_ids.shape[1], 8) for _ in range(3))
+    out, _ = loop_attention(None, query, key, value.bfloat16(), None, scaling=0.3, segments=batch.segments)
+    assert out.dtype == torch.bfloat16

@@ -234,8 +234,8 @@ def test_on_a_gpu_logits_are_never_bfloat16():
 def test_no_log_prob_is_positive(std, dtype):
     """Flat, sharp and one-hot distributions; in the sharpest a sure token has log-prob 0 and not a bit more."""
     layer, (hidden, _) = linear(dtype=dtype, std=std), inputs(4000, dtype)
-    bias = None if layer.bias is None else layer.bias.double()
-    best = F.linear(hidden.double(), layer.weight.double(), bias).argmax(1)  # bfloat16's own may be another word
+    # In float64: bfloat16's own best token may be another one.
+    best = F.linear(hidden.double(), layer.weight.double(), layer.bias.double()).argmax(1)
     logps = LogProbHead(layer)(hidden, best)
     assert logps.max() <= 0 and logps.min() >= -math.log(V) - 1e-5
     assert std < 300 or logps.max() == 0
@@ -385,9 +385,14 @@ def test_scaled_capped_and_biased_logits_are_the_models_own(name):
 
 
 def test_hidden_states_of_another_dtype_meet_the_heads():
-    """Mamba keeps its last hidden state in float32 under bfloat16 weights; its own head casts first, and so do we."""
+    """Mamba's last hidden state is float32 under bfloat16 weights, and stays so here; a head in float32 gets states of
+    its own dtype."""
     model, groups = tiny("mamba", torch.bfloat16), random_groups()
     with torch.no_grad():
         ours = SequenceLogProbs(model).token_logps(pad(groups))
         truth = torch.cat(naive_token_logps(model, groups))
     assert (ours - truth).abs().mean() < 0.01 and truth.std() > 1
+    model = tiny("llama", torch.bfloat16)
+    model.lm_head.float()
+    with torch.no_grad():
+        assert SequenceLogProbs(model).states(pad(groups)).dtype == torch.float32

@@ -323,6 +323,12 @@ def test_weights_are_the_slopes_of_the_loss(name):
         assert found[:, side].tolist() == pytest.approx((sign * slope).tolist(), rel=1e-6, abs=1e-9)
 
 
+def test_weights_are_there_where_gradients_are_off():
+    with torch.no_grad():
+        inside = pair_weights(partial(dpo, beta=0.1), **PAIR)
+    assert torch.equal(inside, pair_weights(partial(dpo, beta=0.1), **PAIR))
+
+
 def step_of(name: str, rows: list[int], weights: list[float], sft_weight: float = 0.2):
     """(loss of a step of these of four pairs, its gradient by each of the four), as train.py puts them together."""
     logps = torch.tensor([[-30.0, -28], [-11, -40.5], [-3, -2], [-20, -20]], dtype=torch.float64, requires_grad=True)

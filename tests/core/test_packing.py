@@ -39,7 +39,7 @@ def keys_of(segments) -> list[int]:
 
 
 def test_segments_literally():
-    """Queries cut the row; keys are each stretch's prompt and then itself."""
+    """Queries are parts of the batch; keys are each sequence's prompt and then itself."""
     segments = pack(GROUPS).segments
     assert segments.spans == [(0, 3, 3, 5), (0, 3, 5, 6), (0, 3, 6, 8), (8, 9, 9, 12), (8, 9, 12, 13)]
     assert segments.cu_q.tolist() == [0, 5, 6, 8, 12, 13]
@@ -52,7 +52,7 @@ def test_segments_literally():
 
 
 def test_pad_literally():
-    """The same groups, a sequence a line, padded on the right; rows count through the flattened lines of 5."""
+    """The same groups, a sequence a line, padded on the right; positions count through the flattened lines of 5."""
     batch = pad(GROUPS)
     assert batch.input_ids.tolist() == [[7, 8, 9, 1, 2], [7, 8, 9, 3, 0], [7, 8, 9, 5, 6], [4, 2, 2, 2, 0],
                                       [4, 1, 0, 0, 0]]
@@ -73,8 +73,11 @@ def test_of_a_response_only_some_tokens_may_count(layout, predictors):
     assert batch.targets.tolist() == [3, 5, 6, 7] and batch.sequence_ids.tolist() == [0, 0, 0, 1]
     for name in ("input_ids", "position_ids"):
         assert torch.equal(getattr(batch, name), getattr(whole, name))
-    assert batch.segments == whole.segments if whole.segments is None else (
-        batch.segments.spans == whole.segments.spans and keys_of(batch.segments) == keys_of(whole.segments))
+    if layout is pad:
+        assert batch.segments is None and whole.segments is None
+    else:
+        assert batch.segments.spans == whole.segments.spans
+        assert keys_of(batch.segments) == keys_of(whole.segments)
     example = Example(0, *groups[0][:1], *groups[0][1])
     assert pair_lengths([example], ["chosen", "rejected"]).tolist() == [[3, 1]]
 
@@ -82,7 +85,7 @@ def test_of_a_response_only_some_tokens_may_count(layout, predictors):
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("layout", [pack, pad])
 def test_every_scored_token_once_after_what_came_before_it(layout, seed):
-    """Following `predictors` back through the row finds, for each token of each response, its true context."""
+    """Following `predictors` back through the batch finds, for each token of each response, its true context."""
     groups = random_groups(random.Random(seed))
     batch = layout(groups)
     expected, number = [], 0
@@ -112,7 +115,7 @@ def context_of(batch: Batch, at: int, seq: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_queries_and_keys_line_up_at_the_end(seed):
-    """Stretch by stretch: queries are the last keys, in order, and together they are the row, each position once."""
+    """Of each sequence queries are the last keys, in order, and together they are the batch, each position once."""
     groups = random_groups(random.Random(seed))
     batch = pack(groups)
     s, length = batch.segments, batch.input_ids.shape[1]

@@ -798,7 +798,7 @@ def test_a_conversation_that_begins_with_an_answer(chatml):
     assert len(render_row(chatml, 0, None, [system, *talk], None, False, every=True).places) == 2
 
 
-def test_messages_in_text_are_read_as_messages(chatml):
+def test_messages_in_text_are_read_as_messages():
     """A CSV file has no lists: pandas writes them as Python does, others as JSON."""
     talk = [USER, YES]
     for text in (json.dumps(talk), str(talk), f"  {json.dumps(talk, indent=1)}\n"):

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from conftest import ROOT, fork, train
+from conftest import ROOT, forked, train
 
 from nanodpo.data.example import Example
 from nanodpo.data.mixing import mix, read_weights
@@ -94,10 +94,10 @@ def test_a_run_with_weights_is_recorded_and_scored(tiny, tmp_path):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert sum("loss" in line for line in lines) == record["steps"] == 12
     assert record["arguments"]["mix_weights"] == "2,0.5" and "an epoch has 12 rows: 8 of " in record["data_report"][0]
-    codes, said = fork(ROOT / "train.py", *run_of(tiny, tmp_path)("--output_dir", tmp_path / "run", "--draw", "false",
+    codes, said = forked(ROOT / "train.py", *run_of(tiny, tmp_path)("--output_dir", tmp_path / "run", "--draw", "false",
                                                                   "--mix_weights", "2,1"))
     assert codes == [2] and "--mix_weights: 2,0.5 -> 2,1" in said
-    codes, said = fork(ROOT / "score.py", tmp_path / "run", "--output_dir", tmp_path / "scores")
+    codes, said = forked(ROOT / "score.py", tmp_path / "run", "--output_dir", tmp_path / "scores")
     assert codes == [0], said
 
 

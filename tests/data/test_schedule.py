@@ -30,9 +30,9 @@ def test_ranks_get_equal_counts_and_every_pair_counts_once(n, batch, world):
     """The same number of forward passes on every rank; the extra ones weigh nothing."""
     dealt = [micro_batches_of(list(range(n)), batch, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in dealt}) == 1
-    counted = [i for batches in dealt for indices, weight in batches for i in indices if weight == 1.0]
+    counted = [i for batches in dealt for indices, factor in batches for i in indices if factor == 1.0]
     assert sorted(counted) == list(range(n))
-    assert all(weight in (0.0, 1.0) and len(indices) <= batch for batches in dealt for indices, weight in batches)
+    assert all(factor in (0.0, 1.0) and len(indices) <= batch for batches in dealt for indices, factor in batches)
 
 
 def test_learning_rates_by_hand():

@@ -117,7 +117,7 @@ def test_what_is_exported_besides_counts(started):
     assert os.environ["RANK"] == "1" and os.environ["WORLD_SIZE"] == "4"
 
 
-def test_two_processes_of_mpiexec_are_one_run(tmp_path):
+def test_two_processes_of_mpiexec_are_one_run():
     """They meet, and only the first speaks."""
     import socket
 

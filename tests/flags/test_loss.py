@@ -126,7 +126,7 @@ def test_a_file_that_is_no_python(tmp_path):
         read_loss(args_of("--loss", f"{tmp_path}/x.py:mine"))
 
 
-def test_a_record_runs_no_code(own, tmp_path):
+def test_a_record_runs_no_code(tmp_path):
     """score.py asks a record for its loss's name alone: nothing is imported that somebody else's run.json names."""
     trap = tmp_path / "trap.py"
     trap.write_text(f"open({json.dumps(str(tmp_path / 'ran'))}, 'w')\ndef mine(chosen, rejected): return chosen\n")

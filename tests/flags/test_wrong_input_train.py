@@ -103,10 +103,10 @@ def data(name: str, how):
 
 HURT = {  # what is said of each file that was cut short, flipped, emptied, or filled with binary or NULs
     "r.parquet": ["can't be read", "can't be read", "is an empty file", "can't be read", "can't be read"],
-    "r.json": ["can't be read", "can't decode byte", "is an empty file", "can't decode byte", "line 1: can't be read"],
-    "r.jsonl": ["line 21: can't be read as JSON", "can't decode byte", "is an empty file", "can't decode byte",
+    "r.json": ["can't be read", "is not UTF-8", "is an empty file", "is not UTF-8", "line 1: can't be read"],
+    "r.jsonl": ["line 21: can't be read as JSON", "is not UTF-8", "is an empty file", "is not UTF-8",
                 "line 1: can't be read as JSON"],
-    "r.csv": ["unexpected end of data", "can't decode byte", "is an empty file", "can't decode byte", "has no rows"],
+    "r.csv": ["unexpected end of data", "is not UTF-8", "is an empty file", "is not UTF-8", "has no rows"],
 }
 FILES = [(f"{name} {how}", data(name, change), [f"--train_file_path=@/{name}"], [f"@/{name}", words])
          for name, said in HURT.items() for (how, change), words in zip(BYTES.items(), said)]
@@ -120,7 +120,7 @@ FILES += [(f"{what} in {name}", written(name, content), [f"--train_file_path=@/{
     ("r.jsonl", "a comma too many", '{"prompt": "a",}\n', "line 1: can't be read as JSON"),
     ("r.jsonl", "Python", "{'prompt': 'a'}\n", "line 1: can't be read as JSON"),
     ("r.jsonl", "depth", '{"prompt": ' + DEEP + "}\n", "line 1: can't be read as JSON"),
-    ("r.jsonl", "UTF-16", json.dumps(GOOD).encode("utf-16"), "can't decode byte 0xff"),
+    ("r.jsonl", "UTF-16", json.dumps(GOOD).encode("utf-16"), "line 1: is not UTF-8"),
     ("r.jsonl", "an infinite number", '{"prompt": 1e999, "chosen": "b", "rejected": "c"}\n',
      "prompt that is of type f"),
     ("r.jsonl", "a long number", '{"prompt": ' + "9" * 5000 + "}\n", "line 1: can't be read as JSON"),
@@ -142,7 +142,7 @@ FILES += [(f"{what} in {name}", written(name, content), [f"--train_file_path=@/{
     ("r.csv", "a huge header", "x" * 1_000_000 + ",b\na,b\n", "has no column chosen"),
     ("r.csv", "an open quote", HEAD + 'a,b,"c\n', "unexpected end of data"),
     ("r.csv", "text after a quote", HEAD + 'a,b,"c"d\n', "expected after"),
-    ("r.csv", "UTF-16", (HEAD + "a,b,c\n").encode("utf-16"), "can't decode byte 0xff"),
+    ("r.csv", "UTF-16", (HEAD + "a,b,c\n").encode("utf-16"), "line 1: is not UTF-8"),
     ("r.parquet", "a zip", b"PK\3\4" + bytes(100), "can't be read"),
 ]]
 

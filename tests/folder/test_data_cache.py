@@ -224,7 +224,7 @@ def test_no_byte_that_flips_is_taken_for_data(tmp_path):
     assert refused >= (len(whole) - 300) // 7
 
 
-def test_an_entry_of_other_types_is_no_entry(tmp_path, capsys):
+def test_an_entry_of_other_types_is_no_entry(tmp_path):
     """Somebody else's file under this name, with the same bytes."""
     path = write(tmp_path, pairs())
     load(path, tmp_path / "cache")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
-from conftest import ROOT, zero
+from conftest import ROOT, forked, zero
 from safetensors.torch import load_file
 from test_resume import flip
 
@@ -23,7 +23,7 @@ TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory, forked):
+def sharded(tmp_path_factory):
     """A folder with states of 1 and 2 ranks at each ZeRO stage, and what engines of 1, 2 and 4 made of them."""
     folder = tmp_path_factory.mktemp("sharded")
     for what, ranks in (("save", 1), ("save", 2), ("go-on", 1), ("go-on", 2), ("go-on", 4)):
@@ -125,7 +125,7 @@ FULL, HELD = ("--use_lora", "false"), ("--eval_size", "3", "--eval_steps", "3")
     (1, 2, 1, 1, 2, (*FULL, "--bf16", "--loss", "sft"))],
     ids=["zero0-2-1-lora", "zero2-1-2-lora-bf16", "zero3-2-4-full", "zero1-2-1-full-bf16-sft"])
 def test_the_run_is_the_one_that_nobody_stopped(stage, ranks, then, accumulation, then_accumulation, more, tiny,
-                                                tmp_path, forked):
+                                                tmp_path):
     """The same command with another number of ranks, after a kill in step 5: every step comes once, of the same pairs,
     with the same learning rates and counts, and all numbers are those of the undisturbed run to float32's rounding.
     Where a step has two micro-batches its weights are the same to the last bit: one rank adds the two gradients, or two
@@ -165,7 +165,7 @@ def test_the_run_is_the_one_that_nobody_stopped(stage, ranks, then, accumulation
 
 
 @pytest.mark.slow
-def test_what_comes_after_such_a_run(tiny, tmp_path, forked):
+def test_what_comes_after_such_a_run(tiny, tmp_path):
     """Two ranks, then one, then two again, each told in its line, with dropout, too; it is scored and drawn, and forked
     on one rank from a state of one, with nothing changed."""
     run = tmp_path / "run"
@@ -189,7 +189,7 @@ def test_what_comes_after_such_a_run(tiny, tmp_path, forked):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_zero_stage(tiny, tmp_path, forked):
+def test_a_run_goes_on_with_another_zero_stage(tiny, tmp_path):
     """Stage 2, then 3 on two ranks, then none, each told in its line beside that of the state's writer: the steps of
     the run that stayed at 2, to float32's rounding. What else is in DeepSpeed's file stays as it is, and that is one
     run's, still."""
@@ -218,7 +218,7 @@ def test_a_run_goes_on_with_another_zero_stage(tiny, tmp_path, forked):
 
 
 @pytest.mark.slow
-def test_its_ledger_is_that_of_the_undisturbed_run(tiny, tmp_path, forked):
+def test_its_ledger_is_that_of_the_undisturbed_run(tiny, tmp_path):
     """Killed on one rank, gone on with two: the same weights after each step, so the same shares. A fork from its
     start, on one rank, has them, too."""
     whole, run, fork = tmp_path / "whole", tmp_path / "run", tmp_path / "fork"

@@ -8,7 +8,7 @@ import shutil
 import oracle
 import pytest
 import torch
-from conftest import ROOT, make_model, zero
+from conftest import ROOT, forked, make_model, zero
 from test_resume import BREAKS, content, lines
 from test_resume import flags as resume_flags
 
@@ -27,7 +27,7 @@ def flags(tiny, run, *more):
 
 
 @pytest.fixture(scope="module")
-def source(tiny, tmp_path_factory, forked):
+def source(tiny, tmp_path_factory):
     """A finished run of four steps that has kept its states: LoRA with dropout, so that random numbers count."""
     run = tmp_path_factory.mktemp("source") / "run"
     assert forked(TRAIN, *flags(tiny, run))[0] == [0]
@@ -49,7 +49,7 @@ def assert_same(fork, source, step: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 1])
-def test_nothing_changed_is_nothing_different(step, source, tmp_path, forked):
+def test_nothing_changed_is_nothing_different(step, source, tmp_path):
     """From the folder of another, and then the fork's own settings are the source's."""
     codes, said = forked(TRAIN, "--fork", f"{source}@{step}", "--output_dir", tmp_path / "fork")
     assert codes == [0] and f"fork: {source} at step {step}, with nothing changed" in said
@@ -67,7 +67,7 @@ def test_nothing_changed_is_nothing_different(step, source, tmp_path, forked):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, ranks, more", [(0, 1, FULL), (2, 2, ())], ids=["full", "zero2-2"])
-def test_a_fork_that_was_killed_goes_on_without_its_source(stage, ranks, more, tiny, tmp_path, forked):
+def test_a_fork_that_was_killed_goes_on_without_its_source(stage, ranks, more, tiny, tmp_path):
     """Killed before it had its state, then in step 3, then the source is gone: the same command ends as the source."""
     run, place, whole = tmp_path / "run", tmp_path / "fork", tmp_path / "whole"
     assert forked(TRAIN, *flags(tiny, run, *more, "--deepspeed", zero(tiny, stage)), ranks=ranks)[0] == [0] * ranks
@@ -84,7 +84,7 @@ def test_a_fork_that_was_killed_goes_on_without_its_source(stage, ranks, more, t
 
 
 @pytest.mark.slow
-def test_another_beta_from_step_2_on(source, tmp_path, forked):
+def test_another_beta_from_step_2_on(source, tmp_path):
     """Until step 2 nothing differs. The line of step 2 is computed before its update: the log-probs are the source's,
     the rewards three times as large, and the loss is that of the new margin. Then the weights go another way."""
     place = tmp_path / "fork"
@@ -120,7 +120,7 @@ def test_another_beta_from_step_2_on(source, tmp_path, forked):
 
 
 @pytest.mark.slow
-def test_a_step_of_the_fork_is_the_update_of_the_new_loss(source, tiny, tmp_path, forked):
+def test_a_step_of_the_fork_is_the_update_of_the_new_loss(source, tmp_path):
     """A loss of its own, another rate and a longer run: the loss at step 2 by hand, from the source's log-probs of its
     single pairs, and the learning rate of a run of six steps."""
     place = tmp_path / "fork"
@@ -140,7 +140,7 @@ def test_a_step_of_the_fork_is_the_update_of_the_new_loss(source, tiny, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", "sft"])
-def test_without_a_row(loss, tiny, tmp_path, forked):
+def test_without_a_row(loss, tiny, tmp_path):
     """Of a row that comes first in step 3, and of another that comes nowhere, a fork at 2 lacks the term, and nothing
     else: plain transformers and AdamW, one sequence at a time, whose losses leave that term out and divide by the whole
     step. A run that has been without these rows from the start is the same to the last bit; so is the fork when it is
@@ -172,7 +172,7 @@ def test_without_a_row(loss, tiny, tmp_path, forked):
 
 
 @pytest.mark.slow
-def test_rows_that_can_not_be_left_out(tiny, tmp_path, forked):
+def test_rows_that_can_not_be_left_out(tiny, tmp_path):
     """Each wrong list is one line, with --inspect, too; a row of the held-out set is none that is trained on."""
     file, held = tiny / "train.jsonl", epoch_order(11, 42, -1)[0]
     for rows, words, more in (
@@ -188,7 +188,7 @@ def test_rows_that_can_not_be_left_out(tiny, tmp_path, forked):
 
 
 @pytest.mark.slow
-def test_at_the_start_everything_can_be_changed(source, tiny, tmp_path, forked):
+def test_at_the_start_everything_can_be_changed(source, tiny, tmp_path):
     """A fork at 0 is the run that these settings give without a fork."""
     more = ("--lora_r", "2", "--seed", "7", "--max_steps", "2", "--loss", "ipo")
     assert forked(TRAIN, *flags(tiny, tmp_path / "plain", *more))[0] == [0]
@@ -200,7 +200,7 @@ def test_at_the_start_everything_can_be_changed(source, tiny, tmp_path, forked):
 
 
 @pytest.mark.slow
-def test_a_fork_is_scored_and_drawn_by_itself(source, tmp_path, forked):
+def test_a_fork_is_scored_and_drawn_by_itself(source, tmp_path):
     """It has its source's first checkpoints: step 0, which all others are compared with, and those between."""
     shutil.copytree(source, tmp_path / "gone")
     place = tmp_path / "fork"
@@ -213,7 +213,7 @@ def test_a_fork_is_scored_and_drawn_by_itself(source, tmp_path, forked):
 
 
 @pytest.mark.slow
-def test_what_can_not_be_forked_is_one_line(source, tiny, tmp_path, forked):
+def test_what_can_not_be_forked_is_one_line(source, tiny, tmp_path):
     """Nothing is written, and the source stays as it was."""
     before = {file: file.read_bytes() for file in source.rglob("*") if file.is_file()}
     (tmp_path / "other.jsonl").write_text((tiny / "train.jsonl").read_text().replace("What is 3", "What was 3"))

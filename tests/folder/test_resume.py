@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, environment, launch, zero
+from conftest import ROOT, environment, forked, launch, zero
 from safetensors.torch import load_file, save_file
 
 from nanodpo.errors import Preempted, RunStopped, UserError
@@ -71,7 +71,7 @@ def assert_same(one: Path, other: Path):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory, forked):
+def whole(tiny, tmp_path_factory):
     """whole(ranks): a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
 
@@ -89,7 +89,7 @@ def whole(tiny, tmp_path_factory, forked):
     (0, 1, ()), (1, 2, ("--use_lora", "false", "--lora_dropout", "0")),
     (3, 2, ("--use_lora", "false", "--lora_dropout", "0", "--bf16", "--loss", "sft")), (1, 1, ("--bf16",))],
     ids=["zero0", "zero1-2-full", "zero3-2-full-bf16-sft", "zero1-bf16"])
-def test_a_stopped_run_is_an_undisturbed_one(stage, ranks, more, tiny, tmp_path, forked):
+def test_a_stopped_run_is_an_undisturbed_one(stage, ranks, more, tiny, tmp_path):
     """Killed with -9 in step 3, told to stop in step 4, then left alone; metrics and checkpoints to the
     last bit, no step missing or double. States of both kinds are used: one from a save, one from the signal."""
     more = (*more, "--deepspeed", zero(tiny, stage))
@@ -109,7 +109,7 @@ def test_a_stopped_run_is_an_undisturbed_one(stage, ranks, more, tiny, tmp_path,
 @pytest.mark.parametrize("fault, step, ranks", [
     ("term-reference@4", 0, 1), ("term-evaluation@3", 3, 1), ("term-evaluation@6", 6, 1), ("term-checkpoint@4", 4, 1),
     ("term-state@4", 4, 1), ("term-state@4:1", 4, 2)])
-def test_told_to_stop_whatever_it_is_doing(fault, step, ranks, whole, tiny, tmp_path, forked):
+def test_told_to_stop_whatever_it_is_doing(fault, step, ranks, whole, tiny, tmp_path):
     """SIGTERM in the reference pass, an evaluation, the last one, a checkpoint, a state, and above in a step:
     what is done is kept, exit code 75, and the run that goes on is the undisturbed one to the last bit."""
     run = tmp_path / "run"
@@ -128,7 +128,7 @@ def test_told_to_stop_whatever_it_is_doing(fault, step, ranks, whole, tiny, tmp_
 
 
 @pytest.mark.slow
-def test_told_to_stop_when_every_step_is_done(whole, tiny, tmp_path, forked):
+def test_told_to_stop_when_every_step_is_done(whole, tiny, tmp_path):
     """In the last checkpoint nothing is left but to save it: the run finishes, and what it answers the signal promised
     no more. Merging is left, and may take long: told before it or in it, the run stops, and goes on with it."""
     run = tmp_path / "run"
@@ -150,7 +150,7 @@ def test_told_to_stop_when_every_step_is_done(whole, tiny, tmp_path, forked):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_made_again_or_named(whole, tiny, tmp_path, forked):
+def test_a_damaged_checkpoint_is_made_again_or_named(whole, tiny, tmp_path):
     """The starting point, and the checkpoint of the step that the run goes on from, are written again to the last
     bit; one in between can't be, and is named."""
     run = tmp_path / "run"
@@ -233,7 +233,7 @@ def test_what_can_not_be_written_to_is_said_before_the_work(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("named", [0, 1])
-def test_killed_in_its_first_moment(named, tiny, tmp_path, forked):
+def test_killed_in_its_first_moment(named, tiny, tmp_path):
     """Before run.json has its name, or right after: the same command starts, or goes on, and nothing is missing."""
     run, data = tmp_path / "run", tmp_path / "train.jsonl"
     data.write_text((tiny / "train.jsonl").read_text() + '{"prompt": "a", "chosen": "", "rejected": "b"}\n')
@@ -337,7 +337,7 @@ def test_what_a_kill_leaves_of_a_removed_folder_is_nobodys(tmp_path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoint-2", "step-1", "resume"])
-def test_killed_while_it_removes(name, whole, tiny, tmp_path, forked):
+def test_killed_while_it_removes(name, whole, tiny, tmp_path):
     """In the midst of rotation, of an old state, and of the states at the end: the same command ends as if nothing had
     been, with the checkpoints that the limit allows, all whole."""
     run, more = tmp_path / "run", ("--save_total_limit", "1", "--resume_steps", "1")
@@ -615,7 +615,7 @@ def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_another_run_is_refused_and_a_finished_one_is_left_alone(tiny, tmp_path, forked):
+def test_another_run_is_refused_and_a_finished_one_is_left_alone(tiny, tmp_path):
     """A list of what differs, exit code 2, not a byte changed; a path that isn't there is no fresh start."""
     run = tmp_path / "run"
 
@@ -656,7 +656,7 @@ def test_another_run_is_refused_and_a_finished_one_is_left_alone(tiny, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_told_twice_ends_at_once(ranks, whole, tiny, tmp_path, forked):
+def test_told_twice_ends_at_once(ranks, whole, tiny, tmp_path):
     """A second signal in the midst of the state that the first one asked for: the state before it is whole, what is
     half-written never counts, and the same command goes on from there."""
     run = tmp_path / "run"
@@ -670,7 +670,7 @@ def test_told_twice_ends_at_once(ranks, whole, tiny, tmp_path, forked):
 
 
 @pytest.mark.slow
-def test_a_folder_that_a_live_run_holds_is_refused(tiny, tmp_path, forked):
+def test_a_folder_that_a_live_run_holds_is_refused(tiny, tmp_path):
     run = tmp_path / "run"
     live = subprocess.Popen([sys.executable, FAULTY, "slow@60", *map(str, flags(tiny, run))], text=True,
                             env=environment(), stdout=subprocess.PIPE)

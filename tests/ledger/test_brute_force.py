@@ -316,7 +316,7 @@ def test_a_pairs_reference_is_that_of_the_first_epoch(ledger, monkeypatch):
     assert sorted(seen) == sorted(example.row for example in EXAMPLES)
 
 
-def test_a_few_probes_at_a_time_are_all_of_them(ledger, tmp_path):
+def test_a_few_probes_at_a_time_are_all_of_them(ledger):
     run, found, probes, store, _ = ledger
     single = 1, [(PROBES[0][0], [PROBES[0][1]])], torch.tensor([0.25]).double()
     both = Probes([*probes.names, Probe("test", 0, "chosen", 1)], [*probes.batches, single])

@@ -8,7 +8,7 @@ import oracle
 import pandas
 import pytest
 import torch
-from conftest import ROOT, launch, make_model, make_tokenizer, train, zero
+from conftest import ROOT, forked, launch, make_model, make_tokenizer, train, zero
 from safetensors.torch import load_file
 
 from nanodpo.data.schedule import pairs_of_step
@@ -245,7 +245,7 @@ def test_the_scale_of_rank_stabilised_lora(tiny, tmp_path):
     assert (b @ a).abs().max() > 1e-4
 
 
-def test_a_killed_run_with_dora_goes_on_to_the_bit(tiny, other, tmp_path, forked):
+def test_a_killed_run_with_dora_goes_on_to_the_bit(tiny, other, tmp_path):
     """Also its magnitudes, their moments, and another model's references."""
     file, runs = described(tmp_path, "rslora-dora"), {}
     for name in ("whole", "killed"):

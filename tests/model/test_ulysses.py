@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
-from conftest import ROOT, fork, make_model, make_tokenizer, zero
+from conftest import ROOT, forked, make_model, make_tokenizer, zero
 from safetensors.torch import load_file
 from test_resume import assert_same
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -46,8 +46,8 @@ def place(tmp_path_factory):
 
 def start(place, run, *more, ranks=1, script=(TRAIN,), model="model"):
     """(exit codes, what was printed) of a run."""
-    return fork(*script, "--model_name", place / model, "--train_file_path", place / "rows.jsonl", "--output_dir", run,
-                "--cache_dir", run.parent / f"{run.name}-cache", *FLAGS, *more, ranks=ranks)
+    return forked(*script, "--model_name", place / model, "--train_file_path", place / "rows.jsonl", "--output_dir",
+                  run, "--cache_dir", run.parent / f"{run.name}-cache", *FLAGS, *more, ranks=ranks)
 
 
 def made(place, run, *more, ranks=1, script=(TRAIN,), **how) -> tuple[list[dict], dict]:
@@ -96,7 +96,7 @@ def test_log_probs_and_gradients_in_float64(size, families):
     """Those of plain transformers with full logits, to 1e-10: windows, caps, experts, trained heads, the flash kernel's
     shapes, four ranks that share two key/value heads. What a rank keeps for backward is its part, and 3% that do not
     grow with the batch."""
-    codes, said = fork(ROOT / "tests" / "sharing.py", size, *families.split(), ranks=size)
+    codes, said = forked(ROOT / "tests" / "sharing.py", size, *families.split(), ranks=size)
     assert codes == [0] * size and "as one rank" in said, said[-3000:]
     assert 1 / size <= float(said.rpartition("kept ")[2].split()[0]) < 1 / size + 0.03
 
@@ -182,8 +182,8 @@ def test_scores_in_float64(run, place, tmp_path):
     asked = ("--dataset_path", f"d={place / 'rows.jsonl'}", "--tokens", "--gradients", "--risers", "5", "--max_tokens",
              "400", "--responses", "chosen", "rejected", "other", "--answers", "2", "--max_new_tokens", "9")
     for ranks, size in ((1, 1), (4, 2)):
-        codes, said = fork(DOUBLE, "score", run, *asked, "--output_dir", tmp_path / f"ranks{ranks}",
-                           "--sequence_parallel_size", size, ranks=ranks)
+        codes, said = forked(DOUBLE, "score", run, *asked, "--output_dir", tmp_path / f"ranks{ranks}",
+                             "--sequence_parallel_size", size, ranks=ranks)
         assert codes == [0] * ranks, said[-3000:]
     names = sorted(file.name for file in (tmp_path / "ranks1").glob("*.parquet"))
     assert {*names} >= {"scores.parquet", "tokens.parquet", "risers.parquet", "pairs.parquet", "answers.parquet"}
@@ -261,9 +261,9 @@ def test_ranks_that_can_share_a_step_are_named(monkeypatch):
 
 @pytest.mark.parametrize("size, words", [("0", "must be at least 1"), ("2", "does not divide the number of ranks, 1"),
                                          ("3", "which 3 ranks can't share; give 1, 2, 4")])
-def test_what_is_refused_in_scoring(size, words, run, place, tmp_path):
+def test_what_is_refused_in_scoring(size, words, run, tmp_path):
     ranks = 3 if size == "3" else 1
-    codes, said = fork(SCORE, run, "--sequence_parallel_size", size, "--output_dir", tmp_path / "out", ranks=ranks)
+    codes, said = forked(SCORE, run, "--sequence_parallel_size", size, "--output_dir", tmp_path / "out", ranks=ranks)
     assert codes == [2] * ranks and f"--sequence_parallel_size {size}: " in said and words in said, said
     assert not (tmp_path / "out").exists()
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, zero
+from conftest import ROOT, environment, forked, zero
 from hosts import Hosts, address
 from test_resume import TRAIN, assert_same, flags
 
@@ -29,7 +29,7 @@ def hosts():
 
 
 @pytest.fixture
-def on_hosts(hosts, forked):
+def on_hosts(hosts):
     """on_hosts(script, flags, at by rank, ranks): exit codes and output of ranks, half of them on each host."""
 
     def run(script: str, given, at: dict | None = None, ranks: int = 2):
@@ -42,7 +42,7 @@ def on_hosts(hosts, forked):
 
 
 @pytest.fixture(scope="module")
-def one_host(tiny, tmp_path_factory, forked) -> Path:
+def one_host(tiny, tmp_path_factory) -> Path:
     """A run of two ranks on one host."""
     place = tmp_path_factory.mktemp("one") / "run"
     assert forked(TRAIN, *flags(tiny, place), ranks=2)[0] == [0, 0]
@@ -58,7 +58,7 @@ def test_two_hosts_compute_what_one_does(on_hosts, one_host, tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_on_two_hosts(hosts, tiny, tmp_path, forked):
+def test_torchrun_on_two_hosts(hosts, tiny, tmp_path):
     """examples/launch/torchrun.sh, started on each, with ZeRO-3: the numbers of one host."""
     given = [*FULL, "--deepspeed", zero(tiny, 3)]
     assert forked(TRAIN, *flags(tiny, tmp_path / "one", *given), ranks=2)[0] == [0, 0]
@@ -72,7 +72,7 @@ def test_torchrun_on_two_hosts(hosts, tiny, tmp_path, forked):
 
 
 @pytest.mark.slow
-def test_deepspeed_on_two_hosts(hosts, tiny, tmp_path, forked, stand_in):
+def test_deepspeed_on_two_hosts(hosts, tiny, tmp_path, stand_in):
     """`deepspeed --hostfile`, with examples/launch/hostfile and ZeRO-2: the numbers of one host. ssh and pdsh, by which
     DeepSpeed reaches the hosts, are stand-ins that enter a network namespace."""
     given = [*FULL, "--deepspeed", zero(tiny, 2)]
@@ -93,7 +93,7 @@ exit $worst""")
 
 
 @pytest.mark.slow
-def test_scoring_on_two_hosts(hosts, on_hosts, tiny, tmp_path, forked):
+def test_scoring_on_two_hosts(hosts, on_hosts, tiny, tmp_path):
     """Every table, byte for byte, is that of one process, though the network was cut in the second part."""
     given = [tiny / "model", tiny / "untied", "--dataset_path", tiny / "train.jsonl", "--max_tokens", "200"]
     assert forked(ROOT / "score.py", *given, "--output_dir", tmp_path / "one")[0] == [0]

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, environment, make_model, make_tokenizer, zero
+from conftest import ROOT, environment, forked, make_model, make_tokenizer, zero
 from test_resume import flags
 
 from nanodpo import errors
@@ -29,7 +29,7 @@ SMALL = ("--max_steps", "4", "--eval_size", "0", "--save_steps", "0", "--eval_st
 
 
 @pytest.fixture
-def apart(tiny, tmp_path, forked):
+def apart(tiny, tmp_path):
     """apart({rank: plan}, flags): exit codes and output of a run on two ranks, see apart.py."""
 
     def run(plans: dict, *more, ranks: int = 2, script: str = "train"):
@@ -99,7 +99,7 @@ def test_ranks_that_were_given_other_things_end(plan, words, apart, tiny, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_rank_with_other_weights_ends_the_run_under_zero3(apart, tiny, tmp_path):
+def test_a_rank_with_other_weights_ends_the_run_under_zero3(apart, tmp_path):
     """No model of the parts of two is trained."""
     make_model(seed=1).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
@@ -196,7 +196,7 @@ def test_other_signals_that_mean_stop_save_too(name, apart, tmp_path):
     assert codes == [75] and f"stopped by {name} after " in said and resume.steps_in(tmp_path / "run") != []
 
 
-def test_signals_that_are_heard(monkeypatch):
+def test_signals_that_are_heard():
     """SIGHUP that was ignored at the start (nohup) stays so; SIGQUIT keeps its meaning; all comes back at the end."""
     numbers = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGQUIT, signal.SIGTERM]
     before = [signal.getsignal(n) for n in numbers]

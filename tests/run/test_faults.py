@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import launch, make_model, make_tokenizer, zero
+from conftest import forked, launch, make_model, make_tokenizer, zero
 from faulty import small_files
 from test_resume import FAULTY, TRAIN, assert_same, flags, lines, whole  # noqa: F401 (a fixture)
 from transformers.utils.logging import disable_progress_bar
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
     ("loss", 0, 1, ["loss not finite", "in loss"]), ("loss", 2, 2, ["loss not finite", "in loss"]),
     ("gradient", 0, 2, ["gradient is not finite"]), ("gradient", 2, 2, ["gradient is not finite"]),
     ("gradient", 3, 2, ["gradient is not finite"]), ("weight", 3, 2, ["logps/chosen", "in chosen, loss, rejected"])])
-def test_what_is_not_finite_stops_all_ranks_before_the_update(fault, stage, ranks, words, tiny, tmp_path, forked):
+def test_what_is_not_finite_stops_all_ranks_before_the_update(fault, stage, ranks, words, tiny, tmp_path):
     """Wrong on one rank only; step, rows, lengths and side are named in one line; no line of metrics."""
     more = ("--deepspeed", zero(tiny, stage), "--resume_steps", "1")
     codes, said = forked(FAULTY, f"{fault}@3:{ranks - 1}", *flags(tiny, tmp_path / "run", *more), ranks=ranks)
@@ -40,7 +40,7 @@ def test_what_is_not_finite_stops_all_ranks_before_the_update(fault, stage, rank
 
 
 @pytest.mark.parametrize("stage, fault", [(0, "loss"), (2, "loss"), (3, "gradient")])
-def test_a_step_that_is_not_finite_can_be_left_out(stage, fault, tiny, tmp_path, forked):
+def test_a_step_that_is_not_finite_can_be_left_out(stage, fault, tiny, tmp_path):
     """Counted in the metrics, which stay JSON; weights and moments do not move in it, so the next step's loss is
     the one of a run whose learning rate was 0 there: a fresh LoRA that skipped step 0 is still its reference."""
     run = tmp_path / "run"
@@ -58,7 +58,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(stage, fault, tiny, tmp_path,
 @pytest.mark.parametrize("fault, code, words", [
     ("raise", 1, "LookupError: a fault for the test"),
     ("memory", 1, "rank 1 ran out of memory in step 2 on rows"), ("kill", 137, "")])
-def test_a_rank_that_fails_ends_the_others(fault, code, words, tiny, tmp_path, forked):
+def test_a_rank_that_fails_ends_the_others(fault, code, words, tiny, tmp_path):
     """With its own error first; the other one says in a line that it lost it."""
     began = time.monotonic()
     codes, said = forked(FAULTY, f"{fault}@2:1", *flags(tiny, tmp_path / "run"), ranks=2)
@@ -73,7 +73,7 @@ def test_a_rank_that_fails_ends_the_others(fault, code, words, tiny, tmp_path, f
 @pytest.mark.parametrize("fault, words", [
     ("memory-engine@0", "rank 0 ran out of memory in loading the model; "),
     ("memory-reference@2", "rank 0 ran out of memory in the reference pass on rows ")])
-def test_memory_that_is_short_before_the_first_step(fault, words, tiny, tmp_path, forked):
+def test_memory_that_is_short_before_the_first_step(fault, words, tiny, tmp_path):
     """One line there too, with what would help."""
     codes, said = forked(FAULTY, fault, *flags(tiny, tmp_path / "run"))
     assert codes == [1] and f"error: {words}" in said and "a higher ZeRO stage" in said and "Traceback" not in said
@@ -101,7 +101,7 @@ def test_a_launcher_ends_soon_and_shows_why(tiny, tmp_path):
 @pytest.mark.parametrize("fault, error, step", [
     ("disk@4", "No space left on device", 2), ("metrics@3", "No space left on device", 2),
     ("checkpoint@4", "File too large", 4)])
-def test_a_disk_that_fills_loses_nothing(fault, error, step, whole, tiny, tmp_path, forked):  # noqa: F811
+def test_a_disk_that_fills_loses_nothing(fault, error, step, whole, tiny, tmp_path):  # noqa: F811
     """In the midst of a state, a line or a checkpoint; one line, exit code 1, and the same command goes on to the
     bytes of an undisturbed run."""
     codes, said = forked(FAULTY, fault, *flags(tiny, tmp_path / "run"))
@@ -207,7 +207,7 @@ def test_what_waits_beside_the_activations():
     assert memory.memory_budget(torch.device("cpu"), 0.5, 1e9) == 2**29  # what was asked for
 
 
-def test_a_dry_run_writes_nothing(tiny, tmp_path, forked):
+def test_a_dry_run_writes_nothing(tiny, tmp_path):
     """The longest pair first; memory, time and disk."""
     codes, said = forked(TRAIN, *flags(tiny, tmp_path / "run", "--dry_run"), ranks=2)
     assert codes == [0, 0], said
@@ -217,7 +217,7 @@ def test_a_dry_run_writes_nothing(tiny, tmp_path, forked):
     assert codes == [1] and "ran out of memory in the dry run on rows" in said and "--max_length" in said
 
 
-def test_a_dry_run_counts_the_reference(tiny, tmp_path, forked):
+def test_a_dry_run_counts_the_reference(tiny, tmp_path):
     """Another model's weights, to the byte, which ranks of stage 3 share, and its pass over the longest pairs, which
     may be short of memory itself; nothing is written. The policy with its adapter off takes no more, and SFT has no
     reference."""
@@ -241,7 +241,7 @@ def test_a_dry_run_counts_the_reference(tiny, tmp_path, forked):
     assert not (tmp_path / "run").exists()
 
 
-def test_state_is_what_the_optimizer_has(tiny):
+def test_state_is_what_the_optimizer_has():
     """The weights of plain AdamW, through a file's tensors and back, bit for bit; random numbers too."""
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(12)]  # there is a weight.1 and a weight.11
@@ -268,7 +268,7 @@ def test_state_is_what_the_optimizer_has(tiny):
 
 
 @pytest.mark.parametrize("fault, ranks", [("moved", 1), ("replaced", 2)])
-def test_a_folder_that_goes_in_the_midst_of_a_run(fault, ranks, whole, tiny, tmp_path, forked):  # noqa: F811
+def test_a_folder_that_goes_in_the_midst_of_a_run(fault, ranks, whole, tiny, tmp_path):  # noqa: F811
     """Renamed, and with an empty one in its place: one line, and not a file where it was. Put back, the run goes on to
     the bytes of an undisturbed one."""
     run, moved = tmp_path / "run", tmp_path / "run-moved"

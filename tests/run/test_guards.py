@@ -17,8 +17,8 @@ EXAMPLES = [SimpleNamespace(row=10 + i, prompt=[0] * 3, chosen=[0] * 4, rejected
 def test_ranks_are_asked_before_each_micro_batch_and_stop_after_the_one_before_which_one_was_told():
     done, stop = [], Stop()
     with pytest.raises(Preempted, match="stopped by SIGTERM"), guarded(EXAMPLES, stop, 0, "step 5") as guard:
-        for indices, weight in guard.each([([1], 1.0), ([2], 1.0), ([3], 0.0)]):
-            done.append((indices, weight))
+        for indices, factor in guard.each([([1], 1.0), ([2], 1.0), ([3], 0.0)]):
+            done.append((indices, factor))
             stop.name = "SIGTERM"
     assert done == [([1], 1.0), ([2], 1.0)]
 
@@ -83,7 +83,10 @@ def test_the_gap_between_policy_and_reference_is_in_nats_a_token():
 
 
 def test_a_policy_that_is_not_its_reference_at_step_0_is_refused():
-    check_start({"loss": math.log(2), "rewards/margins": 0.0}, 9e-5, False, "cache")
-    for gap, margin, bf16 in ((2e-4, 0.0, False), (0.0, 0.02, False), (0.0, -0.02, True), (2e-3, 0.0, True)):
+    """A small difference a token is a large one over 20,000 tokens, and shows in the margin."""
+    for gap, margin, bf16 in ((9e-5, 0.0, False), (0.0, 0.0, True), (9e-4, 0.009, True)):
+        check_start({"loss": math.log(2), "rewards/margins": margin}, gap, bf16, "cache")
+    for gap, margin, bf16 in ((2e-4, 0.0, False), (0.0, 0.02, False), (0.0, -0.02, True), (2e-3, 0.0, True),
+                              (9e-5, 0.38, False), (9e-4, -3.8, True)):
         with pytest.raises(RunStopped, match="policy and reference should be equal.*files in cache"):
             check_start({"loss": 0.7, "rewards/margins": margin}, gap, bf16, "cache")

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, train
 
 from nanodpo.core.logprobs import LogProbHead, OneRank
-from nanodpo.core.losses import dpo, hinge, ipo, pair_losses, sft
+from nanodpo.core.losses import dpo, pair_losses, sft
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.run import metrics
 from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, write_line
@@ -46,14 +46,6 @@ def test_the_values_of_three_pairs():
     assert losses.requires_grad and not any(value.requires_grad for value in values.values())
 
 
-def test_ipo_takes_means_and_the_others_sums():
-    """arXiv 2310.12036 on means over tokens: m of 2/5+1/10, 0, -1-1/5; its zero is at 1/(2 beta)."""
-    losses = pair_losses(partial(ipo, beta=0.5), LOGPS, REF, TOKENS)
-    assert losses.tolist() == pytest.approx([(m - 1.0) ** 2 for m in (0.5, 0.0, -1.2)])
-    hinges = pair_losses(partial(hinge, beta=0.5), LOGPS, REF, TOKENS)
-    assert hinges.tolist() == pytest.approx([0.0, 1.0, 2.0])
-
-
 def test_sft_with_and_without_a_rejected_side():
     both, one = (pair_losses(sft, logps, None, TOKENS) for logps in (LOGPS, LOGPS[:, :1]))
     values, fewer = (pair_metrics(sft, LOGPS[:, :r], None, TOKENS[:, :r], 0.5) for r in (2, 1))
@@ -63,10 +55,10 @@ def test_sft_with_and_without_a_rejected_side():
 
 
 def test_means_weigh_every_pair_once():
-    """Micro-batches of 3 and 1, and one of weight 0 that only keeps ranks in step."""
+    """Micro-batches of 3 and 1, and one with factor 0 that only keeps ranks in step."""
     meter = Meter(torch.device("cpu"))
-    for values, weight in (([1.0, 2.0, 3.0], 1.0), ([6.0], 1.0), ([100.0, 100.0], 0.0)):
-        meter.add({"x": torch.tensor(values)}, weight)
+    for values, factor in (([1.0, 2.0, 3.0], 1.0), ([6.0], 1.0), ([100.0, 100.0], 0.0)):
+        meter.add({"x": torch.tensor(values)}, factor)
     assert meter.means() == {"x": 3.0}
 
 
@@ -137,7 +129,7 @@ def scored_tokens(dtype, trainable, bias, scale, cap, whole, watched=True):
     (False, True, 1.0, None, True), (False, True, 2.0, 3.0, True), (False, False, 1.0, None, True)])
 def test_entropy_and_accuracy_are_those_of_all_logits(dtype, tolerance, trainable, bias, scale, cap, whole):
     """Of training with a frozen head, and of evaluations with any: means over all tokens, and over chosen's; pairs of
-    a weight of 0 count for nothing; and log-probs and gradients are, to the last bit, those of a head that nobody
+    a factor of 0 count for nothing; and log-probs and gradients are, to the last bit, those of a head that nobody
     watches."""
     settings = dtype, trainable, bias, scale, cap, whole
     head, numbers, tokens, hidden, targets = scored_tokens(*settings)
@@ -182,3 +174,15 @@ def test_a_runs_entropy_and_accuracy_are_those_of_plain_transformers(tiny, tmp_p
                 hits += (logits.argmax(1) == torch.tensor(ids)).tolist() if i == 0 else []
         assert line[f"{prefix}entropy"] == pytest.approx(sum(entropy) / len(entropy), rel=1e-5)
         assert line[f"{prefix}mean_token_accuracy"] == pytest.approx(sum(hits) / len(hits), abs=1e-12)
+
+
+def test_a_token_that_can_never_come_adds_nothing_to_the_entropy():
+    """A logit of -inf, so p = 0, for which 0 log 0 is 0. The seven others are equal: ln 7."""
+    layer = torch.nn.Linear(4, 8).requires_grad_(False)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    layer.bias[5] = -math.inf
+    head = LogProbHead(layer, chunk=2)
+    head.on_chunk = tokens = TokenMetrics(SimpleNamespace(head=head, parallel=OneRank()), needs_logits=True)
+    head(torch.zeros(3, 4), torch.tensor([0, 1, 2]))
+    assert torch.cat([part["entropy"] for part in tokens.parts]).tolist() == pytest.approx([math.log(7)] * 3)

@@ -7,7 +7,7 @@ import re
 import struct
 
 import pytest
-from conftest import ROOT, fork, launch
+from conftest import ROOT, forked, launch
 
 import train as trainer
 from nanodpo.errors import UserError
@@ -101,12 +101,12 @@ def watched(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("watched")
     more = "--report_to", *installed("csv_monitor", "tensorboard")
     for name, ranks in (("plain", 1), ("ranks", 2)):
-        assert fork(TRAIN, *flags(tiny, folder / name, *more), ranks=ranks)[0] == [0] * ranks
+        assert forked(TRAIN, *flags(tiny, folder / name, *more), ranks=ranks)[0] == [0] * ranks
     run = flags(tiny, folder / "again", *more)
-    assert [fork(FAULTY, fault, *run)[0] for fault in ("kill@5", "kill@4", "term@6")] == [[137], [137], [75]]
+    assert [forked(FAULTY, fault, *run)[0] for fault in ("kill@5", "kill@4", "term@6")] == [[137], [137], [75]]
     sent = json.loads((folder / "again" / "monitors.json").read_text())
     assert sent["step"] in (5, 6) and sent["train"]
-    assert fork(TRAIN, *run)[0] == [0]
+    assert forked(TRAIN, *run)[0] == [0]
     return folder
 
 
@@ -180,7 +180,7 @@ def test_comet_is_told_every_number_once(tiny, tmp_path):
                       "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
     run = flags(tiny, tmp_path / "run", "--report_to", "comet")
     for words, expected_code in (((FAULTY, "kill@5"), 137), ((TRAIN,), 0)):
-        codes, said = fork(script, *words, *run)
+        codes, said = forked(script, *words, *run)
         assert codes == [expected_code], said
     told = [tuple(json.loads(line)) for line in (tmp_path / "comet_ml.py.told").read_text().splitlines()]
     names = [words for words in told if words[0] == "name"]
@@ -199,7 +199,7 @@ def test_a_file_of_deepspeed_turns_monitors_on(tiny, tmp_path):
     assert monitors.take_blocks(dict(settings), ["none"]) == {}
     (tmp_path / "ds.json").write_text(json.dumps(
         settings | {"csv_monitor": settings["csv_monitor"] | {"output_path": str(tmp_path / "elsewhere")}}))
-    fork(TRAIN, *flags(tiny, tmp_path / "run", "--deepspeed", tmp_path / "ds.json", "--max_steps", "2"))
+    forked(TRAIN, *flags(tiny, tmp_path / "run", "--deepspeed", tmp_path / "ds.json", "--max_steps", "2"))
     rows = (tmp_path / "elsewhere" / "mine" / "train_loss.csv").read_text().splitlines()
     assert rows[0] == "step,loss" and [row.split(",")[0] for row in rows[1:]] == ["0", "1"]
     # Another monitor does not make it another run.
@@ -207,7 +207,7 @@ def test_a_file_of_deepspeed_turns_monitors_on(tiny, tmp_path):
     assert not {*monitors.PACKAGES} & record["deepspeed"].keys()
 
 
-def test_the_engine_gets_no_monitor(tiny, tmp_path):
+def test_the_engine_gets_no_monitor():
     """It would write the learning rate again, over the samples."""
     args = TrainArguments(model_name="M", train_file_path="D", report_to=["csv_monitor"])
     settings = engine_config({"csv_monitor": {"enabled": False}, "wandb": {"project": "p"}}, "ds.json", args)
@@ -246,7 +246,7 @@ def test_several_in_a_settings_file(text, found, tmp_path):
 
 
 def test_a_dry_run_reports_nothing(tiny, tmp_path):
-    fork(TRAIN, *flags(tiny, tmp_path / "run", "--dry_run", "--report_to", "csv_monitor"))
+    forked(TRAIN, *flags(tiny, tmp_path / "run", "--dry_run", "--report_to", "csv_monitor"))
     assert not (tmp_path / "run").exists()
 
 
@@ -255,7 +255,7 @@ def test_a_monitor_that_can_not_write_ends_the_run_in_a_line(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "ds.json").write_text(json.dumps({"csv_monitor": {"enabled": True,
                                                                   "output_path": str(tmp_path / "file")}}))
-    codes, said = fork(TRAIN, *flags(tiny, tmp_path / "run", "--deepspeed", tmp_path / "ds.json"), ranks=2)
+    codes, said = forked(TRAIN, *flags(tiny, tmp_path / "run", "--deepspeed", tmp_path / "ds.json"), ranks=2)
     assert codes == [2, 2] and "error: --deepspeed: csv_monitor: output_path" in said and "Traceback" not in said
     assert not (tmp_path / "run").exists()  # said before a model is opened
 

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from conftest import ROOT, fork, zero
+from conftest import ROOT, forked, zero
 
 from nanodpo.errors import Preempted, RunStopped, UserError
 from nanodpo.folder.atomic import file_facts
@@ -38,12 +38,12 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(tiny, tmp_path)
              "third": ["--beta", "0.3", "--gradient_accumulation_steps", "2", "--lora_dropout", "0.1",
                        "--allow_dropout"]}
     for name, more in kinds.items():
-        assert fork(ROOT / "train.py", *flags(tiny, tmp_path / "alone" / name, *more))[0] == [0]
+        assert forked(ROOT / "train.py", *flags(tiny, tmp_path / "alone" / name, *more))[0] == [0]
     again = {name: flags(tiny, tmp_path / "notebook" / name, *more) for name, more in kinds.items()}
     cells = [["train", again["first"], False], ["train", [*again["second"], "--lerning_rate", "1"], False],
              ["train", again["second"], False], ["train", again["third"], True], ["train", again["third"], False],
              ["train", again["third"], False], ["score", [str(tmp_path / "notebook" / "third")], False]]
-    codes, said = fork(ROOT / "tests" / "notebook.py", json.dumps(cells))
+    codes, said = forked(ROOT / "tests" / "notebook.py", json.dumps(cells))
     ends = [line for line in said.splitlines() if line.startswith("cell: ")]
     assert codes == [0] and "the kernel lives" in said, said[-3000:]
     assert ends[0] == "cell: done" and ends[2] == "cell: done" and ends[4:] == ["cell: done"] * 3
@@ -93,7 +93,7 @@ def test_a_notebook_in_a_kernel_of_its_own(tiny, tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
     given, again = (flags(tiny, tmp_path / name / "run") for name in ("alone", "notebook"))
-    assert fork(ROOT / "train.py", *given)[0] == [0]
+    assert forked(ROOT / "train.py", *given)[0] == [0]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     cells = [nbformat.v4.new_code_cell(text) for text in (
         f"import score, train\ntrain.main({again})", f"train.main({[*again, '--lerning_rate', '1']})",

@@ -13,6 +13,7 @@ from conftest import ROOT, launch
 from malformed import cut, flipped
 
 import score
+from nanodpo.data.example import SIDES
 from nanodpo.errors import RunStopped, UserError
 from nanodpo.folder.atomic import MANIFEST, file_facts
 from nanodpo.scoring import parts as kept
@@ -202,7 +203,7 @@ def test_numbers_that_can_not_be_are_neither_kept_nor_read(run, scored_all, tmp_
 def test_a_response_is_compared_with_the_start_that_was_scored_likewise():
     """The start has each side alone and both together, from other micro-batches, so with other last digits: chance does
     not choose."""
-    data, units = SimpleNamespace(rows_with=lambda unit: ({}, unit)), [("chosen",), ("rejected",), plan.PAIR]
+    data, units = SimpleNamespace(rows_with=lambda unit: ({}, unit)), [("chosen",), ("rejected",), SIDES]
     keys = {plan.response_result("scores", "start", "start", data, unit).key: unit for unit in units}
     parts = SimpleNamespace(sets=lambda key: {(0, side): keys[key] for side in keys[key]})
     for unit in units:

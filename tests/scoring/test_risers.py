@@ -24,7 +24,6 @@ from nanodpo.scoring.sections import sections, tenth_of
 from nanodpo.scoring.verdict import judge
 
 V = 264  # of the tiny model
-PLACE = ["step", "row", "response", "position"]
 
 
 def compared(start, later, batch, k, lengths, layout=None):

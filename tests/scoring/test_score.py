@@ -440,7 +440,7 @@ def own(tiny, tmp_path):
 
 @pytest.mark.parametrize("file, key, value", [("model.safetensors", None, None), ("config.json", "rope_theta", 5.0),
                                               ("config.json", "rms_norm_eps", 0.1)])
-def test_a_base_that_has_changed_is_refused(own, tiny, file, key, value):
+def test_a_base_that_has_changed_is_refused(own, file, key, value):
     """Other weights, or the same ones used otherwise; in the precision of the run and in another one."""
     place = own / "m" / file
     if key is None:
@@ -553,7 +553,7 @@ def test_runs_of_one_name_are_told_apart(run, tmp_path):
     assert [(c.run, c.step) for c in found] == [(f"{seed}/dpo", k) for seed in ("seed-1", "seed-2") for k in range(4)]
 
 
-def test_prompts_that_open_otherwise_are_refused(run, tiny, tmp_path):
+def test_prompts_that_open_otherwise_are_refused(run, tmp_path):
     """Data with a system prompt that training did not have; asked for, it is scored."""
     other = tmp_path / "dpo"
     shutil.copytree(run, other)
