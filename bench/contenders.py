@@ -1,4 +1,4 @@
-"""The contenders: one model, one LoRA, one AdamW, one loss; three ways to a training step.
+"""The contenders: one model, one LoRA, one AdamW, one loss; several ways to a training step.
 
 nanodpo is the project's own path: pack, SequenceLogProbs, the loss and metrics of a step, without DeepSpeed. `plain` is
 DPO as a textbook has it: padded rows, full logits, log_softmax. `trl` is TRL's DPOTrainer at its best on this machine:
@@ -83,7 +83,8 @@ def draw_lora(model, spread: float) -> None:
 
 
 class Contender:
-    """Subclasses give `logps(pairs)`: (P, 2), summed log-probs, and `losses(pairs, ref)`: (P,)."""
+    """Subclasses give `logps(pairs)`: (P, 2), summed log-probs, and `losses(pairs, ref)`: (P,); or, as Trl does, a
+    `step` of their own."""
 
     def __init__(self, work: Work):
         self.work, self.cache = work, {}
@@ -177,8 +178,8 @@ class Nanodpo(Contender):
     def build(self):
         from nanodpo.core.attention import LOOP, VARLEN
         from nanodpo.core.logprobs import SequenceLogProbs
-        from nanodpo.model.layers import fuse_lora, fuse_norms, keep_less
         from nanodpo.model.precision import mix_precision
+        from nanodpo.model.ready import exchange_layers
         from nanodpo.model.recompute import FitToMemory, Recompute, sample_batch
         from nanodpo.run.memory import memory_budget
 
@@ -187,10 +188,7 @@ class Nanodpo(Contender):
             for p in model.parameters():
                 p.data = p.data.float() if p.requires_grad else p.data.bfloat16()
             mix_precision(model, self.work.mixed)
-        fuse_lora(model)
-        keep_less(model)
-        if self.work.device == "cuda":
-            fuse_norms(model)
+        exchange_layers(model, device)
         if self.layout != "padded":
             flash = self.work.device == "cuda" and torch.bfloat16 in (self.work.dtype, self.work.mixed)
             model.get_base_model().set_attn_implementation(VARLEN if flash else LOOP)
@@ -216,7 +214,7 @@ class Nanodpo(Contender):
         return self.fit(sum(sum(map(len, pair)) for pair in self.batch(k)))
 
     def step(self, k):
-        self.modes(k)
+        self.modes(k)  # which also chooses, "by need", what this step recomputes
         return super().step(k)
 
     def logps(self, pairs: list[Pair]):
@@ -333,7 +331,7 @@ class Trl(Contender):
         return self.update(loss)
 
 
-CONTENDERS = {"nanodpo": Nanodpo, "plain": Plain, "trl": Trl, "shared": Nanodpo, "alone": Alone, "padded": Padded}
+CONTENDERS = {"nanodpo": Nanodpo, "plain": Plain, "trl": Trl, "alone": Alone, "padded": Padded}
 
 
 def build(name: str, work: Work) -> Contender:

@@ -51,7 +51,7 @@ def ranks(count: int, steps: int) -> dict:
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "perf/step_seconds" in line]
     return {"nanodpo": {"seconds": measure.spread([line["perf/step_seconds"] for line in lines[1:]]),
-                        "mib_above_loaded": round(lines[-1]["mem/peak_gib"] * 1024)}}
+                        "peak_mib": round(lines[-1]["mem/peak_gib"] * 1024)}}
 
 
 def draw(results: dict, file: Path) -> None:
@@ -64,7 +64,8 @@ def draw(results: dict, file: Path) -> None:
     for column, (factor, points) in enumerate(results.items()):
         # Processor time where there is one process; several ranks wait for each other, so theirs is the wall's.
         seconds = ("seconds", "seconds a step") if factor == "ranks" else ("cpu_seconds", "processor seconds a step")
-        for line, (key, label) in enumerate((seconds, ("mib_above_loaded", "MiB"))):
+        memory = ("peak_mib", "MiB of rank 0, all included") if factor == "ranks" else ("mib_above_loaded", "MiB")
+        for line, (key, label) in enumerate((seconds, memory)):
             axis = axes[line][column]
             for name, marker in (("nanodpo", "o-"), ("plain", "s--")):
                 own = [(x, one[name]) for x, one in points.items() if name in one]
@@ -72,7 +73,7 @@ def draw(results: dict, file: Path) -> None:
                 if own:
                     axis.plot([x for x, _ in own], values, marker, label=name, markersize=4)
             axis.set_xlabel(LABELS[factor])
-            axis.set_ylabel(label + (" of rank 0, all included" if factor == "ranks" and key != seconds[0] else ""))
+            axis.set_ylabel(label)
             axis.set_ylim(bottom=0)
             if factor == "ranks":
                 axis.set_xticks(list(points))
@@ -96,7 +97,8 @@ def main() -> None:
         values = [value for value in FACTORS.get(factor, [1, 2]) if value <= args.most]
         results[factor] = {x: ranks(x, args.steps) if factor == "ranks" else point(args, **{factor: x}) for x in values}
         for x, one in results[factor].items():
-            rows += [[factor, f"{x:,}", name, measure.show(own["seconds"]), own["mib_above_loaded"]]
+            rows += [[factor, f"{x:,}", name, measure.show(own["seconds"]),
+                      own["peak_mib" if factor == "ranks" else "mib_above_loaded"]]
                      for name, own in one.items()]
     print(measure.table(["factor", "value", "contender", "seconds a step", "MiB"], rows))
     file = Path(args.json) if args.json else measure.RESULTS / "growth.json"

@@ -4,8 +4,8 @@
     python bench/head.py --tokens 10000 20000 --vocabulary 151936 --only nanodpo
 
 Contenders: nanodpo's LogProbHead; torch's own linear and cross_entropy, which hold (tokens, V); TRL's chunked function
-where TRL is installed, asked for log-probs alone. All must give the same log-probs and gradients. A contender that
-would need more than --limit GiB is left out and said so.
+where TRL is installed, asked for log-probs alone. All must give the same mean log-prob and the same norm of the
+gradient. A contender that would need more than --limit GiB is left out, which is said.
 """
 
 import argparse
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import measure
 
-TOLERANCE = 1e-4  # of log-probs in nats, and of the gradient's norm, relative
+TOLERANCE = 1e-4  # relative: of the mean log-prob, and of the gradient's norm
 
 
 class Head:

@@ -3,10 +3,10 @@ rounding alone moves them, and the costs. The same real pairs, LoRA, learning ra
 
     python bench/precision.py --model_name SmolLM2-135M --train_file_path pairs.parquet
 
-A CPU without bfloat16 instructions multiplies in it many times slower than in float32. Margins are therefore taken with
---widen: products of bfloat16 matrices computed in float32 and rounded, which is what the slow kernel does as well. Time
-and memory are those of steps without it, on the shortest pair, in a fresh process each, in turns; of what can be run on
-this machine.
+A CPU without bfloat16 instructions multiplies in it many times slower than in float32. Margins are therefore taken
+within `Widen`: products of bfloat16 matrices computed in float32 and rounded, which is what the slow kernel does as
+well. Time and memory are those of steps without it, on the shortest pair, in a fresh process each, in turns; of what
+can be run on this machine.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def follow(work: contenders.Work, args) -> dict[str, dict]:
 
 
 def cost(work: contenders.Work, args) -> dict[str, dict]:
-    """name -> seconds of a step and MiB above the loaded model, without --widen, in turns."""
+    """name -> seconds of a step and MiB above the loaded model, without `Widen`, in turns."""
     workers = {row: measure.Worker(Probe, args.threads, name=ROWS[row][0], widen=False, rate=args.learning_rate,
                                    work=dataclasses.replace(work, **ROWS[row][1]))
                for row in those_that_run() if row not in UNTIMED}

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import contenders
 import measure
 
-LAYOUTS = ("shared", "alone", "padded")
+WAYS = ("nanodpo", "alone", "padded")  # of contenders.py; nanodpo shares prompts
 
 
 def ragged_pairs(count: int, length: int, share: float, vocabulary: int) -> list[contenders.Pair]:
@@ -30,7 +30,7 @@ def contest(args, share: float) -> dict:
     model = args.model_name or contenders.tiny_wide(args.hidden, vocabulary=args.vocabulary)
     pairs = ragged_pairs(args.pairs * (args.rounds + 1), args.length, share, args.vocabulary)
     work = contenders.Work(pairs, model, batch=args.pairs)
-    workers = {name: measure.Worker(contenders.build, args.threads, name=name, work=work) for name in LAYOUTS}
+    workers = {name: measure.Worker(contenders.build, args.threads, name=name, work=work) for name in WAYS}
     results = measure.contest(workers, [("step", k) for k in range(args.rounds + 1)])
     for found in results.values():
         found["first_loss"] = found.pop("values")[0][0]
