@@ -23,6 +23,9 @@ SYSTEM = ("system", "system_prompt")
 OF_PROMPTS = (*SYSTEM, "input", "instruction", "history", "context")  # part of what is asked, by name
 FOR_TEMPLATES = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # a language model of text can't be asked about these
+# Columns of several answers a row, and of what they are worth; and of two answers, like response_0 and response_1
+SEVERAL, SCORES = ("completions", "answers", "responses", "summaries"), ("scores", "ranks", "rank", "ratings", "choice")
+ANSWERS, NUMBERED = ("answer", "response", "completion", "output", "ref", "conversation"), ("AB", "ab", "01", "12")
 RESERVED = {"chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "padding",
             "return_tensors", "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs",
             "conversation"}  # arguments of apply_chat_template that a template does not see
@@ -63,12 +66,15 @@ def choose_columns(path: str, rows: list[dict], args, pairs: bool) -> Columns:
             raise UserError(f"{path}: has no column {named!r} (--{flag}); it has {', '.join(names)}")
         found = named or next((name for name in candidates if name in names), None)
         if needed and not found:
+            _check_judged(path, names)
             raise UserError(f"{path}: has no column {' or '.join(candidates)}; it has {', '.join(names)}: "
                             f"name one with --{flag}"
                             + ", or train on chosen alone with --loss sft" * (flag == "rejected_field"))
         return found
 
-    _check_scored(path, rows[0])
+    if not args.chosen_field and "chosen" not in names:
+        _check_scored(path, rows[0])
+        _check_labelled(path, rows)
     transcripts = not args.chosen_field and not args.rejected_field and {"text", "worse-text"} <= {*names}
     chosen = choose("chosen_field", ("text",) if transcripts else CHOSEN_FIELDS, True)
     openai = ("input",) * (chosen == "preferred_output")
@@ -95,12 +101,33 @@ def _check_apart(path: str, columns: dict[str, str | None]) -> None:
 
 
 def _check_scored(path: str, row: dict) -> None:
-    """Raises UserError for several answers a row with scores, as UltraFeedback had them before pairs were made."""
-    answers = row.get("completions")
-    if "chosen" not in row and isinstance(answers, list) and answers and isinstance(answers[0], dict):
-        raise UserError(f"{path}: has completions, several answers a row with their scores, and which two make a pair "
+    """Raises UserError for several answers a row with scores or ranks, as UltraFeedback had them before pairs were
+    made."""
+    lists = [name for name in SEVERAL if isinstance(row.get(name), list) and row[name]]
+    judged = not {*SCORES}.isdisjoint(row)
+    if name := next((name for name in lists if judged or isinstance(row[name][0], dict)), None):
+        raise UserError(f"{path}: has {name}, several answers a row with their scores, and which two make a pair "
                         "is for you to say; write them into columns prompt, chosen and rejected (UltraFeedback's are "
                         "on the hub: HuggingFaceH4/ultrafeedback_binarized::train_prefs)")
+
+
+def _check_labelled(path: str, rows: list[dict]) -> None:
+    """Raises UserError for unpaired answers of which a label says whether they are good (KTO): trained on as they
+    stand, the bad ones would count as chosen."""
+    if "completion" in rows[0] and (bad := sum(row.get("label") is False for row in rows)):
+        raise UserError(f"{path}: has unpaired answers (KTO), {bad} of {len(rows)} with label false; join a true and a "
+                        "false one of the same prompt into columns prompt, chosen and rejected, or for --loss sft "
+                        "leave out the rows with label false")
+
+
+def _check_judged(path: str, names: list[str]) -> None:
+    """Raises UserError for two answers a row of which another column says the better one: neither of the two is
+    chosen in every row."""
+    for first, second in itertools.combinations(names, 2):
+        base = first[:-1]
+        if base == second[:-1] and first[-1] + second[-1] in NUMBERED and base.rstrip("_").endswith(ANSWERS):
+            raise UserError(f"{path}: has {first} and {second}, two answers a row, and the better one is not the same "
+                            "in every row; write the better into a column chosen and the other into rejected")
 
 
 def _check_unread(where: str, row: dict, columns: Columns) -> None:

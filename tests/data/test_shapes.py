@@ -315,6 +315,32 @@ def test_answers_with_scores_are_no_pairs_yet(tmp_path):
     row = {"instruction": "2?", "completions": [{"response": "4", "overall_score": 9}, {"response": "5"}]}
     for how in ({}, {"loss": "sft"}):
         assert "HuggingFaceH4/ultrafeedback_binarized::train_prefs" in error_of(tmp_path, row, **how)
+    for row in ({"prompt": "2?", "completions": ["4", "5"], "ranks": [0, 1]},
+                {"prompt": "2?", "answers": [{"answer": "4", "rank": 1}, {"answer": "5", "rank": 2}]},
+                {"info": {}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}):
+        assert "several answers a row with their scores" in error_of(tmp_path, row)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "sft"])
+def test_a_label_of_unpaired_answers_is_not_passed_over(loss, tmp_path):
+    """KTO's rows: what is labelled false would be trained on as good. Without such rows SFT takes them."""
+    good, bad = ({"prompt": "2?", "completion": text, "label": text == "4"} for text in ("4", "5"))
+    assert "1 of 2 with label false; join a true and a false one" in error_of(tmp_path, good, bad, loss=loss)
+    assert [e.chosen for e in load(tmp_path, good, loss="sft").examples] == [[*b"4", 260]]
+
+
+@pytest.mark.parametrize("first, second, more", [
+    ("human_ref_A", "human_ref_B", {"history": "2?", "labels": 1}), ("response_0", "response_1", {"prompt": "2?"}),
+    ("answer_0", "answer_1", {"question": "2?", "score_0": 1.0, "score_1": 0.0}),
+    ("response1", "response2", {"context": "2?", "overall_preference": -1}),
+    ("conversation_a", "conversation_b", {"winner": "model_a"})])
+@pytest.mark.parametrize("loss", ["dpo", "sft"])
+def test_two_answers_of_which_another_column_names_the_better_are_no_pair_yet(loss, first, second, more, tmp_path):
+    """The advice to name one of them as chosen would swap half of the pairs."""
+    said = error_of(tmp_path, more | {first: "4", second: "5"}, loss=loss)
+    assert f"has {first} and {second}, two answers a row" in said and "--chosen_field" not in said
+    named = {"chosen_field": first, "rejected_field": second} if loss == "dpo" else {"chosen_field": first}
+    assert len(load(tmp_path, {"prompt": "2?", first: "4", second: "5"}, loss=loss, **named).examples) == 1
 
 
 # What a template is given beside the messages
