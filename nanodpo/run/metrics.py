@@ -26,7 +26,8 @@ Where the data have a column `weight`, the loss alone is a weighted mean; L abov
 of the others, divided as if none were missing. All other metrics are of all pairs, so that they can be compared with
 those of a run with these rows.
 
-SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected.
+SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected,
+and its entropy is of chosen in both.
 A loss that takes no ref_... (simpo, cpo, orpo) has no reference either.
 
 A line of metrics.jsonl has besides
@@ -120,8 +121,8 @@ class TokenMetrics:
         self.parts.append(found)
 
     def take(self, batch: Batch, index: Tensor, lengths: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of each pair, (P,) sums and (P,) numbers of tokens summed over, for `Meter`: entropies of all its responses,
-        hits of chosen alone, as in TRL. `batch` and `index` are those of make_batch, `lengths` of pair_lengths
+        """Of each pair, (P,) sums and (P,) numbers of tokens summed over, for `Meter`: entropies of the responses in
+        `index`, hits of chosen alone, as in TRL. `batch` and `index` are those of make_batch, `lengths` of pair_lengths
         (core/packing.py)."""
         parts, self.parts = self.parts, []
         values = {name: self.gather(torch.cat([part[name] for part in parts])) for name in parts[0]}

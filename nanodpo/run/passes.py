@@ -157,7 +157,7 @@ def evaluate(run: Run) -> None:
     run.engine.eval()
     examples, meter = run.held_out.examples, metrics.Meter(run.device)
     token_metrics = run.engine.module.head.on_chunk = metrics.TokenMetrics(run.engine.module, needs_logits=True)
-    sides = run.held_out.sides
+    sides, trained = run.held_out.sides, len(run.trained_sides)
     divisor = loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples], [e.weight for e in examples])
     batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.data_world)
     for pairs in progress.track(batches, "evaluation", "batch"):
@@ -173,7 +173,7 @@ def evaluate(run: Run) -> None:
                 rows = functools.partial(memory.describe, micro_batch)
                 with memory.shortage_named(run.rank, f"step {step}", rows), torch.no_grad():
                     logps = run.engine(batch)[index]
-                of_tokens = token_metrics.take(batch, index, lengths)
+                of_tokens = token_metrics.take(batch, index[:, :trained], lengths[:, :trained])
             losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
             losses = losses * row_weights(micro_batch).to(run.device)
             values = metrics.pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)

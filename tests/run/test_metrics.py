@@ -156,18 +156,22 @@ def test_entropy_that_the_gradient_does_not_tell_is_not_there(trainable, bias, c
     assert tokens.take(BATCH, INDEX, LENGTHS).keys() == {"mean_token_accuracy"}
 
 
-def test_a_runs_entropy_and_accuracy_are_those_of_plain_transformers(tiny, tmp_path):
-    """Of each step's pairs under its checkpoint, and of all held-out pairs after step 0, one sequence at a time."""
-    lines = train(tiny, tmp_path / "run", "--max_steps", "2", "--save_steps", "1", "--eval_steps", "1",
+@pytest.mark.parametrize("loss, steps", [("dpo", 2), ("sft", 1)])
+def test_a_runs_entropy_and_accuracy_are_those_of_plain_transformers(loss, steps, tiny, tmp_path):
+    """Of each step's pairs under its checkpoint, and of all held-out pairs, for DPO after step 0, one sequence at a
+    time. SFT's entropy is of chosen alone, in evaluations as in training."""
+    lines = train(tiny, tmp_path / "run", "--loss", loss, "--max_steps", str(steps), "--save_steps", "1",
+                  "--eval_steps", "1",
                   "--eval_file_path", tiny / "train.jsonl", "--per_device_train_batch_size", "2",
                   "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2")
     pairs = oracle.read_pairs(tiny / "train.jsonl")
-    assert len(lines) == 5 and not any("eval_entropy" in line for line in lines if line["step"] == 0)
-    for line in (line for line in lines if line["step"] or "loss" in line):
+    assert len(lines) == 2 * steps + 1
+    assert all("eval_entropy" in line for line in lines if "eval_loss" in line) == (loss == "sft")
+    for line in (line for line in lines if {"entropy", "eval_entropy"} & {*line}):
         model = oracle.load(tmp_path / "run" / f"checkpoint-{line['step']}", tiny / "model").eval()
         entropy, hits, prefix = [], [], "" if "loss" in line else "eval_"
         for prompt, *sides in ([pairs[i] for i in pairs_of_step(11, 4, 42, line["step"])] if not prefix else pairs):
-            for i, ids in enumerate(sides):
+            for i, ids in enumerate(sides[:1] if loss == "sft" else sides):
                 with torch.no_grad():
                     logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].double()
                 entropy += (-(logits.softmax(1) * logits.log_softmax(1)).sum(1)).tolist()
