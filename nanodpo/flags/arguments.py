@@ -127,7 +127,7 @@ class TrainArguments:
     keep_states: bool = _flag(False, "Keep all these states, also those of a finished run: --fork can go on from each.")
     fork: str = _flag(None, "RUN@STEP: a new run that goes on from this state of RUN, whose settings are then the "
                       "defaults of all flags; @0 is the start.")
-    logging_steps: int = _flag(1, "Print the means every so many steps; metrics.jsonl has every step.", ABOVE_0)
+    logging_steps: int = _flag(1, "Print the metrics of every so many steps; metrics.jsonl has every step.", ABOVE_0)
     report_to: list[str] = _flag(None, "Send the metrics there, too. Default: what the file of --deepspeed turns on.",
                                  choices=["tensorboard", "wandb", "csv_monitor", "comet", "none"])
     eval_steps: int = _flag(0, "Evaluate every N steps, besides step 0 and the end; 0: at those alone.", NOT_NEGATIVE)

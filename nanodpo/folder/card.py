@@ -8,6 +8,7 @@ the same bytes.
 import json
 import re
 import shutil
+import statistics
 from pathlib import Path
 
 from ..core.losses import LOSSES
@@ -19,6 +20,7 @@ from .atomic import new_file
 from .log import is_evaluation, read_lines, timeless
 
 FIGURE = "training.png"
+OF_A_STEP = {"step", "epoch", "grad_norm", "learning_rate", "num_tokens", "skipped_steps"}  # the last one is logged
 SECONDS = 3  # for the hub's word on a model
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected")
 SETTINGS = ("loss", "loss_kwargs", "sft_weight", "reference", "beta", "label_smoothing", "learning_rate",
@@ -34,8 +36,10 @@ QUANTISED = ("The adapter was trained on its base as bitsandbytes quantises it; 
 def texts(facts: dict, step: int, run: Path, base: str, peft=None) -> dict[str, str]:
     """{file name: text} of checkpoint-<step> of a run. `facts`: run.json's; `base`: name of the base model; `peft`: the
     config of the adapter, None for a whole model."""
-    log = history(run, step, facts["arguments"]["logging_steps"])
-    state = {"global_step": step, "max_steps": facts["steps"], "log_history": log}
+    given = facts["arguments"]
+    log = history(run, step, given["logging_steps"])
+    state = {"global_step": step, "max_steps": facts["steps"], "epoch": log[-1].get("epoch") if log else 0.0,
+             **{name: given[name] for name in ("logging_steps", "eval_steps", "save_steps")}, "log_history": log}
     return {"README.md": model_card(facts, step, log, base, peft),
             "trainer_state.json": f"{json.dumps(state, indent=1)}\n"}
 
@@ -53,12 +57,30 @@ def add_figure(run: Path) -> None:
 
 
 def history(run: Path, step: int, every: int) -> list[dict]:
-    """The lines of metrics.jsonl that led to checkpoint-<step>, one of training in `every`, without times and memory.
-    None for checkpoint-0, which is written first."""
-    lines = [line for _, line in read_lines(run)] if step else []
-    kept = [line for line in lines if (line["step"] <= step if is_evaluation(line) else
-                                       line["step"] < step and line["step"] % every == 0)]
-    return [*map(timeless, kept)]
+    """What led to checkpoint-<step>, as Trainer logs it: each evaluation, and for every so many steps of training, and
+    those left at the end, their means, with the number of updates that are done then: the metrics of step k, taken
+    before its update, are those of k + 1. Without times and memory. Empty for checkpoint-0, which is written first."""
+    lines = [timeless(line) for _, line in read_lines(run) if line["step"] < step + is_evaluation(line)] if step else []
+    steps_per_epoch = next((round(line["step"] / line["epoch"]) for line in lines if line.get("epoch")), None)
+    found, window = [], []
+    for line in lines:
+        if is_evaluation(line):
+            found.append(line)
+            continue
+        window.append(line)
+        done = line["step"] + 1
+        if done % every == 0 or done == step:
+            mean = line | _means(window) | {"step": done}
+            found.append(mean | {"epoch": done / steps_per_epoch if steps_per_epoch else None})
+            window = []
+    return found
+
+
+def _means(lines: list[dict]) -> dict[str, float]:
+    """Of each metric that is a mean over a step's pairs, the mean over these steps that have it."""
+    names = {name for line in lines for name in line} - OF_A_STEP
+    values = {name: [line[name] for line in lines if name in line] for name in sorted(names)}
+    return {name: statistics.fmean(found) for name, found in values.items()}
 
 
 def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) -> str:

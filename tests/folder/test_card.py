@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, launch, train
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from transformers import TrainerState
 
 from nanodpo.folder.atomic import check_whole
 from nanodpo.folder.card import history, license_of, model_card
@@ -54,15 +55,22 @@ def test_a_local_base_is_named_by_its_folder_and_its_license_is_handed_on(tmp_pa
     assert "my-base, dpo, step 4 of 6" in text and str(tmp_path) not in text
 
 
-@pytest.mark.parametrize("step, kept", [(0, ""), (1, "e0 t0"), (4, "e0 t0 t2 e4")])
+@pytest.mark.parametrize("step, kept", [(0, ""), (1, "e0 t1=8"), (4, "e0 t2=7 t4=3 e4"),
+                                        (5, "e0 t2=7 t4=3 e4 t5=0")])
 def test_the_log_of_a_checkpoint_is_what_led_to_it(step, kept, tmp_path):
-    """Steps before it, one in two, and evaluations up to it; nothing that depends on the machine's speed."""
-    lines = [{"step": k, "loss": 0.5, "perf/step_seconds": 1.0, "mem/peak_gib": 2.0} for k in range(6)]
-    lines[0:0], lines[5:5] = [{"step": 0, "eval_loss": 0.7}], [{"step": 4, "eval_loss": 0.6}]
+    """As Trainer writes it: of two steps each the means, under the number of updates that are done, and what is left
+    at the end; evaluations up to it; nothing that depends on the machine's speed. Four steps are an epoch."""
+    lines = [{"step": k, "epoch": k / 4, "loss": 8.0 - 2 * k, "learning_rate": float(k), "perf/step_seconds": 1.0,
+              "mem/peak_gib": 2.0} for k in range(6)]
+    lines[0:0] = [{"step": 0, "epoch": 0.0, "eval_loss": 0.7}]
+    lines[5:5] = [{"step": 4, "epoch": 1.0, "eval_loss": 0.6}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     log = history(tmp_path, step, 2)
-    assert " ".join(f"{'e' if 'eval_loss' in line else 't'}{line['step']}" for line in log) == kept
-    assert all(line.keys() <= {"step", "loss", "eval_loss"} for line in log)
+    assert " ".join(f"e{line['step']}" if "eval_loss" in line else f"t{line['step']}={line['loss']:g}"
+                    for line in log) == kept
+    assert all(line.keys() <= {"step", "epoch", "loss", "learning_rate", "eval_loss"} for line in log)
+    assert all(line["learning_rate"] == line["step"] - 1 for line in log if "loss" in line)
+    assert step == 1 or all(line["epoch"] == line["step"] / 4 for line in log)  # one step does not tell an epoch
 
 
 def test_every_checkpoint_and_the_merged_model_have_both(tiny, tmp_path):
@@ -79,6 +87,8 @@ def test_every_checkpoint_and_the_merged_model_have_both(tiny, tmp_path):
     assert state["global_step"] == state["max_steps"] == 2
     assert [line.get("loss", line.get("eval_loss")) for line in state["log_history"]] == [
         line.get("loss", line.get("eval_loss")) for line in lines]
+    opened = TrainerState.load_from_json(folder / "trainer_state.json")
+    assert (opened.epoch, opened.logging_steps, opened.global_step) == (2 / 8, 1, 2)
     evals = [line for line in lines if "eval_loss" in line]
     text = (folder / "README.md").read_text()
     assert f"| loss | {evals[0]['eval_loss']:.4f} | {evals[-1]['eval_loss']:.4f} |" in text

@@ -447,9 +447,9 @@ def test_lines_that_somebody_changed_stay_and_are_named(tmp_path, capsys):
 
 def test_a_log_of_any_length_is_read(tmp_path):
     """70 MB, as some 60,000 steps leave: at a smaller limit such a run could never end."""
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0, "x": "{"x" * 70_000_000}"}}\n')
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0{" " * 70_000_000}}}\n')
     assert [line["step"] for _, line in read_lines(tmp_path)] == [0]
-    assert card.history(tmp_path, 1, 1)[0]["step"] == 0
+    assert card.history(tmp_path, 1, 1)[0]["step"] == 1
 
 
 def test_a_checkpoint_of_another_run_is_named(stopped, capsys):
