@@ -150,7 +150,7 @@ def _dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
 def describe(model: nn.Module) -> str:
     """For the screen: how many parameters are trained, their dtype, the modules with LoRA, and rates of dropout."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    count, total = sum(p.numel() for _, p in trained), sum(map(numel, model.parameters()))
+    count, total = sum(numel(p) for _, p in trained), sum(map(numel, model.parameters()))
     dtype = str(trained[0][1].dtype).removeprefix("torch.")
     line = f"model: {total:,} parameters, {count:,} of them trained ({count / total:.2%}), {dtype}"
     if held := sum(numel(layer.weight) for layer in quantised_layers(model)):

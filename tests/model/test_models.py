@@ -372,3 +372,12 @@ def test_a_checkpoint_takes_the_place_of_a_link(tmp_path):
     checkpoint.save(model, make_tokenizer(), checkpoint.gather(model, False), tmp_path / "checkpoint-1", {"step": 1})
     assert not (tmp_path / "checkpoint-1").is_symlink() and (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
     assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_weights_that_ranks_share_are_counted_whole(tiny):
+    """Under ZeRO-3 a weight on a rank is empty, and `ds_shape` is its true shape."""
+    model = load(tiny, use_lora=False)
+    said = loading.describe(model)
+    for weight in model.parameters():
+        weight.ds_shape, weight.data = weight.shape, weight.new_empty(0)
+    assert loading.describe(model) == said and " of them trained (100.00%)" in said
