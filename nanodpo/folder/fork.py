@@ -122,6 +122,15 @@ def check(fork: Fork, facts: dict, before_loading: bool = False) -> dict[str, li
     return {name: [was, now] for name, was, now in different}
 
 
+def first_step_with(name: str, facts: dict) -> int:
+    """The step from which on a setting, like --beta, has the value that it has now; `facts` are the entries of
+    run.json."""
+    entry = facts.get("fork")
+    while entry and name not in entry["changed"]:
+        entry = entry.get("of")
+    return entry["step"] if entry else 0
+
+
 def _is_own(name: str, was, now) -> bool:
     """Whether a difference is none of the settings: that this is a fork, and what DeepSpeed is told of --max_grad_norm.
     """

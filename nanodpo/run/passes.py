@@ -13,10 +13,10 @@ from ..core.logprobs import response_logps
 from ..core.losses import loss_divisor, needs_reference, pair_losses
 from ..core.packing import LAYOUTS, groups_of, make_batch, pair_lengths, scored_places, total_tokens
 from ..data.example import SIDES, Example
-from ..data.schedule import micro_batches_of, pair_order, pairs_of_step
+from ..data.schedule import micro_batches_of, pairs_of_step
 from ..data.tokens import DataSet
 from ..errors import RunStopped
-from ..folder import record, reference, state
+from ..folder import fork, record, reference, state
 from ..model.loading import reference_policy
 from ..model.ready import freeze
 from ..model.sharding import is_sharded, let_go
@@ -48,16 +48,19 @@ def row_weights(examples: list[Example], without: frozenset[int] = frozenset()) 
 
 
 def say_unvisited(run: Run) -> None:
-    """Names the rows of --without_rows that a run of less than an epoch does not come to: leaving them out changes
-    nothing."""
+    """Names the rows of --without_rows that no step comes to from which on they are left out, in a run of less than an
+    epoch or in a fork: leaving them out changes nothing."""
     if not run.without:
         return
-    order = pair_order(len(run.train_set.examples), run.args.seed, 0, run.row_starts)
-    visited = {run.train_set.examples[i].row for i in order[: run.steps * run.pairs_per_step]}
+    first, examples = fork.first_step_with("--without_rows", run.facts), run.train_set.examples
+    steps = range(first, min(run.steps, first + 2 * run.steps_per_epoch))  # the rest of an epoch, and a whole one
+    visited = {examples[i].row for step in steps
+               for i in pairs_of_step(len(examples), run.pairs_per_step, run.args.seed, step, run.row_starts)}
     if unvisited := sorted(run.without - visited):
         rows = ", ".join(map(str, unvisited[:16])) + ", ..." * (len(unvisited) > 16)
-        distributed.say(folded(f"--without_rows: row {rows}: not among those that the {run.steps} steps of this run "
-                               "visit, so leaving it out changes nothing"))
+        where = f"steps {first} to {run.steps - 1}" if first else f"the {run.steps} steps"
+        distributed.say(folded(f"--without_rows: row {rows}: not among those that {where} of this run visit, so "
+                               "leaving it out changes nothing"))
 
 
 def add_references(run: Run) -> None:
@@ -123,7 +126,7 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
         fingerprint |= {"on a GPU": ["norms in one pass", args.deterministic]}
     if args.sequence_parallel_size > 1:  # products of parts of a batch round otherwise, too
         fingerprint |= {"ranks that share a batch": args.sequence_parallel_size}
-    if args.bf16:  # its rounding depends on what else is in the micro-batch
+    if args.bf16 or run.device.type == "cuda":  # rounding depends on what else is in the micro-batch
         # How many ranks share them changes none: evaluation cuts its pairs in order, a micro-batch is `batch` of them.
         size = len(steps[0]) if data is run.train_set else min(batch, len(data.examples))
         fingerprint |= {"batches": [args.seed, batch, size]}

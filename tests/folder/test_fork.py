@@ -161,6 +161,11 @@ def test_without_a_row(loss, tiny, tmp_path):
     weights = [(tmp_path / name / "checkpoint-4" / "model.safetensors").read_bytes()
                for name in ("fork", "plain", "run")]
     assert weights[0] == weights[1] != weights[2]
+    early = windows[1][0]  # which this fork comes too late for
+    codes, said = forked(TRAIN, "--fork", f"{tmp_path / 'run'}@2", "--output_dir", tmp_path / "late", "--without_rows",
+                         str(early))
+    assert codes == [0] and f"row {early}: not among those that steps 2 to 3 of this run visit" in said
+    assert lines(tmp_path / "late") == lines(tmp_path / "run")
     model = make_model()
     expected = oracle.train(model, oracle.read_pairs(tiny / "train.jsonl"), windows, loss, without=(row,))
     for line, known in zip(lines(tmp_path / "fork"), expected, strict=True):
