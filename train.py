@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         start = prepare(argv, SCRIPT)
         if start is None:
             return  # --inspect, --print_config
-        if start.finished:
+        if start.finished and not start.args.dry_run:
             return end_again(start)
         with build(start, stop) as run:
             if run.args.dry_run:
@@ -86,7 +86,7 @@ def train(run: Run) -> None:
     saved = lifecycle.open_folder(run)
     how = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
     how += "" if args.resume == "auto" else " and without --resume"
-    run.stop.advice = lambda: f" after {run.step} of {run.steps} steps; to go on: {how}"
+    run.stop.advice = lambda: f" after {max(run.step, saved['step'])} of {run.steps} steps; to go on: {how}"
     run.stop.wait()
     if needs_reference(run.loss):
         add_references(run)

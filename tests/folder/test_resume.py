@@ -120,6 +120,10 @@ def test_told_to_stop_whatever_it_is_doing(fault, step, ranks, whole, tiny, tmp_
     if step == 0:
         (cache,) = (tmp_path / "run-cache").glob("*.safetensors")
         assert load_file(cache)["logps"].isfinite().all(1).sum() == 4, "pairs of the two steps that were begun"
+    if step == 3:  # references that were removed are computed again, and the steps are still done
+        shutil.rmtree(tmp_path / "run-cache")
+        codes, said = forked(FAULTY, "term-reference@4", *flags(tiny, run))
+        assert codes == [75] and "stopped by SIGTERM after 3 of 6 steps" in said
     # What is kept for backward and what is computed again changes no bit, so a run may go on with another choice.
     more = ["--activation_memory", "0.0002"] if step == 3 else ["--gradient_checkpointing"] if ranks == 2 else []
     codes, said = forked(TRAIN, *flags(tiny, run, *more), ranks=ranks)

@@ -208,11 +208,15 @@ def test_what_waits_beside_the_activations():
 
 
 def test_a_dry_run_writes_nothing(tiny, tmp_path):
-    """The longest pair first; memory, time and disk."""
+    """The longest pair first; memory, time and disk. Nor where the run is finished."""
     codes, said = forked(TRAIN, *flags(tiny, tmp_path / "run", "--dry_run"), ranks=2)
     assert codes == [0, 0], said
     assert "dry run on rows" in said and "peak memory by rank: " in said and "disk: checkpoints " in said
     assert not (tmp_path / "run").exists() and not (tmp_path / "run-cache").exists()
+    assert forked(TRAIN, *flags(tiny, tmp_path / "done", "--max_steps", "1"))[0] == [0]
+    there = sorted((tmp_path / "done").rglob("*"))
+    codes, said = forked(TRAIN, *flags(tiny, tmp_path / "done", "--max_steps", "1", "--dry_run", "--draw", "true"))
+    assert codes == [0] and "peak memory by rank: " in said and sorted((tmp_path / "done").rglob("*")) == there
     codes, said = forked(FAULTY, "memory@0", *flags(tiny, tmp_path / "run", "--dry_run"))
     assert codes == [1] and "ran out of memory in the dry run on rows" in said and "--max_length" in said
 
