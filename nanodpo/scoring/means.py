@@ -98,8 +98,10 @@ def means(table: pandas.DataFrame, keys: list[str]) -> pandas.DataFrame:
 
 
 def show(table: pandas.DataFrame) -> str:
-    """A summary for the screen, and below it what its columns are."""
-    keys = ["run", "step", "dataset"]
+    """A summary for the screen, and below it what its columns are. A model that is no run's has no step, nor a start
+    with which it could be compared."""
+    keys, is_run = ["run", "step", "dataset"], table["phase"] != ""
+    table = table.assign(step=table["step"].astype(str).where(is_run, "-"))
     shown = table.pivot_table(index=keys, columns="response", values="mean", sort=False)
     shown = shown.map(lambda value: "" if np.isnan(value) else f"{value:.4f}")
     least, most = table["n"].min(), table["n"].max()
@@ -107,10 +109,13 @@ def show(table: pandas.DataFrame) -> str:
              f"row{'s' if most != 1 else ''} of one run"]
     along = table[table["response"] == "chosen"].set_index(keys).reindex(shown.index)
     if along["implausible_mass"].notna().any():
-        shown["implausible"] = [f"{start:.2g} -> {here:.2g}" if here == here else "" for start, here in
-                                zip(along["implausible_mass_start"], along["implausible_mass"])]
-        notes.append("implausible: along chosen, the probability of tokens that step 0 or this step gives less than "
-                     "0.001, at step 0 -> here")
+        start = [f"{value:.2g} -> " * (step != "-") for value, step in
+                 zip(along["implausible_mass_start"], along.index.get_level_values("step"))]
+        shown["implausible"] = [f"{before}{here:.2g}" if here == here else "" for before, here in
+                                zip(start, along["implausible_mass"])]
+        notes.append("implausible: along chosen, the probability of tokens that "
+                     + ("step 0 or this step gives less than 0.001, at step 0 -> here" if is_run.any() else
+                        "the model gives less than 0.001"))
     if "answers" in table:
         counts = table.drop_duplicates(keys).set_index(keys).reindex(shown.index)
         shown["right answers"] = ["" if pandas.isna(asked) else f"{right} of {asked}" for right, asked in

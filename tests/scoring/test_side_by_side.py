@@ -1,5 +1,7 @@
 """A scoring for human eyes: the table on the screen, right answers, and answers side by side."""
 
+import re
+
 import pandas
 import pytest
 
@@ -52,5 +54,7 @@ def test_right_answers_and_implausible_mass_are_in_the_summary_and_on_the_screen
     shown = means.show(means.summary(scores, answers))
     assert "2 of 3" in shown and "0 of 3" in shown and "0.001 -> 0.01" in shown and "-2.5000" in shown
     assert "over 4 rows of one run" in shown and "nan" not in shown.lower()
+    model = means.show(means.summary(scores[scores["step"] == 0].assign(phase="")))
+    assert re.search(r"r +- +d .*-2.5000 +-2.5000 .* 0.001\n", model) and "0.001 ->" not in model
     bare = scores.assign(implausible_mass=float("nan"), implausible_mass_start=float("nan"))
     assert not [word for word in ("implausible", "right", "nan") if word in means.show(means.summary(bare)).lower()]
