@@ -57,9 +57,10 @@ def add_figure(run: Path) -> None:
 
 
 def history(run: Path, step: int, every: int) -> list[dict]:
-    """What led to checkpoint-<step>, as Trainer logs it: each evaluation, and for every so many steps of training, and
-    those left at the end, their means, with the number of updates that are done then: the metrics of step k, taken
-    before its update, are those of k + 1. Without times and memory. Empty for checkpoint-0, which is written first."""
+    """The log that led to checkpoint-<step>, as Trainer writes it: each evaluation; and for every `every` steps of
+    training, and those left at the end, their means, with the number of updates that are done then. So the metrics of
+    step k, taken before its update, are those of k + 1. Without times and memory. Empty for checkpoint-0, which is
+    written first."""
     lines = [timeless(line) for _, line in read_lines(run) if line["step"] < step + is_evaluation(line)] if step else []
     steps_per_epoch = next((round(line["step"] / line["epoch"]) for line in lines if line.get("epoch")), None)
     found, window = [], []
