@@ -16,7 +16,12 @@ from ..errors import UserError, first_line
 from ..files import parse_json, read_text, why
 from .unknown import hint
 
-TRL = {"sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "slic": "hinge", "rpo": "dpo"}
+TRL = {name: f"TRL's {name} is {ours} here" for name, ours in {
+    "sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "slic": "hinge", "rpo": "dpo", "nll": "sft"}.items()}
+TRL |= dict.fromkeys("exo_pair nca_pair bco_pair sppo_hard apo_down discopop alphapo".split(),
+                     "not built in; a function of your own gives it (docs/losses.md)")
+TRL |= dict.fromkeys("aot aot_unpaired kto".split(),
+                     "not built in; its terms depend on other rows of the batch, here a pair's on its own row alone")
 SMOOTHED = sorted(name for name, loss in LOSSES.items() if "label_smoothing" in inspect.signature(loss).parameters)
 OWN = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 
@@ -37,8 +42,7 @@ def check_loss(args) -> None:
     if args.loss in LOSSES:
         bind(LOSSES[args.loss], args)
     elif not own_function(args.loss):
-        ours = TRL.get(args.loss)
-        words = f"TRL's {args.loss} is {ours} here" if ours else hint(args.loss, LOSSES, dashes="")
+        words = hint(args.loss, LOSSES, TRL, "")
         raise UserError(f"--loss {args.loss}: there is no such loss{'; ' * bool(words)}{words}. There are "
                         f"{', '.join(LOSSES)}, and FILE.py:FUNCTION, a function of your own like those in "
                         "nanodpo/core/losses.py")
