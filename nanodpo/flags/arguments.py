@@ -21,8 +21,9 @@ from .settings import as_flags, check_path, read_settings
 from .unknown import OTHERWISE, unknown_arguments
 
 
-def _flag(default, help: str, limit: Limit | None = None, choices=None):
-    return field(default=default, metadata={"help": help, "limit": limit} | ({"choices": choices} if choices else {}))
+def _flag(default, help: str, limit: Limit | None = None, **options):
+    """`options` are argparse's: choices, nargs."""
+    return field(default=default, metadata={"help": help, "limit": limit} | options)
 
 
 @dataclass
@@ -98,7 +99,8 @@ class TrainArguments:
     lora_alpha: int = _flag(32, "LoRA scale times rank.", ABOVE_0)
     lora_dropout: float = _flag(0.0, "Dropout before LoRA; needs --allow_dropout, since step 0 is then not ln 2.",
                                 BELOW_1)
-    lora_target_modules: str = _flag("all-linear", "Comma-separated module names, or all-linear.")
+    lora_target_modules: str = _flag("all-linear", "Module names, with commas or spaces between, or all-linear.",
+                                     nargs="+")
     peft_config: str = _flag(None, "JSON or YAML file with PEFT's settings of LoRA (adapter_config.json): use_rslora, "
                              "use_dora, rank_pattern ...")
     allow_dropout: bool = _flag(False, "Keep dropout (LoRA's and the model's own) on in training passes.")
@@ -149,6 +151,8 @@ class TrainArguments:
 
     def __post_init__(self):
         self.use_lora = self.use_lora and self.lora_r > 0
+        if isinstance(self.lora_target_modules, list):
+            self.lora_target_modules = ",".join(self.lora_target_modules)
         for name in PATHS:  # no shell opens ~ in --name=~/x or in a settings file
             if (value := getattr(self, name)) and value.startswith("~"):
                 setattr(self, name, expanduser(value))
@@ -162,7 +166,7 @@ class TrainArguments:
         check(self)
 
 
-LISTS = ("report_to",)
+LISTS = ("report_to", "lora_target_modules")
 PATHS = ("model_name", "reference", "peft_config", "train_file_path", "eval_file_path", "chat_template", "deepspeed",
          "output_dir", "cache_dir", "resume", "fork")
 
@@ -235,6 +239,15 @@ def _as_typed(message: str, own: set[str], file: str | None) -> str:
     return f"{file}: {message}" if file else message
 
 
+# Values that other trainers take: the beginning of argparse's message, and what it leaves unsaid.
+ADVICE = {
+    r"--(eval|logging|max|resume|save|warmup)_steps: invalid int value: '\d*\.": "a number of steps, not a fraction",
+    r"--lr_scheduler_type: invalid choice: 'constant_with_warmup'": "it is constant with --warmup_steps",
+    r"--report_to: invalid choice:": "name those that you want, with spaces between: --report_to tensorboard wandb",
+}
+
+
 def _raise(message: str) -> None:
     message = re.sub(r"Truthy value expected: got (.*) but exp.*", r"must be true or false, found \1", message)
-    raise UserError(re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message))
+    message = re.sub(r"^argument (--\w+)(/\S+)?:", r"\1:", message)
+    raise UserError("; ".join([message, *(words for start, words in ADVICE.items() if re.match(start, message))]))

@@ -34,7 +34,7 @@ def _describe(flag: dataclasses.Field) -> str:
     default, text = flag.default, flag.metadata["help"]
     choices = ["true", "false"] if default is True else flag.metadata.get("choices")
     value = f" {{{','.join(choices)}}}" if choices else VALUES[flag.type]
-    value += " ..." * (flag.type == list[str])
+    value += " ..." * (flag.type == list[str] or "nargs" in flag.metadata)
     if default is True:
         text += " Default: true."
     elif default is not None and flag.type is not bool:

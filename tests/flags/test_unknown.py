@@ -115,3 +115,28 @@ def test_a_slip_of_the_finger_still_finds_its_flag(typed, ours):
 def test_a_name_that_nobody_knows_is_not_guessed(name):
     """It shares many letters with a flag, or with another program's name."""
     assert hint(f"--{name}", FLAGS, OTHERWISE) == ""
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--save_steps", "0.1"], "--save_steps: invalid int value: '0.1'; a number of steps, not a fraction"),
+    (["--logging-steps", ".1"], "--logging-steps: invalid int value: '.1'; a number of steps, not a fraction"),
+    (["--eval_steps", "0.1"], "a number of steps, not a fraction"),
+    (["--warmup_steps", "0.1"], "a number of steps, not a fraction"),
+    (["--lr_scheduler_type", "constant_with_warmup"], "; it is constant with --warmup_steps"),
+    (["--report_to", "all"], "; name those that you want, with spaces between: --report_to tensorboard wandb"),
+    (["--report_to", "wandb,tensorboard"], "with spaces between"), (["--report_to", "mlflow"], "name those that")])
+def test_a_value_that_transformers_takes_is_answered_with_what_it_is_here(flags, words):
+    """It takes fractions of a run as numbers of steps, and programs that DeepSpeed has no monitor for."""
+    assert words in message_of(*flags)
+
+
+def test_the_modules_of_lora_may_be_a_list(tmp_path):
+    """With spaces between, as TRL takes them, with commas, or as a list in a settings file: one setting."""
+    file = tmp_path / "run.yaml"
+    needed = ["--model_name", "M", "--train_file_path", "D"]
+    for text in ("[q_proj, v_proj]", "q_proj,v_proj"):
+        file.write_text(f"lora_target_modules: {text}\n")
+        assert parse([str(file), *needed], None).lora_target_modules == "q_proj,v_proj"
+    for words in (["q_proj", "v_proj"], ["q_proj,v_proj"]):
+        assert parse([*needed, "--lora_target_modules", *words], None).lora_target_modules == "q_proj,v_proj"
+    assert parse(needed, None).lora_target_modules == "all-linear"
