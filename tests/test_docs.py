@@ -1,6 +1,7 @@
 """The pages are true: their code and their commands run, and print what they show."""
 
 import contextlib
+import dataclasses
 import inspect
 import io
 import json
@@ -214,6 +215,21 @@ def test_the_rules_of_the_verdict_stand_in_the_page_on_scoring():
     """Each with its words, in the order in which they are asked."""
     lines = (ROOT / "docs" / "scoring.md").read_text().split("| verdict | its rule |\n|---|---|\n")[1].splitlines()
     assert lines[: len(RULES) + 1] == [f"| {rule.name} | {rule.words} |" for rule in RULES] + [""]
+
+
+def test_the_defaults_in_the_page_on_trl_are_those_of_the_flags():
+    """Each number, truth and shape in the column of this program; a cell of words stands for no default, or all-linear,
+    but for warmup_steps, whose cell is not about its default."""
+    page = (ROOT / "docs" / "trl.md").read_text()
+    flags = {field.name: field.default for field in dataclasses.fields(arguments.TrainArguments)}
+    rows = re.findall(r"^\| (?:`\w+`, here )?`(\w+)` \| .* \| ([^|]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 15
+    for name, cell in rows:
+        words = re.split("[:;,] ", cell)[0]
+        shown = {"true": True, "false": False, "cosine": "cosine", "all linear layers": "all-linear"}.get(words)
+        if re.fullmatch(r"[\de.-]+", words):
+            shown = float(words)
+        assert flags[name] == shown or name == "warmup_steps", name
 
 
 def test_the_table_of_losses_has_each_with_its_paper_and_settings():
