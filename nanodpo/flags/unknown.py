@@ -112,7 +112,8 @@ OTHERWISE = {name: what for what, names in {
     "not needed: a run goes on to the last bit": "ignore_data_skip restore_callback_states_from_checkpoint",
     "set CUDA_VISIBLE_DEVICES= in the environment, and no GPU is used": "use_cpu no_cuda",
     "not needed: always so; the loss is divided once, by the whole step": "average_tokens_across_devices",
-    "not needed: num_tokens in metrics.jsonl": "include_num_input_tokens_seen include_tokens_per_second",
+    "not needed: metrics.jsonl has num_tokens and perf/tokens_per_second":
+        "include_num_input_tokens_seen include_tokens_per_second",
     "a step that is not finite stops the run, or is left out with --skip_nonfinite": "logging_nan_inf_filter",
     "leave it out; mem/peak_gib is in metrics.jsonl": "log_on_each_node log_level_replica debug skip_memory_metrics",
     "there is no trackio; --report_to names those that are there":
