@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pandas
 import pytest
+import torch
 import yaml
 from conftest import environment, launch
 
@@ -184,6 +186,43 @@ for i in {{1..300}}; do sleep 0.1; done""")
     assert process.wait(20) == 75
 
 
+@pytest.mark.parametrize("set_by, seconds", [({}, 100), ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}, 3)])
+def test_torchrun_leaves_its_processes_time_to_save(set_by, seconds, tmp_path, stand_in):
+    """torchrun.sh tells torchrun how many seconds a process has to save after SIGTERM, unless the user has. Kubernetes
+    gives the pod more than that, so that torchrun can end after its processes."""
+    stand_in("torchrun", f"echo $TORCH_ELASTIC_SHUTDOWN_TIMEOUT > {tmp_path}/seconds")
+    clean = {name: value for name, value in os.environ.items() if name != "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+    told = clean | {"TORCHRUN": str(tmp_path / "torchrun"), "NODES": "1", "NODE": "0", "HEAD": "here"}
+    subprocess.run(["bash", ROOT / "examples" / "launch" / "torchrun.sh"], env=told | set_by, timeout=30, check=True)
+    assert (tmp_path / "seconds").read_text() == f"{seconds}\n"
+    _, job = yaml.safe_load_all((ROOT / "examples" / "launch" / "kubernetes.yaml").read_text())
+    assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 100 + 15
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12), reason="torch 2.11 waits 30 s always")
+@pytest.mark.parametrize("seconds, code", [(1, 1), (20, 75)])
+def test_torchrun_kills_what_saves_longer_than_it_was_told(seconds, code, tmp_path, stand_in):
+    """The real torchrun reads what torchrun.sh tells it: a process that saves for 4 seconds is killed after 1, and ends
+    by itself, with its own exit code, within 20."""
+    stand_in("python", f"""trap told=1 TERM; touch {tmp_path}/ready
+until [ "$told" ]; do sleep 0.05; done
+for i in {{1..80}}; do sleep 0.05; done; touch {tmp_path}/saved; exit 75""")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    told = environment() | {"TORCHRUN": str(Path(sys.executable).with_name("torchrun")), "NODES": "1", "NODE": "0",
+                            "PYTHON": str(tmp_path / "python"), "HEAD": "localhost", "PORT": port, "PROCESSES": "1",
+                            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(seconds)}
+    process = subprocess.Popen(["bash", ROOT / "examples" / "launch" / "torchrun.sh"], env=told)
+    end = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(60) == code and (tmp_path / "saved").exists() == (code == 75)
+
+
 def test_the_job_of_kubernetes_fits_together(monkeypatch):
     """Its names, numbers of machines and exit codes agree with each other, and its command line is one that a run
     takes."""
@@ -203,8 +242,9 @@ def test_the_job_of_kubernetes_fits_together(monkeypatch):
     assert volumes == mounts.keys()
     shell, script, *flags = container["command"]
     assert shell == "bash" and Path(script).name == "torchrun.sh"
-    assert set(re.findall(r"\$\{?([A-Z]+)", Path(script).read_text())) - env.keys() == {
-        "TORCHRUN", "PYTHON", "PROCESSES", "RUN", "PORT", "PATIENCE"}, "those have defaults"
+    assert set(re.findall(r"\$\{?([A-Z_]+)", Path(script).read_text())) - env.keys() == {
+        "TORCHRUN", "PYTHON", "PROCESSES", "RUN", "PORT", "PATIENCE",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}, "those have defaults"
     args = arguments.parse(flags, ROOT / "examples" / "dpo.yaml")
     for path in (args.output_dir, args.cache_dir, args.model_name, args.train_file_path):
         assert str(path).startswith(mounts["shared"])

@@ -10,6 +10,11 @@
 # Exit code 75: the run was told to stop, or the network was cut; the same command goes on. 2: wrong input.
 # torchrun by itself reports both as 1, and where the network is cut it may wait a quarter of an hour for an answer. So
 # each process leaves its exit code in a file (the first to fail counts), and torchrun gets 40 seconds to end after it.
+#
+# After SIGTERM a process has 100 seconds to save; then torchrun kills it. TORCH_ELASTIC_SHUTDOWN_TIMEOUT sets another
+# number of seconds. Whoever sends SIGTERM, and SIGKILL after it, must wait longer than that. torchrun reads the
+# variable from torch 2.12 on. That of torch 2.11 kills after 30 seconds, and would refuse the flag --shutdown-timeout.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
 failed=$(mktemp -d)/code
 # A signal reaches the process itself, too. Bash, between it and torchrun, waits until it has ended.
 process='trap : TERM INT; "${@:2}"; code=$?; set -o noclobber; ((code)) && echo "$code" 2>/dev/null >"$1"; exit "$code"'
