@@ -121,10 +121,11 @@ def test_every_command_runs_as_it_stands(tiny, tmp_path):
 @pytest.mark.slow
 def test_a_job_of_slurm_goes_on_until_it_is_finished(tiny, tmp_path, stand_in):
     """examples/launch/slurm.sh with stand-ins for Slurm's commands: srun starts two ranks with Slurm's variables and
-    ends with the largest exit code. The first time the ranks are told to stop, and the job goes back into the queue;
-    the second time it is finished."""
+    ends with the largest exit code; without --cpus-per-task, which it does not take from the job's from Slurm 22.05
+    on, it refuses. The first time the ranks are told to stop, and the job goes back into the queue; the second time it
+    is finished."""
     stand_in("scontrol", '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> scontrol.log')
-    stand_in("srun", """shift; worst=0
+    stand_in("srun", """[ "$1" = --cpus-per-task=8 ] || exit 99; shift 2; worst=0
 for rank in 0 1; do
     SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_ID=0 "$@" &
     pids[$rank]=$!
@@ -140,8 +141,8 @@ exit "$worst\"""")
     flags = ["--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--output_dir", "out",
              "--cache_dir", "cache", "--max_steps", "30", "--per_device_train_batch_size", "1", "--draw", "false",
              "--deepspeed", "examples/launch/zero3.json"]
-    told = environment() | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "PYTHON": sys.executable,
-                            "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    told = environment() | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_CPUS_PER_TASK": "8",
+                            "PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     job = ["bash", "examples/launch/slurm.sh", *flags]
     codes = [subprocess.run(job, cwd=tmp_path, env=told, capture_output=True, timeout=300).returncode for _ in range(2)]
     assert codes == [75, 0] and (tmp_path / "scontrol.log").read_text() == "requeue 7\n"

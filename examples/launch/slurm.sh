@@ -20,7 +20,8 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
-srun --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" train.py "$@"
+# From Slurm 22.05 on srun does not take over the job's --cpus-per-task; without it a process would have one core.
+srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" train.py "$@"
 code=$?
 if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
