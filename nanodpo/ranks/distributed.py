@@ -107,9 +107,12 @@ def start(local_rank: int, deterministic: bool = False) -> torch.device:
         try:
             dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
         except RuntimeError as error:
-            raise RankStopped(f"rank {rank} can't connect to the others ({first_line(error)[-120:]}); all ports must "
-                              "be open between the machines; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name a network "
-                              "device where there are several") from error
+            # lost_peers_named says that a rank has ended. A firewall may refuse a connection, too.
+            if any(sign in str(error) for sign in LOST if sign != "Connection refused"):
+                raise
+            raise RankStopped(f"rank {rank} can't connect to the others ({first_line(error)[-120:]}); where none of "
+                              "them has ended, all ports must be open between the machines; GLOO_SOCKET_IFNAME and "
+                              "NCCL_SOCKET_IFNAME name a network device where there are several") from error
     deepspeed.init_distributed(backend, verbose=False, timeout=PATIENCE)
     if cuda and dist.get_world_size() > 1:
         _cpu["group"] = dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -335,6 +336,31 @@ def test_what_may_come_again_is_one_line_too(error, words, monkeypatch):
     with pytest.raises(RankStopped, match=f"rank 0 stops because {words}") as caught, distributed.lost_peers_named():
         raise error
     assert not isinstance(caught.value, Unreachable)
+
+
+@pytest.mark.parametrize("error, words", [
+    ("[pair.cc:547] Connection closed by peer [10.0.0.2]:1.", "stops because another rank has ended; its output says"),
+    ("recv failed: Connection reset by peer", "stops because another rank has ended; its output says why"),
+    ("[tcp.cc:1] no device for 10.0.0.2", "can't connect to the others .* all ports must be open"),
+    ("connect [10.0.0.2]:1: Connection refused", "can't connect .* where none of them has ended, all ports must be")])
+def test_a_rank_that_ends_while_ranks_join_is_no_fault_of_the_network(error, words, monkeypatch):
+    """The other ranks say that it has ended, and that its own output says why. Advice on ports and network devices is
+    for ranks that can't connect; where a connection is refused, either may be the cause, and both are named."""
+    monkeypatch.setitem(distributed._met, "store", object())
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", mock.Mock(side_effect=RuntimeError(error)))
+    with pytest.raises(RankStopped, match=f"^rank 1 {words}"), distributed.lost_peers_named():
+        distributed.start(0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_while_ranks_join(apart):
+    """The first one, which holds the place where they meet: the other says that it has ended, not that a port is
+    closed."""
+    codes, said = apart({"0": {"at": {"join": [2, "kill -9 $PPID"]}}})
+    assert codes == [137, 1] and "ports must be open" not in said and "Traceback" not in said, said
+    assert "rank 1 stops because another rank has ended" in said or "because rank 0 has ended" in said, said
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), UserError("timed out"),
