@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import time
 from types import SimpleNamespace
@@ -205,6 +206,23 @@ def test_what_waits_beside_the_activations():
     module.head.requires_grad_(True)
     assert memory.bytes_to_come(module, 2) == 1200 + 30 * 8
     assert memory.memory_budget(torch.device("cpu"), 0.5, 1e9) == 2**29  # what was asked for
+
+
+@pytest.mark.parametrize("stage, per_weight", [(0, 16), (1, 20), (2, 20), (3, 20)])
+@pytest.mark.parametrize("frozen", [torch.float32, torch.bfloat16])
+def test_a_dry_run_counts_each_weight_once(stage, per_weight, frozen):
+    """By hand: a trained float32 weight takes 4 bytes, its gradient 4 and AdamW's moments 8, 16 in all. ZeRO keeps a
+    float32 weight of its own besides, 4 more; without ZeRO AdamW's weights are the model's. A frozen one takes what its
+    dtype does, 2 with --bf16."""
+    trained = torch.nn.Linear(2**14, 2**14, bias=False, device="meta")
+    base = torch.nn.Linear(2**14, 2**14, bias=False, device="meta", dtype=frozen).requires_grad_(False)
+    module = torch.nn.Sequential(trained, base)
+    shards = [trained.weight] if stage == 0 else [torch.empty(2**28, device="meta")]
+    engine = SimpleNamespace(module=module, zero_optimization_stage=lambda: stage)
+    line, *_ = memory.estimate(engine, torch.device("cpu"), shards, [0.0], 0.0, {}).splitlines()
+    counted = [float(number) for number in re.findall(r"([\d.]+) GiB", line)[1:]]  # the first is the peak
+    assert sum(counted) * 2**30 == 2**28 * (per_weight + frozen.itemsize)
+    assert ("float32 weights and AdamW's moments" in line) == (stage > 0)
 
 
 def test_a_dry_run_writes_nothing(tiny, tmp_path):
