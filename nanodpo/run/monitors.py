@@ -47,15 +47,33 @@ def read_sent(file: Path) -> dict:
         return {"id": uuid.uuid4().hex, "step": -1, "train": False}
 
 
+def cut_unrecorded(file: Path, sent: dict) -> None:
+    """Cuts off what a run that was stopped in the middle of a line left at the end of a CSV file of DeepSpeed's: half a
+    row, and the row after the last line that was `sent`, which the run that goes on sends again."""
+    kind, data = file.stem.partition("_")[0], file.read_bytes()
+    if kind not in ("train", "eval"):
+        return
+    rows = data.splitlines(keepends=True)
+    if rows and not rows[-1].endswith(b"\n"):
+        rows.pop()
+    step = rows[-1].partition(b",")[0] if rows else b""
+    if step.isdigit() and (int(step), kind == "train") > (sent["step"], sent["train"]):  # the heading is no number
+        rows.pop()
+    if (size := sum(map(len, rows))) < len(data):
+        os.truncate(file, size)
+
+
 class Monitors:
     """DeepSpeed's monitors of a run, on its first rank. monitors.json in the run's folder has the last line that was
-    sent, so that a run that goes on sends none twice, and a name by which W&B and Comet know the run again."""
+    sent, so that a run that goes on sends none twice, and a name by which W&B and Comet know the run again. It is
+    written after the line was sent; of CSV files the row of a line that it lacks is cut off."""
 
     def __init__(self, blocks: dict[str, dict], folder: Path):
         from deepspeed.monitor.config import get_monitor_config
         from deepspeed.monitor.monitor import MonitorMaster
 
         self.file = folder / "monitors.json"
+        goes_on = self.file.exists()
         self.sent = read_sent(self.file)
         folder, name = folder.absolute(), folder.absolute().name
         own = {monitor: {"output_path": str(folder), "job_name": monitor} for monitor in ("tensorboard", "csv_monitor")}
@@ -64,8 +82,12 @@ class Monitors:
         config = get_monitor_config({monitor: own[monitor] | block for monitor, block in blocks.items()})
         with _environment(WANDB_DIR=str(folder), WANDB_NAME=name, WANDB_RUN_ID=self.sent["id"], WANDB_RESUME="allow"):
             self.master = MonitorMaster(config)
-        if csv := self.master.csv_monitor:  # a file that is there has its heading
-            csv.filenames += [file.stem for file in Path(csv.log_dir).glob("*.csv")]
+        if csv := self.master.csv_monitor:
+            for file in Path(csv.log_dir).glob("*.csv"):
+                if goes_on:
+                    cut_unrecorded(file, self.sent)
+                csv.filenames += [file.stem] * (file.stat().st_size > 0)  # it has its heading
+        self._record()
 
     def write(self, line: dict) -> None:
         """Sends a line of metrics.jsonl. Raises RankStopped where it can't be written."""
@@ -78,11 +100,14 @@ class Monitors:
         try:
             self.master.write_events(events)
             self.sent |= {"step": line["step"], "train": train}
-            aside(self.file).write_text(json.dumps(self.sent))
-            os.replace(aside(self.file), self.file)  # whole, but not flushed: that would take longer than a small step
+            self._record()
         except OSError as error:
             raise RankStopped(f"{error.filename or '--report_to'}: can't be written ({error.strerror}); the same "
                               "command goes on from the last state") from error
+
+    def _record(self) -> None:
+        aside(self.file).write_text(json.dumps(self.sent))
+        os.replace(aside(self.file), self.file)  # whole, but not flushed: that would take longer than a small step
 
     def close(self, failed: bool) -> None:
         """Lets the monitors write what they still hold."""

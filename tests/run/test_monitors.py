@@ -5,12 +5,13 @@ import importlib.util
 import json
 import re
 import struct
+from unittest import mock
 
 import pytest
 from conftest import ROOT, forked, launch
 
 import train as trainer
-from nanodpo.errors import UserError
+from nanodpo.errors import RankStopped, UserError
 from nanodpo.flags.arguments import TrainArguments, parse
 from nanodpo.run import monitors
 from nanodpo.run.deepspeed_settings import engine_config
@@ -186,6 +187,76 @@ def test_comet_is_told_every_number_once(tiny, tmp_path):
     names = [words for words in told if words[0] == "name"]
     assert len(names) == 2 and names[0] == names[1] and names[0][1] == "run" and told.count(("end",)) == 1
     same([words for words in told if "/" in words[0]], expected(tmp_path / "run"), range(3, 7))
+
+
+# Stopped between the rows and the record of them
+
+
+def opened(folder, **block):
+    """Monitors of a run's folder that write CSV files."""
+    folder.mkdir(exist_ok=True)
+    return monitors.Monitors({"csv_monitor": {"enabled": True} | block}, folder)
+
+
+def rows(file) -> list[str]:
+    return file.read_text().splitlines()
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """This process is the only rank."""
+    import deepspeed.comm
+
+    monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: 0)
+
+
+LINES = [{"step": step, "loss": 0.5} if kind == "train" else {"step": step, "eval_loss": 0.25}
+         for step in range(4) for kind in ("eval", "train")]
+
+
+@pytest.mark.parametrize("at", range(len(LINES)))
+def test_a_line_whose_record_is_missing_has_no_second_row(at, alone, tmp_path, monkeypatch):
+    """The disk is full, or the run is killed, when the rows of a line are in the CSV files and monitors.json does not
+    say so yet: the run that goes on sends that line again, and each row is there once."""
+    first = opened(tmp_path / "run")
+    for line in LINES[:at]:
+        first.write(line)
+    with monkeypatch.context() as full, pytest.raises(RankStopped, match="No space left"):
+        full.setattr(monitors.os, "replace", mock.Mock(side_effect=OSError(28, "No space left on device")))
+        first.write(LINES[at])
+    again = opened(tmp_path / "run")
+    for line in LINES:
+        again.write(line)
+    folder = tmp_path / "run" / "csv_monitor"
+    assert rows(folder / "train_loss.csv") == ["step,loss", *(f"{step},0.5" for step in range(4))]
+    assert rows(folder / "eval_loss.csv") == ["step,loss", *(f"{step},0.25" for step in range(4))]
+
+
+@pytest.mark.parametrize("left", [b"ste", b"step,loss\r\n0,0.5\r\n1", b"step,loss\r\n0,0.5\r\n1,0."])
+def test_half_a_row_is_cut_off(left, alone, tmp_path):
+    """A full disk takes a part of a row, or of the heading; the next row begins on a line of its own."""
+    first = opened(tmp_path / "run")
+    if b"0,0.5" in left:
+        first.write(LINES[1])
+    file = tmp_path / "run" / "csv_monitor" / "train_loss.csv"
+    file.write_bytes(left)
+    again = opened(tmp_path / "run")
+    for line in LINES:
+        again.write(line)
+    assert rows(file) == ["step,loss", *(f"{step},0.5" for step in range(4))]
+
+
+def test_only_rows_of_a_run_that_goes_on_are_cut(alone, tmp_path):
+    """A new run does not touch what is in a folder that the user has named, and files of other names are nobody's."""
+    folder = tmp_path / "all" / "mine"
+    folder.mkdir(parents=True)
+    for name in ("train_loss.csv", "notes.csv"):
+        (folder / name).write_text("step,loss\n7,0.5\n")
+    block = {"output_path": str(tmp_path / "all"), "job_name": "mine"}
+    opened(tmp_path / "run", **block)
+    assert rows(folder / "train_loss.csv") == rows(folder / "notes.csv") == ["step,loss", "7,0.5"]
+    opened(tmp_path / "run", **block)
+    assert rows(folder / "notes.csv") == ["step,loss", "7,0.5"]
 
 
 # What is asked for, and what there is
