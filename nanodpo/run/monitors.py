@@ -79,6 +79,9 @@ class Monitors:
         own = {monitor: {"output_path": str(folder), "job_name": monitor} for monitor in ("tensorboard", "csv_monitor")}
         own["wandb"] = {"project": os.environ.get("WANDB_PROJECT", "nanodpo")}
         own["comet"] = {"experiment_key": self.sent["id"], "experiment_name": name, "samples_log_interval": 1}
+        for monitor in ("tensorboard", "csv_monitor"):
+            if "output_path" in blocks.get(monitor, {}):  # of several runs, maybe
+                own[monitor]["job_name"] = name
         config = get_monitor_config({monitor: own[monitor] | block for monitor, block in blocks.items()})
         with _environment(WANDB_DIR=str(folder), WANDB_NAME=name, WANDB_RUN_ID=self.sent["id"], WANDB_RESUME="allow"):
             self.master = MonitorMaster(config)

@@ -262,6 +262,19 @@ def test_only_rows_of_a_run_that_goes_on_are_cut(alone, tmp_path):
 # What is asked for, and what there is
 
 
+def test_two_runs_with_one_output_path_have_files_of_their_own(alone, tmp_path):
+    """Where a block names a path and no job_name, the name is that of the run's folder; a run that goes on has the same
+    name, and a fork, whose folder is another, has another."""
+    block = {"output_path": str(tmp_path / "all")}
+    for name in ("one", "two"):
+        opened(tmp_path / name, **block).write(LINES[1])
+    opened(tmp_path / "one", **block).write(LINES[3])
+    assert rows(tmp_path / "all" / "one" / "train_loss.csv") == ["step,loss", "0,0.5", "1,0.5"]
+    assert rows(tmp_path / "all" / "two" / "train_loss.csv") == ["step,loss", "0,0.5"]
+    opened(tmp_path / "three", **block, job_name="mine").write(LINES[1])
+    assert sorted(place.name for place in (tmp_path / "all").iterdir()) == ["mine", "one", "two"]
+
+
 def test_a_file_of_deepspeed_turns_monitors_on(tiny, tmp_path):
     """With a folder of its own; what is turned off there can be turned on by the flag, and all can be turned off."""
     settings = {"csv_monitor": {"enabled": True, "output_path": "elsewhere", "job_name": "mine"},
