@@ -76,7 +76,7 @@ def find(fork: str, folder: Path | None) -> Fork:
     run = Path(os.path.abspath(os.path.expanduser(place if at else fork)))
     if folder and (folder / "run.json").is_file():
         own = record.read(folder).get("fork") or {}
-        if at and (own.get("run"), str(own.get("step"))) == (str(run), step):
+        if at and str(own.get("step")) == step and (own.get("run") == str(run) or _is_run(run, own.get("fingerprint"))):
             return Fork(run, int(step), None)
         what = "the run that is to be forked" if os.path.realpath(folder) == os.path.realpath(run) else "another run"
         raise UserError(f"--output_dir {folder}: holds {what}; name a new folder for the fork")
@@ -88,6 +88,12 @@ def find(fork: str, folder: Path | None) -> Fork:
         more = "" if len(there) > 1 else "; a run with --keep_states and --resume_steps or --save_steps has more"
         raise UserError(f"--fork {fork}: {said}; {run} can be forked at step {listed(there)}{more}")
     return Fork(run, int(step), record.read(run))
+
+
+def _is_run(folder: Path, fingerprint: str) -> bool:
+    """Whether there is a run in the folder that has this fingerprint: on another machine its folder may have another
+    name."""
+    return (folder / "run.json").is_file() and same_run.fingerprint(record.read(folder)) == fingerprint
 
 
 def listed(steps: list[int]) -> str:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import UserError
+from ..flags.loss import own_function
 from .elastic import DEFAULTS, SHARING, pairs_per_step, zero_alone
 
 # Flags that may differ between a run and its continuation, since they change no number (deterministic does, in the last
@@ -54,12 +55,20 @@ def differences(old: dict, new: dict, before_loading: bool = False) -> list[tupl
     shared = SHARING if pairs_per_step(old) == pairs_per_step(new) else set()
     free |= shared
     before, now = DEFAULTS | old["arguments"], new["arguments"]
+    free |= {"loss"} if _same_own_loss(old, new) else set()
     flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
     compared = [name for name in COMPARED if name in new and name not in {"arguments", *shared}]
     entries = [(name, old.get(name), new[name]) for name in compared]
     different = [(name, was, is_now) for name, was, is_now in flags + entries if was != is_now]
     named = [(f"--{name}", before.get(name), now[name]) for name in sorted(BY_CONTENT)] if different else []
     return different + [(name, was, is_now) for name, was, is_now in named if was != is_now]
+
+
+def _same_own_loss(old: dict, new: dict) -> bool:
+    """Whether both have the same loss of the user's own, by the function's name and the content of its file, which may
+    have another path on another machine."""
+    names = [own_function((DEFAULTS | record["arguments"])["loss"]) for record in (old, new)]
+    return all(names) and names[0][1] == names[1][1] and old.get("loss_function") == new.get("loss_function")
 
 
 def in_words(different: list[tuple]) -> str:

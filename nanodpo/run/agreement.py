@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 
 from ..errors import RankStopped, RunStopped, UserError
+from ..flags.loss import loss_name
 from ..folder.record import versions
 from ..folder.same_run import BY_CONTENT
 from ..ranks import distributed
 
 # Flags that may differ: a rank's number on its machine, and paths, which may have other names on another machine. What
 # is read from these is compared by content; only rank 0 uses the cache.
-FREE = BY_CONTENT | {"local_rank", "output_dir", "resume", "cache_dir"}
+FREE = BY_CONTENT | {"local_rank", "output_dir", "resume", "cache_dir", "fork"}
 # Settings that change how numbers are rounded.
 ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ATEN_CPU_CAPABILITY",
             "CUBLAS_WORKSPACE_CONFIG")
@@ -77,8 +78,10 @@ def _shown(value) -> str:
 
 
 def flags(arguments: dict) -> dict:
-    """The settings by the names of their flags, less FREE."""
-    return {f"--{name}": value for name, value in arguments.items() if name not in FREE}
+    """The settings by the names of their flags, less FREE. Of a loss of the user's own its function's name counts; the
+    hash of its file is compared, too."""
+    found = {f"--{name}": value for name, value in arguments.items() if name not in FREE}
+    return found | ({"--loss": (loss_name(arguments["loss"]), arguments["loss"])} if "loss" in arguments else {})
 
 
 def program(script: Path, local_rank: int) -> dict:
@@ -107,6 +110,8 @@ def inputs(paths: tuple, facts: dict, old: dict | None, step: int | None) -> dic
             zip(flags, paths, [*facts["data"], None]) if ids}
     read |= {f"DeepSpeed's {name}": value for name, value in _leaves(facts["deepspeed"])}
     state = "finished run" if old and old.get("finished") else "run to go on with" if old else "new run"
+    if forked := facts.get("fork"):
+        read |= {"in --fork the step": forked["step"], "in --fork a run that hashes to": forked["fingerprint"]}
     return read | {"max_length": facts["max_length"], "in --output_dir a": state, "a state of step": step}
 
 

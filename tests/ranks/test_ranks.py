@@ -125,6 +125,39 @@ def test_names_may_differ_where_the_content_is_the_same(apart, tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_fork_may_have_other_names_on_other_ranks(apart, tmp_path):
+    """The run that is forked is known by what it is, in a new fork and in one that goes on; another step of it, or
+    another run, is none of the same."""
+    keep = "--save_steps", "2", "--keep_states"
+    assert apart({}, *keep)[0] == [0, 0]
+    (tmp_path / "mount").symlink_to(tmp_path / "run")
+    more = (*keep, "--beta", "0.2", "--fork", f"{tmp_path / 'run'}@2", "--output_dir", tmp_path / "fork")
+    codes, said = apart({"1": {"more": ["--fork", f"{tmp_path / 'mount'}@0"]}}, *more)
+    assert codes == [2, 2] and "rank 1 has in --fork the step 0, rank 0 2" in said, said
+    plan = {"1": {"more": ["--fork", f"{tmp_path / 'mount'}@2"]}}
+    for words in ("fork: ", "this run is finished"):
+        codes, said = apart(plan, *more)
+        assert codes == [0, 0] and words in said, said
+    codes, said = apart({"1": {"more": ["--fork", f"{tmp_path / 'fork'}@2"]}}, *more)
+    assert codes == [2, 2] and "rank 1: --output_dir " in said, said
+
+
+@pytest.mark.slow
+def test_an_own_loss_may_have_another_path_on_another_rank(apart, tmp_path):
+    """The file's content and the function's name are compared, in a new run and in one that goes on."""
+    text = "def own(chosen, rejected, beta):\n    return -beta * (chosen - rejected)\n"
+    for name, more in (("a", ""), ("b", ""), ("c", "\nother = own\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "loss.py").write_text(text + more)
+    loss = "--loss", f"{tmp_path}/a/loss.py:own"
+    codes, said = apart({"1": {"more": ["--loss", f"{tmp_path}/c/loss.py:other"]}}, *loss)
+    assert codes == [2, 2] and f"--loss {tmp_path}/c/loss.py:other, rank 0 {tmp_path}/a/loss.py:own" in said, said
+    for words in ("done: ", "this run is finished"):
+        codes, said = apart({"1": {"more": ["--loss", f"{tmp_path}/b/loss.py:own"]}}, *loss)
+        assert codes == [0, 0] and words in said, said
+
+
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(apart):
     codes, said = apart({"0": {"env": {"WORLD_SIZE": "2"}, "set": {"ranks.waits.JOIN": 2}}}, ranks=1)
     assert codes == [1] and "error: of 2 ranks 1 did not come within 2 s" in said and "Traceback" not in said
