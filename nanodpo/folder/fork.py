@@ -25,7 +25,8 @@ from .log import read_lines
 CHANGEABLE = {f"--{name}" for name in (
     "without_rows loss beta label_smoothing loss_kwargs sft_weight reference max_steps num_train_epochs "
     "learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-    "eval_steps save_steps").split()} | {"steps", "reference", "loss_function"}
+    "eval_steps save_steps per_device_eval_batch_size use_flash_attention").split()} | {
+        "steps", "reference", "loss_function"}
 # What a process was told of itself alone.
 OWN = ("output_dir", "resume", "local_rank", "fork", "inspect", "inspect_row", "dry_run", "print_config")
 
@@ -120,9 +121,13 @@ def check(fork: Fork, facts: dict, before_loading: bool = False) -> dict[str, li
     different = [line for line in same_run.differences(fork.source, facts, before_loading) if not _is_own(*line)]
     fixed = [(name, was, now) for name, was, now in different if name not in CHANGEABLE and not (
         name == "deepspeed" and zero_alone(was, now))]
-    if fork.step and any(name.removeprefix("--") not in same_run.BY_CONTENT for name, *_ in fixed):
-        raise UserError(f"{fork}: the steps before {fork.step} would have been others with {same_run.in_words(fixed)}; "
-                        "leave it as it was, or fork at 0, where everything can be changed")
+    found = [one for one in fixed if one[0].removeprefix("--") not in same_run.BY_CONTENT]
+    if fork.step and found:
+        what = f"steps before {fork.step}"
+        if all(_of_evaluation(*one) for one in found):
+            what = f"evaluations before {fork.step}, which the fork takes over,"
+        raise UserError(f"{fork}: the {what} could have been others with {same_run.in_words(fixed)}; leave it as it "
+                        "was, or fork at 0, where everything can be changed")
     if facts.get("steps", fork.step + 1) <= fork.step:
         raise UserError(f"{fork}: the fork would end at step {facts['steps']}; give it more --max_steps")
     return {name: [was, now] for name, was, now in different}
@@ -135,6 +140,11 @@ def first_step_with(name: str, facts: dict) -> int:
     while entry and name not in entry["changed"]:
         entry = entry.get("of")
     return entry["step"] if entry else 0
+
+
+def _of_evaluation(name: str, was, now) -> bool:
+    """Whether a difference is of what is evaluated alone; of the data the first is what is trained on."""
+    return name == "--eval_split" or name == "data" and bool(was) and was[:1] == now[:1]
 
 
 def _is_own(name: str, was, now) -> bool:

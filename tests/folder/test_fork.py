@@ -205,6 +205,21 @@ def test_at_the_start_everything_can_be_changed(source, tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_size_of_evaluation_batches_changes_no_step(source, tmp_path):
+    """So a fork may have another: its steps are the source's to the last bit, its evaluations from there on up to
+    rounding."""
+    place = tmp_path / "fork"
+    codes, said = forked(TRAIN, "--fork", f"{source}@2", "--output_dir", place, "--per_device_eval_batch_size", "50")
+    assert codes == [0], said
+    assert record.read(place)["fork"]["changed"] == {"--per_device_eval_batch_size": [1, 50]}
+    for old, new in zip(lines(source), lines(place), strict=True):
+        if "eval_loss" in old and old["step"] >= 2:
+            assert new == pytest.approx(old, rel=1e-4, abs=1e-6)
+        else:
+            assert new == old
+
+
+@pytest.mark.slow
 def test_a_fork_is_scored_and_drawn_by_itself(source, tmp_path):
     """It has its source's first checkpoints: step 0, which all others are compared with, and those between."""
     shutil.copytree(source, tmp_path / "gone")
@@ -267,6 +282,23 @@ def test_a_damaged_state_is_refused(name, how, copied):
     (copied / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="state: metrics.jsonl lacks step 0"):
         fork.entry(fork.find(f"{copied}@3", None), None)
+
+
+def test_what_is_evaluated_is_refused_for_its_own_reason(copied):
+    """Other held-out rows change no step. But the fork takes over the evaluations before its step, and they are of the
+    old rows. Where the rows that are trained on differ, too, the steps are named."""
+    found = fork.find(f"{copied}@2", None)
+    facts = json.loads((copied / "run.json").read_text())
+    trained, held_out = facts["data"]
+    for data, what in (([trained, "1" * 64], "evaluations before 2, which the fork takes over,"),
+                       ([trained], "evaluations before 2, which the fork takes over,"),
+                       (["1" * 64, held_out], "steps before 2")):
+        with pytest.raises(UserError, match=f"the {what} could have been others with data: .*; leave it as it was"):
+            fork.check(found, facts | {"data": data})
+    settings = facts["arguments"] | {"use_flash_attention": True}  # that the kernel must be there
+    assert fork.check(found, facts | {"arguments": settings}) == {"--use_flash_attention": [False, True]}
+    with pytest.raises(UserError, match="the steps before 2 could have been others with attention: "):
+        fork.check(found, facts | {"arguments": settings, "attention": "another"})
 
 
 def test_a_run_of_another_version(copied):
