@@ -167,7 +167,8 @@ def test_a_base_that_has_changed_is_not_merged_into(tiny, tmp_path):
         shutil.copytree(tiny / "model", base, dirs_exist_ok=True)
         model = loading.load_model(open_source(str(base), False), args(bf16=bf16))
         record = {"arguments": {"loss": "dpo", "train_file_path": "pairs.jsonl", "eval_file_path": None,
-                                "logging_steps": 1}, "world_size": 1, "steps": 1, "finished": True, "device": "cpu",
+                                "logging_steps": 1, "eval_steps": 0, "save_steps": 0}, "world_size": 1, "steps": 1,
+                  "finished": True, "device": "cpu",
                   "data_report": [], "versions": run_record.versions(),
                   "weights": loading.weights_hash(model, fresh_lora=True)}
         (run / "run.json").write_text(json.dumps(record))
