@@ -136,6 +136,14 @@ def set_focus(ax, low: float, high: float, share: float = 0.25) -> None:
     ax.set_yticks(sorted(ticks), [plain(f"{tick:g}".replace("-", "\N{MINUS SIGN}")) for tick in sorted(ticks)])
 
 
+def leave_room(ax, values, band: tuple[float, float]) -> None:
+    """Moves the ends of a y axis away from what lies far from the band: where that has a focus the rest gets a narrow
+    part, and would lie on the edge of the panel."""
+    room = 0.12 * (max(values) - min(values))
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(bottom - room * (min(values) < band[0]), top + room * (max(values) > band[1]))
+
+
 class Whole(ScalarFormatter):
     """Writes tiny and huge numbers whole, as 1.5e-06: a common factor would stand where the name of a phase stands."""
 

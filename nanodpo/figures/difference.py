@@ -12,7 +12,23 @@ from matplotlib.lines import Line2D
 from ..folder.log import is_evaluation
 from ..run.noise import MARGIN
 from ..stats import over_problems
-from .axes import COLOURS, DASHES, GREY, INTERVAL, LOGPS, MARKERS, add_legend, draw_curve, grid, listed, plain, wrap
+from .axes import (
+    COLOURS,
+    DASHES,
+    GREY,
+    INTERVAL,
+    LOGPS,
+    MARKERS,
+    add_legend,
+    crowd,
+    draw_curve,
+    grid,
+    leave_room,
+    listed,
+    plain,
+    set_focus,
+    wrap,
+)
 from .noise import Marks
 from .runs import Facts
 from .training import FAINT, LOOKS, PANELS, PROMINENT, REWARDS, curves, panels_of, with_moved
@@ -63,7 +79,7 @@ def scored_difference_figure(scores: pandas.DataFrame, runs: list[str], columns:
     responses = list(both["response"].unique())
     looks = {response: {"color": GREY, "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
              for i, response in enumerate(responses)}
-    marks, fig, pairs = Marks("a mean"), *framed(labels.values(), columns, facts)
+    marks, scale, fig, pairs = Marks("a mean"), "", *framed(labels.values(), columns, facts)
     for name, (above, ax) in zip(labels, pairs):
         here = both[both["dataset"] == name]
         for response, look in looks.items():
@@ -73,11 +89,16 @@ def scored_difference_figure(scores: pandas.DataFrame, runs: list[str], columns:
                 above.plot(means.index, means, **look | {"color": colour}, label=f"{run} {response}")
             draw_curve(ax, over_problems(part, ["at"], "difference"), look | {"color": "black"},
                        f"difference {response}", INTERVAL)
+        levels = here.groupby(["response", "step"])[["mean_logps", "other"]].mean().stack()
+        if band := crowd(levels):
+            leave_room(above, levels, band)
+            set_focus(above, *band, share=0.75)
+            scale = " The scale changes at the dotted lines."
         rows = here.groupby(["response", "step"]).size().min()
         marks.band(ax, 0, math.hypot(*(f.noise.logps for f in facts.values())) / math.sqrt(rows))
     finish(fig, runs, looks, facts, marks)
     what = "means over the rows that both have, with the 95% interval of the difference over their problems"
-    return fig, caption("Log-probs of responses", runs, facts, what) + marks.caption
+    return fig, caption("Log-probs of responses", runs, facts, what) + scale + marks.caption
 
 
 def subtract(first: list[dict], second: list[dict]) -> list[dict]:

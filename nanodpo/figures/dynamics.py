@@ -22,6 +22,7 @@ from .axes import (
     crowd,
     draw_curve,
     grid,
+    leave_room,
     listed,
     plain,
     set_focus,
@@ -65,10 +66,8 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
         elif floor is not None:
             ax.axhline(floor, **FLOOR, zorder=ABOVE_GRID)
     band = focus or _band(levels, bars)
-    if band and not focus:  # what is far away gets a narrow part, and would lie on the edge of the panel
-        room = 0.12 * (levels["mean"].max() - levels["mean"].min())
-        axes[0].set_ylim(axes[0].get_ylim()[0] - room * (levels["mean"].min() < band[0]),
-                         axes[0].get_ylim()[1] + room * (levels["mean"].max() > band[1]))
+    if band and not focus:
+        leave_room(axes[0], levels["mean"].dropna(), band)
     for (_, kind), ax in panels.items():
         if band and kind == "level":
             set_focus(ax, *band, share=0.25 if focus else 0.75)

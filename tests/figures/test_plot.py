@@ -183,6 +183,22 @@ def test_the_difference_of_scores_is_of_the_rows_that_both_have(tmp_path, draw, 
     assert [ends[0], ends[-1]] == pytest.approx([0.2 - 4.302653 * 0.1 / 3**0.5, 0.2 + 4.302653 * 0.1 / 3**0.5])
 
 
+def test_levels_of_a_difference_that_lie_close_together_are_told_apart(tmp_path, draw):
+    """Answers at -1 and -1.5 and their tokens in random order at -13: the first two, 4% of the range apart, have most
+    of the panel's height between them and its lower part."""
+    run = make_run(tmp_path / "a")
+    fork = forked_from(tmp_path / "b", run, 2, 0.25)
+    for place, name in ((run, "a"), (fork, "b")):
+        make_scores(place / "scores.parquet", {("test", side, step): [level, level] for step in (0, 4) for side, level
+                                               in (("chosen", -1.0), ("rejected", -1.5), ("shuffled", -13.0))}, name)
+    found = draw(run, fork, "--diff")
+    above = found["difference_scores"].axes[0]
+    assert "The scale changes at the dotted lines." in found["captions"]["difference_scores"]
+    far, low, high = (above.transAxes.inverted().transform(above.transData.transform((0, level)))[1]
+                      for level in (-13.0, -1.5, -1.0))
+    assert 0 < far < 0.25 < low + 0.01 and high - low > 0.6 and high <= 1
+
+
 def test_a_difference_that_can_not_be_drawn(tmp_path, draw):
     """One run or three, flags of other figures, and runs that have nothing in common: one line each."""
     run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", sides=())
