@@ -7,6 +7,7 @@ import json
 import math
 
 import torch
+from conftest import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 EOS = 258
@@ -14,10 +15,7 @@ EOS = 258
 
 def read_pairs(file):
     """train.jsonl -> prompt, chosen and rejected ids."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    from conftest import make_tokenizer
-
-    encode = make_tokenizer()
+    rows, encode = [json.loads(line) for line in file.read_text().splitlines()], make_tokenizer()
     return [(encode(r["prompt"]).input_ids, encode(r["chosen"]).input_ids + [EOS],
              encode(r["rejected"]).input_ids + [EOS]) for r in rows]
 

@@ -124,6 +124,7 @@ class TokenMetrics:
         """Of each pair, (P,) sums and (P,) numbers of tokens summed over, for `Meter`: entropies of the responses in
         `index`, hits of chosen alone, as in TRL. `batch` and `index` are those of make_batch, `lengths` of pair_lengths
         (core/packing.py)."""
+        # There is a part even where this rank has no scored token: `gather` is work of all ranks.
         parts, self.parts = self.parts, []
         values = {name: self.gather(torch.cat([part[name] for part in parts])) for name in parts[0]}
         sums = {name: sum_by_sequence(values[name], batch.sequence_ids, batch.n_sequences)[index] for name in values}

@@ -337,14 +337,12 @@ def test_deepspeed_has_two_processes_above_a_rank(monkeypatch):
     assert signals.launchers() == [(os.getpid(), 20)], "launch.py was started by hand"
 
 
-@pytest.mark.parametrize("error, words", [
-    (RuntimeError("connect [10.0.0.2]:1: No route to host"), "does not reach another rank"),
-    (RuntimeError("read [10.0.0.2]:1: Connection timed out"), "does not reach another rank"),
-    (RuntimeError("Network is unreachable"), "does not reach another rank"),
-    (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"),
-     "does not reach another rank"),
-    (dist.DistNetworkError("failed to recv, got 0 bytes"), "does not reach another rank")])
-def test_a_cut_network_is_one_line(error, words, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [
+    RuntimeError("connect [10.0.0.2]:1: No route to host"), RuntimeError("read [10.0.0.2]:1: Connection timed out"),
+    RuntimeError("Network is unreachable"),
+    RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"),
+    dist.DistNetworkError("failed to recv, got 0 bytes")])
+def test_a_cut_network_is_one_line(error, monkeypatch, capsys):
     """And the exit code is 75, since the same command goes on when the network is there again."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(errors, "escape_all_output", lambda: None)
@@ -354,7 +352,7 @@ def test_a_cut_network_is_one_line(error, words, monkeypatch, capsys):
             raise error
 
     assert errors.run_script(main) == 75
-    assert words in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert "does not reach another rank" in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("error, words", [
