@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import glob
-import io
 import itertools
 import json
 import logging
@@ -15,12 +14,12 @@ from pathlib import Path
 
 from ..errors import UserError
 from .answers import WEIGHT
-from .places import PACKED, SPLITS, SUFFIXES, files_of, hub_parts, kind_of, local, one_split, places_of, suffix_of
+from .places import SPLITS, SUFFIXES, files_of, hub_parts, kind_of, local, one_split, places_of, suffix_of
+from .text_files import lines_of, text_of
 from .urls import copy_of
 
 # Bounds for files that are small on disk and are not in memory. The longest text that a model reads has a few MB.
 MOST_ROWS, LONGEST = 5_000_000, 16 * 2**20  # rows of a data set; characters of a cell, those of nested ones together
-LINE = 16 * LONGEST  # characters of a line of text
 
 
 def read_rows(path: str) -> list[dict]:
@@ -80,48 +79,13 @@ def _text_rows(file: str, kind: str, split: str | None):
     return _json_rows(file, kind, split)
 
 
-def _open(file: str):
-    suffix = Path(file).suffix
-    if suffix == ".zst":
-        import pyarrow
-
-        return pyarrow.input_stream(file, compression="zstd")
-    return PACKED.get(suffix, open)(file, "rb")
-
-
-@contextlib.contextmanager
-def _text_of(file: str, newline: str | None = None):
-    """A text file, open. Raises UserError that names the first line which is not UTF-8."""
-    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline=newline) as text:
-        try:
-            yield text
-        except UnicodeDecodeError as error:  # which knows the place in a block of bytes, not in the file
-            with _open(file) as raw:
-                line = next(i for i, line in enumerate(io.BufferedReader(raw), 1)
-                            if line.decode(errors="ignore").encode() != line)
-            raise UserError(f"{file}, line {line}: is not UTF-8, as text files must be ({error.reason}); "
-                            f"`iconv -f ENCODING -t utf-8` converts it") from error
-
-
-def _lines(file: str, newline: str | None = None):
-    """The lines of a text file. Raises UserError for one that is longer than any row: a few KB may unpack to it."""
-    with _text_of(file, newline) as text:
-        for i in itertools.count(1):
-            line = text.readline(LINE)
-            if not line:
-                return
-            if len(line) == LINE:
-                raise UserError(f"{file}, line {i}: has more than {LINE:,} characters; no row is so long")
-            yield line
-
-
 def _json_rows(file: str, kind: str, split: str | None):
     """The objects of JSON lines, of one array, or of one object with lists of rows by split. Raises UserError naming
     the line or item that is none.
 
     Arrow's reader would take a text like 2020-01-01 for a date, and crash on a line that is null.
     """
-    first = next((line for line in _lines(file) if line.strip()), "").lstrip()
+    first = next((line for line in lines_of(file) if line.strip()), "").lstrip()
     found = None
     if first.startswith("["):
         found = _parse_all(file)
@@ -134,7 +98,7 @@ def _json_rows(file: str, kind: str, split: str | None):
     if split:
         raise UserError(f"{file}: holds no splits; leave out {split!r}")
     found = ([(f"item {i}", item) for i, item in enumerate(found)] if found is not None else
-             ((f"line {i}", _parse(line, f"{file}, line {i}")) for i, line in enumerate(_lines(file), 1)
+             ((f"line {i}", _parse(line, f"{file}, line {i}")) for i, line in enumerate(lines_of(file), 1)
               if line.strip()))
     for place, row in found:
         if not isinstance(row, dict):
@@ -145,7 +109,7 @@ def _json_rows(file: str, kind: str, split: str | None):
 
 def _parse_all(file: str):
     """One JSON value that takes many lines."""
-    with _text_of(file) as text:
+    with text_of(file) as text:
         said = text.read(_memory() // 16)  # characters of up to four bytes, and the values that are made of them
         if text.read(1):
             raise UserError(f"{file}: is one JSON value of more than {len(said):,} characters; write a row a line, and "
@@ -164,7 +128,7 @@ def _parse(line: str, where: str):
 def _csv_rows(file: str, delimiter: str):
     """Every field is text, but for a weight: guessed, an answer "007" would be a number and "None" nothing."""
     csv.field_size_limit(sys.maxsize)
-    lines = csv.reader(_lines(file, newline=""), strict=True, delimiter=delimiter)
+    lines = csv.reader(lines_of(file, newline=""), strict=True, delimiter=delimiter)
     rows = filter(None, _named_lines(file, lines))  # without empty lines
     columns = next(rows, [])
     if twice := [name for name in columns if columns.count(name) > 1]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_tokenizers as tiny
 
-from nanodpo.data import places
+from nanodpo.data import places, text_files
 from nanodpo.data import rows as rows_module
 from nanodpo.data.messages import as_messages
 from nanodpo.data.places import hub_parts, with_split
@@ -384,7 +384,7 @@ def test_text_that_is_not_utf8_names_the_line(name, suffix, tmp_path):
 
 
 def test_a_small_file_that_unpacks_to_a_long_line_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows_module, "LINE", 50_000)
+    monkeypatch.setattr(text_files, "LINE", 50_000)
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "x" * 100_000}))
     file = packed(tmp_path / "a.jsonl", ".gz")
     assert file.stat().st_size < 1000
