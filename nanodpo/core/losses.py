@@ -214,5 +214,10 @@ def orpo(chosen, rejected, lengths, beta: float) -> Tensor:
     return -means[0] - beta * F.logsigmoid(log_odds[0] - log_odds[1])
 
 
+def settings_of(loss: Callable) -> list[str]:
+    """The names of this loss's own settings: its parameters but INPUTS, beta and label_smoothing."""
+    return [name for name in inspect.signature(loss).parameters if name not in (*INPUTS, "beta", "label_smoothing")]
+
+
 LOSSES = {loss.__name__: loss for loss in (dpo, ipo, hinge, robust, dpo_norm, apo_zero, dpop, shift, gate, squared,
                                            simpo, cpo, orpo, sft)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.losses import INPUTS, LOSSES, inputs_of, needs_reference, pair_losses
+from ..core.losses import INPUTS, LOSSES, inputs_of, needs_reference, pair_losses, settings_of
 from ..errors import UserError, first_line
 from ..files import parse_json, read_text, why
 from .unknown import hint
@@ -97,7 +97,7 @@ def bind(function: Callable, args) -> Callable:
     """The function with its settings filled in: --beta, --label_smoothing and --loss_kwargs. Raises UserError."""
     takes = {name: p for name, p in inspect.signature(function).parameters.items() if name not in INPUTS}
     given = _kwargs(args.loss_kwargs)
-    own = [name for name in takes if name not in ("beta", "label_smoothing")]
+    own = settings_of(function)
     if odd := [name for name in given if name not in own]:
         raise UserError(f"--loss_kwargs {args.loss_kwargs}: {function.__name__} takes no {odd[0]}"
                         + (f"; it takes {', '.join(own)}" if own else ""))

@@ -1,9 +1,8 @@
 """Hints for an unknown flag: it was mistyped, or other trainers have it."""
 
 import difflib
-import inspect
 
-from ..core.losses import INPUTS, LOSSES
+from ..core.losses import LOSSES, settings_of
 from ..errors import UserError
 
 # Flags of TRL, transformers and others that have another name here ...
@@ -130,7 +129,7 @@ OTHERWISE = {name: what for what, names in {
 }.items() for name in names.split()}
 # The settings of losses that are no flags.
 OTHERWISE |= {name: f"it is --loss_kwargs '{{\"{name}\": VALUE}}' here" for loss in LOSSES.values()
-              for name in inspect.signature(loss).parameters if name not in (*INPUTS, "beta", "label_smoothing")}
+              for name in settings_of(loss)}
 
 
 def hint(typed: str, known, otherwise: dict[str, str] | None = None, dashes: str = "--") -> str:
