@@ -214,6 +214,15 @@ def orpo(chosen, rejected, lengths, beta: float) -> Tensor:
     return -means[0] - beta * F.logsigmoid(log_odds[0] - log_odds[1])
 
 
+def rewards_without_reference(loss: Callable, logps: Tensor, lengths: Tensor, beta: float) -> Tensor | None:
+    """(P, 2), (P, 2) -> (P, 2): the rewards of a loss that takes no reference, beta times the response's log-prob: its
+    mean over tokens for simpo (Eq. 4 of arXiv 2405.14734) and orpo, its sum for cpo. None of any other loss."""
+    function = getattr(loss, "func", loss)  # of functools.partial, which has its settings filled in
+    if function in (simpo, orpo):
+        return beta * logps / lengths
+    return beta * logps if function is cpo else None
+
+
 def settings_of(loss: Callable) -> list[str]:
     """The names of this loss's own settings: its parameters but INPUTS, beta and label_smoothing."""
     return [name for name in inspect.signature(loss).parameters if name not in (*INPUTS, "beta", "label_smoothing")]

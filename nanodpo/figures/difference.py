@@ -10,7 +10,6 @@ import pandas
 from matplotlib.lines import Line2D
 
 from ..folder.log import is_evaluation
-from ..run.noise import MARGIN
 from ..stats import over_problems
 from .axes import (
     COLOURS,
@@ -31,7 +30,18 @@ from .axes import (
 )
 from .noise import Marks
 from .runs import Facts
-from .training import FAINT, LOOKS, PANELS, PROMINENT, REWARDS, curves, panels_of, with_moved
+from .training import (
+    FAINT,
+    FREE_REWARDS,
+    LOOKS,
+    PANELS,
+    PROMINENT,
+    REWARDS,
+    curves,
+    noise_of_step,
+    panels_of,
+    with_moved,
+)
 
 FORK = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (2, 1))}
 ZERO = {"color": GREY, "linewidth": 0.5, "zorder": 0.5}
@@ -55,15 +65,13 @@ def training_difference_figure(runs: dict[str, list[dict]], columns: int, facts:
                 curves(above, run, lines, name, LOOKS[side] | {"color": colour}, look, 0)
             curves(ax, "difference", below, name, LOOKS[side] | {"color": "black"}, look, 0)
         if label in PANELS:
-            noise = [(f.noise.get(MARGIN, 0.0) if label == REWARDS else f.noise.logps) / math.sqrt(f.pairs)
-                     for f in facts.values()]
-            marks.band(ax, 0, math.hypot(*noise))
+            marks.band(ax, 0, math.hypot(*(noise_of_step(label, f) for f in facts.values())))
     sides = dict.fromkeys(side for names in panels.values() for side in names if side != "loss")
     looks = {side: LOOKS[side] | ({} if held_out else {"marker": ""}) for side in sides}
     finish(fig, runs, looks, facts, marks, held_out)
     more = ", and at the large markers over all held-out pairs" if held_out else ""
     more += ". The rewards of each run have its own beta" * (len({f.beta for f in facts.values()}) > 1
-                                                              and REWARDS in panels)
+                                                              and not {REWARDS, FREE_REWARDS}.isdisjoint(panels))
     return fig, caption("Training", runs, facts, f"means over the pairs of a step{more}") + marks.caption
 
 

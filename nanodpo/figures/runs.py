@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from ..core.losses import LOSSES, needs_reference
 from ..errors import UserError, first_line
 from ..files import parse_json, read_text
 from ..flags.loss import loss_name
@@ -29,6 +30,11 @@ class Facts:
     noise: Noise = dataclasses.field(default_factory=Noise)
     pairs: int = 1  # of a step
     forked: int | None = None  # the step at which it was forked from another run
+
+    @property
+    def without_reference(self) -> bool:
+        """Whether the loss is known to take no reference, so that rewards are those of log-probs themselves."""
+        return self.loss in LOSSES and not needs_reference(LOSSES[self.loss])
 
     @property
     def kind(self) -> str:

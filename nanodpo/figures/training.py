@@ -24,14 +24,16 @@ LOOKS = {"loss": {"color": "black", "linestyle": "-", "marker": "o"}} | {
     side: {"color": COLOURS[i], "linestyle": DASHES[i], "marker": MARKERS[i]}
     for i, side in enumerate((*SIDES, "margin"))}
 REWARDS = r"reward, $\beta\,\log(\pi/\pi_{\mathrm{ref}})$ (nats)"
+FREE_REWARDS = "reward, no reference (nats)"
 MOVED = r"$\log(\pi/\pi_{\mathrm{ref}})$ (nats per token)"
 # Of the training figure: a panel's y label, and the metric of each side. Each kind of loss has a panel of its own.
 # The level of log-probs is drawn where there is no reference: with few pairs a step it tells which pairs came, and not
 # what was learned.
-PANELS = {REWARDS: {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": MARGIN},
-          MOVED: {side: f"moved/{side}" for side in SIDES},
+OF_REWARDS = {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": MARGIN}
+PANELS = {REWARDS: OF_REWARDS, FREE_REWARDS: OF_REWARDS, MOVED: {side: f"moved/{side}" for side in SIDES},
           LOGPS: {side: f"logps_per_token/{side}" for side in SIDES}}
 WORDS = {LOGPS: "mean log-prob per token (nats)", REWARDS: "rewards (nats)",
+         FREE_REWARDS: "rewards without a reference, beta times the log-prob of a response (nats)",
          MOVED: "log-prob per token less the reference's (nats)"}
 
 
@@ -87,8 +89,10 @@ def panels_of(runs: dict, facts: dict) -> dict[str, tuple[dict[str, str], list[s
         label = "loss (runs with rewards)" if label in panels else label
         panels[label] = {"loss": "loss"}, [run for run in members if "loss" in there[run]]
     for label, names in PANELS.items():
-        have = {side: name for side, name in names.items() if any(name in metrics for metrics in there.values())}
-        panels[label] = have, [run for run in runs if there[run] & set(have.values())]
+        other = {True: REWARDS, False: FREE_REWARDS}  # the panel of rewards that is not this run's
+        mine = [run for run in runs if label != other[facts[run].without_reference]]
+        have = {side: name for side, name in names.items() if any(name in there[run] for run in mine)}
+        panels[label] = have, [run for run in mine if there[run] & set(have.values())]
     return {label: (names, members) for label, (names, members) in panels.items() if names and members}
 
 
@@ -123,14 +127,19 @@ def average(values: list[tuple[int, float]], reach: int) -> tuple[np.ndarray, np
 def _noise(marks: Marks, ax, label: str, runs: list[tuple[Facts, list[dict]]]) -> None:
     """Draws the noise of bfloat16 in a step's mean, where runs know theirs: around 0, and in a panel of levels around
     the start."""
-    if label == REWARDS:
-        marks.band(ax, 0, max(facts.noise.get(MARGIN, 0.0) / math.sqrt(facts.pairs) for facts, _ in runs))
-    elif label == MOVED:
-        marks.band(ax, 0, max(facts.noise.logps / math.sqrt(facts.pairs) for facts, _ in runs))
+    if label in (REWARDS, MOVED):
+        marks.band(ax, 0, max(noise_of_step(label, facts) for facts, _ in runs))
     elif label == LOGPS:
         for facts, lines in runs:
             for start in _starts(lines):
-                marks.band(ax, start, facts.noise.logps / math.sqrt(facts.pairs))
+                marks.band(ax, start, noise_of_step(label, facts))
+
+
+def noise_of_step(label: str, facts: Facts) -> float:
+    """The standard deviation that bfloat16's rounding gives a step's mean in this panel, nats; 0 where it is not known,
+    as of rewards without a reference."""
+    of_pair = {REWARDS: facts.noise.get(MARGIN, 0.0), MOVED: facts.noise.logps, LOGPS: facts.noise.logps}
+    return of_pair.get(label, 0.0) / math.sqrt(facts.pairs)
 
 
 def _starts(lines: list[dict]) -> list[float]:
@@ -169,5 +178,5 @@ def _caption(runs: dict, panels: dict, facts: dict[str, Facts], held_out: bool, 
         spans = each.pop() if len(each) == 1 else listed(f"{count} of {run}" for run, count in of_run.items())
         text += (" Faint points are single steps; the line through them is the mean over the steps around each, "
                  f"{spans} to either side.")
-    betas = {facts[run].beta for run in panels[REWARDS][1]} if REWARDS in panels else set()
+    betas = {facts[run].beta for label in (REWARDS, FREE_REWARDS) if label in panels for run in panels[label][1]}
     return text + " The rewards of each run have its own beta." * (len(betas) > 1)

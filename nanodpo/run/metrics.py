@@ -28,7 +28,8 @@ those of a run with these rows.
 
 SFT has no reference, hence no rewards and ref_logps, and trains on chosen alone: only its eval_ lines have rejected,
 and its entropy is of chosen in both.
-A loss that takes no ref_... (simpo, cpo, orpo) has no reference either.
+A loss that takes no ref_... has no reference either. Its rewards are beta * logps for cpo, and beta * logps_per_token
+for simpo and orpo; a function of the user's own has none then.
 
 A line of metrics.jsonl has besides
 
@@ -55,7 +56,7 @@ import torch
 from torch import Tensor
 
 from ..core.logprobs import LOWEST, sum_by_sequence
-from ..core.losses import pair_weights
+from ..core.losses import pair_weights, rewards_without_reference
 from ..core.packing import Batch
 from ..data.example import SIDES
 from ..errors import RankStopped
@@ -72,12 +73,13 @@ def pair_metrics(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Ten
     values, logps = {}, logps.detach()
     for side, sums, counts in zip(SIDES, logps.unbind(1), lengths.unbind(1)):
         values |= {f"logps/{side}": sums, f"logps_per_token/{side}": sums / counts}
-    if ref is not None:
-        rewards = beta * (logps - ref)
+    rewards = rewards_without_reference(loss, logps, lengths, beta) if ref is None else beta * (logps - ref)
+    if rewards is not None:
         margins = rewards[:, 0] - rewards[:, 1]
         values |= {"rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
-                   "rewards/accuracies": (margins > 0).double(), "rewards/ties": (margins == 0).double(),
-                   "ref_logps/chosen": ref[:, 0], "ref_logps/rejected": ref[:, 1],
+                   "rewards/accuracies": (margins > 0).double(), "rewards/ties": (margins == 0).double()}
+    if ref is not None:
+        values |= {"ref_logps/chosen": ref[:, 0], "ref_logps/rejected": ref[:, 1],
                    "ref_logps_per_token/chosen": ref[:, 0] / lengths[:, 0],
                    "ref_logps_per_token/rejected": ref[:, 1] / lengths[:, 1]}
     weights = pair_weights(loss, logps, ref, lengths, sft_weight)

@@ -1,25 +1,28 @@
 """Tables made of tables: rewards of pairs, means over rows with their errors. Log-probs are in nats."""
 
+import math
 import os
 
 import numpy as np
 import pandas
 import torch
+from torch import Tensor
 
-from ..core.losses import LOSSES, pair_weights
+from ..core.losses import LOSSES, pair_weights, rewards_without_reference
 from ..data.example import SIDES
 from ..flags.loss import bind
 from ..stats import over_problems
 from .measures import MEASURES
 
 KEYS = ["run", "phase", "checkpoint", "step", "dataset"]
-WEIGHTS = ["weights/chosen", "weights/rejected"]
+REWARDS, WEIGHTS = [f"rewards/{side}" for side in SIDES], [f"weights/{side}" for side in SIDES]
 
 
 def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, runs: dict) -> pandas.DataFrame:
-    """The pairs with the rewards that training has, against each run's reference, and with their weights in its loss.
+    """The pairs with the rewards that training has, and with their weights in each run's loss.
+
     The reference is the run's own step 0, or the model of its --reference where that was scored on the same rows; else
-    they are missing.
+    rewards are missing. Step 0 is also that of sft and of a function of the user's own.
 
     `runs` are the settings of each run by name.
     """
@@ -30,25 +33,30 @@ def add_rewards(pairs: pandas.DataFrame, scores: pandas.DataFrame, runs: dict) -
         here = scores[scores["response"] == side].set_index([*at, "step"])
         start = starts[starts["response"] == side].set_index(at)["logps"].rename(f"start {side}")
         pairs = pairs.join(here[["logps", "tokens"]].add_suffix(f" {side}"), on=[*at, "step"]).join(start, on=at)
-        pairs[f"rewards/{side}"] = (pairs[f"logps {side}"] - pairs[f"start {side}"]) * pairs["run"].map(
-            {run: settings.beta for run, settings in runs.items()})
-    pairs["margin"] = pairs["rewards/chosen"] - pairs["rewards/rejected"]
-    pairs[WEIGHTS] = np.nan
+    pairs[[*REWARDS, "margin", *WEIGHTS]] = np.nan
     for run, settings in runs.items():
         here = pairs["run"] == run
-        pairs.loc[here, WEIGHTS] = _weights(settings, pairs[here])
+        logps, start, lengths = (torch.from_numpy(pairs.loc[here, [f"{name} {side}" for side in SIDES]].to_numpy(float))
+                                 for name in ("logps", "start", "tokens"))
+        pairs.loc[here, REWARDS] = _rewards(settings, logps, start, lengths).numpy()
+        pairs.loc[here, WEIGHTS] = _weights(settings, logps, start, lengths).numpy()
+    pairs["margin"] = pairs["rewards/chosen"] - pairs["rewards/rejected"]
     pairs = pairs.drop(columns=[f"{name} {side}" for name in ("logps", "tokens", "start") for side in SIDES])
     return pairs.join(_band(pairs)) if "grad_cosine" in pairs else pairs
 
 
-def _weights(settings, pairs: pandas.DataFrame) -> np.ndarray:
-    """(n, 2) weights of these pairs in the loss of their run; NaN for sft, for a bare model, and for a loss that is the
-    user's own function, since no code is run that a record names."""
+def _rewards(settings, logps: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
+    """(P, 2) rewards of these pairs in their run, as `pair_metrics` of run/metrics.py has them."""
+    free = rewards_without_reference(LOSSES.get(settings.loss), logps, lengths, settings.beta)
+    return settings.beta * (logps - start) if free is None else free
+
+
+def _weights(settings, logps: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
+    """(P, 2) weights of these pairs in the loss of their run; NaN for sft, and for a loss that is the user's own
+    function, since no code is run that a record names."""
     if settings.loss not in LOSSES or settings.loss == "sft":
-        return np.full((len(pairs), 2), np.nan)
-    logps, ref, lengths = (torch.from_numpy(pairs[[f"{name} {side}" for side in SIDES]].to_numpy(float))
-                           for name in ("logps", "start", "tokens"))
-    return pair_weights(bind(LOSSES[settings.loss], settings), logps, ref, lengths, settings.sft_weight).numpy()
+        return torch.full_like(logps, math.nan)
+    return pair_weights(bind(LOSSES[settings.loss], settings), logps, start, lengths, settings.sft_weight)
 
 
 def _band(pairs: pandas.DataFrame) -> pandas.DataFrame:

@@ -7,7 +7,20 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from nanodpo.core.losses import apo_zero, cpo, dpo, dpo_norm, hinge, ipo, orpo, pair_losses, robust, sft, simpo
+from nanodpo.core.losses import (
+    apo_zero,
+    cpo,
+    dpo,
+    dpo_norm,
+    hinge,
+    ipo,
+    orpo,
+    pair_losses,
+    rewards_without_reference,
+    robust,
+    sft,
+    simpo,
+)
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl==1.16.0")
 
@@ -54,6 +67,15 @@ def test_sft():
     assert found == pytest.approx(trl_dpo("sft", 0.1, 0.0), rel=1e-6)
 
 
+def same_as_trl(loss, beta, losses, chosen, rejected):
+    """Loss and rewards of these pairs, without a reference."""
+    ours = pair_losses(loss, LOGPS.double(), None, LENGTHS.double())
+    assert ours.tolist() == pytest.approx(losses.tolist(), rel=1e-6)
+    rewards = rewards_without_reference(loss, LOGPS.double(), LENGTHS.double(), beta)
+    assert rewards[:, 0].tolist() == pytest.approx(chosen.tolist(), rel=1e-6)
+    assert rewards[:, 1].tolist() == pytest.approx(rejected.tolist(), rel=1e-6)
+
+
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_simpo_and_cpo(beta):
     """TRL's cpo_loss is the preference part; its likelihood term is a mean over tokens of chosen, times cpo_alpha."""
@@ -62,12 +84,10 @@ def test_simpo_and_cpo(beta):
     trainer = SimpleNamespace(beta=beta, simpo_gamma=0.7, label_smoothing=0.0, alpha=0.0,
                               accelerator=SimpleNamespace(device="cpu"))
     means = (LOGPS / LENGTHS).double()
-    theirs = CPOTrainer.cpo_loss(SimpleNamespace(**vars(trainer), loss_type="simpo"), *means.T)[0]
-    ours = pair_losses(partial(simpo, beta=beta, simpo_gamma=0.7), LOGPS.double(), None, LENGTHS.double())
-    assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-6)
-    theirs = CPOTrainer.cpo_loss(SimpleNamespace(**vars(trainer), loss_type="sigmoid"), *LOGPS.double().T)[0]
-    ours = pair_losses(partial(cpo, beta=beta, cpo_alpha=0.0), LOGPS.double(), None, LENGTHS.double())
-    assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-6)
+    same_as_trl(partial(simpo, beta=beta, simpo_gamma=0.7), beta,
+                *CPOTrainer.cpo_loss(SimpleNamespace(**vars(trainer), loss_type="simpo"), *means.T))
+    same_as_trl(partial(cpo, beta=beta, cpo_alpha=0.0), beta,
+                *CPOTrainer.cpo_loss(SimpleNamespace(**vars(trainer), loss_type="sigmoid"), *LOGPS.double().T))
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
@@ -77,6 +97,5 @@ def test_orpo(beta):
 
     means = (LOGPS / LENGTHS).double()
     trainer = SimpleNamespace(beta=beta, accelerator=SimpleNamespace(device="cpu"))
-    theirs = -means[:, 0] - ORPOTrainer.odds_ratio_loss(trainer, *means.T)[0]
-    ours = pair_losses(partial(orpo, beta=beta), LOGPS.double(), None, LENGTHS.double())
-    assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-6)
+    ratio, *rewards = ORPOTrainer.odds_ratio_loss(trainer, *means.T)[:3]
+    same_as_trl(partial(orpo, beta=beta), beta, -means[:, 0] - ratio, *rewards)

@@ -631,6 +631,22 @@ def test_log_probs_are_drawn_less_the_references(tmp_path, draw):  # noqa: F811
     assert drawn["a eval_moved/chosen"].get_linewidth() > drawn["a moved/chosen"].get_linewidth()
 
 
+def test_rewards_without_a_reference_have_a_panel_of_their_own(tmp_path, draw):  # noqa: F811
+    """beta log pi is no log-ratio: the two are not in one panel, and the one has no band of the other's noise."""
+    lines = [{"step": k, "loss": 1.0, "rewards/chosen": -1.0, "rewards/margins": 0.25 * k} for k in range(3)]
+    runs = [write_lines(tmp_path / name, lines, arguments={"loss": loss, "beta": 2.0}, noise=NOISE)
+            for name, loss in (("a", "dpo"), ("b", "simpo"))]
+    found = draw(*runs)
+    fig, labels = found["training"], {}
+    for run in "ab":
+        panel, _, values = points(fig, f"{run} rewards/margins")
+        labels[run] = fig.axes[panel].get_ylabel()
+        assert values == [0.0, 0.25, 0.5] and bool(hatched(fig.axes[panel])) == (run == "a")
+    assert labels == {"a": r"reward, $\beta\,\log(\pi/\pi_{\mathrm{ref}})$ (nats)",
+                      "b": "reward, no reference (nats)"}
+    assert "rewards without a reference, beta times the log-prob" in found["captions"]["training"]
+
+
 def test_an_average_lies_over_raw_values_which_all_stay(tmp_path, draw):  # noqa: F811
     """120 steps: three to either side. By brute force; a step without a value has no mean, and is in nobody's."""
     values = {k: math.sin(k * k) for k in range(120) if k != 50}

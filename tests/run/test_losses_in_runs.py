@@ -36,10 +36,10 @@ def test_dpo_as_a_function_of_the_users_own(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["simpo", "cpo", "orpo"])
 def test_without_a_reference(name, tiny, tmp_path):
-    """No reference is computed or kept, no number of one is logged, and the loss is that of the log-probs in the same
-    line: a step of one pair."""
+    """No reference is computed or kept, no number of one is logged, and loss and rewards are those of the log-probs in
+    the same line: a step of one pair."""
     lines = train(tiny, tmp_path / "run", "--loss", name, "--beta", "2", *SHORT)
-    assert not [*(tmp_path / "cache").glob("*")] and not any("ref" in key or "reward" in key for key in lines[0])
+    assert not [*(tmp_path / "cache").glob("*")] and not any("ref" in key for key in lines[0])
     for line in lines:
         sums = [line[f"logps/{side}"] for side in ("chosen", "rejected")]
         means = [line[f"logps_per_token/{side}"] for side in ("chosen", "rejected")]
@@ -48,6 +48,9 @@ def test_without_a_reference(name, tiny, tmp_path):
                    "cpo": math.log1p(math.exp(-2 * (sums[0] - sums[1]))) - means[0],
                    "orpo": 2 * math.log1p(math.exp(-(odds[0] - odds[1]))) - means[0]}[name]
         assert line["loss"] == pytest.approx(by_hand, rel=1e-6)
+        counted = sums if name == "cpo" else means
+        assert [line["rewards/chosen"], line["rewards/rejected"]] == pytest.approx([2 * x for x in counted])
+        assert line["rewards/accuracies"] == (counted[0] > counted[1])
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "sft"])

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, train
 
 from nanodpo.core.logprobs import LogProbHead, OneRank
-from nanodpo.core.losses import dpo, pair_losses, sft
+from nanodpo.core.losses import cpo, dpo, orpo, pair_losses, sft, simpo
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.run import metrics
 from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, write_line
@@ -44,6 +44,26 @@ def test_the_values_of_three_pairs():
         by_hand = [0.5 / (1 + math.exp(0.5 * m)) for m in (3, 0, -2)]
         assert values[f"weights/{side}"].tolist() == pytest.approx(by_hand)
     assert losses.requires_grad and not any(value.requires_grad for value in values.values())
+
+
+@pytest.mark.parametrize("loss, chosen, rejected", [
+    (partial(simpo, beta=2.0), [-4, -4, -10], [-4, -6, -2]), (partial(orpo, beta=2.0), [-4, -4, -10], [-4, -6, -2]),
+    (partial(cpo, beta=2.0), [-20, -16, -10], [-40, -12, -10])])
+def test_rewards_without_a_reference(loss, chosen, rejected):
+    """beta 2 times the log-prob of a response: of simpo and orpo its mean over tokens, of cpo its sum. The three pairs
+    are a tie, a success and a failure in the first case, and a success, a failure and a tie in the second."""
+    values = pair_metrics(loss, LOGPS, None, TOKENS, 2.0)
+    assert values["rewards/chosen"].tolist() == chosen and values["rewards/rejected"].tolist() == rejected
+    margins = [a - b for a, b in zip(chosen, rejected)]
+    assert values["rewards/margins"].tolist() == margins
+    assert values["rewards/accuracies"].tolist() == [float(m > 0) for m in margins]
+    assert values["rewards/ties"].tolist() == [float(m == 0) for m in margins]
+    assert not any(name.startswith("ref_") for name in values)
+
+
+def test_a_loss_of_the_users_own_without_a_reference_has_no_rewards():
+    values = pair_metrics(lambda chosen, rejected: rejected - chosen, LOGPS, None, TOKENS, 2.0)
+    assert not any(name.startswith("rewards/") for name in values) and values["weights/chosen"].tolist() == [1.0] * 3
 
 
 def test_sft_with_and_without_a_rejected_side():

@@ -636,7 +636,10 @@ def test_rewards_and_weights_are_those_of_each_run():
         "f": (settings_of("dpo"), [nan] * 4),
         "g": (settings_of("dpop", loss_kwargs='{"dpop_lambda": 3}', sft_weight=0.5),
               [0.4, 1, 0.1 * sigma[1] + 0.5 / 4, 0.1 * sigma[1]]),
-        "h": (settings_of("/somewhere/mine.py:mine"), [0.4, 1, nan, nan])}
+        "h": (settings_of("/somewhere/mine.py:mine"), [0.4, 1, nan, nan]),
+        # Without a reference a reward is of the log-prob itself: of 4 and -6 nats, over 4 and 2 tokens.
+        "i": (settings_of("simpo", 2.0), [2, 8, *[2 / (1 + math.exp(8 - 0.5)) / n for n in (4, 2)]]),
+        "j": (settings_of("cpo", 0.1), [0.4, 1, 0.1 * sigma[1] + 1 / 4, 0.1 * sigma[1]])}
     table = pandas.DataFrame([
         key | {"run": run, "step": step, "response": side, "logps": logps * (step > 0), "tokens": tokens}
         for run in [*expected, "bare"] for step in {"f": [9], "bare": [0]}.get(run, [0, 9])
