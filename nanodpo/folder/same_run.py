@@ -56,6 +56,7 @@ def differences(old: dict, new: dict, before_loading: bool = False) -> list[tupl
     free |= shared
     before, now = DEFAULTS | old["arguments"], new["arguments"]
     free |= {"loss"} if _same_own_loss(old, new) else set()
+    free |= {"num_train_epochs"} if before["max_steps"] > 0 and now["max_steps"] > 0 else set()  # it has no effect
     flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
     compared = [name for name in COMPARED if name in new and name not in {"arguments", *shared}]
     entries = [(name, old.get(name), new[name]) for name in compared]

@@ -58,6 +58,8 @@ def _say_idle_flags(args, steps: int) -> None:
     for name in ("eval_steps", "save_steps", "resume_steps"):
         if (every := getattr(args, name)) > steps:
             distributed.say(f"--{name} {every}: more than the {steps} steps of the run, so it has no effect")
+    if args.max_steps > 0 and args.num_train_epochs != elastic.DEFAULTS["num_train_epochs"]:
+        distributed.say(f"--num_train_epochs {args.num_train_epochs:g}: no effect beside --max_steps {args.max_steps}")
     lora = [f"--{flag.name} {getattr(args, flag.name)}" for flag in fields(args)
             if flag.name.startswith("lora_") and getattr(args, flag.name) not in (flag.default, 0)]
     if lora and not args.use_lora:

@@ -259,6 +259,18 @@ def test_how_many_micro_batches_a_rank_gets(had, now, given, expected, monkeypat
         assert args.gradient_accumulation_steps == given
 
 
+def test_epochs_beside_a_number_of_steps_make_no_other_run():
+    """--max_steps decides: what is given as --num_train_epochs besides has no effect."""
+    def made(epochs, steps):
+        return {"world_size": 1, "steps": 3, "arguments": elastic.DEFAULTS | {"num_train_epochs": epochs,
+                                                                              "max_steps": steps}}
+
+    assert same_run.differences(made(1.0, 3), made(2.0, 3)) == []
+    assert same_run.differences(made(1.0, -1), made(2.0, -1)) == [("--num_train_epochs", 1.0, 2.0)]
+    assert {"--max_steps", "--num_train_epochs"} == {name for name, *_ in same_run.differences(
+        made(1.0, -1), made(2.0, 3))}
+
+
 def test_the_same_steps_are_the_same_run():
     """However ranks share them: no difference, and one fingerprint. Other steps differ in all that makes them."""
     def made(world, accumulation, batch=2):

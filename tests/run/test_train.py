@@ -390,11 +390,13 @@ def test_settings_that_deepspeed_knows_are_taken(tiny, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_flags_of_lora_without_lora_are_named(tiny, tmp_path):
+def test_flags_without_effect_are_named(tiny, tmp_path):
+    """Those of LoRA without LoRA, and epochs where the number of steps is given."""
     said = launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
                   "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--draw", "false", "--max_steps",
-                  "1", "--use_lora", "false", "--lora_alpha", "99", launcher="fork").stdout
+                  "1", "--use_lora", "false", "--lora_alpha", "99", "--num_train_epochs", "3", launcher="fork").stdout
     assert "no effect without LoRA: --lora_alpha 99\n" in said
+    assert "--num_train_epochs 3: no effect beside --max_steps 1\n" in said
 
 
 def test_rows_left_out_that_a_run_does_not_visit_are_named(tiny, tmp_path):
