@@ -47,6 +47,17 @@ def read_sent(file: Path) -> dict:
         return {"id": uuid.uuid4().hex, "step": -1, "train": False}
 
 
+def check_unused(blocks: dict[str, dict]) -> None:
+    """Raises UserError where another run has its log in a folder that is for a new one: both would be one curve."""
+    for monitor in ("tensorboard", "csv_monitor"):
+        block = blocks.get(monitor, {})
+        folder = Path(block.get("output_path", ""), block.get("job_name", ""))
+        logs = [file for kind in ("train_*.csv", "eval_*.csv", "events.out.*") for file in folder.glob(kind)]
+        if block.get("enabled") and logs:
+            raise UserError(f"{monitor}: {folder} has the log of another run ({logs[0].name}); name another job_name "
+                            "or --output_dir, or remove that folder")
+
+
 def cut_unrecorded(file: Path, sent: dict) -> None:
     """Cuts off what a run that was stopped in the middle of a line left at the end of a CSV file of DeepSpeed's: half a
     row, and the row after the last line that was `sent`, which the run that goes on sends again."""
@@ -82,7 +93,10 @@ class Monitors:
         for monitor in ("tensorboard", "csv_monitor"):
             if "output_path" in blocks.get(monitor, {}):  # of several runs, maybe
                 own[monitor]["job_name"] = name
-        config = get_monitor_config({monitor: own[monitor] | block for monitor, block in blocks.items()})
+        blocks = {monitor: own[monitor] | block for monitor, block in blocks.items()}
+        if not goes_on:
+            check_unused(blocks)
+        config = get_monitor_config(blocks)
         with _environment(WANDB_DIR=str(folder), WANDB_NAME=name, WANDB_RUN_ID=self.sent["id"], WANDB_RESUME="allow"):
             self.master = MonitorMaster(config)
         if csv := self.master.csv_monitor:

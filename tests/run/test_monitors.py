@@ -247,16 +247,26 @@ def test_half_a_row_is_cut_off(left, alone, tmp_path):
 
 
 def test_only_rows_of_a_run_that_goes_on_are_cut(alone, tmp_path):
-    """A new run does not touch what is in a folder that the user has named, and files of other names are nobody's."""
+    """Files of other names, in a folder that the user has named, are nobody's."""
     folder = tmp_path / "all" / "mine"
     folder.mkdir(parents=True)
-    for name in ("train_loss.csv", "notes.csv"):
-        (folder / name).write_text("step,loss\n7,0.5\n")
+    (folder / "notes.csv").write_text("step,loss\n7,0.5\n")
     block = {"output_path": str(tmp_path / "all"), "job_name": "mine"}
     opened(tmp_path / "run", **block)
-    assert rows(folder / "train_loss.csv") == rows(folder / "notes.csv") == ["step,loss", "7,0.5"]
+    (folder / "train_loss.csv").write_text("step,loss\n7,0.5\n")
     opened(tmp_path / "run", **block)
-    assert rows(folder / "notes.csv") == ["step,loss", "7,0.5"]
+    assert rows(folder / "notes.csv") == ["step,loss", "7,0.5"] and rows(folder / "train_loss.csv") == ["step,loss"]
+
+
+def test_a_new_run_does_not_write_into_the_log_of_another(alone, tmp_path):
+    """Two runs of one name under one output_path, or with one job_name, would be one curve with two values a step."""
+    block = {"output_path": str(tmp_path / "all"), "job_name": "mine"}
+    opened(tmp_path / "one", **block).write(LINES[1])
+    with pytest.raises(UserError, match="all/mine has the log of another run .*train_loss.csv.*another job_name"):
+        opened(tmp_path / "two", **block)
+    assert rows(tmp_path / "all" / "mine" / "train_loss.csv") == ["step,loss", "0,0.5"]
+    opened(tmp_path / "one", **block).write(LINES[3])
+    assert rows(tmp_path / "all" / "mine" / "train_loss.csv") == ["step,loss", "0,0.5", "1,0.5"]
 
 
 # What is asked for, and what there is
