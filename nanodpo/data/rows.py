@@ -93,6 +93,9 @@ def _json_rows(file: str, kind: str, split: str | None):
         with contextlib.suppress(json.JSONDecodeError):  # else they are JSON lines under this name
             whole = _parse_all(file)
             splits = whole and {*whole} <= {*SPLITS} and all(isinstance(rows, list) for rows in whole.values())
+            if not splits and _is_by_column(whole):
+                raise UserError(f"{file}: has a list for each column; write an object for each row, with pandas as "
+                                "to_json(file, orient='records', lines=True)")
             found = one_split(file, whole, split) if splits else [whole]
             split = None if splits else split
     if split:
@@ -105,6 +108,15 @@ def _json_rows(file: str, kind: str, split: str | None):
             raise UserError(f"{file}, {place}: expected an object with a prompt and responses, found "
                             f"{type(row).__name__}")
         yield row
+
+
+def _is_by_column(table: dict) -> bool:
+    """Is it a table of pandas' to_json, or of lists, and no row? A row's messages are lists of objects, too."""
+    columns = [*table.values()]
+    return bool(columns) and ({*table} in ({"columns", "index", "data"}, {"schema", "data"})
+                              or all(isinstance(cells, dict) and all(map(str.isdigit, cells)) for cells in columns)
+                              or all(isinstance(cells, list) and all(isinstance(cell, str) for cell in cells)
+                                     for cells in columns))
 
 
 def _parse_all(file: str):

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -415,6 +416,22 @@ def test_files_of_other_names(tmp_path):
     packed(tmp_path / "a.tsv", ".gz").rename(tmp_path / "a.parquet.gz")
     with pytest.raises(UserError, match="a.parquet.gz: unpack it first; .parquet files are packed inside"):
         read_rows(str(tmp_path / "a.parquet.gz"))
+
+
+@pytest.mark.parametrize("how", ["columns", "split", "table", "list"])
+def test_json_by_column_is_refused(how, tmp_path):
+    """As pandas' to_json writes a table unless told to write records, and json.dumps a dict of lists. One row of
+    messages, whose sides are lists too, is read."""
+    table, file = pandas.DataFrame([row | {"chosen": str(i)} for i, row in enumerate(ROWS)]), tmp_path / "a.json"
+    file.write_text(json.dumps(table.to_dict("list")) if how == "list" else table.to_json(orient=how))
+    with pytest.raises(UserError, match="a.json: has a list for each column; .*orient='records'"):
+        read_rows(str(file))
+    table.to_json(file, orient="records")
+    assert len(read_rows(str(file))) == len(ROWS)
+    talk = [{"role": "user", "content": "Hi"}]
+    row = {"prompt": talk, "chosen": [{"role": "assistant", "content": "Hello"}], "rejected": talk}
+    file.write_text(json.dumps(row))
+    assert read_rows(str(file)) == [row]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz"])
