@@ -2,9 +2,9 @@
 
     python bench/growth.py
 
-One factor moves at a time, on a random Qwen2 of two layers: tokens of a pair's sequence, pairs in a micro-batch, words.
-Plain full-logits DPO stands beside nanodpo. Ranks are whole runs of train.py on the shipped example, the same 16 pairs
-a step on 1 rank and on 2, one thread each.
+One factor moves at a time, on a random Qwen2 of two layers: tokens of a pair's sequence, pairs in a micro-batch, size of
+the vocabulary. Plain full-logits DPO stands beside nanodpo. Ranks are whole runs of train.py on the shipped example, the
+same 16 pairs a step on 1 rank and on 2, one thread each.
 """
 
 import argparse
@@ -21,9 +21,10 @@ import contenders
 import measure
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTORS = {"tokens": [256, 512, 1024, 2048, 4096], "pairs": [1, 2, 4, 8], "words": [8_000, 32_000, 128_000, 256_000]}
-BASE = {"tokens": 512, "pairs": 1, "words": 32_000}
-LABELS = {"tokens": "tokens of a sequence", "pairs": "pairs in a micro-batch", "words": "words in the vocabulary",
+FACTORS = {"tokens": [256, 512, 1024, 2048, 4096], "pairs": [1, 2, 4, 8],
+           "vocabulary": [8_000, 32_000, 128_000, 256_000]}
+BASE = {"tokens": 512, "pairs": 1, "vocabulary": 32_000}
+LABELS = {"tokens": "tokens of a sequence", "pairs": "pairs in a micro-batch", "vocabulary": "tokens in the vocabulary",
           "ranks": "ranks"}
 
 
@@ -31,8 +32,8 @@ def point(args, **factor) -> dict:
     """One setting: contender -> seconds and MiB."""
     size = BASE | factor
     response = size["tokens"] - size["tokens"] // 8
-    pairs = contenders.random_pairs(size["pairs"], size["tokens"] // 8, response, response, size["words"])
-    work = contenders.Work(pairs, contenders.tiny_wide(args.hidden, vocabulary=size["words"]), batch=size["pairs"])
+    pairs = contenders.random_pairs(size["pairs"], size["tokens"] // 8, response, response, size["vocabulary"])
+    work = contenders.Work(pairs, contenders.tiny_wide(args.hidden, vocabulary=size["vocabulary"]), batch=size["pairs"])
     workers = {name: measure.Worker(contenders.build, 1, name=name, work=dataclasses.replace(work))
                for name in ("nanodpo", "plain")}
     return measure.contest(workers, [("step", k) for k in range(args.rounds + 1)])

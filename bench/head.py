@@ -46,7 +46,7 @@ class Head:
         logits = self.layer(self.hidden)
         return -torch.nn.functional.cross_entropy(logits.float(), self.targets, reduction="none")
 
-    def trl(self):  # 32768 words a tile is what its trainers use
+    def trl(self):  # a tile of 32,768 tokens of the vocabulary is what its trainers use
         return self.chunked.apply(self.hidden, self.layer.weight, None, self.targets, 1.0, 32768, None, 1.0, ())[0]
 
     def step(self):
@@ -96,7 +96,7 @@ def main() -> None:
                         one["mib_above_loaded"]] if one else [f"over {args.limit:g} GiB", "-", "-"]
                 rows.append([f"{vocabulary:,}", f"{tokens:,}", name, *line])
                 print(rows[-1], flush=True)
-    print(measure.table(["words", "tokens", "head", "seconds", "processor time / nanodpo's",
+    print(measure.table(["vocabulary", "tokens", "head", "seconds", "processor time / nanodpo's",
                          "MiB above the inputs"], rows))
     measure.write("head", args.json, vars(args), results)
 

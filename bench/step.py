@@ -60,7 +60,7 @@ def report(setting: str, results: dict, against: str) -> list[list]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name", help="folder or hub id; default: two layers under 151,936 words")
+    parser.add_argument("--model_name", help="folder or hub id; default: two layers, a vocabulary of 151,936")
     parser.add_argument("--train_file_path", help="real pairs; default: random ones")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--hidden", type=int, default=64, help="of the tiny model")
