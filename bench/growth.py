@@ -2,9 +2,9 @@
 
     python bench/growth.py
 
-One factor moves at a time, on a random Qwen2 of two layers: tokens of a pair's sequence, pairs in a micro-batch, size of
-the vocabulary. Plain full-logits DPO stands beside nanodpo. Ranks are whole runs of train.py on the shipped example, the
-same 16 pairs a step on 1 rank and on 2, one thread each.
+One factor moves at a time, on a random Qwen2 of two layers: tokens of a pair's sequence, pairs in a micro-batch, size
+of the vocabulary. Plain full-logits DPO stands beside nanodpo. Ranks are whole runs of train.py on the shipped example,
+the same 16 pairs a step on 1 rank and on 2, one thread each.
 """
 
 import argparse
