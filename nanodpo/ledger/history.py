@@ -81,6 +81,7 @@ class History:
 
     def open(self, step: int) -> None:
         """Loads the weights that step `step` began with."""
+        self.opened, self.trained = None, []  # a whole model goes before the next comes
         self.opened = self.opener.open(self.checkpoints[step])
         named = [*self.opened.module.model.named_parameters()]
         self.trained = [p for name, p in named if ".lora_" in name] or [p for _, p in named]

@@ -1,6 +1,7 @@
 """Opens checkpoints, one at a time: a base is loaded once, and the adapters on it take turns. And the device for it."""
 
 import dataclasses
+import gc
 import os
 from pathlib import Path
 
@@ -84,7 +85,8 @@ class Opener:
             exchange_adapter(self.last.module.model, adapter)
             self.last = dataclasses.replace(self.last, checkpoint=checkpoint)
         else:
-            self.last = None  # the former goes before the next comes
+            self.last = None  # the former goes before the next comes,
+            gc.collect()  # and at once: its layers refer to themselves
             self.last = self._load(checkpoint, adapter, *wanted)
         if adapter and checkpoint.settings.record:
             self._check_base(checkpoint, base)
