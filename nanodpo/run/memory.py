@@ -129,7 +129,8 @@ def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: 
         lines.append(f"before the first step the reference's weights are there as well, {gib(reference)}{spread}; the "
                      "peak is of both")
     if device.type == "cuda":
-        lines.append(f"the GPU has {gib(torch.cuda.get_device_properties(device).total_memory)}")
+        lines.append(f"the GPU has {gib(torch.cuda.get_device_properties(device).total_memory)}; CUDA itself, the "
+                     "allocator's holes and, with several ranks, NCCL take some of it besides")
     lines.append(f"the longest micro-batch took {seconds:.2f} s, forward, backward and update")
     lines.append("disk: " + ", ".join(f"{name} {gib(size)}" for name, size in needs.items()))
     return "\n".join(lines)

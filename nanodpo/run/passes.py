@@ -4,7 +4,7 @@ import contextlib
 import functools
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -178,7 +178,7 @@ def evaluate(run: Run) -> None:
                     logps = run.engine(batch)[index]
                 of_tokens = token_metrics.take(batch, index[:, :trained], lengths[:, :trained])
             losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
-            losses = losses * row_weights(micro_batch).to(run.device)
+            losses = losses * row_weights(micro_batch).to(run.device, non_blocking=True)
             values = metrics.pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
             parts = losses * (len(examples) / divisor)  # as in train_step
             meter.add({"loss": parts} | values | of_tokens, factor)
@@ -210,7 +210,7 @@ def measure_noise(run: Run) -> dict[str, float]:
 
 
 def dry_run(run: Run) -> None:
-    """Runs the longest micro-batch forward and backward, with an update, and prints memory, time and disk. Writes
+    """Runs the longest micro-batch forward and backward, with updates, and prints memory, time and disk. Writes
     nothing.
     """
     args, sides = run.args, run.trained_sides
@@ -223,17 +223,32 @@ def dry_run(run: Run) -> None:
     size = memory.weight_bytes(run.reference_model)
     _let_go(run)
     run.engine.train()
-    began = time.perf_counter()
-    with memory.shortage_named(run.rank, "the dry run", lambda: memory.describe(examples)):
+
+    def mean_loss():
         logps = run.engine(LAYOUTS[run.layout](groups).to(run.device)).view(len(groups), -1)
         lengths = pair_lengths(examples, sides, run.device)
-        losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
-        run.engine.set_gradient_accumulation_boundary(True)
-        run.engine.backward(losses.mean())
-        run.engine.step()
+        return pair_losses(run.loss, logps, ref, lengths, args.sft_weight).mean()
+
+    with memory.shortage_named(run.rank, "the dry run", lambda: memory.describe(examples)):
+        seconds = two_steps(run.engine, mean_loss, args.gradient_accumulation_steps > 1)
     peaks = distributed.gather_or_raise(None, metrics.peak_gib(run.device))
-    distributed.say(memory.estimate(run.engine, run.device, state.shards(run.engine), peaks,
-                                    time.perf_counter() - began, disk_needed(run), size))
+    distributed.say(memory.estimate(run.engine, run.device, state.shards(run.engine), peaks, seconds,
+                                    disk_needed(run), size))
+
+
+def two_steps(engine, mean_loss: Callable[[], torch.Tensor], accumulates: bool) -> float:
+    """Two updates, the second of two micro-batches where a step accumulates some. Returns the seconds of the last one.
+
+    A run's first micro-batch has the GPU for itself: AdamW's moments are made by the first update, and before it
+    there is no gradient of an earlier micro-batch.
+    """
+    for last in (True, *[False] * accumulates, True):
+        began = time.perf_counter()
+        engine.set_gradient_accumulation_boundary(last)
+        engine.backward(mean_loss())
+        if last:
+            engine.step()
+    return time.perf_counter() - began
 
 
 def _logps_of_reference(run: Run, examples: list[Example]) -> torch.Tensor:

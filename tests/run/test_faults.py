@@ -20,7 +20,7 @@ from nanodpo.folder import checkpoint, record, resume, state
 from nanodpo.folder.atomic import read_manifest
 from nanodpo.folder.fork import owners
 from nanodpo.folder.log import read_lines
-from nanodpo.run import memory
+from nanodpo.run import memory, passes
 
 pytestmark = pytest.mark.slow
 
@@ -223,6 +223,28 @@ def test_a_dry_run_counts_each_weight_once(stage, per_weight, frozen):
     counted = [float(number) for number in re.findall(r"([\d.]+) GiB", line)[1:]]  # the first is the peak
     assert sum(counted) * 2**30 == 2**28 * (per_weight + frozen.itemsize)
     assert ("float32 weights and AdamW's moments" in line) == (stage > 0)
+
+
+@pytest.mark.parametrize("accumulates, batches", [(False, 2), (True, 3)])
+def test_a_dry_run_has_all_that_a_later_step_has(accumulates, batches):
+    """When the last micro-batch goes forward AdamW has its moments, and, where a step has several, the weights have the
+    gradient of an earlier one: 12 bytes for each trained number that the first micro-batch of a run does without."""
+    weight, there = torch.nn.Parameter(torch.ones(3)), []
+    optimizer, boundary = torch.optim.AdamW([weight], lr=0.1), []
+
+    def mean_loss():
+        there.append((len(optimizer.state), weight.grad is not None))
+        return weight.sum()
+
+    def step():
+        assert boundary[-1]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    engine = SimpleNamespace(set_gradient_accumulation_boundary=boundary.append, step=step,
+                             backward=torch.Tensor.backward)
+    assert passes.two_steps(engine, mean_loss, accumulates) > 0
+    assert len(there) == batches and there[0] == (0, False) and there[-1] == (1, accumulates)
 
 
 def test_a_dry_run_writes_nothing(tiny, tmp_path):
