@@ -43,7 +43,9 @@ def mix_precision(model: nn.Module, product: torch.dtype) -> None:
         return
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
 
-    model.get_output_embeddings().product_dtype = product  # the head, which works outside of autocast, looks here
+    head = model.get_output_embeddings()
+    head.product_dtype = product  # LogProbHead, which works outside of autocast, looks here
+    head.forward = functools.partial(_wide_logits, head)  # of greedy answers, and of the check of layouts
     for part in {model, model.base_model}:
         part.forward = _in_autocast(part.forward, model, product)
     for layer in model.modules():
@@ -51,6 +53,18 @@ def mix_precision(model: nn.Module, product: torch.dtype) -> None:
             for name, norm in layer.named_children():
                 if name.endswith(("norm", "layernorm")):  # else each matrix after it makes, and keeps, a copy
                     norm.register_forward_hook(lambda module, args, states: states.to(product))
+
+
+def _wide_logits(head: nn.Linear, states: Tensor) -> Tensor:
+    """(..., D) -> (..., V), float32, of the factors that LogProbHead multiplies. In bfloat16 the two likeliest tokens
+    often have one logit, and the first of them would be the answer."""
+    with torch.autocast(states.device.type, enabled=False):
+        states, weight = states.to(head.product_dtype), head.weight.to(head.product_dtype)
+        if states.is_cuda:
+            logits = torch.mm(states.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, states.shape[:-1])
+        else:  # whose products of bfloat16 are bfloat16
+            logits = states.float() @ weight.float().T
+        return logits if head.bias is None else logits + head.bias
 
 
 def _plain_linears(model: nn.Module) -> list[nn.Linear]:

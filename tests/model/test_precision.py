@@ -111,6 +111,23 @@ def test_what_adds_up_from_layer_to_layer_is_float32():
                     "last": (torch.float32, torch.float32), "product": (torch.bfloat16, torch.bfloat16)}
 
 
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=[pytest.mark.gpu, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU")])])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_logits_of_a_models_own_forward_are_not_rounded(family, device):
+    """Where products are bfloat16 too: those of the head's rounded factors in float64, with a bias or a cap, so that no
+    two tokens have one logit. They are what greedy answers choose from."""
+    model, states = mixed(tiny(family, torch.float32).to(device), torch.bfloat16), []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, out: states.append((given[0].detach(), out.detach())))
+    logits = model(input_ids=torch.arange(5, device=device)[None]).logits
+    (given, out), = states
+    truth = given.bfloat16().double() @ head.weight.bfloat16().double().T
+    truth = truth if head.bias is None else truth + head.bias.double()
+    assert out.dtype == logits.dtype == torch.float32 and (out - truth).abs().max() < 1e-5 * truth.abs().max()
+    assert all(len(set(line)) == len(line) for line in out[0].tolist())
+
+
 def test_less_noise_than_in_bfloat16_throughout():
     """The same model and pairs under a change of a part in a million: float32 products leave nothing of it, rounded
     ones less than a model that is bfloat16 throughout is off."""
