@@ -179,19 +179,15 @@ def process_as_it_was():
     if "deepspeed" in sys.modules and not errors.as_script:
         gc.collect()  # an earlier run's model and engine; a script's process has none
     before, linear = {name: os.environ.get(name) for name in NAMES}, torch.nn.functional.linear
-    sure, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    warns, cudnn = torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
     try:
-        yield
+        with gpu.rounding_as_it_was():
+            yield
     finally:
         if before["RANK"] is None and os.environ.get("WORLD_SIZE", "1") == "1":
             leave()
             for name, value in before.items():
                 os.environ.pop(name, None) if value is None else os.environ.update({name: value})
             torch.nn.functional.linear = linear  # ZeRO-3 puts one of its own there for good
-            torch.use_deterministic_algorithms(sure, warn_only=warns)
-            torch.utils.deterministic.fill_uninitialized_memory = filled
-            torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def ask(flag: bool):

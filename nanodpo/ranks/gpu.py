@@ -22,6 +22,11 @@ def round_alike() -> None:
     the GPU: cuBLAS reads its setting once in a process."""
     os.environ.setdefault(CUBLAS, ":4096:8")  # what deterministic products ask for; 32 MiB
     torch.backends.cuda.enable_cudnn_sdp(False)  # an attention that deterministic training has not
+    # Products of float32 round as float32 does, and no sum of bfloat16 products is rounded halfway. By default they may
+    # be, and a container's TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 takes three digits from every product of float32.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def same_bits_each_time() -> None:
@@ -29,6 +34,24 @@ def same_bits_each_time() -> None:
     puts in words."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding faults, which takes time
+
+
+@contextlib.contextmanager
+def rounding_as_it_was():
+    """Leaves torch's settings as they were, all that the two functions above change."""
+    sure, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, cudnn = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cuda.cudnn_sdp_enabled()
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    sums = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(sure, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = sums
 
 
 def changes_bits(error: Exception) -> bool:

@@ -97,7 +97,6 @@ def program(script: Path, local_rank: int) -> dict:
                         "from 0")
     return {"files of this program that hash to": (digest.hexdigest(), digest.hexdigest()[:8]), **versions(),
             "the device": distributed.device_name(device), "threads (OMP_NUM_THREADS):": torch.get_num_threads(),
-            "float32 matmul precision": torch.get_float32_matmul_precision(),
             **{name: os.environ.get(name) for name in ROUNDING}}
 
 

@@ -122,8 +122,8 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
                    # Stage 3 has matrix products of its own, which round otherwise.
                    "zero": stage, "device": distributed.device_name(run.device), "versions": record.versions()}
     if run.device.type == "cuda":
-        # The text stands for a way to compute: norms in several passes rounded otherwise.
-        fingerprint |= {"on a GPU": ["norms in one pass", args.deterministic]}
+        # The text stands for a way to compute: norms in several passes, and sums in bfloat16, rounded otherwise.
+        fingerprint |= {"on a GPU": ["norms in one pass, sums in float32", args.deterministic]}
     if args.sequence_parallel_size > 1:  # products of parts of a batch round otherwise, too
         fingerprint |= {"ranks that share a batch": args.sequence_parallel_size}
     if args.bf16 or run.device.type == "cuda":  # rounding depends on what else is in the micro-batch

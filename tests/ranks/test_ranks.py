@@ -423,6 +423,8 @@ def test_an_operation_that_changes_its_bits_is_named(monkeypatch):
     """On a GPU torch raises an error of its own: in a line it says what to do. Another error stays, also of a folder
     that is called deterministic, and so does the process: after a run the next one in it may do as it likes."""
     torch.backends.cuda.enable_cudnn_sdp(True)  # as a new process has it, whatever other tests left
+    torch.set_float32_matmul_precision("high")  # as where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is 1
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(False)
     torch_says = "put_ does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms'"
@@ -430,6 +432,9 @@ def test_an_operation_that_changes_its_bits_is_named(monkeypatch):
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
         gpu.round_alike()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":0:0"  # a user's own
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
         with pytest.raises(UserError, match="^CUBLAS_WORKSPACE_CONFIG=:0:0: .* must be :4096:8 or :16:8 before"):
             with gpu.changing_bits_named():
                 raise RuntimeError("Deterministic behavior was enabled ... set CUBLAS_WORKSPACE_CONFIG=:4096:8 ...")
@@ -446,3 +451,6 @@ def test_an_operation_that_changes_its_bits_is_named(monkeypatch):
             raise RuntimeError("shapes differ")
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    torch.set_float32_matmul_precision("highest")
