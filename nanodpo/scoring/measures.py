@@ -23,7 +23,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..core.logprobs import LOWEST, chunk_logps
+from ..core.logprobs import LOWEST, chunk_logps, sum_by_sequence
 from ..core.packing import Batch
 
 # Of each token: the columns of tokens.parquet, where one token's log-prob is called logp, not logps.
@@ -86,5 +86,6 @@ def _measure(z: Tensor, p: Tensor, targets: Tensor, plausible: Sets | None, on_c
     p[place, ids] = here * faded
     found["implausible_mass"] = p.sum(1)
     rest = found["implausible_mass"] if rest is None else rest
-    found["implausible_mass_start"] = rest.index_add(0, place, before * faded)
+    # In one order, which CUDA's index_add has not.
+    found["implausible_mass_start"] = (rest + sum_by_sequence(before * faded, place, len(p))).to(rest.dtype)
     return found, (counts, rest, ids, before)
