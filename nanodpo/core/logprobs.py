@@ -130,7 +130,7 @@ class _TokenLogProbs(torch.autograd.Function):
     Frozen head: forward computes d logp / dh = W[y] - softmax(W h) W while the chunk's logits are in memory, and keeps
     it, (N, D). A token's log-prob depends on its own hidden state alone, so for any loss d loss / dh is
     (d loss / d logp) (d logp / dh): backward multiplies by the incoming (N,) gradient.
-    Trainable head: backward computes the logits again and sums dW in float32.
+    Trainable head: backward computes the logits again and sums dW in float32. bfloat16 would lose what the last add.
     """
 
     @staticmethod
@@ -178,8 +178,8 @@ class _TokenLogProbs(torch.autograd.Function):
             exps = z.sub_(lse[here, None]).exp_()  # probabilities, so their total is 1
             dz = _product_grad(exps, torch.ones_like(lse[here]), targets[here], slope).mul_(grad[here, None])
             d_hidden[here] = head.times_weight(dz)
-            # The weight's gradient is a sum over all chunks: bfloat16 would lose what the later ones add.
-            d_weight += dz.bfloat16().T @ hidden[here].bfloat16() if head.bf16 else dz.T @ hidden[here].to(dz.dtype)
+            d_weight += (torch.mm(dz.bfloat16().T, hidden[here].bfloat16(), out_dtype=dz.dtype) if head.bf16 else
+                         dz.T @ hidden[here].to(dz.dtype))
             if d_bias is not None:
                 d_bias += dz.sum(0)
         return d_hidden, d_weight.to(weight.dtype), d_bias, *[None] * 2

@@ -65,22 +65,27 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
 
 
 def bytes_to_come(module, zero_stage: int) -> float:
-    """Bytes that training will allocate beside a batch's activations: gradients in float32, AdamW's moments, and the
-    float32 gradient of a trained head while it is computed."""
+    """Bytes that training will allocate beside a batch's activations: gradients in float32, AdamW's moments, the
+    float32 gradient of a trained head while it is computed, and the bfloat16 copies of trained matrices that autocast
+    keeps through a forward pass (not of LoRA's, nor of those that ZeRO-3 gathers)."""
     head, ranks = module.head.weight, rank_and_world()[1] if zero_stage else 1  # the moments are shared by the ranks
     trained = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
-    return trained * (4 + 8 / ranks) + 8 * head.numel() * head.requires_grad
+    copied = module.head.product_dtype and head.requires_grad and zero_stage < 3
+    return trained * (4 + 8 / ranks + 2 * bool(copied)) + 8 * head.numel() * head.requires_grad
 
 
 def memory_budget(device: torch.device, gib: float, reserved: float) -> float:
     """Bytes for activations: `gib` GiB, or, where that is -1, what the GPU has left beside the bytes `reserved`.
 
-    A part stays free, since blocks of all sizes leave holes, and the head's chunks are not activations.
+    A part stays free, since blocks of all sizes leave holes, and the head's chunks are not activations. What other
+    processes hold, CUDA itself and NCCL, is not this run's to take.
     """
     if gib > 0:
         return gib * 2**30
-    total, taken = torch.cuda.get_device_properties(device).total_memory, torch.cuda.memory_allocated(device)
-    return max(0.0, 0.92 * total - taken - reserved - 3 * CHUNK_BYTES)
+    free, total = torch.cuda.mem_get_info(device)
+    taken = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - taken  # blocks that the allocator has, and nothing is in
+    return max(0.0, min(0.92 * total - taken, free - 0.04 * total) - reserved - 3 * CHUNK_BYTES)
 
 
 def saves(every: int, steps: int) -> int:

@@ -132,8 +132,9 @@ def test_a_step_of_the_fork_is_the_update_of_the_new_loss(source, tmp_path):
     assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * k / 4)) / 2 for k in (0, 1)]
                                   + [5e-4 * (1 + math.cos(math.pi * k / 6)) / 2 for k in (2, 3, 4, 5)], rel=1e-12)
     old, new = ({line["step"]: line for line in lines(run) if "eval_loss" not in line} for run in (source, place))
-    assert new[2]["logps/chosen"] == old[2]["logps/chosen"] and "rewards/margins" not in new[2]
+    assert new[2]["logps/chosen"] == old[2]["logps/chosen"] and "ref_logps/chosen" not in new[2]
     margin = 2 * (old[2]["logps_per_token/chosen"] - old[2]["logps_per_token/rejected"]) - 1
+    assert new[2]["rewards/margins"] == pytest.approx(margin + 1)  # without gamma
     # -log sigmoid is convex: its mean over the step's two pairs is no less than that of the mean margin, and near it.
     assert 0 <= new[2]["loss"] - math.log1p(math.exp(-margin)) < 0.1
 

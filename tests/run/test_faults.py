@@ -198,14 +198,29 @@ def test_the_disk_a_run_needs():
 
 
 def test_what_waits_beside_the_activations():
-    """By hand: 4 bytes of gradient and 8 of moments for each of 100 trained weights, and a trained head's 30 twice."""
+    """By hand: 4 bytes of gradient and 8 of moments for each of 100 trained weights, and a trained head's 30 twice.
+    Where a GPU multiplies in bfloat16, 2 for a copy of each weight, but under ZeRO-3."""
     module = torch.nn.Module()
     module.model = torch.nn.Linear(10, 10, bias=False)
     module.head = torch.nn.Linear(3, 10, bias=False).requires_grad_(False)
+    module.head.product_dtype = None
     assert memory.bytes_to_come(module, 0) == memory.bytes_to_come(module, 2) == 1200
     module.head.requires_grad_(True)
     assert memory.bytes_to_come(module, 2) == 1200 + 30 * 8
+    module.head.product_dtype = torch.bfloat16
+    assert memory.bytes_to_come(module, 2) == 1400 + 30 * 8 and memory.bytes_to_come(module, 3) == 1200 + 30 * 8
     assert memory.memory_budget(torch.device("cpu"), 0.5, 1e9) == 2**29  # what was asked for
+
+
+@pytest.mark.parametrize("others, left", [(0.5, 0.92 * 24 - 8), (10, 24 - 10 - 0.96 - 8)])
+def test_memory_that_others_hold_is_not_there_for_activations(others, left, monkeypatch):
+    """A GPU of 24 GiB, of which this process has 9 and uses 8, and `others` hold 0.5 or 10."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((24 - 9 - others) * gib, 24 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 8 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9 * gib)
+    found = memory.memory_budget(torch.device("cuda"), -1, 2 * gib)
+    assert found == pytest.approx((left - 2) * gib - 3 * memory.CHUNK_BYTES)
 
 
 @pytest.mark.parametrize("stage, per_weight", [(0, 16), (1, 20), (2, 20), (3, 20)])
