@@ -1,5 +1,6 @@
 """A run's folder: made or opened again, saved into, finished. All ranks call these functions together."""
 
+import gc
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -199,6 +200,10 @@ def finish(run: Run) -> None:
     """
     if run.args.merge_weights:
         run.stop.check()  # merging takes long, and can be done by the next call; the rest takes no time
+        run.engine.destroy()
+        run.engine = None  # a quantised base is merged on the GPU, where the engine may leave no room for it
+        gc.collect()
+        torch.cuda.empty_cache()
     run.stop.wait(False)
     distributed.leave()  # merging a large model may take longer than a collective waits
     if run.rank == 0:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 
 import oracle
@@ -388,6 +389,38 @@ def test_settings_that_deepspeed_knows_are_taken(tiny, tmp_path):
     assert (f"{tmp_path / 'ds.json'}: no effect here: activation_checkpointing, aio, checkpoint; use "
             "--gradient_checkpointing\n") in said
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+WATCHED = """import sys, weakref
+import train
+from nanodpo.run import lifecycle
+
+make, merge, seen = train.make_engine, lifecycle.merge, []
+
+def made(*given):
+    found = make(*given)
+    seen.extend([weakref.ref(found[0]), *map(weakref.ref, found[0].module.parameters())])
+    return found
+
+def merged(*given):
+    print("alive:", sum(one() is not None for one in seen), "of", len(seen))
+    merge(*given)
+
+train.make_engine, lifecycle.merge = made, merged
+train.leave(train.run_script(train.main))
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_engine_is_gone_when_the_adapter_is_merged(stage, tiny, tmp_path):
+    """A quantised base is opened on the GPU again, where both may not fit."""
+    (tmp_path / "watched.py").write_text(WATCHED)
+    said = launch(tmp_path / "watched.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
+                  "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--draw", "false", "--max_steps",
+                  "1", "--learning_rate", "1e-2", "--merge_weights", "--deepspeed", zero(tmp_path, stage),
+                  launcher="fork").stdout
+    alive, of = re.search(r"alive: (\d+) of (\d+)", said).groups()
+    assert int(alive) == 0 and int(of) > 20 and (tmp_path / "run" / "merged").is_dir()
 
 
 def test_flags_without_effect_are_named(tiny, tmp_path):
