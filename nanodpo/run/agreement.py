@@ -92,9 +92,11 @@ def program(script: Path, local_rank: int) -> dict:
     for file in files:
         digest.update(f"{file.relative_to(script.parent)} {file.stat().st_size} ".encode() + file.read_bytes())
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(f"LOCAL_RANK is {local_rank}, and this machine has {torch.cuda.device_count()} CUDA devices, "
-                        "from 0")
+    if device.type == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = f" (CUDA_VISIBLE_DEVICES={shown}); let each process see all GPUs of its machine" if shown else ""
+        raise UserError(f"LOCAL_RANK is {local_rank}, and this process has {count} CUDA device{'s' * (count != 1)}, "
+                        f"from 0{hidden}")
     return {"files of this program that hash to": (digest.hexdigest(), digest.hexdigest()[:8]), **versions(),
             "the device": distributed.device_name(device), "threads (OMP_NUM_THREADS):": torch.get_num_threads(),
             **{name: os.environ.get(name) for name in ROUNDING}}

@@ -69,6 +69,19 @@ def test_every_kind_of_thing_is_compared(tmp_path):
     assert found.startswith("rank 1 has files of this program that hash to ")
 
 
+@pytest.mark.parametrize("shown, words", [
+    (None, "has 1 CUDA device, from 0$"),
+    ("3", r"has 1 CUDA device, from 0 \(CUDA_VISIBLE_DEVICES=3\); let each process see all GPUs of its machine$")])
+def test_a_launcher_that_shows_each_process_one_gpu(shown, words, tmp_path, monkeypatch):
+    """As srun --gpus-per-task=1 does: the second rank of a machine asks for its second GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown) if shown else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", False)
+    (tmp_path / "train.py").write_text("1")
+    with pytest.raises(UserError, match=f"^LOCAL_RANK is 1, and this process {words}"):
+        agreement.program(tmp_path / "train.py", 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("plan, words", [
     ({"more": ["--learning_rate", "0.1"]}, "rank 1 has --learning_rate 0.1, rank 0 0.001"),
