@@ -128,7 +128,7 @@ FILES += [(f"{what} in {name}", written(name, content), [f"--train_file_path=@/{
     ("r.jsonl", "a name that acts", json.dumps({"a\x1b[2J\0": 1}), "it has a\\x1b[2J\\x00"),
     ("r.jsonl", "thousands of columns", json.dumps({str(i): 1 for i in range(3000)}), "has no column chosen"),
     ("r.json", "columns", '{"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}',
-     "row 0: chosen has a prompt that is of type list"),
+     "r.json: has a list for each column; write an object for each row"),
     ("r.json", "nothing", "{}", "has no column chosen"), ("r.json", "null", "null", "line 1: expected an object"),
     ("r.json", "null in an array", "[null]", "item 0: expected an object"),
     ("r.json", "an array in an array", "[[]]", "item 0: expected an object"),
