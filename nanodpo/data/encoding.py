@@ -83,7 +83,7 @@ def _example(text: Texts, prompt: list[int], chosen, rejected, may_be_equal: boo
     if not prompt:
         return "prompt has no tokens"
     if chosen == rejected and not may_be_equal:
-        return "chosen and rejected are equal in tokens"
+        return "chosen and rejected are equal" + " in tokens" * (text.chosen != text.rejected)
     return Example(text.row, prompt, chosen, rejected)
 
 

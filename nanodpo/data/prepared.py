@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 from typing import NamedTuple
 
 from ..errors import UserError
@@ -78,25 +79,18 @@ class Prepared:
         """Of the rows that could be tokenised, in their order. Their ids are stretches of `ids`, not copies."""
         found, ids, at, own = [], memoryview(self.ids), 0, {}
         for line in filter(lambda line: line.lengths, self.lines):
-            own = own if found and found[-1].row == line.row else {}
-            for key, length in (keys := [*zip(_keys(line.answer_numbers, len(line.lengths)), line.lengths)]):
-                if key not in own:
-                    own[key] = ids[at : at + length] if length >= 0 else None
+            own = own if found and found[-1].row == line.row else {}  # the pieces of its row so far
+            names = _names(line.answer_numbers, self.more)
+            for name, length in zip(names, line.lengths):
+                if name not in own:
+                    own[name] = ids[at : at + length] if length >= 0 else None
                     at += max(length, 0)
-            prompt, chosen, rejected, scored, *more = [own[key] for key, _ in keys]
+            prompt, chosen, rejected, scored, *more = [own[name] for name in names]
             said = {name: piece.tolist() for name, piece in zip(self.more, more) if piece is not None}
             kept = CompactIds(prompt), CompactIds(chosen, scored), rejected and CompactIds(rejected)
             found.append(Example(line.row, *kept, more=said, weight=line.weight,
                                  answer_numbers=tuple(line.answer_numbers)))
         return found
-
-
-class Part(NamedTuple):
-    """Some rows of a Prepared."""
-
-    lines: list[Line]
-    dropped: list[tuple[int, str]]
-    ids: array.array
 
 
 def prepare(path: str, template: Template, how: Reading, alone: bool = False, places: list | None = None) -> Prepared:
@@ -117,10 +111,10 @@ def prepare(path: str, template: Template, how: Reading, alone: bool = False, pl
                      cores(alone) if len(rows) > MANY else 1)
     del rows  # forks have them
     with Progress("preparing", found.count, "row", here=alone or None) as bar, contextlib.closing(parts):
-        for part in parts:
-            found.lines += part.lines
-            found.dropped += part.dropped
-            found.ids.extend(part.ids)
+        for lines, dropped, ids in parts:
+            found.lines += lines
+            found.dropped += dropped
+            found.ids.extend(ids)
             bar.update(AT_ONCE)
     return found
 
@@ -133,43 +127,54 @@ def _questions(rows: list[dict]) -> dict[int, tuple]:
                      for name in ("question", "relevant-question")) for i, row in enumerate(rows)}
 
 
-def _prepare_some(rows: list[dict], template: Template, how: Reading, columns: Columns, first: int) -> Part:
-    """AT_ONCE rows from this one on."""
-    texts, dropped, ids, lines, stored, alone = [], [], array.array("i"), [], set(), how.loss == "sft"
+def _prepare_some(rows: list[dict], template: Template, how: Reading, columns: Columns, first: int
+                  ) -> tuple[list[Line], list[tuple[int, str]], array.array]:
+    """Lines, dropped rows and ids, as in a Prepared, of AT_ONCE rows from this one on."""
+    texts, dropped, lines, ids = [], [], [], array.array("i")
     for number, row in enumerate(rows[first : first + AT_ONCE], first):
         try:
             texts += _render_pairs(template, number, row, columns, how)
         except UserError as error:
             dropped.append((number, str(error)))
-    examples = tokenize(texts, template.tokenizer, how.boundary, may_be_equal=alone)
+    examples = tokenize(texts, template.tokenizer, how.boundary, may_be_equal=how.loss == "sft")
     tokenize_more(texts, examples, template.tokenizer, how.boundary)
-    wrong = {}  # one bad answer makes a bad row
-    for text, example in zip(texts, examples):
-        if isinstance(example, str):
-            row = [other.answer_numbers for other in texts if other.row == text.row]
-            wrong.setdefault(text.row, answers_named(text.answer_numbers, row) + example)
-    dropped += wrong.items()
-    for text, example in zip(texts, examples):
-        pieces = () if text.row in wrong else _pieces(example, how.more)
-        for key, piece in zip(_keys(text.answer_numbers, len(pieces)), pieces):
-            if piece and (text.row, key) not in stored:
-                stored.add((text.row, key))
-                ids.extend(piece)
-        content = hashlib.sha256(repr((text.prompt, text.chosen, text.rejected)).encode(errors="surrogatepass"))
-        lines.append(Line(text.row, text.notes, content.hexdigest()[:32], not text.prompt,
-                          tuple(-1 if piece is None else len(piece) for piece in pieces), text.weight,
-                          text.answer_numbers))
-    return Part(lines, sorted(dropped), ids)
+    for row, group in itertools.groupby(zip(texts, examples), lambda pair: pair[0].row):
+        pairs, stored = [*group], set()
+        if wrong := _wrong(pairs):
+            dropped.append((row, wrong))
+        for text, example in pairs:
+            pieces = {} if wrong else _pieces(text, example, how.more)
+            for name in pieces:
+                if name not in stored:
+                    ids.extend(pieces[name] or ())
+            stored |= pieces.keys()
+            content = hashlib.sha256(repr((text.prompt, text.chosen, text.rejected)).encode(errors="surrogatepass"))
+            lines.append(Line(row, text.notes, content.hexdigest()[:32], not text.prompt,
+                              tuple(-1 if piece is None else len(piece) for piece in pieces.values()), text.weight,
+                              text.answer_numbers))
+    return lines, sorted(dropped), ids
 
 
-def _pieces(example: Example, more: tuple[str, ...]) -> list:
+def _wrong(pairs: list[tuple[Texts, Example | str]]) -> str | None:
+    """The reason why no pair of this row can be used, where one of them can't: one bad answer makes a bad row."""
+    numbers = [text.answer_numbers for text, _ in pairs]
+    return next((answers_named(text.answer_numbers, numbers) + reason
+                 for text, reason in pairs if isinstance(reason, str)), None)
+
+
+def _pieces(text: Texts, example: Example, more: tuple[str, ...]) -> dict[tuple[str, int], array.array | list | None]:
+    """The token ids of a pair by the names of its pieces; None where it has no such piece."""
     prompt, chosen, rejected = example.compact()
-    return [prompt.ids, chosen.ids, rejected and rejected.ids, chosen.scored, *map(example.more.get, more)]
+    return dict(zip(_names(text.answer_numbers, more), [
+        prompt.ids, chosen.ids, rejected and rejected.ids, chosen.scored, *map(example.more.get, more)]))
 
 
-def _keys(which: tuple[int, int], count: int) -> list[tuple[int, int]]:
-    """A key for each piece of a pair. Pairs of one row whose pieces have the same key share that piece."""
-    return [*enumerate((0, *which, which[0], *[0] * count)[:count])]
+def _names(numbers: tuple[int, int], more: tuple[str, ...]) -> list[tuple[str, int]]:
+    """The names of a pair's pieces: what each is, and of which answer of the row. Pairs of one row share the pieces
+    that have one name."""
+    chosen, rejected = numbers
+    return [("prompt", 0), ("chosen", chosen), ("rejected", rejected), ("scored places", chosen),
+            *(("more", i) for i in range(len(more)))]
 
 
 def _render_pairs(template: Template, number: int, row: dict, columns: Columns, how: Reading) -> list[Texts]:
@@ -180,7 +185,7 @@ def _render_pairs(template: Template, number: int, row: dict, columns: Columns, 
     found = {}
     for which, own in pairs:
         try:
-            text = _render(template, number, own, columns, how.more, alone, alone and how.train_on == "all")
+            text = _render(template, number, own, columns, how.more, alone and how.train_on == "all")
         except UserError as error:
             raise UserError(answers_named(which, [numbers for numbers, _ in pairs]) + str(error)) from error
         text.weight, text.answer_numbers = weight, which
@@ -194,14 +199,13 @@ def _render_pairs(template: Template, number: int, row: dict, columns: Columns, 
     return [first, *others]
 
 
-def _render(template: Template, number: int, row: dict, columns: Columns, more: tuple[str, ...], alone: bool,
-            every: bool) -> Texts:
+def _render(template: Template, number: int, row: dict, columns: Columns, more: tuple[str, ...], every: bool) -> Texts:
     """The texts of one row, those of `more` columns with them."""
     values = read_row(row, columns)
     template = template.given(values.options)
     text = render_whole(template, number, values.chosen) if columns.whole else None
     text = text or render_row(template, number, values.prompt, values.chosen, values.rejected,
-                              columns.rejected is not None, may_be_equal=alone, every=every, alike=columns.alike)
+                              columns.rejected is not None, every, columns.alike)
     found = {name: render_more(template, text.prompt, name, in_messages(f"column {name}", row[name])) for name in more}
     notes = (*text.notes, *(note for _, notes in found.values() for note in notes))
     said = {name: response for name, (response, _) in found.items() if response}

@@ -41,10 +41,10 @@ class Texts:
     answer_numbers: tuple[int, int] = (0, 0)  # numbers of chosen and rejected in lists of answers
 
 
-def render_row(template: Template, number: int, prompt, chosen, rejected, has_rejected: bool,
-               may_be_equal: bool = False, every: bool = False, alike: bool = False) -> Texts:
+def render_row(template: Template, number: int, prompt, chosen, rejected, has_rejected: bool, every: bool = False,
+               alike: bool = False) -> Texts:
     """One row's values -> Texts. `every`: all answers of a conversation are scored, not the last alone; `alike`: plain
-    sides begin with their prompt. Raises UserError naming the side that is wrong, or for equal sides."""
+    sides begin with their prompt. Raises UserError naming the side that is wrong."""
     notes = []
     if alike and _is_plain(template, chosen) and _is_plain(template, rejected):
         prompt, chosen, rejected = split_pair(chosen, rejected)
@@ -59,8 +59,6 @@ def render_row(template: Template, number: int, prompt, chosen, rejected, has_re
     _meet(template, first, second)
     if first.prompt != second.prompt:
         _refuse_prompts(chosen, rejected, first.prompt, second.prompt)
-    if first.response == second.response and not may_be_equal:
-        raise UserError("chosen and rejected are equal")
     notes += _white_space(*(side.response.removesuffix(side.end) for side in (first, second)))
     return Texts(number, first.prompt, first.response, second.response, tuple(notes), rendered)
 

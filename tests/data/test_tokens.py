@@ -215,6 +215,12 @@ def test_no_grid_point_gives_an_empty_side():
 # Bad rows, notes, reports
 
 
+@pytest.mark.parametrize("rejected", ["4", "4<|im_end|>\n"])
+def test_equal_sides_are_refused(rejected, tmp_path):
+    """Also where one of them has its end of turn already."""
+    assert "row 0: chosen and rejected are equal" in error_of(tmp_path, tiny.chatml(), [row("2?", "4", rejected)])
+
+
 def test_bad_rows_are_all_counted_before_the_run_stops(tmp_path):
     rows = [row("2?", "4", "4"), row("2?", "4", "5"), row("", "4", "5"), row("2?", "5", "5"), row("2?", None, "5")]
     message = error_of(tmp_path, tiny.plain(), rows)
