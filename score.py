@@ -23,7 +23,7 @@ from nanodpo.core.logprobs import sum_by_sequence
 from nanodpo.core.packing import LAYOUTS
 from nanodpo.data.example import SIDES
 from nanodpo.errors import UserError, leave, run_script
-from nanodpo.figures.after import draw_after, ledger_after, page_after
+from nanodpo.figures.after import draw_after, page_after
 from nanodpo.folder.atomic import check_writable
 from nanodpo.ledger.making import make_ledger
 from nanodpo.progress import Progress
@@ -82,7 +82,7 @@ def score(argv: list[str]) -> None:
     if args.ledger or args.ledger_rows:
         with shortage_named("the ledger", advice=LEDGER_ADVICE):
             lines = make_ledger(checkpoints, datasets, args, device, folder)
-        return distributed.say("\n".join(filter(None, [*lines, ledger_after(folder), page_after(folder)])))
+        return distributed.say("\n".join(filter(None, [*lines, draw_after(folder, ledger=True), page_after(folder)])))
     from nanodpo.model.ulysses import ranks_of_a_batch  # slow to import, with transformers' models
 
     longest = max(example.length for data in datasets for example in data.examples)

@@ -6,16 +6,17 @@ from pathlib import Path
 import pandas
 
 from ..errors import UserError
+from .aside import aside_figure
 from .axes import listed
 from .difference import scored_difference_figure, training_difference_figure
+from .dynamics import dynamics_figure
 from .heatmap import heatmap_figure
-from .intervals import levels, with_gaps
+from .intervals import KEYS, changes, levels, moved, with_gaps
 from .ledger import ledger_figure
 from .noise import Noise, read_verdicts
 from .records import read_answers, read_metrics, read_scores, read_series, read_tokens
 from .runs import Facts, in_order, read_facts
-from .scored import scored_figures
-from .selection import everywhere, in_phases, select, select_beside, select_there, series_in_phases
+from .selection import at_phases, everywhere, in_phases, select, select_beside, select_there, series_in_phases
 from .strip import strip_figure
 from .three_panel import ROLES, three_panel_figure
 from .training import training_figure
@@ -52,14 +53,35 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
         return {"heatmap": heatmap_figure(scores, args.columns, noise)}, []
     notes = []
     if scores is not None or series is not None:
-        how = {"columns": args.columns, "focus": args.focus, "floor": args.floor, "noise": noise}
-        scores, series, how["phases"], notes = follow(args, scores, series, names, runs, facts)
+        scores, series, phases, notes = follow(args, scores, series, names, runs, facts)
         answers = read_answers([file.with_name("answers.parquet") for file in files])
-        drawn |= scored_figures(scores, series, answers, **how)
+        drawn |= draw_scores(args, scores, series, answers, phases, noise)
         here = {} if args.scores else runs
         if unscored := [run for run, folder in here.items() if not (folder / "scores.parquet").exists()]:
             notes.append(f"{listed(unscored)} was not scored, and is in no figure of scores")
     return drawn, notes
+
+
+def draw_scores(args, scores, series, answers, phases, noise) -> dict:
+    """Dynamics, and what log-probs do not show, of a table of scores with its answers, of a csv's table of series, or
+    of the second beside the first. With `phases` both have their places on that axis already."""
+    tables, drawn = [], {}
+    if scores is not None:
+        scores = scores if phases else scores.assign(at=scores["step"])
+        since = ["dataset", "response"] if phases else KEYS
+        tables.append((levels(scores), changes(scores, since)))
+    if series is not None:
+        series = everywhere(series, scores["dataset"].unique() if tables else [])
+        tables.append((series, moved(series)))
+    level, change = (pandas.concat(pair, ignore_index=True) for pair in zip(*tables))
+    drawn["dynamics"] = dynamics_figure(level, change, args.columns, args.focus, args.floor, phases, noise)
+    if scores is not None:
+        if answers is not None:
+            answers = answers[answers["run"].isin(scores["run"]) & answers["dataset"].isin(scores["dataset"])]
+            answers = at_phases(answers, phases) if phases else answers.assign(at=answers["step"])
+        if aside := aside_figure(scores, answers, args.columns, phases, noise):
+            drawn["mass_and_answers"] = aside
+    return drawn
 
 
 def draw_difference(args, lines: dict[str, list[dict]], facts: dict[str, Facts], scores) -> tuple[dict, list[str]]:

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..files import parse_json, read_text
 from .axes import COLOURS, GREY, add_legend, grid, plain, wrap
 from .noise import Marks, Noise
-from .tables import read_parquet, refuse
+from .tables import read_parquet
 
 COLUMNS = ["run", "dataset", "response", "step", "side", "share"]
 FORCES = {"chosen": ("from chosen halves", COLOURS[0], "-"), "rejected": ("from rejected halves", COLOURS[1], "--"),
@@ -24,8 +24,7 @@ def read_ledger(folder: Path) -> tuple[pandas.DataFrame, list[dict]]:
     file = folder / "ledger.parquet"
     if not file.exists():
         raise UserError(f"{file}: is not there; score.py makes it where it is told --ledger ROWS")
-    table = read_parquet(file, COLUMNS, more=("row", "pair"))
-    refuse(file, table, table[COLUMNS].isna().any(axis=1), "has a value that is missing")
+    table = read_parquet(file, COLUMNS, None, ("row", "pair"), ("row", "pair"))
     try:
         records = parse_json(read_text(folder / "ledger.json", 2**32))
         records = [record for record in records if record["row"] is None]

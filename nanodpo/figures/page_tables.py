@@ -27,16 +27,13 @@ def read_parts(files: list[Path], scores: pandas.DataFrame, keys: list, least: f
     prompts = {key: {} for key in keys}
     for file in files:
         texts = _read_prompts(file.with_name("prompts.parquet"), rows)
-        tokens = read_parquet(file, TOKENS, rows)
-        refuse(file, tokens, tokens.isna().any(axis=1) | np.isinf(tokens[["step", *NUMBERS]]).any(axis=1),
-               "has a value that is missing or not finite")
-        tokens = _by_part(file, tokens)
+        tokens = _by_part(file, read_parquet(file, TOKENS, rows))
         risers, beside = {}, file.with_name("risers.parquet")
         if beside.exists():
             table = read_parquet(beside, RISERS, rows & (change >= least))
-            wrong = table.isna().any(axis=1) | (table["place"] == 0) | (table["position"] < 0)
+            wrong = (table["place"] == 0) | (table["position"] < 0)
             refuse(beside, table, wrong | (table[["before", "after"]].abs() > 1.001).any(axis=1),
-                   "has a value that is missing or can't be")
+                   "has a value that can't be")
             risers = _by_part(beside, table)
         for (name, row, response, run, step), its in tokens.items():
             if (name, row) in found and run in runs:
@@ -57,7 +54,6 @@ def _read_prompts(file: Path, rows) -> dict[tuple, tuple[str, int, str]]:
     if not file.exists():
         return {}
     table = read_parquet(file, PROMPTS, rows)
-    refuse(file, table, table.isna().any(axis=1), "has no prompt")
     if twice := next(iter(table[table.duplicated(ROW)][ROW].itertuples(index=False)), None):
         raise UserError(f"{file}: has row {twice.row} of {twice.dataset} twice; score it again")
     return {(name, row): (text[:END], len(text) - 2 * END, text[-END:]) if len(text) > 2 * END else (text, 0, "")

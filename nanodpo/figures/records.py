@@ -63,11 +63,8 @@ def read_scores(files: list[Path]) -> pandas.DataFrame:
     """
     tables = []
     for file in files:
-        table = read_parquet(file, [*KEYS, "tokens", "mean_logps"], more=("problem", *MASS))
+        table = read_parquet(file, [*KEYS, "tokens", "mean_logps"], None, ("problem", *MASS), ("mean_logps", *MASS))
         table["problem"] = table["problem"] if "problem" in table else table["row"].astype(str)
-        infinite = (table[table.columns.intersection(["step", "mean_logps", *MASS])].abs() == math.inf).any(axis=1)
-        missing = table[[*KEYS, "problem", "tokens"]].isna().any(axis=1)
-        refuse(file, table, missing | infinite, "has a value that is missing or not finite")
         refuse(file, table, table.duplicated(KEYS), "is there twice")
         if table["mean_logps"].isna().all():
             raise UserError(f"{file}: every score in it is missing; all its rows failed")
@@ -85,8 +82,6 @@ def read_answers(files: list[Path]) -> pandas.DataFrame | None:
     for file in [file for file in files if file.exists()]:
         table = read_parquet(file, [*names, "correct"], more=("problem",))
         table["problem"] = table["problem"] if "problem" in table else table["row"].astype(str)
-        refuse(file, table, table.isna().any(axis=1) | (table["step"].abs() == math.inf), "has a value that is missing "
-               "or not finite")
         refuse(file, table, table.duplicated(names), "is there twice")
         tables.append(table)
     return pandas.concat(tables, ignore_index=True) if tables else None
@@ -101,10 +96,8 @@ def read_tokens(files: list[Path], row: int, runs=(), sets=()) -> pandas.DataFra
     for file in files:
         if not file.exists():
             raise UserError(f"{file}: is not there; score.py makes it where it is told --tokens")
-        table = read_parquet(file, [*TOKENS, "row"], [("row", "==", row)])
+        table = read_parquet(file, [*TOKENS, "row"], [("row", "==", row)], gaps=("response",))
         table = table[table["response"].isin(SIDES)]
-        refuse(file, table, table.isna().any(axis=1) | (table[["step", "logp"]].abs() == math.inf).any(axis=1),
-                "has a value that is missing or not finite")
         keys = ["run", "dataset", "response", "step"]
         table = table.sort_values([*keys, "position"], kind="stable")
         wrong = table["position"] != table.groupby(keys).cumcount()

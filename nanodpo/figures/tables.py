@@ -43,9 +43,10 @@ def read_csv(file: Path) -> pandas.DataFrame:
     return pandas.DataFrame.from_dict(lines, orient="index", columns=columns)
 
 
-def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ...] = ()) -> pandas.DataFrame:
+def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ...] = (),
+                 gaps: tuple[str, ...] = ()) -> pandas.DataFrame:
     """These columns and, where the file has them, `more`, of the kind that each must have; an empty table only where
-    `filters` leave none."""
+    `filters` leave none. No value is infinite, and none is missing but in the columns `gaps`."""
     try:
         check_regular(file)
         schema = pyarrow.parquet.read_schema(file)
@@ -73,6 +74,9 @@ def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ..
                    f"has a value beyond {LARGEST:g}")
         elif name not in ("token", "prompt", *TRUTHS):
             refuse(file, table, odd(table[name]), NAMES)
+    infinite = (table[[name for name in names if name in NUMBERS]].abs() == math.inf).any(axis=1)
+    refuse(file, table, table.drop(columns=[*gaps], errors="ignore").isna().any(axis=1) | infinite,
+           "has a value that is missing or not finite")
     return table
 
 

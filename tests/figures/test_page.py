@@ -235,10 +235,10 @@ def test_wrong_flags(tmp_path, flags, said):
     ("tokens", "token", None, r"tokens.parquet, row \d+: has a value that is missing or not finite"),
     ("tokens", "token", "new", "chosen of dpo has other tokens at step"),
     ("tokens", "rank", None, "tokens.parquet: no column rank; it has run"),
-    ("risers", "place", 0, r"risers.parquet, row \d+: has a value that is missing or can't be"),
-    ("risers", "before", 7.0, r"risers.parquet, row \d+: has a value that is missing or can't be"),
+    ("risers", "place", 0, r"risers.parquet, row \d+: has a value that can't be"),
+    ("risers", "before", 7.0, r"risers.parquet, row \d+: has a value that can't be"),
     ("risers", "position", 12, "risers.parquet: row 0 of test has a position beyond its 12 tokens"),
-    ("prompts", "prompt", None, r"prompts.parquet, row \d+: has no prompt"),
+    ("prompts", "prompt", None, r"prompts.parquet, row \d+: has a value that is missing or not finite"),
     ("prompts", "row", 1, "prompts.parquet: has row 1 of test twice"),
 ])
 def test_damaged_tables_are_refused(tmp_path, name, column, value, said):
