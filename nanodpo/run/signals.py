@@ -148,17 +148,25 @@ class Stop:
                 self._end(TEMPFAIL, self.farewell if os.environ.get("LOCAL_RANK", "0") == "0" else "")
         if not peers or distributed.works_alone():
             return
-        limit = waits.SOON if self.name or peers.closed else waits.SILENCE
-        code, why = peers.ended or (1, "rank 0 has ended; its output says why" if peers.closed else
-                                    f"rank {peers.asked} has not been heard of for {silent:.0f} s; it is stopped, or "
-                                    "its machine or network is gone")
-        if code == TEMPFAIL and not self.name:
-            self._tell_main("a signal to another rank")
-        elif code != TEMPFAIL and (peers.ended or silent > limit):
-            begin = f"{self.reason}; " if self.name else f"error: rank {peers.rank} stops because "
-            if peers.closed and not self.name:  # a process that has ended would do so again
-                self._end(1, f"{begin}{why}", code, why)
-            self._end(TEMPFAIL, f"{begin}{why}; the same command goes on from what is saved", code, why)
+        code, why = peers.ended or (None, "")
+        if code == TEMPFAIL:  # another rank was told to stop, and so is this one
+            if not self.name:
+                self._tell_main("a signal to another rank")
+        elif peers.ended:
+            self._give_up(peers, code, why)
+        elif peers.closed and silent > waits.SOON:
+            self._give_up(peers, 1, "rank 0 has ended; its output says why")
+        elif silent > (waits.SOON if self.name else waits.SILENCE):
+            self._give_up(peers, 1, f"rank {peers.asked} has not been heard of for {silent:.0f} s; it is stopped, or "
+                          "its machine or network is gone")
+
+    def _give_up(self, peers, told: int, why: str) -> None:
+        """Ends the process, since other ranks do not come any more. They are told this exit code, and why."""
+        text = f"{self.reason}; {why}" if self.name else f"error: rank {peers.rank} stops because {why}"
+        if peers.closed and not self.name:  # a process that has ended would do so again
+            self._end(1, text, told, why)
+        else:
+            self._end(TEMPFAIL, f"{text}; the same command goes on from what is saved", told, why)
 
     def _end(self, code: int, text: str, told: int = TEMPFAIL, why: str = "") -> None:
         if not self._script:
