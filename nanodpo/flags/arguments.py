@@ -167,8 +167,10 @@ class TrainArguments:
 
 
 LISTS = ("report_to", "lora_target_modules")
-PATHS = ("model_name", "reference", "peft_config", "train_file_path", "eval_file_path", "chat_template", "deepspeed",
-         "output_dir", "cache_dir", "resume", "fork")
+# Flags that name what is read. Its content tells one run from another, not its name.
+BY_CONTENT = ("model_name", "reference", "peft_config", "train_file_path", "eval_file_path", "chat_template",
+              "deepspeed")
+PATHS = (*BY_CONTENT, "output_dir", "cache_dir", "resume", "fork")
 
 
 def parse(argv: list[str], default_file: Path,

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import UserError
+from ..flags.arguments import BY_CONTENT
 from ..ranks.distributed import is_main
 from . import record, resume, same_run
 from .atomic import BESIDE, aside, new_file, steps_of, writing
@@ -121,7 +122,7 @@ def check(fork: Fork, facts: dict, before_loading: bool = False) -> dict[str, li
     different = [line for line in same_run.differences(fork.source, facts, before_loading) if not _is_own(*line)]
     fixed = [(name, was, now) for name, was, now in different if name not in CHANGEABLE and not (
         name == "deepspeed" and zero_alone(was, now))]
-    found = [one for one in fixed if one[0].removeprefix("--") not in same_run.BY_CONTENT]
+    found = [one for one in fixed if one[0].removeprefix("--") not in BY_CONTENT]
     if fork.step and found:
         what = f"steps before {fork.step}"
         if all(_of_evaluation(*one) for one in found):

@@ -17,11 +17,11 @@ import torch
 from ..data.places import absolute
 from ..errors import RunStopped, UserError
 from ..files import read_text
+from ..flags.arguments import BY_CONTENT
 from ..ranks.distributed import world_size
 from .atomic import aside, check_writable, clear_partials, flush, hold, new_file, steps_of, writing
 from .elastic import pairs_per_step
 from .reference import data_hash
-from .same_run import BY_CONTENT
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
 

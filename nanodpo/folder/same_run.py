@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import UserError
+from ..flags.arguments import BY_CONTENT
 from ..flags.loss import own_function
 from .elastic import DEFAULTS, SHARING, pairs_per_step, zero_alone
 
@@ -14,9 +15,7 @@ from .elastic import DEFAULTS, SHARING, pairs_per_step, zero_alone
 FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "resume_steps", "save_total_limit", "draw",
         "skip_nonfinite", "merge_weights", "trust_remote_code", "inspect", "inspect_row", "print_config", "dry_run",
         "gradient_checkpointing", "activation_memory", "report_to", "keep_states", "fork", "deterministic"}
-# ... or since the content of what they name is compared instead: weights, token ids, settings of DeepSpeed and PEFT.
-BY_CONTENT = {"model_name", "reference", "peft_config", "train_file_path", "eval_file_path", "chat_template",
-              "deepspeed"}
+# ... or, as those of BY_CONTENT, since the content of what they name is compared: weights, token ids, settings.
 # An adapter that is trained on has settings of its own, which are known only when it is loaded.
 ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.
@@ -50,19 +49,20 @@ def differences(old: dict, new: dict, before_loading: bool = False) -> list[tupl
     """(name, value in `old`, value in `new`) of what makes two runs different ones: flags as --name, then what was read
     and found, then, where there is any such difference, the names of what was read. The arguments are those of
     `check_same`."""
-    free = FREE | BY_CONTENT | (ADAPTER if before_loading else set())
     new = json.loads(json.dumps(new))  # tuples become lists, as in the file
-    shared = SHARING if pairs_per_step(old) == pairs_per_step(new) else set()
-    free |= shared
     before, now = DEFAULTS | old["arguments"], new["arguments"]
-    free |= {"loss"} if _same_own_loss(old, new) else set()
-    free |= {"num_train_epochs"} if before["max_steps"] > 0 and now["max_steps"] > 0 else set()  # it has no effect
-    flags = [(f"--{name}", before.get(name), now[name]) for name in now if name not in free]
-    compared = [name for name in COMPARED if name in new and name not in {"arguments", *shared}]
-    entries = [(name, old.get(name), new[name]) for name in compared]
-    different = [(name, was, is_now) for name, was, is_now in flags + entries if was != is_now]
-    named = [(f"--{name}", before.get(name), now[name]) for name in sorted(BY_CONTENT)] if different else []
-    return different + [(name, was, is_now) for name, was, is_now in named if was != is_now]
+    shared = SHARING if pairs_per_step(old) == pairs_per_step(new) else set()
+    free = FREE.union(BY_CONTENT, shared, ADAPTER if before_loading else (),
+                      ["loss"] if _same_own_loss(old, new) else (),
+                      ["num_train_epochs"] if min(before["max_steps"], now["max_steps"]) > 0 else ())  # no effect
+    found = _changed(before, now, [name for name in now if name not in free], "--")
+    found += _changed(old, new, [name for name in COMPARED if name in new and name not in {"arguments", *shared}])
+    return found + _changed(before, now, sorted(BY_CONTENT), "--") if found else []
+
+
+def _changed(was: dict, now: dict, names, dashes: str = "") -> list[tuple]:
+    """(name, value before, value now) of those entries that are others now."""
+    return [(dashes + name, was.get(name), now[name]) for name in names if was.get(name) != now[name]]
 
 
 def _same_own_loss(old: dict, new: dict) -> bool:
@@ -80,10 +80,10 @@ def in_words(different: list[tuple]) -> str:
 def changed_machine(old: dict, new: dict) -> str:
     """The differences in MACHINE between two run.json, and of --deterministic on a GPU, in words; empty where there are
     none."""
-    pairs = [(name, old.get(name), new[name]) for name in MACHINE]
-    if new["device"] != "cpu":
-        pairs += [("--deterministic", old["arguments"].get("deterministic", False), new["arguments"]["deterministic"])]
-    return in_words([(name, was, now) for name, was, now in pairs if was != now])
+    found = _changed(old, new, MACHINE)
+    if new["device"] != "cpu":  # an earlier version's record lacks the flag
+        found += _changed({"deterministic": False} | old["arguments"], new["arguments"], ["deterministic"], "--")
+    return in_words(found)
 
 
 def _short(value) -> str:
@@ -103,5 +103,5 @@ def fingerprint(record: dict) -> str:
         return fork["fingerprint"]
     kept = {name: record.get(name) for name in COMPARED if name not in SHARING | {"fork"}}
     kept |= {"fork": [fork["fingerprint"], fork["step"], fork["changed"]]} if fork else {}
-    kept |= {"arguments": chosen(record["arguments"], FREE | BY_CONTENT | SHARING), "pairs": pairs_per_step(record)}
+    kept |= {"arguments": chosen(record["arguments"], FREE.union(BY_CONTENT, SHARING)), "pairs": pairs_per_step(record)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

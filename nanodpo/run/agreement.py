@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from ..errors import RankStopped, RunStopped, UserError
+from ..flags.arguments import PATHS
 from ..flags.loss import loss_name
 from ..folder.record import versions
-from ..folder.same_run import BY_CONTENT
 from ..ranks import distributed
 
 # Flags that may differ: a rank's number on its machine, and paths, which may have other names on another machine. What
 # is read from these is compared by content; only rank 0 uses the cache.
-FREE = BY_CONTENT | {"local_rank", "output_dir", "resume", "cache_dir", "fork"}
+FREE = {"local_rank", *PATHS}
 # Settings that change how numbers are rounded.
 ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ATEN_CPU_CAPABILITY",
             "CUBLAS_WORKSPACE_CONFIG")
