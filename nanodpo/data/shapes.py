@@ -29,6 +29,8 @@ ANSWERS, NUMBERED = ("answer", "response", "completion", "output", "ref", "conve
 RESERVED = {"chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "padding",
             "return_tensors", "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs",
             "conversation"}  # arguments of apply_chat_template that a template does not see
+
+
 @dataclasses.dataclass
 class Columns:
     """The names of the columns; None where there is none."""
