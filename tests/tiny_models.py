@@ -67,7 +67,7 @@ class KeepDouble(TorchFunctionMode):
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
             if func is torch.Tensor.float:
                 return args[0]
-            if torch.float32 in args or kwargs.get("dtype") is torch.float32:
+            if any(a is torch.float32 for a in args) or kwargs.get("dtype") is torch.float32:
                 args = [torch.float64 if a is torch.float32 else a for a in args]
                 kwargs |= {"dtype": torch.float64} if "dtype" in kwargs else {}
         return func(*args, **kwargs)
