@@ -60,7 +60,7 @@ def _reach(host: str, port: int, rank: int, hosting: bool) -> tuple[str, str]:
     """Waits until the name is known and somebody listens there; PyTorch's store would print a stack for every try.
     Returns the addresses of this machine and of that one, as they see each other; empty for the one that is hosting."""
     end = time.monotonic() + waits.JOIN
-    while True:
+    for pause in _pauses(0.2):
         left = end - time.monotonic()
         try:
             if hosting:
@@ -74,7 +74,7 @@ def _reach(host: str, port: int, rank: int, hosting: bool) -> tuple[str, str]:
                                   f"({getattr(error, 'strerror', None) or error}); MASTER_ADDR must be the machine of "
                                   "rank 0, by a name that is known here, and no firewall may stand between them"
                                   ) from error
-        time.sleep(0.2)
+        time.sleep(pause)
 
 
 def _come_together(ask, store, rank: int, world: int, other: str) -> list[str]:
@@ -83,14 +83,22 @@ def _come_together(ask, store, rank: int, world: int, other: str) -> list[str]:
     if ask(store.add, f"came {rank}", 1) > 1:
         raise UserError(f"two processes were started with RANK {rank}, or MASTER_PORT is that of another run")
     ask(store.set, f"here {rank}", other)
-    names, end = [f"here {i}" for i in range(world)], time.monotonic() + waits.JOIN
+    names, end, pauses = [f"here {i}" for i in range(world)], time.monotonic() + waits.JOIN, _pauses(0.1)
     while not ask(store.check, names):
         if time.monotonic() > end:
             missing = [str(i) for i, name in enumerate(names) if not ask(store.check, [name])]
             raise RunStopped(f"of {world} ranks {', '.join(missing[:8])} did not come within {waits.JOIN:.0f} s; their "
                              "output says why")
-        time.sleep(0.1)
+        time.sleep(next(pauses))
     return [ask(store.get, name).decode() for name in names]
+
+
+def _pauses(most: float):
+    """Seconds to wait after each try: mostly the others start within a moment, and may come much later."""
+    pause = 0.01
+    while True:
+        yield pause
+        pause = min(2 * pause, most)
 
 
 def _device(addresses: list[str]) -> str | None:
