@@ -23,19 +23,19 @@ MICRO4, ACCUMULATE4, RANKS2 = (
     ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"),
     ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"))
 WINDOWS = [pairs_of_step(11, 4, 42, step) for step in range(3)]  # 4 + 4 + 3 of the 11 pairs
-# name: flags, ZeRO stage, ranks, launcher
+# name: flags, ZeRO stage, ranks
 RUNS = {
-    "micro": ((*LORA, *MICRO4), 0, 1, "python"),
-    "accumulate": ((*LORA, *ACCUMULATE4), 2, 1, "fork"),
-    "ranks": ((*LORA, *RANKS2), 0, 2, "fork"),
-    "ranks-zero1": ((*LORA, *RANKS2), 1, 2, "fork"),
-    "ranks-zero2": ((*LORA, *RANKS2), 2, 2, "fork"),
-    "ranks-zero3": ((*LORA, *RANKS2, "--gradient_checkpointing"), 3, 2, "deepspeed"),
-    "by-need": ((*LORA, *ACCUMULATE4, "--activation_memory", "0.0002"), 2, 1, "fork"),  # rows of all kinds
-    "full-tied": ((*FULL, *MICRO4), 2, 1, "fork"),
-    "full-tied-checkpointing": ((*FULL, *MICRO4, "--gradient_checkpointing"), 0, 1, "fork"),
-    "full-tied-zero3": ((*FULL, *RANKS2, "--gradient_checkpointing"), 3, 2, "fork"),
-    "full-untied-zero3": ((*FULL, *RANKS2), 3, 2, "fork"),
+    "micro": ((*LORA, *MICRO4), 0, 1),
+    "accumulate": ((*LORA, *ACCUMULATE4), 2, 1),
+    "ranks": ((*LORA, *RANKS2), 0, 2),
+    "ranks-zero1": ((*LORA, *RANKS2), 1, 2),
+    "ranks-zero2": ((*LORA, *RANKS2), 2, 2),
+    "ranks-zero3": ((*LORA, *RANKS2, "--gradient_checkpointing"), 3, 2),
+    "by-need": ((*LORA, *ACCUMULATE4, "--activation_memory", "0.0002"), 2, 1),  # rows of all kinds
+    "full-tied": ((*FULL, *MICRO4), 2, 1),
+    "full-tied-checkpointing": ((*FULL, *MICRO4, "--gradient_checkpointing"), 0, 1),
+    "full-tied-zero3": ((*FULL, *RANKS2, "--gradient_checkpointing"), 3, 2),
+    "full-untied-zero3": ((*FULL, *RANKS2), 3, 2),
 }
 
 
@@ -45,10 +45,12 @@ def test_a_checkpoint_after_an_evaluation_under_zero3(tmp_path):
     settings = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 5000,
                 "stage3_max_reuse_distance": 1, "stage3_max_live_parameters": 10**8}
     (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": settings}))
-    launch(ROOT / "train.py", "--deepspeed", tmp_path / "zero3.json", "--max_steps", "2", "--gradient_checkpointing",
-           "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--draw", "false",
-           "--eval_steps", "0", "--save_steps", "0", "--resume_steps", "1", "--eval_size", "2", "--eval_file_path", "",
-           "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run", ranks=2, launcher="fork")
+    pandas.read_parquet(ROOT / "examples" / "piles" / "train.parquet")[:20].to_parquet(tmp_path / "few.parquet")
+    launch(ROOT / "train.py", ROOT / "examples" / "dpo.yaml", "--deepspeed", tmp_path / "zero3.json", "--max_steps",
+           "2", "--gradient_checkpointing", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1",
+           "--draw", "false", "--eval_steps", "0", "--save_steps", "0", "--resume_steps", "1", "--eval_size", "2",
+           "--eval_file_path", "", "--train_file_path", tmp_path / "few.parquet", "--cache_dir", tmp_path / "cache",
+           "--output_dir", tmp_path / "run", ranks=2, launcher="fork")
     assert (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").is_file()
 
 
@@ -59,11 +61,11 @@ def runs(tiny, tmp_path_factory):
 
     def get(name):
         if name not in made:
-            flags, stage, ranks, launcher = RUNS[name]
+            flags, stage, ranks = RUNS[name]
             model = "untied" if "untied" in name else "model"
             # References of each run are its own: a cache would hide a wrong one.
             lines = train(tiny, folder / name / "run", *flags, "--deepspeed", zero(tiny, stage), ranks=ranks,
-                          launcher=launcher, model=model)
+                          model=model)
             made[name] = folder / name / "run", lines
         return made[name]
 
