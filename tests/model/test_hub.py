@@ -163,7 +163,8 @@ def test_a_hub_that_does_not_answer_costs_a_few_seconds(online, monkeypatch):
 @pytest.mark.slow
 def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
     """Trained on, as a reference and scored: the log-probs are those of plain PEFT on the base of the right revision. A
-    fresh adapter on an old revision says so in the words of PEFT, and is opened on it."""
+    fresh adapter on an old revision says so in the words of PEFT, and is opened on it. All in one new process, which
+    reads HF_HOME when it starts."""
     monkeypatch.setenv("HF_HOME", str(hub))
     pairs = oracle.read_pairs(tiny / "train.jsonl")
     data = ("--train_file_path", tiny / "train.jsonl", "--eval_file_path", tiny / "train.jsonl", "--cache_dir",
@@ -173,10 +174,15 @@ def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
                  for name, places in {"two": (hub / "two", hub / "old"), "one": (hub / "one", tiny / "model"),
                                       "v1": (hub / "old",)}.items()}
     assert len({round(value, 3) for value in truth.values()}) == 3
-    for run, model, more, start, ref in (
-            ("on", "org/adapter@two", ("--reference", "org/adapter"), "two", "one"),
-            ("fresh", "org/base@v1", (), "v1", "v1")):
-        launch(ROOT / "train.py", "--model_name", model, "--output_dir", tmp_path / run, *data, *STEP, *more)
+    runs = [("on", "org/adapter@two", ("--reference", "org/adapter"), "two", "one"),
+            ("fresh", "org/base@v1", (), "v1", "v1")]
+    cells = [("train", ["--model_name", model, "--output_dir", tmp_path / run, *data, *STEP, *more], False)
+             for run, model, more, _, _ in runs]
+    cells.append(("score", ["org/adapter@two", tmp_path / "fresh", "--dataset_path", f"t={tiny / 'train.jsonl'}",
+                            "--responses", "chosen", "--output_dir", tmp_path / "scores"], False))
+    done = launch(ROOT / "tests" / "notebook.py", json.dumps(cells, default=str))
+    assert done.stdout.count("cell: done\n") == 3, done.stdout
+    for run, _, _, start, ref in runs:
         lines = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         assert lines[0]["eval_logps/chosen"] == pytest.approx(truth[start], rel=1e-6)
         assert lines[0]["eval_ref_logps/chosen"] == pytest.approx(truth[ref], rel=1e-6)
@@ -187,8 +193,6 @@ def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
             model = oracle.load(tmp_path / run / "checkpoint-2", hub / "old").eval()
             moved = sum(oracle.sequence_logp(model, *pair[:2]).item() for pair in pairs) / 11
         assert lines[-1]["eval_logps/chosen"] == pytest.approx(moved, rel=1e-6)
-    launch(ROOT / "score.py", "org/adapter@two", tmp_path / "fresh", "--dataset_path",
-           f"t={tiny / 'train.jsonl'}", "--responses", "chosen", "--output_dir", tmp_path / "scores")
     table = pandas.read_parquet(tmp_path / "scores" / "scores.parquet")
     means = table.groupby(["run", "step"])["logps"].mean()
     assert means["adapter@two", 0] == pytest.approx(truth["two"], rel=1e-6)
