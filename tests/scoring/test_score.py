@@ -5,10 +5,7 @@ import json
 import math
 import random
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import weakref
 from types import SimpleNamespace
 
@@ -17,7 +14,7 @@ import oracle
 import pandas
 import pytest
 import torch
-from conftest import ROOT, environment, launch, make_model, make_tokenizer, train
+from conftest import ROOT, forked, launch, make_model, make_tokenizer, train
 
 import score
 from nanodpo.data.example import Example
@@ -97,7 +94,7 @@ def test_scores_reproduce_what_training_logged(run, table):
 def test_packing_order_and_ranks_change_nothing(run, table, tmp_path):
     """One group a micro-batch, and two ranks for 11 rows, give the same table."""
     one = scored(tmp_path / "one", run, "--max_tokens", "1")
-    launch(ROOT / "score.py", run, "--output_dir", tmp_path / "two", ranks=2)
+    launch(ROOT / "score.py", run, "--output_dir", tmp_path / "two", ranks=2, launcher="fork")
     two = pandas.read_parquet(tmp_path / "two" / "scores.parquet")
     for other in (one, two):
         assert other[KEYS].equals(table[KEYS])
@@ -113,16 +110,11 @@ def test_one_response_more_changes_no_other(run, table, tmp_path):
 
 def test_a_killed_scoring_goes_on(run, table, tmp_path):
     """Killed -9 after its first part, it keeps what was done and ends with the table of an undisturbed run."""
-    said = tmp_path / "said"
-    with said.open("w") as out:  # one row a micro-batch, so that there is time to be killed in
-        process = subprocess.Popen([sys.executable, ROOT / "score.py", run, "--output_dir", tmp_path, "--max_tokens",
-                                    "1"], stdout=out, stderr=out, env=environment())
-    while not list((tmp_path / "parts").glob("[!.]*/scores.parquet")) and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    plan = {"0": {"at": {"part": ["kill -9 $PPID"]}}}
+    codes, said = forked(ROOT / "tests" / "apart.py", "score", json.dumps(plan), run, "--output_dir", tmp_path,
+                         "--max_tokens", "1")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "parts").glob("[!.]*/scores.parquet")}
-    assert before, said.read_text()
+    assert codes == [137] and len(before) == 1, said
     again = scored(tmp_path, run)
     assert again[KEYS].equals(table[KEYS]) and (again.logps / table.logps - 1).abs().max() < 1e-6
     assert all(file.stat().st_mtime_ns == then for file, then in before.items())
