@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import plot
 import train
-from nanodpo.errors import UserError
+from nanodpo.errors import UserError, run_script
 from nanodpo.figures import drawing
 from nanodpo.figures.after import draw_after
 from nanodpo.figures.axes import set_focus
@@ -438,10 +438,12 @@ def test_more_runs_than_colours_are_refused(tmp_path):
         plot.main([str(make_run(tmp_path / name)) for name in "abcdefgh"])
 
 
-def test_no_runs_at_all_is_one_line_and_exit_code_2(tmp_path):
-    done = launch(ROOT / "plot.py", check=False, cwd=tmp_path)
-    assert done.returncode == 2 and not done.stdout
-    assert re.fullmatch(r"error: runs/ holds no run; .*\n", done.stderr)
+def test_no_runs_at_all_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["plot.py"])
+    assert run_script(plot.main) == 2
+    said = capsys.readouterr()
+    assert re.fullmatch(r"error: runs/ holds no run; .*\n", said.err) and not said.out
     assert not list(tmp_path.iterdir())
 
 

@@ -298,13 +298,13 @@ def test_inspect_prints_and_leaves_nothing(tmp_path, models):
     assert [file.name for file in tmp_path.iterdir()] == ["good.jsonl"]
 
 
-def test_inspect_shows_what_a_run_would_stop_at(tmp_path, models):
+def test_inspect_shows_what_a_run_would_stop_at(tmp_path, models, world, monkeypatch, capsys):
     """One looks before one knows what to leave out."""
     rows = [GOOD, GOOD | {"chosen": "x" * 200}, GOOD | {"rejected": ""}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = f"--model_name={models / 'good'}", "--train_file_path=rows.jsonl"
-    assert real(tmp_path, *data, "--max_length=50")[0] == 2
-    code, out, err = real(tmp_path, *data, "--max_length=50", "--inspect")
+    assert "1 of 3 rows can't be used; row 2: rejected is empty" in world(rows, "--max_length=50")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--inspect"])
+    code = run_script(train.main)
+    out, err = capsys.readouterr()
     assert (code, err) == (0, "") and "1 row, 2 dropped" in out and "(50.0% over the limit of 50)" in out
     assert "dropped row 1: " in out and "dropped row 2: " in out and "1+1=[2]" in out
     assert "dropped rows stop a run, but for --on_bad_row drop, --overlong drop or truncate" in out
