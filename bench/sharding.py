@@ -151,6 +151,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--rank"]:
-        sys.exit(rank(sys.argv[2:]))  # as a script ends, for who forked it
-    main()
+    # As a script ends, for who forked it.
+    sys.exit(rank(sys.argv[2:]) if sys.argv[1:2] == ["--rank"] else main())

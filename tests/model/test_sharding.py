@@ -92,7 +92,8 @@ def test_who_shares():
 def test_two_ranks_hold_half_each(tmp_path):
     """A model of 446 MiB, read and hashed: the peak of each of two ranks is below 0.6 of that of one alone, which holds
     all of it."""
-    launch(ROOT / "bench" / "sharding.py", "--layers", "9", "--loading", "--json", tmp_path / "found.json")
+    launch(ROOT / "bench" / "sharding.py", "--layers", "9", "--loading", "--json", tmp_path / "found.json",
+           launcher="fork")
     found = json.loads((tmp_path / "found.json").read_text())["results"]
     one, two = (found["model"][n]["peaks_mib"] for n in "12")
     assert one[0] > found["model_mib"] > 400
