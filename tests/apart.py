@@ -8,7 +8,7 @@ host    its machine: a network namespace of tests/hosts.py
 at      {"meet", "load", "join", "reference", "save", "step" or "part": [...]}: what it does before it tells the others
         that it is there, when it has read its data, before it joins the others, before the references, before it saves
         the first checkpoint, in its third step, or in its second part of a scoring: "stop" like Ctrl-Z, until it is
-        killed 8 s later; sleep so many seconds; get a signal, [name, after so many seconds]; or run a shell's command
+        killed 6 s later; sleep so many seconds; get a signal, [name, after so many seconds]; or run a shell's command
 orphan  run as the child of a process that is killed when metrics.jsonl has three lines
 """
 
@@ -34,7 +34,7 @@ from nanodpo.run import datasets, lifecycle
 def act(place: list) -> None:
     for what in place:
         if what == "stop":
-            subprocess.Popen(["sh", "-c", f"sleep 8; kill -9 {os.getpid()}"], start_new_session=True)
+            subprocess.Popen(["sh", "-c", f"sleep 6; kill -9 {os.getpid()}"], start_new_session=True)
             os.kill(os.getpid(), signal.SIGSTOP)
         elif isinstance(what, str):
             subprocess.run(what, shell=True, check=True)

@@ -203,8 +203,9 @@ def test_a_signal_to_one_rank_before_the_first_step_ends_all(told, apart):
 def test_a_stopped_rank_is_not_waited_for(where, told, words, apart, tmp_path):
     """A process that is stopped keeps its connections: the silence of SILENCE seconds tells, of SOON seconds where this
     rank was told to stop. The same command goes on, so the exit code is 75."""
-    limits = {"ranks.waits.SOON": 2.0} if told else {"ranks.waits.SILENCE": 3.0}
-    plans = {"0": {"set": limits, "at": {"step": told}}, "1": {"at": {where: ["stop"]}}}
+    beat = {"ranks.peers.BEAT": 0.5}
+    limits = beat | ({"ranks.waits.SOON": 2.0} if told else {"ranks.waits.SILENCE": 2.5})
+    plans = {"0": {"set": limits, "at": {"step": told}}, "1": {"set": beat, "at": {where: ["stop"]}}}
     codes, said = apart(plans, "--save_steps", "1")
     assert codes == [75, 137] and words in said and "Traceback" not in said
     if where == "step":
@@ -224,14 +225,14 @@ def test_the_end_of_the_first_rank_ends_one_that_waits_for_nobody(apart):
 def test_a_rank_that_takes_long_is_waited_for(apart):
     """It lives, however long it computes: no silence."""
     limits = {"ranks.waits.SILENCE": 2.5, "ranks.waits.SOON": 2.5}
-    codes, said = apart({"0": {"set": limits}, "1": {"at": {"step": [6]}}})
+    codes, said = apart({"0": {"set": limits}, "1": {"at": {"step": [4.5]}}})
     assert codes == [0, 0], said
 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_a_rank_within_a_collective(apart):
     told = {"set": {"run.signals.GRACE": 1.0}, "at": {"step": [["SIGTERM", 0.5], ["SIGTERM", 2]]}}
-    codes, said = apart({"0": told, "1": {"at": {"step": [6]}}})
+    codes, said = apart({"0": told, "1": {"at": {"step": [4]}}})
     assert codes[0] == 128 + signal.SIGTERM and "SIGTERM: ends as soon as what is done is saved" in said
 
 
