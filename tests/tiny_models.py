@@ -43,7 +43,7 @@ def tiny(name: str, dtype=torch.float64, std: float | None = 0.3, **changes):
     """A model in eval mode, without dropout. `std` draws weights large enough for attention to matter; None keeps the
     family's own first draw.
     """
-    config = AutoConfig.for_model(name, **COMMON | FAMILIES[name] | changes)
+    config = AutoConfig.for_model(name, **COMMON | FAMILIES.get(name, {}) | changes)
     for key, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, 0.0)

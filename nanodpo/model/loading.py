@@ -138,12 +138,14 @@ def _drawn_in_float32():
 
 def _dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Where dropout rates are, (module, name of its attribute) each: those of modules, the floats in attention layers,
-    the noise of MoE routers."""
+    those by which whole layers are left out, the noise of MoE routers. phimoe's router_jitter_noise is none: its
+    routing compares scores with it, in eval mode too."""
     found = []
     for module in model.modules():
         found += [(module, "p")] * isinstance(module, nn.Dropout)
         found += [(module, name) for name, value in vars(module).items()
-                  if ("dropout" in name or "jitter" in name) and isinstance(value, float)]
+                  if re.search("dropout|layerdrop|pdrop|jitter", name) and name != "router_jitter_noise"
+                  and isinstance(value, float)]
     return found
 
 

@@ -1,0 +1,74 @@
+"""Families whose code does something of its own on the way from the weights to the log-probs, in a mode or at a length
+that others do not know; the truth is transformers alone, a sequence at a time, in eval mode."""
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from test_models import args
+from tiny_models import naive_token_logps, random_groups, tiny
+from transformers import AutoModelForCausalLM
+
+from nanodpo.core.logprobs import SequenceLogProbs
+from nanodpo.core.packing import LAYOUTS
+from nanodpo.errors import UserError
+from nanodpo.model import loading
+from nanodpo.model.selfcheck import choose_layout
+from nanodpo.model.source import open_source
+
+CPU = torch.device("cpu")
+PHIMOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.3}
+LAYERDROP = {"layerdrop": 0.5, "dropout": 0.0, "attention_dropout": 0.0, "ffn_dim": 48, "word_embed_proj_dim": 32}
+
+
+def saved(folder, name: str, **changes) -> str:
+    """A tiny model of this family on disk."""
+    tiny(name, torch.float32, **changes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def load(path: str, **changes):
+    return loading.load_model(open_source(path, False), args(**{"use_lora": False} | changes))
+
+
+def own_logps(path: str, groups) -> torch.Tensor:
+    """By transformers alone."""
+    with torch.no_grad():
+        return torch.cat(naive_token_logps(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(),
+                                           groups))
+
+
+def our_logps(model, groups, train: bool = False) -> torch.Tensor:
+    """By our kernel, in the layout that the self-check chooses."""
+    module = SequenceLogProbs(model).eval()
+    layout, _ = choose_layout(module, CPU, torch.float32, False)
+    with torch.no_grad():
+        return module.train(train).token_logps(LAYOUTS[layout](groups))
+
+
+def test_a_threshold_that_is_named_after_noise_stays(tmp_path):
+    """phimoe's router_jitter_noise is a threshold of its routing in eval mode too: at 0 another model would be
+    trained."""
+    path, groups = saved(tmp_path, "phimoe", **PHIMOE), random_groups()
+    found, truth = our_logps(load(path), groups), own_logps(path, groups)
+    assert (found - truth).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family, rates", [
+    ("opt", LAYERDROP), ("dbrx", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "resid_pdrop": 0.5,
+                                  "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+                                  "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}})])
+def test_whole_layers_that_are_dropped_are_dropout(family, rates, tmp_path):
+    """OPT's layerdrop and DBRX's resid_pdrop are 0 in training, too, unless --allow_dropout; then they are said."""
+    model = tiny(family, torch.float32, **rates)
+    for module in model.modules():
+        for name in ("layerdrop", "resid_pdrop"):
+            if name in vars(module):
+                setattr(module, name, 0.5)
+    assert "dropout in training passes, with rates 0.5" in loading.describe(model)
+    for module, name in loading._dropouts(model):
+        setattr(module, name, 0.0)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        truth = model(input_ids=ids).logits
+        assert all(torch.equal(model.train()(input_ids=ids).logits, truth) for _ in range(8))
