@@ -4,6 +4,7 @@ Transformers and PEFT only warn of weights that a file lacks, and draw random on
 model has no place for they leave out. Here both are errors.
 """
 
+import copy
 import json
 import re
 import warnings
@@ -50,7 +51,21 @@ def open_base(name: str, dtype, trust_remote_code: bool, bits: int | None = None
     except BROKEN as error:
         raise UserError(f"{name}: the weights can't be loaded: {first_line(error)}") from error
     check_loaded(model, name, bits)
+    make_alike(model)
     return model
+
+
+def make_alike(model) -> None:
+    """Takes out of a family's code what makes another model of it in training mode, or hides its decoder."""
+    config = model.config.get_text_config()
+    if getattr(config, "rescale_every", None):  # of rwkv, for float16: its first pass in eval mode divides weights in
+        config.rescale_every = 0  # place, and a checkpoint that is saved then would have those
+    for module in model.modules():
+        if hasattr(module, "correction_coefs"):  # of gemma 3n, which reads them past their LoRA in training mode if
+            module.config = copy.copy(module.config)  # altup_coef_clip is set; what is saved keeps it
+            vars(module.config)["altup_coef_clip"] = None
+    if model.base_model is model and hasattr(model, "model"):  # of llama 4: its prefix is that of another class
+        model.base_model_prefix = "model"
 
 
 def adapter_shape(adapter: str | None) -> dict | None:

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import UserError, first_line
 from ..ranks.distributed import say
 from ..screen import folded
-from .adapters import add_adapter, open_base
+from .adapters import add_adapter, make_alike, open_base
 from .lora_settings import take_over
 from .precision import storage_dtype
 from .quantised import bits_of, numel, quantised_layers
@@ -31,6 +31,7 @@ def load_model(source: Source, args, lora: dict | None = None, shared: dict | No
     if args.random_init:
         try:
             model = AutoModelForCausalLM.from_config(source.config, dtype=dtype, trust_remote_code=remote)
+            make_alike(model)
         except BROKEN as error:
             raise UserError(f"{source.base}: no model can be made of its config: {first_line(error)}") from error
     else:

@@ -89,7 +89,10 @@ def describe(layout: str, attention: str, ranks: int = 1) -> str:
 
 
 def _candidates(config, own: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    text = config.get_text_config()
+    if getattr(text, "attn_temperature_tuning", None):  # llama 4 scales queries by their place in the batch, but only
+        return [("plain", own)]  # beyond thousands of tokens, where no short check sees it
+    capped = getattr(text, "attn_logit_softcapping", None)
     flash = device.type == "cuda" and dtype == torch.bfloat16 and not capped
     return [*([("packed", VARLEN)] if flash else []), ("packed", LOOP), ("plain", own)]
 

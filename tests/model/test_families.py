@@ -12,6 +12,7 @@ from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import LAYOUTS
 from nanodpo.errors import UserError
 from nanodpo.model import loading
+from nanodpo.model.ready import make_ready
 from nanodpo.model.selfcheck import choose_layout
 from nanodpo.model.source import open_source
 
@@ -31,10 +32,10 @@ def load(path: str, **changes):
     return loading.load_model(open_source(path, False), args(**{"use_lora": False} | changes))
 
 
-def own_logps(path: str, groups) -> torch.Tensor:
+def own_logps(path: str, groups, **changes) -> torch.Tensor:
     """By transformers alone."""
     with torch.no_grad():
-        return torch.cat(naive_token_logps(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(),
+        return torch.cat(naive_token_logps(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **changes),
                                            groups))
 
 
@@ -72,3 +73,51 @@ def test_whole_layers_that_are_dropped_are_dropout(family, rates, tmp_path):
     with torch.no_grad():
         truth = model(input_ids=ids).logits
         assert all(torch.equal(model.train()(input_ids=ids).logits, truth) for _ in range(8))
+
+
+def test_an_evaluation_leaves_rwkvs_weights_alone(tmp_path):
+    """transformers halves those of later layers in its first pass in eval mode, until the next one in training: a
+    checkpoint that was saved in between had other weights."""
+    path = saved(tmp_path, "rwkv", num_hidden_layers=4, rescale_every=1, attention_hidden_size=32)
+    model, groups = load(path), random_groups()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = our_logps(model, groups)
+    assert all(before[name].equal(tensor) for name, tensor in model.state_dict().items())
+    assert (found - own_logps(path, groups, rescale_every=0)).abs().max() < 1e-4
+
+
+LLAMA4 = {"intermediate_size_mlp": 48, "num_local_experts": 4, "head_dim": 8, "interleave_moe_layer_step": 2,
+          "attention_chunk_size": 32, "floor_scale": 20, "num_experts_per_tok": 1, "num_hidden_layers": 4}
+
+
+def test_llama_4_in_plain_batches(tmp_path):
+    """Its decoder is not where base_model_prefix says. Some of its layers scale queries by the place in the batch: past
+    floor_scale tokens, longer than the self-check's, a packed batch would be wrong, so none is tried."""
+    path, groups = saved(tmp_path, "llama4_text", **LLAMA4), random_groups()
+    model = load(path)
+    assert (our_logps(model, groups) - own_logps(path, groups)).abs().max() < 1e-4
+    module = SequenceLogProbs(load(path, random_init=True))
+    assert choose_layout(module, CPU, torch.float32, False)[0] == "plain"
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).state_dict()
+    assert all(again[name].equal(tensor) for name, tensor in model.state_dict().items())
+
+
+GEMMA3N = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "laurel_rank": 4, "head_dim": 8,
+           "sliding_window": 7, "num_kv_shared_layers": 0, "intermediate_size": [48, 48], "altup_coef_clip": 0.1,
+           "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0]}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gemma_3n_is_the_same_model_in_training(bf16, tmp_path):
+    """With altup_coef_clip it cuts coefficients off in training mode, and reads weights past the LoRA on them."""
+    path, groups = saved(tmp_path, "gemma3n_text", **GEMMA3N), random_groups()
+    model = load(path, use_lora=True, bf16=bf16)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, 0, 0.1)
+    make_ready(model, bf16, CPU)
+    with torch.no_grad():
+        truth = torch.cat(naive_token_logps(model.eval(), groups))
+    assert (our_logps(model, groups, train=True) - truth).abs().max() < 1e-3
+    assert model.get_base_model().config.altup_coef_clip == 0.1
