@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from ..errors import UserError, first_line
 from ..ranks.distributed import say
@@ -17,7 +18,7 @@ from .adapters import add_adapter, make_alike, open_base
 from .lora_settings import take_over
 from .precision import storage_dtype
 from .quantised import bits_of, numel, quantised_layers
-from .sharding import as_bytes, is_sharded, whole
+from .sharding import as_bytes, is_sharded, shape_of, whole
 from .source import BROKEN, Source, name_and_revision
 
 
@@ -81,7 +82,10 @@ def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:
     names = args.lora_target_modules.split(",") if args.lora_target_modules != "all-linear" else "all-linear"
     names, flag = lora.get("target_modules", names), f"--lora_target_modules {args.lora_target_modules}"
     flag = f"--peft_config {args.peft_config}" if lora else flag
-    if isinstance(names, list):
+    if names == "all-linear" and (odd := _odd_linears(model)):
+        names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
+                 and layer not in odd and layer is not model.get_output_embeddings()]
+    elif isinstance(names, list):
         names = [name.strip() for name in names if name.strip()]
         modules = [name for name, _ in model.named_modules()]
         if unknown := [n for n in names if not any(m == n or m.endswith("." + n) for m in modules)]:
@@ -96,7 +100,8 @@ def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:
             model = get_peft_model(model, LoraConfig(**flags | lora | {"target_modules": names,
                                                                        "task_type": "CAUSAL_LM"}))
     except BROKEN as error:
-        raise UserError(f"{flag}: {first_line(error)}") from error
+        why = first_line(error) if lora else first_line(error).replace("`target_modules`", "--lora_target_modules")
+        raise UserError(f"{flag}: {why}") from error
     if model.get_base_model().get_output_embeddings() is not head:
         raise UserError(f"{flag.partition(' ')[0]}: the output layer can't be adapted; leave it out")
     check_plain_lora(model, flag)
@@ -105,6 +110,19 @@ def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:
     own = model.peft_config["default"]
     own.base_model_name_or_path, own.revision = name_and_revision(source.base)
     return model
+
+
+def _odd_linears(model: nn.Module) -> set[nn.Linear]:
+    """Layers that are linear by class, and return something else, as routers do. Tried without numbers."""
+    odd = {layer for layer in model.modules() if isinstance(layer, nn.Linear)
+           and type(layer).forward is not nn.Linear.forward} - {*quantised_layers(model)}
+    for layer in list(odd):
+        weights = {name: torch.empty(shape_of(p), device="meta") for name, p in layer.named_parameters()}
+        with contextlib.suppress(*BROKEN):
+            out = functional_call(layer, weights, torch.empty(1, layer.in_features, device="meta"))
+            if getattr(out, "shape", None) == (1, layer.out_features):
+                odd.remove(layer)
+    return odd
 
 
 def _check_used(model: nn.Module, lora: dict, where: str, merge: bool) -> None:

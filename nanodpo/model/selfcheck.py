@@ -11,8 +11,8 @@ import torch
 
 from ..core.attention import LOOP, VARLEN, loop_attention, varlen_attention
 from ..core.packing import LAYOUTS, Group, pack
-from ..errors import UserError, first_line
-from ..ranks.distributed import say, sum_over_ranks
+from ..errors import RunStopped, UserError, first_line
+from ..ranks.distributed import lost_peers_named, say, sum_over_ranks
 from ..ranks.gpu import changes_bits
 from ..screen import folded
 from .ulysses import shared
@@ -24,6 +24,7 @@ from .ulysses import shared
 # ones.
 TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 0.1}
 QUANTILE = {torch.float32: 1.0, torch.bfloat16: 0.95}
+REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, ImportError)
 
 
 @torch.no_grad()
@@ -122,9 +123,21 @@ def _full_logits(model, groups: list[Group], device) -> torch.Tensor:
     for prompt, responses in groups:
         for response in responses:
             ids = torch.tensor([prompt + response], device=device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+            try:
+                with lost_peers_named():
+                    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+            except REFUSALS as error:
+                if _of_the_machine(error):
+                    raise
+                raise UserError(f"{model.config.name_or_path}: its own forward pass fails: {first_line(error)}"
+                                ) from error
             logps.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None]).squeeze(1))
     return torch.cat(logps)
+
+
+def _of_the_machine(error: Exception) -> bool:
+    """Whether an error is not about the model: memory is short, another rank is lost, the order of sums varies."""
+    return isinstance(error, (torch.OutOfMemoryError, RunStopped)) or changes_bits(error)
 
 
 def _over_ranks(device, measure, *args) -> float:
@@ -134,10 +147,8 @@ def _over_ranks(device, measure, *args) -> float:
     """
     try:
         error = measure(*args)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, ImportError) as refusal:
-        if changes_bits(refusal):
+    except REFUSALS as refusal:
+        if _of_the_machine(refusal):
             raise
         say(f"the model refuses such a batch: {first_line(refusal)}")
         error = math.inf

@@ -121,3 +121,31 @@ def test_gemma_3n_is_the_same_model_in_training(bf16, tmp_path):
         truth = torch.cat(naive_token_logps(model.eval(), groups))
     assert (our_logps(model, groups, train=True) - truth).abs().max() < 1e-3
     assert model.get_base_model().config.altup_coef_clip == 0.1
+
+
+@pytest.mark.parametrize("family, changes, router", [("phimoe", PHIMOE, "router"), ("llama4_text", LLAMA4, "router")])
+def test_a_layer_that_is_linear_in_name_alone_gets_no_lora(family, changes, router, tmp_path):
+    """A router that returns several tensors is an nn.Linear by class. All others of the default have LoRA."""
+    path = saved(tmp_path, family, **changes)
+    model = load(path, use_lora=True)
+    plain = {name for name, layer in AutoModelForCausalLM.from_pretrained(path).named_modules()
+             if type(layer) is torch.nn.Linear and name != "lm_head"}
+    adapted = {name.removeprefix("base_model.model.") for name, layer in model.named_modules()
+               if hasattr(layer, "lora_A")}
+    assert adapted == plain and len(plain) > 7
+    our_logps(model, random_groups())
+    with pytest.raises(UserError, match=f"{tmp_path}: its own forward pass fails: .*object has no attribute"):
+        our_logps(load(path, use_lora=True, lora_target_modules=router), random_groups())
+
+
+def test_falcons_own_linear_layer_is_one(tmp_path):
+    """A subclass with a forward of its own that returns what a linear layer returns."""
+    model = load(saved(tmp_path, "falcon"), use_lora=True)
+    assert {name.split(".")[-1] for name, layer in model.named_modules() if hasattr(layer, "lora_A")} == {
+        "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+def test_mambas_refusal_names_the_flag(tmp_path):
+    """PEFT refuses its default for mamba, by the name of a setting of its own."""
+    with pytest.raises(UserError, match="^--lora_target_modules all-linear: .* remove it from --lora_target_modules"):
+        load(saved(tmp_path, "mamba", state_size=4), use_lora=True)
