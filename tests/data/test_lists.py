@@ -271,6 +271,23 @@ def test_pairs_of_a_row_stay_together_in_an_order_of_rows():
         assert pair_order(5, 42, epoch, tuple(range(5))) == epoch_order(5, 42, epoch)
 
 
+def test_where_rows_start_is_hashed_once():
+    """Each step asks for the order of its epoch, which is kept under where rows start: of a million rows a hash takes
+    milliseconds."""
+    class Counted(int):
+        hashes = 0
+
+        def __hash__(self):
+            Counted.hashes += 1
+            return super().__hash__()
+
+    found = row_starts([Example(i // 2, [1], [2], [3], answer_numbers=(0, i % 2)) for i in range(40)])
+    starts = type(found)(map(Counted, found))
+    assert found == tuple(range(0, 40, 2)) == starts
+    windows = [pairs_of_step(40, 4, 42, step, starts) for step in range(10)]
+    assert windows == [pairs_of_step(40, 4, 42, step, found) for step in range(10)] and Counted.hashes == len(starts)
+
+
 def test_where_rows_start():
     """Also where the first pairs of one were left out, and where one comes twice."""
     def starts(*pairs):
