@@ -5,6 +5,7 @@ A run's folder may come from somebody else. It decides how data are read and whi
 never decides that code is run: only the command line says trust_remote_code.
 """
 
+import collections
 import dataclasses
 import functools
 import glob
@@ -22,7 +23,7 @@ from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
 from ..flags.loss import LOSSES, loss_name, own_function
-from ..folder.atomic import step_of, steps_of
+from ..folder.atomic import MANIFEST, step_of, steps_of
 from ..folder.record import versions
 from ..folder.same_run import FREE, chosen
 from ..model.source import base_of
@@ -84,8 +85,8 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     _tell_apart(found)
     runs = list(dict.fromkeys(c.run for c in found))
     found.sort(key=lambda c: (runs.index(c.run), c.step))  # a run's start comes first: the rest is compared with it
-    seen = [(c.run, c.step) for c in found]
-    if twice := {key for key in seen if seen.count(key) > 1}:
+    seen = collections.Counter((c.run, c.step) for c in found)
+    if twice := [key for key, count in seen.items() if count > 1]:
         run, step = min(twice)
         first, second = [c.path for c in found if (c.run, c.step) == (run, step)][:2]
         if os.path.realpath(first) == os.path.realpath(second):
@@ -155,7 +156,12 @@ def newest_run(folder: Path) -> str:
     runs = [file.parent for file in folder.glob("*/run.json")]
     if not runs:
         raise UserError(f"{folder}/ holds no run; name one, or make one with train.py")
-    return str(max(runs, key=lambda run: ((run / "run.json").stat().st_mtime, run.name)))
+
+    def started(run: Path) -> float:
+        file = run / "checkpoint-0" / MANIFEST  # written once, while a run that ends writes its run.json again
+        return (file if file.exists() else run / "run.json").stat().st_mtime
+
+    return str(max(runs, key=lambda run: (started(run), run.name)))
 
 
 def _open(target: str) -> list[Checkpoint]:

@@ -246,8 +246,14 @@ def test_two_folders_of_one_name_are_told_apart_by_their_paths(tmp_path, draw):
 
 
 def test_without_arguments_the_newest_run_is_drawn(tmp_path, draw, monkeypatch):
+    """The one that was started last, though another ended after it and wrote its run.json again."""
     for name, started in (("a", 1000), ("b", 3000), ("c", 2000)):
         make_run(tmp_path / "runs" / name, started=started)
+    for name, started, ended in (("c", 2000, 9000), ("b", 3000, 4000)):
+        (tmp_path / "runs" / name / "checkpoint-0").mkdir()
+        (tmp_path / "runs" / name / "checkpoint-0" / "manifest.json").write_text("{}")
+        os.utime(tmp_path / "runs" / name / "checkpoint-0" / "manifest.json", (started, started))
+        os.utime(tmp_path / "runs" / name / "run.json", (ended, ended))
     monkeypatch.chdir(tmp_path)
     found = draw()
     assert found["training"].legends[0].get_title().get_text() == "b"
