@@ -268,6 +268,12 @@ def prompt_leads(template: Template, prompts: Iterable[list[int]]) -> list[str |
     return sorted(leads, key=lambda lead: (lead is None, lead))
 
 
+def leads_to_keep(leads: list[str | None]) -> list[str | None] | None:
+    """What run.json keeps of them: all, or nothing where they are so many that each row may have its own. Then one more
+    is no other question, and run.json would grow beyond what can be read."""
+    return leads if sum(len(lead or "") for lead in leads) <= 2**20 else None
+
+
 def question_in(template: Template, prompt: str) -> str:
     """The text of a rendered prompt up to the end of its last user turn, for comparing with a column."""
     before = prompt.removesuffix(template.header or "").rstrip()

@@ -16,7 +16,7 @@ import torch
 
 from ..data.places import absolute
 from ..errors import RunStopped, UserError
-from ..files import read_text
+from ..files import MAX_BYTES, read_text
 from ..flags.arguments import BY_CONTENT
 from ..ranks.distributed import world_size
 from .atomic import aside, check_writable, clear_partials, flush, hold, new_file, steps_of, writing
@@ -132,13 +132,18 @@ def _is_fork(entry) -> bool:
 
 
 def create(folder: Path, record: dict) -> None:
-    """Makes the folder with its run.json. Raises UserError where another run was first, RunStopped for a full disk."""
-    place = aside(folder / "run.json", os.getpid())
+    """Makes the folder with its run.json. Raises UserError where another run was first, and for more than `read` takes;
+    RunStopped for a full disk."""
+    text, place = _text(record | {"output_dir": str(folder)}), aside(folder / "run.json", os.getpid())
+    if len(text) > MAX_BYTES - len('  "finished": true,\n'):
+        name = max(record, key=lambda name: len(json.dumps(record[name])))
+        raise UserError(f"{folder / 'run.json'}: would have {len(text):,} bytes, most of them in {name}; it can have "
+                        f"{MAX_BYTES:,}")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with writing(folder):
-            place.write_text(json.dumps(record | {"output_dir": str(folder)}, indent=2) + "\n")
+            place.write_text(text)
             flush(place)
         os.link(place, folder / "run.json")  # all of it at once, and, unlike `new_file`, only if it is not there
     except (FileExistsError, FileNotFoundError) as error:  # not found: the other run has cleared our file away
@@ -190,7 +195,11 @@ def _content(file) -> bytes:
 def finish(folder: Path) -> None:
     """Writes into run.json that the run is finished."""
     with writing(folder / "run.json"), new_file(folder / "run.json") as place:
-        place.write_text(json.dumps(read(folder) | {"finished": True}, indent=2) + "\n")
+        place.write_text(_text(read(folder) | {"finished": True}))
+
+
+def _text(record: dict) -> str:
+    return json.dumps(record, indent=2) + "\n"
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.template import prompt_leads, template_for
+from ..data.template import leads_to_keep, prompt_leads, template_for
 from ..errors import UserError
 from ..folder import card, checkpoint, elastic, fork, record, resume, same_run, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
@@ -78,8 +78,9 @@ def _open_as_main(run: Run) -> dict:
             distributed.say(f"fork: {run.fork.run} at step {run.fork.step}, {words or 'with nothing changed'}")
         memory.check_disk(run.folder, disk_needed(run))
         run.facts["license"] = card.license_of(run.source.base)
-        run.facts["prompt_leads"] = prompt_leads(template_for(run.source.tokenizer, run.args, run.facts["date"]),
-                                                 (example.prompt for example in run.train_set.examples))
+        leads = prompt_leads(template_for(run.source.tokenizer, run.args, run.facts["date"]),
+                             (example.prompt for example in run.train_set.examples))
+        run.facts["prompt_leads"] = leads_to_keep(leads)
         run.folder = run.folder if run.args.output_dir else record.take(run.folder)
         record.create(run.folder, run.facts)
     run.lock = record.lock(run.folder)

@@ -18,7 +18,7 @@ from nanodpo.data.messages import as_messages
 from nanodpo.data.places import hub_parts, with_split
 from nanodpo.data.rows import read_rows
 from nanodpo.data.shapes import Columns, choose_columns, describe_columns, unread_parts
-from nanodpo.data.template import close_turn, prompt_leads, read_template
+from nanodpo.data.template import close_turn, leads_to_keep, prompt_leads, read_template
 from nanodpo.data.texts import render_more, render_row
 from nanodpo.errors import UserError
 
@@ -306,6 +306,12 @@ def test_the_leads_of_prompts_end_at_their_first_user_turn(chatml):
     talk = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\nWhich?<|im_end|>\n"
     texts = [SYSTEM + talk + ASKED, talk + ASKED, "How many?", SYSTEM + ASKED]
     assert prompt_leads(chatml, [chatml.tokenizer(text).input_ids for text in texts]) == ["", SYSTEM, None]
+
+
+def test_leads_of_thousands_of_rows_are_not_kept():
+    """A megabyte of them is, and more is not: each row has its own there."""
+    few = [f"{i:03}" * 1000 for i in range(300)] + [None]
+    assert leads_to_keep(few) == few and leads_to_keep([f"{i:03}" * 1000 for i in range(400)]) is None
 
 
 def test_messages_without_a_chat_template_are_refused():

@@ -596,6 +596,14 @@ def test_a_state_that_is_a_link_can_be_named(tmp_path):
         run_record.find(str(tmp_path / "run/resume/step-04"), None, "new")
 
 
+def test_a_run_json_that_nobody_could_read_is_not_written(tmp_path):
+    """It would be refused when the run has ended: so it is before the run."""
+    record = {"arguments": {}, "world_size": 1, "steps": 3}
+    with pytest.raises(UserError, match="run.json: would have 7.,...,... bytes, most of them in data_report"):
+        run_record.create(tmp_path / "other", record | {"data_report": ["x" * 70_000_000]})
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch):
     """Whose folder it is comes before what fits in it: of two that go on at once only one looks at the disk."""
     def held(folder):
