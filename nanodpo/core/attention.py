@@ -5,9 +5,8 @@ Shapes: H heads, G key/value heads, T tokens of the batch, E head size, S sequen
 
 Two implementations of one definition, chosen by name (`config._attn_implementation`): "nanodpo_loop" calls causal SDPA
 once a sequence and runs anywhere; "nanodpo_varlen" is a single variable-length call on CUDA. Neither builds a mask of
-the whole batch. The loop builds masks of one sequence in two cases: (sequence, sequence) where a model caps its scores
-or has a sliding window shorter than the sequence; and (response, prompt + response) for the second or a later response
-to a prompt, if that response is no longer than the prompt, and no longer than SHORT.
+the whole batch. The loop builds one of a sequence, where a model caps its scores or has a window shorter than that; and
+one of (response, prompt + response) for a later response to a prompt, if it is no longer than the prompt and SHORT.
 """
 
 import functools
@@ -24,6 +23,7 @@ SHORT = 512  # a later response that is longer gets no mask, so that masks grow 
 
 def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
     """(1, H, T, E), (1, G, T, E) x 2 -> (1, T, H, E): each response as if its [prompt | response] stood alone."""
+    _check(kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may return float32
     # A CPU's SDPA shares key/value heads by itself; CUDA's for float32 needs them repeated.
     if query.shape[1] != key.shape[1] and (query.device.type != "cpu" or kwargs.get("softcap")):
@@ -41,6 +41,12 @@ def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scali
         out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap"))
         pieces.append(out.transpose(1, 2)[:, -size:])
     return torch.cat(pieces, 1), None
+
+
+def _check(settings: dict) -> None:
+    """Raises TypeError for a tensor beside positions: it would be ignored, be it a bias, sinks, or keys to look at."""
+    if odd := [name for name, value in settings.items() if isinstance(value, Tensor) and name != "position_ids"]:
+        raise TypeError(f"attention of packed batches does not know {', '.join(odd)}")
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) -> Tensor:
@@ -65,6 +71,7 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     """
     if kwargs.get("softcap") or dropout:
         return loop_attention(module, query, key, value, attention_mask, dropout, scaling, segments=segments, **kwargs)
+    _check(kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)
     # The backward pass of query[0] would fill and copy a tensor as large as the batch, that of an index would sort.
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (T, H, E), (T, G, E) x 2

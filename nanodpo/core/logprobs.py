@@ -212,9 +212,11 @@ class SequenceLogProbs(nn.Module):
         lm_head, config = inner.get_output_embeddings(), inner.config.get_text_config()
         if not isinstance(lm_head, nn.Linear):
             raise ValueError(f"the output layer must be a plain linear layer, found {type(lm_head).__name__}")
-        # gemma caps its logits, cohere multiplies and granite divides them.
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        self.head = LogProbHead(lm_head, scale, getattr(config, "final_logit_softcapping", None), chunk)
+        # gemma and recurrent gemma cap their logits, cohere and falcon-h1 multiply and granite divides them.
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        scale = (getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+                 or 1 / (getattr(config, "logits_scaling", None) or 1))
+        self.head = LogProbHead(lm_head, scale, cap, chunk)
 
     def states(self, batch) -> Tensor:
         """Batch -> (N, D): the hidden state that predicts each scored token, in the wider of its dtype and the output

@@ -269,8 +269,8 @@ def prompt_leads(template: Template, prompts: Iterable[list[int]]) -> list[str |
 
 
 def leads_to_keep(leads: list[str | None]) -> list[str | None] | None:
-    """What run.json keeps of them: all, or nothing where they are so many that each row may have its own. Then one more
-    is no other question, and run.json would grow beyond what can be read."""
+    """Those for run.json: all, or None where they are so long that each row may have its own. Then one more is no other
+    question, and run.json would grow beyond what can be read."""
     return leads if sum(len(lead or "") for lead in leads) <= 2**20 else None
 
 

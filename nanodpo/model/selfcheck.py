@@ -24,6 +24,8 @@ from .ulysses import shared
 # ones.
 TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 0.1}
 QUANTILE = {torch.float32: 1.0, torch.bfloat16: 0.95}
+# Settings that say how many keys a query sees: the last ones, or those that the model chooses.
+WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size", "indexer_budget")
 REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, ImportError)
 
 
@@ -110,7 +112,8 @@ def _random_groups(config, longest: int) -> list[Group]:
     to a prompt; and longer than the model's attention window, where the run's longest sequence is."""
     draw = torch.Generator().manual_seed(0)
     shape = [(9, [14, 5]), (1, [7, 7]), (16, [3, 1]), (40, [24, 33])]
-    windows = {getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
+    windows = {getattr(config, name, None) for name in WINDOWS}
+    windows.add((getattr(config, "index_block_size", None) or 0) * (getattr(config, "index_topk_blocks", None) or 0))
     shape += [(window - 8, [24, 24]) for window in windows if window and 8 < window < longest]
     return [(torch.randint(config.vocab_size, (p,), generator=draw).tolist(),
              [torch.randint(config.vocab_size, (r,), generator=draw).tolist() for r in rs]) for p, rs in shape]

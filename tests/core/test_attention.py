@@ -1,6 +1,7 @@
 """Packed batches against separate forward passes, by family; the CUDA path against a slow one; the self-check."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -300,9 +301,25 @@ def test_padded_batches_after_the_self_check_are_right(name):
 
 
 def test_self_check_refuses_an_output_layer_it_does_not_know():
-    """Falcon-H1 multiplies its logits by a setting that the kernel has never heard of."""
+    """HyperCLOVA X multiplies its logits by the setting by which others divide them."""
+    model = tiny("hyperclovax", torch.float32, logits_scaling=0.5)
     with pytest.raises(UserError, match="output layer is not understood"):
-        choose_layout(SequenceLogProbs(tiny("falcon_h1", torch.float32)), CPU, torch.float32, demand_flash=False)
+        choose_layout(SequenceLogProbs(model), CPU, torch.float32, demand_flash=False)
+
+
+HEADS = {"falcon_h1": {}, "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32,
+                                              "attention_window_size": 7, "logits_soft_cap": 3.0}}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_whose_settings_have_other_names(name):
+    """Factors and caps: log-probs are those of full logits, in float32."""
+    model, groups = tiny(name, torch.float32, **HEADS[name]), random_groups()
+    with torch.no_grad():
+        truth = torch.cat(naive_token_logps(model, groups))
+        module = SequenceLogProbs(model)
+        layout, _ = choose_layout(module, CPU, torch.float32, demand_flash=False)
+        assert truth.std() > 0.3 and (module.token_logps(LAYOUTS[layout](groups)) - truth).abs().max() < 1e-4
 
 
 def test_self_check_accepts_a_head_of_almost_zeros():
@@ -355,6 +372,44 @@ def test_a_window_hidden_in_the_mask_is_caught():
     assert choose_layout(module, CPU, torch.float32, False, longest=50) == ("packed", LOOP)
     model.set_attn_implementation("sdpa")
     assert choose_layout(module, CPU, torch.float32, False, longest=200) == ("plain", "sdpa")
+
+
+def test_a_tensor_that_packed_attention_does_not_know_is_refused():
+    """Blocks that a layer chose, sinks, a bias: without them attention would be another one. Positions it has from the
+    segments."""
+    segments, (query, key, value) = pack([([1], [[2]])]).segments, torch.ones(3, 1, 1, 2, 4)
+    for function in (loop_attention, varlen_attention):
+        with pytest.raises(TypeError, match="block_indices"):
+            function(None, query, key, value, None, segments=segments, block_indices=torch.zeros(1))
+    loop_attention(None, query, key, value, None, segments=segments, position_ids=torch.arange(2), block_indices=None)
+
+
+SPARSE = {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 2, "index_head_dim": 8,
+          "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "index_block_size": 16,
+          "index_topk_blocks": 6, "moe_intermediate_size": 16, "dense_intermediate_size": 48,
+          "shared_intermediate_size": 16, "rotary_dim": 4}
+
+
+def test_attention_to_chosen_blocks_is_not_packed():
+    """minimax_m3 looks at 6 blocks of 16 tokens, more than the self-check has: in its layout a sequence of 130 is that
+    of a separate pass all the same."""
+    model, groups = tiny("minimax_m3_vl_text", torch.float32, **SPARSE), random_groups(sizes=[(60, [50, 70])])
+    with torch.no_grad():
+        truth = torch.cat(naive_token_logps(model, groups))
+        module = SequenceLogProbs(model)
+        layout, _ = choose_layout(module, CPU, torch.float32, demand_flash=False)
+        assert layout == "plain" and (module.token_logps(LAYOUTS[layout](groups)) - truth).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("settings, length", [
+    ({"sliding_window": 100}, 116), ({"index_topk": 100}, 116), ({"keep_window_size": 100}, 116),
+    ({"indexer_budget": 100}, 116), ({"index_topk_blocks": 5, "index_block_size": 20}, 116),
+    ({"index_topk": 300}, 73), ({"sliding_window": 5}, 73), ({"index_topk_blocks": 5}, 73)])
+def test_sequences_of_the_self_check_are_longer_than_any_window(settings, length):
+    """Than a number of keys that a model chooses, too, where the run's longest sequence, of 200 tokens, is."""
+    config = SimpleNamespace(vocab_size=V, **settings)
+    found = selfcheck._random_groups(config, 200)
+    assert max(len(prompt) + len(response) for prompt, responses in found for response in responses) == length
 
 
 def test_a_kernel_without_a_backward_is_passed_over(monkeypatch, capsys):
