@@ -65,20 +65,46 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
                                                 dtype)
             if errors[attention] <= TOLERANCE[dtype]:
                 return layout, attention
-            say(folded("not used, since this model's own log-probs are other ones (by "
-                       f"{errors[attention]:.2g} standard deviations of a token's):\n"
-                       f"  {describe(layout, attention, ranks)}"))
+            why = (", since this model's own log-probs are other ones (by "
+                   f"{errors[attention]:.2g} standard deviations of a token's)")  # of a refusal it is there already
+            say(folded(f"not used{why * (errors[attention] < math.inf)}:\n  {describe(layout, attention, ranks)}"))
             if attention == VARLEN and demand_flash:
                 raise UserError("--use_flash_attention: the flash kernel does not give this model's own log-probs "
                                 f"(error {errors[attention]:.2g} standard deviations); leave the flag out")
     finally:
         module.train(was_training)
+    raise _refusal(model.config.name_or_path, errors[LOOP if ranks > 1 else own], ranks)
+
+
+def _refusal(name: str, error: float, ranks: int) -> UserError:
+    """The error where no layout gives the model's own log-probs, by the error of the last one."""
     if ranks > 1:
-        raise UserError(f"--sequence_parallel_size {ranks}: ranks that share a batch do not get this model's own "
-                        f"log-probs (error {errors[LOOP]:.2g} standard deviations): layers other than attention look "
-                        "at other positions, or its heads can't be exchanged; leave the flag out")
-    raise UserError("this model's output layer is not understood: log-probs differ from those of its own logits "
-                    f"(error {errors[own]:.2g} standard deviations)")
+        return UserError(f"--sequence_parallel_size {ranks}: ranks that share a batch do not get this model's own "
+                         f"log-probs (error {error:.2g} standard deviations): layers other than attention look "
+                         "at other positions, or its heads can't be exchanged; leave the flag out")
+    if error == math.inf:
+        return UserError(f"{name}: this kind of model can't be trained or scored: it refuses batches, for the reason "
+                         "above")
+    return UserError("this model's output layer is not understood: log-probs differ from those of its own logits "
+                     f"(error {error:.2g} standard deviations)")
+
+
+@torch.no_grad()
+def check_training_mode(module, layout: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where the model, without dropout, has other log-probs in training mode than in eval mode:
+    another model would be trained than the one that is evaluated, saved and scored. The arguments are those of
+    `choose_layout`, and the layout that it chose."""
+    config = (module.model.get_base_model() if hasattr(module.model, "get_base_model") else module.model).config
+    batch, was_training = LAYOUTS[layout](_random_groups(config.get_text_config(), 0)).to(device), module.training
+    try:
+        truth = module.eval().token_logps(batch)
+        error = _over_ranks(device, _error, module.train(), batch, truth, QUANTILE[dtype])
+    finally:
+        module.train(was_training)
+    if error > TOLERANCE[dtype]:
+        how = f"by {error:.2g} standard deviations of a token's" if error < math.inf else "it fails there"
+        raise UserError(f"{config.name_or_path}: this kind of model can't be trained: in training mode its log-probs "
+                        f"are not those of evaluation ({how})")
 
 
 def describe(layout: str, attention: str, ranks: int = 1) -> str:

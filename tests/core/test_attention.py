@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import KeepDouble, V, naive_token_logps, random_groups, tiny
+from tiny_models import FAMILIES, KeepDouble, V, naive_token_logps, random_groups, tiny
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -322,6 +322,25 @@ def test_heads_whose_settings_have_other_names(name):
         assert truth.std() > 0.3 and (module.token_logps(LAYOUTS[layout](groups)) - truth).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_without_dropout_are_the_same_in_training_mode(name):
+    module = SequenceLogProbs(tiny(name, torch.float32))
+    layout, _ = choose_layout(module, CPU, torch.float32, demand_flash=False)
+    selfcheck.check_training_mode(module, layout, CPU, torch.float32)
+    assert module.training, "as before"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda module, args, out: 1.5 * out if module.training else out, r"by \d\.?\d* standard deviations"),
+    (lambda module, args, out: out.view(-1, 7) if module.training else out, "it fails there")])
+def test_a_model_that_is_another_in_training_mode_is_refused(change, words):
+    """One whose training mode draws, clamps or rescales would be evaluated and saved as another than is trained."""
+    model = tiny("llama", torch.float32)
+    model.model.layers[0].mlp.register_forward_hook(change)
+    with pytest.raises(UserError, match=f"can't be trained: in training mode its log-probs are not .* \\(.*{words}"):
+        selfcheck.check_training_mode(SequenceLogProbs(model), "packed", CPU, torch.float32)
+
+
 def test_self_check_accepts_a_head_of_almost_zeros():
     """Log-probs that are all but alike have no spread to measure an error by."""
     model = tiny("llama", torch.float32, tie_word_embeddings=False)
@@ -335,7 +354,7 @@ def test_self_check_is_as_strict_on_many_ranks_as_on_one(monkeypatch):
     module = SequenceLogProbs(tiny("gemma2", torch.bfloat16))
     assert choose_layout(module, CPU, torch.bfloat16, False) == ("packed", LOOP)
     monkeypatch.setattr(selfcheck, "sum_over_ranks", lambda values: values * 63 + torch.tensor([torch.inf, 1]))
-    with pytest.raises(UserError, match="error inf"):
+    with pytest.raises(UserError, match="it refuses batches, for the reason above"):
         choose_layout(SequenceLogProbs(tiny("gemma2", torch.bfloat16)), CPU, torch.bfloat16, False)
 
 
@@ -428,7 +447,7 @@ def test_a_kernel_without_a_backward_is_passed_over(monkeypatch, capsys):
     module = SequenceLogProbs(tiny("llama", torch.float32))
     assert choose_layout(module, CPU, torch.float32, False) == ("packed", LOOP)
     said = capsys.readouterr().out
-    assert "no backward for this head size" in said and "other ones (by inf" in said
+    assert "no backward for this head size" in said and "not used:\n" in said
     assert "attention: the flash kernel" in said
 
 
