@@ -232,7 +232,7 @@ def answer_greedily(opened: Opened, data: ResponseSet, prompts: list[list[int]],
     # Of tokens that were generated a model keeps keys and values, and nothing else of what a scored one takes.
     with shortage_named(f"the greedy answers of {opened.checkpoint.path}"):
         mine = answers.greedy(opened.model, prompts[rank::world], data.answer_limit, data.limit, data.ends,
-                              4 * max_tokens, lambda count: bar.update(count * world))
+                              4 * max_tokens, lambda count: bar.update(count * world), opened.layout == "packed")
     opened.model.set_attn_implementation(of_layout)
     found = distributed.gather_or_raise(None, mine)
     return [found[i % world][i // world] for i in range(len(prompts))]

@@ -373,6 +373,20 @@ def test_greedy_answers_are_counted_as_they_come():
     assert said == [[7], [7], [7], [], []] and sum(told) == 5 and len(told) > 2
 
 
+def test_an_answer_does_not_depend_on_its_neighbours():
+    """Of a model whose positions count the padding, as bart's do: each answer is the one that it gives alone."""
+    from transformers import BartConfig, BartForCausalLM
+
+    torch.manual_seed(0)
+    config = BartConfig(vocab_size=50, d_model=16, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=32,
+                        max_position_embeddings=64, init_std=0.5, dropout=0.0)
+    model = BartForCausalLM(config).eval()
+    prompts = [torch.randint(3, 50, (n,)).tolist() for n in (3, 9, 5, 9, 14, 1)]
+    alone = [answers.greedy(model, [prompt], 6, 60, [2], 10_000)[0] for prompt in prompts]
+    together = answers.greedy(model, prompts, 6, 60, [2], 10_000, padded=False)
+    assert together == alone and answers.greedy(model, prompts, 6, 60, [2], 10_000) != alone
+
+
 def test_texts_get_the_ids_that_the_tokenizer_gives_them(tiny):
     """Without special tokens of its own; no text is no call."""
     from transformers import AutoTokenizer

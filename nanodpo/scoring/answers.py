@@ -16,12 +16,12 @@ NAMED = re.compile(r"answer(?:s?\s+(?:is|are))?[^\w<.]*?" + NUMBER + r"(?!\w)", 
 
 @torch.no_grad()
 def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[int], budget: int,
-           told=lambda count: None) -> list[list[int]]:
+           told=lambda count: None, padded: bool = True) -> list[list[int]]:
     """Takes the likeliest token after each prompt, again and again: to one of `ends`, which is included, to `most`
     tokens, or to `limit` tokens with the prompt.
 
-    Prompts of one batch are padded on the left; a batch holds about `budget` tokens. `told` hears how many prompts
-    were answered just now.
+    Prompts of one batch are padded on the left, or, where `padded` is False, have one length: some models number the
+    padding too. A batch holds about `budget` tokens. `told` hears how many prompts were answered just now.
     """
     from transformers import GenerationConfig
 
@@ -32,9 +32,10 @@ def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[in
     while order:
         longest = len(prompts[order[0]])
         room = min(most, limit - longest)
-        # One room for all of a batch: an answer does not depend on who else is asked.
+        # One room for all of a batch: an answer does not depend on who else is asked, but for a GPU's rounding.
         size = max(1, budget // (longest + most))
-        batch = [i for i in order[:size] if min(most, limit - len(prompts[i])) == room]
+        batch = [i for i in order[:size] if min(most, limit - len(prompts[i])) == room
+                 and (padded or len(prompts[i]) == longest)]
         order = order[len(batch):]
         if room < 1:
             told(len(batch))
