@@ -80,6 +80,7 @@ def grid(panels: int, across: int, columns: int, xlabel: str = "step", height: f
         ax.tick_params(labelbottom=True)
     for ax in axes[:panels]:
         ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 10_000 else f"{x:g}")
     return fig, axes[:panels]
 
 

@@ -20,6 +20,7 @@ POINTS = {"alpha": 0.3, "linestyle": "", "marker": ".", "markersize": 1.5}  # a 
 FAINT = {"alpha": 0.4, "linewidth": 0.6, "marker": ""}  # training beside evaluation
 PROMINENT = {"linewidth": 1.2, "markersize": 4, "zorder": 3}
 PART = 40  # the average reaches over this part of the run's steps to each side
+MOST = 2000  # points of a curve that are drawn: more are no clearer, and make an SVG of 100 MB of a long run
 LOOKS = {"loss": {"color": "black", "linestyle": "-", "marker": "o"}} | {
     side: {"color": COLOURS[i], "linestyle": DASHES[i], "marker": MARKERS[i]}
     for i, side in enumerate((*SIDES, "margin"))}
@@ -106,10 +107,13 @@ def curves(ax, run: str, lines: list[dict], name: str, look: dict, training: dic
         gaps = [True, *(math.isnan(value) for _, value in trained), True]
         alone = [i for i in range(len(trained)) if gaps[i : i + 3] == [True, False, True]]  # a point without a line
         dots = {"marker": ".", "markevery": alone} if alone else {"marker": ""}
-        ax.plot(*zip(*trained), **look | (POINTS if reach else training | dots), label=f"{run} {name}")
+        every = -(-len(trained) // MOST) if reach else 1  # without an average there are few
+        ax.plot(*zip(*trained[::every]), **look | (POINTS if reach else training | dots), label=f"{run} {name}")
         if reach:
             faint = training | {"alpha": 0.7} if training else {}
-            ax.plot(*average(trained, reach), **look | {"marker": ""} | faint, label=f"{run} {name}, average")
+            steps, means = average(trained, reach)
+            ax.plot(steps[::every], means[::every], **look | {"marker": "", "zorder": 2.5} | faint,
+                    label=f"{run} {name}, average")
     if held_out:
         ax.plot(*zip(*held_out), **look | PROMINENT, label=f"{run} eval_{name}")
 
@@ -176,7 +180,8 @@ def _caption(runs: dict, panels: dict, facts: dict[str, Facts], held_out: bool, 
                   for run, count in reach.items()}
         each = set(of_run.values())
         spans = each.pop() if len(each) == 1 else listed(f"{count} of {run}" for run, count in of_run.items())
-        text += (" Faint points are single steps; the line through them is the mean over the steps around each, "
-                 f"{spans} to either side.")
+        which = ", evenly spaced" * any(len(lines) > MOST for lines in runs.values())
+        text += (f" Faint points are single steps{which}; the line through them is the mean over the steps around "
+                 f"each, {spans} to either side.")
     betas = {facts[run].beta for label in (REWARDS, FREE_REWARDS) if label in panels for run in panels[label][1]}
     return text + " The rewards of each run have its own beta." * (len(betas) > 1)

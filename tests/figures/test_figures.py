@@ -663,6 +663,20 @@ def test_an_average_lies_over_raw_values_which_all_stay(tmp_path, draw):  # noqa
     assert dots.get_marker() == "." and dots.get_linestyle() == "None" and dots.get_alpha() < 0.5
 
 
+def test_of_a_long_run_some_points_are_drawn(tmp_path, draw):  # noqa: F811
+    """At most 2,000, evenly spaced, each with the average over all steps around it, and short labels of steps."""
+    values = [math.sin(k * k) for k in range(20_500)]
+    found = draw(write_lines(tmp_path / "a", [{"step": k, "loss": values[k]} for k in range(20_500)]))
+    _, steps, raw = points(found["training"], "a loss")
+    assert steps == list(range(0, 20_500, 11)) and raw == values[::11]
+    _, steps, means = points(found["training"], "a loss, average")
+    assert steps == list(range(0, 20_500, 11)) and means[1000] == pytest.approx(
+        sum(values[11_000 - 512 : 11_000 + 513]) / 1025, abs=1e-9)
+    assert "Faint points are single steps, evenly spaced;" in found["captions"]["training"]
+    labels = found["training"].axes[0].xaxis.get_major_formatter()
+    assert [labels(x) for x in (0, 500, 5000, 20_000, 12_500)] == ["0", "500", "5000", "20k", "12.5k"]
+
+
 def kinds(**arguments):
     return {"arguments": arguments}
 
