@@ -8,6 +8,7 @@ import array
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ from torch import Tensor
 from ..data.example import row_starts
 from ..errors import Preempted, RunStopped, UserError, first_line
 from ..progress import Progress
-from ..ranks.distributed import from_main, is_main, main_first, say, sum_over_ranks
+from ..ranks.distributed import ask, from_main, is_main, main_first, say, sum_over_ranks
 from .atomic import new_file
 
-SAVE_EVERY = 100
+SAVE_SECONDS = 60
 STALE = ("weights", "data", "versions")  # may change while the names and settings stay
 
 
@@ -56,7 +57,7 @@ def reference_logps(examples, steps, micro_batches_of, score, fingerprint: dict,
 
     `steps` are lists of indices, the same on every rank; `micro_batches_of` gives this rank's micro-batches of one,
     (indices, factor) each, as many on every rank; `score` maps indices to (P, 2) log-probs, nats. The cache is written
-    every SAVE_EVERY steps, so a pass that was killed goes on from there, and also before Preempted is passed on, which
+    every SAVE_SECONDS, so a pass that was killed goes on from there, and also before Preempted is passed on, which
     `check` raises where the run was told to stop. Raises UserError for a cache that can't be read, and RunStopped for a
     log-prob that is not finite.
     """
@@ -67,39 +68,44 @@ def reference_logps(examples, steps, micro_batches_of, score, fingerprint: dict,
     logps = from_main(logps)
     missing = [pairs for pairs in steps if logps[pairs].isnan().any()]
     with Progress("reference", len(missing), "step") as bar:
-        for i in range(0, len(missing), SAVE_EVERY):
-            stopped = _fill(logps, missing[i : i + SAVE_EVERY], micro_batches_of, score, device, bar, check)
+        done, stopped = 0, None
+        while done < len(missing) and not stopped:
+            count, stopped = _fill(logps, missing[done:], micro_batches_of, score, device, bar, check)
+            done += count
             with main_first():
                 if is_main():
                     _save(file, logps, fingerprint)
-            if stopped:
-                raise stopped
+    if stopped:
+        raise stopped
     total, new = (len({i for pairs in lists for i in pairs}) for lists in (steps, missing))
     say(f"reference: {new} pairs computed, {total - new} from the cache\n  {file}")
     return logps
 
 
-def _fill(logps: Tensor, steps, micro_batches_of, score, device, bar, check) -> Preempted | None:
-    """Computes the pairs of these steps on all ranks and writes them into `logps`. Returns what `check` raised, if it
-    did: the steps before it are computed then."""
+def _fill(logps: Tensor, steps, micro_batches_of, score, device, bar, check) -> tuple[int, Preempted | None]:
+    """Computes the pairs of the first of these steps on all ranks, as many as SAVE_SECONDS allow by rank 0's clock, and
+    writes them into `logps`. Returns how many steps, and what `check` raised, if it did."""
     sums, counts = torch.zeros_like(logps), torch.zeros(len(logps), 1, dtype=torch.float64)
-    stopped = None
-    for pairs in steps:
+    began, done, late, stopped = time.monotonic(), 0, lambda: False, None
+    while done < len(steps) and not late():
         try:
             check()
         except Preempted as told:
             stopped = told
             break
-        for indices, factor in micro_batches_of(pairs):
+        for indices, factor in micro_batches_of(steps[done]):
             sums[indices] += factor * score(indices).cpu()
             counts[indices] += factor
+        done += 1
+        late = ask(is_main() and time.monotonic() - began >= SAVE_SECONDS)
         bar.update()
-    sums, counts = sum_over_ranks(sums.to(device)).cpu(), sum_over_ranks(counts.to(device)).cpu()
-    logps[:] = torch.where(counts > 0, sums / counts, logps)
+    pairs = torch.tensor(sorted({i for step in steps[:done] for i in step}), dtype=torch.long)
+    sums, counts = (sum_over_ranks(part[pairs].to(device)).cpu() for part in (sums, counts))
+    logps[pairs] = torch.where(counts > 0, sums / counts, logps[pairs])
     computed = (counts > 0).flatten()
-    if bad := (~logps[computed].isfinite().all(1)).sum().item():
+    if bad := (~logps[pairs][computed].isfinite().all(1)).sum().item():
         raise RunStopped(f"{bad} reference log-probs are not finite: the starting model is broken")
-    return stopped
+    return done, stopped
 
 
 def cache_file(cache_dir: str, fingerprint: dict) -> Path:

@@ -65,16 +65,40 @@ def test_it_is_computed_once_and_goes_on(run, capsys):
     assert [file.name for file in run.folder.iterdir()] == [run.file.name]
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_a_pass_that_was_killed_goes_on(every, run, monkeypatch):
-    """In the third step of three; the first two are kept, whatever share of them is kept at a time."""
+@pytest.mark.parametrize("seconds, kept", [(0, 4), (2, 4), (3, 0)])
+def test_a_pass_that_was_killed_goes_on(seconds, kept, run, monkeypatch):
+    """In the third step of three, each of which takes a second: what was kept at the last full `seconds` is there."""
     def killed(pairs):
+        clock[0] += 1
         return [([i], 1.0) for i in pairs] if 4 not in pairs else 1 / 0
 
-    monkeypatch.setattr(reference, "SAVE_EVERY", every)
+    clock = [0.0]
+    monkeypatch.setattr(reference, "SAVE_SECONDS", seconds)
+    monkeypatch.setattr(reference.time, "monotonic", lambda: clock[0])
     with pytest.raises(ZeroDivisionError):
         run(micro_batches_of=killed)
-    assert torch.equal(run(), TRUTH) and run.scored == [4, 5]
+    assert torch.equal(run(), TRUTH) and run.scored == list(range(kept, 6))
+
+
+def test_a_fast_pass_is_saved_by_the_minute_and_not_by_the_step(run, monkeypatch):
+    """500 steps of a second each: nine files, the last at the end; each exchange between ranks
+    is of its own steps' pairs alone."""
+    saved, summed, clock = [], [], [0.0]
+
+    def micro_batches_of(pairs):
+        clock[0] += 1
+        return [(pairs, 1.0)]
+
+    save, add = reference._save, reference.sum_over_ranks
+    monkeypatch.setattr(reference.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(reference, "_save", lambda *given: saved.append(clock[0]) or save(*given))
+    monkeypatch.setattr(reference, "sum_over_ranks", lambda values: summed.append(len(values)) or add(values))
+    steps = [[k % 6] for k in range(500)]
+    torch.testing.assert_close(run(10**6, steps, micro_batches_of), TRUTH)
+    assert saved == [60.0, 120.0, 180.0, 240.0, 300.0, 360.0, 420.0, 480.0, 500.0]
+    saved.clear(), summed.clear()
+    run(steps=[[0, 1], [4]], micro_batches_of=micro_batches_of, weights="v")
+    assert len(saved) == 1 and summed == [3, 3]
 
 
 def test_a_micro_batch_that_only_keeps_ranks_in_step_counts_for_nothing(run):
