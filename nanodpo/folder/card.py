@@ -5,7 +5,9 @@ Both follow from run.json and metrics.jsonl alone: no times in them, so that a r
 the same bytes.
 """
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import statistics
@@ -20,6 +22,7 @@ from .atomic import new_file
 from .log import is_evaluation, read_lines, timeless
 
 FIGURE = "training.png"
+MOST = 1000  # entries of trainer_state.json that are of training: each checkpoint has the log again from its start
 OF_A_STEP = {"step", "epoch", "grad_norm", "learning_rate", "num_tokens", "skipped_steps"}  # the last one is logged
 SECONDS = 3  # for the hub's word on a model
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected")
@@ -37,21 +40,26 @@ def texts(facts: dict, step: int, run: Path, base: str, peft=None) -> dict[str, 
     """{file name: text} of checkpoint-<step> of a run. `facts`: run.json's; `base`: name of the base model; `peft`: the
     config of the adapter, None for a whole model."""
     given = facts["arguments"]
-    log = history(run, step, given["logging_steps"])
+    every = given["logging_steps"] * max(1, -(-step // (MOST * given["logging_steps"])))
+    log = history(run, step, every)
     state = {"global_step": step, "max_steps": facts["steps"], "epoch": log[-1].get("epoch") if log else 0.0,
-             **{name: given[name] for name in ("logging_steps", "eval_steps", "save_steps")}, "log_history": log}
+             "logging_steps": every, **{name: given[name] for name in ("eval_steps", "save_steps")}, "log_history": log}
     return {"README.md": model_card(facts, step, log, base, peft),
             "trainer_state.json": f"{json.dumps(state, indent=1)}\n"}
 
 
 def add_figure(run: Path) -> None:
     """Puts the figure of a run that has ended beside the card of each checkpoint and of the merged model, and at the
-    card's end. A folder that has it stays as it is: somebody may have edited the card since."""
+    card's end. A folder that has it stays as it is: somebody may have edited the card since. It takes no space again
+    where the disk can give one file several names."""
     figure = run / FIGURE
     for card in [*run.glob("checkpoint-*/README.md"), *run.glob("merged/README.md")] if figure.is_file() else ():
         if not card.with_name(FIGURE).exists():
             with new_file(card.with_name(FIGURE)) as place:
-                shutil.copyfile(figure, place)
+                with contextlib.suppress(OSError):
+                    os.link(figure, place)
+                if not place.exists():
+                    shutil.copyfile(figure, place)
             with new_file(card) as place:
                 place.write_text(f"{read_text(card)}\n## Training\n\n![Training, step by step]({FIGURE})\n")
 
@@ -108,7 +116,7 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
                 if f"eval_{name}" in first and f"eval_{name}" in last]
         text += ["## Held-out data", "\n".join([f"| | step {first['step']} | step {last['step']} |", "|---|---|---|",
                                                 *rows]),
-                 "Log-probabilities are in nats, means over pairs; `trainer_state.json` has every logged step."]
+                 "Log-probabilities are in nats, means over pairs; `trainer_state.json` has more of the log."]
     given = given | {"reference": given.get("reference") and _short(given["reference"])}
     settings = [f"| {name} | {given[name]} |" for name in SETTINGS if given.get(name) not in (None, "")]
     made = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())

@@ -9,6 +9,7 @@ import torch
 
 from ..core.logprobs import CHUNK_BYTES
 from ..errors import RankStopped, UserError
+from ..folder import card
 from ..folder.atomic import nearest
 from ..folder.resume import KEEP
 from ..model.quantised import is_quantised, numel
@@ -57,7 +58,8 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     extra = len(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else 0
     times = saves(args.save_steps, steps)
     kept = min(times, args.save_total_limit + 1) if args.save_total_limit else times  # one more while it is written
-    needs = {"checkpoints": (kept + 1) * (weights + extra)}  # and checkpoint-0
+    log = 1000 * min(card.MOST, steps // args.logging_steps)  # bytes of trainer_state.json, which has some as much
+    needs = {"checkpoints": (kept + 1) * (weights + extra) + kept * log, "the log": 1000 * steps}  # and checkpoint-0
     # The float32 weights and AdamW's two moments; two states stay and a third is being written, or all of them stay.
     states = max(KEEP + 1, kept_states(args.save_steps, args.resume_steps, steps) if args.keep_states else 0)
     needs["states to resume from"] = states * 12 * sum(map(_numel, trained))

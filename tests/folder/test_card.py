@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import TrainerState
 
 from nanodpo.folder.atomic import check_whole
-from nanodpo.folder.card import history, license_of, model_card
+from nanodpo.folder.card import history, license_of, model_card, texts
 from nanodpo.scoring.contents import Contents
 
 FACTS = {"arguments": {"loss": "dpo", "beta": 0.1, "learning_rate": 1e-5, "train_file_path": "org/pairs:main",
@@ -19,6 +19,9 @@ FACTS = {"arguments": {"loss": "dpo", "beta": 0.1, "learning_rate": 1e-5, "train
          "data_report": ["data org/pairs:main: 8 rows, 0 dropped\n  columns: prompt = p",
                          "data /home/me/secret/held.jsonl: 4 rows, 1 dropped"],
          "steps": 6, "world_size": 2, "device": "cpu", "versions": {"torch": "2"}}
+
+
+NO = {"eval_steps": 0, "save_steps": 0}
 
 
 def test_a_hub_reads_the_head_and_no_folder_of_this_machine_is_in_it():
@@ -73,6 +76,18 @@ def test_the_log_of_a_checkpoint_is_what_led_to_it(step, kept, tmp_path):
     assert step == 1 or all(line["epoch"] == line["step"] / 4 for line in log)  # one step does not tell an epoch
 
 
+@pytest.mark.parametrize("every, shown", [(1, 3), (2, 4), (50, 50)])
+def test_the_log_of_a_long_run_has_a_thousand_entries_at_most(every, shown, tmp_path):
+    """Means over more steps than --logging_steps, which the file says: 2,500 steps are 834 windows of 3."""
+    (tmp_path / "metrics.jsonl").write_text("".join(
+        json.dumps({"step": k, "epoch": k / 5000, "loss": float(k)}) + "\n" for k in range(2500)))
+    state = json.loads(texts(FACTS | {"arguments": FACTS["arguments"] | {"logging_steps": every} | NO}, 2500, tmp_path,
+                             "base")["trainer_state.json"])
+    assert state["logging_steps"] == shown and len(state["log_history"]) == -(-2500 // shown) <= 1000
+    assert [line["loss"] for line in state["log_history"][:2]] == [(shown - 1) / 2, (shown - 1) / 2 + shown]
+    assert [line["step"] for line in state["log_history"][:2]] == [shown, 2 * shown]
+
+
 def test_every_checkpoint_and_the_merged_model_have_both(tiny, tmp_path):
     """Their numbers are those of metrics.jsonl; transformers and PEFT open the folders as before."""
     lines = train(tiny, tmp_path / "run", "--max_steps", "2", "--save_steps", "1", "--eval_size", "3",
@@ -112,7 +127,7 @@ def test_a_card_shows_the_figure_of_its_run(tiny, tmp_path):
         text = (run / name / "README.md").read_text()
         assert text.count("](training.png)") == 1 and ModelCard(text).data.tags[:2] == ["nanodpo", "dpo"]
         assert "https://arxiv.org/abs/2305.18290" in text
-        assert (run / name / "training.png").read_bytes() == (run / "training.png").read_bytes()
+        assert (run / name / "training.png").samefile(run / "training.png"), "on the disk it is there once"
         assert check_whole(run / name)
     assert (run / "checkpoint-1" / "README.md").read_text() == "my own words"
 

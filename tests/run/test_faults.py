@@ -179,20 +179,24 @@ def test_a_small_file_system(small_disk):
 
 
 def test_the_disk_a_run_needs():
-    """Checkpoints of the adapter, the two states that stay and the one being written, or all, counted by hand."""
+    """Checkpoints of the adapter, each with the log so far, about a KB a line and 1,000 lines at most, the log itself,
+    and the two states that stay and the one being written, or all, counted by hand."""
     model = torch.nn.Linear(10, 10, bias=False)  # 100 weights, 400 bytes
     args = SimpleNamespace(use_lora=True, save_steps=3, save_total_limit=None, resume_steps=0, merge_weights=False,
-                           keep_states=False)
+                           keep_states=False, logging_steps=5)
     for every in range(12):  # counted one by one
         for steps in range(1, 25):
             for other in range(7):
                 there = {k for k in range(1, steps) if any(n and k % n == 0 for n in (every, other))}
                 assert memory.kept_states(every, other, steps) == len(there)
             assert memory.saves(every, steps) == len({k for k in range(1, steps) if every and k % every == 0} | {steps})
-    assert memory.disk_needed(model, args, None, 10) == {"checkpoints": 5 * 400, "states to resume from": 3 * 1200}
+    assert memory.disk_needed(model, args, None, 10) == {
+        "checkpoints": 5 * 400 + 4 * 2000, "the log": 10_000, "states to resume from": 3 * 1200}
+    assert memory.disk_needed(model, args, None, 30_000)["checkpoints"] == 10_001 * 400 + 10_000 * 1_000_000
     args.save_total_limit, args.merge_weights = 1, True
     assert memory.disk_needed(model, args, None, 10) == {
-        "checkpoints": 3 * 400, "states to resume from": 3 * 1200, "the merged model": 400}
+        "checkpoints": 3 * 400 + 2 * 2000, "the log": 10_000, "states to resume from": 3 * 1200,
+        "the merged model": 400}
     args.keep_states, args.resume_steps = True, 2  # before the steps 2, 3, 4, 6, 8 and 9 of 10
     assert memory.disk_needed(model, args, None, 10)["states to resume from"] == 6 * 1200
 
