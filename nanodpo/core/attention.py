@@ -22,8 +22,10 @@ SHORT = 512  # a later response that is longer gets no mask, so that masks grow 
 
 
 def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
-    """(1, H, T, E), (1, G, T, E) x 2 -> (1, T, H, E): each response as if its [prompt | response] stood alone."""
-    _check(kwargs)
+    """(1, H, T, E), (1, G, T, E) x 2 -> (1, T, H, E): each response as if its [prompt | response] stood alone. Raises
+    TypeError for a tensor that it would ignore, be it a bias, sinks, or keys to look at."""
+    if odd := [name for name, value in kwargs.items() if isinstance(value, Tensor) and name != "position_ids"]:
+        raise TypeError(f"attention of packed batches does not know {', '.join(odd)}")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may return float32
     # A CPU's SDPA shares key/value heads by itself; CUDA's for float32 needs them repeated.
     if query.shape[1] != key.shape[1] and (query.device.type != "cpu" or kwargs.get("softcap")):
@@ -41,12 +43,6 @@ def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scali
         out = _causal(q, k, v, scaling, dropout, kwargs.get("sliding_window"), kwargs.get("softcap"))
         pieces.append(out.transpose(1, 2)[:, -size:])
     return torch.cat(pieces, 1), None
-
-
-def _check(settings: dict) -> None:
-    """Raises TypeError for a tensor beside positions: it would be ignored, be it a bias, sinks, or keys to look at."""
-    if odd := [name for name, value in settings.items() if isinstance(value, Tensor) and name != "position_ids"]:
-        raise TypeError(f"attention of packed batches does not know {', '.join(odd)}")
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) -> Tensor:
@@ -69,9 +65,9 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     """The same in one call. Queries lie in the batch's order; of the keys a shared prompt stands before each of its
     responses. The kernel aligns its causal mask to the last key: just what a response after a prompt needs.
     """
-    if kwargs.get("softcap") or dropout:
+    unknown = any(isinstance(value, Tensor) for name, value in kwargs.items() if name != "position_ids")
+    if kwargs.get("softcap") or dropout or unknown:
         return loop_attention(module, query, key, value, attention_mask, dropout, scaling, segments=segments, **kwargs)
-    _check(kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)
     # The backward pass of query[0] would fill and copy a tensor as large as the batch, that of an index would sort.
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (T, H, E), (T, G, E) x 2
