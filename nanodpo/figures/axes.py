@@ -137,12 +137,14 @@ def set_focus(ax, low: float, high: float, share: float = 0.25) -> None:
     ax.set_yticks(sorted(ticks), [plain(f"{tick:g}".replace("-", "\N{MINUS SIGN}")) for tick in sorted(ticks)])
 
 
-def leave_room(ax, values, band: tuple[float, float]) -> None:
-    """Moves the ends of a y axis away from what lies far from the band: where that has a focus the rest gets a narrow
-    part, and would lie on the edge of the panel."""
+def focus_on_crowd(axes: list, values, band: tuple[float, float]) -> None:
+    """Gives the band that most of these values share, see `crowd`, most of the y axis that these axes share. Moves its
+    ends away from the other values: they get a narrow part, and would lie on the edge of the panel."""
     room = 0.12 * (max(values) - min(values))
-    bottom, top = ax.get_ylim()
-    ax.set_ylim(bottom - room * (min(values) < band[0]), top + room * (max(values) > band[1]))
+    bottom, top = axes[0].get_ylim()
+    axes[0].set_ylim(bottom - room * (min(values) < band[0]), top + room * (max(values) > band[1]))
+    for ax in axes:
+        set_focus(ax, *band, share=0.75)
 
 
 class Whole(ScalarFormatter):

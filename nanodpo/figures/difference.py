@@ -21,11 +21,10 @@ from .axes import (
     add_legend,
     crowd,
     draw_curve,
+    focus_on_crowd,
     grid,
-    leave_room,
     listed,
     plain,
-    set_focus,
     wrap,
 )
 from .noise import Marks
@@ -99,8 +98,7 @@ def scored_difference_figure(scores: pandas.DataFrame, runs: list[str], columns:
                        f"difference {response}", INTERVAL)
         levels = here.groupby(["response", "step"])[["mean_logps", "other"]].mean().stack()
         if band := crowd(levels):
-            leave_room(above, levels, band)
-            set_focus(above, *band, share=0.75)
+            focus_on_crowd([above], levels, band)
             scale = " The scale changes at the dotted lines."
         rows = here.groupby(["response", "step"]).size().min()
         marks.band(ax, 0, math.hypot(*(f.noise.logps for f in facts.values())) / math.sqrt(rows))

@@ -21,8 +21,8 @@ from .axes import (
     add_legend,
     crowd,
     draw_curve,
+    focus_on_crowd,
     grid,
-    leave_room,
     listed,
     plain,
     set_focus,
@@ -65,12 +65,12 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
             ax.axhline(0, color=GREY, linewidth=0.6, zorder=ABOVE_GRID)
         elif floor is not None:
             ax.axhline(floor, **FLOOR, zorder=ABOVE_GRID)
+    of_levels = [ax for (_, kind), ax in panels.items() if kind == "level"]
+    for ax in of_levels if focus else ():
+        set_focus(ax, *focus)
     band = focus or _band(levels, bars)
     if band and not focus:
-        leave_room(axes[0], levels["mean"].dropna(), band)
-    for (_, kind), ax in panels.items():
-        if band and kind == "level":
-            set_focus(ax, *band, share=0.25 if focus else 0.75)
+        focus_on_crowd(of_levels, levels["mean"].dropna(), band)
     handles = [Line2D([], [], **FLOOR, label="best possible")] if floor is not None else []
     handles += marks.handles
     handles += [Line2D([], [], **CHANGE, label="scale changes")] if band else []
