@@ -21,10 +21,11 @@ LOOP, VARLEN = "nanodpo_loop", "nanodpo_varlen"
 SHORT = 512  # a later response that is longer gets no mask, so that masks grow with a batch's length, not its square
 
 
-def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
+def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, position_ids=None,
+                   **kwargs):
     """(1, H, T, E), (1, G, T, E) x 2 -> (1, T, H, E): each response as if its [prompt | response] stood alone. Raises
     TypeError for a tensor that it would ignore, be it a bias, sinks, or keys to look at."""
-    if odd := [name for name, value in kwargs.items() if isinstance(value, Tensor) and name != "position_ids"]:
+    if odd := [name for name, value in kwargs.items() if isinstance(value, Tensor)]:
         raise TypeError(f"attention of packed batches does not know {', '.join(odd)}")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may return float32
     # A CPU's SDPA shares key/value heads by itself; CUDA's for float32 needs them repeated.
@@ -61,12 +62,11 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling, dropout, window, softcap) 
     return F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout) @ v
 
 
-def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments, **kwargs):
+def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, segments,
+                     position_ids=None, **kwargs):
     """The same in one call. Queries lie in the batch's order; of the keys a shared prompt stands before each of its
-    responses. The kernel aligns its causal mask to the last key: just what a response after a prompt needs.
-    """
-    unknown = any(isinstance(value, Tensor) for name, value in kwargs.items() if name != "position_ids")
-    if kwargs.get("softcap") or dropout or unknown:
+    responses. The kernel aligns its causal mask to the last key: just what a response after a prompt needs."""
+    if kwargs.get("softcap") or dropout or any(isinstance(value, Tensor) for value in kwargs.values()):
         return loop_attention(module, query, key, value, attention_mask, dropout, scaling, segments=segments, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)
     # The backward pass of query[0] would fill and copy a tensor as large as the batch, that of an index would sort.

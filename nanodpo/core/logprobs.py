@@ -130,7 +130,7 @@ class _TokenLogProbs(torch.autograd.Function):
     Frozen head: forward computes d logp / dh = W[y] - softmax(W h) W while the chunk's logits are in memory, and keeps
     it, (N, D). A token's log-prob depends on its own hidden state alone, so for any loss d loss / dh is
     (d loss / d logp) (d logp / dh): backward multiplies by the incoming (N,) gradient.
-    Trainable head: backward computes the logits again and sums dW in float32. bfloat16 would lose what the last add.
+    Trainable head: backward computes the logits again and sums dW in float32: bfloat16 would lose small terms.
     """
 
     @staticmethod

@@ -30,13 +30,14 @@ REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeE
 
 
 @torch.no_grad()
-def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash: bool, longest: int = 0) -> tuple:
+def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash: bool, longest: int = 0,
+                  to_train: bool = False) -> tuple:
     """The fastest (layout, attention implementation) that gives the model's own log-probs; sets it on the model.
 
     `module` is a SequenceLogProbs; where ranks share a batch, so do they here. `dtype` is that of matrix products;
-    `longest`: tokens of the run's longest sequence.
-    Prints why it passes over a faster one. Raises UserError where none is right, or where the flash kernel was demanded
-    and fails.
+    `longest`: tokens of the run's longest sequence; `to_train`: training mode, without dropout, is compared as well.
+    Prints why it passes over a faster one. Raises UserError where none is right, where the flash kernel was demanded
+    and fails, and where the model is another one in training mode.
     """
     model = module.model.get_base_model() if hasattr(module.model, "get_base_model") else module.model
     own, ranks = model.config._attn_implementation, module.parallel.size
@@ -64,6 +65,8 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
                 errors[attention] = _over_ranks(device, _backward_error, model.config.get_text_config(), groups, device,
                                                 dtype)
             if errors[attention] <= TOLERANCE[dtype]:
+                if to_train:
+                    _check_training_mode(module, batch, truth, device, dtype)
                 return layout, attention
             why = (", since this model's own log-probs are other ones (by "
                    f"{errors[attention]:.2g} standard deviations of a token's)")  # of a refusal it is there already
@@ -89,22 +92,14 @@ def _refusal(name: str, error: float, ranks: int) -> UserError:
                      f"(error {error:.2g} standard deviations)")
 
 
-@torch.no_grad()
-def check_training_mode(module, layout: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UserError where the model, without dropout, has other log-probs in training mode than in eval mode:
-    another model would be trained than the one that is evaluated, saved and scored. The arguments are those of
-    `choose_layout`, and the layout that it chose."""
-    config = (module.model.get_base_model() if hasattr(module.model, "get_base_model") else module.model).config
-    batch, was_training = LAYOUTS[layout](_random_groups(config.get_text_config(), 0)).to(device), module.training
-    try:
-        truth = module.eval().token_logps(batch)
-        error = _over_ranks(device, _error, module.train(), batch, truth, QUANTILE[dtype])
-    finally:
-        module.train(was_training)
+def _check_training_mode(module, batch, truth: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where training mode does not give `truth`, the log-probs of this batch in eval mode: another
+    model would be trained than the one that is evaluated, saved and scored."""
+    error = _over_ranks(device, _error, module.train(), batch, truth, QUANTILE[dtype])
     if error > TOLERANCE[dtype]:
         how = f"by {error:.2g} standard deviations of a token's" if error < math.inf else "it fails there"
-        raise UserError(f"{config.name_or_path}: this kind of model can't be trained: in training mode its log-probs "
-                        f"are not those of evaluation ({how})")
+        raise UserError(f"{module.model.config.name_or_path}: this kind of model can't be trained: in training mode "
+                        f"its log-probs are not those of evaluation ({how})")
 
 
 def describe(layout: str, attention: str, ranks: int = 1) -> str:

@@ -42,9 +42,10 @@ def make_engine(model, args, settings: dict, device, longest: int) -> tuple:
     if is_sharded(model):
         model.to(device)  # what the ranks do not share: buffers, and LoRA, which DeepSpeed shards itself
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    layout, attention = selfcheck.choose_layout(module, device, product_dtype, args.use_flash_attention, longest)
-    if not (args.allow_dropout or stage == 3):  # whose hooks expect a backward pass after a forward one in this mode
-        selfcheck.check_training_mode(module, layout, device, product_dtype)
+    # The hooks of stage 3 expect a backward pass after a forward one in training mode.
+    to_train = not args.allow_dropout and stage < 3
+    layout, attention = selfcheck.choose_layout(module, device, product_dtype, args.use_flash_attention, longest,
+                                                to_train)
     distributed.say(selfcheck.describe(layout, attention, module.parallel.size))
     if args.activation_memory:
         if not selfcheck.memory_is_linear(model.config.get_text_config(), attention, longest):

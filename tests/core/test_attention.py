@@ -324,9 +324,9 @@ def test_heads_whose_settings_have_other_names(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_models_without_dropout_are_the_same_in_training_mode(name):
-    module = SequenceLogProbs(tiny(name, torch.float32))
-    layout, _ = choose_layout(module, CPU, torch.float32, demand_flash=False)
-    selfcheck.check_training_mode(module, layout, CPU, torch.float32)
+    module, other = (SequenceLogProbs(tiny(name, torch.float32)) for _ in range(2))
+    without = choose_layout(other, CPU, torch.float32, demand_flash=False)
+    assert choose_layout(module, CPU, torch.float32, demand_flash=False, to_train=True) == without
     assert module.training, "as before"
 
 
@@ -335,10 +335,12 @@ def test_models_without_dropout_are_the_same_in_training_mode(name):
     (lambda module, args, out: out.view(-1, 7) if module.training else out, "it fails there")])
 def test_a_model_that_is_another_in_training_mode_is_refused(change, words):
     """One whose training mode draws, clamps or rescales would be evaluated and saved as another than is trained."""
-    model = tiny("llama", torch.float32)
-    model.model.layers[0].mlp.register_forward_hook(change)
+    model, other = (tiny("llama", torch.float32) for _ in range(2))
+    for one in (model, other):
+        one.model.layers[0].mlp.register_forward_hook(change)
     with pytest.raises(UserError, match=f"can't be trained: in training mode its log-probs are not .* \\(.*{words}"):
-        selfcheck.check_training_mode(SequenceLogProbs(model), "packed", CPU, torch.float32)
+        choose_layout(SequenceLogProbs(model), CPU, torch.float32, demand_flash=False, to_train=True)
+    assert choose_layout(SequenceLogProbs(other), CPU, torch.float32, demand_flash=False) == ("packed", LOOP)
 
 
 def test_self_check_accepts_a_head_of_almost_zeros():
