@@ -90,8 +90,8 @@ def panels_of(runs: dict, facts: dict) -> dict[str, tuple[dict[str, str], list[s
         label = "loss (runs with rewards)" if label in panels else label
         panels[label] = {"loss": "loss"}, [run for run in members if "loss" in there[run]]
     for label, names in PANELS.items():
-        other = {True: REWARDS, False: FREE_REWARDS}  # the panel of rewards that is not this run's
-        mine = [run for run in runs if label != other[facts[run].without_reference]]
+        # One of the two panels of rewards is not for this run.
+        mine = [run for run in runs if label != (REWARDS if facts[run].without_reference else FREE_REWARDS)]
         have = {side: name for side, name in names.items() if any(name in there[run] for run in mine)}
         panels[label] = have, [run for run in mine if there[run] & set(have.values())]
     return {label: (names, members) for label, (names, members) in panels.items() if names and members}
@@ -180,7 +180,8 @@ def _caption(runs: dict, panels: dict, facts: dict[str, Facts], held_out: bool, 
                   for run, count in reach.items()}
         each = set(of_run.values())
         spans = each.pop() if len(each) == 1 else listed(f"{count} of {run}" for run, count in of_run.items())
-        which = ", evenly spaced" * any(len(lines) > MOST for lines in runs.values())
+        trained = [sum(not is_evaluation(line) for line in lines) for lines in runs.values()]
+        which = ", evenly spaced" * (max(trained) > MOST)
         text += (f" Faint points are single steps{which}; the line through them is the mean over the steps around "
                  f"each, {spans} to either side.")
     betas = {facts[run].beta for label in (REWARDS, FREE_REWARDS) if label in panels for run in panels[label][1]}

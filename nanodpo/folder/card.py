@@ -5,7 +5,6 @@ Both follow from run.json and metrics.jsonl alone: no times in them, so that a r
 the same bytes.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -56,9 +55,9 @@ def add_figure(run: Path) -> None:
     for card in [*run.glob("checkpoint-*/README.md"), *run.glob("merged/README.md")] if figure.is_file() else ():
         if not card.with_name(FIGURE).exists():
             with new_file(card.with_name(FIGURE)) as place:
-                with contextlib.suppress(OSError):
+                try:
                     os.link(figure, place)
-                if not place.exists():
+                except OSError:
                     shutil.copyfile(figure, place)
             with new_file(card) as place:
                 place.write_text(f"{read_text(card)}\n## Training\n\n![Training, step by step]({FIGURE})\n")

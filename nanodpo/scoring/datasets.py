@@ -218,8 +218,8 @@ def open_dataset(name: str, reader: Reader, settings, wanted: Wanted) -> Respons
 def check_leads(checkpoints: list[Checkpoint], data: ResponseSet) -> None:
     """Raises UserError for prompts that open otherwise than those of a checkpoint's run."""
     found = prompt_leads(data.template, (example.prompt for example in data.examples))
-    for run, known in {c.run: c.settings.prompt_leads for c in checkpoints}.items():
-        seen = {*(known or found)}
+    for run, known in {c.run: c.settings.prompt_leads for c in checkpoints if c.settings.prompt_leads}.items():
+        seen = {*known}
         if new := [lead for lead in found if lead not in seen]:
             here, there = (repr(lead) if lead is not None else "no user's turn" for lead in (new[0], known[0]))
             raise UserError(f"data set {data.name}: a prompt opens with {here}, and run {run} was trained on {there}; "
