@@ -1,5 +1,6 @@
 """Two texts beside the weights of a checkpoint, for whoever gets it without the run: README.md, a model card as hubs
-read it, and trainer_state.json, the log in the form of transformers' Trainer.
+read it, and trainer_state.json, the log in the form of transformers' Trainer: of a long run means over more steps than
+--logging_steps, and its logging_steps says of how many.
 
 Both follow from run.json and metrics.jsonl alone: no times in them, so that a run that was stopped and went on leaves
 the same bytes.
@@ -18,10 +19,10 @@ from ..data.urls import client_errors
 from ..files import read_text
 from ..flags.loss import loss_name
 from .atomic import new_file
-from .log import is_evaluation, read_lines, timeless
+from .log import Log, is_evaluation, timeless
 
 FIGURE = "training.png"
-MOST = 1000  # entries of trainer_state.json that are of training: each checkpoint has the log again from its start
+MOST = 1000  # entries of trainer_state.json of training, and as many of evaluation: each checkpoint has one
 OF_A_STEP = {"step", "epoch", "grad_norm", "learning_rate", "num_tokens", "skipped_steps"}  # the last one is logged
 SECONDS = 3  # for the hub's word on a model
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected")
@@ -35,14 +36,13 @@ QUANTISED = ("The adapter was trained on its base as bitsandbytes quantises it; 
              "BitsAndBytesConfig: `{}`.")
 
 
-def texts(facts: dict, step: int, run: Path, base: str, peft=None) -> dict[str, str]:
+def texts(facts: dict, step: int, history: "History", base: str, peft=None) -> dict[str, str]:
     """{file name: text} of checkpoint-<step> of a run. `facts`: run.json's; `base`: name of the base model; `peft`: the
     config of the adapter, None for a whole model."""
-    given = facts["arguments"]
-    every = given["logging_steps"] * max(1, -(-step // (MOST * given["logging_steps"])))
-    log = history(run, step, every)
+    log = history.until(step)
     state = {"global_step": step, "max_steps": facts["steps"], "epoch": log[-1].get("epoch") if log else 0.0,
-             "logging_steps": every, **{name: given[name] for name in ("eval_steps", "save_steps")}, "log_history": log}
+             "logging_steps": history.every, "eval_steps": history.eval_every,
+             "save_steps": facts["arguments"]["save_steps"], "log_history": log}
     return {"README.md": model_card(facts, step, log, base, peft),
             "trainer_state.json": f"{json.dumps(state, indent=1)}\n"}
 
@@ -63,25 +63,56 @@ def add_figure(run: Path) -> None:
                 place.write_text(f"{read_text(card)}\n## Training\n\n![Training, step by step]({FIGURE})\n")
 
 
-def history(run: Path, step: int, every: int) -> list[dict]:
-    """The log that led to checkpoint-<step>, as Trainer writes it: each evaluation; and for every `every` steps of
-    training, and those left at the end, their means, with the number of updates that are done then. So the metrics of
-    step k, taken before its update, are those of k + 1. Without times and memory. Empty for checkpoint-0, which is
-    written first."""
-    lines = [timeless(line) for _, line in read_lines(run) if line["step"] < step + is_evaluation(line)] if step else []
-    steps_per_epoch = next((round(line["step"] / line["epoch"]) for line in lines if line.get("epoch")), None)
-    found, window = [], []
-    for line in lines:
+class History:
+    """The log that led to a checkpoint, as Trainer writes it: each evaluation; and for every `every` steps of training,
+    and those left at the end, their means, with the number of updates that are done then. So the metrics of step k,
+    taken before its update, are those of k + 1. Without times and memory.
+
+    `every` is --logging_steps, or so large a multiple of it that a whole run has no more than MOST means; likewise of
+    the evaluations in between those every `eval_every` steps are there. `facts`: run.json's.
+    """
+
+    def __init__(self, run: Path, facts: dict):
+        given, steps = facts["arguments"], facts["steps"]
+        self.log, self.eval_steps = Log(run), given["eval_steps"]
+        self.every, self.eval_every = (every * -(-steps // (every * MOST)) if every else 0
+                                       for every in (given["logging_steps"], self.eval_steps))
+        self.waiting, self.found, self.window, self.steps_per_epoch = [], [], [], None
+
+    def until(self, step: int) -> list[dict]:
+        """The log of checkpoint-<step>; empty for checkpoint-0, which is written first. Steps must be asked for in
+        order: each reads on from where the one before has stopped."""
+        if not step:
+            return []
+        lines = self.waiting + [timeless(line) for _, line in self.log.new_lines()]
+        self.waiting = []
+        for line in lines:
+            self._add(line) if line["step"] < step + is_evaluation(line) else self.waiting.append(line)
+        rest = [_mean(self.window)] if self.window and self.window[-1]["step"] == step - 1 else []
+        found = [line for line in [*self.found, *rest] if not is_evaluation(line) or self._stays(line, step)]
+        of_epoch = self.steps_per_epoch
+        found = [line if is_evaluation(line) else line | {"epoch": line["step"] / of_epoch if of_epoch else None}
+                 for line in found]
+        return sorted(found, key=lambda line: (line["step"], is_evaluation(line)))
+
+    def _add(self, line: dict) -> None:
+        if line.get("epoch") and not self.steps_per_epoch:
+            self.steps_per_epoch = round(line["step"] / line["epoch"])
         if is_evaluation(line):
-            found.append(line)
-            continue
-        window.append(line)
-        done = line["step"] + 1
-        if done % every == 0 or done == step:
-            mean = line | _means(window) | {"step": done}
-            found.append(mean | {"epoch": done / steps_per_epoch if steps_per_epoch else None})
-            window = []
-    return found
+            self.found.append(line)
+            return
+        self.window.append(line)
+        if (line["step"] + 1) % self.every == 0:
+            self.found.append(_mean(self.window))
+            self.window = []
+
+    def _stays(self, line: dict, step: int) -> bool:
+        return self.eval_every == self.eval_steps or line["step"] % self.eval_every == 0 or line["step"] == step
+
+
+def _mean(lines: list[dict]) -> dict:
+    """These steps of training as one entry."""
+    return lines[-1] | _means(lines) | {"step": lines[-1]["step"] + 1}
 
 
 def _means(lines: list[dict]) -> dict[str, float]:

@@ -4,22 +4,54 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..files import read_text
+from ..files import check_regular
 
 MAX_BYTES = 2**32  # a run of millions of steps
 
 
+class Log:
+    """Reads a run's log once, however often it is asked: what was appended since the last time."""
+
+    def __init__(self, run: Path):
+        self.file, self.place = run / "metrics.jsonl", 0
+        self.waiting: list[dict] = []  # lines that are read and not hashed yet
+        self.digest, self.between = hashlib.sha256(b"["), ""
+
+    def new_lines(self) -> list[tuple[str, dict]]:
+        """(text, values) of each whole line that has come: a killed process may leave half of the last one."""
+        if not self.file.exists():
+            return []
+        check_regular(self.file)
+        with self.file.open("rb") as opened:
+            opened.seek(self.place)
+            whole = opened.read()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        self.place += len(whole)
+        lines = []
+        for text in whole.decode(errors="replace").splitlines(keepends=True):
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append((text, line))
+        return lines
+
+    def hash_before(self, step: int) -> str:
+        """The hash of the function `hash_before`, of the lines so far. Steps must be asked for in order."""
+        lines = self.waiting + [line for _, line in self.new_lines()]
+        self.waiting = [line for line in lines if line["step"] >= step]
+        for line in (line for line in lines if line["step"] < step):
+            self.digest.update((self.between + json.dumps(timeless(line), sort_keys=True)).encode())
+            self.between = ", "
+        whole = self.digest.copy()
+        whole.update(b"]")
+        return whole.hexdigest()
+
+
 def read_lines(run: Path) -> list[tuple[str, dict]]:
-    """(text, values) of each whole line: a killed process may leave half of the last one."""
-    lines, metrics = [], run / "metrics.jsonl"
-    for text in read_text(metrics, MAX_BYTES, "replace").splitlines(keepends=True) if metrics.exists() else ():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append((text, line))
-    return lines
+    """All lines of `Log.new_lines`."""
+    return Log(run).new_lines()
 
 
 def is_evaluation(line: dict) -> bool:

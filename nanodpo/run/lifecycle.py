@@ -11,7 +11,7 @@ from ..data.template import leads_to_keep, prompt_leads, template_for
 from ..errors import UserError
 from ..folder import card, checkpoint, elastic, fork, record, resume, same_run, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
-from ..folder.log import read_lines
+from ..folder.log import Log, read_lines
 from ..model import loading
 from ..model.quantised import bits_of
 from ..model.source import base_of
@@ -171,7 +171,8 @@ def save_checkpoint(run: Run) -> None:
             if run.step:  # whoever finds the last checkpoint takes all steps to be in metrics.jsonl
                 with writing(run.folder / "metrics.jsonl"):
                     flush(run.folder / "metrics.jsonl")
-            texts = card.texts(run.facts, run.step, run.folder, run.source.base,
+            run.history = run.history or card.History(run.folder, run.facts)
+            texts = card.texts(run.facts, run.step, run.history, run.source.base,
                                model.peft_config["default"] if run.args.use_lora else None)
             checkpoint.save(model, run.source.tokenizer, tensors, folder, {"step": run.step, **_owner(run)}, texts)
             checkpoint.rotate(run.folder, run.args.save_total_limit)
@@ -184,10 +185,11 @@ def save_state(run: Run) -> None:
     tensors = run.random
     if run.rank == 0 or run.engine.zero_optimization_stage():  # without ZeRO all ranks have the same
         tensors = tensors | state.weights_and_moments(run.engine)
+    run.log = run.log or Log(run.folder)
     zero = json.dumps(run.facts["deepspeed"]["zero_optimization"])
     facts = {"tokens": run.tokens, "skipped": run.skipped, "zero": zero}
     facts |= {name: getattr(run.engine, name) for name in state.COUNTERS}
-    resume.save(run.folder, run.step, tensors, facts | _owner(run), run.rank, run.args.keep_states)
+    resume.save(run.folder, run.step, tensors, facts | _owner(run), run.rank, run.args.keep_states, run.log)
 
 
 def _owner(run: Run) -> dict:
@@ -230,7 +232,7 @@ def merge(folder: Path, steps: int, bf16: bool, trust_remote_code: bool, bits: i
     dtype, last = torch.bfloat16 if bf16 else torch.float32, folder / f"checkpoint-{steps}"
     check_whole(last)
     facts = record.read(folder)
-    texts = card.texts(facts, steps, folder, base_of(str(last))[0])
+    texts = card.texts(facts, steps, card.History(folder, facts), base_of(str(last))[0])
     checkpoint.merge(last, folder / "merged", dtype, trust_remote_code, check, texts, bits)
     with writing(folder / "merged"):
         card.add_figure(folder)  # where an earlier call has drawn it

@@ -22,7 +22,9 @@ from ..flags.arguments import TrainArguments, parse
 from ..flags.loss import loss_name, read_loss
 from ..folder import elastic, fork, record, same_run
 from ..folder.atomic import check_writable
+from ..folder.card import History
 from ..folder.fork import Fork
+from ..folder.log import Log
 from ..model.source import Source, absolute
 from ..ranks import distributed
 from ..screen import folded
@@ -97,6 +99,8 @@ class Run(Start):
     evaluated: set[int] = dataclasses.field(default_factory=set)  # steps whose evaluation is in metrics.jsonl
     random: dict | None = None  # random numbers as they were before this step
     lock: object = None  # an open file
+    log: Log | None = None  # for the states, on the first rank
+    history: History | None = None  # for the checkpoints, there
     monitor: object = None  # of monitors.py, on the first rank
 
     def __enter__(self):

@@ -1,6 +1,7 @@
 """The model card and the log beside a checkpoint's weights, as the hub's own library and a reader of JSON find them."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -10,18 +11,17 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import TrainerState
 
+from nanodpo.folder import log as run_log
 from nanodpo.folder.atomic import check_whole
-from nanodpo.folder.card import history, license_of, model_card, texts
+from nanodpo.folder.card import MOST, History, license_of, model_card, texts
 from nanodpo.scoring.contents import Contents
 
 FACTS = {"arguments": {"loss": "dpo", "beta": 0.1, "learning_rate": 1e-5, "train_file_path": "org/pairs:main",
-                       "eval_file_path": "/home/me/secret/held.jsonl", "logging_steps": 2},
+                       "eval_file_path": "/home/me/secret/held.jsonl", "logging_steps": 2,
+                       "eval_steps": 4, "save_steps": 0},
          "data_report": ["data org/pairs:main: 8 rows, 0 dropped\n  columns: prompt = p",
                          "data /home/me/secret/held.jsonl: 4 rows, 1 dropped"],
          "steps": 6, "world_size": 2, "device": "cpu", "versions": {"torch": "2"}}
-
-
-NO = {"eval_steps": 0, "save_steps": 0}
 
 
 def test_a_hub_reads_the_head_and_no_folder_of_this_machine_is_in_it():
@@ -68,7 +68,7 @@ def test_the_log_of_a_checkpoint_is_what_led_to_it(step, kept, tmp_path):
     lines[0:0] = [{"step": 0, "epoch": 0.0, "eval_loss": 0.7}]
     lines[5:5] = [{"step": 4, "epoch": 1.0, "eval_loss": 0.6}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    log = history(tmp_path, step, 2)
+    log = History(tmp_path, FACTS).until(step)
     assert " ".join(f"e{line['step']}" if "eval_loss" in line else f"t{line['step']}={line['loss']:g}"
                     for line in log) == kept
     assert all(line.keys() <= {"step", "epoch", "loss", "learning_rate", "eval_loss"} for line in log)
@@ -76,16 +76,59 @@ def test_the_log_of_a_checkpoint_is_what_led_to_it(step, kept, tmp_path):
     assert step == 1 or all(line["epoch"] == line["step"] / 4 for line in log)  # one step does not tell an epoch
 
 
+def log_of(file, steps: range, every: int = 10) -> None:
+    """Appends lines of training, each after its evaluation where there is one."""
+    with file.open("a") as out:
+        for k in steps:
+            lines = [{"step": k, "epoch": k / 500, "eval_loss": float(k)}] * (k % every == 0)
+            for line in [*lines, {"step": k, "epoch": k / 500, "loss": float(k), "num_tokens": k}]:
+                out.write(json.dumps(line) + "\n")
+
+
+def test_a_long_log_is_read_once_however_often_it_is_saved(tmp_path, monkeypatch):
+    """40 checkpoints and states of 2,000 steps; each is what somebody writes who reads the log anew, and the hash is
+    that of earlier versions."""
+    read, loads = [], json.loads
+    monkeypatch.setattr(run_log.json, "loads", lambda text: read.append(text) or loads(text))
+    facts = FACTS | {"steps": 2000, "arguments": FACTS["arguments"] | {"eval_steps": 10, "logging_steps": 3}}
+    history, log, file, found = History(tmp_path, facts), run_log.Log(tmp_path), tmp_path / "metrics.jsonl", {}
+    assert history.until(0) == []
+    for step in range(50, 2001, 50):
+        log_of(file, range(step - 50, step), 10**9)
+        with file.open("a") as out:  # as before a checkpoint: its own evaluation, and half a line
+            out.write(json.dumps({"step": step, "epoch": step / 500, "eval_loss": 1.0}) + '\n{"step": ')
+        found[step] = texts(facts, step, history, "org/base"), log.hash_before(step)
+        os.truncate(file, file.stat().st_size - len('{"step": '))
+    lines = run_log.read_lines(tmp_path)
+    assert len(read) == 3 * len(lines)  # by each of three readers once
+    assert all(found[step] == (texts(facts, step, History(tmp_path, facts), "org/base"), run_log.hash_before(
+        lines, step)) for step in (50, 850, 2000))
+
+
 @pytest.mark.parametrize("every, shown", [(1, 3), (2, 4), (50, 50)])
 def test_the_log_of_a_long_run_has_a_thousand_entries_at_most(every, shown, tmp_path):
     """Means over more steps than --logging_steps, which the file says: 2,500 steps are 834 windows of 3."""
-    (tmp_path / "metrics.jsonl").write_text("".join(
-        json.dumps({"step": k, "epoch": k / 5000, "loss": float(k)}) + "\n" for k in range(2500)))
-    state = json.loads(texts(FACTS | {"arguments": FACTS["arguments"] | {"logging_steps": every} | NO}, 2500, tmp_path,
-                             "base")["trainer_state.json"])
-    assert state["logging_steps"] == shown and len(state["log_history"]) == -(-2500 // shown) <= 1000
-    assert [line["loss"] for line in state["log_history"][:2]] == [(shown - 1) / 2, (shown - 1) / 2 + shown]
-    assert [line["step"] for line in state["log_history"][:2]] == [shown, 2 * shown]
+    log_of(tmp_path / "metrics.jsonl", range(2500), 10**9)
+    facts = FACTS | {"steps": 2500, "arguments": FACTS["arguments"] | {"eval_steps": 0, "logging_steps": every}}
+    state = json.loads(texts(facts, 2500, History(tmp_path, facts), "base")["trainer_state.json"])
+    assert state["logging_steps"] == shown and len(state["log_history"]) == 1 + -(-2500 // shown) <= 1001
+    assert [line["loss"] for line in state["log_history"][1:3]] == [(shown - 1) / 2, (shown - 1) / 2 + shown]
+    assert [line["step"] for line in state["log_history"][1:3]] == [shown, 2 * shown]
+
+
+def test_evaluations_of_a_long_run_are_thinned_alike(tmp_path):
+    """As the file says, which transformers opens; the last one stays."""
+    facts = FACTS | {"steps": 5200, "arguments": FACTS["arguments"] | {"eval_steps": 2, "logging_steps": 1}}
+    log_of(tmp_path / "metrics.jsonl", range(5201), 2)
+    for name, text in texts(facts, 5200, History(tmp_path, facts), "base").items():
+        (tmp_path / name).write_text(text)
+    state = TrainerState.load_from_json(tmp_path / "trainer_state.json")
+    assert (state.logging_steps, state.eval_steps, state.global_step, state.epoch) == (6, 6, 5200, 10.4)
+    means = [line for line in state.log_history if "loss" in line]
+    assert [line["step"] for line in means] == [*range(6, 5200, 6), 5200] and len(means) <= MOST
+    assert [line["loss"] for line in means[:2]] == [2.5, 8.5] and means[-1]["loss"] == 5197.5
+    evals = [line["step"] for line in state.log_history if "eval_loss" in line]
+    assert evals == [*range(0, 5200, 6), 5200] and state.log_history[-1]["step"] == 5200
 
 
 def test_every_checkpoint_and_the_merged_model_have_both(tiny, tmp_path):

@@ -453,7 +453,8 @@ def test_a_log_of_any_length_is_read(tmp_path):
     """70 MB, as some 60,000 steps leave: at a smaller limit such a run could never end."""
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0{" " * 70_000_000}}}\n')
     assert [line["step"] for _, line in read_lines(tmp_path)] == [0]
-    assert card.history(tmp_path, 1, 1)[0]["step"] == 1
+    facts = {"arguments": {"logging_steps": 1, "eval_steps": 0}, "steps": 1}
+    assert card.History(tmp_path, facts).until(1)[0]["step"] == 1
 
 
 def test_a_checkpoint_of_another_run_is_named(stopped, capsys):
