@@ -104,16 +104,16 @@ def curves(ax, run: str, lines: list[dict], name: str, look: dict, training: dic
     trained = [(line["step"], line.get(name, math.nan)) for line in lines
                if name in line or not is_evaluation(line)]
     if any(name in line for line in lines):
+        every = -(-len(trained) // MOST)
+        means = [values[::every] for values in average(trained, reach)]
+        trained = trained[::every]
         gaps = [True, *(math.isnan(value) for _, value in trained), True]
         alone = [i for i in range(len(trained)) if gaps[i : i + 3] == [True, False, True]]  # a point without a line
         dots = {"marker": ".", "markevery": alone} if alone else {"marker": ""}
-        every = -(-len(trained) // MOST) if reach else 1  # without an average there are few
-        ax.plot(*zip(*trained[::every]), **look | (POINTS if reach else training | dots), label=f"{run} {name}")
+        ax.plot(*zip(*trained), **look | (POINTS if reach else training | dots), label=f"{run} {name}")
         if reach:
             faint = training | {"alpha": 0.7} if training else {}
-            steps, means = average(trained, reach)
-            ax.plot(steps[::every], means[::every], **look | {"marker": "", "zorder": 2.5} | faint,
-                    label=f"{run} {name}, average")
+            ax.plot(*means, **look | {"marker": "", "zorder": 2.5} | faint, label=f"{run} {name}, average")
     if held_out:
         ax.plot(*zip(*held_out), **look | PROMINENT, label=f"{run} eval_{name}")
 

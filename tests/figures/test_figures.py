@@ -677,6 +677,17 @@ def test_of_a_long_run_some_points_are_drawn(tmp_path, draw):  # noqa: F811
     assert [labels(x) for x in (0, 500, 5000, 20_000, 12_500)] == ["0", "500", "5000", "20k", "12.5k"]
 
 
+def test_of_a_long_difference_some_steps_are_drawn(tmp_path, draw):  # noqa: F811
+    """The same evenly spaced ones of both runs and of their difference, and the caption says so."""
+    runs = [write_lines(tmp_path / name, [{"step": k, "loss": of * k} for k in range(4100)])
+            for name, of in (("a", 1.0), ("b", 3.0))]
+    found = draw(*runs, "--diff")
+    for name, of in (("a", 1), ("b", 3), ("difference", 2)):
+        _, steps, values = points(found["difference"], f"{name} loss")
+        assert steps == list(range(0, 4100, 3)) and values == [of * k for k in steps]
+    assert "means over the pairs of a step that is drawn, of evenly spaced ones." in found["captions"]["difference"]
+
+
 def kinds(**arguments):
     return {"arguments": arguments}
 
