@@ -14,8 +14,6 @@ class Log:
 
     def __init__(self, run: Path):
         self.file, self.place = run / "metrics.jsonl", 0
-        self.waiting: list[dict] = []  # lines that are read and not hashed yet
-        self.digest, self.between = hashlib.sha256(b"["), ""
 
     def new_lines(self) -> list[tuple[str, dict]]:
         """(text, values) of each whole line that has come: a killed process may leave half of the last one."""
@@ -37,10 +35,18 @@ class Log:
                 lines.append((text, line))
         return lines
 
-    def hash_before(self, step: int) -> str:
-        """The hash of the function `hash_before`, of the lines so far. Steps must be asked for in order."""
-        lines = self.waiting + [line for _, line in self.new_lines()]
-        self.waiting = [line for line in lines if line["step"] >= step]
+
+class LogHash:
+    """`hash_before` for a log that grows. Each line is read and hashed once."""
+
+    def __init__(self, run: Path):
+        self.log, self.digest, self.between = Log(run), hashlib.sha256(b"["), ""
+        self.later: list[dict] = []  # lines that are read and not hashed yet
+
+    def before(self, step: int) -> str:
+        """Steps must be asked for in order."""
+        lines = self.later + [line for _, line in self.log.new_lines()]
+        self.later = [line for line in lines if line["step"] >= step]
         for line in (line for line in lines if line["step"] < step):
             self.digest.update((self.between + json.dumps(timeless(line), sort_keys=True)).encode())
             self.between = ", "

@@ -27,7 +27,7 @@ from ..errors import RankStopped, RunStopped, UserError
 from ..files import read_text
 from ..ranks.distributed import gather_or_raise, is_main, main_first, say
 from .atomic import aside, clear, file_facts, flush, new_file, publish, read_manifest, remove, steps_of, writing
-from .log import MAX_BYTES, Log, hash_before, is_evaluation, read_lines, trained_steps
+from .log import MAX_BYTES, LogHash, hash_before, is_evaluation, read_lines, trained_steps
 from .state import COUNTERS
 
 KEEP = 2
@@ -74,11 +74,11 @@ def steps_in(run: Path) -> list[int]:
 
 
 def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: int, keep: bool = False,
-         log: Log | None = None) -> None:
+         log: LogHash | None = None) -> None:
     """Writes resume/step-<step>, all ranks together. Raises RunStopped on all of them where one can't write.
 
     The state gets its name last, when every rank has read its file back and rank 0 has seen them all. `facts` go into
-    the manifest. `keep`: older states stay. `log`: rank 0's reader of the run's log, which need not begin anew.
+    the manifest. `keep`: older states stay. `log`: rank 0's hash of the run's log so far, made anew where None.
     """
     folder, place = folder_of(run, step), aside(folder_of(run, step))
     file, error, written = place / f"rank{rank}.safetensors", None, None
@@ -103,7 +103,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
                                     "be a folder that all machines share")
                 with writing(folder):
                     flush(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else None
-                    before = (log or Log(run)).hash_before(step)
+                    before = (log or LogHash(run)).before(step)
                     publish(folder, {"step": step, "tensors": LAYOUT, "log": before, **facts}, names)
                 for old in [s for s in steps_in(run) if s < step][KEEP - 1 :] if not keep else ():
                     remove(folder_of(run, old))

@@ -11,7 +11,7 @@ from ..data.template import leads_to_keep, prompt_leads, template_for
 from ..errors import UserError
 from ..folder import card, checkpoint, elastic, fork, record, resume, same_run, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
-from ..folder.log import Log, read_lines
+from ..folder.log import LogHash, read_lines
 from ..model import loading
 from ..model.quantised import bits_of
 from ..model.source import base_of
@@ -185,11 +185,12 @@ def save_state(run: Run) -> None:
     tensors = run.random
     if run.rank == 0 or run.engine.zero_optimization_stage():  # without ZeRO all ranks have the same
         tensors = tensors | state.weights_and_moments(run.engine)
-    run.log = run.log or Log(run.folder)
+    run.log_hash = run.log_hash or LogHash(run.folder)
     zero = json.dumps(run.facts["deepspeed"]["zero_optimization"])
     facts = {"tokens": run.tokens, "skipped": run.skipped, "zero": zero}
     facts |= {name: getattr(run.engine, name) for name in state.COUNTERS}
-    resume.save(run.folder, run.step, tensors, facts | _owner(run), run.rank, run.args.keep_states, run.log)
+    resume.save(run.folder, run.step, tensors, facts | _owner(run), run.rank, run.args.keep_states,
+                run.log_hash)
 
 
 def _owner(run: Run) -> dict:

@@ -24,7 +24,7 @@ from ..folder import elastic, fork, record, same_run
 from ..folder.atomic import check_writable
 from ..folder.card import History
 from ..folder.fork import Fork
-from ..folder.log import Log
+from ..folder.log import LogHash
 from ..model.source import Source, absolute
 from ..ranks import distributed
 from ..screen import folded
@@ -99,8 +99,8 @@ class Run(Start):
     evaluated: set[int] = dataclasses.field(default_factory=set)  # steps whose evaluation is in metrics.jsonl
     random: dict | None = None  # random numbers as they were before this step
     lock: object = None  # an open file
-    log: Log | None = None  # for the states, on the first rank
-    history: History | None = None  # for the checkpoints, there
+    log_hash: LogHash | None = None  # of states, on the first rank
+    history: History | None = None  # of checkpoints, there
     monitor: object = None  # of monitors.py, on the first rank
 
     def __enter__(self):

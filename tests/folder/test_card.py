@@ -91,13 +91,13 @@ def test_a_long_log_is_read_once_however_often_it_is_saved(tmp_path, monkeypatch
     read, loads = [], json.loads
     monkeypatch.setattr(run_log.json, "loads", lambda text: read.append(text) or loads(text))
     facts = FACTS | {"steps": 2000, "arguments": FACTS["arguments"] | {"eval_steps": 10, "logging_steps": 3}}
-    history, log, file, found = History(tmp_path, facts), run_log.Log(tmp_path), tmp_path / "metrics.jsonl", {}
+    history, log, file, found = History(tmp_path, facts), run_log.LogHash(tmp_path), tmp_path / "metrics.jsonl", {}
     assert history.until(0) == []
     for step in range(50, 2001, 50):
         log_of(file, range(step - 50, step), 10**9)
         with file.open("a") as out:  # as before a checkpoint: its own evaluation, and half a line
             out.write(json.dumps({"step": step, "epoch": step / 500, "eval_loss": 1.0}) + '\n{"step": ')
-        found[step] = texts(facts, step, history, "org/base"), log.hash_before(step)
+        found[step] = texts(facts, step, history, "org/base"), log.before(step)
         os.truncate(file, file.stat().st_size - len('{"step": '))
     lines = run_log.read_lines(tmp_path)
     assert len(read) == 3 * len(lines)  # by each of three readers once
