@@ -60,6 +60,9 @@ from .plan import Result, Work
 COLUMNS = [*KEYS, "row", "problem", "response", "tokens", "logps", "mean_logps", *MEASURES]
 BY_POSITION = {"tokens", "risers"}
 TABLES = ("scores", "pairs", "sections", "answers", "failed")
+WRITERS = {".parquet": lambda table, file: table.to_parquet(file, index=False),
+           ".csv": lambda table, file: table.to_csv(file, index=False),
+           ".jsonl": lambda table, file: table.to_json(file, orient="records", lines=True)}
 
 
 def keep(parts: Parts, work: Work, done: list[tuple[list[Result], int, dict[str, list]]]) -> None:
@@ -129,12 +132,8 @@ def join(folder: Path, work: list[Work], parts: Parts, runs: dict) -> dict[str, 
         tables["tenths"] = tables["sections"][(tables["sections"]["response"] == "chosen")
                                               & tables["sections"]["section"].str.startswith("tenth")]
         tables["sections"] = means(tables["sections"], [*KEYS, "response", "section"]).drop(columns="median")
-    for name in ("scores", "pairs", "answers"):
-        _write(folder / f"{name}.parquet", tables[name], lambda file, table: table.to_parquet(file, index=False))
-    for name in ("summary", "sections"):
-        _write(folder / f"{name}.csv", tables[name], lambda file, table: table.to_csv(file, index=False))
-    _write(folder / "failed.jsonl", tables["failed"],
-           lambda file, table: table.to_json(file, orient="records", lines=True))
+    for name in ("scores.parquet", "pairs.parquet", "answers.parquet", "summary.csv", "sections.csv", "failed.jsonl"):
+        _write(folder / name, tables[Path(name).stem])
     _stream((table_of(item, parts, "tokens") for item in work), folder / "tokens.parquet")
     _stream(map(prompts_of, {item.data.name: item.data for item in work if item.of_kind("tokens")}.values()),
             folder / "prompts.parquet")
@@ -142,7 +141,7 @@ def join(folder: Path, work: list[Work], parts: Parts, runs: dict) -> dict[str, 
     _stream((_summed(table_of(item, parts, "risers"), tables["scores"], sums) for item in work),
             folder / "risers.parquet")
     tables["risers"] = _concat(sums)
-    _write(folder / "risers.csv", tables["risers"], lambda file, table: table.to_csv(file, index=False))
+    _write(folder / "risers.csv", tables["risers"])
     return tables
 
 
@@ -180,12 +179,12 @@ def _concat(tables: list[pandas.DataFrame]) -> pandas.DataFrame:
     return pandas.concat(found, ignore_index=True) if found else pandas.DataFrame()
 
 
-def _write(file: Path, table: pandas.DataFrame, write) -> None:
+def _write(file: Path, table: pandas.DataFrame) -> None:
     """A table in place of the file; without rows no file, and none that an earlier call left."""
     if table.empty:
         return file.unlink(missing_ok=True)
     with writing(file), new_file(file) as place:
-        write(place, table)
+        WRITERS[file.suffix](table, place)
 
 
 def _stream(tables, target: Path) -> None:
