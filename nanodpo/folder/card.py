@@ -19,6 +19,7 @@ from ..data.urls import client_errors
 from ..files import read_text
 from ..flags.loss import loss_name
 from .atomic import new_file
+from .fork import forks_of
 from .log import Log, is_evaluation, timeless
 
 FIGURE = "training.png"
@@ -159,13 +160,12 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
 
 def _forked(facts: dict, step: int) -> list[str]:
     """A sentence on the settings that were changed before this step, where the run is a fork."""
-    fork, found = facts.get("fork"), []
-    while fork:
+    found = []
+    for fork in forks_of(facts.get("fork")):
         pairs = [(name.removeprefix("--"), pair) for name, pair in fork["changed"].items() if name.startswith("--")]
         words = ", ".join(f"`{name}` {was} -> {now}" for name, (was, now) in pairs if name in SETTINGS)
         if words and 0 < fork["step"] < step:
             found.insert(0, f"at step {fork['step']} {words}")
-        fork = fork.get("of")
     return [f"Settings were changed on the way: {'; '.join(found)}. Those below are the last."] if found else []
 
 

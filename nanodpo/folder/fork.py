@@ -47,11 +47,12 @@ class Fork:
 def owners(record: dict) -> list[str]:
     """The fingerprints of a run, by its run.json, and of those that it is a fork of: whose states and checkpoints its
     folder may hold."""
-    found, fork = [same_run.fingerprint(record)], record.get("fork")
-    while fork:
-        found.append(fork["fingerprint"])
-        fork = fork.get("of")
-    return found
+    return [same_run.fingerprint(record), *(one["fingerprint"] for one in forks_of(record.get("fork")))]
+
+
+def forks_of(entry: dict | None) -> list[dict]:
+    """A run's entry `fork`, where it has one, then that of the run which it is a fork of, and so on."""
+    return [entry, *forks_of(entry.get("of"))] if entry else []
 
 
 def settings_of(fork: str, output_dir: str | None) -> tuple[dict, str]:
@@ -137,10 +138,7 @@ def check(fork: Fork, facts: dict, before_loading: bool = False) -> dict[str, li
 def first_step_with(name: str, facts: dict) -> int:
     """The step from which on a setting, like --beta, has the value that it has now; `facts` are the entries of
     run.json."""
-    entry = facts.get("fork")
-    while entry and name not in entry["changed"]:
-        entry = entry.get("of")
-    return entry["step"] if entry else 0
+    return next((entry["step"] for entry in forks_of(facts.get("fork")) if name in entry["changed"]), 0)
 
 
 def _of_evaluation(name: str, was, now) -> bool:
