@@ -10,6 +10,7 @@ from ..core.losses import LOSSES, needs_reference
 from ..errors import UserError, first_line
 from ..files import parse_json, read_text
 from ..flags.loss import loss_name
+from ..folder.elastic import pairs_per_step
 from ..run.noise import of_record
 from .axes import listed
 from .noise import Noise
@@ -49,26 +50,21 @@ def read_facts(folder: Path) -> Facts:
     file = folder / "run.json"
     try:
         record = parse_json(read_text(file))
+        given = record.get("arguments", {})
+        pairs = pairs_per_step({"world_size": 1, "arguments": given} | record)
     except (FileNotFoundError, NotADirectoryError):
         return Facts()
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise UserError(f"{file}: is not what train.py writes ({first_line(error)})") from error
-    given = record.get("arguments", {}) if isinstance(record, dict) else None
-    if not isinstance(given, dict):
-        raise UserError(f"{file}: is not what train.py writes; arguments must be an object")
     facts = Facts(given.get("loss", ""), given.get("label_smoothing", 0.0), given.get("beta"),
                   given.get("model_name", ""), given.get("sft_weight", 0.0), given.get("loss_kwargs"),
-                  Noise(of_record(record, file)), record.get("world_size", 1))
+                  Noise(of_record(record, file)), pairs)
     facts.forked = fork.get("step") if isinstance(fork := record.get("fork"), dict) else None
     numbers = {"label_smoothing": facts.smoothing, "beta": facts.beta or 0.0, "sft_weight": facts.sft_weight}
     wrong = [name for name, value in numbers.items() if type(value) not in (int, float) or not 0 <= value < math.inf]
     texts = {"loss": facts.loss, "model_name": facts.model, "loss_kwargs": facts.kwargs or ""}
     wrong += [name for name, value in texts.items() if not isinstance(value, str)]
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        facts.pairs = given.get(name, 1) * facts.pairs if type(given.get(name, 1)) is int else 0
-    size = given.get("sequence_parallel_size", 1)
-    facts.pairs = facts.pairs // size if type(size) is type(facts.pairs) is int and size > 0 else 0
-    wrong += [] if type(facts.pairs) is int and facts.pairs > 0 else ["the number of pairs of a step"]
+    wrong += [] if type(pairs) is int and pairs > 0 else ["the number of pairs of a step"]
     wrong += [] if facts.forked is None or type(facts.forked) is int and facts.forked >= 0 else ["the step of the fork"]
     if wrong:
         raise UserError(f"{file}: is not what train.py writes: {wrong[0]} has no value that it could have")
