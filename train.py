@@ -65,13 +65,13 @@ def build(start: Start, stop: Stop) -> Run:
     """Joins the ranks, loads the model and makes the engine around it."""
     args = start.args
     device = distributed.start(args.local_rank, args.deterministic)
-    check_with_deepspeed(start.settings | start.monitors, args.deepspeed)
+    check_with_deepspeed(start.deepspeed | start.monitors, args.deepspeed)
     rank, world = distributed.rank_and_world()
     with memory.shortage_named(rank, "loading the model"):
         model, hashes, reference_model, reference_hashes = load_models(start)
     distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
     with memory.shortage_named(rank, "loading the model"):
-        engine, layout, attention = make_engine(model, args, start.settings, device, start.longest)
+        engine, layout, attention = make_engine(model, args, start.deepspeed, device, start.longest)
     torch.manual_seed(args.seed + rank)  # dropout's, with --allow_dropout
     return Run(**vars(start), stop=stop, start_hashes=hashes, reference_hashes=reference_hashes,
                reference_model=reference_model, engine=engine, layout=layout, attention=attention, device=device,

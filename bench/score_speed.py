@@ -112,10 +112,10 @@ def responses(args, folder: Path) -> list:
     from nanodpo.data.template import read_template
     from nanodpo.data.tokens import load_dataset
     from nanodpo.scoring.responses import make_groups
-    from nanodpo.scoring.runs import DEFAULTS
+    from nanodpo.scoring.runs import BARE_MODEL
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_name)
-    settings = SimpleNamespace(**DEFAULTS | {"overlong": "truncate"})
+    settings = SimpleNamespace(**BARE_MODEL | {"overlong": "truncate"})
     data = load_dataset(str(folder / "rows.parquet"), read_template(tokenizer), settings, args.max_length, pairs=False,
                         more=("relevant-question",))
     groups = make_groups(data.examples, args.responses, 42, args.max_length)

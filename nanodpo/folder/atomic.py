@@ -96,7 +96,7 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UserError(f"{flag}: can't be written to ({error.strerror})") from error
 
 
-def steps_of(folder: Path, prefix: str = "checkpoint") -> list[int]:
+def saved_steps(folder: Path, prefix: str = "checkpoint") -> list[int]:
     """Steps k of the <prefix>-<k> in a folder, the newest first."""
     steps = (step_of(place.name, prefix) for place in folder.glob(f"{prefix}-*"))
     return sorted((step for step in steps if step is not None), reverse=True)

@@ -19,7 +19,7 @@ from ..model.sharding import whole
 from ..model.source import base_of
 from ..ranks.distributed import is_main, say
 from ..screen import folded
-from .atomic import new_folder, remove, steps_of
+from .atomic import new_folder, remove, saved_steps
 
 
 def gather(model: nn.Module, only_trained: bool) -> dict[str, torch.Tensor]:
@@ -141,7 +141,7 @@ def check_trained(state: dict[str, torch.Tensor]) -> None:
 
 def rotate(run: Path, keep: int | None) -> None:
     """Removes the oldest checkpoints beyond `keep`; the starting point, checkpoint-0, always stays."""
-    for step in [s for s in steps_of(run) if s > 0][keep:] if keep else ():
+    for step in [s for s in saved_steps(run) if s > 0][keep:] if keep else ():
         remove(run / f"checkpoint-{step}")
 
 

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..flags.arguments import BY_CONTENT
 from ..ranks.distributed import is_main
 from . import record, resume, same_run
-from .atomic import BESIDE, aside, new_file, steps_of, writing
+from .atomic import BESIDE, aside, new_file, saved_steps, writing
 from .elastic import DEFAULTS, zero_alone
 from .log import read_lines
 
@@ -164,7 +164,7 @@ def fill(fork: Fork, folder: Path) -> None:
     if not resume.folder_of(fork.run, fork.step).is_dir():
         raise UserError(f"{fork}: the state is gone, and {folder} was stopped before it had it; remove that folder")
     (folder / "resume").mkdir(exist_ok=True)
-    for name in [*(f"checkpoint-{k}" for k in steps_of(fork.run) if 0 < k <= fork.step), f"resume/step-{fork.step}"]:
+    for name in [*(f"checkpoint-{k}" for k in saved_steps(fork.run) if 0 < k <= fork.step), f"resume/step-{fork.step}"]:
         with writing(folder / name):
             if not (folder / name).exists():
                 shutil.copytree(fork.run / name, aside(folder / name), copy_function=_link)

@@ -19,19 +19,19 @@ from ..errors import RunStopped, UserError
 from ..files import MAX_BYTES, read_text
 from ..flags.arguments import BY_CONTENT
 from ..ranks.distributed import world_size
-from .atomic import aside, check_writable, clear_partials, flush, hold, new_file, steps_of, writing
+from .atomic import aside, check_writable, clear_partials, flush, hold, new_file, saved_steps, writing
 from .elastic import pairs_per_step
 from .reference import data_hash
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers")
 
 
-def facts(args, settings: dict, limit: int, data_sets: list, program: Path, command: list[str]) -> dict:
+def facts(args, deepspeed: dict, limit: int, data_sets: list, program: Path, command: list[str]) -> dict:
     """The entries of run.json that are known before the model is loaded. `limit`: the longest sequence, tokens;
     `program`: the folder of train.py."""
     return {
         "command": shlex.join(command), "arguments": arguments(args), "max_length": limit,
-        "world_size": world_size(), "deepspeed": json.loads(json.dumps(settings)),
+        "world_size": world_size(), "deepspeed": json.loads(json.dumps(deepspeed)),
         "versions": versions(), "git_commit": git_commit(program), "threads": torch.get_num_threads(),
         "data": [data_hash(data.once) for data in data_sets],  # an epoch follows from them and mix_weights
         "data_report": [data.report() for data in data_sets],
@@ -64,7 +64,7 @@ def find(resume: str, output_dir: str | None, name: str) -> tuple[Path, dict | N
     place = Path(os.path.abspath(path))  # as it is named: states may be links
     if place.parent.name == "resume" and place.name.startswith("step-"):
         folder, step = place.parent.parent, place.name.removeprefix("step-")
-        if not path.is_dir() or step not in map(str, steps_of(place.parent, "step")):
+        if not path.is_dir() or step not in map(str, saved_steps(place.parent, "step")):
             raise UserError(f"--resume {path}: no such state; the run's are in {path.parent}")
     else:
         folder = path

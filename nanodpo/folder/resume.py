@@ -26,7 +26,7 @@ from torch import Tensor
 from ..errors import RankStopped, RunStopped, UserError
 from ..files import read_text
 from ..ranks.distributed import gather_or_raise, is_main, main_first, say
-from .atomic import aside, clear, file_facts, flush, new_file, publish, read_manifest, remove, steps_of, writing
+from .atomic import aside, clear, file_facts, flush, new_file, publish, read_manifest, remove, saved_steps, writing
 from .log import MAX_BYTES, LogHash, hash_before, is_evaluation, read_lines, trained_steps
 from .state import COUNTERS
 
@@ -55,7 +55,7 @@ def begin(run: Path, steps: int, wanted: int | None, owners: list[str], first: i
             "stay as they are")
     evaluated = go_back(run, lines, facts["step"])
     # Checkpoint 0 and the one of this step are made again where they are damaged.
-    for place in [run / f"checkpoint-{k}" for k in steps_of(run) if 0 < k < facts["step"]]:
+    for place in [run / f"checkpoint-{k}" for k in saved_steps(run) if 0 < k < facts["step"]]:
         damage = read_manifest(place)
         if isinstance(damage, dict):
             damage = FOREIGN if damage.get("run") not in owners else None
@@ -70,7 +70,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 def steps_in(run: Path) -> list[int]:
     """The steps of a run's states, the newest first."""
-    return steps_of(run / "resume", "step")
+    return saved_steps(run / "resume", "step")
 
 
 def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: int, keep: bool = False,
@@ -138,7 +138,7 @@ def find(run: Path, lines: list[tuple[str, dict]], owners: list[str], wanted: in
             return facts
         passed.append(f"step-{step}: {facts}")
         say(f"resume: passing over {folder_of(run, step)}: {facts}")
-    done = [step for step in steps_of(run) if step > 0]
+    done = [step for step in saved_steps(run) if step > 0]
     if passed or done or first:
         there = f"checkpoint-{done[0]} is there" if done else f"it is a fork at step {first}"
         broken = "; ".join(passed) or f"there is none, but {there}"
@@ -210,6 +210,6 @@ def go_back(run: Path, lines: list[tuple[str, dict]], step: int) -> set[int]:
         with writing(metrics), new_file(metrics) as place:
             place.write_text("".join(text for text, _ in kept))
     for folder, prefix in ((run / "resume", "step"), (run, "checkpoint")):
-        for later in [s for s in steps_of(folder, prefix) if s > step]:
+        for later in [s for s in saved_steps(folder, prefix) if s > step]:
             remove(folder / f"{prefix}-{later}")
     return {line["step"] for _, line in kept if is_evaluation(line)}

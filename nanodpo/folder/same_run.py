@@ -91,7 +91,7 @@ def _short(value) -> str:
     return text if len(text) <= 60 else f"{text[:30]}...{text[-20:]}"
 
 
-def chosen(arguments: dict, free: set[str]) -> dict:
+def custom(arguments: dict, free: set[str]) -> dict:
     """The settings that are neither free nor at their defaults."""
     return {name: value for name, value in arguments.items() if name not in free and value != DEFAULTS.get(name)}
 
@@ -103,5 +103,5 @@ def fingerprint(record: dict) -> str:
         return fork["fingerprint"]
     kept = {name: record.get(name) for name in COMPARED if name not in SHARING | {"fork"}}
     kept |= {"fork": [fork["fingerprint"], fork["step"], fork["changed"]]} if fork else {}
-    kept |= {"arguments": chosen(record["arguments"], FREE.union(BY_CONTENT, SHARING)), "pairs": pairs_per_step(record)}
+    kept |= {"arguments": custom(record["arguments"], FREE.union(BY_CONTENT, SHARING)), "pairs": pairs_per_step(record)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

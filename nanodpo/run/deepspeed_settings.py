@@ -42,7 +42,7 @@ SETTINGS = (
     | _settings("", lambda value: True, "amp sparse_gradients"))  # DeepSpeed refuses them, and says why
 
 
-def read_settings(args, default: Path) -> dict:
+def read_deepspeed(args, default: Path) -> dict:
     """The settings in the file of --deepspeed, or in `default`, with train.py's own written in. Raises UserError where
     the file can't be read, or a setting is not one that train.py can hand on to DeepSpeed."""
     path = Path(args.deepspeed or default)

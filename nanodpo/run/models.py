@@ -57,10 +57,10 @@ def open_whole(name: str, trust_remote_code: bool) -> Source:
     return open_source(name, trust_remote_code)
 
 
-def open_checked(args, lora: dict, settings: dict) -> tuple[Source, dict | None]:
+def open_checked(args, lora: dict, deepspeed: dict) -> tuple[Source, dict | None]:
     """(the model or adapter to start from, with the chat template of --chat_template; how the matrices of its base are
     quantised, None where they are not). Raises UserError where it can't be trained so."""
-    source, stage, bits = open_whole(args.model_name, args.trust_remote_code), stage_of(settings), bits_of(args)
+    source, stage, bits = open_whole(args.model_name, args.trust_remote_code), stage_of(deepspeed), bits_of(args)
     if args.chat_template:
         source.tokenizer.chat_template = read_template_file(args.chat_template)
     check_quantised(bits, source.stored, source.base, args.use_lora, stage)
@@ -82,7 +82,7 @@ def open_reference(args, source: Source, sets: list[DataSet]) -> Source:
 def load_models(start) -> tuple:
     """A run's Start -> (the policy, its hashes as the reference, the model of --reference, its hashes); see
     model/loading.py. Raises UserError where the ranks have read other weights."""
-    args, shared = start.args, shared_weights(start.settings)
+    args, shared = start.args, shared_weights(start.deepspeed)
     fresh = args.use_lora and not start.source.adapter
     with agreement.same_on_all_ranks() as compared:
         model = loading.load_model(start.source, args, start.lora, shared)

@@ -92,7 +92,7 @@ def _open_reference(run: Run):
         return
     with memory.shortage_named(run.rank, "loading the reference"):
         frozen = freeze(run.reference_model, run.args.bf16, run.device, run.longest, run.engine.module.parallel,
-                        run.settings)
+                        run.deepspeed)
     yield *frozen, 3 if is_sharded(run.reference_model) else 0
 
 

@@ -30,7 +30,7 @@ from ..ranks import distributed
 from ..screen import folded
 from . import agreement
 from .datasets import read_data
-from .deepspeed_settings import read_settings
+from .deepspeed_settings import read_deepspeed
 from .models import open_checked, open_reference, read_lora, say_other_bits
 from .monitors import take_blocks
 from .other_trainers import accelerate_differs
@@ -43,7 +43,7 @@ class Start:
 
     args: TrainArguments
     loss: Callable  # of core/losses.py, its settings filled in
-    settings: dict  # DeepSpeed's
+    deepspeed: dict  # DeepSpeed's settings
     source: Source
     train_set: DataSet
     held_out: DataSet | None
@@ -164,12 +164,12 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         return look(args, lora, weights, script.parent / "ds_config.json")
     today = distributed.from_main(str(datetime.date.today()))  # one day for all ranks
     with agreement.same_on_all_ranks() as compared:
-        settings = read_settings(args, script.parent / "ds_config.json")
-        if differs := accelerate_differs(args, settings):
+        deepspeed = read_deepspeed(args, script.parent / "ds_config.json")
+        if differs := accelerate_differs(args, deepspeed):
             distributed.say(differs)
-        monitors = take_blocks(settings, args.report_to)
+        monitors = take_blocks(deepspeed, args.report_to)
         check_launch(args)
-        source, how = open_checked(args, lora, settings)
+        source, how = open_checked(args, lora, deepspeed)
         say_other_bits(args, source.adapter)
         new = f"runs/{loss_name(args.loss)}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
         folder, old, wanted = record.find(args.resume, args.output_dir, new)
@@ -179,7 +179,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         date = (before or {}).get("date") or today  # some chat templates write it
         train, held_out, limit, without = read_data(args, source, weights, date)
         sets = [data for data in (train, held_out) if data]
-        facts = record.facts(args, settings, limit, sets, script.parent, [str(script), *argv])
+        facts = record.facts(args, deepspeed, limit, sets, script.parent, [str(script), *argv])
         facts |= {"date": date, "peft_config": lora or None, "quantisation": how, "loss_function": loss_hash,
                   "fork": fork.entry(forked, old)}
         facts["versions"] |= {"bitsandbytes": importlib.metadata.version("bitsandbytes")} if how else {}
@@ -187,7 +187,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
             same_run.check_same(folder, old, facts, before_loading=bool(source.adapter))
         elif forked:
             fork.check(forked, facts, before_loading=bool(source.adapter))
-        start = Start(args, loss, settings, source, train, held_out, folder, facts, old, wanted, forked, without,
+        start = Start(args, loss, deepspeed, source, train, held_out, folder, facts, old, wanted, forked, without,
                       monitors, lora)
         if args.reference and not start.finished:
             start.reference = open_reference(args, source, sets)
@@ -211,13 +211,13 @@ def say_config(args) -> None:
     distributed.say(json.dumps(kept, indent=2))
 
 
-def look(args, lora: dict, weights: list[float], deepspeed: Path) -> None:
+def look(args, lora: dict, weights: list[float], ds_config: Path) -> None:
     """--inspect. Rows that a run would refuse are left out and named; what it would refuse of settings, model and
     DeepSpeed's file is refused here, too."""
     with agreement.same_on_all_ranks():
-        settings = read_settings(args, deepspeed)
+        deepspeed = read_deepspeed(args, ds_config)
         distributed.check_device(args)
-        source, _ = open_checked(args, lora, settings)
+        source, _ = open_checked(args, lora, deepspeed)
         train, held_out, limit, _ = read_data(inspection.lenient(args), source, weights)
         if args.reference:
             open_reference(args, source, [data for data in (train, held_out) if data])

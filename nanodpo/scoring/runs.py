@@ -23,9 +23,9 @@ from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
 from ..flags.loss import LOSSES, loss_name, own_function
-from ..folder.atomic import MANIFEST, step_of, steps_of
+from ..folder.atomic import MANIFEST, saved_steps, step_of
 from ..folder.record import versions
-from ..folder.same_run import FREE, chosen
+from ..folder.same_run import FREE, custom
 from ..model.source import base_of
 from ..ranks.distributed import device_name
 from .contents import Contents
@@ -38,7 +38,7 @@ FLAGS = {flag.name: flag for flag in dataclasses.fields(TrainArguments) if flag.
     *READING, "train_on", "loss", "beta", "label_smoothing", "loss_kwargs", "sft_weight", *PRECISION, "train_file_path",
     "eval_file_path", "reference")}
 # The settings of a model that comes from no run.
-DEFAULTS = {name: flag.default for name, flag in FLAGS.items()} | {
+BARE_MODEL = {name: flag.default for name, flag in FLAGS.items()} | {
     "loss": "", "train_on": "last", "prompt_leads": None, "held_out_rows": None, "date": None}
 NOT_A_RUN = {"trust_remote_code": False, "record": {}}  # `record` is all that a run's run.json says
 
@@ -175,9 +175,9 @@ def _open(target: str) -> list[Checkpoint]:
         if step is not None and (path.parent / "run.json").is_file():
             settings = _settings(path.parent)
             return [Checkpoint(path.parent.resolve().name, loss_name(settings.loss), step, target, settings)]
-        return [Checkpoint(path.name or target, "", 0, target, SimpleNamespace(**DEFAULTS | NOT_A_RUN))]
+        return [Checkpoint(path.name or target, "", 0, target, SimpleNamespace(**BARE_MODEL | NOT_A_RUN))]
     settings = _settings(path)
-    if not (steps := steps_of(path)):
+    if not (steps := saved_steps(path)):
         raise UserError(f"{target}: the run has no checkpoint")
     name = path.resolve().name
     return [Checkpoint(name, loss_name(settings.loss), step, str(path / f"checkpoint-{step}"), settings)
@@ -191,20 +191,20 @@ def _settings(run: Path) -> SimpleNamespace:
             key: record.get(key) for key in ("prompt_leads", "held_out_rows", "date")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{run / 'run.json'}: is not what train.py writes ({type(error).__name__}: {error})") from error
-    given = {key: given[key] for key in DEFAULTS if key in given}
+    given = {key: given[key] for key in BARE_MODEL if key in given}
     if wrong := next((key for key, value in given.items() if not _right(key, value)), None):
         raise UserError(f"{run / 'run.json'}: is not what train.py writes: {wrong} is {json.dumps(given[wrong])[:100]}")
     try:
         options_of(given.get("chat_template_kwargs"))
     except UserError as error:
         raise UserError(f"{run / 'run.json'}: is not what train.py writes: {error}") from error
-    return SimpleNamespace(**DEFAULTS | NOT_A_RUN | given | {"record": record})
+    return SimpleNamespace(**BARE_MODEL | NOT_A_RUN | given | {"record": record})
 
 
 def _right(key: str, value) -> bool:
     """Can a setting of run.json have this value?"""
     if value is None:
-        return DEFAULTS[key] is None and key != "max_length"
+        return BARE_MODEL[key] is None and key != "max_length"
     lists = {"prompt_leads": (str, type(None)), "held_out_rows": (int,)}
     if key in lists:
         return isinstance(value, list) and all(type(item) in lists[key] for item in value)
@@ -259,7 +259,7 @@ def recipe(record: dict) -> tuple[str, int | None]:
     """(everything in run.json that makes a run, but its seed, as text; the seed). Weights that the seed drew and rows
     that it held out are part of the seed."""
     given = record["arguments"]
-    kept = chosen(given, FREE | {"seed"})
+    kept = custom(given, FREE | {"seed"})
     content = ["steps", "max_length", "world_size", "peft_config", *["weights"] * (not given.get("random_init")),
                *["data"] * (not given.get("eval_size"))]
     fork = record.get("fork")  # one at step 0 is as a run with its settings

@@ -353,7 +353,7 @@ def test_a_key_that_the_deepspeed_file_has_twice(tmp_path):
     args = arguments(*NEEDED, "--deepspeed",
                      settings(tmp_path, '{"zero_optimization": {"stage": 2, "stage": 3}}', "ds.json"))
     with pytest.raises(UserError, match="ds.json: not JSON: has 'stage' twice"):
-        deepspeed_settings.read_settings(args, Path("none"))
+        deepspeed_settings.read_deepspeed(args, Path("none"))
 
 
 def odd_file(place, kind):
@@ -375,7 +375,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path, kind):
     assert said in error_of(str(tmp_path / "run.yaml"))
     said = odd_file(tmp_path / "ds.json", kind)
     with pytest.raises(UserError, match=said):
-        deepspeed_settings.read_settings(arguments(*NEEDED, "--deepspeed", str(tmp_path / "ds.json")), Path("none"))
+        deepspeed_settings.read_deepspeed(arguments(*NEEDED, "--deepspeed", str(tmp_path / "ds.json")), Path("none"))
     for read, name in ((files.read_text, "run.json"), (records.read_metrics, "metrics.jsonl"),
                        (tables.read_csv, "series.csv"), (lambda file: tables.read_parquet(file, []), "s.parquet")):
         said = odd_file(tmp_path / name, kind)

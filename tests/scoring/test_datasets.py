@@ -7,7 +7,7 @@ import pytest
 import tiny_tokenizers
 
 from nanodpo.scoring.datasets import Reader, Wanted, open_dataset
-from nanodpo.scoring.runs import DEFAULTS, NOT_A_RUN
+from nanodpo.scoring.runs import BARE_MODEL, NOT_A_RUN
 
 START, END = 259, 260  # of tiny_tokenizers.chatml
 
@@ -26,7 +26,7 @@ def test_of_several_answers_the_last_is_scored_and_more_training_is_said(train_o
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))
     source = SimpleNamespace(tokenizer=tiny_tokenizers.chatml(), context=100, config=config)
-    settings = SimpleNamespace(**DEFAULTS | NOT_A_RUN | {"loss": "sft", "train_on": train_on, "max_length": 100})
+    settings = SimpleNamespace(**BARE_MODEL | NOT_A_RUN | {"loss": "sft", "train_on": train_on, "max_length": 100})
     reader = Reader(str(tmp_path / "rows.jsonl"), source, set())
     data = open_dataset("d", reader, settings, Wanted(["chosen"], 0, 0, None))
     head = [START, *b"user\n1", END, *b"\n", START, *b"assistant\none", END, *b"\n", START, *b"user\n2", END, *b"\n",

@@ -23,7 +23,7 @@ from malformed import (
 from test_wrong_input_train import JSONS, good, jsonl  # noqa: F401 (a fixture)
 
 import score
-from nanodpo.scoring.runs import DEFAULTS
+from nanodpo.scoring.runs import BARE_MODEL
 
 ROWS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": "no"} for i in range(3)]
 RUN, LAST, DATA = ["@/run"], ["@/run/checkpoint-3"], ["--dataset_path=@/rows.jsonl"]
@@ -197,7 +197,7 @@ def scored(good, tmp_path_factory):  # noqa: F811
     """A run of two checkpoints, as train.py leaves it, and its scores."""
     folder = copied(good, tmp_path_factory.mktemp("scored") / "folder")
     jsonl(*ROWS)(folder)
-    arguments = {name: value for name, value in DEFAULTS.items() if name not in ("max_length", "prompt_leads")}
+    arguments = {name: value for name, value in BARE_MODEL.items() if name not in ("max_length", "prompt_leads")}
     record = {"arguments": arguments | {"loss": "dpo"}, "max_length": 100, "prompt_leads": [None]}
     (folder / "run").mkdir()
     (folder / "run" / "run.json").write_text(json.dumps(record))
