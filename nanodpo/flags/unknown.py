@@ -64,10 +64,10 @@ OTHERWISE = {name: what for what, names in {
         "model_init_kwargs",
     "a setting in the file of --peft_config":
         "use_rslora use_dora rank_pattern alpha_pattern lora_bias init_lora_weights layers_to_transform "
-        "exclude_modules",
+        "exclude_modules target_parameters",
+    "target_parameters in the file of --peft_config": "lora_target_parameters",
     "only LoRA on linear layers is trained, or with --use_lora false the whole model":
         "lora_modules_to_save modules_to_save additional_target",
-    "LoRA on bare parameters is not trained, only on linear layers": "lora_target_parameters target_parameters",
     "not needed: dropout is off unless --allow_dropout": "disable_dropout",
     "--overlong truncate cuts the end of a response to --max_length; a prompt is never cut":
         "truncation_mode max_completion_length max_target_length max_response_length",

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data.template import read_template
 from ..errors import RunStopped, UserError, first_line
-from ..model.adapters import add_adapter, open_base
+from ..model.adapters import SETS, add_adapter, open_base
 from ..model.quantised import quantised_layers, without_bits
 from ..model.sharding import whole
 from ..model.source import base_of
@@ -53,7 +53,7 @@ def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Pa
 def _write(model: nn.Module, tokenizer, state, folder: Path) -> None:
     if hasattr(model, "peft_config"):
         own = model.peft_config["default"]
-        for name in ("target_modules", "exclude_modules"):
+        for name in SETS:
             if isinstance(names := getattr(own, name), set):
                 setattr(own, name, sorted(names))  # the order of a set is another one in each process
         with mock.patch.object(type(model), "create_or_update_model_card"):  # an empty one; see card.py

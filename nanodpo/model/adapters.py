@@ -4,6 +4,7 @@ Transformers and PEFT only warn of weights that a file lacks, and draw random on
 model has no place for they leave out. Here both are errors.
 """
 
+import contextlib
 import copy
 import json
 import re
@@ -16,6 +17,7 @@ from .quantised import check_loaded, loading_options
 from .sharding import sharded_as_read
 from .source import BROKEN, hold_logs, place_of
 
+SETS = ("target_modules", "target_parameters", "exclude_modules")  # in an adapter's config; PEFT has them in any order
 NOT_SHAPE = ("base_model_name_or_path", "peft_version", "inference_mode", "revision")  # of an adapter's config
 
 # Tables of causal masks and of rotations, which files of old releases have beside the weights, and every model computes
@@ -73,9 +75,33 @@ def adapter_shape(adapter: str | None) -> dict | None:
     if adapter is None:
         return None
     config = json.loads(read_text(Path(adapter) / "adapter_config.json"))
-    targets = config.get("target_modules")
-    config["target_modules"] = sorted(targets) if isinstance(targets, list) else targets
+    for name in SETS:
+        config[name] = sorted(names) if isinstance(names := config.get(name), list) else names
     return {key: value for key, value in config.items() if key not in NOT_SHAPE}
+
+
+@contextlib.contextmanager
+def no_false_alarm():
+    """Without PEFT's warnings of what is an error here, and of ranks of experts, which it uses all the same."""
+    with warnings.catch_warnings():
+        for words in ("Found missing adapter keys", "The following (rank|alpha)_pattern keys did not match"):
+            warnings.filterwarnings("ignore", words)
+        yield
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight, or a module, has without PEFT. It puts a layer of its own around each that it adapts, and
+    one around another where it adapts several tensors of a module, such as stacked experts."""
+    return re.sub(r"(\.base_layer)+(?=\.|$)", "", name)
+
+
+def adapted(model) -> tuple[list[str], list[str]]:
+    """The names of linear layers that have LoRA (q_proj), and of tensors that have it without a linear layer
+    (experts.down_proj), each once."""
+    layers = [(plain_name(name).rpartition(".")[2], layer) for name, layer in model.named_modules()
+              if hasattr(layer, "lora_A")]
+    tensors = {f"{name}.{layer.parameter_name}" for name, layer in layers if hasattr(layer, "parameter_name")}
+    return sorted({name for name, layer in layers if not hasattr(layer, "parameter_name")}), sorted(tensors)
 
 
 def add_adapter(model, adapter: str | None, trainable: bool = False):
@@ -89,8 +115,7 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
     if trainable and kind != "LORA":
         raise UserError(f"{adapter}: is a {kind} adapter; only LoRA can be trained on")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        with no_false_alarm():
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
         _read(model, adapter)
     except BROKEN as error:

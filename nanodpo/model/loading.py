@@ -14,7 +14,7 @@ from torch.func import functional_call
 from ..errors import UserError, first_line
 from ..ranks.distributed import say
 from ..screen import folded
-from .adapters import add_adapter, make_alike, open_base
+from .adapters import adapted, add_adapter, make_alike, no_false_alarm, open_base, plain_name
 from .lora_settings import take_over
 from .precision import storage_dtype
 from .quantised import bits_of, numel, quantised_layers
@@ -96,7 +96,7 @@ def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:
     flags = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     head = model.get_output_embeddings()
     try:
-        with _drawn_in_float32():
+        with _drawn_in_float32(), no_false_alarm():
             model = get_peft_model(model, LoraConfig(**flags | lora | {"target_modules": names,
                                                                        "task_type": "CAUSAL_LM"}))
     except BROKEN as error:
@@ -130,6 +130,10 @@ def _check_used(model: nn.Module, lora: dict, where: str, merge: bool) -> None:
     that could not be merged in the end."""
     layers = {name.removeprefix("base_model.model."): layer for name, layer in model.named_modules()
               if hasattr(layer, "lora_A")}
+    tensors = [plain_name(name) for name, _ in model.named_parameters()]
+    for target in lora.get("target_parameters", ()):
+        if not any(name.endswith(f".{target}") for name in tensors):
+            raise UserError(f"{where}: target_parameters has {target!r}, which is no weight of the model")
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in lora.get(name, ()):
             if not any(re.match(rf"(.*\.)?({pattern})$", layer) for layer in layers):  # as PEFT reads it
@@ -149,9 +153,12 @@ def _drawn_in_float32():
     """Keeps PEFT from rounding a fresh adapter to the dtype of its base, so that it is the same with --bf16 and
     without.
     """
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    with mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *args, **kwargs: None):
+    with contextlib.ExitStack() as stack:
+        for kind in (BaseTunerLayer, ParamWrapper):
+            stack.enter_context(mock.patch.object(kind, "_move_adapter_to_device_of_base_layer", lambda *_, **__: None))
         yield
 
 
@@ -176,8 +183,8 @@ def describe(model: nn.Module) -> str:
     line = f"model: {total:,} parameters, {count:,} of them trained ({count / total:.2%}), {dtype}"
     if held := sum(numel(layer.weight) for layer in quantised_layers(model)):
         line += f"; {held:,} held in {'4' if hasattr(quantised_layers(model)[0].weight, 'quant_state') else '8'} bits"
-    adapted = sorted({name.split(".lora_")[0].rpartition(".")[2] for name, _ in trained if ".lora_" in name})
-    line += f"\n  LoRA on {', '.join(adapted)}" if adapted else "; full fine-tuning"
+    names = [name for kind in adapted(model) for name in kind]
+    line += f"\n  LoRA on {', '.join(names)}" if names else "; full fine-tuning"
     if rates := sorted({getattr(module, name) for module, name in _dropouts(model)} - {0.0}):
         line += f"\n  dropout in training passes, with rates {', '.join(map(str, rates))}"
     return folded(line)
@@ -207,8 +214,8 @@ def base_hashes(model: nn.Module, as_read: bool = False) -> list[str]:
     if as_read and is_sharded(inner):
         weights = inner.hash_as_read
     else:
-        tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in
-                   inner.state_dict(keep_vars=True).items() if ".lora_" not in name}
+        tensors = {plain_name(name): tensor for name, tensor in inner.state_dict(keep_vars=True).items()
+                   if ".lora_" not in name}
         _add_tensors(digest := hashlib.sha256(), tensors)
         weights = digest.hexdigest()
     config = {key: value for key, value in inner.config.to_dict().items()

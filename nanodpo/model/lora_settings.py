@@ -34,6 +34,7 @@ TAKEN = {
     "r": COUNT, "lora_alpha": COUNT, "rank_pattern": PATTERN, "alpha_pattern": PATTERN,
     "lora_dropout": Limit(BELOW_1.words, lambda value: type(value) in (int, float) and BELOW_1.holds(value)),
     "target_modules": NAMES, "exclude_modules": NAMES, "layers_pattern": NAMES,
+    "target_parameters": Limit("must be a list of names", lambda value: isinstance(value, list) and _names(value)),
     "use_rslora": TRUTH, "use_dora": TRUTH, "lora_bias": TRUTH, "fan_in_fan_out": TRUTH,
     "layers_to_transform": Limit("must be a layer's number, from 0, or a list of them", lambda value: all(
         type(layer) is int and layer >= 0 for layer in (value if isinstance(value, list) else [value]))),
@@ -48,7 +49,6 @@ WHY_NOT = {  # of those that can't be trained, resumed or scored exactly
                        "with --use_lora false the whole model",
     "trainable_token_indices": "trains tokens' embeddings; nanodpo trains LoRA on linear layers alone, or with "
                                "--use_lora false the whole model",
-    "target_parameters": "adapts weights that no linear layer holds; nanodpo trains LoRA on linear layers alone",
     "layer_replication": "makes another model of the base, with layers that are there twice",
     "alora_invocation_tokens": "turns the adapter on within a text, where packed batches have several texts in a row",
 }

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 from ..core.logprobs import OneRank, SequenceLogProbs
+from ..errors import UserError
+from .adapters import adapted
 from .precision import mix_precision, product_dtype
 from .quantised import multiply_dequantised
 from .sharding import gather_in_forward, is_sharded
@@ -11,12 +13,23 @@ from .sharding import gather_in_forward, is_sharded
 
 def make_ready(model: nn.Module, bf16: bool, device: torch.device, in_place: bool = True) -> torch.dtype:
     """Sets the precision of a model that was loaded in the dtype of `storage_dtype`, and exchanges its layers.
-    `in_place` as in `layers.fuse_lora`. Returns the dtype of matrix products."""
+    `in_place` as in `layers.fuse_lora`. Returns the dtype of matrix products. Raises UserError for an adapter that
+    bfloat16 would round away."""
     product = product_dtype(bf16, device)
     if bf16:
         mix_precision(model, product)
+        _check_adapted_tensors(model)
     exchange_layers(model, device, in_place)
     return product
+
+
+def _check_adapted_tensors(model: nn.Module) -> None:
+    """Raises UserError for LoRA on a tensor that is held in bfloat16. PEFT adds it to the tensor itself: W + s B A in
+    place of W x + s B A x; in bfloat16 most of that sum is W again."""
+    layers, tensors = adapted(model)
+    if any(layer.get_param().dtype == torch.bfloat16 for layer in model.modules() if hasattr(layer, "parameter_name")):
+        only = f", or train linear layers alone: --lora_target_modules {','.join(layers)}" * bool(layers)
+        raise UserError(f"--bf16: rounds what LoRA adds to {', '.join(tensors)}; leave it out{only}")
 
 
 def exchange_layers(model: nn.Module, device: torch.device, in_place: bool = True) -> None:

@@ -70,7 +70,7 @@ def test_every_name_of_trl_is_a_flag_or_has_a_hint_of_its_own(name):
                      "(docs/losses.md)"),
     ("lr_scheduler_kwargs", "no schedule here has settings; leave it out"),
     ("optim_target_modules", "AdamW is the only optimizer; leave it out"),
-    ("lora_target_parameters", "LoRA on bare parameters is not trained, only on linear layers"),
+    ("lora_target_parameters", "target_parameters in the file of --peft_config"),
     ("packing_strategy", OTHERWISE["packing"]), ("eval_packing", OTHERWISE["packing"]),
     ("dataset_streaming", "all rows are read before step 0; leave it out"),
     ("dataset_kwargs", "not needed: leave it out"),

@@ -1,0 +1,122 @@
+"""LoRA on tensors that no linear layer holds, such as a mixture's experts, which transformers stacks in one tensor. Of
+many families PEFT adapts them with `all-linear`. The truth is W + s B A, made by hand, in plain transformers."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, launch
+from test_families import load, our_logps, own_logps, saved
+from test_models import args
+from tiny_models import random_groups
+from transformers import AutoModelForCausalLM
+
+from nanodpo.errors import UserError
+from nanodpo.model import loading, ready
+from nanodpo.model.adapters import add_adapter, open_base
+from nanodpo.model.source import open_source
+
+CPU = torch.device("cpu")
+MOE = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GPT_OSS = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7,
+           "layer_types": ["sliding_attention", "full_attention"]}
+STACKS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+def moving(model):
+    """The same, with an adapter that does something."""
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, 0, 0.1)
+    return model
+
+
+def by_hand(model, path: str):
+    """The base as transformers opens it, with s B A added to each weight that has LoRA."""
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    weights = dict(plain.named_parameters())
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        weight = weights[f"{name}.{getattr(layer, 'parameter_name', 'weight')}"]
+        a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
+        scale, experts = layer.scaling["default"], len(weight) if weight.dim() == 3 else 1
+        for e in range(experts):  # rows of A lie expert by expert, columns of B rank by rank
+            rank = len(a) // experts
+            delta = scale * b[:, e::experts] @ a[e * rank : (e + 1) * rank]
+            whole = weight.data if weight.dim() == 2 else weight.data[e]
+            whole += delta if delta.shape == whole.shape and not getattr(layer.get_base_layer(), "is_transposed", False
+                                                                         ) else delta.T
+    return plain
+
+
+@pytest.mark.parametrize("family, changes, lora, names", [
+    ("qwen3_moe", MOE, {}, "k_proj, o_proj, q_proj, v_proj, experts.down_proj, experts.gate_up_proj, gate.weight"),
+    ("gpt_oss", GPT_OSS, STACKS, "k_proj, o_proj, q_proj, v_proj, experts.down_proj, experts.gate_up_proj")])
+def test_log_probs_and_hashes_are_those_of_the_sum(family, changes, lora, names, tmp_path):
+    """And the base has one hash, whatever is around its weights: else a run could be neither merged nor scored."""
+    path, groups = saved(tmp_path, family, **changes), random_groups()
+    settings = args(use_lora=True, lora_r=4, lora_alpha=8, peft_config="lora.json", merge_weights=False)
+    model = moving(loading.load_model(open_source(path, False), settings, lora))
+    assert " ".join(loading.describe(model).split()).endswith(f"LoRA on {names}")
+    truth = by_hand(model, path)
+    truth.save_pretrained(tmp_path / "sum")
+    expected, base = own_logps(str(tmp_path / "sum"), groups), own_logps(path, groups)
+    assert (expected - base).abs().max() > 0.1
+    bare = open_base(path, torch.float32, False)
+    assert loading.base_hashes(model) == loading.base_hashes(bare)
+    ready.make_ready(model, False, CPU)
+    assert (our_logps(model, groups) - expected).abs().max() < 1e-4
+
+
+def test_bfloat16_does_not_round_it_away(monkeypatch, tmp_path):
+    """On a CPU such tensors are held in float32, and their LoRA is drawn as without --bf16. A GPU refuses them."""
+    path, groups = saved(tmp_path, "qwen3_moe", **MOE), random_groups()
+    drawn, model = (load(path, use_lora=True, lora_r=4, bf16=bf16) for bf16 in (False, True))
+    lora = {name: p for name, p in drawn.named_parameters() if ".lora_" in name}
+    assert all(p.equal(lora[name]) for name, p in model.named_parameters() if ".lora_" in name) and len(lora) > 12
+    moving(model)
+    open_base(path, torch.bfloat16, False).save_pretrained(tmp_path / "rounded")
+    truth = by_hand(model, str(tmp_path / "rounded"))
+    truth.save_pretrained(tmp_path / "sum")
+    ready.make_ready(model, True, CPU)
+    assert (our_logps(model, groups) - own_logps(str(tmp_path / "sum"), groups)).abs().max() < 1e-4
+    monkeypatch.setattr(ready, "product_dtype", lambda bf16, device: torch.bfloat16)
+    with pytest.raises(UserError, match="^--bf16: rounds what LoRA adds to experts.down_proj, experts.gate_up_proj, "
+                                        "gate.weight; leave it out, or train linear layers alone: "
+                                        "--lora_target_modules k_proj,o_proj,q_proj,v_proj$"):
+        ready.make_ready(load(path, use_lora=True, bf16=True), True, CPU)
+    ready.make_ready(load(path, use_lora=True, bf16=True, lora_target_modules="q_proj,v_proj"), True, CPU)
+
+
+def test_a_name_that_no_weight_has(tmp_path):
+    path = saved(tmp_path, "qwen3_moe", **MOE)
+    with pytest.raises(UserError, match="target_parameters has 'experts.w', which is no weight of the model"):
+        loading.load_model(open_source(path, False), args(use_lora=True, peft_config="lora.json", merge_weights=False),
+                           {"target_parameters": ["experts.w"]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, changes", [("qwen3_moe", MOE), ("gpt_oss", GPT_OSS)])
+def test_from_sft_to_dpo_to_scores_and_a_merged_model(family, changes, tiny, tmp_path):
+    """The adapter of one run is the start of the next; merged, it is the same model, and as PEFT opens it."""
+    path, groups = saved(tmp_path / "base", family, vocab_size=264, **changes), random_groups()
+    (tmp_path / "lora.json").write_text(json.dumps({"target_modules": ["q_proj"]} | STACKS))
+    common = ("--train_file_path", tiny / "train.jsonl", "--learning_rate", "1e-2", "--max_steps", "2", "--save_steps",
+              "1", "--draw", "false", "--cache_dir", tmp_path / "cache", "--merge_weights")
+    given = ("--peft_config", tmp_path / "lora.json") if family == "gpt_oss" else ()
+    launch(ROOT / "train.py", "--model_name", path, "--loss", "sft", "--lora_r", "4", *given, "--output_dir",
+           tmp_path / "sft", *common, launcher="fork")
+    dpo = tmp_path / "dpo"
+    launch(ROOT / "train.py", "--model_name", tmp_path / "sft" / "checkpoint-2", "--output_dir", dpo, *common,
+           launcher="fork")
+    launch(ROOT / "score.py", dpo, "--dataset_path", tiny / "train.jsonl", launcher="fork")
+    assert (dpo / "scores.parquet").is_file()
+    names = json.loads((tmp_path / "sft" / "checkpoint-2" / "adapter_config.json").read_text())["target_parameters"]
+    assert names == (STACKS["target_parameters"] if given else ["down_proj", "gate.weight", "gate_up_proj"])  # no set's
+    adapted = add_adapter(open_base(path, torch.float32, False), str(dpo / "checkpoint-2")).eval()
+    merged = own_logps(str(dpo / "merged"), groups)
+    assert (our_logps(adapted, groups) - merged).abs().max() < 1e-4
+    assert (own_logps(path, groups) - merged).abs().max() > 0.1
