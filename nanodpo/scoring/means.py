@@ -86,15 +86,21 @@ def _references(scores: pandas.DataFrame, runs: dict) -> pandas.DataFrame:
 def summary(table: pandas.DataFrame, answers: pandas.DataFrame | None = None) -> pandas.DataFrame:
     """n, problems, mean, median and standard error of mean_logps over rows of one run, means of the measures; likewise
     of the gap. Where checkpoints answered, how many greedy answers there are and how many are right, in each line."""
-    sides = table.pivot(index=[*KEYS, "row", "problem"], columns="response", values="mean_logps")
-    if {"chosen", "rejected"} <= set(sides):
-        gap = (sides["chosen"] - sides["rejected"]).dropna().reset_index(name="mean_logps").assign(response="gap")
-        table = pandas.concat([table, gap], ignore_index=True)
-    found = means(table, [*KEYS, "response"]).sort_values(["run", "dataset", "step"], kind="stable", ignore_index=True)
+    found = pandas.concat([_summary(part) for _, part in table.groupby(KEYS, sort=False)])
+    found = found.sort_values(["run", "dataset", "step"], kind="stable", ignore_index=True)
     if answers is None or answers.empty:
         return found
     counts = answers.groupby(KEYS)["correct"].agg(right_answers="sum", answers="count")
     return found.join(counts.astype("Int64"), on=KEYS)
+
+
+def _summary(table: pandas.DataFrame) -> pandas.DataFrame:
+    """The same of one checkpoint and data set."""
+    sides = table.pivot(index=[*KEYS, "row", "problem"], columns="response", values="mean_logps")
+    if {"chosen", "rejected"} <= set(sides):
+        gap = (sides["chosen"] - sides["rejected"]).dropna().reset_index(name="mean_logps").assign(response="gap")
+        table = pandas.concat([table, gap], ignore_index=True)
+    return means(table, [*KEYS, "response"])
 
 
 def means(table: pandas.DataFrame, keys: list[str]) -> pandas.DataFrame:

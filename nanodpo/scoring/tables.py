@@ -59,7 +59,8 @@ from .plan import Result, Work
 
 COLUMNS = [*KEYS, "row", "problem", "response", "tokens", "logps", "mean_logps", *MEASURES]
 BY_POSITION = {"tokens", "risers"}
-TABLES = ("scores", "pairs", "sections", "answers", "failed")
+TABLES = ("scores", "pairs", "answers", "failed")
+TENTHS = ["run", "step", "dataset", "row", "problem", "section", "tokens", "mean_logps", "argmax_logps"]
 WRITERS = {".parquet": lambda table, file: table.to_parquet(file, index=False),
            ".csv": lambda table, file: table.to_csv(file, index=False),
            ".jsonl": lambda table, file: table.to_json(file, orient="records", lines=True)}
@@ -99,7 +100,33 @@ def table_of(work: Work, parts: Parts, name: str) -> pandas.DataFrame:
     if name == "risers" and len(table):
         ids = table["id"].unique().tolist()
         table.insert(list(table).index("id") + 1, "token", table["id"].map(dict(zip(ids, work.data.token_texts(ids)))))
-    return _labelled(table, work) if len(table) else table
+    return _labelled(_ordered(table, work), work)
+
+
+def sections_of(work: list[Work], parts: Parts) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """(sections.csv, lines of the tenths of each row's chosen response at the first and the last step of each run).
+    All sections of all rows have many times the lines of scores.parquet; those of one checkpoint and data set are in
+    memory at a time."""
+    steps = collections.defaultdict(list)
+    for item in work:
+        steps[item.checkpoint.run, item.data.name].append(item.checkpoint.step)
+    ends = {key: (min(its), max(its)) for key, its in steps.items()}
+    found = [_sections_of(item, parts, item.checkpoint.step in ends[item.checkpoint.run, item.data.name])
+             for item in work]
+    return tuple(map(_concat, zip(*found)))
+
+
+def _sections_of(work: Work, parts: Parts, is_end: bool) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """The same of one checkpoint and data set; without tenths where it `is_end` of no run."""
+    table = _concat([parts.read(result.key, "sections") for result in work.of_kind("scores")])
+    if not len(table):
+        return table, table
+    table = _ordered(table, work)
+    found = _labelled(means(table, ["response", "section"]).drop(columns="median"), work)
+    if not is_end:
+        return found, pandas.DataFrame()
+    tenths = table[(table["response"] == "chosen") & table["section"].str.startswith("tenth")]
+    return found, _labelled(tenths, work)[TENTHS]
 
 
 def prompts_of(data: ResponseSet) -> pandas.DataFrame:
@@ -109,29 +136,34 @@ def prompts_of(data: ResponseSet) -> pandas.DataFrame:
 
 
 def _labelled(table: pandas.DataFrame, work: Work) -> pandas.DataFrame:
+    """The table with the columns of KEYS in front; an empty one as it is."""
+    if not len(table):
+        return table
     keys = {key: getattr(work.checkpoint, key) for key in ("run", "phase", "step")}
     table = table.assign(**keys, checkpoint=work.checkpoint.path, dataset=work.data.name)
+    return table[[*KEYS, *(column for column in table if column not in KEYS)]]
+
+
+def _ordered(table: pandas.DataFrame, work: Work) -> pandas.DataFrame:
+    """The lines in the order of rows and responses."""
+    if not len(table):
+        return table
     rows = {example.row: i for i, example in enumerate(work.data.examples)}
     order = [table["row"].map(rows)]
     if "response" in table:
         order.insert(0, table["response"].map(work.data.kinds.index))
-    table = table.iloc[np.lexsort(order)]  # keeps the order of tokens, sections
-    return table[[*KEYS, *(column for column in table if column not in KEYS)]]
+    return table.iloc[np.lexsort(order)]  # keeps the order of tokens, sections
 
 
 def join(folder: Path, work: list[Work], parts: Parts, runs: dict) -> dict[str, pandas.DataFrame]:
     """Writes the output files; `runs` are the settings of each run by name. Returns the tables, less tokens,
-    which may be larger than memory, as "tenths" the sections' lines of chosen's tenths, row by row, and as "risers"
-    those of risers.csv."""
+    which may be larger than memory, as "tenths" the sections' lines of chosen's tenths, row by row, at the first and
+    the last step of each run, and as "risers" those of risers.csv."""
     tables = {name: _concat([table_of(item, parts, name) for item in work]) for name in TABLES}
     tables["scores"] = tables["scores"][COLUMNS]
     tables["pairs"] = add_rewards(tables["pairs"], tables["scores"], runs)
     tables["summary"] = summary(tables["scores"], tables["answers"])
-    tables["tenths"] = pandas.DataFrame()
-    if len(tables["sections"]):
-        tables["tenths"] = tables["sections"][(tables["sections"]["response"] == "chosen")
-                                              & tables["sections"]["section"].str.startswith("tenth")]
-        tables["sections"] = means(tables["sections"], [*KEYS, "response", "section"]).drop(columns="median")
+    tables["sections"], tables["tenths"] = sections_of(work, parts)
     for name in ("scores.parquet", "pairs.parquet", "answers.parquet", "summary.csv", "sections.csv", "failed.jsonl"):
         _write(folder / name, tables[Path(name).stem])
     _stream((table_of(item, parts, "tokens") for item in work), folder / "tokens.parquet")
