@@ -117,7 +117,7 @@ def sections_of(work: list[Work], parts: Parts) -> tuple[pandas.DataFrame, panda
 
 
 def _sections_of(work: Work, parts: Parts, is_end: bool) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """The same of one checkpoint and data set; without tenths where it `is_end` of no run."""
+    """The same of one checkpoint and data set. `is_end`: it is at one of these steps; else there are no tenths."""
     table = _concat([parts.read(result.key, "sections") for result in work.of_kind("scores")])
     if not len(table):
         return table, table
