@@ -15,10 +15,11 @@ NOTEBOOK = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)  # w
 
 class Progress:
     """Counts the units of a work that are done, and shows them on rank 0: `with Progress("reference", 100, "step") as
-    bar`. `done`: units that were done before; `here`: whether this rank shows them, where it is not rank 0 that does.
+    bar`. `total`: None where nobody knows it; `done`: units that were done before; `here`: whether this rank shows
+    them, where it is not rank 0 that does.
     """
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0, here: bool | None = None):
+    def __init__(self, what: str, total: int | None, unit: str, done: int = 0, here: bool | None = None):
         here = is_main() if here is None else here
         # Lines go to stdout, the bar to stderr. Where one of them goes elsewhere (`| tee log`), a line would end up
         # behind the bar.
@@ -38,22 +39,28 @@ class Progress:
 
     def update(self, count: int = 1, text: str | None = None) -> None:
         """Counts units that are done; `text` stands at the end of the bar."""
-        count = min(count, self.total - self.done)  # ranks count for each other, and the last ones may have less
+        if self.total is not None:
+            count = min(count, self.total - self.done)  # ranks count for each other, and the last ones may have less
         self.done += count
         if text is not None:
             self.bar.set_postfix_str(printable(text), refresh=False)
         self.bar.update(count)
-        if self.lines and time.monotonic() - self.said >= EVERY and self.start < self.done < self.total:
-            put(f"{self.what}: {self.done:,} of {self.total:,} {self.units}, {self.timing()}")
+        if self.lines and time.monotonic() - self.said >= EVERY and self.start < self.done != self.total:
+            of_all = "" if self.total is None else f" of {self.total:,}"
+            put(f"{self.what}: {self.done:,}{of_all} {self.units}, {self.timing()}")
 
     def timing(self) -> str:
-        """Seconds a unit, the time so far, and about how long the rest takes. The next line waits for EVERY seconds."""
+        """Seconds a unit, the time so far, and about how long the rest takes, where its size is known. The next line
+        waits for EVERY seconds."""
         self.said = time.monotonic()
         spent = self.said - self.began
         each = spent / max(1, self.done - self.start)
-        left = each * (self.total - self.done)
-        so_far, left = (datetime.timedelta(seconds=round(seconds)) for seconds in (spent, left))
-        return f"{each:{'.1f' if each >= 1 else '.2g'}} s a {self.unit}, {so_far} so far, about {left} to go"
+        left = "" if self.total is None else f", about {_clock(each * (self.total - self.done))} to go"
+        return f"{each:{'.1f' if each >= 1 else '.2g'}} s a {self.unit}, {_clock(spent)} so far{left}"
+
+
+def _clock(seconds: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=round(seconds))
 
 
 def track(items, what: str, unit: str):

@@ -245,6 +245,18 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(monkeypatch, capsy
         f"{rest:02} to go\n" for done, spent, left, rest in ((13, 36, 13, 24), (16, 72, 12, 48), (19, 108, 12, 12)))
 
 
+def test_a_work_of_unknown_size_says_how_much_is_done(monkeypatch, capsys):
+    """Lines of a packed file: nobody knows how many follow. A short reading says nothing."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.Progress("reading", None, "row") as bar:
+        for _ in range(7):
+            clock[0] += 10.0
+            bar.update(500)
+    assert capsys.readouterr().out.splitlines() == ["reading: 1,500 rows, 0.02 s a row, 0:00:30 so far",
+                                                    "reading: 3,000 rows, 0.02 s a row, 0:01:00 so far"]
+
+
 def test_without_a_terminal_a_step_says_how_far_the_run_is(monkeypatch, capsys):
     """Steps that are not printed are counted every half minute all the same; a printed one counts as such a line."""
     clock = [0.0]
@@ -294,7 +306,7 @@ def test_only_rank_0_says_how_far_it_is(monkeypatch, capsys):
 
 def test_every_work_that_may_be_long_says_how_far_it_is(tiny, tmp_path):
     """Of train.py and of score.py: reading, the reference pass, steps, evaluation; scoring and answering."""
-    plan = json.dumps({"0": {"set": {"progress.EVERY": 0.0, "data.prepared.AT_ONCE": 4}}})
+    plan = json.dumps({"0": {"set": {"progress.EVERY": 0.0, "data.rows.AT_ONCE": 4, "data.prepared.AT_ONCE": 4}}})
     given = [word for word in again(tiny, tmp_path / "run") if word not in ("--max_steps", 1)]
     scoring = [tmp_path / "run" / "checkpoint-0", "--dataset_path", tiny / "train.jsonl", "--answers", "9",
                "--max_tokens", "5", "--max_new_tokens", "4", "--output_dir", tmp_path / "scores"]
@@ -305,6 +317,7 @@ def test_every_work_that_may_be_long_says_how_far_it_is(tiny, tmp_path):
         assert codes == [0], shown
         assert {*re.findall(r"^([a-z ]+): \d+ of \d+ [a-z]+, ", shown, re.MULTILINE)} == {*works}, shown
         assert ("evaluation: 1 of 2 batches, " in shown) == (script == "train")
+        assert re.search(r"^reading: 8 rows, \S+ s a row, 0:00:0\d so far$", shown, re.MULTILINE), shown
 
 
 def test_a_bar_never_passes_its_end(monkeypatch, capsys):

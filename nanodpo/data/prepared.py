@@ -99,7 +99,7 @@ def prepare(path: str, template: Template, how: Reading, alone: bool = False, pl
 
     Raises UserError for an unreadable file, and for columns that are missing.
     """
-    places = places or read_places(path)
+    places = places or read_places(path, alone or None)
     counts, rows = [*map(len, places)], [row for rows in places for row in rows]
     del places
     columns = choose_columns(path, rows, how, how.pairs)

@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 from ..errors import UserError
+from ..progress import Progress
 from .answers import WEIGHT
 from .places import SPLITS, SUFFIXES, files_of, hub_parts, kind_of, local, one_split, places_of, suffix_of
 from .text_files import lines_of, text_of
@@ -20,6 +21,7 @@ from .urls import copy_of
 
 # Bounds for files that are small on disk and are not in memory. The longest text that a model reads has a few MB.
 MOST_ROWS, LONGEST = 5_000_000, 16 * 2**20  # rows of a data set; characters of a cell, those of nested ones together
+AT_ONCE = 500  # rows that are counted at one time
 
 
 def read_rows(path: str) -> list[dict]:
@@ -27,9 +29,9 @@ def read_rows(path: str) -> list[dict]:
     return [row for rows in read_places(path) for row in rows]
 
 
-def read_places(path: str) -> list[list[dict]]:
+def read_places(path: str, here: bool | None = None) -> list[list[dict]]:
     """The rows of what `path` names: file(s), a folder, a data set of the hub, or each of several of these with commas
-    between.
+    between. `here`: whether this rank shows how far it is, where it is not rank 0 that does.
 
     "NAME:CONFIG:SPLIT" names one split of a folder, or of a data set of the hub, which also has NAME@REVISION. Raises
     UserError for what is not there, can't be read or holds nothing.
@@ -38,7 +40,8 @@ def read_places(path: str) -> list[list[dict]]:
         raise UserError("the name of a data file is empty")
     try:
         places = places_of(path)
-        found = [_read(place) for place in places]
+        with Progress("reading", None, "row", here=here) as bar:
+            found = [_read(place, bar) for place in places]
     except UserError:
         raise
     except (OSError, ValueError, RecursionError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -52,10 +55,10 @@ def read_places(path: str) -> list[list[dict]]:
     return found
 
 
-def _read(place: str) -> list[dict]:
+def _read(place: str, bar: Progress) -> list[dict]:
     if "://" in place:
         with copy_of(place) as here:
-            return _read(here)
+            return _read(here, bar)
     name, split = local(place)
     files = files_of(name, split) if name else []
     kind = kind_of(files) if files else None
@@ -63,9 +66,9 @@ def _read(place: str) -> list[dict]:
     if split and whole and kind != ".json":
         raise UserError(f"{place}: {kind} files hold no splits; leave out {split!r}")
     if kind in (None, ".parquet", ".arrow"):
-        return _bounded(place, _table_rows(place, name, split, files, kind))
-    rows = _bounded(place, itertools.chain.from_iterable(_text_rows(file, kind, split if whole else None)
-                                                          for file in files))
+        return _bounded(place, _table_rows(place, name, split, files, kind), bar)
+    rows = itertools.chain.from_iterable(_text_rows(file, kind, split if whole else None) for file in files)
+    rows = _bounded(place, rows, bar)
     columns = dict.fromkeys(name for row in rows for name in row)
     return [dict.fromkeys(columns) | row for row in rows]  # what a row does not have is None in it
 
@@ -171,7 +174,7 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _bounded(path: str, rows) -> list[dict]:
+def _bounded(path: str, rows, bar: Progress) -> list[dict]:
     """All rows of an iterator. Raises UserError before more of it is in memory than a data set can be: a few KB of
     Parquet may stand for any number of rows and for cells of any size."""
     found, total, memory = [], 0, _memory()
@@ -187,6 +190,8 @@ def _bounded(path: str, rows) -> list[dict]:
             raise UserError(f"{path}: holds more text than this machine has memory ({memory / 2**30:.0f} GiB); split "
                             "the file")
         found.append(row)
+        if len(found) % AT_ONCE == 0:
+            bar.update(AT_ONCE)
     return found
 
 

@@ -337,8 +337,8 @@ def test_data_of_the_hub_and_of_urls_is_known_by_what_is_in_it(name, tmp_path, m
 def test_rows_that_no_hash_can_be_made_of_have_no_entry(tmp_path, monkeypatch):
     """A picture is read anew each time: who knows what is in it?"""
     rows = [row | {"picture": object()} for row in pairs()]
-    monkeypatch.setattr(data_cache, "read_places", lambda path: [rows])
-    monkeypatch.setattr(prepared, "read_places", lambda path: [rows])
+    monkeypatch.setattr(data_cache, "read_places", lambda path, here=None: [rows])
+    monkeypatch.setattr(prepared, "read_places", lambda path, here=None: [rows])
     assert load("org/pairs", tmp_path / "cache", on_bad_row="drop", overlong="drop") == load(
         "org/pairs", on_bad_row="drop", overlong="drop")
     assert not (tmp_path / "cache").exists()
