@@ -142,7 +142,8 @@ def score_part(opened: Opened, start: Opened | None, work: Work, parts: Parts, m
     missing = {"scores": work.missing(*FORWARD), "gradients": work.missing("gradients")}  # {index: results}
     groups, with_tokens = work.missing_groups(), work.missing("tokens")
     tasks = [("scores", indices) for indices in batches(groups, max_tokens)]
-    start_sets = work.start_sets(parts) if tasks else None
+    own = {work.data.examples[i].row for _, indices in tasks[rank::world] for i in indices}
+    start_sets = work.start_sets(parts, own) if tasks else None
     tasks += [("gradients", [i]) for i in missing["gradients"]]  # a backward pass for each response, so one row at once
     for first in range(0, len(tasks), AT_ONCE * world):
         mine = {}

@@ -138,10 +138,14 @@ class Parts:
         lines = self.read(key, table)
         return {row: ids.tolist() for row, ids in zip(lines["row"], lines["ids"])} if len(lines) else {}
 
-    def sets(self, key: str) -> dict[tuple[int, str], plausible.Sets]:
-        """{(row, response): tokens that were found plausible}, kept beside the scores of a run's start."""
+    def sets(self, key: str, of: set[int]) -> dict[tuple[int, str], plausible.Sets]:
+        """{(row, response): tokens that were found plausible} `of` these rows, kept beside the scores of a run's
+        start."""
         found = {}
         for place, held, rows in self._places(key):
+            rows = rows & of
+            if not rows:
+                continue
             lines = self._table(place / "scores.parquet")
             sets = plausible.read(place, lines["tokens"].tolist())
             found |= {(row, kind): own for row, kind, own in zip(lines["row"], lines["response"], sets)

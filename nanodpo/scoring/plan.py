@@ -68,14 +68,16 @@ class Work:
         return [(prompt, {kind: ids for kind, ids in responses.items() if kind in kinds.get(i, ())})
                 for i, (prompt, responses) in enumerate(self.data.groups)]
 
-    def start_sets(self, parts: Parts) -> dict[tuple[int, str], Sets] | None:
-        """{(row, response): tokens that the run's start found plausible}; None where this is it, or there is none."""
+    def start_sets(self, parts: Parts, rows: set[int]) -> dict[tuple[int, str], Sets] | None:
+        """{(row, response): tokens that the run's start found plausible} of these rows; None where this is the start,
+        or there is none."""
         if self.start is None or self.is_start:
             return None
         found, asked = {}, [result.responses for result in self.of_kind("scores", "tokens")]
         # The start may have scored chosen with rejected, or alone, or both; what was scored likewise is taken then.
         for unit in dict.fromkeys(unit for own in asked for unit in (SIDES, own) if {*unit} & {*own}):
-            found |= parts.sets(response_result("scores", self.start.key, self.start.key, self.data, unit).key)
+            key = response_result("scores", self.start.key, self.start.key, self.data, unit).key
+            found |= parts.sets(key, rows)
         return found
 
 

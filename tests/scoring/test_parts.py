@@ -205,11 +205,29 @@ def test_a_response_is_compared_with_the_start_that_was_scored_likewise():
     not choose."""
     data, units = SimpleNamespace(rows_with=lambda unit: ({}, unit)), [("chosen",), ("rejected",), SIDES]
     keys = {plan.response_result("scores", "start", "start", data, unit).key: unit for unit in units}
-    parts = SimpleNamespace(sets=lambda key: {(0, side): keys[key] for side in keys[key]})
+    parts = SimpleNamespace(sets=lambda key, rows: {(0, side): keys[key] for side in keys[key]})
     for unit in units:
         results = [plan.Result(kind, unit, {}, "", "") for kind in ("scores", "tokens")]
-        found = plan.Work(SimpleNamespace(key="later"), data, SimpleNamespace(key="start"), results).start_sets(parts)
+        work = plan.Work(SimpleNamespace(key="later"), data, SimpleNamespace(key="start"), results)
+        found = work.start_sets(parts, {0})
         assert [found[0, side] for side in unit] == [unit] * len(unit)
+
+
+def test_a_rank_reads_the_plausible_tokens_of_its_own_rows(run, tmp_path, monkeypatch):
+    """Those of others it would hold for nothing. A part that has none of its rows is not even opened."""
+    monkeypatch.setattr(score, "AT_ONCE", 1)
+    scored(run, "--responses", "chosen", "--max_tokens", "30", tmp_path)
+    opened, read = [], kept.plausible.read
+    monkeypatch.setattr(kept.plausible, "read", lambda *args: opened.append(args[0]) or read(*args))
+    with kept.Parts(tmp_path / "parts") as parts:
+        (key,) = {key for key, its in parts.index.items() for name in its if
+                  (tmp_path / "parts" / name / kept.plausible.NAME).exists()}
+        every = parts.sets(key, {0, 1, 2, 3})
+        count, _ = len(opened), opened.clear()
+        assert {*every} == {(row, "chosen") for row in range(4)} and count > 1
+        found = parts.sets(key, {1})
+    assert {*found} == {(1, "chosen")} and len(opened) == 1
+    assert all(torch.equal(a, b) for a, b in zip(found[1, "chosen"], every[1, "chosen"]))
 
 
 def test_two_scorings_of_one_folder(run, tmp_path):
