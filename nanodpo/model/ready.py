@@ -14,21 +14,25 @@ from .sharding import gather_in_forward, is_sharded
 def make_ready(model: nn.Module, bf16: bool, device: torch.device, in_place: bool = True) -> torch.dtype:
     """Sets the precision of a model that was loaded in the dtype of `storage_dtype`, and exchanges its layers.
     `in_place` as in `layers.fuse_lora`. Returns the dtype of matrix products. Raises UserError for an adapter that
-    bfloat16 would round away."""
+    bfloat16 would round away, or that ZeRO-3 has no weights for."""
     product = product_dtype(bf16, device)
     if bf16:
         mix_precision(model, product)
-        _check_adapted_tensors(model)
+    _check_adapted_tensors(model, zero3=not in_place)
     exchange_layers(model, device, in_place)
     return product
 
 
-def _check_adapted_tensors(model: nn.Module) -> None:
-    """Raises UserError for LoRA on a tensor that is held in bfloat16. PEFT adds it to the tensor itself: W + s B A in
-    place of W x + s B A x; in bfloat16 most of that sum is W again."""
+def _check_adapted_tensors(model: nn.Module, zero3: bool) -> None:
+    """Raises UserError for LoRA on a tensor that is held in bfloat16, or that stage 3 of ZeRO shards. PEFT adds it to
+    the tensor itself: W + s B A in place of W x + s B A x. In bfloat16 most of that sum is W again, and it is made
+    outside of the layer's call, for which stage 3 gathers W."""
     layers, tensors = adapted(model)
+    only = f", or train linear layers alone: --lora_target_modules {','.join(layers)}" * bool(layers)
+    if tensors and zero3:
+        raise UserError(f"LoRA on {', '.join(tensors)} reads these weights where stage 3 of ZeRO has not gathered "
+                        f"them; use a stage of 0 to 2{only}")
     if any(layer.get_param().dtype == torch.bfloat16 for layer in model.modules() if hasattr(layer, "parameter_name")):
-        only = f", or train linear layers alone: --lora_target_modules {','.join(layers)}" * bool(layers)
         raise UserError(f"--bf16: rounds what LoRA adds to {', '.join(tensors)}; leave it out{only}")
 
 
