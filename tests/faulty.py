@@ -6,6 +6,7 @@ where the disk fills in a state, a line or a checkpoint's file; term-reference, 
 term-state or term-merge, SIGTERM in the midst of these, and likewise memory-engine and memory-reference; twice, in a
 step and again in the state that it asks for;
 removal@NAME, killed when one file of the folder NAME is removed;
+often@0, where the cache of references is written after every step of its pass;
 link@0 and link@1, killed before and after run.json gets its name; slow@0.5 makes every forward pass take half a second.
 """
 
@@ -22,7 +23,7 @@ import torch
 
 import train
 from nanodpo.core import logprobs
-from nanodpo.folder import checkpoint, resume
+from nanodpo.folder import checkpoint, reference, resume
 from nanodpo.run import metrics, passes, signals
 
 
@@ -165,6 +166,8 @@ def plant(fault: str) -> None:
         batch = logprobs.make_batch
         for place in (logprobs, passes, train):
             place.make_batch = lambda *args: (time.sleep(float(step)), batch(*args))[1]
+    elif what == "often":
+        reference.SAVE_SECONDS = float(step)
     elif what == "metrics":
         metrics.write_line = half_a_line(int(step))
     elif what == "link":

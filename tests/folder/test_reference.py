@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, launch
 from safetensors.torch import load_file, save_file
 from test_resume import BREAKS
 
@@ -220,6 +221,20 @@ def test_a_disk_that_fills_keeps_what_was_known(name, run, monkeypatch):
     assert name == "flush" or run.file.read_bytes() == before
     monkeypatch.undo()
     assert torch.equal(run(), TRUTH) and 0 not in run.scored
+
+
+@pytest.mark.slow
+def test_ranks_write_together_whenever_the_first_ones_clock_says_so(tiny, tmp_path):
+    """After every step of the pass, in which a rank has one micro-batch of two: the file of one process."""
+    found = []
+    for name, fault, ranks in (("one", (), 1), ("two", ("often@0",), 2)):
+        script = ROOT / ("tests/faulty.py" if fault else "train.py")
+        launch(script, *fault, "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl", "--draw",
+               "false", "--gradient_accumulation_steps", 4 // ranks, "--output_dir", tmp_path / name, "--cache_dir",
+               tmp_path / f"cache-{name}", ranks=ranks, launcher="fork")
+        (file,) = (tmp_path / f"cache-{name}").glob("reference-*.safetensors")
+        found.append(load_file(file)["logps"])
+    assert found[0].isfinite().all() and len(found[0]) == 11 and found[0].equal(found[1])
 
 
 def test_references_are_kept_under_all_that_rounds_them(tiny, tmp_path, monkeypatch):
