@@ -96,6 +96,11 @@ class History:
                  for line in found]
         return sorted(found, key=lambda line: (line["step"], is_evaluation(line)))
 
+    def has_updates(self, step: int) -> bool:
+        """Whether a step before this one had a gradient and a learning rate above 0. Where the rows of a step have the
+        weight 0, it has none."""
+        return any(line.get("grad_norm", 0) > 0 and line.get("learning_rate", 0) > 0 for line in self.until(step))
+
     def _add(self, line: dict) -> None:
         if line.get("epoch") and not self.steps_per_epoch:
             self.steps_per_epoch = round(line["step"] / line["epoch"])

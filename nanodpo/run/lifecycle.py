@@ -166,12 +166,12 @@ def save_checkpoint(run: Run) -> None:
     with distributed.main_first():
         if distributed.is_main():
             record.check_held(run.folder, run.lock)
-            if run.step > run.skipped and run.args.learning_rate > 0:
-                checkpoint.check_trained(tensors)
             if run.step:  # whoever finds the last checkpoint takes all steps to be in metrics.jsonl
                 with writing(run.folder / "metrics.jsonl"):
                     flush(run.folder / "metrics.jsonl")
             run.history = run.history or card.History(run.folder, run.facts)
+            if run.history.has_updates(run.step):
+                checkpoint.check_trained(tensors)
             texts = card.texts(run.facts, run.step, run.history, run.source.base,
                                model.peft_config["default"] if run.args.use_lora else None)
             checkpoint.save(model, run.source.tokenizer, tensors, folder, {"step": run.step, **_owner(run)}, texts)

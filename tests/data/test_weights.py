@@ -3,9 +3,12 @@
 import json
 
 import pytest
-import tiny_tokenizers as tiny
+import tiny_tokenizers
+from conftest import train
+from safetensors.torch import load_file
 
 from nanodpo.data.inspection import inspect
+from nanodpo.data.schedule import pairs_of_step
 from nanodpo.data.template import read_template
 from nanodpo.data.tokens import check_weights, load_dataset
 from nanodpo.errors import UserError
@@ -20,8 +23,8 @@ def pair(i: int, **more) -> dict:
 def load(folder, rows, name="rows.jsonl", text=None, keep=None, **arguments):
     file = folder / name
     file.write_text(text or "".join(json.dumps(row) + "\n" for row in rows))
-    how = tiny.DataArguments(**arguments)
-    return load_dataset(str(file), read_template(tiny.chatml()), how, 1000, how.loss != "sft", keep=keep)
+    how = tiny_tokenizers.DataArguments(**arguments)
+    return load_dataset(str(file), read_template(tiny_tokenizers.chatml()), how, 1000, how.loss != "sft", keep=keep)
 
 
 def weights(data) -> list[float]:
@@ -35,8 +38,8 @@ def test_a_weight_is_read_and_said(tmp_path):
     assert data.columns == "columns: prompt, chosen, rejected; with weight"
     assert {"2 rows: weight 0, which counts nothing in the loss", "2 rows: a weight other than 0 and 1"} <= {
         line.strip() for line in data.report().splitlines()}
-    assert "\nrow 1, weight 0.5; [scored" in inspect(data, tiny.chatml(), 1000, 1)
-    assert "\nrow 0; [scored" in inspect(data, tiny.chatml(), 1000, 0)
+    assert "\nrow 1, weight 0.5; [scored" in inspect(data, tiny_tokenizers.chatml(), 1000, 1)
+    assert "\nrow 0; [scored" in inspect(data, tiny_tokenizers.chatml(), 1000, 0)
     talk = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "4"}]
     for row in ({"messages": talk}, {"text": "a text"}, {"prompt": "2?", "completion": "4"}):
         assert weights(load(tmp_path, [row | {"weight": 2.5}], loss="sft")) == [2.5]
@@ -46,6 +49,20 @@ def test_without_the_column_or_with_nothing_in_it_every_weight_is_1(tmp_path):
     assert weights(load(tmp_path, [pair(0), pair(1)])) == [1.0, 1.0]
     data = load(tmp_path, [pair(0, weight=None), pair(1, weight=None)])
     assert weights(data) == [1.0, 1.0] and data.columns.endswith("; not read: weight")
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_steps_in_which_nothing_counts(tiny, tmp_path):
+    """The weights are 0 in all rows of its first step, which makes no update: not as if none had reached the adapter.
+    """
+    (first,) = pairs_of_step(6, 1, 42, 0)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(pair(i, weight=float(i != first))) + "\n" for i in range(6)))
+    train(tiny, tmp_path / "run", "--train_file_path", file, "--max_steps", "2", "--save_steps", "1")
+    before, same, after = (load_file(tmp_path / "run" / f"checkpoint-{k}" / "adapter_model.safetensors")
+                           for k in range(3))
+    assert all(same[name].equal(tensor) for name, tensor in before.items())
+    assert not all(after[name].equal(tensor) for name, tensor in before.items())
 
 
 def test_csv_has_numbers_as_text(tmp_path):
