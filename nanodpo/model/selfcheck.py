@@ -15,6 +15,7 @@ from ..errors import RunStopped, UserError, first_line
 from ..ranks.distributed import lost_peers_named, say, sum_over_ranks
 from ..ranks.gpu import changes_bits
 from ..screen import folded
+from .sharding import is_sharded
 from .ulysses import shared
 
 # The error of a token's log-prob, in standard deviations of the log-probs: those of a freshly drawn model vary by a
@@ -26,7 +27,8 @@ TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 0.1}
 QUANTILE = {torch.float32: 1.0, torch.bfloat16: 0.95}
 # Settings that say how many keys a query sees: the last ones, or those that the model chooses.
 WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size", "indexer_budget")
-REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, ImportError)
+REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, ImportError, LookupError,
+            AssertionError)
 
 
 @torch.no_grad()
@@ -153,7 +155,9 @@ def _full_logits(model, groups: list[Group], device) -> torch.Tensor:
             except REFUSALS as error:
                 if _of_the_machine(error):
                     raise
-                raise UserError(f"{model.config.name_or_path}: its own forward pass fails: {first_line(error)}"
+                zero3 = ("; it may read a weight that stage 3 of ZeRO has not gathered: try a stage of 0 to 2"
+                         ) * is_sharded(model)
+                raise UserError(f"{model.config.name_or_path}: its own forward pass fails: {first_line(error)}{zero3}"
                                 ) from error
             logps.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None]).squeeze(1))
     return torch.cat(logps)

@@ -343,6 +343,22 @@ def test_a_model_that_is_another_in_training_mode_is_refused(change, words):
     assert choose_layout(SequenceLogProbs(other), CPU, torch.float32, demand_flash=False) == ("packed", LOOP)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("error", [IndexError, AssertionError, KeyError])
+def test_a_model_whose_own_code_fails_is_named(error, sharded):
+    """As those do that read a weight without calling its layer, where the ranks share it: it has no number then."""
+    def fail(*_):
+        raise error("no such dimension")
+
+    model = tiny("llama", torch.float32)
+    model.model.layers[0].mlp.register_forward_hook(fail)
+    if sharded:
+        model.model.norm.weight.ds_id = 0
+    why = "its own forward pass fails: .*no such dimension" + "'?$" * (not sharded)
+    with pytest.raises(UserError, match=why + ".*stage 3 of ZeRO has not gathered: try a stage of 0 to 2" * sharded):
+        choose_layout(SequenceLogProbs(model), CPU, torch.float32, demand_flash=False)
+
+
 def test_self_check_accepts_a_head_of_almost_zeros():
     """Log-probs that are all but alike have no spread to measure an error by."""
     model = tiny("llama", torch.float32, tie_word_embeddings=False)
