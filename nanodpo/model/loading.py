@@ -81,27 +81,27 @@ def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:
 
     names = args.lora_target_modules.split(",") if args.lora_target_modules != "all-linear" else "all-linear"
     names, flag = lora.get("target_modules", names), f"--lora_target_modules {args.lora_target_modules}"
-    flag = f"--peft_config {args.peft_config}" if lora else flag
+    flag, head = f"--peft_config {args.peft_config}" if lora else flag, model.get_output_embeddings()
+    linear = ", ".join(sorted({name.rpartition(".")[2] for name, layer in model.named_modules()
+                               if isinstance(layer, nn.Linear) and layer is not head}))
     if names == "all-linear" and (odd := _odd_linears(model)):
         names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
-                 and layer not in odd and layer is not model.get_output_embeddings()]
+                 and layer not in odd and layer is not head]
     elif isinstance(names, list):
         names = [name.strip() for name in names if name.strip()]
         modules = [name for name, _ in model.named_modules()]
         if unknown := [n for n in names if not any(m == n or m.endswith("." + n) for m in modules)]:
-            layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-            linear = sorted({name.rpartition(".")[2] for name in layers})
             raise UserError(f"{flag.partition(' ')[0]}: the model has no module {', '.join(unknown)}; its linear "
-                            f"layers are {', '.join(linear)}")
+                            f"layers are {linear}")
     flags = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-    head = model.get_output_embeddings()
     try:
         with _drawn_in_float32(), no_false_alarm():
             model = get_peft_model(model, LoraConfig(**flags | lora | {"target_modules": names,
                                                                        "task_type": "CAUSAL_LM"}))
     except BROKEN as error:
         why = first_line(error) if lora else first_line(error).replace("`target_modules`", "--lora_target_modules")
-        raise UserError(f"{flag}: {why}") from error
+        there = f" The model's linear layers are {linear}." * (names == "all-linear")
+        raise UserError(f"{flag}: {why}{there}") from error
     if model.get_base_model().get_output_embeddings() is not head:
         raise UserError(f"{flag.partition(' ')[0]}: the output layer can't be adapted; leave it out")
     check_plain_lora(model, flag)

@@ -146,6 +146,7 @@ def test_falcons_own_linear_layer_is_one(tmp_path):
 
 
 def test_mambas_refusal_names_the_flag(tmp_path):
-    """PEFT refuses its default for mamba, by the name of a setting of its own."""
-    with pytest.raises(UserError, match="^--lora_target_modules all-linear: .* remove it from --lora_target_modules"):
+    """PEFT refuses its default for mamba, by the name of a setting of its own. It lists the others."""
+    with pytest.raises(UserError, match="^--lora_target_modules all-linear: .* remove it from --lora_target_modules .* "
+                                        "The model's linear layers are dt_proj, in_proj, out_proj, x_proj.$"):
         load(saved(tmp_path, "mamba", state_size=4), use_lora=True)
