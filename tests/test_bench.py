@@ -274,7 +274,8 @@ def test_the_unattended_run_kills_a_run_once_it_is_ready(tmp_path):
     parts = on_gpu.Parts(SimpleNamespace(minutes=1, toy=True), tmp_path, tmp_path / "log")
     file = tmp_path / "begun"
     endless = f"import pathlib, time; pathlib.Path({str(file)!r}).write_text('x'); time.sleep(60)"
-    assert parts.call("-c", endless, until=file.exists) == "" and file.read_text() == "x"
+    assert parts.call("-c", endless, until=lambda: file.exists() and file.read_text() == "x") == ""
+    assert file.read_text() == "x"
     assert parts.call("-c", "print(1)") == "1\n"
     with pytest.raises(on_gpu.Failed, match="ended before it could be killed: exit code 0"):
         parts.call("-c", "print(1)", until=lambda: False)
