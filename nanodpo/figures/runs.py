@@ -50,26 +50,35 @@ def read_facts(folder: Path) -> Facts:
     file = folder / "run.json"
     try:
         record = parse_json(read_text(file))
-        given = record.get("arguments", {})
-        pairs = pairs_per_step({"world_size": 1, "arguments": given} | record)
     except (FileNotFoundError, NotADirectoryError):
         return Facts()
-    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: is not what train.py writes ({first_line(error)})") from error
+    given = record.get("arguments", {}) if isinstance(record, dict) else None
+    if not isinstance(given, dict):
+        raise UserError(f"{file}: is not what train.py writes; arguments must be an object")
     facts = Facts(given.get("loss", ""), given.get("label_smoothing", 0.0), given.get("beta"),
                   given.get("model_name", ""), given.get("sft_weight", 0.0), given.get("loss_kwargs"),
-                  Noise(of_record(record, file)), pairs)
+                  Noise(of_record(record, file)), _pairs(given, record.get("world_size", 1)))
     facts.forked = fork.get("step") if isinstance(fork := record.get("fork"), dict) else None
     numbers = {"label_smoothing": facts.smoothing, "beta": facts.beta or 0.0, "sft_weight": facts.sft_weight}
     wrong = [name for name, value in numbers.items() if type(value) not in (int, float) or not 0 <= value < math.inf]
     texts = {"loss": facts.loss, "model_name": facts.model, "loss_kwargs": facts.kwargs or ""}
     wrong += [name for name, value in texts.items() if not isinstance(value, str)]
-    wrong += [] if type(pairs) is int and pairs > 0 else ["the number of pairs of a step"]
+    wrong += [] if type(facts.pairs) is int and facts.pairs > 0 else ["the number of pairs of a step"]
     wrong += [] if facts.forked is None or type(facts.forked) is int and facts.forked >= 0 else ["the step of the fork"]
     if wrong:
         raise UserError(f"{file}: is not what train.py writes: {wrong[0]} has no value that it could have")
     facts.loss = loss_name(facts.loss)
     return facts
+
+
+def _pairs(given: dict, ranks) -> int:
+    """The pairs of a step, for these arguments; 0 where they are no numbers."""
+    try:
+        return pairs_per_step({"arguments": given, "world_size": ranks})
+    except (TypeError, ZeroDivisionError):
+        return 0
 
 
 def in_order(folders: dict[str, Path], facts: dict[str, Facts]) -> tuple[list[str], str]:
