@@ -17,9 +17,6 @@ from nanodpo.model.adapters import add_adapter, open_base
 from nanodpo.model.source import open_source
 
 CPU = torch.device("cpu")
-MOE = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-GPT_OSS = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7,
-           "layer_types": ["sliding_attention", "full_attention"]}
 STACKS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
 
@@ -52,12 +49,12 @@ def by_hand(model, path: str):
     return plain
 
 
-@pytest.mark.parametrize("family, changes, lora, names", [
-    ("qwen3_moe", MOE, {}, "k_proj, o_proj, q_proj, v_proj, experts.down_proj, experts.gate_up_proj, gate.weight"),
-    ("gpt_oss", GPT_OSS, STACKS, "k_proj, o_proj, q_proj, v_proj, experts.down_proj, experts.gate_up_proj")])
-def test_log_probs_and_hashes_are_those_of_the_sum(family, changes, lora, names, tmp_path):
+@pytest.mark.parametrize("family, lora, names", [
+    ("qwen3_moe", {}, "k_proj, o_proj, q_proj, v_proj, experts.down_proj, experts.gate_up_proj, gate.weight"),
+    ("gpt_oss", STACKS, "k_proj, o_proj, q_proj, v_proj, experts.down_proj, experts.gate_up_proj")])
+def test_log_probs_and_hashes_are_those_of_the_sum(family, lora, names, tmp_path):
     """And the base has one hash, whatever is around its weights: else a run could be neither merged nor scored."""
-    path, groups = saved(tmp_path, family, **changes), random_groups()
+    path, groups = saved(tmp_path, family), random_groups()
     settings = args(use_lora=True, lora_r=4, lora_alpha=8, peft_config="lora.json", merge_weights=False)
     model = moving(loading.load_model(open_source(path, False), settings, lora))
     assert " ".join(loading.describe(model).split()).endswith(f"LoRA on {names}")
@@ -73,7 +70,7 @@ def test_log_probs_and_hashes_are_those_of_the_sum(family, changes, lora, names,
 
 def test_bfloat16_does_not_round_it_away(monkeypatch, tmp_path):
     """On a CPU such tensors are held in float32, and their LoRA is drawn as without --bf16. A GPU refuses them."""
-    path, groups = saved(tmp_path, "qwen3_moe", **MOE), random_groups()
+    path, groups = saved(tmp_path, "qwen3_moe"), random_groups()
     drawn, model = (load(path, use_lora=True, lora_r=4, bf16=bf16) for bf16 in (False, True))
     lora = {name: p for name, p in drawn.named_parameters() if ".lora_" in name}
     assert all(p.equal(lora[name]) for name, p in model.named_parameters() if ".lora_" in name) and len(lora) > 12
@@ -94,7 +91,7 @@ def test_bfloat16_does_not_round_it_away(monkeypatch, tmp_path):
 def test_stage_3_is_refused(tmp_path):
     """It gathers the weights of a layer when the layer is called, and PEFT reads these before. Some families fail then;
     of others what is gathered is left from another read."""
-    path = saved(tmp_path, "qwen3_moe", **MOE)
+    path = saved(tmp_path, "qwen3_moe")
     with pytest.raises(UserError, match="^LoRA on experts.down_proj, .*, gate.weight reads these weights where stage 3 "
                                         "of ZeRO .*; use a stage of 0 to 2, or .* --lora_target_modules k_proj,o_proj"):
         ready.make_ready(load(path, use_lora=True), False, CPU, in_place=False)
@@ -102,17 +99,17 @@ def test_stage_3_is_refused(tmp_path):
 
 
 def test_a_name_that_no_weight_has(tmp_path):
-    path = saved(tmp_path, "qwen3_moe", **MOE)
+    path = saved(tmp_path, "qwen3_moe")
     with pytest.raises(UserError, match="target_parameters has 'experts.w', which is no weight of the model"):
         loading.load_model(open_source(path, False), args(use_lora=True, peft_config="lora.json", merge_weights=False),
                            {"target_parameters": ["experts.w"]})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, changes", [("qwen3_moe", MOE), ("gpt_oss", GPT_OSS)])
-def test_from_sft_to_dpo_to_scores_and_a_merged_model(family, changes, tiny, tmp_path):
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_from_sft_to_dpo_to_scores_and_a_merged_model(family, tiny, tmp_path):
     """The adapter of one run is the start of the next; merged, it is the same model, and as PEFT opens it."""
-    path, groups = saved(tmp_path / "base", family, vocab_size=264, **changes), random_groups()
+    path, groups = saved(tmp_path / "base", family, vocab_size=264), random_groups()
     (tmp_path / "lora.json").write_text(json.dumps({"target_modules": ["q_proj"]} | STACKS))
     common = ("--train_file_path", tiny / "train.jsonl", "--learning_rate", "1e-2", "--max_steps", "2", "--save_steps",
               "1", "--draw", "false", "--cache_dir", tmp_path / "cache", "--merge_weights")
