@@ -22,12 +22,17 @@ def check_regular(path) -> None:
         raise OSError(errno.EINVAL, f"is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file", str(path))
 
 
-def read_text(path, max_bytes: int = MAX_BYTES, errors: str = "strict") -> str:
-    """A file's text, UTF-8. Raises OSError for anything but a regular file, and for one longer than `max_bytes`."""
+def check_size(path, max_bytes: int) -> None:
+    """Raises OSError for anything but a regular file, and for one longer than `max_bytes`."""
     check_regular(path)
     if (size := os.stat(path).st_size) > max_bytes:
         raise OSError(errno.EFBIG, f"has {size:,} bytes, more than the {max_bytes:,} that such a file can have",
                       str(path))
+
+
+def read_text(path, max_bytes: int = MAX_BYTES, errors: str = "strict") -> str:
+    """A file's text, UTF-8. Raises OSError as `check_size` does."""
+    check_size(path, max_bytes)
     return Path(path).read_text(encoding="utf-8", errors=errors)
 
 

@@ -79,6 +79,8 @@ class History:
         self.every, self.eval_every = (every * -(-steps // (every * MOST)) if every else 0
                                        for every in (given["logging_steps"], self.eval_steps))
         self.waiting, self.found, self.window, self.steps_per_epoch = [], [], [], None
+        # Whether a step so far had a gradient and a learning rate above 0. Without weight in its rows it has none.
+        self.has_updates = False
 
     def until(self, step: int) -> list[dict]:
         """The log of checkpoint-<step>; empty for checkpoint-0, which is written first. Steps must be asked for in
@@ -96,17 +98,13 @@ class History:
                  for line in found]
         return sorted(found, key=lambda line: (line["step"], is_evaluation(line)))
 
-    def has_updates(self, step: int) -> bool:
-        """Whether a step before this one had a gradient and a learning rate above 0. Where the rows of a step have the
-        weight 0, it has none."""
-        return any(line.get("grad_norm", 0) > 0 and line.get("learning_rate", 0) > 0 for line in self.until(step))
-
     def _add(self, line: dict) -> None:
         if line.get("epoch") and not self.steps_per_epoch:
             self.steps_per_epoch = round(line["step"] / line["epoch"])
         if is_evaluation(line):
             self.found.append(line)
             return
+        self.has_updates |= line.get("grad_norm", 0) > 0 and line.get("learning_rate", 0) > 0
         self.window.append(line)
         if (line["step"] + 1) % self.every == 0:
             self.found.append(_mean(self.window))

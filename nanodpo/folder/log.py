@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..files import check_regular
+from ..files import check_size
 
 MAX_BYTES = 2**32  # a run of millions of steps
 
@@ -19,7 +19,7 @@ class Log:
         """(text, values) of each whole line that has come: a killed process may leave half of the last one."""
         if not self.file.exists():
             return []
-        check_regular(self.file)
+        check_size(self.file, MAX_BYTES)
         with self.file.open("rb") as opened:
             opened.seek(self.place)
             whole = opened.read()
@@ -37,15 +37,16 @@ class Log:
 
 
 class LogHash:
-    """`hash_before` for a log that grows. Each line is read and hashed once."""
+    """A hash of the numbers of a log before a step, which a state of this step keeps. Each line is hashed once: that
+    of their JSON, as one list. `new_lines` is `Log.new_lines`, or a function like it."""
 
-    def __init__(self, run: Path):
-        self.log, self.digest, self.between = Log(run), hashlib.sha256(b"["), ""
+    def __init__(self, new_lines):
+        self.new_lines, self.digest, self.between = new_lines, hashlib.sha256(b"["), ""
         self.later: list[dict] = []  # lines that are read and not hashed yet
 
     def before(self, step: int) -> str:
         """Steps must be asked for in order."""
-        lines = self.later + [line for _, line in self.log.new_lines()]
+        lines = self.later + [line for _, line in self.new_lines()]
         self.later = [line for line in lines if line["step"] >= step]
         for line in (line for line in lines if line["step"] < step):
             self.digest.update((self.between + json.dumps(timeless(line), sort_keys=True)).encode())
@@ -75,6 +76,5 @@ def timeless(line: dict) -> dict:
 
 
 def hash_before(lines: list[tuple[str, dict]], step: int) -> str:
-    """A hash of the numbers before a step, which a state of this step keeps."""
-    before = [timeless(line) for _, line in lines if line["step"] < step]
-    return hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    """The same of a log that was read."""
+    return LogHash(lambda: lines).before(step)

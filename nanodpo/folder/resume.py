@@ -27,7 +27,7 @@ from ..errors import RankStopped, RunStopped, UserError
 from ..files import read_text
 from ..ranks.distributed import gather_or_raise, is_main, main_first, say
 from .atomic import aside, clear, file_facts, flush, new_file, publish, read_manifest, remove, saved_steps, writing
-from .log import MAX_BYTES, LogHash, hash_before, is_evaluation, read_lines, trained_steps
+from .log import MAX_BYTES, Log, LogHash, hash_before, is_evaluation, read_lines, trained_steps
 from .state import COUNTERS
 
 KEEP = 2
@@ -103,7 +103,7 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
                                     "be a folder that all machines share")
                 with writing(folder):
                     flush(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else None
-                    before = (log or LogHash(run)).before(step)
+                    before = (log or LogHash(Log(run).new_lines)).before(step)
                     publish(folder, {"step": step, "tensors": LAYOUT, "log": before, **facts}, names)
                 for old in [s for s in steps_in(run) if s < step][KEEP - 1 :] if not keep else ():
                     remove(folder_of(run, old))

@@ -11,7 +11,7 @@ from ..data.template import leads_to_keep, prompt_leads, template_for
 from ..errors import UserError
 from ..folder import card, checkpoint, elastic, fork, record, resume, same_run, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
-from ..folder.log import LogHash, read_lines
+from ..folder.log import Log, LogHash, read_lines
 from ..model import loading
 from ..model.quantised import bits_of
 from ..model.source import base_of
@@ -170,10 +170,10 @@ def save_checkpoint(run: Run) -> None:
                 with writing(run.folder / "metrics.jsonl"):
                     flush(run.folder / "metrics.jsonl")
             run.history = run.history or card.History(run.folder, run.facts)
-            if run.history.has_updates(run.step):
-                checkpoint.check_trained(tensors)
             texts = card.texts(run.facts, run.step, run.history, run.source.base,
                                model.peft_config["default"] if run.args.use_lora else None)
+            if run.history.has_updates:
+                checkpoint.check_trained(tensors)
             checkpoint.save(model, run.source.tokenizer, tensors, folder, {"step": run.step, **_owner(run)}, texts)
             checkpoint.rotate(run.folder, run.args.save_total_limit)
 
@@ -185,7 +185,7 @@ def save_state(run: Run) -> None:
     tensors = run.random
     if run.rank == 0 or run.engine.zero_optimization_stage():  # without ZeRO all ranks have the same
         tensors = tensors | state.weights_and_moments(run.engine)
-    run.log_hash = run.log_hash or LogHash(run.folder)
+    run.log_hash = run.log_hash or LogHash(Log(run.folder).new_lines)
     zero = json.dumps(run.facts["deepspeed"]["zero_optimization"])
     facts = {"tokens": run.tokens, "skipped": run.skipped, "zero": zero}
     facts |= {name: getattr(run.engine, name) for name in state.COUNTERS}

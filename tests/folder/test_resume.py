@@ -23,6 +23,7 @@ from nanodpo.errors import Preempted, RunStopped, UserError
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.folder import card, resume, same_run
 from nanodpo.folder import fork as fork_of
+from nanodpo.folder import log as run_log
 from nanodpo.folder import record as run_record
 from nanodpo.folder.atomic import (
     aside,
@@ -449,12 +450,15 @@ def test_lines_that_somebody_changed_stay_and_are_named(tmp_path, capsys):
         resume.begin(tmp_path, 8, None, OWNERS)
 
 
-def test_a_log_of_any_length_is_read(tmp_path):
+def test_a_log_of_any_length_is_read(tmp_path, monkeypatch):
     """70 MB, as some 60,000 steps leave: at a smaller limit such a run could never end."""
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0{" " * 70_000_000}}}\n')
     assert [line["step"] for _, line in read_lines(tmp_path)] == [0]
     facts = {"arguments": {"logging_steps": 1, "eval_steps": 0}, "steps": 1}
     assert card.History(tmp_path, facts).until(1)[0]["step"] == 1
+    monkeypatch.setattr(run_log, "MAX_BYTES", 60_000_000)  # but for one that no run could have written
+    with pytest.raises(OSError, match="has 70,000,012 bytes, more than the 60,000,000 that such a file can have"):
+        read_lines(tmp_path)
 
 
 def test_a_checkpoint_of_another_run_is_named(stopped, capsys):
