@@ -164,6 +164,19 @@ def shift(chosen, rejected, ref_chosen, ref_rejected, beta: float, shift_lambda:
     return -F.logsigmoid(beta * ((chosen - ref_chosen) - shift_lambda * (rejected - ref_rejected)))
 
 
+def bounded(chosen, rejected, ref_chosen, ref_rejected, beta: float, bounded_lambda: float = 0.5) -> Tensor:
+    """dpo whose rejected response has the probability lambda pi + (1 - lambda) ref: (P,). BDPO of arXiv 2506.12725,
+    with its lambda; dpo at lambda = 1.
+
+    The less likely rejected is, the less it is pushed down. Where chosen is less likely than 1 - lambda times its
+    probability under the reference, the loss is above ln 2, its value at the start, however unlikely rejected is
+    (Theorem 2).
+    """
+    of_policy, of_reference = rejected.new_tensor([bounded_lambda, 1 - bounded_lambda]).log()
+    mixture = torch.logaddexp(of_policy + rejected, of_reference + ref_rejected)
+    return dpo(chosen, mixture, ref_chosen, ref_rejected, beta)
+
+
 def gate(chosen, rejected, ref_chosen, ref_rejected, lengths, beta: float, gate_slope: float = 20.0,
          gate_threshold: float = 0.1) -> Tensor:
     """dpo whose gradient by rejected is multiplied by g = sigmoid(slope (p - threshold)): (P,). The sequence form of
@@ -228,5 +241,5 @@ def settings_of(loss: Callable) -> list[str]:
     return [name for name in inspect.signature(loss).parameters if name not in (*INPUTS, "beta", "label_smoothing")]
 
 
-LOSSES = {loss.__name__: loss for loss in (dpo, ipo, hinge, robust, dpo_norm, apo_zero, dpop, shift, gate, squared,
-                                           simpo, cpo, orpo, sft)}
+LOSSES = {loss.__name__: loss for loss in (dpo, ipo, hinge, robust, dpo_norm, apo_zero, dpop, shift, bounded, gate,
+                                           squared, simpo, cpo, orpo, sft)}

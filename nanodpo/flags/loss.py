@@ -74,7 +74,7 @@ def read_loss(args) -> tuple[Callable, str | None]:
 
 def _tried(loss: Callable, args) -> Callable:
     """The loss, after a call with three pairs. Raises UserError for a value of a setting that it refuses by ValueError,
-    for another error that it raises, and for a result that is not one number a pair, with a gradient."""
+    for another error that it raises, and for a result that is not one finite number a pair, with a gradient."""
     try:
         logps = torch.full((3, 2), -2.0, requires_grad=True)
         found = pair_losses(loss, logps, torch.full((3, 2), -2.0), torch.ones(3, 2))
@@ -90,6 +90,10 @@ def _tried(loss: Callable, args) -> Callable:
     if not found.requires_grad:
         raise UserError(f"--loss {args.loss}: its result has no gradient with respect to chosen and rejected; compute "
                         "it from these tensors alone, without detach, item or numpy")
+    if not found.isfinite().all():
+        settings = f" --loss_kwargs {args.loss_kwargs}" if args.loss_kwargs else ""
+        raise UserError(f"--loss {args.loss}{settings}: gives {found[0].item()} for pairs whose policy is the "
+                        "reference, where training starts")
     return loss
 
 

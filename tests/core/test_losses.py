@@ -11,6 +11,7 @@ import torch
 from nanodpo.core.losses import (
     LOSSES,
     apo_zero,
+    bounded,
     cpo,
     dpo,
     dpo_norm,
@@ -223,6 +224,34 @@ def test_shift_weighs_rejected_less(lam):
     assert loss_and_weights(shift, beta=0.1, logps=PAIR["ref"])[0] == pytest.approx(math.log(2), rel=1e-12)
     value, weights = loss_and_weights(shift, beta=0.1, shift_lambda=1.0)
     assert [value, *weights] == pytest.approx([softplus(-1.0), *[0.1 * sigmoid(-1.0)] * 2], rel=1e-12)
+
+
+@pytest.mark.parametrize("lam", [0.3, 0.5, 0.9])
+def test_bounded_mixes_rejected_with_its_reference(lam):
+    """Margin 0.1 (2 - log(lambda e^-8 + 1 - lambda)); rejected's weight is chosen's times its part of the mixture. ln 2
+    at the reference, where rejected's part is lambda; dpo at lambda = 1."""
+    value, weights = loss_and_weights(bounded, beta=0.1, bounded_lambda=lam)
+    mixture = lam * math.exp(-8) + 1 - lam
+    margin = 0.1 * (2 - math.log(mixture))
+    slope = 0.1 * sigmoid(-margin)
+    assert value == pytest.approx(softplus(-margin), rel=1e-9)
+    assert weights == pytest.approx([slope, slope * lam * math.exp(-8) / mixture], rel=1e-9)
+    value, weights = loss_and_weights(bounded, beta=0.1, bounded_lambda=lam, logps=PAIR["ref"])
+    assert [value, *weights] == pytest.approx([math.log(2), 0.05, 0.05 * lam], rel=1e-9)
+    assert loss_and_weights(bounded, beta=0.1, bounded_lambda=1.0) == loss_and_weights(dpo, beta=0.1)
+
+
+@pytest.mark.parametrize("lam", [0.3, 0.5, 0.9])
+def test_bounded_keeps_chosen_above_a_part_of_its_reference(lam):
+    """Theorem 2 of its paper: no loss of at most ln 2, that of the start, lets chosen fall below 1 - lambda times its
+    probability under the reference, however far rejected falls. At that bound, with rejected gone, it is ln 2."""
+    gone = PAIR["ref"] + torch.tensor([[math.log(1 - lam), -900.0]], dtype=torch.float64)
+    value, weights = loss_and_weights(bounded, beta=0.1, bounded_lambda=lam, logps=gone)
+    assert value == pytest.approx(math.log(2), rel=1e-12) and weights == pytest.approx([0.05, 0])
+    for u, v in itertools.product((-3.0, -1.0, -0.2, 0.5), (-900.0, -5.0, 0.0, 4.0)):
+        moved = PAIR["ref"] + torch.tensor([[u, v]], dtype=torch.float64)
+        if loss_and_weights(bounded, beta=0.1, bounded_lambda=lam, logps=moved)[0] <= math.log(2):
+            assert u >= math.log(1 - lam)
 
 
 def test_gate_lets_go_of_what_is_hardly_possible_any_more():

@@ -57,6 +57,7 @@ def refuses(chosen, rejected, limit=0.0):
 
 def still(chosen, rejected): return (rejected - chosen).detach()
 def fails(chosen, rejected): return chosen / [][3]
+def root(chosen, rejected): return (chosen + rejected).sqrt()
 
 NUMBER = 3
 """)
@@ -102,6 +103,9 @@ def test_every_loss_of_the_house_can_be_named(name):
     (["--loss", "@my losses.py:fails"], "raises IndexError for 3 pairs: list index out of range"),
     (["--loss", "@my losses.py:asks"], "takes strength, which is no input of a loss"),
     (["--loss", "@my losses.py:refuses"], "my losses.py:refuses: limit must be above 0"),
+    (["--loss", "@my losses.py:root"], "my losses.py:root: gives nan for pairs whose policy is the reference"),
+    (["--loss", "bounded", "--loss_kwargs", '{"bounded_lambda": 2}'],
+     '--loss bounded --loss_kwargs {"bounded_lambda": 2}: gives nan for pairs whose policy is the reference'),
     (["--loss_kwargs", '{"gamma": 1}'], "dpo takes no gamma"),
     (["--loss", "simpo", "--loss_kwargs", '{"gamma": 1}'], "simpo takes no gamma; it takes simpo_gamma"),
     (["--loss", "simpo", "--loss_kwargs", '{"simpo_gamma": "1"}'], "must be a JSON object of numbers"),
