@@ -125,6 +125,16 @@ def train(tiny: Path, output: Path, *flags, model: str = "model", launcher: str 
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_times(lines: list[dict]) -> list[dict]:
+    """Lines of metrics.jsonl without what no two runs have in common: times and memory."""
+    return [{name: value for name, value in line.items() if not name.startswith(("perf/", "mem/"))} for line in lines]
+
+
+def lines_of(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without times and memory."""
+    return without_times([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+
+
 def zero(folder: Path, stage: int) -> Path:
     """A DeepSpeed file with this ZeRO stage; the third lets go of every weight, also the smallest, as it does of large
     ones."""

@@ -12,7 +12,7 @@ import datasets
 import pytest
 import tiny_tokenizers
 import torch
-from conftest import train
+from conftest import train, without_times
 from safetensors.torch import load_file, save_file
 from test_resume import BREAKS
 
@@ -360,8 +360,7 @@ def test_the_ranks_of_a_run_share_one_entry(tiny, tmp_path):
     """A column that nobody reads makes a large file. The steps are those without a cache, to the last bit, in a first
     run and in one that finds the entry."""
     def steps(name, *more):
-        lines = train(tiny, tmp_path / name, "--max_steps", "2", *more, ranks=2)
-        return [{key: value for key, value in line.items() if not key.startswith(("perf/", "mem/"))} for line in lines]
+        return without_times(train(tiny, tmp_path / name, "--max_steps", "2", *more, ranks=2))
 
     rows = [json.loads(line) | {"junk": "x" * 100_000} for line in (tiny / "train.jsonl").read_text().splitlines()]
     large = ("--train_file_path", write(tmp_path, rows))

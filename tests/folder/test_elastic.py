@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
-from conftest import ROOT, forked, zero
+from conftest import ROOT, forked, lines_of, zero
 from safetensors.torch import load_file
 from test_resume import flip
 
@@ -105,11 +105,6 @@ def flags(tiny, run, *more):
             "--keep_states", *more]
 
 
-def lines(run) -> list[dict]:
-    return [{name: value for name, value in json.loads(line).items() if not name.startswith(("perf/", "mem/"))}
-            for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def weights(run, step: int) -> dict:
     (file,) = (run / f"checkpoint-{step}").glob("*model.safetensors")
     return load_file(file)
@@ -145,7 +140,7 @@ def test_the_run_is_the_one_that_nobody_stopped(stage, ranks, then, accumulation
     assert (f"resume: {then} rank{'s' * (then > 1)} in place of {ranks}; --gradient_accumulation_steps "
             f"{then_accumulation} keeps {pairs} pairs a step\n") in said and "going on at step 2" in said
     assert said.count("reference: 0 pairs computed") == (0 if "sft" in more else 1 + ("--eval_size" in more))
-    for line, known in zip(lines(run), lines(whole), strict=True):
+    for line, known in zip(lines_of(run), lines_of(whole), strict=True):
         assert line.keys() == known.keys()
         for name, value in known.items():
             exact = name in EXACT or line["step"] < 2
@@ -177,7 +172,7 @@ def test_what_comes_after_such_a_run(tiny, tmp_path):
     assert codes == [137] and f"resume: 1 rank in place of 2; {words.format(4)}" in said
     codes, said = forked(TRAIN, *flags(tiny, run, *more), ranks=2)
     assert codes == [0, 0] and f"resume: 2 ranks in place of 1; {words.format(2)}" in said and "at step 4" in said
-    assert [line["step"] for line in lines(run) if "loss" in line] == [*range(6)]
+    assert [line["step"] for line in lines_of(run) if "loss" in line] == [*range(6)]
     for script in ("score.py", "plot.py"):
         codes, said = forked(ROOT / script, run)
         assert codes == [0], said
@@ -205,7 +200,7 @@ def test_a_run_goes_on_with_another_zero_stage(tiny, tmp_path):
     assert words.format(stages[1], stages[0]) in said
     codes, said = forked(TRAIN, *flags(tiny, run, *more, "--deepspeed", zero(tiny, 0)))
     assert codes == [0] and words.format(stages[2], stages[1]) in said and "going on at step 4" in said, said
-    for line, known in zip(lines(run), lines(whole), strict=True):
+    for line, known in zip(lines_of(run), lines_of(whole), strict=True):
         for name, value in known.items():
             exact = name in EXACT or line["step"] < 2
             assert line[name] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-6)), (line["step"], name)

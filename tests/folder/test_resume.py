@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, environment, forked, launch, zero
+from conftest import ROOT, environment, forked, launch, lines_of, zero
 from safetensors.torch import load_file, save_file
 
 from nanodpo.errors import Preempted, RunStopped, UserError
@@ -53,18 +53,13 @@ def flags(tiny: Path, run: Path, *more):
             "--cache_dir", run.parent / f"{run.name}-cache", *LONG, *more]
 
 
-def lines(run: Path) -> list[dict]:
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("perf/", "mem/"))}
-            for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def content(run: Path) -> dict[str, bytes]:
     """Every file of every checkpoint, byte for byte."""
     return {str(f.relative_to(run)): f.read_bytes() for f in run.glob("checkpoint-*/**/*") if f.is_file()}
 
 
 def assert_same(one: Path, other: Path):
-    assert lines(one) == lines(other)
+    assert lines_of(one) == lines_of(other)
     a, b = content(one), content(other)
     assert a.keys() == b.keys() and len(a) > 10
     assert [name for name in a if a[name] != b[name]] == []
@@ -168,7 +163,7 @@ def test_a_damaged_checkpoint_is_made_again_or_named(whole, tiny, tmp_path):
     (named,) = [line for line in said.splitlines() if line.startswith("resume: ")]
     assert f"{run / 'checkpoint-2'}: adapter_model.safetensors is not what was written" in named
     different = [name for name, data in content(whole()).items() if content(run)[name] != data]
-    assert different == ["checkpoint-2/adapter_model.safetensors"] and lines(run) == lines(whole())
+    assert different == ["checkpoint-2/adapter_model.safetensors"] and lines_of(run) == lines_of(whole())
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "tokenizer.json"])
@@ -351,7 +346,7 @@ def test_killed_while_it_removes(name, whole, tiny, tmp_path):
     codes, said = forked(TRAIN, *flags(tiny, run, *more))
     assert codes == [0] and "only a run into a new" not in said
     kept = {name: data for name, data in content(whole()).items() if name.startswith(("checkpoint-0", "checkpoint-6"))}
-    assert content(run) == kept and lines(run) == lines(whole()) and not list(run.rglob("*.partial"))
+    assert content(run) == kept and lines_of(run) == lines_of(whole()) and not list(run.rglob("*.partial"))
 
 
 def flip(file: Path):

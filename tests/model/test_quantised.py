@@ -10,7 +10,7 @@ import oracle
 import pandas
 import pytest
 import torch
-from conftest import ROOT, launch, make_model, make_tokenizer, train, zero
+from conftest import ROOT, launch, make_model, make_tokenizer, train, without_times, zero
 from safetensors.torch import load_file
 from tiny_models import naive_token_logps, random_groups
 from tiny_models import tiny as tiny_family
@@ -174,7 +174,7 @@ def runs(tiny, tmp_path_factory):
 
 
 def steps(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith(("perf/", "mem/"))} for line in lines if "loss" in line]
+    return without_times([line for line in lines if "loss" in line])
 
 
 @installed

@@ -8,7 +8,7 @@ import oracle
 import pandas
 import pytest
 import torch
-from conftest import ROOT, forked, launch, make_model, make_tokenizer, train, zero
+from conftest import ROOT, forked, launch, make_model, make_tokenizer, train, without_times, zero
 from safetensors.torch import load_file
 
 from nanodpo.data.schedule import pairs_of_step
@@ -26,10 +26,6 @@ def other(tiny, tmp_path_factory):
     make_model(seed=1).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
-
-
-def without_times(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith(("perf/", "mem/"))} for line in lines]
 
 
 def sums(model, pairs) -> torch.Tensor:

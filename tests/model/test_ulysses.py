@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
-from conftest import ROOT, forked, make_model, make_tokenizer, zero
+from conftest import ROOT, forked, lines_of, make_model, make_tokenizer, without_times, zero
 from safetensors.torch import load_file
 from test_resume import assert_same
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -62,11 +62,10 @@ def made(place, run, *more, ranks=1, script=(TRAIN,), **how) -> tuple[list[dict]
 def assert_equal(one: tuple, other: tuple, rel: float) -> None:
     """All numbers of all lines, of steps and evaluations, and all weights."""
     assert len(one[0]) == len(other[0]) == 7
-    for a, b in zip(*(lines for lines, _ in (one, other))):
+    for a, b in zip(*(without_times(lines) for lines, _ in (one, other))):
         assert a.keys() == b.keys()
         for key in a:
-            if not key.startswith(("perf/", "mem/")):
-                assert b[key] == pytest.approx(a[key], rel=rel, abs=rel), (a["step"], key)
+            assert b[key] == pytest.approx(a[key], rel=rel, abs=rel), (a["step"], key)
     assert one[1].keys() == other[1].keys() != set()
     assert max((one[1][name] - other[1][name]).abs().max() for name in one[1]) <= rel
 
@@ -130,8 +129,7 @@ def test_recomputation_changes_no_bit(place, tmp_path):
     for i, more in enumerate(((), ("--gradient_checkpointing",), ("--activation_memory", "0.00002"))):
         run = tmp_path / f"run{i}"
         lines, weights = made(place, run, *PAIRS, "--bf16", "--sequence_parallel_size", "2", *more, ranks=2)
-        found.append(([{k: v for k, v in line.items() if not k.startswith(("perf/", "mem/"))} for line in lines],
-                      weights))
+        found.append((without_times(lines), weights))
     for lines, weights in found[1:]:
         assert lines == found[0][0] and all(weights[name].equal(w) for name, w in found[0][1].items())
 
@@ -234,11 +232,10 @@ def test_a_run_goes_on_with_ranks_that_share_its_batches(run, place, tmp_path):
     assert codes == [0, 0] and "going on at step 2" in said, said
     assert ("resume: 2 ranks, of which 2 share each batch, in place of 1; --gradient_accumulation_steps 2 keeps 4 "
             "pairs a step") in said
-    one, other = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-                  for folder in (run, tmp_path / "run"))
+    one, other = lines_of(run), lines_of(tmp_path / "run")
     assert [line["step"] for line in one] == [line["step"] for line in other]
     for a, b in zip(one, other):
-        for key in a.keys() - {"perf/step_seconds", "perf/tokens_per_second", "mem/peak_gib"}:
+        for key in a:
             assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-6), (a["step"], key)
 
 

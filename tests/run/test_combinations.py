@@ -12,7 +12,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from conftest import ROOT, forked, launch, make_tokenizer, zero
+from conftest import ROOT, forked, launch, lines_of, make_tokenizer, zero
 from tiny_models import tiny
 
 from nanodpo.core.losses import LOSSES, inputs_of
@@ -53,11 +53,6 @@ def write_rows(file: Path, draw: random.Random) -> list[float]:
             row["weight"] = draw.choice([0.0] * 3 * (i > 2) + [0.5, 1.0, 2.0])
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [row.get("weight", 1.0) for row in rows]
-
-
-def lines_of(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(("perf/", "mem/"))} for line in lines]
 
 
 def bytes_of(run: Path) -> dict[str, bytes]:

@@ -7,13 +7,11 @@ import signal
 import time
 
 import pytest
-from conftest import ROOT, forked, zero
+from conftest import ROOT, forked, lines_of, zero
 
 from nanodpo.errors import Preempted, RunStopped, UserError
 from nanodpo.folder.atomic import file_facts
 from nanodpo.run import signals
-
-TIMES = ("perf/", "mem/")
 
 
 def flags(tiny, run, *more) -> list[str]:
@@ -24,9 +22,7 @@ def flags(tiny, run, *more) -> list[str]:
 
 def result(run) -> tuple[list[dict], dict]:
     """The lines of metrics.jsonl without times, and a hash of every file of a checkpoint."""
-    lines = [{name: value for name, value in json.loads(line).items() if not name.startswith(TIMES)}
-             for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return lines, {f"{file.parent.name}/{file.name}": file_facts(file) for file in run.glob("checkpoint-*/*")
+    return lines_of(run), {f"{file.parent.name}/{file.name}": file_facts(file) for file in run.glob("checkpoint-*/*")
                    if file.name != "manifest.json"}
 
 

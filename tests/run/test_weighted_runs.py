@@ -6,7 +6,7 @@ import math
 import oracle
 import pytest
 import torch
-from conftest import ROOT, launch, make_model, train, zero
+from conftest import ROOT, launch, make_model, train, without_times, zero
 
 from nanodpo.data.schedule import pairs_of_step
 
@@ -62,10 +62,6 @@ def test_a_step_is_the_weighted_mean_of_its_pairs(loss, ranks, stage, flags, tin
             mean_by_hand(after, [*enumerate(pairs)], ref, loss).item(), rel=1e-5)
 
 
-def numbers(lines, *less):
-    return [{k: v for k, v in line.items() if not k.startswith(("perf/", "mem/", *less))} for line in lines]
-
-
 @pytest.mark.parametrize("flags", [("--sft_weight", "0.5"), ("--loss", "sft")])
 def test_weights_of_1_change_no_byte(flags, tiny, tmp_path):
     """Of the metrics and the weights. The same command with or without the column goes on with the run."""
@@ -73,7 +69,7 @@ def test_weights_of_1_change_no_byte(flags, tiny, tmp_path):
     more = ("--max_steps", "3", "--per_device_train_batch_size", "2", "--eval_file_path", tiny / "train.jsonl", *flags)
     plain = train(tiny, tmp_path / "plain", *more)
     ones = train(tiny, tmp_path / "ones", *more, "--train_file_path", file)
-    assert numbers(plain) == numbers(ones)
+    assert without_times(plain) == without_times(ones)
     saved = [file.read_bytes() for file in tmp_path.glob("*/checkpoint-3/adapter_model.safetensors")]
     assert len(saved) == 2 and saved[0] == saved[1]
     again = [ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", file, "--output_dir",
