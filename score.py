@@ -22,7 +22,7 @@ import torch
 from nanodpo.core.logprobs import sum_by_sequence
 from nanodpo.core.packing import LAYOUTS
 from nanodpo.data.example import SIDES
-from nanodpo.errors import UserError, leave, run_script
+from nanodpo.errors import UserError, exit_process, run_script
 from nanodpo.figures.after import draw_after, page_after
 from nanodpo.folder.atomic import check_writable
 from nanodpo.ledger.making import make_ledger
@@ -279,7 +279,7 @@ def report(folder: Path, checkpoints: list[Checkpoint], work: list[Work], parts:
 
 
 def command() -> None:
-    leave(run_script(main))
+    exit_process(run_script(main))
 
 
 if __name__ == "__main__":

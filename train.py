@@ -18,9 +18,9 @@ import torch
 
 from nanodpo import progress
 from nanodpo.core.losses import loss_divisor, needs_reference, pair_losses
-from nanodpo.core.packing import make_batch, pair_lengths, scored_places, total_tokens
+from nanodpo.core.packing import make_batch, pair_lengths, total_tokens
 from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
-from nanodpo.errors import Preempted, RunStopped, leave, run_script
+from nanodpo.errors import Preempted, RunStopped, exit_process, run_script
 from nanodpo.figures.after import draw_run_after, is_drawn
 from nanodpo.folder import checkpoint, state
 from nanodpo.model import loading
@@ -64,16 +64,16 @@ def main(argv: list[str]) -> None:
 def build(start: Start, stop: Stop) -> Run:
     """Joins the ranks, loads the model and makes the engine around it."""
     args = start.args
-    device = distributed.start(args.local_rank, args.deterministic)
+    device = distributed.join_ranks(args.local_rank, args.deterministic)
     check_with_deepspeed(start.deepspeed | start.monitors, args.deepspeed)
     rank, world = distributed.rank_and_world()
     with memory.shortage_named(rank, "loading the model"):
-        model, hashes, reference_model, reference_hashes = load_models(start)
+        model, start_hash, reference_model, reference_hash = load_models(start)
     distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
     with memory.shortage_named(rank, "loading the model"):
         engine, layout, attention = make_engine(model, args, start.deepspeed, device, start.longest)
     torch.manual_seed(args.seed + rank)  # dropout's, with --allow_dropout
-    return Run(**vars(start), stop=stop, start_hashes=hashes, reference_hashes=reference_hashes,
+    return Run(**vars(start), stop=stop, start_hash=start_hash, reference_hash=reference_hash,
                reference_model=reference_model, engine=engine, layout=layout, attention=attention, device=device,
                world=world, rank=rank)
 
@@ -81,17 +81,17 @@ def build(start: Start, stop: Stop) -> Run:
 def train(run: Run) -> None:
     """The folder, the references, then the steps. What is saved between steps lets a killed run go on from there."""
     args = run.args
-    if args.bf16 and not run.old:
+    if args.bf16 and not run.resumed:
         run.facts["noise"] = measure_noise(run)
     saved = lifecycle.open_folder(run)
     how = "the same command" + ("" if args.output_dir else f" with --output_dir {run.folder}")
     how += "" if args.resume == "auto" else " and without --resume"
     run.stop.advice = lambda: f" after {max(run.step, saved['step'])} of {run.steps} steps; to go on: {how}"
-    run.stop.wait()
+    run.stop.defer()
     if needs_reference(run.loss):
         add_references(run)
     say_unvisited(run)
-    run.row_weights = row_weights(run.train_set.examples, run.without)
+    run.row_weights = row_weights(run.train_set.examples, run.without_rows)
     lifecycle.go_on(run, saved)
     with monitors.reporting(run), progress.Progress("training", run.steps, "step", run.step) as bar:
         try:
@@ -113,7 +113,7 @@ def between_steps(run: Run) -> None:
     """Evaluates and saves what is due before step `run.step`. Skips what is there already, so a run that goes on from
     this step can call it again."""
     args, last = run.args, run.step == run.steps
-    run.random = state.random_state(run.device)
+    run.random_states = state.random_state(run.device)
     if run.step in (0, run.steps) or (args.eval_steps and run.step % args.eval_steps == 0):
         evaluate(run)
     save = args.save_steps and run.step % args.save_steps == 0
@@ -131,17 +131,17 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     args, engine, examples, began = run.args, run.engine, run.train_set.examples, time.perf_counter()
     pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step, run.row_starts)  # their indices
     sides = run.trained_sides  # chosen and rejected; for SFT chosen alone
-    # A step's loss is the sum of its pairs' losses, each times the weight of its row, divided by this number: the sum
-    # of these weights, which are 1 without a column `weight`; for sft of weight times the scored tokens of chosen.
-    divisor = loss_divisor(args.loss, [len(scored_places(examples[k].chosen)) for k in pairs],
-                           [examples[k].weight for k in pairs])
+    # The loss of a step is sum(row weight * loss of the pair) / divisor. The divisor is the sum of the row weights (1
+    # without a column `weight`); for sft it is the sum of row weight * scored tokens of chosen.
+    divisor = loss_divisor(args.loss, [examples[k] for k in pairs])
     rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
 
     engine.train()
     meter = Meter(run.device)
-    token_metrics = engine.module.head.on_chunk = TokenMetrics(engine.module)  # called with each chunk of tokens
+    token_metrics = TokenMetrics(engine.module)
+    engine.module.head.on_chunk = token_metrics  # the kernel calls it with each chunk of tokens
     micro_batches = micro_batches_of(pairs, args.per_device_train_batch_size, run.data_rank, run.data_world)
     for i, (indices, factor) in enumerate(guard.each(micro_batches)):  # factor 0: a repeat, see micro_batches_of
         micro_batch = [examples[k] for k in indices]
@@ -154,8 +154,8 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
         losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)  # (P,)
         losses = losses * run.row_weights[indices].to(run.device, non_blocking=True)
         values = pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
-        parts = losses.detach() * (len(pairs) / divisor)  # the mean of all of them is the step's loss
-        meter.add({"loss": parts} | values | token_metrics.take(batch, index, lengths), factor)
+        scaled = losses.detach() * (len(pairs) / divisor)  # the mean of all of them is the step's loss
+        meter.add({"loss": scaled} | values | token_metrics.take(batch, index, lengths), factor)
         engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)  # tells DeepSpeed which is the last
         losses = guard.nan_where_nonfinite(indices, logps, losses)
         # DeepSpeed adds up micro-batches (configured for one a step, it does not divide) and takes the mean over all
@@ -213,7 +213,7 @@ def log_step(run: Run, bar, line: dict[str, float]) -> None:
 
 def end_again(start: Start) -> None:
     """Does what is missing at the end of a finished run: the merged model, the figures."""
-    args, folder, steps = start.args, start.folder, start.old["steps"]
+    args, folder, steps = start.args, start.folder, start.resumed["steps"]
     distributed.leave()
     distributed.say(f"{folder}: this run is finished, all {steps} steps")
     distributed.say(f"next: {command_line(SCRIPT.with_name('score.py'), folder)}")
@@ -224,7 +224,7 @@ def end_again(start: Start) -> None:
 
 
 def command() -> None:
-    leave(run_script(main))
+    exit_process(run_script(main))
 
 
 if __name__ == "__main__":

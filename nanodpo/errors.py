@@ -99,7 +99,7 @@ def run_script(main) -> int:
         as_script = False
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """Exits with this code. A rank exits without the interpreter's own clean-up: there a thread of a library may abort
     a process whose work is done, and the launcher would call the whole run failed."""
     if "RANK" in os.environ or "deepspeed" in sys.modules:

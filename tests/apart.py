@@ -84,7 +84,7 @@ def main() -> None:
     program.train_step = lambda run, guard: (act(at.get("step", []) if run.step == 2 else []), step(run, guard))[1]
     part, parts = getattr(program, "score_part", None), itertools.count()
     program.score_part = lambda *args: (act(at.get("part", []) if next(parts) == 1 else []), part(*args))
-    errors.leave(errors.run_script(program.main))
+    errors.exit_process(errors.run_script(program.main))
 
 
 if __name__ == "__main__":

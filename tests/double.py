@@ -8,7 +8,7 @@ import sys
 import torch
 from tiny_models import KeepDouble
 
-from nanodpo.errors import leave, run_script
+from nanodpo.errors import exit_process, run_script
 from nanodpo.model import ready
 from nanodpo.model.sharding import cast
 from nanodpo.run import engine
@@ -32,7 +32,7 @@ def main() -> None:
     engine.make_ready = ready.make_ready = make_ready
     script = importlib.import_module(sys.argv.pop(1))
     with KeepDouble():
-        leave(run_script(script.main))
+        exit_process(run_script(script.main))
 
 
 if __name__ == "__main__":

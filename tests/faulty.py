@@ -186,4 +186,4 @@ def plant(fault: str) -> None:
 
 if __name__ == "__main__":
     plant(sys.argv.pop(1 + sys.argv[1].startswith("--local_rank")))  # the deepspeed launcher's comes first
-    train.leave(train.run_script(train.main))
+    train.exit_process(train.run_script(train.main))

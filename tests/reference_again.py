@@ -38,4 +38,4 @@ def compare(run):
 
 if __name__ == "__main__":  # pytest looks for doctests here too
     lifecycle.finish = compare
-    train.leave(train.run_script(train.main))
+    train.exit_process(train.run_script(train.main))

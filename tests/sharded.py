@@ -100,7 +100,7 @@ def model_weights(engine) -> dict[str, torch.Tensor]:
 
 
 def main(what: str, folder: Path) -> None:
-    distributed.start(int(os.environ["LOCAL_RANK"]))
+    distributed.join_ranks(int(os.environ["LOCAL_RANK"]))
     rank, world = distributed.rank_and_world()
     for name, zero in ZERO.items():
         engine = engine_of(zero, 1.0 if what == "save" else -2.0)

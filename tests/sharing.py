@@ -60,7 +60,7 @@ def check(family: str, lora: bool, size: int, name: str) -> None:
     if lora:
         layers.fuse_lora(model)
     layers.keep_less(model)
-    module = SequenceLogProbs(model, chunk=5)
+    module = SequenceLogProbs(model, chunk_size=5)
     module.parallel = ulysses.ranks_of_a_batch(size)
     (model.get_base_model() if lora else model).set_attn_implementation(ulysses.shared(name, size))
     mine = micro_batches_of([*range(len(GROUPS))], 2, rank // size, world // size)
@@ -96,7 +96,7 @@ def kept_bytes(model, size: int) -> int:
 
 def main() -> None:
     size, *families = sys.argv[1:]
-    distributed.start(int(os.environ["LOCAL_RANK"]))
+    distributed.join_ranks(int(os.environ["LOCAL_RANK"]))
     from test_attention import slow_varlen
 
     attention.varlen_call = slow_varlen

@@ -32,9 +32,8 @@ def loop_attention(module, query, key, value, attention_mask, dropout=0.0, scali
     if query.shape[1] != key.shape[1] and (query.device.type != "cpu" or kwargs.get("softcap")):
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
     # Split, not sliced: the gradient of a slice is as large as the batch, that of a split no larger than its part.
-    sizes, pieces = [r1 - (p0 if r0 == p1 else r0) for p0, p1, r0, r1 in segments.spans], []
-    parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
-    for size, (p0, p1, r0, _), (q, k, v) in zip(sizes, segments.spans, parts):
+    pieces, parts = [], zip(*(x.split(segments.q_lengths, 2) for x in (query, key, value)))
+    for size, (p0, p1, r0, _), (q, k, v) in zip(segments.q_lengths, segments.spans, parts):
         if r0 == p1:  # the first response, behind its prompt
             prompt = [x[:, :, : p1 - p0] for x in (q, k, v)]
         else:
@@ -69,10 +68,12 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     if kwargs.get("softcap") or dropout or any(isinstance(value, Tensor) for value in kwargs.values()):
         return loop_attention(module, query, key, value, attention_mask, dropout, scaling, segments=segments, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)
-    # The backward pass of query[0] would fill and copy a tensor as large as the batch, that of an index would sort.
+    # Not query[0], whose backward pass would fill and copy a tensor as large as the batch.
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (T, H, E), (T, G, E) x 2
-    if len(segments.order) > len(segments.lengths):  # a prompt has several responses
-        k, v = (torch.cat([parts[i] for i in segments.order]) for parts in (x.split(segments.lengths) for x in (k, v)))
+    if len(segments.key_order) > len(segments.piece_lengths):  # a prompt has several responses
+        # Joined, not picked by an index, whose backward pass would sort.
+        parts = (x.split(segments.piece_lengths) for x in (k, v))
+        k, v = (torch.cat([part[i] for i in segments.key_order]) for part in parts)
     # transformers counts the token itself into its window, this kernel does not; -1 is no window.
     window = (kwargs.get("sliding_window") or 0) - 1
     out = varlen_call(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, scaling, window)

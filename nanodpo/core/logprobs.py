@@ -9,7 +9,7 @@ Shapes: B the batch dimension, T tokens along it, N scored tokens, S sequences, 
 of a chunk.
 
 The head works chunk by chunk, so logits of no more than a chunk of tokens exist at a time. Logits and log-probs are
-never below float32; sums over a response are float64: the order of 20,000 tokens changes no digit that counts.
+never below float32; sums over a response are float64: the order of adding 20,000 tokens changes no digit that counts.
 """
 
 import functools
@@ -22,14 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from .packing import make_batch
 
-# The most bytes of float32 logits at one time. Every chunk reads the whole output weight again, so on a GPU a few
-# hundred tokens must share a chunk, or memory and not arithmetic sets the speed; on a CPU larger chunks bring nothing
-# (bench/head.py).
+# The most bytes of float32 logits at one time. Every chunk reads the whole output weight again: on a GPU a few hundred
+# tokens must share it, by its memory's speed (reckoned); on a CPU larger chunks bring nothing (bench/head.py).
 CHUNK_BYTES = (256 if torch.cuda.is_available() else 64) * 2**20
 CAST_BLOCK = 2**24  # numbers of a bfloat16 output weight that are held in float32 at one time, on a CPU: 64 MiB
-# Where a logit less the largest may be -inf, this stands for it: its exp is 0, and 0 times it is 0 where 0 times -inf
-# would be NaN.
-LOWEST = -1e4
 
 
 class LogProbHead(nn.Module):
@@ -38,13 +34,13 @@ class LogProbHead(nn.Module):
     It is a module, and called as one, because ZeRO-3 gathers a sharded weight when the module that holds it is called.
     """
 
-    def __init__(self, lm_head: nn.Linear, scale: float = 1.0, cap: float | None = None, chunk: int | None = None):
+    def __init__(self, lm_head: nn.Linear, scale: float = 1.0, cap: float | None = None, chunk_size: int = 0):
         super().__init__()
         self.weight, self.bias = lm_head.weight, lm_head.bias
         self.scale, self.cap = scale, cap
         self.on_chunk = None  # called after every chunk: TokenMetrics of run/metrics.py
         self.product_dtype = getattr(lm_head, "product_dtype", None)  # set by model/precision.py
-        self.chunk = chunk or max(1, CHUNK_BYTES // (4 * lm_head.out_features))
+        self.chunk_size = chunk_size or max(1, CHUNK_BYTES // (4 * lm_head.out_features))
 
     @property
     def bf16(self) -> bool:
@@ -57,12 +53,12 @@ class LogProbHead(nn.Module):
 
     def logits(self, hidden: Tensor, buffer: Tensor | None = None) -> Tensor:
         """(C, D) -> (C, V), float32 or better: cap tanh(s (W h + b) / cap), or s (W h + b) without a cap; s is `scale`.
-        They take the first C lines of `buffer`, which every chunk writes again, or memory of their own."""
+        Written into the first C rows of `buffer`, which all chunks share, or into memory of their own."""
         if buffer is None:
             dtype = torch.promote_types(hidden.dtype, torch.float32)
             buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
         z = buffer[: len(hidden)]
-        if self.bf16:  # the product itself gives float32, which a CPU's can't
+        if self.bf16:  # a GPU's product of bfloat16 gives float32, which a CPU's can't
             torch.mm(hidden.bfloat16(), self.weight.bfloat16().T, out_dtype=z.dtype, out=z)
             if self.bias is not None:
                 z.add_(self.bias)
@@ -76,9 +72,11 @@ class LogProbHead(nn.Module):
             z.mul_(self.scale)
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
-    def slope(self, z: Tensor) -> Tensor | float:
-        """d logits / d (W h + b), from the logits z themselves: (C, V), or one number where there is no cap."""
-        return self.scale if self.cap is None else (z / self.cap).square_().neg_().add_(1).mul_(self.scale)
+    def slope(self, z: Tensor) -> Tensor | float | None:
+        """d logits / d (W h + b), from the logits z: (C, V), or one number without a cap, or None where that is 1."""
+        if self.cap is None:
+            return None if self.scale == 1.0 else self.scale
+        return (z / self.cap).square_().neg_().add_(1).mul_(self.scale)
 
     def times_weight(self, dz: Tensor) -> Tensor:
         """(C, V) -> (C, D): dz W, in the dtype of dz, or in bfloat16."""
@@ -95,19 +93,19 @@ def _blocks(weight: Tensor, dtype: torch.dtype):
 
 
 class Chunk(NamedTuple):
-    """A chunk of tokens under the model: (C,) each; logps, lse and top in nats."""
+    """A chunk of tokens under the model: (C,) each, but `exps`. A gradient that is made of it overwrites `exps`."""
 
-    logps: Tensor  # of each target
-    lse: Tensor  # logsumexp of the logits
+    logps: Tensor  # of each target, nats
+    lse: Tensor  # logsumexp of the logits, nats
     top: Tensor  # the largest logit
     exps: Tensor  # (C, V): exp(logits - top)
     total: Tensor  # the sum of `exps`
 
 
 def chunk_logps(z: Tensor, targets: Tensor, exps: Tensor | None = None) -> Chunk:
-    """(C, V) logits, (C,) -> the log-probs of the targets: every log-softmax of training and scoring. From its
-    exponentials training computes its gradient, and score.py its measures. Overwrites z: with the exponentials, or,
-    where `exps` is given for these, with z - top."""
+    """(C, V) logits, (C,) -> the log-probs of the targets. The one log-softmax of this project: training makes its
+    gradient from the exponentials, score.py its measures. Overwrites z: with z - top where `exps` is memory for the
+    exponentials, else with the exponentials."""
     top = z.amax(1)
     picked = z.gather(1, targets[:, None]).squeeze(1)
     z.sub_(top[:, None])  # no exponential is above 1 then, none overflows
@@ -117,11 +115,11 @@ def chunk_logps(z: Tensor, targets: Tensor, exps: Tensor | None = None) -> Chunk
     return Chunk(picked - lse, lse, top, exps, total)
 
 
-def _product_grad(exps: Tensor, total: Tensor, targets: Tensor, slope: Tensor | float) -> Tensor:
+def _logit_grad(exps: Tensor, total: Tensor, targets: Tensor, slope: Tensor | float | None) -> Tensor:
     """d log softmax(z)[target] / d(W h + b) = (onehot - exps / total) * slope: (C, V). Overwrites exps."""
     grad = exps.mul_(-1 / total[:, None])
     grad[torch.arange(len(targets), device=grad.device), targets] += 1
-    return grad if isinstance(slope, float) and slope == 1.0 else grad.mul_(slope)
+    return grad if slope is None else grad.mul_(slope)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -135,60 +133,62 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, head):
-        chunk, on_chunk = head.chunk, head.on_chunk
+        ctx.head, on_chunk = head, head.on_chunk
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         lse = torch.empty_like(logps)
         ctx.trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
-        kept = torch.empty_like(hidden) if hidden.requires_grad and not ctx.trainable else None
+        dlogp_dh = torch.empty_like(hidden) if hidden.requires_grad and not ctx.trainable else None
         # One buffer for all chunks, and all arithmetic inside it: allocating would take longer than the arithmetic.
-        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
+        buffer = hidden.new_empty(min(head.chunk_size, len(hidden)), len(weight), dtype=dtype)
         exps = torch.empty_like(buffer) if on_chunk is not None and on_chunk.needs_logits else None
-        for i in range(0, len(hidden) or 1, chunk):  # also for no token, so that `on_chunk` is called on every rank
-            here = slice(i, i + chunk)
+        assert exps is None or dlogp_dh is None, "the gradient overwrites the exponentials that on_chunk needs"
+        for i in range(0, len(hidden) or 1, head.chunk_size):  # for no token too: `on_chunk` is called on every rank
+            here, gradient = slice(i, i + head.chunk_size), None
             z = head.logits(hidden[here], buffer)
-            slope = None if kept is None else head.slope(z)  # before exponentials overwrite z
-            found = chunk_logps(z, targets[here], exps)
-            logps[here], lse[here] = found.logps, found.lse
-            if kept is not None:
-                dz = _product_grad(found.exps, found.total, targets[here], slope)
-                kept[here] = d_hidden = head.times_weight(dz)
+            slope = None if dlogp_dh is None else head.slope(z)  # before exponentials overwrite z
+            chunk = chunk_logps(z, targets[here], exps)
+            logps[here], lse[here] = chunk.logps, chunk.lse
+            if dlogp_dh is not None:
+                gradient = head.times_weight(_logit_grad(chunk.exps, chunk.total, targets[here], slope))
+                dlogp_dh[here] = gradient  # rounded to the dtype of the hidden states
             if on_chunk:
-                on_chunk(found, z, hidden[here], None if kept is None else d_hidden)  # not yet rounded to kept's dtype
-        ctx.head = head
-        ctx.save_for_backward(*((hidden, weight, bias, targets, lse) if ctx.trainable else (kept,)))
+                on_chunk(chunk, z, hidden[here], gradient)
+        saved = (hidden, weight, bias, targets, lse) if ctx.trainable else (dlogp_dh,)
+        ctx.save_for_backward(*saved)
         return logps
 
     @staticmethod
     @once_differentiable  # what is kept is a constant to autograd: a second derivative would be wrong, not just missing
     def backward(ctx, grad):
         if not ctx.trainable:
-            (kept,) = ctx.saved_tensors
-            return (kept * grad[:, None]).to(kept.dtype), *[None] * 4
+            (dlogp_dh,) = ctx.saved_tensors
+            return (dlogp_dh * grad[:, None]).to(dlogp_dh.dtype), None, None, None, None
         hidden, weight, bias, targets, lse = ctx.saved_tensors
-        head, chunk = ctx.head, ctx.head.chunk
+        head = ctx.head
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=lse.dtype)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
-        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=lse.dtype)
-        for i in range(0, len(hidden), chunk):
-            here = slice(i, i + chunk)
+        buffer = hidden.new_empty(min(head.chunk_size, len(hidden)), len(weight), dtype=lse.dtype)
+        for i in range(0, len(hidden), head.chunk_size):
+            here = slice(i, i + head.chunk_size)
             z = head.logits(hidden[here], buffer)
             slope = head.slope(z)
             exps = z.sub_(lse[here, None]).exp_()  # probabilities, so their total is 1
-            dz = _product_grad(exps, torch.ones_like(lse[here]), targets[here], slope).mul_(grad[here, None])
+            dz = _logit_grad(exps, torch.ones_like(lse[here]), targets[here], slope).mul_(grad[here, None])
             d_hidden[here] = head.times_weight(dz)
             d_weight += (torch.mm(dz.bfloat16().T, hidden[here].bfloat16(), out_dtype=dz.dtype) if head.bf16 else
                          dz.T @ hidden[here].to(dz.dtype))
             if d_bias is not None:
                 d_bias += dz.sum(0)
-        return d_hidden, d_weight.to(weight.dtype), d_bias, *[None] * 2
+        return d_hidden, d_weight.to(weight.dtype), d_bias, None, None
 
 
 def sum_by_sequence(token_logps: Tensor, sequence_ids: Tensor, n_sequences: int) -> Tensor:
     """(N,), (N,) -> (S,): log pi(y|x) of each response, nats, float64. `sequence_ids` must not decrease."""
     # Not index_add: on CUDA it adds in any order, and a policy would differ from itself in the last bit.
     offsets = torch.searchsorted(sequence_ids, torch.arange(n_sequences + 1, device=sequence_ids.device))  # (S+1,)
+    # unsafe: a check of the offsets would make the CPU wait for the GPU.
     return torch.segment_reduce(token_logps.double(), "sum", offsets=offsets, unsafe=True, initial=0.0)
 
 
@@ -203,7 +203,7 @@ class OneRank:
 class SequenceLogProbs(nn.Module):
     """A causal language model that answers a batch with log-probabilities instead of logits."""
 
-    def __init__(self, model: nn.Module, chunk: int | None = None):
+    def __init__(self, model: nn.Module, chunk_size: int = 0):
         """`model`: a transformers causal LM, bare or wrapped by PEFT. Raises ValueError where its output layer is not a
         plain linear one, as with an adapter on it."""
         super().__init__()
@@ -216,7 +216,7 @@ class SequenceLogProbs(nn.Module):
         cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
         scale = (getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
                  or 1 / (getattr(config, "logits_scaling", None) or 1))
-        self.head = LogProbHead(lm_head, scale, cap, chunk)
+        self.head = LogProbHead(lm_head, scale, cap, chunk_size)
 
     def states(self, batch) -> Tensor:
         """Batch -> (N, D): the hidden state that predicts each scored token, in the wider of its dtype and the output

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .packing import scored_places
+
 INPUTS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "lengths")
 
 
@@ -90,15 +92,15 @@ def pair_weights(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Ten
     return torch.cat([-grads[:, :1], grads[:, 1:]], 1) if "rejected" in inputs_of(loss) else -grads[:, :1]
 
 
-def loss_divisor(loss_name: str, chosen_tokens: list[int], row_weights: list[float]) -> float:
+def loss_divisor(loss_name: str, examples: list) -> float:
     """A step's loss is the sum of its pairs' losses, each times the weight of its row in the data, divided by this
     number: the sum of these weights, or for `sft` the sum of weight times chosen's scored tokens. Without a column
     `weight` all row weights are 1. (They have nothing to do with `pair_weights`, the slopes of a loss.)
 
     Returns 1 where all row weights are 0: the loss and its gradient are 0 then.
     """
-    counts = chosen_tokens if loss_name == "sft" else [1] * len(chosen_tokens)
-    return sum(w * n for w, n in zip(row_weights, counts, strict=True)) or 1.0
+    counts = [len(scored_places(e.chosen)) if loss_name == "sft" else 1 for e in examples]
+    return sum(e.weight * n for e, n in zip(examples, counts)) or 1.0
 
 
 # A first reading ends here. The other losses follow, each to be read alone, then the table of their names.

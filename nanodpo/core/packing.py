@@ -46,27 +46,28 @@ class Segments(TensorRecord):
     # Of each sequence (prompt start, prompt end, response start, response end): positions in the batch, ends exclusive.
     # The first response of a prompt stands right behind it: its start is the prompt's end.
     spans: list[tuple[int, int, int, int]]
-    # Cumulative lengths, as flash attention takes them (its cu_seqlens). Queries: prompt + response for the first
-    # response of a prompt, the response alone for a later one. Keys: always prompt + response.
+    q_lengths: list[int]  # queries: prompt + response for the first response of a prompt, else the response alone
+    # Cumulative lengths, as flash attention takes them (its cu_seqlens), of queries and of keys: prompt + response.
     cu_q: Tensor  # (S+1,)
     cu_k: Tensor  # (S+1,)
-    # For the variable-length kernel: a batch is cut into pieces, prompts and responses, of `lengths` tokens each. Put
-    # together again in this `order`, where a prompt comes once for each of its responses, they are the keys.
-    lengths: list[int]
-    order: list[int]
+    # For the variable-length kernel: a batch is cut into pieces, prompts and responses, of `piece_lengths` tokens each.
+    # Put together again in this `key_order`, where a prompt comes once for each of its responses, they are the keys.
+    piece_lengths: list[int]
+    key_order: list[int]
     max_q: int  # the most queries of a sequence
     max_k: int  # the most keys: tokens of the longest sequence
 
 
 @dataclasses.dataclass
 class Batch(TensorRecord):
-    """One forward pass: a micro-batch. `segments` is None in the plain layout."""
+    """One forward pass: a micro-batch. In the plain layout `segments` is None, and so is `position_ids`: each row's
+    positions are 0 to T - 1, as a model takes them by itself."""
 
     input_ids: Tensor  # (B, T)
-    position_ids: Tensor  # (B, T)
+    position_ids: Tensor | None  # (B, T)
     predictors: Tensor  # (N,) where each scored token is predicted: indices into the B*T hidden states
     targets: Tensor  # (N,) its id
-    sequence_ids: Tensor  # (N,) its sequence; of pairs 0 is chosen of the first, 1 its rejected, 2 chosen of the next
+    sequence_ids: Tensor  # (N,) its sequence: 0 for the first response, 1 for the next
     n_sequences: int
     segments: Segments | None
 
@@ -98,9 +99,8 @@ def pack(groups: list[Group]) -> Batch:
             spans.append((start, end, at, at + len(response)))
             ids += response
             positions += range(len(prompt), len(prompt) + len(response))
-    line = torch.tensor([ids]), torch.tensor([positions])
-    return Batch(*line, torch.tensor(predictors), torch.tensor(targets), torch.tensor(sequence_ids), len(spans),
-                 _segments(spans))
+    return Batch(torch.tensor([ids]), torch.tensor([positions]),
+                 *map(torch.tensor, (predictors, targets, sequence_ids)), len(spans), _segments(spans))
 
 
 def _check(groups: list[Group]) -> None:
@@ -110,18 +110,17 @@ def _check(groups: list[Group]) -> None:
 
 
 def _segments(spans) -> Segments:
-    lengths, order = [], []
+    piece_lengths, key_order = [], []
     for p0, p1, r0, r1 in spans:
         if r0 == p1:  # the first response of a prompt
-            prompt_piece = len(lengths)
-            lengths.append(p1 - p0)
-        order += [prompt_piece, len(lengths)]
-        lengths.append(r1 - r0)
-    # The first response's queries include the prompt's.
+            prompt_piece = len(piece_lengths)
+            piece_lengths.append(p1 - p0)
+        key_order += [prompt_piece, len(piece_lengths)]
+        piece_lengths.append(r1 - r0)
     q_lengths = [r1 - (p0 if r0 == p1 else r0) for p0, p1, r0, r1 in spans]
     k_lengths = [p1 - p0 + r1 - r0 for p0, p1, r0, r1 in spans]
     cu_q, cu_k = (torch.tensor([0, *each]).cumsum(0).to(torch.int32) for each in (q_lengths, k_lengths))
-    return Segments(spans, cu_q, cu_k, lengths, order, max(q_lengths), max(k_lengths))
+    return Segments(spans, q_lengths, cu_q, cu_k, piece_lengths, key_order, max(q_lengths), max(k_lengths))
 
 
 def pad(groups: list[Group]) -> Batch:
@@ -140,9 +139,7 @@ def pad(groups: list[Group]) -> Batch:
         predictors += [first + k for k in places]
         targets += [response[k] for k in places]
         sequence_ids += [i] * len(places)
-    positions = torch.arange(width).repeat(len(alone), 1)  # not expand: what shares memory can't be pinned
-    return Batch(input_ids, positions, torch.tensor(predictors), torch.tensor(targets), torch.tensor(sequence_ids),
-                 len(alone), None)
+    return Batch(input_ids, None, *map(torch.tensor, (predictors, targets, sequence_ids)), len(alone), None)
 
 
 LAYOUTS = {"packed": pack, "plain": pad}
@@ -175,7 +172,8 @@ def groups_of(examples: list, sides: Sequence[str]) -> tuple[list[Group], Tensor
             groups.append((example.prompt, []))
         index.append([])
         for side in sides:
-            if (key := (len(groups), side, example.number_of(side))) not in known:
+            key = len(groups), side, example.number_of(side)
+            if key not in known:
                 known[key] = len(known)
                 groups[-1][1].append(getattr(example, side))
             index[-1].append(known[key])

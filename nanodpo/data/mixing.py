@@ -4,7 +4,7 @@ import itertools
 
 from ..errors import UserError
 from .places import places_of
-from .schedule import epoch_order
+from .schedule import permutation
 from .tokens import DataSet
 
 
@@ -37,7 +37,7 @@ def mix(data: DataSet, weights: list[float], seed: int) -> None:
         whole, part = divmod(weight, 1)
         rows = list(dict.fromkeys(example.row for example in own))
         # -1 is the held-out rows'
-        drawn = {rows[i] for i in epoch_order(len(rows), seed, -2 - k)[: round(part * len(rows))]}
+        drawn = {rows[i] for i in permutation(len(rows), f"{seed}/{-2 - k}")[: round(part * len(rows))]}
         found = [*own * int(whole), *(example for example in own if example.row in drawn)]
         if not found:
             raise UserError(f"--mix_weights {weight:g}: leaves none of {len(rows)} usable rows of {name} to train on")

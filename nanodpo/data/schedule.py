@@ -8,12 +8,17 @@ import math
 import random
 
 
+def permutation(n: int, name: str) -> tuple[int, ...]:
+    """The numbers 0 to n - 1 in an order that this name decides: the same wherever it is asked for."""
+    order = list(range(n))
+    random.Random(name).shuffle(order)
+    return tuple(order)
+
+
 @functools.lru_cache(maxsize=2)  # each step asks for it again
 def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The order in which epoch `epoch` visits n examples: a permutation, the same wherever it is asked for."""
-    order = list(range(n))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return tuple(order)
+    """The order in which epoch `epoch` visits n examples."""
+    return permutation(n, f"{seed}/{epoch}")
 
 
 def steps_of(max_steps: int, epochs: float, steps_per_epoch: int) -> int:

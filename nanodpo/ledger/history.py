@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.logprobs import response_logps
 from ..core.losses import loss_divisor, needs_reference, pair_losses, pair_weights
-from ..core.packing import LAYOUTS, make_batch, pair_lengths, scored_places
+from ..core.packing import LAYOUTS, make_batch, pair_lengths
 from ..data.example import SIDES, Example, row_starts, trained_sides
 from ..data.mixing import read_weights
 from ..data.schedule import learning_rate, pairs_of_step
@@ -110,8 +110,7 @@ class History:
         return pairs_of_step(len(self.examples), self.pairs_per_step, self.args.seed, step, self.row_starts)
 
     def divisor(self, step: int) -> float:
-        here = [self.examples[k] for k in self.pairs(step)]
-        return loss_divisor(self.args.loss, [len(scored_places(e.chosen)) for e in here], [e.weight for e in here])
+        return loss_divisor(self.args.loss, [self.examples[k] for k in self.pairs(step)])
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """The pairs of a step as training cut them."""

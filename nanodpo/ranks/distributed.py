@@ -77,7 +77,7 @@ def works_alone() -> bool:
     return _met["alone"]
 
 
-def start(local_rank: int, deterministic: bool = False) -> torch.device:
+def join_ranks(local_rank: int, deterministic: bool = False) -> torch.device:
     """Joins the ranks of the launcher that started this process, or makes a run of one rank. Returns its device.
     `deterministic`: whether a GPU must give the same bits each time."""
     gpu.use_expandable_segments()

@@ -4,7 +4,7 @@ import functools
 
 from ..data.limits import longest_allowed
 from ..data.mixing import mix
-from ..data.schedule import epoch_order
+from ..data.schedule import permutation
 from ..data.template import template_for
 from ..data.tokens import DataSet, check_weights, load_dataset
 from ..errors import UserError
@@ -39,7 +39,7 @@ def load_data(args, source, date: str | None = None):
     if args.eval_size >= n:
         raise UserError(f"--eval_size {args.eval_size}: {args.train_file_path} has {n} usable row{'s' * (n > 1)}; "
                         "hold out fewer")
-    held = {rows[i] for i in epoch_order(n, args.seed, -1)[: args.eval_size]}
+    held = {rows[i] for i in permutation(n, f"{args.seed}/-1")[: args.eval_size]}
     parts = [[example for example in train.examples if (example.row in held) == out] for out in (True, False)]
     held_out = DataSet(f"{args.eval_size} rows of {train.path}", parts[0], [], {}, [])
     train.total, train.held_out, train.examples = n, args.eval_size, parts[1]

@@ -27,7 +27,7 @@ def open_folder(run: Run) -> dict:
     """
     # Loading an adapter has written its settings into run.args.
     run.facts |= {"arguments": record.arguments(run.args), "steps": run.steps, "layout": run.layout,
-                  "attention": run.attention, "weights": run.start_hashes, "reference": run.reference_hashes,
+                  "attention": run.attention, "weights": run.start_hash, "reference": run.reference_hash,
                   "device": distributed.device_name(run.device),
                   "held_out_rows": sorted({e.row for e in run.held_out.examples}) if run.args.eval_size else None}
     with agreement.same_on_all_ranks() as compared:
@@ -37,13 +37,13 @@ def open_folder(run: Run) -> dict:
     with distributed.main_first():
         if distributed.is_main():
             facts = _open_as_main(run)
-    if not run.args.output_dir and not run.old:
+    if not run.args.output_dir and not run.resumed:
         run.folder = Path(distributed.from_main(str(run.folder)))  # ranks may have read the clock in different seconds
     _check_shared(run.folder, run.rank)
     facts, run.evaluated = distributed.from_main((facts, run.evaluated))
     if words := shared_anew(run, facts):
         distributed.say(words)
-    going = f", going on at step {facts['step']}" if run.old or run.fork else ""
+    going = f", going on at step {facts['step']}" if run.resumed or run.fork else ""
     epochs = f"{run.steps / run.steps_per_epoch:.3g} epochs"
     distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs, {epochs}{going}")
     _say_idle_flags(run.args, run.steps)
@@ -68,9 +68,9 @@ def _say_idle_flags(args, steps: int) -> None:
 
 
 def _open_as_main(run: Run) -> dict:
-    if run.old:
-        same_run.check_same(run.folder, run.old, run.facts)
-        run.facts["license"] = run.old.get("license")
+    if run.resumed:
+        same_run.check_same(run.folder, run.resumed, run.facts)
+        run.facts["license"] = run.resumed.get("license")
     else:
         if run.fork:
             run.facts["fork"]["changed"] = changed = fork.check(run.fork, run.facts)
@@ -88,15 +88,16 @@ def _open_as_main(run: Run) -> dict:
     record.list_rows(run.folder / "dropped_rows.jsonl", [row for one in data for row in one.dropped])
     record.list_rows(run.folder / "cut_rows.jsonl", [row for one in data for row in one.cut_rows()])
     first = run.fork.step if run.fork else 0
-    if not (run.old or first):
+    if not (run.resumed or first):
         return {"step": 0}
     memory.check_disk(run.folder, disk_needed(run))  # now, when half-written files of an ended process are removed
-    if changed := same_run.changed_machine(run.old or run.fork.source, run.facts):
+    if changed := same_run.changed_machine(run.resumed or run.fork.source, run.facts):
         distributed.say(f"resume: the last bits may differ: {changed}")
     if run.fork:
         fork.fill(run.fork, run.folder)
-    facts, run.evaluated = resume.begin(run.folder, run.steps, run.wanted, fork.owners(run.old or run.facts), first)
-    zero = ((run.old or run.fork.source)["deepspeed"], run.facts["deepspeed"])
+    owners = fork.owners(run.resumed or run.facts)
+    facts, run.evaluated = resume.begin(run.folder, run.steps, run.wanted_step, owners, first)
+    zero = ((run.resumed or run.fork.source)["deepspeed"], run.facts["deepspeed"])
     was, now = (json.dumps(one["zero_optimization"]) for one in zero)
     if (was := facts.get("zero", was)) != now:  # of what wrote the state, which may have been another continuation
         distributed.say(f"resume: the last bits may differ, since ZeRO is {now} in place of {was}")
@@ -107,7 +108,7 @@ def _open_as_main(run: Run) -> dict:
 def shared_anew(run: Run, facts: dict) -> str:
     """A line for the screen where the run goes on with another number of ranks than have written the state whose facts
     these are, or than it began with, or with another --sequence_parallel_size; else an empty text."""
-    before = run.old or (run.fork and run.fork.source)
+    before = run.resumed or (run.fork and run.fork.source)
     if not before or facts.get("complete") or elastic.pairs_per_step(before) != run.pairs_per_step:
         return ""
     others = [n for n in (facts.get("world_size"), before["world_size"]) if n not in (None, run.world)]
@@ -182,7 +183,7 @@ def save_state(run: Run) -> None:
     """Writes the state from which the run can go on at `run.step`, every rank its part; none before the first step."""
     if run.step == 0 or distributed.from_main(resume.folder_of(run.folder, run.step).is_dir()):
         return
-    tensors = run.random
+    tensors = run.random_states
     if run.rank == 0 or run.engine.zero_optimization_stage():  # without ZeRO all ranks have the same
         tensors = tensors | state.weights_and_moments(run.engine)
     run.log_hash = run.log_hash or LogHash(Log(run.folder).new_lines)
@@ -195,7 +196,7 @@ def save_state(run: Run) -> None:
 
 def _owner(run: Run) -> dict:
     """The entries of a manifest that tell which run has written it."""
-    return {"world_size": run.world, "run": same_run.fingerprint(run.old or run.facts)}
+    return {"world_size": run.world, "run": same_run.fingerprint(run.resumed or run.facts)}
 
 
 def finish(run: Run) -> None:
@@ -208,7 +209,7 @@ def finish(run: Run) -> None:
         run.engine = None  # a quantised base is merged on the GPU, where the engine may leave no room for it
         gc.collect()
         torch.cuda.empty_cache()
-    run.stop.wait(False)
+    run.stop.at_once()
     distributed.leave()  # merging a large model may take longer than a collective waits
     if run.rank == 0:
         record.check_held(run.folder, run.lock)

@@ -55,12 +55,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.logprobs import LOWEST, sum_by_sequence
+from ..core.logprobs import sum_by_sequence
 from ..core.losses import pair_weights, rewards_without_reference
 from ..core.packing import Batch
 from ..data.example import SIDES
 from ..errors import RankStopped
 from ..ranks.distributed import sum_over_ranks
+
+# Where a logit less the largest may be -inf, this stands for it: its exp is 0, and 0 times it is 0 where 0 times -inf
+# would be NaN.
+LOWEST = -1e4
 
 
 def pair_metrics(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tensor, beta: float,

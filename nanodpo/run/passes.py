@@ -11,7 +11,7 @@ import torch
 from .. import progress
 from ..core.logprobs import response_logps
 from ..core.losses import loss_divisor, needs_reference, pair_losses
-from ..core.packing import LAYOUTS, groups_of, make_batch, pair_lengths, scored_places, total_tokens
+from ..core.packing import LAYOUTS, groups_of, make_batch, pair_lengths, total_tokens
 from ..data.example import SIDES, Example
 from ..data.schedule import micro_batches_of, pairs_of_step
 from ..data.tokens import DataSet
@@ -50,13 +50,13 @@ def row_weights(examples: list[Example], without: frozenset[int] = frozenset()) 
 def say_unvisited(run: Run) -> None:
     """Names the rows of --without_rows that no step comes to from which on they are left out, in a run of less than an
     epoch or in a fork: leaving them out changes nothing."""
-    if not run.without:
+    if not run.without_rows:
         return
     first, examples = fork.first_step_with("--without_rows", run.facts), run.train_set.examples
     steps = range(first, min(run.steps, first + 2 * run.steps_per_epoch))  # the rest of an epoch, and a whole one
     visited = {examples[i].row for step in steps
                for i in pairs_of_step(len(examples), run.pairs_per_step, run.args.seed, step, run.row_starts)}
-    if unvisited := sorted(run.without - visited):
+    if unvisited := sorted(run.without_rows - visited):
         rows = ", ".join(map(str, unvisited[:16])) + ", ..." * (len(unvisited) > 16)
         where = f"steps {first} to {run.steps - 1}" if first else f"the {run.steps} steps"
         distributed.say(folded(f"--without_rows: row {rows}: not among those that {where} of this run visit, so "
@@ -117,7 +117,7 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
     `opened` is from `_open_reference`; `name` tells the data set from others."""
     args, settings, (model, layout, attention, stage) = run.args, run.facts["arguments"], opened
     fingerprint = {"model_name": settings["reference"] or settings["model_name"], "data_path": name,
-                   "weights": run.reference_hashes or run.start_hashes, "bf16": args.bf16,
+                   "weights": run.reference_hash or run.start_hash, "bf16": args.bf16,
                    "data": reference.token_hash(data.examples), "layout": layout, "attention": attention,
                    # Stage 3 has matrix products of its own, which round otherwise.
                    "zero": stage, "device": distributed.device_name(run.device), "versions": record.versions()}
@@ -159,9 +159,10 @@ def evaluate(run: Run) -> None:
         return
     run.engine.eval()
     examples, meter = run.held_out.examples, metrics.Meter(run.device)
-    token_metrics = run.engine.module.head.on_chunk = metrics.TokenMetrics(run.engine.module, needs_logits=True)
+    token_metrics = metrics.TokenMetrics(run.engine.module, needs_logits=True)
+    run.engine.module.head.on_chunk = token_metrics
     sides, trained = run.held_out.sides, len(run.trained_sides)
-    divisor = loss_divisor(args.loss, [len(scored_places(e.chosen)) for e in examples], [e.weight for e in examples])
+    divisor = loss_divisor(args.loss, examples)
     batches = eval_batches(len(examples), args.per_device_eval_batch_size * run.data_world)
     for pairs in progress.track(batches, "evaluation", "batch"):
         run.stop.check()

@@ -29,8 +29,8 @@ UNLESS_IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Stop:
-    """Notes requests to stop, within a `with`. Until `wait` is called a signal ends the process at once, since there is
-    nothing to save yet.
+    """Notes requests to stop, within a `with`. Until `defer` is called a signal ends the process at once, since nothing
+    is to be saved yet.
 
     `name` is that of the signal, None before one has come; `advice` gives the words for the screen that follow it.
     """
@@ -71,9 +71,13 @@ class Stop:
         if self._urgent and isinstance(error, RankStopped):  # the rank that was told is gone already
             raise Preempted(self.farewell) from error
 
-    def wait(self, waiting: bool = True) -> None:
-        """From now on (or no longer) a signal waits for the next `check`."""
-        self.waiting = waiting
+    def defer(self) -> None:
+        """From now on a signal waits for the next `check`."""
+        self.waiting = True
+
+    def at_once(self) -> None:
+        """From now on a signal ends the process at once."""
+        self.waiting = False
 
     @property
     def reason(self) -> str:

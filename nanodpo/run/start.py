@@ -49,17 +49,17 @@ class Start:
     held_out: DataSet | None
     folder: Path
     facts: dict  # what makes it this very run; run.json
-    old: dict | None  # the run.json of the run to go on with
-    wanted: int | None  # the step to go on from, where one was asked for
+    resumed: dict | None  # the run.json of the run to go on with
+    wanted_step: int | None  # the step to go on from, where one was asked for
     fork: Fork | None = None  # what --fork names
-    without: frozenset[int] = frozenset()  # rows whose pairs take no part in the loss
+    without_rows: frozenset[int] = frozenset()  # rows whose pairs take no part in the loss
     monitors: dict[str, dict] = dataclasses.field(default_factory=dict)  # DeepSpeed's settings of each
     lora: dict = dataclasses.field(default_factory=dict)  # the settings of --peft_config
     reference: Source | None = None  # of --reference
 
     @property
     def finished(self) -> bool:
-        return bool(self.old and self.old.get("finished"))
+        return bool(self.resumed and self.resumed.get("finished"))
 
     @property
     def adapter_off(self) -> bool:
@@ -81,8 +81,8 @@ class Run(Start):
     `row_weights` is (n,): how much each training pair counts in the loss."""
 
     stop: Stop = None
-    start_hashes: str = ""  # of the weights that it starts from, which are the reference without --reference
-    reference_hashes: str | None = None  # of --reference
+    start_hash: str = ""  # of the weights that it starts from, which are the reference without --reference
+    reference_hash: str | None = None  # of --reference
     reference_model: object = None  # of --reference, on CPU until the references are computed
     engine: object = None  # DeepSpeed's
     device: torch.device = None
@@ -97,11 +97,11 @@ class Run(Start):
     tokens: int = 0  # trained on so far
     skipped: int = 0
     evaluated: set[int] = dataclasses.field(default_factory=set)  # steps whose evaluation is in metrics.jsonl
-    random: dict | None = None  # random numbers as they were before this step
+    random_states: dict | None = None  # of the random generators, as they were before this step
     lock: object = None  # an open file
-    log_hash: LogHash | None = None  # of states, on the first rank
-    history: History | None = None  # of checkpoints, there
-    monitor: object = None  # of monitors.py, on the first rank
+    log_hash: LogHash | None = None  # the hash of metrics.jsonl that states keep; rank 0 alone
+    history: History | None = None  # metrics.jsonl as cards of checkpoints show it; rank 0 alone
+    monitor: object = None  # of monitors.py; rank 0 alone
 
     def __enter__(self):
         return self
@@ -144,7 +144,7 @@ class Run(Start):
     @property
     def starts_as_reference(self) -> bool:
         """Whether the policy of step 0 is its reference."""
-        return self.reference_hashes in (None, self.start_hashes)
+        return self.reference_hash in (None, self.start_hash)
 
 
 def prepare(argv: list[str], script: Path) -> Start | None:

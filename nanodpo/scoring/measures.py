@@ -23,8 +23,9 @@ import functools
 import torch
 from torch import Tensor
 
-from ..core.logprobs import LOWEST, chunk_logps, sum_by_sequence
+from ..core.logprobs import chunk_logps, sum_by_sequence
 from ..core.packing import Batch
+from ..run.metrics import LOWEST
 
 # Of each token: the columns of tokens.parquet, where one token's log-prob is called logp, not logps.
 TOKEN_MEASURES = ["logps", "entropy", "argmax_logps", "rank", "implausible_mass", "implausible_mass_start"]
@@ -47,8 +48,9 @@ def token_measures(module, batch: Batch, plausible: Sets | None, on_chunk=None
     """
     states, parts, sets, z, p = module.states(batch), [], [], None, None
     borders = None if plausible is None else torch.cat([plausible[0].new_zeros(1), plausible[0].cumsum(0)])
-    for i in range(0, len(states) or 1, module.head.chunk):  # once at least: a rank's part may have no scored token
-        here = slice(i, i + module.head.chunk)
+    size = module.head.chunk_size
+    for i in range(0, len(states) or 1, size):  # once at least: a rank's part may have no scored token
+        here = slice(i, i + size)
         known = None
         if plausible is not None:
             counts, rest = plausible[0][here], plausible[1][here]

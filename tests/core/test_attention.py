@@ -35,7 +35,7 @@ def compare(model, layout, attention_name, groups):
     """(largest error of a token's log-prob, relative error of the gradient) against separate forward passes."""
     truth, true_grad = logps_and_gradients(model, torch.cat(naive_token_logps(model, groups)))
     model.set_attn_implementation(attention_name)
-    logps, grad = logps_and_gradients(model, SequenceLogProbs(model, chunk=50).token_logps(layout(groups)))
+    logps, grad = logps_and_gradients(model, SequenceLogProbs(model, chunk_size=50).token_logps(layout(groups)))
     assert truth.std() > 0.3 and true_grad.norm() > 1
     return (logps - truth).abs().max().item(), ((grad - true_grad).norm() / true_grad.norm()).item()
 
@@ -246,7 +246,7 @@ def test_no_square_of_a_batchs_length_is_ever_built(sizes):
     length = batch.input_ids.shape[1]
     model.set_attn_implementation(LOOP)
     with Square(length) as seen:
-        SequenceLogProbs(model, chunk=64)(batch).sum().backward()
+        SequenceLogProbs(model, chunk_size=64)(batch).sum().backward()
     assert seen.count == 0
     model.set_attn_implementation("eager")
     with Square(length) as seen:

@@ -73,7 +73,7 @@ def test_loss_and_gradient_are_those_of_the_pairs_passed_one_by_one(layout, fami
 def compare(model, layout):
     examples = some_rows()
     model.set_attn_implementation(LOOP if layout == "packed" else "eager")
-    policy, parameters = SequenceLogProbs(model, chunk=4), list(model.parameters())
+    policy, parameters = SequenceLogProbs(model, chunk_size=4), list(model.parameters())
     loss, weights = partial(dpo, beta=0.3), torch.linspace(0.5, 2, len(examples), dtype=torch.float64)
     ref = torch.linspace(-30, -3, 2 * len(examples), dtype=torch.float64).view(-1, 2)
     batch, index = make_batch(examples, SIDES, layout, CPU)

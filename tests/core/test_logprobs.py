@@ -110,7 +110,7 @@ def test_gradients_are_the_slopes(trainable, bias, scale, cap):
     """
     layer = linear(bias, trainable=trainable, vocabulary=7, width=5)
     hidden, targets = inputs(6, width=5, vocabulary=7)
-    head = LogProbHead(layer, scale, cap, chunk=4)
+    head = LogProbHead(layer, scale, cap, chunk_size=4)
     names = [name for name, p in head.named_parameters()] if trainable else []
 
     def call(hidden, *parameters):
@@ -124,7 +124,7 @@ def test_a_bias_alone_may_be_trained():
     """The weight frozen, the bias not: its gradient is not lost, against finite differences in float64."""
     layer, (hidden, targets) = linear(vocabulary=7, width=5), inputs(6, width=5, vocabulary=7)
     layer.weight.requires_grad_(False)
-    head = LogProbHead(layer, chunk=4)
+    head = LogProbHead(layer, chunk_size=4)
     assert torch.autograd.gradcheck(lambda bias: functional_call(head, {"bias": bias}, (hidden, targets)), layer.bias)
 
 
@@ -145,7 +145,7 @@ def test_inputs_come_back_bit_identical(scale, cap, trainable):
     grad = torch.randn(N, dtype=torch.float64)
     tensors = [hidden, targets, layer.weight, layer.bias, grad]
     before = [t.detach().clone() for t in tensors]
-    LogProbHead(layer, scale, cap, chunk=7)(hidden, targets).backward(grad)
+    LogProbHead(layer, scale, cap, chunk_size=7)(hidden, targets).backward(grad)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before))
 
 
@@ -177,8 +177,8 @@ def test_logits_never_exceed_a_chunk(chunk, trainable, scale, cap):
 
 def test_the_default_chunk_is_64_mib():
     """67,108,864 bytes of float32 logits, four times that where there is a GPU: 110 or 441 tokens at 152,064 words."""
-    assert LogProbHead(nn.Linear(1, 152_064, device="meta")).chunk == (441 if torch.cuda.is_available() else 110)
-    assert LogProbHead(nn.Linear(1, 2**25, device="meta")).chunk == 1
+    assert LogProbHead(nn.Linear(1, 152_064, device="meta")).chunk_size == (441 if torch.cuda.is_available() else 110)
+    assert LogProbHead(nn.Linear(1, 2**25, device="meta")).chunk_size == 1
 
 
 def errors(values, truth) -> torch.Tensor:
@@ -208,7 +208,7 @@ def test_bfloat16_is_no_worse_than_full_logits(trainable):
     truth = naive((torch.Tensor.double, torch.float64))
     plain = naive((lambda t: t, torch.float32))
     coarse = naive((lambda t: t, torch.bfloat16))
-    ours = LogProbHead(layer, chunk=64)(hidden, targets)
+    ours = LogProbHead(layer, chunk_size=64)(hidden, targets)
     assert ours.dtype == torch.float32
     assert (errors(ours, truth) <= errors(plain, truth) * 1.001).all()
     assert (errors(ours, truth) < errors(coarse, truth) / 5).all()
@@ -316,7 +316,7 @@ def plain_dpo(model, groups, ref, beta=0.1):
 def our_dpo(model, groups, ref, beta=0.1):
     from nanodpo.core.losses import dpo
 
-    logps = SequenceLogProbs(model, chunk=7)(pack(groups)).view(-1, 2)
+    logps = SequenceLogProbs(model, chunk_size=7)(pack(groups)).view(-1, 2)
     return dpo(*logps.T, *ref.T, beta).mean()
 
 
@@ -377,7 +377,7 @@ def test_scaled_capped_and_biased_logits_are_the_models_own(name):
     """Token log-probs of models that multiply, divide or cap their logits, or add a bias, against their own logits."""
     model, groups = tiny(name), random_groups()
     with torch.no_grad(), KeepDouble():
-        ours = SequenceLogProbs(model, chunk=7).token_logps(pad(groups))
+        ours = SequenceLogProbs(model, chunk_size=7).token_logps(pad(groups))
         assert (ours - torch.cat(naive_token_logps(model, groups))).abs().max() < 1e-9
         bare = LogProbHead(nn.Linear(1, 1))
         head = SequenceLogProbs(model).head

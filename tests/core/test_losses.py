@@ -32,6 +32,7 @@ from nanodpo.core.losses import (
     simpo,
     squared,
 )
+from nanodpo.data.example import Example
 
 BETAS = [0.05, 0.1, 0.5, 2.0]
 MARGINS = [-7.0, -1.0, -0.1, 0.0, 0.3, 2.0, 11.0]
@@ -367,7 +368,8 @@ def step_of(name: str, rows: list[int], weights: list[float], sft_weight: float 
         loss, sft_weight = sft, 0.0
     losses = pair_losses(loss, logps[rows], ref[rows], lengths[rows], sft_weight)
     losses = losses * torch.tensor(weights, dtype=torch.float64)
-    total = losses.sum() / loss_divisor(name, [int(lengths[row, 0]) for row in rows], weights)
+    examples = [Example(row, [1], [2] * int(lengths[row, 0]), [3], weight=w) for row, w in zip(rows, weights)]
+    total = losses.sum() / loss_divisor(name, examples)
     total.backward()
     return total.item(), logps.grad.flatten().tolist()
 
@@ -399,7 +401,8 @@ def test_a_steps_loss_is_the_weighted_mean_by_hand(weights):
     losses = [w * (0.8 * math.log1p(math.exp(-0.1 * m)) + 0.2 * math.log1p(math.exp(0.1 * m)))
               for w, m in zip(weights, margins)]  # with the label smoothing of `smoothing`
     assert step_of("dpo", [0, 1, 2, 3], weights, 0.0)[0] == pytest.approx(sum(losses) / sum(weights), rel=1e-14)
-    assert loss_divisor("sft", tokens, [1.0] * 4) == 14 and loss_divisor("dpo", tokens, [1.0] * 4) == 4
+    examples = [Example(row, [1], [2] * n, None) for row, n in enumerate(tokens)]
+    assert loss_divisor("sft", examples) == 14 and loss_divisor("dpo", examples) == 4
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "sft"])

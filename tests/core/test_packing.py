@@ -34,8 +34,8 @@ def test_pack_literally():
 
 def keys_of(segments) -> list[int]:
     """Positions of the keys, sequence by sequence."""
-    parts = torch.arange(sum(segments.lengths)).split(segments.lengths)
-    return [position for i in segments.order for position in parts[i].tolist()]
+    parts = torch.arange(sum(segments.piece_lengths)).split(segments.piece_lengths)
+    return [position for i in segments.key_order for position in parts[i].tolist()]
 
 
 def test_segments_literally():
@@ -44,8 +44,9 @@ def test_segments_literally():
     assert segments.spans == [(0, 3, 3, 5), (0, 3, 5, 6), (0, 3, 6, 8), (8, 9, 9, 12), (8, 9, 12, 13)]
     assert segments.cu_q.tolist() == [0, 5, 6, 8, 12, 13]
     assert segments.cu_k.tolist() == [0, 5, 9, 14, 18, 20]
-    assert segments.lengths == [3, 2, 1, 2, 1, 3, 1]  # a prompt and three responses, a prompt and two
-    assert segments.order == [0, 1, 0, 2, 0, 3, 4, 5, 4, 6]
+    assert segments.q_lengths == [5, 1, 2, 4, 1]
+    assert segments.piece_lengths == [3, 2, 1, 2, 1, 3, 1]  # a prompt and three responses, a prompt and two
+    assert segments.key_order == [0, 1, 0, 2, 0, 3, 4, 5, 4, 6]
     assert keys_of(segments) == [0, 1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 2, 6, 7, 8, 9, 10, 11, 8, 12]
     assert (segments.max_q, segments.max_k) == (5, 5)
     assert segments.cu_q.dtype == segments.cu_k.dtype == torch.int32  # what the CUDA kernel takes
@@ -56,7 +57,7 @@ def test_pad_literally():
     batch = pad(GROUPS)
     assert batch.input_ids.tolist() == [[7, 8, 9, 1, 2], [7, 8, 9, 3, 0], [7, 8, 9, 5, 6], [4, 2, 2, 2, 0],
                                       [4, 1, 0, 0, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 5
+    assert batch.position_ids is None  # a model's own, from 0 in each line
     assert batch.predictors.tolist() == [2, 3, 7, 12, 13, 15, 16, 17, 20]
     assert batch.targets.tolist() == [1, 2, 3, 5, 6, 2, 2, 2, 1]
     assert batch.sequence_ids.tolist() == [0, 0, 1, 2, 2, 3, 3, 3, 4]
@@ -71,11 +72,11 @@ def test_of_a_response_only_some_tokens_may_count(layout, predictors):
     batch, whole = layout(groups), layout([([1, 2], [[3, 9, 4, 5, 6], [7]])])
     assert batch.predictors.tolist() == predictors
     assert batch.targets.tolist() == [3, 5, 6, 7] and batch.sequence_ids.tolist() == [0, 0, 0, 1]
-    for name in ("input_ids", "position_ids"):
-        assert torch.equal(getattr(batch, name), getattr(whole, name))
+    assert batch.input_ids.equal(whole.input_ids)
     if layout is pad:
         assert batch.segments is None and whole.segments is None
     else:
+        assert batch.position_ids.equal(whole.position_ids)
         assert batch.segments.spans == whole.segments.spans
         assert keys_of(batch.segments) == keys_of(whole.segments)
     example = Example(0, *groups[0][:1], *groups[0][1])
@@ -103,13 +104,13 @@ def context_of(batch: Batch, at: int, seq: int) -> list[int]:
     """The ids that flattened position `at` may see, in order of position, by the layout's own rule."""
     width = batch.input_ids.shape[1]
     line, column = divmod(at, width)
-    ids, positions = batch.input_ids[line].tolist(), batch.position_ids[line].tolist()
+    ids = batch.input_ids[line].tolist()
     if batch.segments is None:
         seen = range(column + 1)
     else:
         p0, p1, r0, r1 = batch.segments.spans[seq]
         seen = [i for i in [*range(p0, p1), *range(r0, r1)] if i <= column]
-    assert [positions[i] for i in seen] == list(range(len(seen)))
+        assert batch.position_ids[line, seen].tolist() == list(range(len(seen)))
     return [ids[i] for i in seen]
 
 

@@ -523,7 +523,7 @@ def test_a_finished_run_without_its_figure_gets_one(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     (run / ".training.png.partial").write_bytes(b"half")
     args = SimpleNamespace(merge_weights=False, draw=False)
-    start = SimpleNamespace(args=args, folder=run, old={"steps": 5})
+    start = SimpleNamespace(args=args, folder=run, resumed={"steps": 5})
     train.end_again(start)
     assert not (run / "training.png").exists()
     args.draw = True

@@ -700,7 +700,7 @@ def test_a_signal_repeated_at_once_is_one(monkeypatch, capfd):
     monkeypatch.setattr(os, "_exit", ends.append)
     monkeypatch.setattr(signals.errors, "as_script", True)
     with signals.Stop() as stop:
-        stop.wait()
+        stop.defer()
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.reason == "stopped by SIGINT" and ends == []

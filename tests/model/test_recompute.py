@@ -45,7 +45,7 @@ def prepared(family: str, mode: str, lora: bool = True):
 
 
 def gradients(model, row):
-    logps = SequenceLogProbs(model, chunk=7)(row)
+    logps = SequenceLogProbs(model, chunk_size=7)(row)
     logps.sum().backward()
     return logps.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -136,7 +136,7 @@ def rows_of(tokens: int):
 def packed(mode: str):
     model = prepared("llama", mode)
     model.get_base_model().set_attn_implementation(LOOP)
-    return model, SequenceLogProbs(model, chunk=7)
+    return model, SequenceLogProbs(model, chunk_size=7)
 
 
 class Everything(_Live):

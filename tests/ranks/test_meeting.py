@@ -75,7 +75,7 @@ def init_distributed(*args, **kwargs):
         print("held")
     whole(*args, **kwargs)
 deepspeed.init_distributed = init_distributed
-distributed.start(0)
+distributed.join_ranks(0)
 print(distributed.rank_and_world(), distributed.sum_over_ranks(torch.ones(2)).tolist())
 distributed.leave()
 """

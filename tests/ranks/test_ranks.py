@@ -249,7 +249,7 @@ def test_signals_that_are_heard():
     numbers = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGQUIT, signal.SIGTERM]
     before = [signal.getsignal(n) for n in numbers]
     with signals.Stop() as stop:
-        stop.wait()
+        stop.defer()
         assert [signal.getsignal(n) == stop._handle for n in numbers] == [True, True, True, True, False, True]
     assert [signal.getsignal(n) for n in numbers] == before
     try:
@@ -396,7 +396,7 @@ def test_a_rank_that_ends_while_ranks_join_is_no_fault_of_the_network(error, wor
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "init_process_group", mock.Mock(side_effect=RuntimeError(error)))
     with pytest.raises(RankStopped, match=f"^rank 1 {words}"), distributed.lost_peers_named():
-        distributed.start(0)
+        distributed.join_ranks(0)
 
 
 @pytest.mark.slow
@@ -420,7 +420,7 @@ def test_a_terminal_that_is_gone_keeps_nothing_from_being_saved(tmp_path):
     """A write to a terminal that has closed would end a process; after SIGHUP there is none to write to."""
     code = ("import os, signal, sys, time; sys.path.insert(0, sys.argv[1]); from nanodpo.run import signals\n"
             "with signals.Stop() as stop:\n"
-            "    stop.wait(); os.write(1, b'ready'); before = time.monotonic()\n"
+            "    stop.defer(); os.write(1, b'ready'); before = time.monotonic()\n"
             "    while stop.name is None and time.monotonic() < before + 20: time.sleep(0.01)\n"
             "    print('x' * 100000, flush=True); open(sys.argv[2], 'w').write(stop.name)")
     main, other = pty.openpty()

@@ -132,7 +132,7 @@ def scored_tokens(dtype, trainable, bias, scale, cap, whole, watched=True):
     torch.manual_seed(0)
     layer = torch.nn.Linear(12, 31, bias=bias).to(dtype).requires_grad_(trainable)
     hidden, targets = (2 * torch.randn(10, 12)).to(dtype).requires_grad_(not whole), torch.randint(31, (10,))
-    head = LogProbHead(layer, scale, cap, chunk=4)
+    head = LogProbHead(layer, scale, cap, chunk_size=4)
     with torch.no_grad():
         targets[::2] = head.logits(hidden[::2]).argmax(1)  # every other token is the likeliest
     tokens = TokenMetrics(SimpleNamespace(head=head, parallel=OneRank()), needs_logits=whole)
@@ -206,7 +206,15 @@ def test_a_token_that_can_never_come_adds_nothing_to_the_entropy():
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     layer.bias[5] = -math.inf
-    head = LogProbHead(layer, chunk=2)
+    head = LogProbHead(layer, chunk_size=2)
     head.on_chunk = tokens = TokenMetrics(SimpleNamespace(head=head, parallel=OneRank()), needs_logits=True)
     head(torch.zeros(3, 4), torch.tensor([0, 1, 2]))
     assert torch.cat([part["entropy"] for part in tokens.parts]).tolist() == pytest.approx([math.log(7)] * 3)
+
+
+def test_measures_from_logits_need_a_pass_without_gradients():
+    """The gradient is made in the memory of the exponentials, so what was measured from these would be wrong."""
+    head = LogProbHead(torch.nn.Linear(4, 8).requires_grad_(False))
+    head.on_chunk = TokenMetrics(SimpleNamespace(head=head, parallel=OneRank()), needs_logits=True)
+    with pytest.raises(AssertionError, match="overwrites the exponentials"):
+        head(torch.zeros(3, 4, requires_grad=True), torch.tensor([0, 1, 2]))

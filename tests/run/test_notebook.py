@@ -57,7 +57,7 @@ def test_the_stop_button_never_ends_the_kernel(monkeypatch):
     monkeypatch.setattr(os, "_exit", ends.append)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), signals.Stop() as stop:
-        stop.wait()
+        stop.defer()
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.name == "SIGINT"
         stop.since -= 2 * signals.GRACE

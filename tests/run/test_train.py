@@ -409,7 +409,7 @@ def merged(*given):
     merge(*given)
 
 train.make_engine, lifecycle.merge = made, merged
-train.leave(train.run_script(train.main))
+train.exit_process(train.run_script(train.main))
 """
 
 

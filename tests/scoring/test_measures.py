@@ -22,8 +22,9 @@ GROUPS = [([7, 8, 9], [[1, 2, 3, 4], [5]]), ([11], [[6, 7], [8, 9, 10], [1]])]
 class Distribution:
     """A "model" whose logits are given: (N, V), one place each."""
 
-    def __init__(self, logits, chunk=100):
-        self._logits, self.head = logits, SimpleNamespace(chunk=chunk, logits=lambda states, memory: states.clone())
+    def __init__(self, logits, chunk_size=100):
+        self._logits = logits
+        self.head = SimpleNamespace(chunk_size=chunk_size, logits=lambda states, memory: states.clone())
 
     def states(self, batch):
         return self._logits
@@ -76,7 +77,7 @@ def test_implausible_mass_by_brute_force(chunk):
 def test_all_chunks_share_the_memory_of_the_first():
     """Logits and probabilities of three chunks of real logits, the last one shorter: at two places of memory."""
     head = SequenceLogProbs(make_model()).head
-    head.chunk, states = 3, torch.randn(8, head.weight.shape[1])
+    head.chunk_size, states = 3, torch.randn(8, head.weight.shape[1])
     places_of, given = set(), head.logits
 
     def logits(hidden, memory):
@@ -140,7 +141,7 @@ def test_jitter_does_not_look_like_spreading():
 @pytest.mark.parametrize("layout", [pack, pad])
 def test_a_models_measures_whatever_the_layout(layout):
     """Logps are the kernel's bit for bit; the rest is that of plain float64 forward passes."""
-    module = SequenceLogProbs(make_model(dtype=torch.float64).eval(), chunk=4)
+    module = SequenceLogProbs(make_model(dtype=torch.float64).eval(), chunk_size=4)
     flat, truth, sums = [(p, r) for p, rs in GROUPS for r in rs], {"entropy": [], "rank": [], "argmax_logps": []}, []
     with torch.no_grad():
         for prompt, response in flat:
