@@ -50,10 +50,12 @@ def check_device(args) -> None:
 
 
 def meet() -> None:
-    """Waits for the other ranks where a launcher started several, and from then on watches whether they live.
+    """The first thing a script does. Waits for the other ranks where a launcher started several, and from then on
+    watches whether they live.
 
     Raises UserError for an environment that no launcher leaves, and RunStopped where a rank does not come.
     """
+    gpu.use_expandable_segments()
     take_over()
     rank, world, host, port = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR",
                                                                      "MASTER_PORT"))
@@ -80,7 +82,6 @@ def works_alone() -> bool:
 def join_ranks(local_rank: int, deterministic: bool = False) -> torch.device:
     """Joins the ranks of the launcher that started this process, or makes a run of one rank. Returns its device.
     `deterministic`: whether a GPU must give the same bits each time."""
-    gpu.use_expandable_segments()
     gpu.round_alike()
     store = _met["store"]
     if "RANK" not in os.environ:  # plain python: without these DeepSpeed goes looking for MPI
@@ -162,8 +163,8 @@ def from_main(value):
 
 
 def leave() -> None:
-    """Undoes `meet` and `start`: from now on no rank waits for another. A rank that exits without it may be aborted by
-    threads that still wait for the others."""
+    """Undoes `meet` and `join_ranks`: from now on no rank waits for another. Without it a rank that exits may be
+    aborted by threads that still wait for the others."""
     if peers():
         peers().leave()
         _met["peers"] = None

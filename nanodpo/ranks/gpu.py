@@ -12,7 +12,8 @@ CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 def use_expandable_segments() -> None:
     """Lets CUDA's allocator grow its blocks. Batches have all lengths, and blocks of their own sizes would leave holes
-    that fit no other batch. To be called before the first tensor on the GPU. A user's own setting stays."""
+    that fit no other batch. To be called before CUDA starts, as it does where a GPU is asked for its name: then
+    alone the allocator reads its settings. A user's own setting stays."""
     if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 

@@ -147,7 +147,6 @@ def open_device(local_rank: int, gpu_id: int | None) -> torch.device:
     """This rank's device; ranks only meet where a launcher started them."""
     if "RANK" in os.environ:
         return distributed.join_ranks(local_rank)
-    gpu.use_expandable_segments()
     gpu.round_alike()
     if not torch.cuda.is_available():
         return torch.device("cpu")

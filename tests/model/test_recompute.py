@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, environment
 from tiny_models import random_groups, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -297,6 +298,30 @@ def test_a_users_own_allocator_settings_stay(name, monkeypatch):
     monkeypatch.setenv(name, "max_split_size_mb:512")
     use_expandable_segments()
     assert {k: v for k, v in os.environ.items() if k.endswith("_ALLOC_CONF")} == {name: "max_split_size_mb:512"}
+
+
+STARTS_CUDA = """
+import importlib, os, sys, torch
+
+def cuda_starts():
+    print("CUDA starts with", os.environ.get("PYTORCH_ALLOC_CONF"), flush=True)
+    os._exit(0)
+
+torch.cuda.is_available, torch.cuda.device_count, torch.cuda._lazy_init = lambda: True, lambda: 1, cuda_starts
+importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train", "score"])
+def test_the_allocator_is_told_before_cuda_starts(script, tiny):
+    """It reads its settings when CUDA starts, which already happens when the GPU is asked for its name."""
+    flags = {"train": ["--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl"],
+             "score": [tiny / "model", "--dataset_path", f"t={tiny / 'train.jsonl'}"]}[script]
+    clean = {name: value for name, value in environment().items() if not name.endswith("_ALLOC_CONF")}
+    done = subprocess.run([sys.executable, "-c", STARTS_CUDA, script, *flags], capture_output=True, text=True,
+                          timeout=300, env=clean, cwd=ROOT)
+    assert done.stdout == "CUDA starts with expandable_segments:True\n", done.stderr[-2000:]
 
 
 HOLES = """
