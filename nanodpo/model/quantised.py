@@ -129,5 +129,9 @@ def without_bits(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     own = functools.partial(_as_one_row, functional.dequantize_4bit)
     logging.getLogger("transformers.integrations.bitsandbytes").disabled = True  # it says the dtype, once
+    model.cpu()
+    for layer in quantised_layers(model):
+        if getattr(layer.weight, "SCB", None) is not None:  # of 8 bits: a scale for each row, which `cpu` leaves behind
+            layer.weight.SCB = layer.weight.SCB.cpu()
     with mock.patch.object(functional, "dequantize_4bit", own):
-        return model.cpu().dequantize(dtype)
+        return model.dequantize(dtype)

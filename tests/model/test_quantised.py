@@ -105,6 +105,33 @@ def test_a_product_is_that_of_the_matrix_that_the_bits_stand_for(bits, wide, tmp
         torch.testing.assert_close(merged[name].weight.double(), exact, rtol=1e-6, atol=1e-7)
 
 
+class OnAGpu(torch.Tensor):
+    """Stands for a tensor on a GPU: it has a device, and all that can be done with it is to copy it to the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if function == torch.Tensor.device.__get__:
+                return args[0].device
+            assert function in (torch.Tensor.cpu, torch.Tensor.to), "Expected all tensors to be on the same device"
+            return args[0].as_subclass(torch.Tensor).clone()
+
+
+@installed
+def test_scales_of_8_bits_come_to_the_cpu_with_their_weights(tmp_path):
+    """They are an attribute of the weight, which a module's own `cpu` does not see: a merge after training on a GPU
+    found them there."""
+    make_model(width=64).save_pretrained(tmp_path)
+    model = open_base(str(tmp_path), torch.float32, False, 8)
+    exact = [by_hand(layer.weight) for layer in quantised.quantised_layers(model)]
+    for layer in quantised.quantised_layers(model):
+        layer.weight.SCB = layer.weight.SCB.as_subclass(OnAGpu)
+    places = [name for name, layer in model.named_modules() if layer in quantised.quantised_layers(model)]
+    merged = dict(quantised.without_bits(model, torch.float32).named_modules())
+    for name, matrix in zip(places, exact, strict=True):
+        torch.testing.assert_close(merged[name].weight.double(), matrix, rtol=1e-6, atol=1e-7)
+
+
 @installed
 @BITS
 def test_lora_in_one_product_is_pefts_own_layer(bits, tiny):
