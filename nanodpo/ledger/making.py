@@ -8,6 +8,7 @@ import torch
 
 from ..errors import UserError
 from ..folder.atomic import nearest, new_file, remove, writing
+from ..ranks import gpu
 from ..ranks.distributed import rank_and_world, say
 from ..scoring.contents import hash_of
 from ..scoring.datasets import ResponseSet
@@ -29,6 +30,8 @@ def make_ledger(checkpoints: list[Checkpoint], datasets: list[ResponseSet], args
     probes = make_probes(datasets, args.responses, args.ledger, args.ledger_rows, args.max_tokens)
     longest = max(len(prompt) + len(ids) for _, groups, _ in probes.batches for prompt, (ids,) in groups)
     history = open_history(checkpoints, device, longest, args.trust_remote_code)
+    if device.type == "cuda" and history.args.deterministic:
+        gpu.same_bits_each_time()  # as in training, whose gradients are made again
     keys = [c.key for c in history.checkpoints] + [c.key for c in [history.reference] if c]
     store = Store(folder / f"ledger-{hash_of([keys, history.planned])[:16]}.partial")
     at_once = check_cost(history, probes, args.ledger_memory, store.folder)

@@ -231,24 +231,28 @@ def dry_run(run: Run) -> None:
         return pair_losses(run.loss, logps, ref, lengths, args.sft_weight).mean()
 
     with memory.shortage_named(run.rank, "the dry run", lambda: memory.describe(examples)):
-        seconds = two_steps(run.engine, mean_loss, args.gradient_accumulation_steps > 1)
+        seconds = two_steps(run.engine, mean_loss, args.gradient_accumulation_steps > 1, run.device)
     peaks = distributed.gather_or_raise(None, metrics.peak_gib(run.device))
     distributed.say(memory.estimate(run.engine, run.device, state.shards(run.engine), peaks, seconds,
                                     disk_needed(run), size))
 
 
-def two_steps(engine, mean_loss: Callable[[], torch.Tensor], accumulates: bool) -> float:
-    """Two updates, the second of two micro-batches where a step accumulates some. Returns the seconds of the last one.
+def two_steps(engine, mean_loss: Callable[[], torch.Tensor], accumulates: bool, device: torch.device) -> float:
+    """Two updates, the second of two micro-batches where a step accumulates some. Returns the seconds of the last one,
+    of a GPU with all work that it was given.
 
     A run's first micro-batch has the GPU for itself: AdamW's moments are made by the first update, and before it
     there is no gradient of an earlier micro-batch.
     """
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
     for last in (True, *[False] * accumulates, True):
+        wait(device)
         began = time.perf_counter()
         engine.set_gradient_accumulation_boundary(last)
         engine.backward(mean_loss())
         if last:
             engine.step()
+    wait(device)
     return time.perf_counter() - began
 
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import forked, launch, make_model, make_tokenizer, zero
+from conftest import forked, launch, lines_of, make_model, make_tokenizer, zero
 from faulty import small_files
-from test_resume import FAULTY, TRAIN, assert_same, flags, lines, whole  # noqa: F401 (a fixture)
+from test_resume import FAULTY, TRAIN, assert_same, flags, whole  # noqa: F401 (a fixture)
 from transformers.utils.logging import disable_progress_bar
 
 from nanodpo.errors import RunStopped, UserError, run_script
@@ -37,7 +37,7 @@ def test_what_is_not_finite_stops_all_ranks_before_the_update(fault, stage, rank
     (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: step 3: ") and "no update was made" in error and all(w in error for w in words)
     assert "rows " in error and "tokens)" in error
-    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == [0, 1, 2]
+    assert [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("stage, fault", [(0, "loss"), (2, "loss"), (3, "gradient")])
@@ -262,7 +262,7 @@ def test_a_dry_run_has_all_that_a_later_step_has(accumulates, batches):
 
     engine = SimpleNamespace(set_gradient_accumulation_boundary=boundary.append, step=step,
                              backward=torch.Tensor.backward)
-    assert passes.two_steps(engine, mean_loss, accumulates) > 0
+    assert passes.two_steps(engine, mean_loss, accumulates, torch.device("cpu")) > 0
     assert len(there) == batches and there[0] == (0, False) and there[-1] == (1, accumulates)
 
 
