@@ -8,8 +8,8 @@ import shutil
 import oracle
 import pytest
 import torch
-from conftest import ROOT, forked, make_model, zero
-from test_resume import BREAKS, content, lines
+from conftest import ROOT, forked, lines_of, make_model, zero
+from test_resume import BREAKS, content
 from test_resume import flags as resume_flags
 
 from nanodpo.data.schedule import epoch_order, pairs_of_step
@@ -42,7 +42,7 @@ def states(run, first: int = 0) -> dict[str, bytes]:
 
 def assert_same(fork, source, step: int) -> None:
     """The metrics from the first step on, every checkpoint, and the states from the fork's step on."""
-    assert lines(fork) == lines(source) and content(fork) == content(source)
+    assert lines_of(fork) == lines_of(source) and content(fork) == content(source)
     assert states(fork) == states(source, step) and len(states(fork)) == 2 * 3 - 2 * (step - 1) * bool(step)
     assert not list(fork.rglob("*.partial"))
 
@@ -80,7 +80,7 @@ def test_a_fork_that_was_killed_goes_on_without_its_source(stage, ranks, more, t
     shutil.rmtree(run)
     codes, said = forked(TRAIN, *command, ranks=ranks)
     assert codes == [0] * ranks and "going on at step 3" in said
-    assert lines(place) == lines(whole) and content(place) == content(whole)
+    assert lines_of(place) == lines_of(whole) and content(place) == content(whole)
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_another_beta_from_step_2_on(source, tmp_path):
     command = ("--fork", f"{source}@2", "--output_dir", place, "--beta", "0.3", "--per_device_train_batch_size", "1")
     codes, said = forked(TRAIN, *command)
     assert codes == [0] and f"fork: {source} at step 2, --beta: 0.1 -> 0.3" in said
-    old, new = ({(line["step"], "eval_loss" in line): line for line in lines(run)} for run in (source, place))
+    old, new = ({(line["step"], "eval_loss" in line): line for line in lines_of(run)} for run in (source, place))
     assert old.keys() == new.keys()
     for key in old:
         assert (old[key] == new[key]) == (key[0] < 2), key
@@ -111,7 +111,7 @@ def test_another_beta_from_step_2_on(source, tmp_path):
         codes, said = forked(TRAIN, "--fork", f"{source}@2", "--output_dir", place, *wrong)
         assert codes == [2] and "holds a run with other settings (--beta: 0.3 -> 0." in said
     codes, said = forked(TRAIN, "--fork", f"{place}@2", "--output_dir", tmp_path / "back", "--beta", "0.1")
-    assert codes == [0] and lines(tmp_path / "back") == lines(source)
+    assert codes == [0] and lines_of(tmp_path / "back") == lines_of(source)
     # The cards say it of the checkpoints that come after the change, and run.json of all before it.
     cards = [(place / f"checkpoint-{step}" / "README.md").read_text() for step in (2, 3)]
     assert "were changed" not in cards[0] and "changed on the way: at step 2 `beta` 0.1 -> 0.3. Those" in cards[1]
@@ -128,10 +128,10 @@ def test_a_step_of_the_fork_is_the_update_of_the_new_loss(source, tmp_path):
                       "--learning_rate", "5e-4", "--max_steps", "6", "--max_grad_norm", "0.5", "--loss_kwargs",
                       '{"simpo_gamma": 1.0}', "--gradient_checkpointing")
     assert codes == [0]
-    rates = [line["learning_rate"] for line in lines(place) if "learning_rate" in line]
+    rates = [line["learning_rate"] for line in lines_of(place) if "learning_rate" in line]
     assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * k / 4)) / 2 for k in (0, 1)]
                                   + [5e-4 * (1 + math.cos(math.pi * k / 6)) / 2 for k in (2, 3, 4, 5)], rel=1e-12)
-    old, new = ({line["step"]: line for line in lines(run) if "eval_loss" not in line} for run in (source, place))
+    old, new = ({line["step"]: line for line in lines_of(run) if "eval_loss" not in line} for run in (source, place))
     assert new[2]["logps/chosen"] == old[2]["logps/chosen"] and "ref_logps/chosen" not in new[2]
     margin = 2 * (old[2]["logps_per_token/chosen"] - old[2]["logps_per_token/rejected"]) - 1
     assert new[2]["rewards/margins"] == pytest.approx(margin + 1)  # without gamma
@@ -158,7 +158,7 @@ def test_without_a_row(loss, tiny, tmp_path):
     names = ",".join(map(str, sorted([row, never])))
     assert record.read(tmp_path / "fork")["fork"]["changed"] == {"--without_rows": [None, names]}
     assert forked(TRAIN, *flags(tiny, tmp_path / "plain", *more, "--without_rows", names))[0] == [0]
-    assert lines(tmp_path / "fork") == lines(tmp_path / "plain")
+    assert lines_of(tmp_path / "fork") == lines_of(tmp_path / "plain")
     weights = [(tmp_path / name / "checkpoint-4" / "model.safetensors").read_bytes()
                for name in ("fork", "plain", "run")]
     assert weights[0] == weights[1] != weights[2]
@@ -166,10 +166,10 @@ def test_without_a_row(loss, tiny, tmp_path):
     codes, said = forked(TRAIN, "--fork", f"{tmp_path / 'run'}@2", "--output_dir", tmp_path / "late", "--without_rows",
                          str(early))
     assert codes == [0] and f"row {early}: not among those that steps 2 to 3 of this run visit" in said
-    assert lines(tmp_path / "late") == lines(tmp_path / "run")
+    assert lines_of(tmp_path / "late") == lines_of(tmp_path / "run")
     model = make_model()
     expected = oracle.train(model, oracle.read_pairs(tiny / "train.jsonl"), windows, loss, without=(row,))
-    for line, known in zip(lines(tmp_path / "fork"), expected, strict=True):
+    for line, known in zip(lines_of(tmp_path / "fork"), expected, strict=True):
         for name, value in known.items():
             assert line[name] == pytest.approx(value, rel=2e-5), (line["step"], name)
     after = oracle.load(tmp_path / "fork" / "checkpoint-4")
@@ -200,7 +200,7 @@ def test_at_the_start_everything_can_be_changed(source, tiny, tmp_path):
     assert forked(TRAIN, *flags(tiny, tmp_path / "plain", *more))[0] == [0]
     codes, said = forked(TRAIN, "--fork", f"{source}@0", "--output_dir", tmp_path / "fork", *more)
     assert codes == [0] and "--lora_r: 4 -> 2, " in said
-    assert lines(tmp_path / "fork") == lines(tmp_path / "plain")
+    assert lines_of(tmp_path / "fork") == lines_of(tmp_path / "plain")
     weights = [run / "checkpoint-2" / "adapter_model.safetensors" for run in (tmp_path / "fork", tmp_path / "plain")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
@@ -213,7 +213,7 @@ def test_the_size_of_evaluation_batches_changes_no_step(source, tmp_path):
     codes, said = forked(TRAIN, "--fork", f"{source}@2", "--output_dir", place, "--per_device_eval_batch_size", "50")
     assert codes == [0], said
     assert record.read(place)["fork"]["changed"] == {"--per_device_eval_batch_size": [1, 50]}
-    for old, new in zip(lines(source), lines(place), strict=True):
+    for old, new in zip(lines_of(source), lines_of(place), strict=True):
         if "eval_loss" in old and old["step"] >= 2:
             assert new == pytest.approx(old, rel=1e-4, abs=1e-6)
         else:
@@ -338,7 +338,7 @@ def test_links_where_there_are_links_and_copies_of_what_people_edit(copied, tmp_
         shared = {file.rpartition("/")[2] for file in own if own[file] == others[file]}
         assert {"adapter_model.safetensors", "rank0.safetensors"} <= shared if links else not shared
         assert not shared & {"README.md", "trainer_state.json", "metrics.jsonl"}
-        assert [line["step"] for line in lines(tmp_path / name)] == [0, 0]
+        assert [line["step"] for line in lines_of(tmp_path / name)] == [0, 0]
         assert sorted(file.name for file in tmp_path.glob(f"{name}/*")) == ["checkpoint-1", "metrics.jsonl", "resume"]
 
 
