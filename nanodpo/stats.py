@@ -40,13 +40,16 @@ def _within(angle: float, freedom: int) -> float:
 def problem_error(values: np.ndarray, problems) -> tuple[float, int]:
     """(standard error of the values' mean, number of problems); `problems` names each value's.
 
-    CR1, robust to rows that share a problem: from the sum s of the values' deviations from the mean in each of G
-    problems, sqrt(G / (G - 1) sum s^2) / n. Where every row is a problem of its own that is standard deviation /
-    sqrt(n).
+    The jackknife over problems (CV3 of MacKinnon, Nielsen and Webb, Journal of Applied Econometrics 38, 671), robust to
+    rows that share a problem, and to problems of different sizes: how far the mean moves as each of G problems is left
+    out, sqrt((G - 1) / G sum of squares). From the sum s of the deviations in a problem of n_g rows out of n that is
+    s / (1 - n_g / n) / n. Where every row is a problem of its own it is standard deviation / sqrt(n).
     """
     names, codes = np.unique(problems, return_inverse=True)
-    sums, n = np.bincount(codes, values - values.mean()), len(names)
-    return math.sqrt(n / (n - 1) * (sums**2).sum()) / len(values) if n > 1 else math.nan, n
+    if (n := len(names)) < 2:
+        return math.nan, n
+    moves = np.bincount(codes, values - values.mean()) / (1 - np.bincount(codes) / len(values)) / len(values)
+    return math.sqrt((n - 1) / n * (moves**2).sum()), n
 
 
 def over_problems(table: pandas.DataFrame, keys: list[str], column: str) -> pandas.DataFrame:
@@ -59,10 +62,13 @@ def over_problems(table: pandas.DataFrame, keys: list[str], column: str) -> pand
     groups = table.groupby(keys, sort=False)[column]
     found = groups.agg(mean="mean", n="count", rows="size")
     away = (table[column] - groups.transform("mean")).rename("away")
-    sums = table[[*keys, "problem"]].join(away)[away.notna()].groupby([*keys, "problem"], sort=False)["away"].sum()
-    squares = sums.pow(2).groupby(level=keys, sort=False).agg(problems="size", total="sum").reindex(found.index)
+    each = table[[*keys, "problem"]].join(away)[away.notna()].groupby([*keys, "problem"], sort=False)["away"].agg(
+        ["sum", "size"])
+    part = each["size"] / each["size"].groupby(level=keys, sort=False).transform("sum")
+    squares = (each["sum"] / (1 - part)).pow(2).groupby(level=keys, sort=False).agg(problems="size", total="sum")
+    squares = squares.reindex(found.index)
     problems = squares["problems"].fillna(0).astype(int)
-    found["sem"] = (squares["total"] * problems / (problems - 1).where(problems > 1)) ** 0.5 / found["n"]
+    found["sem"] = (squares["total"] * (problems - 1) / problems.where(problems > 1)) ** 0.5 / found["n"]
     reach = (problems - 1).map(t_quantile) * found["sem"]
     return found.assign(problems=problems, low=found["mean"] - reach, high=found["mean"] + reach).reset_index()
 

@@ -25,11 +25,12 @@ def drawn(runs: int, problems: int, rows: int, alike: float, seed: int = 0) -> p
 
 
 def test_the_standard_error_over_problems_by_hand():
-    """Rows 1, 3 of one problem, 5 of another, 7 of a third: mean 4; sums of deviations -4, 1 and 3, their squares 26;
-    sqrt(3/2 * 26) / 4, and Student's t of two degrees of freedom. The row without a number counts for nothing."""
+    """Rows 1, 3 of one problem, 5 of another, 7 of a third: mean 4, and 6, 11/3 and 3 without each of the problems. The
+    jackknife over problems: the squares of 2, 1/3 and 1 are 46/9 in sum, 2/3 of it the square of the error. Student's
+    t of two degrees of freedom. The row without a number counts for nothing."""
     table = pandas.DataFrame({"run": "r", "problem": list("aabcc"), "value": [1.0, 3.0, 5.0, 7.0, math.nan]})
     (found,) = over_problems(table, ["run"], "value").to_dict("records")
-    sem = math.sqrt(1.5 * 26) / 4
+    sem = math.sqrt(2 / 3 * 46 / 9)
     reach = 0.95 * math.sqrt(2 / (1 - 0.95**2)) * sem
     assert found == {"run": "r", "mean": 4.0, "n": 4, "rows": 5, "problems": 3, "sem": pytest.approx(sem),
                      "low": pytest.approx(4 - reach), "high": pytest.approx(4 + reach)}
@@ -57,6 +58,17 @@ def test_an_interval_holds_the_truth_in_95_of_100_experiments(rows):
     with two or four a problem."""
     found = over_problems(drawn(2000, 30, rows, 0.5), ["run"], "value")
     assert 0.93 < ((found["low"] < 0) & (found["high"] > 0)).mean() < 0.97
+
+
+def test_problems_of_very_different_size():
+    """2,000 experiments of 60 rows, of which one problem has 10, one 20 and the others one each; correlated by 0.5.
+    From the sums of deviations alone (CR1), without their leverage, 0.84 of the intervals would hold the truth."""
+    table = drawn(2000, 32, 20, 0.5)
+    place = table.groupby(["run", "problem"]).cumcount()
+    table = table[place < table["problem"].map(lambda name: {"0": 20, "1": 10}.get(name, 1))]
+    found = over_problems(table, ["run"], "value")
+    assert set(found["n"]) == {60} and set(found["problems"]) == {32}
+    assert 0.9 < ((found["low"] < 0) & (found["high"] > 0)).mean() < 0.97
 
 
 def test_tables_and_figures_have_the_same_intervals():
