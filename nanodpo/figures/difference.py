@@ -80,7 +80,8 @@ def scored_difference_figure(scores: pandas.DataFrame, runs: list[str], columns:
     """(figure, caption) of the mean log-probs per token that two runs give the same responses at the same steps, in
     each data set; None where they have none. Intervals of the difference are over problems, row by row."""
     first, second = (scores[scores["run"] == run].set_index(PAIR) for run in runs)
-    both = first.join(second["mean_logps"].rename("other"), how="inner").reset_index().dropna(subset="other")
+    both = first.join(second["mean_logps"].rename("other"), how="inner").reset_index().dropna(
+        subset=["mean_logps", "other"])
     if both.empty:
         return None
     both = both.assign(at=both["step"], difference=both["other"] - both["mean_logps"])

@@ -183,6 +183,17 @@ def test_the_difference_of_scores_is_of_the_rows_that_both_have(tmp_path, draw, 
     assert [ends[0], ends[-1]] == pytest.approx([0.2 - 4.302653 * 0.1 / 3**0.5, 0.2 + 4.302653 * 0.1 / 3**0.5])
 
 
+def test_a_difference_is_of_rows_that_both_runs_have(tmp_path, draw):
+    """At step 4 the first row failed under a and the last under b: of all three curves the middle row is left."""
+    run, fork = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    for place, name, last in ((run, "a", [math.nan, -2.0, -4.0]), (fork, "b", [-1.0, -1.5, math.nan])):
+        make_scores(place / "scores.parquet", {("test", "chosen", 0): [-1.0, -2.0, -3.0],
+                                               ("test", "chosen", 4): last}, name)
+    fig = draw(run, fork, "--diff")["difference_scores"]
+    found = [points(fig, f"{label} chosen")[2] for label in ("a", "b", "difference")]
+    assert found == [[-2.0, -2.0], [-2.0, -1.5], [0.0, 0.5]]
+
+
 def test_levels_of_a_difference_that_lie_close_together_are_told_apart(tmp_path, draw):
     """Answers at -1 and -1.5 and their tokens in random order at -13: the first two, 4% of the range apart, have most
     of the panel's height between them and its lower part."""
