@@ -19,7 +19,7 @@ derivative of f at the end by the logarithm of that weight, for gradients of lat
 
 with s_j = sqrt(v_j (1 - b2^t)). Shares tell what made the change; effects tell what one change would have done, to
 first order. AdamW is why they differ: with all gradients twice as large it makes the same updates, so over all pairs
-shares add up to the change of f, and effects to about 0.
+shares add up to the change of f, and effects to about 0, but where some steps were clipped and others not.
 
 Shapes: D weights, M probes. Torch only.
 """

@@ -49,11 +49,17 @@ def share(hits: pandas.Series) -> dict[str, float]:
     return _count(hits) | _interval(*wilson(hits.to_numpy(dtype=float), _problems(hits)), hits)
 
 
-def over_runs(means: list[float]) -> dict[str, float]:
-    """A number's mean over runs of several seeds -+ Student's t standard errors."""
-    values = pandas.Series(means)
-    reach = t_quantile(len(values) - 1) * values.sem()
-    return {"mean": values.mean(), "low": values.mean() - reach, "high": values.mean() + reach, "n": len(values)}
+def over_runs(numbers: list[dict[str, float]], ends: tuple[float, float] | None = None) -> dict[str, float]:
+    """A number's mean over runs of several seeds -+ Student's t standard errors. `ends`: of a share of rows, or of its
+    change, the smallest and the largest value. A share is known to 1 / rows alone, so its standard deviation over runs
+    is taken to be no less than that of a number that was rounded so: runs that agree by chance are no proof."""
+    values = pandas.Series([stats["mean"] for stats in numbers])
+    deviation, (lowest, highest) = values.std(), ends or (-math.inf, math.inf)
+    if ends:
+        deviation = max(deviation, 1 / (math.sqrt(12) * min(stats["n"] for stats in numbers)))
+    reach = t_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
+    return {"mean": values.mean(), "low": max(lowest, values.mean() - reach),
+            "high": min(highest, values.mean() + reach), "n": len(values)}
 
 
 def differences(table: pandas.DataFrame, column: str, first, last) -> pandas.Series:

@@ -59,11 +59,14 @@ class Rule:
 
 FALLING = ("change of chosen", "change of rejected", "change of other")
 BOTH = ("change of chosen", "change of gap")
+# Shares of rows, and changes of them, with the smallest and the largest value that they can have.
+SHARES = {name: (0, 1) for name in ("right answers at the start", "right answers", "reward accuracy")}
+SHARES |= {name: (-1, 1) for name in ("change of answer accuracy", "change of answers without one")}
 RULES = [
     Rule("displacement", f"the chosen responses' log-prob falls, by {NOTABLE} nats a token or more",
          lambda of: of.falls("change of chosen", NOTABLE), ("change of chosen", "change of chosen there")),
-    Rule("squeezing", "chosen, rejected and, where scored, other responses fall, and there, where chosen loses most, "
-         f"the argmax token's log-prob rises by {NOTABLE} nats a token or more",
+    Rule("squeezing", "chosen, rejected and, where scored, the response other fall, and there, where chosen loses "
+         f"most, the argmax token's log-prob rises by {NOTABLE} nats a token or more",
          lambda of: all(of.falls(side) for side in FALLING if side in of or side != "change of other")
          and of.rises("change of argmax there", NOTABLE), ("change of argmax there",)),
     Rule("spreading", "along chosen and rejected, the probability of tokens that the start or the end gives less than "
@@ -86,12 +89,16 @@ RULES = [
          ("change of answers without one", "change of answer length")),
     Rule("collapse", f"the repetition rate of greedy answers rises by {LOOPS} or more",
          lambda of: of.rises("change of repetition", LOOPS), ("change of repetition",)),
-    Rule("healthy", f"none of these, chosen's log-prob does not fall, and it or the gap to rejected rises, by "
-         f"{NOTABLE} nats a token or more", lambda of: not of.falls("change of chosen") and any(
-             of.rises(name, NOTABLE) for name in BOTH), BOTH, alone=True),
+    Rule("healthy", f"none of these, chosen's log-prob does not fall, its interval lies above -{NOTABLE} nats a token, "
+         f"and it or the gap to rejected rises, by {NOTABLE} or more",
+         lambda of: not of.falls("change of chosen") and of.of("change of chosen", "low") > -NOTABLE
+         and any(of.rises(name, NOTABLE) for name in BOTH), BOTH, alone=True),
     Rule("wider gap", f"the gap of chosen to rejected rises, by {NOTABLE} nats a token or more, and chosen's log-prob "
-         "falls, by less", lambda of: of.rises("change of gap", NOTABLE), BOTH, alone=True),
-    Rule("no notable change", "none of these", lambda of: True, BOTH, alone=True)]
+         "falls by less, or may fall", lambda of: of.rises("change of gap", NOTABLE), BOTH, alone=True),
+    Rule("no notable change", f"none of these, and the intervals of both changes lie between -{NOTABLE} and {NOTABLE} "
+         "nats a token", lambda of: all(-NOTABLE < of.of(name, "low") and of.of(name, "high") < NOTABLE
+                                        for name in BOTH if name in of or name != "change of gap"), BOTH, alone=True),
+    Rule("unclear", "none of these: the changes may be notable or not", lambda of: True, BOTH, alone=True)]
 
 # A number in words: {} is its change, mean or share; other names are the fields of `_phrase`.
 WORDS = {"change of chosen": "chosen {change} nats a token", "change of chosen there": "in {there} {change}",
@@ -175,7 +182,7 @@ def _over_seeds(lines: list[dict], recipes: dict, rising: pandas.DataFrame | Non
             continue
         over = f"{len(group)} runs of one recipe"
         shared = [name for name in group[0]["numbers"] if all(name in line["numbers"] for line in group)]
-        numbers = {name: over_runs([line["numbers"][name]["mean"] for line in group]) | {"over": over}
+        numbers = {name: over_runs([line["numbers"][name] for line in group], SHARES.get(name)) | {"over": over}
                    for name in shared}
         place = " or ".join(dict.fromkeys(line["there"] for line in group if line["there"])) or None
         found.append(_named({"runs": names, "phase": phase, "dataset": dataset, "first": first, "last": last,
@@ -253,14 +260,17 @@ def _of_pairs(pairs, last, phase: str) -> dict[str, dict]:
         return {}
     numbers, end = {}, pairs[pairs["step"] == last].set_index(ROW)
     if phase == "dpo":  # other losses weigh a pair otherwise
-        numbers = {"weight": mean(end["weights/chosen"]),
-                   "weight at the start": mean(pairs[pairs["step"] == 0].set_index(ROW)["weights/chosen"])}
+        # Rejected's: chosen's has the part of --sft_weight in it.
+        numbers = {"weight": mean(end["weights/rejected"]),
+                   "weight at the start": mean(pairs[pairs["step"] == 0].set_index(ROW)["weights/rejected"])}
     return numbers | {"reward accuracy": share(end["margin"].dropna() > 0)}
 
 
 def _of_answers(answers, first, last) -> dict[str, dict]:
     if not len(answers):
         return {}
+    answers = answers[answers["step"].isin((first, last))]
+    answers = answers[answers.groupby(ROW)["step"].transform("size") == 2]  # the same rows at both steps
     # An answer that reached --max_new_tokens has not stopped.
     answers = answers.assign(silent=answers["found"].isna() & answers["ended"].astype(bool))
     right = {name: share(answers[answers["step"] == step].set_index(ROW)["correct"])
@@ -288,7 +298,7 @@ def _phrase(name: str, numbers: Numbers, line: dict) -> str:
                               there=line["there"], times=ratio, share=ratio, counts=" -> ".join(counts))
     if numbers.is_noise(name):
         text += f", within bfloat16's noise of {stats['noise']:.2g}"
-    return text + f", over {stats['n']} rows" * (stats["over"] != line["over"])
+    return text + f", over {stats['over'].removesuffix(' of one run')}" * (stats["over"] != line["over"])
 
 
 def _number(stats: dict, sign: str = "") -> str:
