@@ -42,7 +42,7 @@ from nanodpo.scoring.pairs import gradient_products
 from nanodpo.scoring.parts import Parts
 from nanodpo.scoring.plan import FORWARD, Result, Work, greedy_result, plan
 from nanodpo.scoring.responses import Group, batches
-from nanodpo.scoring.runs import Checkpoint, check_starts, find_bases, open_targets, recipe
+from nanodpo.scoring.runs import Checkpoint, check_starts, find_bases, open_own_losses, open_targets, recipe
 
 AT_ONCE = 32  # micro-batches on each rank, or greedy answers, after which what is done is kept
 GOES_ON = "what is done is kept, and the same command goes on from there"
@@ -67,6 +67,7 @@ def score(argv: list[str]) -> None:
     with agreement.same_on_all_ranks() as compared:
         checkpoints = open_targets(args.targets, args.changes)
         check_starts(checkpoints, args.risers)
+        without_weights = open_own_losses(checkpoints) if not (args.ledger or args.ledger_rows) else []
         wanted = Wanted(args.responses, args.seed, args.answers, args.max_new_tokens)
         datasets = open_datasets(checkpoints, args.dataset_path, args.own, wanted, args.other_prompts,
                                  args.sequence_parallel_size)
@@ -78,6 +79,8 @@ def score(argv: list[str]) -> None:
         find_bases(checkpoints)
         compared |= {f"files of {c.path} that hash to": hash_of(c.key)[:8] for c in checkpoints}
         compared |= {f"responses of data set {data.name} that hash to": data.hash[:8] for data in datasets}
+    for line in without_weights:
+        distributed.say(line)
     device = open_device(args.local_rank, args.gpu_id)
     if args.ledger or args.ledger_rows:
         with shortage_named("the ledger", advice=LEDGER_ADVICE):

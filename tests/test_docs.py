@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from conftest import environment, launch
 from nanodpo import errors
 from nanodpo.core.losses import LOSSES, inputs_of
 from nanodpo.flags import arguments
+from nanodpo.flags.loss import read_loss
 from nanodpo.run.metrics import pair_metrics
 from nanodpo.scoring.verdict import RULES
 
@@ -287,3 +289,16 @@ def test_the_table_of_losses_has_each_with_its_paper_and_settings():
         shown = re.findall(r"`(\w+)` ([\d.]+)", settings)
         assert {k: float(v) for k, v in shown} == {k: v for k, v in own.items() if "_" in k and k != "label_smoothing"}
         assert ("--label_smoothing" in settings) == ("label_smoothing" in own), name
+
+
+def test_functions_in_the_page_on_losses_are_losses(tmp_path):
+    """As they stand there: --loss takes each. NPO's value where the policy is its reference is 2 ln 2 / beta."""
+    code = [text for kind, text in blocks("docs/losses.md") if kind == "python"]
+    (tmp_path / "own.py").write_text("\n".join(code))
+    names = re.findall(r"^def (\w+)", "\n".join(code), re.MULTILINE)
+    assert names == ["mine", "npo"]
+    for name in names:
+        flags = ["--model_name", "M", "--train_file_path", "D", "--loss", f"{tmp_path / 'own.py'}:{name}"]
+        loss, _ = read_loss(arguments.parse(flags, None))
+    zero = torch.zeros(1)
+    assert loss(chosen=zero, rejected=zero, ref_rejected=zero).item() == pytest.approx(2 * math.log(2) / 0.1)

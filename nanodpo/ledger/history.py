@@ -19,7 +19,7 @@ from ..data.schedule import learning_rate, pairs_of_step
 from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
-from ..flags.loss import own_function, read_loss
+from ..flags.loss import own_function
 from ..folder.elastic import pairs_per_step
 from ..folder.log import MAX_BYTES
 from ..folder.reference import data_hash
@@ -28,7 +28,7 @@ from ..progress import track
 from ..run.datasets import read_data
 from ..run.passes import row_weights
 from ..scoring.opened import Opened, Opener
-from ..scoring.runs import Checkpoint, find_bases, open_targets
+from ..scoring.runs import Checkpoint, find_bases, loss_of_run, open_targets
 from ..screen import command_line
 from .adamw import AdamW
 from .probes import Probes
@@ -192,9 +192,7 @@ def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: i
         raise UserError(f"--ledger: {folder} was trained with dropout, whose gradients can't be made again")
     if own_function(args.loss) and not trust_remote_code:
         raise UserError(f"--ledger: the loss of {folder} is {args.loss}; --trust_remote_code runs that file")
-    loss, written = read_loss(args)
-    if written != record.get("loss_function"):
-        raise UserError(f"--ledger: {args.loss} is not what {folder} was trained with: the file has changed")
+    loss = loss_of_run(args, record, folder)
     weights = read_weights(args.mix_weights, args.train_file_path)
     train, _, _, without = read_data(args, open_source(first.path, trust_remote_code), weights, record.get("date"))
     if data_hash(train.once) != record["data"][0]:

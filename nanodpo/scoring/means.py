@@ -53,10 +53,11 @@ def _rewards(settings, logps: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
 
 def _weights(settings, logps: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
     """(P, 2) weights of these pairs in the loss of their run; NaN for sft, and for a loss that is the user's own
-    function, since no code is run that a record names."""
-    if settings.loss not in LOSSES or settings.loss == "sft":
+    function, unless --trust_remote_code has run its file: no code is run because a record names it."""
+    loss = bind(LOSSES[settings.loss], settings) if settings.loss in LOSSES else settings.function
+    if loss is None or settings.loss == "sft":
         return torch.full_like(logps, math.nan)
-    return pair_weights(bind(LOSSES[settings.loss], settings), logps, start, lengths, settings.sft_weight)
+    return pair_weights(loss, logps, start, lengths, settings.sft_weight)
 
 
 def _band(pairs: pandas.DataFrame) -> pandas.DataFrame:

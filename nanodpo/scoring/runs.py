@@ -12,6 +12,7 @@ import glob
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from ..data.shapes import options_of
 from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
-from ..flags.loss import LOSSES, loss_name, own_function
+from ..flags.loss import LOSSES, loss_name, own_function, read_loss
 from ..folder.atomic import MANIFEST, saved_steps, step_of
 from ..folder.record import versions
 from ..folder.same_run import FREE, custom
@@ -40,7 +41,8 @@ FLAGS = {flag.name: flag for flag in dataclasses.fields(TrainArguments) if flag.
 # The settings of a model that comes from no run.
 BARE_MODEL = {name: flag.default for name, flag in FLAGS.items()} | {
     "loss": "", "train_on": "last", "prompt_leads": None, "held_out_rows": None, "date": None}
-NOT_A_RUN = {"trust_remote_code": False, "record": {}}  # `record` is all that a run's run.json says
+# `record` is all that a run's run.json says, `function` a loss of the user's own, where it may be run.
+NOT_A_RUN = {"trust_remote_code": False, "record": {}, "function": None}
 
 
 @dataclasses.dataclass
@@ -61,6 +63,34 @@ class Checkpoint:
         """All of a checkpoint that could change a number, wherever it lies: weights, precision, device, libraries."""
         quantised = [name for name in PRECISION[1:] if getattr(self.settings, name)]
         return " ".join([self.contents.key, self.base.key, "bf16" * self.settings.bf16, *quantised, machine()])
+
+
+def loss_of_run(settings, record: dict, folder: Path) -> Callable:
+    """The loss that a run was trained with, its settings filled in: runs its file where it is the user's own. Raises
+    UserError where that file is another by now."""
+    loss, written = read_loss(settings)
+    if written != record.get("loss_function"):
+        raise UserError(f"{settings.loss}: is not what {folder} was trained with: the file has changed")
+    return loss
+
+
+def open_own_losses(checkpoints: list[Checkpoint]) -> list[str]:
+    """Reads losses that are functions of the user's own into their runs' settings, where --trust_remote_code allows it.
+    Returns a line for each run of which it does not, and whose pairs so have no weights. Raises UserError."""
+    runs = {}
+    for c in (c for c in checkpoints if own_function(c.settings.loss)):
+        runs.setdefault(c.run, []).append(c)
+    lines = []
+    for run, its in runs.items():
+        settings, folder = its[0].settings, Path(its[0].path).parent
+        if settings.trust_remote_code:
+            function = loss_of_run(settings, settings.record, folder)
+            for c in its:
+                c.settings.function = function
+        else:
+            lines.append(f"{run}: its pairs get no weights, since its loss is a file of code, {settings.loss}; "
+                         "--trust_remote_code runs it")
+    return lines
 
 
 @functools.cache
@@ -259,7 +289,7 @@ def recipe(record: dict) -> tuple[str, int | None]:
     """(everything in run.json that makes a run, but its seed, as text; the seed). Weights that the seed drew and rows
     that it held out are part of the seed."""
     given = record["arguments"]
-    kept = custom(given, FREE | {"seed"})
+    kept = custom(given, FREE | {"seed", "eval_steps", "save_steps", "per_device_eval_batch_size"})
     content = ["steps", "max_length", "world_size", "peft_config", *["weights"] * (not given.get("random_init")),
                *["data"] * (not given.get("eval_size"))]
     fork = record.get("fork")  # one at step 0 is as a run with its settings

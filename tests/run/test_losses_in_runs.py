@@ -3,6 +3,7 @@
 import json
 import math
 
+import pandas
 import pytest
 from conftest import ROOT, launch, train, without_times
 
@@ -18,7 +19,8 @@ def mine(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 
 def test_dpo_as_a_function_of_the_users_own(tiny, tmp_path):
-    """To the last bit the run of --loss dpo. A run goes on with the same file alone; score.py runs no part of it."""
+    """To the last bit the run of --loss dpo. A run goes on with the same file alone; score.py runs no part of it, and
+    says what is missing, or, where it is told to run it, gives pairs the weights of dpo."""
     (tmp_path / "my.py").write_text(OWN)
     flags = ("--loss", f"{tmp_path}/my.py:mine", *SHORT)
     own, house = train(tiny, tmp_path / "own", *flags), train(tiny, tmp_path / "house", "--loss", "dpo", *SHORT)
@@ -26,11 +28,19 @@ def test_dpo_as_a_function_of_the_users_own(tiny, tmp_path):
     again = [ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
              "--output_dir", tmp_path / "own", "--cache_dir", tmp_path / "cache", *flags]
     assert "this run is finished" in launch(*again, launcher="fork").stdout
+    for name, more in (("own", ["--trust_remote_code"]), ("house", [])):
+        launch(ROOT / "score.py", tmp_path / name, "--output_dir", tmp_path / f"of-{name}", *more, launcher="fork")
+    weights = [pandas.read_parquet(tmp_path / f"of-{name}" / "pairs.parquet")[["weights/chosen", "weights/rejected"]]
+               for name in ("own", "house")]
+    assert weights[0].equals(weights[1]) and weights[0].notna().all(axis=None)
     (tmp_path / "my.py").write_text(OWN.replace("-logsigmoid", "-2 * logsigmoid"))
+    done = launch(ROOT / "score.py", tmp_path / "own", "--trust_remote_code", launcher="fork", check=False)
+    assert done.returncode == 2 and "the file has changed" in done.stderr
     done = launch(*again, launcher="fork", check=False)
     assert done.returncode == 2 and "loss_function" in done.stderr
     (tmp_path / "my.py").write_text("raise SystemError('score.py has run this')")
-    launch(ROOT / "score.py", tmp_path / "own", "--output_dir", tmp_path / "scores", launcher="fork")
+    done = launch(ROOT / "score.py", tmp_path / "own", "--output_dir", tmp_path / "scores", launcher="fork")
+    assert f"own: its pairs get no weights, since its loss is a file of code, {tmp_path}/my.py:mine" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["simpo", "cpo", "orpo"])

@@ -617,12 +617,12 @@ def test_summary_by_hand():
 def settings_of(loss: str, beta: float = 0.1, smoothing: float = 0.0, **more) -> SimpleNamespace:
     """The part of a run's settings that add_rewards reads."""
     return SimpleNamespace(**{"loss": loss, "beta": beta, "label_smoothing": smoothing, "reference": None,
-                              "loss_kwargs": None, "sft_weight": 0.0} | more)
+                              "loss_kwargs": None, "sft_weight": 0.0, "function": None} | more)
 
 
 def test_rewards_and_weights_are_those_of_each_run():
     """beta, loss and its settings by run, chosen of 4 tokens 4 nats above the start, rejected of 2 tokens 6 below it.
-    No weight for sft, for a function of somebody's own, and without a start."""
+    No weight for sft, for a function of somebody's own that may not be run, and without a start."""
     key, nan = {"checkpoint": "c", "dataset": "d", "row": 0}, math.nan
     sigma = [1 / (1 + math.e**m) for m in (0, 1, 2)]  # sigmoid(-m)
     expected = {  # rewards/chosen, margin, -dL/dchosen and dL/drejected by hand
@@ -635,6 +635,8 @@ def test_rewards_and_weights_are_those_of_each_run():
         "g": (settings_of("dpop", loss_kwargs='{"dpop_lambda": 3}', sft_weight=0.5),
               [0.4, 1, 0.1 * sigma[1] + 0.5 / 4, 0.1 * sigma[1]]),
         "h": (settings_of("/somewhere/mine.py:mine"), [0.4, 1, nan, nan]),
+        "t": (settings_of("/somewhere/mine.py:mine", function=lambda chosen, rejected: chosen**2 - 3 * rejected),
+              [0.4, 1, -2 * 4, -3]),
         # Without a reference a reward is of the log-prob itself: of 4 and -6 nats, over 4 and 2 tokens.
         "i": (settings_of("simpo", 2.0), [2, 8, *[2 / (1 + math.exp(8 - 0.5)) / n for n in (4, 2)]]),
         "j": (settings_of("cpo", 0.1), [0.4, 1, 0.1 * sigma[1] + 1 / 4, 0.1 * sigma[1]])}

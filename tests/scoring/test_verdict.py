@@ -384,6 +384,7 @@ def test_what_a_recipe_is():
     assert seed == 1 and changed({"seed": 2, "output_dir": "b"}, command="x") == (same, 2)
     assert changed({"train_on": "all"})[0] == same, "a record of an earlier version lacks flags that came later"
     assert changed({"train_on": "last"})[0] != same
+    assert changed({"eval_steps": 30, "save_steps": 2})[0] == same, "how often it is looked at makes no other run"
     assert all(changed(*other[:1], **dict(other[1:]))[0] != same for other in (
         [{"learning_rate": 2e-4}], [{}, ("steps", 8)], [{}, ("weights", "v")], [{}, ("data", ["e"])]))
     forks = [changed({"seed": seed}, fork={"run": f"r{seed}", "step": step, "changed": beta})[0]
