@@ -80,7 +80,8 @@ def grid(panels: int, across: int, columns: int, xlabel: str = "step", height: f
         ax.tick_params(labelbottom=True)
     for ax in axes[:panels]:
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 10_000 else f"{x:g}")
+        ax.xaxis.set_major_formatter(lambda x, _: (f"{x / 1000:g}k" if abs(x) >= 10_000 else f"{x:g}").replace(
+            "-", "\N{MINUS SIGN}"))
     return fig, axes[:panels]
 
 

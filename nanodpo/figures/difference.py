@@ -8,6 +8,7 @@ import math
 
 import pandas
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from ..folder.log import is_evaluation
 from ..stats import over_problems
@@ -91,6 +92,7 @@ def scored_difference_figure(scores: pandas.DataFrame, runs: list[str], columns:
              for i, response in enumerate(responses)}
     marks, scale, fig, pairs = Marks("a mean"), "", *framed(labels.values(), columns, facts)
     for name, (above, ax) in zip(labels, pairs):
+        ax.set_ylabel("difference\n(nats per token)")
         here = both[both["dataset"] == name]
         for response, look in looks.items():
             part = here[here["response"] == response]
@@ -105,6 +107,7 @@ def scored_difference_figure(scores: pandas.DataFrame, runs: list[str], columns:
             scale = " The scale changes at the dotted lines."
         rows = here.groupby(["response", "step"]).size().min()
         marks.band(ax, 0, math.hypot(*(f.noise.logps for f in facts.values())) / math.sqrt(rows))
+    marks.handles.insert(0, Patch(color="black", **INTERVAL, label="95% interval"))
     finish(fig, runs, looks, facts, marks)
     what = "means over the rows that both have, with the 95% interval of the difference over their problems"
     return fig, caption("Log-probs of responses", runs, facts, what) + scale + marks.caption

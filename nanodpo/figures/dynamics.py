@@ -36,7 +36,7 @@ from .noise import Marks, Noise
 def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns: int, focus=None, floor=None,
                     phases=None, noise=None):
     """Log-prob per token of each response over steps: a line of panels a data set, the level and beside it the change;
-    of one checkpoint a run, a bar for each response.
+    of one checkpoint a run, a bar for each response, or a point where the scale changes.
 
     `levels` and `changes` are tables of curves (intervals.py). The band `focus` gets a quarter of the level's height;
     without one, values that lie close together get three quarters where others are far away. `floor` is a level to
@@ -52,12 +52,12 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
     fig, axes = grid(len(kinds) * len(sets), across, columns, xlabel(levels, bars),
                      sharey="col" if len(kinds) == 2 else True)
     panels = dict(zip(itertools.product(sets, kinds), axes))
-    since = _since(changes, phases)
+    since, band = _since(changes, phases), focus or _band(levels)
     for (name, kind), ax in panels.items():
         ax.set_title(wrap(name, 36 if across == 1 else 24), pad=12 if phases else None)
         if kind == "change" or ax.get_subplotspec().is_first_col():
             ax.set_ylabel(f"change since {since}\n(nats per token)" if kind == "change" else LOGPS)
-        draw_panel(ax, changes if kind == "change" else levels, name, dashes, looks, bars)
+        draw_panel(ax, changes if kind == "change" else levels, name, dashes, looks, bars, from_zero=not band)
         _noise(marks, ax, levels[levels["dataset"] == name], noise or {}, kind)
         if phases:
             set_phases(ax, list(phases.values()))
@@ -68,7 +68,6 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
     of_levels = [ax for (_, kind), ax in panels.items() if kind == "level"]
     for ax in of_levels if focus else ():
         set_focus(ax, *focus)
-    band = focus or _band(levels, bars)
     if band and not focus:
         focus_on_crowd(of_levels, levels["mean"].dropna(), band)
     handles = [Line2D([], [], **FLOOR, label="best possible")] if floor is not None else []
@@ -102,11 +101,11 @@ def has_bars(levels: pandas.DataFrame, phases) -> bool:
     return not phases and not levels.duplicated(["dataset", "run", "phase", "response"]).any()
 
 
-def draw_panel(ax, curves: pandas.DataFrame, name: str, dashes, looks, bars: bool) -> None:
-    """The curves of a data set, or bars."""
+def draw_panel(ax, curves: pandas.DataFrame, name: str, dashes, looks, bars: bool, from_zero: bool = True) -> None:
+    """The curves of a data set, or `bars`: see draw_bars."""
     keys, outlined = ["dataset", "run", "phase", "response"], len(set(dashes.values())) > 1
     if bars:
-        return draw_bars(ax, curves[curves["dataset"] == name], dashes, looks)
+        return draw_bars(ax, curves[curves["dataset"] == name], dashes, looks, from_zero)
     for ((run, phase), dash), (response, look) in itertools.product(dashes.items(), looks.items()):
         here = curves[(curves[keys] == [name, run, phase, response]).all(axis=1)].sort_values("at")
         if not here.empty:
@@ -123,13 +122,16 @@ def _noise(marks: Marks, ax, levels: pandas.DataFrame, noise: dict[str, Noise], 
         marks.band(ax, around, deviation)
 
 
-def _band(levels: pandas.DataFrame, bars: bool) -> tuple[float, float] | None:
-    """The band in which most means lie close together, wide enough for their intervals; None where there is none."""
-    if not (band := crowd([*levels["mean"], *([0.0] if bars else [])])):
+def _band(levels: pandas.DataFrame) -> tuple[float, float] | None:
+    """The band in which most means lie close together, wide enough for their intervals, with round ends; None where
+    there is none."""
+    if not (band := crowd(levels["mean"])):
         return None
     inside = levels["mean"].between(*band)
     ends = levels.loc[inside, ["low", "high"]].stack()
-    band = min(band[0], *ends), max(band[1], *ends)
+    low, high = min(band[0], *ends), max(band[1], *ends)
+    unit = 10 ** math.floor(math.log10(high - low) - 0.5)  # 3 to 32 of these are the height of the band
+    band = math.floor(low / unit) * unit, math.ceil(high / unit) * unit
     return None if levels["mean"][~inside].between(*band).any() else band
 
 

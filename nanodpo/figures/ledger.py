@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas
 from matplotlib import rcParams
+from matplotlib.patches import Patch
 
 from ..errors import UserError
 from ..files import parse_json, read_text
@@ -56,7 +57,8 @@ def ledger_figure(folder: Path, columns: int, noise: Noise | None = None):
     axes[-1].set_xlabel("change of the log-prob (nats per token)")
     marks = Marks("a pair's share")
     marks.not_measured([noise or Noise()])
-    add_legend(fig, axes[0].get_legend_handles_labels()[0] + marks.handles, table["run"].iloc[0])
+    pairs = [Patch(color=LOWERED, label="pairs that lowered it"), Patch(color=RAISED, label="pairs that raised it")]
+    add_legend(fig, axes[0].get_legend_handles_labels()[0] + pairs + marks.handles, table["run"].iloc[0])
     doubts = [f" Of {record['response']} on {record['dataset']} the shares are {why}." for record in records
               for why in record.get("doubts", [])]
     first = records[0]

@@ -758,6 +758,21 @@ def test_one_checkpoint_is_bars_from_0_with_intervals(tmp_path, draw):  # noqa: 
     assert ax.get_xlabel() == "at DPO step 7" and "under dpo, on test. Lines: 95%" in found["captions"]["dynamics"]
 
 
+def test_where_the_scale_changes_there_is_no_bar(tmp_path, draw):  # noqa: F811
+    """Means -1, -1.1 and -30: the first two share a band with round ends. A bar through both scales would have a length
+    that means nothing, so there are points with intervals."""
+    values = {("test", side, 7): [level - 0.0123, level, level + 0.0123] for side, level in (
+        ("chosen", -1.0), ("rejected", -1.1), ("shuffled", -30.0))}
+    (ax,) = draw("--scores", make_scores(tmp_path / "s.parquet", values))["dynamics"].axes
+    assert not ax.patches and len(ax.collections) == 3
+    low, high = (line.get_ydata()[0] for line in ax.get_lines()[-2:])
+    assert (low, high) == pytest.approx((-1.14, -0.96)) and {low, high} <= {*ax.get_yticks()}
+    assert all(len(label.get_text()) <= 5 for label in ax.get_yticklabels())
+    two = {key: value for key, value in values.items() if key[1] != "shuffled"}
+    (ax,) = draw("--scores", make_scores(tmp_path / "t.parquet", two))["dynamics"].axes
+    assert len(ax.patches) == 2 and ax.get_yscale() == "linear"
+
+
 def test_bars_of_several_models_stand_side_by_side(tmp_path, draw):  # noqa: F811
     """Two models, a checkpoint each: other edges, and no change to draw."""
     values = {("test", "chosen", 0): [-1.0, -2.0]}
@@ -975,7 +990,7 @@ def test_noise_in_a_difference(tmp_path, draw):  # noqa: F811
     for beside, times in ((other, 2**0.5), (exact, 1.0)):
         found = draw(one, beside, "--diff")
         levels, scores = found["difference"].axes[5], found["difference_scores"].axes[1]
-        assert levels.get_ylabel() == scores.get_ylabel() == "difference"
+        assert (levels.get_ylabel(), scores.get_ylabel()) == ("difference", "difference\n(nats per token)")
         assert np.array(hatched(levels)) == pytest.approx(np.array([(-2 * 0.125 * times, 2 * 0.125 * times)]))
         assert np.array(hatched(scores)) == pytest.approx(np.array([(-0.125 * times, 0.125 * times)]))
         assert not any(hatched(ax) for ax in found["difference"].axes[:4])
