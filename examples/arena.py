@@ -147,8 +147,8 @@ def line_of(folder: Path, loss: str, seeds: int) -> dict:
 def entropy(summary: pandas.DataFrame) -> dict:
     """How the mean entropy of the next token along chosen changed from first to last checkpoint, over the runs."""
     wide = summary[summary["response"] == "chosen"].pivot(index="run", columns="step", values="entropy")
-    changes = (wide.iloc[:, -1] - wide.iloc[:, 0]).tolist()
-    return over_runs(changes) if len(changes) > 1 else {"mean": changes[0]}
+    changes = [{"mean": change} for change in wide.iloc[:, -1] - wide.iloc[:, 0]]
+    return over_runs(changes) if len(changes) > 1 else changes[0]
 
 
 def markdown(table: pandas.DataFrame, args) -> str:

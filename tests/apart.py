@@ -75,7 +75,7 @@ def main() -> None:
     program = importlib.import_module(script)
     at = plan.get("at", {})
     load, step = tokens.load_dataset, getattr(program, "train_step", None)
-    for place, module, name in (("meet", meeting, "_come_together"), ("join", distributed, "start"),
+    for place, module, name in (("meet", meeting, "_come_together"), ("join", distributed, "join_ranks"),
                                 ("reference", program, "add_references"), ("save", lifecycle.checkpoint, "save")):
         if place in at:
             setattr(module, name, before(getattr(module, name), at[place]))

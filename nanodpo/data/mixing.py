@@ -30,7 +30,8 @@ def mix(data: DataSet, weights: list[float], seed: int) -> None:
     """Gives a data set the rows of an epoch: every row of its k-th part as often as weights[k] says. The fraction of a
     weight is that part of the rows, rounded; drawn by `seed`, they are the same in every epoch. Raises UserError where
     a part has no rows in an epoch."""
-    data.unmixed, data.total, mixed, total, words = data.examples, data.total or data.rows, [], 0, []
+    data.unmixed, data.rows_in_file = data.examples, data.rows_in_file or data.rows
+    mixed, total, words = [], 0, []
     borders = [*itertools.accumulate(data.sizes, initial=0)]
     for k, (name, weight) in enumerate(zip(places_of(data.path), weights)):
         own = [example for example in data.examples if borders[k] <= example.row < borders[k + 1]]

@@ -21,8 +21,8 @@ class DataSet:
     dropped: list[dict]  # {"file", "row", "reason"}
     notes: collections.Counter  # what was normalised or found, and in how many rows
     lengths: list[int] = dataclasses.field(default_factory=list)  # of every tokenised row, before any cut or drop
-    held_out: int = 0  # examples that went to a data set of their own, or are the only ones that stay here
-    total: int = 0  # examples of the file, where some of them are not here
+    rows_held_out: int = 0  # rows that went to a data set of their own, or are the only ones that stay here
+    rows_in_file: int = 0  # usable rows of the file, where some of them are not here
     columns: str = ""  # which are read, and which are not
     sizes: list[int] = dataclasses.field(default_factory=list)  # rows of each of the data sets that `path` names
     mixture: str = ""  # what mixing.py made of them, and ...
@@ -52,8 +52,8 @@ class DataSet:
     def report(self) -> str:
         stay = {example.row for example in self.once}
         lost = {row["row"] for row in self.dropped}
-        lines = [f"data {self.path}: {_rows(self.total or self.rows)}, {len(lost - stay)} dropped"
-                 + f", {self.held_out} held out" * bool(self.held_out)]
+        lines = [f"data {self.path}: {_rows(self.rows_in_file or self.rows)}, {len(lost - stay)} dropped"
+                 + f", {self.rows_held_out} held out" * bool(self.rows_held_out)]
         if pairs := sum(row["row"] in stay for row in self.dropped):
             lines.append(f"  {'a pair' if pairs == 1 else f'{pairs} pairs'} dropped of {_rows(len(lost & stay))} with "
                          "lists of answers")
@@ -157,7 +157,7 @@ def find_row(data: DataSet, held_out: DataSet | None, row: int, flag: str) -> li
     """The pairs of a row, also where it was held out of this data set. Raises UserError, which begins with `flag`, for
     a row that is not used."""
     examples = {}
-    for example in [*data.once, *(held_out.examples if data.held_out else ())]:
+    for example in [*data.once, *(held_out.examples if data.rows_held_out else ())]:
         examples.setdefault(example.row, []).append(example)
     if row in examples:
         return examples[row]

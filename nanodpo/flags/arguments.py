@@ -45,9 +45,9 @@ class TrainArguments:
                              "Default: once.")
     without_rows: str = _flag(None, "Rows of train_file_path whose pairs stay where they are in the order of the data, "
                               "and take no part in the loss: 17,56.")
-    prompt_field: str = _flag(None, "Column of prompts. Default: prompt, or question.")
-    chosen_field: str = _flag(None, "Column of preferred responses. Default: chosen, text, completion or messages.")
-    rejected_field: str = _flag(None, "Column of dispreferred responses. Default: rejected, or worse-text.")
+    prompt_field: str = _flag(None, "Column of prompts. Default: prompt, question ... (docs/data.md).")
+    chosen_field: str = _flag(None, "Column of preferred responses. Default: chosen, completion ... (docs/data.md).")
+    rejected_field: str = _flag(None, "Column of dispreferred responses. Default: rejected ... (docs/data.md).")
     assistant_header: str = _flag(None, "What opens an assistant turn. Default: read off the chat template.")
     chat_template: str = _flag(None, "File of a chat template, in place of the model's own.")
     chat_template_kwargs: str = _flag(None, "What the chat template is given besides, as JSON: "

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..errors import RankStopped
 from ..files import check_size
 
 MAX_BYTES = 2**32  # a run of millions of steps
@@ -78,3 +79,13 @@ def timeless(line: dict) -> dict:
 def hash_before(lines: list[tuple[str, dict]], step: int) -> str:
     """The same of a log that was read."""
     return LogHash(lambda: lines).before(step)
+
+
+def append_line(file: Path, line: dict) -> None:
+    """Appends one JSON line and hands it to the operating system at once. Raises RankStopped where it can't."""
+    try:
+        with file.open("a") as out:
+            out.write(json.dumps(line, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RankStopped(f"{file}: can't be written ({error.strerror}); what was written before is whole, and the "
+                          "same command goes on from there") from error

@@ -104,7 +104,8 @@ def _fill(logps: Tensor, steps, micro_batches_of, score, device, bar, check) -> 
     logps[pairs] = torch.where(counts > 0, sums / counts, logps[pairs])
     computed = (counts > 0).flatten()
     if bad := (~logps[pairs][computed].isfinite().all(1)).sum().item():
-        raise RunStopped(f"{bad} reference log-probs are not finite: the starting model is broken")
+        raise RunStopped(f"{bad} pair{'s have' if bad > 1 else ' has'} a reference log-prob that is not finite: the "
+                         "weights of the reference are broken")
     return done, stopped
 
 

@@ -70,8 +70,10 @@ def _wide_logits(head: nn.Linear, states: Tensor) -> Tensor:
 def _plain_linears(model: nn.Module) -> list[nn.Linear]:
     """The linear layers that the model calls. A state space layer, which has a convolution, reads the weights of its
     linear layers without a call."""
-    uncalled = {id(part) for module in model.modules() if any(isinstance(child, nn.Conv1d) for child in
-    module.children()) for part in module.modules()}
+    uncalled = set()
+    for module in model.modules():
+        if any(isinstance(child, nn.Conv1d) for child in module.children()):
+            uncalled |= {*map(id, module.modules())}
     return [layer for layer in model.modules() if type(layer) is nn.Linear and id(layer) not in uncalled]
 
 

@@ -42,5 +42,5 @@ def load_data(args, source, date: str | None = None):
     held = {rows[i] for i in permutation(n, f"{args.seed}/-1")[: args.eval_size]}
     parts = [[example for example in train.examples if (example.row in held) == out] for out in (True, False)]
     held_out = DataSet(f"{args.eval_size} rows of {train.path}", parts[0], [], {}, [])
-    train.total, train.held_out, train.examples = n, args.eval_size, parts[1]
+    train.rows_in_file, train.rows_held_out, train.examples = n, args.eval_size, parts[1]
     return train, held_out, limit

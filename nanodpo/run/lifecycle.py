@@ -11,12 +11,12 @@ from ..data.template import leads_to_keep, prompt_leads, template_for
 from ..errors import UserError
 from ..folder import card, checkpoint, elastic, fork, record, resume, same_run, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
-from ..folder.log import Log, LogHash, read_lines
+from ..folder.log import Log, LogHash, append_line, read_lines
 from ..model import loading
 from ..model.quantised import bits_of
 from ..model.source import base_of
 from ..ranks import distributed
-from . import agreement, engine, memory, metrics, noise
+from . import agreement, engine, memory, noise
 from .start import Run
 
 
@@ -151,7 +151,7 @@ def disk_needed(run: Run) -> dict[str, int]:
 def write_line(run: Run, line: dict) -> None:
     """Appends a line to metrics.jsonl and sends it to the monitors, on rank 0."""
     record.check_held(run.folder, run.lock)
-    metrics.write_line(run.folder / "metrics.jsonl", line)
+    append_line(run.folder / "metrics.jsonl", line)
     if run.monitor:
         run.monitor.write(line)
 

@@ -43,9 +43,10 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def describe(examples) -> str:
-    """"rows 3 (12+40/38 tokens), ...": prompt, chosen and rejected of each, the first few."""
-    some = [f"{e.row} ({len(e.prompt)}+{len(e.chosen)}/{len(e.rejected or ())} tokens)" for e in examples[:16]]
-    return f"rows {', '.join(some)}" + (f" and {len(examples) - 16} more" if len(examples) > 16 else "")
+    """"row 3 (prompt 12, chosen 40, rejected 38 tokens), row 7 (...)": the first few."""
+    some = [f"row {e.row} (prompt {len(e.prompt)}, chosen {len(e.chosen)}"
+            + (f", rejected {len(e.rejected)}" if e.rejected else "") + " tokens)" for e in examples[:16]]
+    return ", ".join(some) + (f" and {len(examples) - 16} more" if len(examples) > 16 else "")
 
 
 def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:

@@ -47,10 +47,8 @@ Lines of an evaluation have step, epoch and the means above as eval_<name>, over
 checkpoint-<step>'s weights. Values that are not finite, those of a step that was left out, are absent.
 """
 
-import json
 import resource
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,7 +57,6 @@ from ..core.logprobs import sum_by_sequence
 from ..core.losses import pair_weights, rewards_without_reference
 from ..core.packing import Batch
 from ..data.example import SIDES
-from ..errors import RankStopped
 from ..ranks.distributed import sum_over_ranks
 
 # Where a logit less the largest may be -inf, this stands for it: its exp is 0, and 0 times it is 0 where 0 times -inf
@@ -166,13 +163,3 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts it in KiB
-
-
-def write_line(file: Path, line: dict) -> None:
-    """Appends one JSON line and hands it to the operating system at once. Raises RankStopped where it can't."""
-    try:
-        with file.open("a") as out:
-            out.write(json.dumps(line, allow_nan=False) + "\n")
-    except OSError as error:
-        raise RankStopped(f"{file}: can't be written ({error.strerror}); what was written before is whole, and the "
-                          "same command goes on from there") from error

@@ -113,7 +113,7 @@ class Reader:
             data = load_dataset(self.path, template, settings, self.limit(settings), pairs=False, more=columns)
             check_ids(self.source, self.path, data.examples)
             if self.rows:
-                data.total, data.held_out = data.rows, len(self.rows)
+                data.rows_in_file, data.rows_held_out = data.rows, len(self.rows)
                 data.examples = [example for example in data.examples if example.row in self.rows]
             self.known[how] = data, template
         return self.known[how]

@@ -390,7 +390,7 @@ def test_inspect_shows_any_row_that_is_used(tmp_path):
     tokenizer = tiny.plain()
     data = load(tmp_path, tokenizer, [row("2?", "4", "5"), row("3?", "4", "4"), row("4?", "8", "5")], on_bad_row="drop")
     assert "\nrow 2;" in inspect(data, tokenizer, 9, 2) and "[8]" in inspect(data, tokenizer, 9, 2)
-    held_out, data.held_out = DataSet("held out", [data.examples.pop()], [], {}, []), 1
+    held_out, data.rows_held_out = DataSet("held out", [data.examples.pop()], [], {}, []), 1
     assert "\nrow 2;" in inspect(data, tokenizer, 9, 2, held_out)
     for number, words in ((1, "this row is left out: chosen and rejected are equal"), (3, "has rows 0 to 2")):
         with pytest.raises(UserError, match=f"--inspect_row {number}: .*{words}"):

@@ -50,7 +50,7 @@ def world(tmp_path, models, monkeypatch, capsys):
     def went_on(*_):
         raise AssertionError("the wrong input was not found")
 
-    monkeypatch.setattr(distributed, "start", went_on)
+    monkeypatch.setattr(distributed, "join_ranks", went_on)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 

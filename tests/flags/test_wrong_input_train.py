@@ -623,7 +623,7 @@ def test_malformed_input(good, tmp_path, change, flags, words, monkeypatch, capf
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr("nanodpo.ranks.distributed.start", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr("nanodpo.ranks.distributed.join_ranks", lambda *_: torch.device("cpu"))
     monkeypatch.setattr(train, "make_engine", went_on)
     folder = copied(good, tmp_path / "folder")
     edited("adapter/adapter_config.json", base_model_name_or_path=str(folder / "model"))(folder)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from types import SimpleNamespace
@@ -201,3 +202,13 @@ def test_a_card_may_be_edited_and_its_numbers_are_those_of_the_weights(tiny, tmp
     (folder / "README.md").write_text("my own words")
     (folder / "trainer_state.json").unlink()
     assert check_whole(folder) and Contents(str(folder)).key == before
+
+
+def test_a_line_is_whole_json(tmp_path):
+    for step in range(2):
+        run_log.append_line(tmp_path / "metrics.jsonl", {"step": step, "loss": 0.5})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.5}]
+    with pytest.raises(ValueError):  # NaN is no JSON, and other programs refuse a file that holds it
+        run_log.append_line(tmp_path / "metrics.jsonl", {"step": 2, "loss": math.nan})
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines

@@ -117,7 +117,7 @@ def test_a_step_that_is_known_in_part_is_computed(run):
 def test_numbers_that_are_not_finite_are_not_kept(run):
     run.truth = TRUTH.clone()
     run.truth[3, 1] = -torch.inf
-    with pytest.raises(RunStopped, match="1 reference log-probs are not finite"):
+    with pytest.raises(RunStopped, match="1 pair has a reference log-prob that is not finite"):
         run()
     assert not list(run.folder.iterdir())
 

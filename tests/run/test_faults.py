@@ -36,7 +36,7 @@ def test_what_is_not_finite_stops_all_ranks_before_the_update(fault, stage, rank
     assert codes == [1] * ranks and "Traceback" not in said
     (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: step 3: ") and "no update was made" in error and all(w in error for w in words)
-    assert "rows " in error and "tokens)" in error
+    assert "row " in error and " tokens)" in error
     assert [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line] == [0, 1, 2]
 
 

@@ -32,7 +32,8 @@ def test_the_answer_of_the_ranks_is_awaited_after_the_micro_batch_not_before_it(
 
 
 def test_rows_that_do_not_fit_the_memory_are_named():
-    with pytest.raises(RunStopped, match=r"rank 3 ran out of memory in step 5 on rows 12 \(3\+4/5 tokens\); no update"):
+    words = r"rank 3 ran out of memory in step 5 on row 12 \(prompt 3, chosen 4, rejected 5 tokens\); no update"
+    with pytest.raises(RunStopped, match=words):
         with guarded(EXAMPLES, Stop(), 3, "step 5") as guard:
             for _ in guard.each([([1], 1.0), ([2], 1.0)]):
                 if guard.indices == [2]:
@@ -46,10 +47,11 @@ def test_pairs_that_went_wrong_are_remembered_by_side():
                                    ([9], [[-math.inf, -2.0]], [math.inf]), ([4], [[-1.0, -2.0]], [0.5])):
         guard.nan_where_nonfinite(indices, torch.tensor(logps), torch.tensor(losses))
     assert guard.nonfinite_pairs() == {7: ["rejected"], 9: ["chosen", "loss"]}
-    assert guard.nonfinite_rows() == "rows 17 (3+4/5 tokens), 19 (3+4/5 tokens) in chosen, loss, rejected"
+    assert guard.nonfinite_rows() == ("row 17 (prompt 3, chosen 4, rejected 5 tokens), row 19 (prompt 3, chosen 4, "
+                                      "rejected 5 tokens) in chosen, loss, rejected")
     assert nonfinite({"loss": math.inf, "x": 1.0, "y": math.nan}) == "loss, y" and nonfinite({"x": 1.0}) == ""
-    assert guard.why_left_out({"loss": math.inf, "x": 1.0}, math.nan, [7]).startswith("loss not finite; rows 17 (3+4/5")
-    words = "the gradient is not finite (norm nan); rows 12 (3+4/5 tokens)"
+    assert guard.why_left_out({"loss": math.inf, "x": 1.0}, math.nan, [7]).startswith("loss not finite; row 17 (prompt")
+    words = "the gradient is not finite (norm nan); row 12 (prompt 3, chosen 4, rejected 5 tokens)"
     assert guard.why_left_out({"loss": 0.5}, math.nan, [2]) == words
     fine = StepGuard(guard.examples, guard.stop)  # a metric that is not finite where log-probs and losses are
     assert fine.why_left_out({"weights/chosen": math.nan}, math.nan, [2]) == (
@@ -59,7 +61,7 @@ def test_pairs_that_went_wrong_are_remembered_by_side():
 def test_the_loss_of_sft_data_is_not_called_rejected():
     guard = StepGuard(EXAMPLES, Stop())
     guard.nan_where_nonfinite([7, 8], torch.tensor([[-1.0], [-2.0]]), torch.tensor([0.5, math.inf]))
-    assert guard.nonfinite_rows() == "rows 18 (3+4/5 tokens) in loss"
+    assert guard.nonfinite_rows() == "row 18 (prompt 3, chosen 4, rejected 5 tokens) in loss"
 
 
 def test_one_pair_that_is_not_finite_makes_the_whole_gradient_nan_and_finite_ones_change_no_bit():

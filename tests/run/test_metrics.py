@@ -1,7 +1,6 @@
 """The metrics of a step, by hand."""
 
 import ast
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from nanodpo.core.logprobs import LogProbHead, OneRank
 from nanodpo.core.losses import cpo, dpo, orpo, pair_losses, sft, simpo
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.run import metrics
-from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics, write_line
+from nanodpo.run.metrics import Meter, TokenMetrics, pair_metrics
 
 LOGPS = torch.tensor([[-10.0, -20.0], [-8.0, -6.0], [-5.0, -5.0]], dtype=torch.float64, requires_grad=True)
 REF = torch.tensor([[-12.0, -19.0], [-8.0, -6.0], [-4.0, -6.0]], dtype=torch.float64)
@@ -103,16 +102,6 @@ def test_the_docstring_says_what_every_name_is():
     explained = {line.split()[0] for line in metrics.__doc__.splitlines() if line.startswith("    ")}
     chosen = {name.replace("rejected", "chosen") for name in values}
     assert written | chosen | {"loss", "entropy", "mean_token_accuracy"} == explained
-
-
-def test_a_line_is_whole_json(tmp_path):
-    for step in range(2):
-        write_line(tmp_path / "metrics.jsonl", {"step": step, "loss": 0.5})
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.5}]
-    with pytest.raises(ValueError):  # NaN is no JSON, and other programs refuse a file that holds it
-        write_line(tmp_path / "metrics.jsonl", {"step": 2, "loss": math.nan})
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's peak there")

@@ -313,7 +313,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tiny, tmp_path):
                   "--learning_rate", "1e38", ranks=2, check=False, launcher="fork")
     assert done.returncode != 0 and "Traceback (most recent call last):\n  File \"" + str(ROOT) not in done.stderr
     assert "error: step 1: " in done.stderr and "not finite" in done.stderr and "no update was made" in done.stderr
-    assert "rows " in done.stderr and "tokens)" in done.stderr
+    assert "row " in done.stderr and " tokens)" in done.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0]
 
