@@ -298,7 +298,9 @@ def _phrase(name: str, numbers: Numbers, line: dict) -> str:
                               there=line["there"], times=ratio, share=ratio, counts=" -> ".join(counts))
     if numbers.is_noise(name):
         text += f", within bfloat16's noise of {stats['noise']:.2g}"
-    return text + f", over {stats['over'].removesuffix(' of one run')}" * (stats["over"] != line["over"])
+    rows, problems = stats["n"], stats.get("problems", stats["n"])
+    over = f"{problems} problems" if problems < rows else f"{rows} rows"
+    return text + f", over {over}" * (stats["over"] != line["over"])
 
 
 def _number(stats: dict, sign: str = "") -> str:
