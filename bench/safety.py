@@ -28,7 +28,7 @@ import train
 from nanodpo.errors import run_script
 from nanodpo.folder import state
 from nanodpo.ranks import distributed
-from nanodpo.run import guards, lifecycle, metrics
+from nanodpo.run import guards, lifecycle
 
 FLAGS = {"--max_steps": "60", "--resume_steps": "2", "--save_steps": "20", "--eval_steps": "0", "--draw": "false"}
 # Where it is, its name, and what it is called in the table.
@@ -36,7 +36,7 @@ SAVES = [(lifecycle, "save_checkpoint", "checkpoint"), (lifecycle, "save_state",
 WITHIN = [(distributed, "ask", "asking whether to stop"),
           (guards.StepGuard, "nan_where_nonfinite", "remembering what is not finite"),
           (state, "random_state", "random numbers"),
-          (metrics, "write_line", "a line of metrics")]
+          (lifecycle, "append_line", "a line of metrics")]
 
 
 def timed(place, name: str, seconds: dict, key: str) -> None:

@@ -24,7 +24,7 @@ import torch
 import train
 from nanodpo.core import logprobs
 from nanodpo.folder import checkpoint, reference, resume
-from nanodpo.run import metrics, passes, signals
+from nanodpo.run import lifecycle, passes, signals
 
 
 def full(*args, **kwargs):
@@ -119,17 +119,17 @@ def kill_in_removal(name: str) -> None:
 
 
 def half_a_line(step: int):
-    """metrics.write_line with a disk that fills in the line of this step."""
-    write = metrics.write_line
+    """lifecycle.append_line with a disk that fills in the line of this step."""
+    write = lifecycle.append_line
 
-    def write_line(file, line):
+    def append_line(file, line):
         if line["step"] >= step:
             with file.open("a") as out:
                 out.write('{"step": ')  # half of it still fitted
             file = type("Full", (), {"open": full, "__str__": lambda self: "metrics.jsonl"})()
         write(file, line)
 
-    return write_line
+    return append_line
 
 
 def plant(fault: str) -> None:
@@ -169,7 +169,7 @@ def plant(fault: str) -> None:
     elif what == "often":
         reference.SAVE_SECONDS = float(step)
     elif what == "metrics":
-        metrics.write_line = half_a_line(int(step))
+        lifecycle.append_line = half_a_line(int(step))
     elif what == "link":
         link, os.link = os.link, lambda *names: (int(step) and link(*names), hit("kill", None, None))
     elif what == "checkpoint":

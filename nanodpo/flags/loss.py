@@ -114,8 +114,10 @@ def bind(function: Callable, args) -> Callable:
     given |= {"beta": args.beta} if "beta" in takes else {}
     given |= {"label_smoothing": args.label_smoothing} if args.label_smoothing else {}  # else the function's default
     if missing := [name for name, p in takes.items() if name not in given and p.default is p.empty]:
-        raise UserError(f"--loss {args.loss}: takes {missing[0]}, which is no input of a loss ({', '.join(INPUTS)}) "
-                        "and has no default; give it with --loss_kwargs")
+        known = [*INPUTS, "beta", "label_smoothing"]
+        words = hint(missing[0], known, dashes="")
+        raise UserError(f"--loss {args.loss}: takes {missing[0]}, which has no default, and is no input of a loss "
+                        f"({', '.join(known)}){'; ' * bool(words)}{words}; give a setting with --loss_kwargs")
     return functools.partial(function, **given)
 
 

@@ -58,7 +58,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(stage, fault, tiny, tmp_path)
 
 @pytest.mark.parametrize("fault, code, words", [
     ("raise", 1, "LookupError: a fault for the test"),
-    ("memory", 1, "rank 1 ran out of memory in step 2 on rows"), ("kill", 137, "")])
+    ("memory", 1, "rank 1 ran out of memory in step 2 on row "), ("kill", 137, "")])
 def test_a_rank_that_fails_ends_the_others(fault, code, words, tiny, tmp_path):
     """With its own error first; the other one says in a line that it lost it."""
     began = time.monotonic()
@@ -73,7 +73,7 @@ def test_a_rank_that_fails_ends_the_others(fault, code, words, tiny, tmp_path):
 
 @pytest.mark.parametrize("fault, words", [
     ("memory-engine@0", "rank 0 ran out of memory in loading the model; "),
-    ("memory-reference@2", "rank 0 ran out of memory in the reference pass on rows ")])
+    ("memory-reference@2", "rank 0 ran out of memory in the reference pass on row ")])
 def test_memory_that_is_short_before_the_first_step(fault, words, tiny, tmp_path):
     """One line there too, with what would help."""
     codes, said = forked(FAULTY, fault, *flags(tiny, tmp_path / "run"))
@@ -270,14 +270,14 @@ def test_a_dry_run_writes_nothing(tiny, tmp_path):
     """The longest pair first; memory, time and disk. Nor where the run is finished."""
     codes, said = forked(TRAIN, *flags(tiny, tmp_path / "run", "--dry_run"), ranks=2)
     assert codes == [0, 0], said
-    assert "dry run on rows" in said and "peak memory by rank: " in said and "disk: checkpoints " in said
+    assert "dry run on row" in said and "peak memory by rank: " in said and "disk: checkpoints " in said
     assert not (tmp_path / "run").exists() and not (tmp_path / "run-cache").exists()
     assert forked(TRAIN, *flags(tiny, tmp_path / "done", "--max_steps", "1"))[0] == [0]
     there = sorted((tmp_path / "done").rglob("*"))
     codes, said = forked(TRAIN, *flags(tiny, tmp_path / "done", "--max_steps", "1", "--dry_run", "--draw", "true"))
     assert codes == [0] and "peak memory by rank: " in said and sorted((tmp_path / "done").rglob("*")) == there
     codes, said = forked(FAULTY, "memory@0", *flags(tiny, tmp_path / "run", "--dry_run"))
-    assert codes == [1] and "ran out of memory in the dry run on rows" in said and "--max_length" in said
+    assert codes == [1] and "ran out of memory in the dry run on row" in said and "--max_length" in said
 
 
 def test_a_dry_run_counts_the_reference(tiny, tmp_path):
@@ -300,7 +300,7 @@ def test_a_dry_run_counts_the_reference(tiny, tmp_path):
         codes, said = forked(TRAIN, *dry, *more)
         assert codes == [0] and ("weights are there as well, 0.1 MiB" in said) == ("false" in more), said
     codes, said = forked(FAULTY, "memory-reference@1", *dry, tmp_path / "large")
-    assert codes == [1] and "ran out of memory in the reference's dry run on rows" in said, said
+    assert codes == [1] and "ran out of memory in the reference's dry run on row" in said, said
     assert not (tmp_path / "run").exists()
 
 

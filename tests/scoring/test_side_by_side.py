@@ -27,6 +27,14 @@ def test_answers_of_the_first_and_the_last_checkpoint_stand_side_by_side():
             "  step 9: WRONG, no answer: so 9\\x1b[2J\n") in text
 
 
+def test_rows_are_counted_that_were_answered_at_both_ends():
+    """Four at the start and two of them at the end, as where a later call asked for fewer answers."""
+    table = said(*((row, 0, True, "x") for row in range(4)), *((row, 9, row == 0, "y") for row in range(2)))
+    text = side_by_side.to_file(table)
+    assert text.startswith("answers of r on d: 2 of 2 right at step 0, 1 of 2 right at step 9\n")
+    assert "row 1," in text and "row 3," not in text
+
+
 def test_the_screen_shows_three_and_first_those_that_went_wrong():
     """Row 4 went wrong and row 2 became right, the others stay; of a long text the end is shown."""
     right = {0: (True, True), 1: (True, True), 2: (False, True), 4: (True, False)}
