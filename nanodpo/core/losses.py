@@ -15,6 +15,7 @@ A first reading needs dpo, sft and the functions after them, and ends at the lin
 """
 
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -174,8 +175,10 @@ def bounded(chosen, rejected, ref_chosen, ref_rejected, beta: float, bounded_lam
     probability under the reference, the loss is above ln 2, its value at the start, however unlikely rejected is
     (Theorem 2).
     """
-    of_policy, of_reference = rejected.new_tensor([bounded_lambda, 1 - bounded_lambda]).log()
-    mixture = torch.logaddexp(of_policy + rejected, of_reference + ref_rejected)
+    if not 0 < bounded_lambda <= 1:
+        raise ValueError(f"bounded_lambda {bounded_lambda:g}: must be above 0, and at most 1")
+    of_reference = math.log(1 - bounded_lambda) if bounded_lambda < 1 else -math.inf
+    mixture = torch.logaddexp(math.log(bounded_lambda) + rejected, of_reference + ref_rejected)
     return dpo(chosen, mixture, ref_chosen, ref_rejected, beta)
 
 
