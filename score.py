@@ -35,7 +35,7 @@ from nanodpo.scoring.contents import hash_of
 from nanodpo.scoring.datasets import ResponseSet, Wanted, open_datasets
 from nanodpo.scoring.describe import describe
 from nanodpo.scoring.flags import parse
-from nanodpo.scoring.means import show
+from nanodpo.scoring.means import band_to_screen, show
 from nanodpo.scoring.measures import token_measures
 from nanodpo.scoring.opened import Opened, Opener, open_device
 from nanodpo.scoring.pairs import gradient_products
@@ -268,8 +268,8 @@ def report(folder: Path, checkpoints: list[Checkpoint], work: list[Work], parts:
     if failed := len(found["failed"]):
         distributed.say(f"{failed} log-probs are not finite and in no mean; they are listed in "
                         f"{folder / 'failed.jsonl'}")
-    for text in [*risers.to_screen(found["risers"]), *side_by_side.to_screen(found["answers"]),
-                 *(verdict.show(line) for line in lines)]:
+    for text in [*band_to_screen(found["pairs"]), *risers.to_screen(found["risers"]),
+                 *side_by_side.to_screen(found["answers"]), *(verdict.show(line) for line in lines)]:
         distributed.say(text)
     if gone := [item for item in before if item not in tables.contents(folder)]:
         names = ", ".join(gone[:6]) + " ..." * (len(gone) > 6)

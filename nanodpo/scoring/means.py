@@ -136,3 +136,16 @@ def show(table: pandas.DataFrame) -> str:
         shown["right answers"] = ["" if pandas.isna(asked) else f"{right} of {asked}" for right, asked in
                                   zip(counts["right_answers"], counts["answers"])]
     return "\n".join([shown.to_string(), *(f"({note})" for note in notes)])
+
+
+def band_to_screen(pairs: pandas.DataFrame) -> list[str]:
+    """A line for each run and data set whose pairs' gradients were measured: how many are in the disentanglement band,
+    see `_band`, at each step."""
+    if "in_band" not in pairs:
+        return []
+    lines = []
+    for (run, dataset), table in pairs.dropna(subset="in_band").groupby(["run", "dataset"], sort=False):
+        steps = [f"{part['in_band'].astype(bool).sum()} of {len(part)} at step {step}"
+                 for step, part in table.groupby("step")]
+        lines.append(f"pairs of {run} on {dataset} in the disentanglement band: {', '.join(steps)}")
+    return lines

@@ -682,6 +682,16 @@ def test_the_band_is_where_a_small_step_lowers_rejected_alone(cosine, beta_ratio
     assert line["band_high"] == pytest.approx(2 / cosine if cosine > 0 else math.inf)
 
 
+def test_the_screen_says_how_many_pairs_are_in_the_band():
+    """Of three pairs two at step 0 and none at step 9; a pair whose weights are not known does not count."""
+    pairs = pandas.DataFrame([{"run": "r", "dataset": "d", "step": step, "row": row, "in_band": inside}
+                              for step, found in ((0, (True, True, False, None)), (9, (False, False, False, None)))
+                              for row, inside in enumerate(found)])
+    assert means.band_to_screen(pairs) == ["pairs of r on d in the disentanglement band: 2 of 3 at step 0, 0 of 3 at "
+                                           "step 9"]
+    assert means.band_to_screen(pairs.drop(columns="in_band")) == means.band_to_screen(pandas.DataFrame()) == []
+
+
 def test_rewards_are_of_the_rows_own_data_set():
     """Row 0 of one set moves by 4 and -6 nats, row 0 of the other by 2 and 0, from another start; beta is 0.1."""
     key = {"run": "r", "checkpoint": "c", "row": 0}
