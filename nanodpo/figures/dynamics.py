@@ -83,7 +83,8 @@ def dashes_of(levels: pandas.DataFrame, phases) -> dict[tuple[str, str], object]
     beside = [run for run in runs if not phases or run[0] not in phases]
     dashes = DASHES[1:] if phases else DASHES
     if len(beside) > len(dashes):
-        raise UserError(f"scores of {len(runs)} runs: at most {len(DASHES)} can be told apart in one figure")
+        raise UserError(f"scores of {len(runs)} runs: at most {len(DASHES)} can be told apart in one figure; "
+                        "name fewer")
     return {run: DASHES[0] for run in runs} | dict(zip(beside, dashes))
 
 

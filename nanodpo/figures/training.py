@@ -45,7 +45,7 @@ def training_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, 
     Averages of long runs are drawn over the steps' own values, which are points then.
     """
     if len(runs) > len(COLOURS):
-        raise UserError(f"{len(runs)} runs: at most {len(COLOURS)} can be told apart in one figure")
+        raise UserError(f"{len(runs)} runs: at most {len(COLOURS)} can be told apart in one figure; name fewer")
     facts = {run: (facts or {}).get(run, Facts()) for run in runs}
     runs = {run: [with_moved(line) for line in lines] for run, lines in runs.items()}
     colours = {run: {"color": colour} for run, colour in zip(runs, COLOURS)} if len(runs) > 1 else {}
