@@ -27,6 +27,12 @@ class Rendered:
     note: str = ""  # what the template did to it, for the report
     end: str = ""  # the end of turn that closes the response, once closing.py has seen to it
 
+    @classmethod
+    def from_first_answer(cls, whole: str, places: list[tuple[int, int]], note: str = "") -> "Rendered":
+        """A whole conversation, whose scored answers lie at `places`: the response begins with the first of them."""
+        first = places[0][0]
+        return cls(whole[:first], whole[first:], tuple((a - first, b - first) for a, b in places), note)
+
 
 def render_prompt(template: Template, messages: list[dict]) -> str:
     """Messages -> their text and the header of the assistant's next turn. Of a pair both sides ask for the same."""
@@ -163,9 +169,7 @@ def _every_reply(template: Template, messages: list[dict], earlier: list[int], l
             raise UserError(f"the chat template does not show where the answer of message {i} ends; score the last "
                             "answers alone with --train_on last")
         places.append((len(prompt), end))
-    first = places[0][0]
-    places.append((len(last.prompt), len(whole)))
-    return Rendered(whole[:first], whole[first:], tuple((a - first, b - first) for a, b in places), note)
+    return Rendered.from_first_answer(whole, [*places, (len(last.prompt), len(whole))], note)
 
 
 def _end_of_earlier(template: Template, said: str, start: int, whole: str) -> int:

@@ -203,9 +203,7 @@ def _transcript(template: Template, prompt: str, response: str, after: int) -> R
         start = following
     if not places:
         return Rendered(prompt, response)
-    first = places[0][0]
-    places.append((len(prompt), len(whole)))
-    return Rendered(whole[:first], whole[first:], tuple((a - first, b - first) for a, b in places))
+    return Rendered.from_first_answer(whole, [*places, (len(prompt), len(whole))])
 
 
 def _is_plain(template: Template, value) -> bool:
