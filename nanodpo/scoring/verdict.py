@@ -6,9 +6,7 @@ many rows the interval of any change leaves 0 out. Such an interval says what ot
 another seed may lie far outside. Of runs that differ in their seed alone a line of its own says what they have in
 common: the same rules, over the runs' numbers and their 95% interval over runs.
 
-"There" is the tenth of the chosen responses from which most log-prob went: where a model breaks at one place, a mean
-over all tokens hides it. One half of the problems chooses the tenth, the other half tells its numbers. Chosen and told
-by the same rows, the worst of ten would seem to fall where nothing but noise moved.
+The numbers are those of changes.py.
 """
 
 import dataclasses
@@ -19,7 +17,8 @@ import numpy as np
 import pandas
 
 from . import risers
-from .estimates import ROW, change, change_of_share, mean, over_runs, share
+from .changes import of_answers, of_pairs, of_scores, worst_tenth
+from .estimates import over_runs
 
 NOTABLE = 0.01  # nats a token: one percent of a token's probability
 SPREAD = 2  # times what the start gave the same tokens; noise moves it up and down alike
@@ -112,6 +111,7 @@ WORDS = {"change of chosen": "chosen {change} nats a token", "change of chosen t
          "change of answers without one": "share of answers that stop before they answer {change}",
          "change of answer length": "length {change} tokens",
          "change of repetition": "share of repeated word groups in answers {change}"}
+STANDARD = {*WORDS, *FALLING, "change of shuffled", "change of implausible mass"}  # all others: own responses
 
 
 def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.DataFrame, tenths: pandas.DataFrame,
@@ -132,8 +132,8 @@ def judge(scores: pandas.DataFrame, pairs: pandas.DataFrame, answers: pandas.Dat
         here = [part[(part["run"] == run) & (part["dataset"] == dataset)] if len(part) else part
                 for part in (pairs, answers, tenths)]
         place, there = worst_tenth(here[2], first, last)
-        numbers = _of_scores(table, first, last) | there | _of_pairs(here[0], last, phase) | _of_answers(
-            here[1], first, last)
+        numbers = of_scores(table, first, last) | there | of_pairs(here[0], last, phase)
+        numbers |= of_answers(here[1], first, last)
         numbers = {name: {key: int(value) if key in ("n", "problems") else float(value) for key, value in stats.items()}
                    | {"over": _over(stats)} for name, stats in numbers.items() if stats["n"]}
         _add_noise(numbers, (noises or {}).get(run, {}))
@@ -207,7 +207,8 @@ def show(line: dict) -> str:
 
 
 def _words(line: dict) -> list[str]:
-    """A heading (run, data set, steps, rows), then each of the verdict's names with the numbers behind it."""
+    """A heading (run, data set, steps, rows), then each of the verdict's names with the numbers behind it, and how far
+    responses moved that no rule is about: columns of the user's own, the model's greedy answer."""
     who = line["run"] if "run" in line else ", ".join(line["runs"])
     words = [f"{who} on {line['dataset']}, step {line['first']} to {line['last']}, over {line['over']}"]
     for rule in (rule for rule in RULES if rule.name in line["names"]):
@@ -216,69 +217,9 @@ def _words(line: dict) -> list[str]:
             where = "there" if "run" in line else "there in every run"
             shown.append(f"tokens that gained most probability {where}: {line['risers']}")
         words.append(f"{rule.name} ({'; '.join(shown)})" if shown else rule.name)
-    return words
-
-
-def _of_scores(table, first, last) -> dict[str, dict]:
-    sides = {kind: part for kind, part in table.groupby("response")}
-    numbers = {f"change of {kind}": change(part, "mean_logps", first, last) for kind, part in sides.items()}
-    if {"chosen", "rejected"} <= sides.keys():
-        columns = ["mean_logps", "implausible_mass", "implausible_mass_start"]
-        chosen, rejected = (sides[kind].set_index([*ROW, "step"])[columns] for kind in ("chosen", "rejected"))
-        numbers["change of gap"] = change((chosen - rejected).reset_index(), "mean_logps", first, last)
-        # What the end gives the tokens that are implausible to either, and what the start gave the same tokens.
-        ends = ((chosen + rejected)[columns[1:]] / 2).xs(last, level="step").dropna()
-        now, before = (ends[name] for name in columns[1:])
-        numbers |= {"implausible mass": mean(now), "implausible mass at the start": mean(before),
-                    "change of implausible mass": mean(now - before)}
-    return numbers
-
-
-def worst_tenth(tenths: pandas.DataFrame, first, last) -> tuple[str | None, dict[str, dict]]:
-    """(the tenth of chosen from which most log-prob went, its numbers); see `choose_place`."""
-    if not len(tenths) or not {first, last} <= set(tenths["step"]):
-        return None, {}
-    columns = {"chosen": "mean_logps", "argmax": "argmax_logps"}
-    wide = tenths.pivot(index=ROW, columns=["step", "section"], values=["tokens", *columns.values()])
-    moved = {name: wide[column, last] - wide[column, first] for name, column in columns.items()}
-    lost = moved["chosen"] * wide["tokens", last]
-    problems = lost.index.get_level_values("problem").to_numpy()
-    place, telling = choose_place(lost.to_numpy(), problems)
-    section = lost.columns[place]
-    return section, {f"change of {name} there": mean(change[section][telling]) for name, change in moved.items()}
-
-
-def choose_place(lost: np.ndarray, problems: np.ndarray) -> tuple[int, np.ndarray]:
-    """(rows, places) nats by which the log-prob changed, NaN where that is not known, and (rows,) the rows' problems ->
-    the place that lost most in every other problem, and which rows are of the rest."""
-    choosing = np.isin(problems, np.unique(problems)[::2])  # hashes: their order has nothing to do with the rows
-    return int(np.nansum(lost[choosing], axis=0).argmin()), ~choosing
-
-
-def _of_pairs(pairs, last, phase: str) -> dict[str, dict]:
-    if phase in ("", "sft") or not len(pairs):
-        return {}
-    numbers, end = {}, pairs[pairs["step"] == last].set_index(ROW)
-    if phase == "dpo":  # other losses weigh a pair otherwise
-        # Rejected's: chosen's has the part of --sft_weight in it.
-        numbers = {"weight": mean(end["weights/rejected"]),
-                   "weight at the start": mean(pairs[pairs["step"] == 0].set_index(ROW)["weights/rejected"])}
-    return numbers | {"reward accuracy": share(end["margin"].dropna() > 0)}
-
-
-def _of_answers(answers, first, last) -> dict[str, dict]:
-    if not len(answers):
-        return {}
-    answers = answers[answers["step"].isin((first, last))]
-    answers = answers[answers.groupby(ROW)["step"].transform("size") == 2]  # the same rows at both steps
-    # An answer that reached --max_new_tokens has not stopped.
-    answers = answers.assign(silent=answers["found"].isna() & answers["ended"].astype(bool))
-    right = {name: share(answers[answers["step"] == step].set_index(ROW)["correct"])
-             for name, step in (("right answers at the start", first), ("right answers", last))}
-    return right | {"change of answer accuracy": change_of_share(answers, "correct", first, last),
-                    "change of answers without one": change_of_share(answers, "silent", first, last),
-                    "change of answer length": change(answers, "tokens", first, last),
-                    "change of repetition": change(answers, "repetition", first, last)}
+    own = [f"{name.removeprefix('change of ')} {_number(stats, '+')}" for name, stats in line["numbers"].items()
+           if name.startswith("change of ") and name not in STANDARD]
+    return words + [f"besides, {', '.join(own)} nats a token"] * bool(own)
 
 
 def _over(stats: dict) -> str:

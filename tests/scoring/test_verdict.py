@@ -7,8 +7,9 @@ import numpy as np
 import pandas
 import pytest
 
+from nanodpo.scoring.changes import choose_place, worst_tenth
 from nanodpo.scoring.runs import recipe
-from nanodpo.scoring.verdict import RULES, Numbers, choose_place, judge, worst_tenth
+from nanodpo.scoring.verdict import RULES, Numbers, judge
 from nanodpo.stats import over_problems, t_quantile
 
 KEY = {"run": "r", "phase": "dpo", "dataset": "d"}
@@ -192,6 +193,21 @@ def test_the_mass_of_a_pair_needs_both_sides_at_both_ends():
     assert found["numbers"]["implausible mass at the start"]["n"] == 20
 
 
+def test_responses_of_ones_own_are_told_beside_the_rules():
+    """A column `rephrased` that rises by 0.3 where other stays; over seeds too. No rule is about it."""
+    def with_rephrased(scores, *rest):
+        own = scores[scores["response"] == "other"].assign(response="rephrased")
+        own["mean_logps"] += 0.3 * (own["step"] == 9)
+        return [pandas.concat([scores, own], ignore_index=True), *rest]
+
+    (found,) = judge(*with_rephrased(*tables()))
+    assert found["names"] == ["healthy"]
+    assert found["text"].endswith("; besides, rephrased +0.3 [+0.3, +0.3] nats a token")
+    parts, recipes = seeds({}, {})
+    *_, together = judge(*with_rephrased(*parts), recipes)
+    assert "besides, rephrased +0.3 [" in together["text"] and "besides" not in judge(*tables())[0]["text"]
+
+
 def test_what_happens_at_one_place_is_seen_there():
     """All that chosen loses it loses in the third tenth, where the argmax rises by 0.05: a tenth of that on the whole,
     which no rule would call notable."""
@@ -361,6 +377,8 @@ def test_right_answers_are_counted_over_the_same_rows():
     answers = answers[(answers["step"] == 0) | (answers["row"] < 20)]
     (found,) = judge(scores, pairs, answers, tenths)
     assert "over-confidence (right answers 20 of 20 -> 13 of 20, change -0.35 [" in found["text"]
+    (found,) = judge(scores, pairs, answers[answers["step"] == 0], tenths)
+    assert not [name for name in found["numbers"] if "answer" in name or name == "change of repetition"]
 
 
 def test_only_seeds_of_one_recipe_are_judged_together():
