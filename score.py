@@ -44,7 +44,7 @@ from nanodpo.scoring.plan import FORWARD, Result, Work, greedy_result, plan
 from nanodpo.scoring.responses import Group, batches
 from nanodpo.scoring.runs import Checkpoint, check_starts, find_bases, open_own_losses, open_targets, recipe
 
-AT_ONCE = 32  # micro-batches on each rank, or greedy answers, after which what is done is kept
+AT_ONCE = 32  # micro-batches on each rank, or greedy answers at most, after which what is done is kept
 GOES_ON = "what is done is kept, and the same command goes on from there"
 ADVICE = f"{GOES_ON}. It needs a smaller --max_tokens, or --bf16, or to be without --gradients or --risers"
 LEDGER_ADVICE = f"{GOES_ON}. It needs a smaller --ledger_memory"
@@ -219,7 +219,9 @@ def score_gradients(opened: Opened, work: Work, i: int) -> dict:
 def answer(opened: Opened, data: ResponseSet, result: Result, parts: Parts, max_tokens: int) -> None:
     """Makes the greedy answers that are missing, and keeps them, some at a time."""
     left = sorted(result.missing, key=lambda row: (-len(data.examples[result.rows[row]].prompt), row))
-    size = AT_ONCE * distributed.rank_and_world()[1]
+    longest = len(data.examples[result.rows[left[0]]].prompt) + data.answer_limit
+    of_rank = max(1, min(AT_ONCE, 4 * max_tokens // longest))  # a batch has room for so many
+    size = of_rank * distributed.rank_and_world()[1]
     with Progress("greedy answers", len(left), "answer") as bar:
         for rows in (left[i : i + size] for i in range(0, len(left), size)):
             prompts = [data.examples[result.rows[row]].prompt for row in rows]

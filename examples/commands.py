@@ -19,7 +19,8 @@ class Failed(RuntimeError):
 def run(args, log: Path, script: str, *flags) -> None:
     """One command, on --ranks processes and with its part of the cores; raises Failed with the last line it said."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
-    command = [sys.executable, *(several if args.ranks > 1 else []), str(ROOT / script), *map(str, flags)]
+    start = several if args.ranks > 1 and script != "plot.py" else []
+    command = [sys.executable, *start, str(ROOT / script), *map(str, flags)]
     put(command_line(*command[1:], cwd=ROOT))
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (args.parallel * args.ranks)))}
     with open(f"{log}.log", "a") as out:

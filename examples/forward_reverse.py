@@ -65,12 +65,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="of real data each N-th problem is a test")
     parser.add_argument("--ranks", type=int, default=1, help="processes a run, by torchrun")
     parser.add_argument("--parallel", type=int, help="commands at a time; default: one a core; one for a real model")
+    parser.add_argument("--max_new_tokens", type=int, help="of a greedy answer; default: those of the longest response")
     args = parse_known(parser, argv, "forward_reverse.py")
     if len(args.models) == 1:
         raise UserError(f"{args.models[0]}: name models and, last, the data: MODEL [MODEL ...] DATA")
     if len({Path(model).name for model in args.models[:-1]}) < len(args.models[:-1]):
         raise UserError("two models have folders of one name, and would share their output")
-    for name in ("seeds", "ranks", "parallel"):
+    for name in ("seeds", "ranks", "parallel", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: must be above 0")
     if args.test_every < 2:
@@ -180,7 +181,7 @@ def scoring(args, model: str | None, folder: Path, seed: int) -> list[tuple]:
     sides = ["--responses", "chosen", "rejected"]
     return [(every, "score.py", *runs, "--output_dir", every, "--dataset_path", *tests, *sides),
             (more, "score.py", *ends, "--output_dir", more, "--dataset_path", tests[2], *sides, "other", "shuffled",
-             "--answers", 100)]
+             "--answers", 100, *(["--max_new_tokens", args.max_new_tokens] if args.max_new_tokens else []))]
 
 
 def read_setting(file: Path, name: str, default: str | None = None) -> str:

@@ -26,9 +26,10 @@ class Contents:
             self.hashes = {file: facts.get(file) or file_facts(self.folder / file) for file in self.stamps}
         except OSError as error:
             raise UserError(f"{name}: can't be read: {first_line(error)}") from error
-        whole = sorted((file, facts["sha256"]) for file, facts in self.hashes.items())
+        # Not of the manifest, which says whose checkpoint it is: one set of weights is scored once.
+        whole = sorted((file, facts["sha256"]) for file, facts in self.hashes.items() if file != MANIFEST)
         self.key = hashlib.sha256(repr(whole or (name, _commit(name))).encode()).hexdigest()
-        small = [item for item in whole if not item[0].endswith((".safetensors", ".bin", MANIFEST))]
+        small = [item for item in whole if not item[0].endswith((".safetensors", ".bin"))]
         self.settings_key = hash_of(small or name)  # of its tokenizer and config
 
     def check(self) -> None:

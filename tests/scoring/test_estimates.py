@@ -101,6 +101,16 @@ def test_rows_of_one_problem_are_known():
     assert plain == hashlib.sha256(b"[2]").hexdigest()[:8] and other == hashlib.sha256(b"[5]").hexdigest()[:8]
 
 
+def test_both_directions_of_a_trace_are_one_problem_where_they_have_one_question():
+    """As in the paper's own data: the reverse row has the forward question as its question, too, its own prompt in its
+    text alone, and the reverse question as relevant-question, which no row has as its question."""
+    rows = [{"question": name, "relevant-question": f"{name} backwards"} for name in "aabbc"]
+    examples = [Example(i, [10 + i], [9], None) for i in range(5)]
+    find_problems(examples, {i: (row["question"], row["relevant-question"]) for i, row in enumerate(rows)})
+    first, again, second, once_more, third = (example.problem for example in examples)
+    assert first == again and second == once_more and len({first, second, third}) == 3
+
+
 def by_row(values, problems=None) -> pandas.Series:
     """Values as estimates.py takes them; without `problems` every row is one of its own."""
     rows = range(len(values))
