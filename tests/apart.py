@@ -64,6 +64,7 @@ def main() -> None:
     script, plans = sys.argv[1], json.loads(sys.argv[2])
     plan = plans.get(os.environ["RANK"], plans.get("all", {}))
     os.environ |= plan.get("env", {})
+    time.tzset()
     if "host" in plan:
         hosts.enter(plan["host"])
     for name, value in plan.get("set", {}).items():

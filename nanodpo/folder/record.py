@@ -86,7 +86,9 @@ def claim(folder: Path) -> None:
     """Raises UserError unless `folder` can become a run's: new or empty, in a place that can be written."""
     try:
         # A process killed in its first moment leaves no more than a file that was not yet renamed.
-        if folder.is_dir() and any(not file.name.endswith(".partial") for file in folder.iterdir()):
+        # NFS gives a file that another rank has just removed another name.
+        others = (file.name for file in folder.iterdir()) if folder.is_dir() else ()
+        if any(not (name.endswith(".partial") or name.startswith(".nfs")) for name in others):
             raise UserError(f"--output_dir {folder}: is in use; name a new folder")
     except OSError as error:
         raise UserError(f"--output_dir {folder}: can't be read ({error.strerror})") from error

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ..errors import UserError, first_line
-from ..ranks.distributed import say
+from ..ranks.distributed import say, world_size
 from ..screen import folded
 from .adapters import adapted, add_adapter, make_alike, no_false_alarm, open_base, plain_name
 from .lora_settings import take_over
@@ -44,6 +44,10 @@ def load_model(source: Source, args, lora: dict | None = None, shared: dict | No
     if not args.allow_dropout:
         for module, name in _dropouts(model):
             setattr(module, name, 0.0)
+    elif world_size() > 1 and (name := next((name for module, name in _dropouts(model) if "layerdrop" in name
+                                             and getattr(module, name)), None)):
+        raise UserError(f"--allow_dropout: {name} of {args.model_name} leaves out other layers on each rank, and ZeRO "
+                        "would add up gradients of different ones; set it to 0 in config.json, or train on one rank")
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("no parameter is trainable")
     return model

@@ -156,9 +156,9 @@ def neighbours(size: int):
 def from_main(value):
     """Rank 0's value on all ranks."""
     if not dist.is_initialized():
-        return value
+        return gather_or_raise(None, value if is_main() else None)[0]
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_cpu["group"])  # waits for no GPU
     return box[0]
 
 

@@ -34,6 +34,7 @@ def same_bits_each_time() -> None:
     """From now on operations on a GPU add in one order. One that can't raises an error, which `changing_bits_named`
     puts in words."""
     torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # sums in NVLink's switches: other bits each time
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding faults, which takes time
 
 

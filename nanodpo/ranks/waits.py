@@ -10,3 +10,4 @@ SILENCE = 50.0
 SOON = 20.0  # the same, once this rank was told to stop: launchers kill after 30
 JOIN = 120.0  # seconds from the first rank's start to the last one's: machines load programs at different speeds
 PATIENCE = datetime.timedelta(hours=6)  # for a rank that lives, and has longer rows, or saves
+SEEN = 70.0  # seconds for which a machine may not see a new file of a folder that is shared: NFS remembers its absence

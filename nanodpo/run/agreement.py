@@ -23,7 +23,7 @@ from ..ranks import distributed
 FREE = {"local_rank", *PATHS}
 # Settings that change how numbers are rounded.
 ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ATEN_CPU_CAPABILITY",
-            "CUBLAS_WORKSPACE_CONFIG")
+            "CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE", "NCCL_ALGO", "NCCL_PROTO")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ..folder.log import Log, LogHash, append_line, read_lines
 from ..model import loading
 from ..model.quantised import bits_of
 from ..model.source import base_of
-from ..ranks import distributed
+from ..ranks import distributed, waits
 from . import agreement, engine, memory, noise
 from .start import Run
 
@@ -124,11 +125,13 @@ def shared_anew(run: Run, facts: dict) -> str:
 
 def _check_shared(folder: Path, rank: int) -> None:
     """Raises UserError where a rank does not read in its folder the run.json that rank 0 wrote."""
-    file = folder / "run.json"
-    seen = file.read_bytes() if file.is_file() else None
+    file, end = folder / "run.json", time.monotonic() + waits.SEEN
+    written = distributed.from_main(file.read_bytes() if distributed.is_main() else None)
+    while (seen := file.read_bytes() if file.is_file() else None) != written and time.monotonic() < end:
+        time.sleep(0.5)
     error = UserError(f"--output_dir {folder}: rank {rank} does not see what rank 0 wrote there; it must be a "
                       "folder that all machines share")
-    distributed.gather_or_raise(None if seen == distributed.from_main(seen) else error)
+    distributed.gather_or_raise(None if seen == written else error)
 
 
 def go_on(run: Run, facts: dict) -> None:
@@ -181,7 +184,8 @@ def save_checkpoint(run: Run) -> None:
 
 def save_state(run: Run) -> None:
     """Writes the state from which the run can go on at `run.step`, every rank its part; none before the first step."""
-    if run.step == 0 or distributed.from_main(resume.folder_of(run.folder, run.step).is_dir()):
+    there = distributed.is_main() and resume.folder_of(run.folder, run.step).is_dir()  # NFS remembers what is not there
+    if run.step == 0 or distributed.from_main(there):
         return
     tensors = run.random_states
     if run.rank == 0 or run.engine.zero_optimization_stage():  # without ZeRO all ranks have the same

@@ -738,6 +738,8 @@ def test_ranks_that_look_whether_they_can_write_do_not_take_each_other_for_a_run
     monkeypatch.setattr(os, "unlink", between)
     run_record.claim(tmp_path)
     assert len(seen) == 1 and not os.listdir(tmp_path)
+    (tmp_path / ".nfs0000001").touch()  # how NFS calls a file that is removed while it is open
+    run_record.claim(tmp_path)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="is in use; name a new folder"):
         run_record.claim(tmp_path)

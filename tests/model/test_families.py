@@ -75,6 +75,15 @@ def test_whole_layers_that_are_dropped_are_dropout(family, rates, tmp_path):
         assert all(torch.equal(model.train()(input_ids=ids).logits, truth) for _ in range(8))
 
 
+def test_several_ranks_do_not_drop_different_layers(tmp_path, monkeypatch):
+    """A rank that skips a layer has no gradient of it, and ZeRO would add up gradients of different layers."""
+    path, how = saved(tmp_path, "opt", **LAYERDROP), args(allow_dropout=True, use_lora=False, model_name="M")
+    assert loading.load_model(open_source(path, False), how).model.decoder.layerdrop == 0.5
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="^--allow_dropout: layerdrop of M leaves out other layers on each rank"):
+        loading.load_model(open_source(path, False), how)
+
+
 def test_an_evaluation_leaves_rwkvs_weights_alone(tmp_path):
     """transformers halves those of later layers in its first pass in eval mode, until the next one in training: a
     checkpoint that was saved in between had other weights."""

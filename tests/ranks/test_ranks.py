@@ -133,8 +133,37 @@ def test_names_may_differ_where_the_content_is_the_same(apart, tiny, tmp_path):
     codes, said = apart({"1": {"more": more}}, "--save_steps", "2")
     assert codes == [0, 0], said
     more[3] = str(tmp_path / "not-the-same")
-    codes, said = apart({"1": {"more": more}}, "--output_dir", tmp_path / "again")
+    codes, said = apart({"1": {"more": more, "set": {"ranks.waits.SEEN": 1}}}, "--output_dir", tmp_path / "again")
     assert codes == [2, 2] and "rank 1 does not see what rank 0 wrote there" in said
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_machine_sees_late_is_shared(apart, tiny, tmp_path):
+    """NFS remembers for a minute that a name was not there. Here the second rank's name of the folder is there two
+    seconds after rank 0 has written into it."""
+    def show():
+        while not (tmp_path / "run" / "run.json").exists():
+            time.sleep(0.05)
+        time.sleep(2)
+        (tmp_path / "mount").symlink_to(tmp_path / "run")
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    codes, said = apart({"1": {"more": ["--output_dir", str(tmp_path / "mount")]}})
+    assert codes == [0, 0], said
+
+
+@pytest.mark.slow
+def test_all_ranks_have_the_day_of_the_first(apart, tiny, tmp_path):
+    """A chat template writes it. Between these two time zones it is never the same day."""
+    template = make_tokenizer().chat_template.replace("{{ m.content }}", "{{ strftime_now('%d') }} {{ m.content }}")
+    (tmp_path / "template").write_text(template)
+    rows = [{"prompt": [{"role": "user", "content": f"{i}?"}], "chosen": [{"role": "assistant", "content": "yes"}],
+             "rejected": [{"role": "assistant", "content": "no"}]} for i in range(8)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    codes, said = apart({"0": {"env": {"TZ": "Etc/GMT-14"}}, "1": {"env": {"TZ": "Etc/GMT+12"}}}, "--chat_template",
+                        tmp_path / "template", "--train_file_path", tmp_path / "chats.jsonl")
+    assert codes == [0, 0], said
 
 
 @pytest.mark.slow
@@ -453,8 +482,11 @@ def test_an_operation_that_changes_its_bits_is_named(monkeypatch):
             with gpu.changing_bits_named():
                 raise RuntimeError("Deterministic behavior was enabled ... set CUBLAS_WORKSPACE_CONFIG=:4096:8 ...")
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        monkeypatch.setenv("NCCL_NVLS_ENABLE", "")  # so that monkeypatch takes away what is set
+        monkeypatch.delenv("NCCL_NVLS_ENABLE")
         gpu.round_alike()
         gpu.same_bits_each_time()
+        assert os.environ["NCCL_NVLS_ENABLE"] == "0"  # sums in the switches of NVLink have no fixed order
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.are_deterministic_algorithms_enabled()
         with pytest.raises(RunStopped, match="^deterministic-a: "), gpu.changing_bits_named():
             raise RunStopped("deterministic-a: the disk is full")
