@@ -212,7 +212,7 @@ def gather_or_raise(error: Exception | None, fact=None) -> list:
     if dist.is_initialized() and dist.get_world_size() > 1:
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (error, fact), group=_cpu["group"])
-    elif store := _met["store"]:  # before `start`
+    elif store := _met["store"]:  # before `join_ranks`
         call, rank, world = next(_met["calls"]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store.set(f"{call} {rank}", pickle.dumps((error, fact)))
         everyone = [pickle.loads(store.get(f"{call} {i}")) for i in range(world)]
