@@ -219,26 +219,26 @@ def score_gradients(opened: Opened, work: Work, i: int) -> dict:
 def answer(opened: Opened, data: ResponseSet, result: Result, parts: Parts, max_tokens: int) -> None:
     """Makes the greedy answers that are missing, and keeps them, some at a time."""
     left = sorted(result.missing, key=lambda row: (-len(data.examples[result.rows[row]].prompt), row))
-    longest = len(data.examples[result.rows[left[0]]].prompt) + data.answer_limit
-    of_rank = max(1, min(AT_ONCE, 4 * max_tokens // longest))  # a batch has room for so many
+    # Of tokens that were generated a model keeps keys and values, and nothing else of what a scored one takes.
+    longest, budget = len(data.examples[result.rows[left[0]]].prompt), 4 * max_tokens
+    of_rank = min(AT_ONCE, answers.batch_size(longest, data.answer_limit, budget))
     size = of_rank * distributed.rank_and_world()[1]
     with Progress("greedy answers", len(left), "answer") as bar:
         for rows in (left[i : i + size] for i in range(0, len(left), size)):
             prompts = [data.examples[result.rows[row]].prompt for row in rows]
-            ids = answer_greedily(opened, data, prompts, max_tokens, bar)
+            ids = answer_greedily(opened, data, prompts, budget, bar)
             parts.add({result.key: result.held(rows)}, {result.kind: pandas.DataFrame({"row": rows, "ids": ids})})
 
 
-def answer_greedily(opened: Opened, data: ResponseSet, prompts: list[list[int]], max_tokens: int,
+def answer_greedily(opened: Opened, data: ResponseSet, prompts: list[list[int]], budget: int,
                     bar: Progress) -> list[list[int]]:
-    """Token ids of a greedy answer to each prompt; the ranks share the prompts."""
+    """Token ids of a greedy answer to each prompt; the ranks share the prompts. `budget`: tokens of a batch."""
     rank, world = distributed.rank_and_world()
     of_layout = opened.model.config._attn_implementation  # has no notion of a cache
     opened.model.set_attn_implementation(opened.own)
-    # Of tokens that were generated a model keeps keys and values, and nothing else of what a scored one takes.
     with shortage_named(f"the greedy answers of {opened.checkpoint.path}"):
         mine = answers.greedy(opened.model, prompts[rank::world], data.answer_limit, data.limit, data.ends,
-                              4 * max_tokens, lambda count: bar.update(count * world), opened.layout == "packed")
+                              budget, lambda count: bar.update(count * world), opened.layout == "packed")
     opened.model.set_attn_implementation(of_layout)
     found = distributed.gather_or_raise(None, mine)
     return [found[i % world][i // world] for i in range(len(prompts))]

@@ -107,8 +107,7 @@ def scored_difference_figure(scores: pandas.DataFrame, runs: list[str], columns:
             scale = " The scale changes at the dotted lines."
         rows = here.groupby(["response", "step"]).size().min()
         marks.band(ax, 0, math.hypot(*(f.noise.logps for f in facts.values())) / math.sqrt(rows))
-    marks.handles.insert(0, Patch(color="black", **INTERVAL, label="95% interval"))
-    finish(fig, runs, looks, facts, marks)
+    finish(fig, runs, looks, facts, marks, intervals=True)
     what = "means over the rows that both have, with the 95% interval of the difference over their problems"
     return fig, caption("Log-probs of responses", runs, facts, what) + scale + marks.caption
 
@@ -146,13 +145,15 @@ def forks(facts: dict[str, Facts]) -> list[int]:
     return sorted({f.forked for f in facts.values() if f.forked is not None})
 
 
-def finish(fig, runs, looks: dict[str, dict], facts: dict[str, Facts], marks: Marks, held_out: bool = False) -> None:
+def finish(fig, runs, looks: dict[str, dict], facts: dict[str, Facts], marks: Marks, held_out: bool = False,
+           intervals: bool = False) -> None:
     """The legend: the runs by colour, then the sides by dash."""
     first, second = runs
     handles = [Line2D([], [], color=colour, label=wrap(run)) for colour, run in zip(COLOURS, runs)]
     handles.append(Line2D([], [], color="black", label=wrap(f"{second} less {first}")))
     handles += [Line2D([], [], **look | {"color": GREY}, label=plain(name)) for name, look in looks.items()]
     handles += [Line2D([], [], **FORK, label="fork")] * bool(forks(facts))
+    handles += [Patch(color="black", **INTERVAL, label="95% interval")] * intervals
     if held_out:
         handles += [Line2D([], [], color=GREY, **FAINT, label="training"),
                     Line2D([], [], color=GREY, **PROMINENT, marker="o", linestyle="", label="held-out")]

@@ -184,8 +184,10 @@ def save_checkpoint(run: Run) -> None:
 
 def save_state(run: Run) -> None:
     """Writes the state from which the run can go on at `run.step`, every rank its part; none before the first step."""
-    there = distributed.is_main() and resume.folder_of(run.folder, run.step).is_dir()  # NFS remembers what is not there
-    if run.step == 0 or distributed.from_main(there):
+    if run.step == 0:
+        return
+    # Rank 0 alone looks: another machine's NFS would remember that the folder was not there.
+    if distributed.from_main(distributed.is_main() and resume.folder_of(run.folder, run.step).is_dir()):
         return
     tensors = run.random_states
     if run.rank == 0 or run.engine.zero_optimization_stage():  # without ZeRO all ranks have the same

@@ -33,7 +33,7 @@ def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[in
         longest = len(prompts[order[0]])
         room = min(most, limit - longest)
         # One room for all of a batch: an answer does not depend on who else is asked, but for a GPU's rounding.
-        size = max(1, budget // (longest + most))
+        size = batch_size(longest, most, budget)
         batch = [i for i in order[:size] if min(most, limit - len(prompts[i])) == room
                  and (padded or len(prompts[i]) == longest)]
         order = order[len(batch):]
@@ -49,6 +49,11 @@ def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[in
             answers[i] = line[:end]
         told(len(batch))
     return answers
+
+
+def batch_size(longest: int, most: int, budget: int) -> int:
+    """How many prompts of up to `longest` tokens, each with room for `most` more, a batch of `budget` tokens holds."""
+    return max(1, budget // (longest + most))
 
 
 def thinks(text: str) -> bool:

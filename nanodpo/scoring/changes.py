@@ -8,7 +8,7 @@ by the same rows, the worst of ten would seem to fall where nothing but noise mo
 import numpy as np
 import pandas
 
-from .estimates import ROW, change, change_of_share, mean, share
+from .estimates import ROW, at_both, change, change_of_share, mean, share
 
 
 def of_scores(table: pandas.DataFrame, first, last) -> dict[str, dict]:
@@ -63,10 +63,7 @@ def of_pairs(pairs: pandas.DataFrame, last, phase: str) -> dict[str, dict]:
 def of_answers(answers: pandas.DataFrame, first, last) -> dict[str, dict]:
     """Of greedy answers the right ones, those that stop without an answer, lengths and repetition; of rows that were
     answered at both steps."""
-    if len(answers):
-        answers = answers[answers["step"].isin((first, last))]
-        answers = answers[answers.groupby(ROW)["step"].transform("size") == 2]  # the same rows at both steps
-    if not len(answers):
+    if not len(answers) or not len(answers := at_both(answers, first, last)):
         return {}
     # An answer that reached --max_new_tokens has not stopped.
     answers = answers.assign(silent=answers["found"].isna() & answers["ended"].astype(bool))

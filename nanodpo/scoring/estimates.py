@@ -62,6 +62,12 @@ def over_runs(numbers: list[dict[str, float]], ends: tuple[float, float] | None 
             "high": min(highest, values.mean() + reach), "n": len(values)}
 
 
+def at_both(table: pandas.DataFrame, first, last) -> pandas.DataFrame:
+    """The lines of these two steps, of the rows that have one at each."""
+    ends = table[table["step"].isin((first, last))]
+    return ends[ends.groupby("row")["step"].transform("size") == len({first, last})]
+
+
 def differences(table: pandas.DataFrame, column: str, first, last) -> pandas.Series:
     """How far a column moved in each row that has it at both steps."""
     wide = table.pivot(index=ROW, columns="step", values=column)

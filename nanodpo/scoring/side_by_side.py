@@ -3,6 +3,7 @@
 import pandas
 
 from ..errors import one_line
+from .estimates import at_both
 
 SHOWN = 3  # rows on the screen
 MOST = 240  # characters of a text on the screen
@@ -13,8 +14,7 @@ def side_by_side(answers: pandas.DataFrame) -> list[tuple[str, pandas.DataFrame]
     rows that were answered at both."""
     found = []
     for (run, dataset), table in answers.groupby(["run", "dataset"], sort=False) if len(answers) else ():
-        ends = table[table["step"].isin([table["step"].min(), table["step"].max()])]
-        ends = ends[ends.groupby("row")["step"].transform("size") == ends["step"].nunique()]
+        ends = at_both(table, table["step"].min(), table["step"].max())
         right = [f"{part['correct'].sum()} of {len(part)} right at step {step}" for step, part in ends.groupby("step")]
         found.append((f"answers of {run} on {dataset}: {', '.join(right)}", ends))
     return found
