@@ -165,6 +165,16 @@ class Parts:
     def scored_bf16(self):
         return self.scored("--bf16")
 
+    def bits(self):
+        """4 and 8 bits a number, trained, and merged at the end."""
+        if not measure.can_run("bitsandbytes"):
+            return "left out: bitsandbytes is not installed", ""
+        found = []
+        for name in ("load_in_4bit", "load_in_8bit"):
+            flags = f"--{name}", "--merge_weights"
+            found.append(f"{name} {apart(self.train(name, *flags), self.train(f'{name}-cpu', *flags, cpu=True))}")
+        return "; ".join(found), "the CPU's, to float32, but for how a matrix is quantised there"
+
     def launcher(self):
         """DeepSpeed's own, as the README's first command has it; over NCCL, though of one rank."""
         folder, steps = self.folder / "launched", 2 if self.args.toy else 4
@@ -199,7 +209,8 @@ BESIDE = {"tests marked gpu": Parts.tests, "default run, against the CPU's": Par
           "a real model, --bf16": Parts.real_model, "--activation_memory": Parts.by_need, "ZeRO 1, 2, 3": Parts.stages,
           "offloading, pinned": Parts.offload, "again, killed and resumed": Parts.resumed,
           "the same with --bf16": Parts.resumed_bf16, "scored, against the CPU's": Parts.scored,
-          "scored, --bf16": Parts.scored_bf16, "DeepSpeed's launcher": Parts.launcher, "longest rows": Parts.rows}
+          "scored, --bf16": Parts.scored_bf16, "4 and 8 bits": Parts.bits, "DeepSpeed's launcher": Parts.launcher,
+          "longest rows": Parts.rows}
 ALONE = {"against TRL": Parts.contest}
 
 
