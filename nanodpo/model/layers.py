@@ -1,8 +1,8 @@
 """Layers that compute the same with less time or memory, their backward passes written by hand. Every step of a
 run with LoRA, or of a model with gated MLPs, goes through them. Slow to import, with PEFT and transformers.
 
-`fuse_lora`: LoRA's term is added to a layer's output in one product. PEFT multiplies, scales and adds: three passes
-over tensors as large as that output, which leave memory fragmented. y = W x + s B A x, arXiv 2106.09685, Eq. 3.
+`fuse_lora`: a layer and its LoRA are one function. PEFT multiplies, scales and adds: three passes over tensors as large
+as the output, and one as large as the input in backward. y = W x + b + s B A x, arXiv 2106.09685, Eq. 3.
 
 `keep_less`: gated MLPs keep two large tensors for backward instead of four: the gate before its activation, and up.
 The activation, and its product with up, are as large, and cheap to compute again. y = W_down (act(gate) * up), arXiv
@@ -14,81 +14,96 @@ Shapes: (..., I) inputs, (..., O) outputs, R rank of LoRA; (..., F) within an ML
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.pytorch_utils import Conv1D
+
+from . import kernels
+from .precision import Bf16Linear
+from .quantised import dequantised, is_quantised
 
 
-def fuse_lora(model: nn.Module, in_place: bool = True) -> None:
-    """Lets every plain LoRA layer of a PEFT model add in one product; names, weights and what is saved stay the same.
+def fuse_lora(model: nn.Module, zero3: bool = False) -> None:
+    """Lets every plain LoRA layer of a PEFT model be one function; names, weights and what is saved stay the same.
 
-    A layer that is more than W x + s B A x (DoRA, a bias of B) stays PEFT's own. `in_place`: adds into W x itself; not
-    under ZeRO-3, whose hooks still hold that tensor.
+    PEFT's own stays a layer that is more than W x + b + s B A x (DoRA, a bias of B, a second adapter), or whose W is
+    trained or not a linear layer's; and each layer while its adapter is disabled or merged. `zero3`: stage 3 of ZeRO
+    shards weights, and gathers one when a module is called that it is registered with.
     """
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer) and type(module).__name__ in
                   ("Linear", "Linear4bit", "Linear8bitLt")]:  # the last two are there with bitsandbytes alone
-        for name, second in layer.lora_B.items():
-            weights = layer.lora_A[name].weight, second.weight
-            dtypes, base = {weight.dtype for weight in weights}, layer.get_base_layer().weight.dtype
-            # A and B have one dtype: the base's, or float32 beside a base in bfloat16 or a quantised one.
-            beside = torch.float32 if base in (torch.bfloat16, torch.uint8, torch.int8) else base
-            fits = len(dtypes) == 1 and dtypes <= {base, beside}
-            if name not in layer.lora_variant and second.bias is None and fits:
-                layer.cast_input_dtype_enabled = False  # PEFT's cast of x; the product takes mixed dtypes
-                layer.lora_variant[name], layer.adds_in_place = OneProduct, in_place
-                if not in_place:  # ZeRO-3 gathers a sharded weight when a module is called that it is registered with
-                    import deepspeed  # slow to import
+        base, (name, *others) = layer.get_base_layer(), layer.lora_B
+        a, b, matrix = layer.lora_A[name].weight, layer.lora_B[name], _matrix_of(base)
+        held = base.weight.dtype
+        # A and B have one dtype: the base's, or float32 beside a base in bfloat16 or a quantised one.
+        beside = torch.float32 if held in (torch.bfloat16, torch.uint8, torch.int8) else held
+        plain = not others and name not in layer.lora_variant and b.bias is None and matrix is not None
+        frozen = not any(p.requires_grad for p in base.parameters())
+        if plain and frozen and a.dtype == b.weight.dtype and a.dtype in (held, beside):
+            layer.forward = functools.partial(_lora_forward, layer, name, matrix)
+            if zero3:
+                import deepspeed  # slow to import
 
-                    for weight in weights:
-                        deepspeed.zero.register_external_parameter(layer, weight)
+                for weight in (a, b.weight, *base.parameters()):
+                    deepspeed.zero.register_external_parameter(layer, weight)
 
 
-class OneProduct(LoraVariant):
-    """LoRA on a layer in one product: PEFT calls `forward` for the output of a layer with this variant."""
+def _matrix_of(base: nn.Module) -> Callable | None:
+    """A function (weight, dtype) -> (O, I) matrix of a linear layer; None for a layer that may be something else."""
+    if isinstance(base, nn.Linear) and is_quantised(base.weight):
+        return functools.partial(dequantised, base)
+    if type(base) in (nn.Linear, Bf16Linear):
+        return Tensor.to
+    return (lambda weight, dtype: weight.T.to(dtype)) if type(base) is Conv1D else None
 
-    merge_unsafe = LoraVariant.merge_safe  # which raises; PEFT's own merge_unsafe does nothing, without a word
+
+def _lora_forward(layer: nn.Module, name: str, matrix: Callable, x: Tensor, *args, **kwargs) -> Tensor:
+    """(..., I) -> (..., O)."""
+    if layer.disable_adapters or layer.merged or layer.active_adapters != [name] or args or kwargs:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    base, kind = layer.get_base_layer(), x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    dropped = layer.lora_dropout[name](x)
+    return _LoraProduct.apply(x, None if dropped is x else dropped, base.weight, base.bias, layer.lora_A[name].weight,
+                              layer.lora_B[name].weight, layer.scaling[name], matrix)
+
+
+class _LoraProduct(torch.autograd.Function):
+    """W x + b + s B A z for (..., I) x and z, (O, I), (O,), (R, I), (O, R): (..., O). z is x after dropout, or None for
+    x itself; W = matrix(weight, dtype). Keeps weights themselves: a view of one, as autograd keeps it, would outlive
+    the weight that ZeRO-3 frees."""
 
     @staticmethod
-    def forward(module, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
-        """(..., I), (..., O) -> (..., O); `result` is W x."""
-        x, kind = module.lora_dropout[active_adapter](x), x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        weights = (layers[active_adapter].weight for layers in (module.lora_A, module.lora_B))
-        # In place on a view, as a layer with a bias gives it, autograd would copy all of its gradient twice.
-        in_place = module.adds_in_place and not result._is_view()
-        return _Added.apply(result, x, *weights, module.scaling[active_adapter], in_place)
-
-
-class _Added(torch.autograd.Function):
-    """y + s B A x, for (..., O), (..., I), (R, I), (O, R). Keeps A and B themselves: a view of one, as autograd keeps
-    it, would outlive the weight that ZeRO-3 frees."""
-
-    @staticmethod
-    def forward(ctx, y, x, a, b, scale, in_place):
-        h, lines = x.flatten(0, -2) @ a.T.to(x.dtype), y.flatten(0, -2)
-        ctx.save_for_backward(x, h, a, b)
-        ctx.scale = scale
-        if not in_place:
-            return torch.addmm(lines, h, b.T.to(h.dtype), alpha=scale).view(y.shape)
-        ctx.mark_dirty(y)
-        lines.addmm_(h, b.T.to(h.dtype), alpha=scale)
+    def forward(ctx, x, z, weight, bias, a, b, scale, matrix):
+        y = nn.functional.linear(x, matrix(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+        ctx.same, z = z is None, x if z is None else z
+        h = z.flatten(0, -2) @ a.T.to(x.dtype)
+        y.flatten(0, -2).addmm_(h, b.T.to(h.dtype), alpha=scale)
+        ctx.save_for_backward(z, h, weight, a, b)
+        ctx.scale, ctx.matrix = scale, matrix
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (x, h, a, b), lines = ctx.saved_tensors, grad.flatten(0, -2)
+        (z, h, weight, a, b), lines = ctx.saved_tensors, grad.flatten(0, -2)
+        for_x, for_z, _, _, for_a, for_b, *_ = ctx.needs_input_grad
         # addmm with beta=0 ignores its first argument. It scales a product at no cost, which mm can't.
         d_h = torch.addmm(lines.new_empty(()), lines, b.to(grad.dtype), beta=0, alpha=ctx.scale)
-        d_x = (d_h @ a.to(grad.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
-        d_a = _weight_grad(d_h, x.flatten(0, -2), a.dtype) if ctx.needs_input_grad[2] else None
-        d_b = _weight_grad(lines, h, b.dtype).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
-        return grad, d_x, d_a, d_b, None, None
+        d_x = lines @ ctx.matrix(weight, grad.dtype) if for_x else None
+        if for_x and ctx.same:
+            d_x.addmm_(d_h, a.to(grad.dtype))
+        d_z = (d_h @ a.to(grad.dtype)).view(z.shape) if for_z else None
+        d_a = _weight_grad(d_h, z.flatten(0, -2), a.dtype) if for_a else None
+        d_b = _weight_grad(lines, h, b.dtype).mul_(ctx.scale) if for_b else None
+        return None if d_x is None else d_x.view(z.shape), d_z, None, None, d_a, d_b, None, None
 
 
 def _weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,10 +149,10 @@ def _bytecode(kind: type) -> tuple | None:
 
 
 def _gated_forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    if not (mlp.keeps_less and torch.is_grad_enabled()):
-        return type(mlp).forward(mlp, x)
-    gate, up, act = mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn.forward  # without the hooks of a module's call
+    gate, up, act = mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn
     y = _Gated.apply(gate, up, act)
+    if not (mlp.keeps_less and torch.is_grad_enabled()):
+        return mlp.down_proj(y)
     # down_proj, where it is trained, and its lora_A save their input y for backward. Here they save its shape, and y is
     # computed again. The two functions below outlive this call, so they must not hold y themselves.
     gate, up, storage, numbers = gate.detach(), up.detach(), y.untyped_storage()._cdata, y.numel()
@@ -148,10 +163,15 @@ def _gated_forward(mlp: nn.Module, x: Tensor) -> Tensor:
         return tensor.shape if same else tensor
 
     def restore(kept: Tensor | torch.Size) -> Tensor:
-        return kept if isinstance(kept, Tensor) else (act(gate) * up).view(kept)
+        return kept if isinstance(kept, Tensor) else _gated(gate, up, act).view(kept)
 
     with saved_tensors_hooks(save, restore):
         return mlp.down_proj(y)
+
+
+def _gated(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+    # Here and below `forward`: without the hooks of a module's call.
+    return kernels.silu_gate(gate, up) if kernels.gates(act, gate) else act.forward(gate) * up
 
 
 class _Gated(torch.autograd.Function):
@@ -161,14 +181,16 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate, up, act):
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        return act(gate) * up
+        return _gated(gate, up, act)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
+        if kernels.gates(ctx.act, gate):
+            return *kernels.silu_gate_gradients(grad, gate, up), None
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
-            active = ctx.act(gate)
+            active = ctx.act.forward(gate)
         (d_gate,) = torch.autograd.grad(active, gate, grad * up)
         return d_gate, grad * active.detach(), None

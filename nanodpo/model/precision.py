@@ -100,8 +100,7 @@ class FrozenProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, widen):
         ctx.save_for_backward(weight)
         ctx.widen = widen
-        y = nn.functional.linear(x, widen(weight, x.dtype))
-        return y if bias is None else y.add_(bias)  # in one call it would be a view, to which LoRA can't add in place
+        return nn.functional.linear(x, widen(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable

@@ -102,10 +102,10 @@ def multiply_dequantised(model: nn.Module) -> None:
 
 def _product(layer: nn.Linear, x: Tensor) -> Tensor:
     """(..., in) -> (..., out): W x + b."""
-    return FrozenProduct.apply(x, layer.weight, layer.bias, functools.partial(_dequantise, layer))
+    return FrozenProduct.apply(x, layer.weight, layer.bias, functools.partial(dequantised, layer))
 
 
-def _dequantise(layer: nn.Linear, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantised(layer: nn.Linear, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """(out, in): the matrix that the bits of `weight` stand for."""
     from bitsandbytes import functional
 

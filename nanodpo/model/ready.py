@@ -11,15 +11,15 @@ from .quantised import multiply_dequantised
 from .sharding import gather_in_forward, is_sharded
 
 
-def make_ready(model: nn.Module, bf16: bool, device: torch.device, in_place: bool = True) -> torch.dtype:
+def make_ready(model: nn.Module, bf16: bool, device: torch.device, zero3: bool = False) -> torch.dtype:
     """Sets the precision of a model that was loaded in the dtype of `storage_dtype`, and exchanges its layers.
-    `in_place` as in `layers.fuse_lora`. Returns the dtype of matrix products. Raises UserError for an adapter that
+    `zero3` as in `layers.fuse_lora`. Returns the dtype of matrix products. Raises UserError for an adapter that
     bfloat16 would round away, or that ZeRO-3 has no weights for."""
     product = product_dtype(bf16, device)
     if bf16:
         mix_precision(model, product)
-    _check_adapted_tensors(model, zero3=not in_place)
-    exchange_layers(model, device, in_place)
+    _check_adapted_tensors(model, zero3)
+    exchange_layers(model, device, zero3)
     return product
 
 
@@ -36,12 +36,12 @@ def _check_adapted_tensors(model: nn.Module, zero3: bool) -> None:
         raise UserError(f"--bf16: rounds what LoRA adds to {', '.join(tensors)}; leave it out{only}")
 
 
-def exchange_layers(model: nn.Module, device: torch.device, in_place: bool = True) -> None:
+def exchange_layers(model: nn.Module, device: torch.device, zero3: bool = False) -> None:
     """Puts layers that compute the same with less in the place of the model's own."""
     from . import layers  # slow to import, with transformers' models
 
     multiply_dequantised(model)
-    layers.fuse_lora(model, in_place)
+    layers.fuse_lora(model, zero3)
     layers.keep_less(model)
     if device.type == "cuda":
         layers.fuse_norms(model)
@@ -54,7 +54,7 @@ def freeze(model: nn.Module, bf16: bool, device: torch.device, longest: int, par
     `settings`: DeepSpeed's, for a model whose weights the ranks share."""
     from . import selfcheck  # slow to import, with transformers' models
 
-    product = make_ready(model, bf16, device, in_place=not is_sharded(model))
+    product = make_ready(model, bf16, device, zero3=is_sharded(model))
     model.requires_grad_(False)
     module = SequenceLogProbs(model).to(device).eval()
     module.parallel = parallel

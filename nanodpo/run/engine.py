@@ -26,7 +26,7 @@ def make_engine(model, args, settings: dict, device, longest: int) -> tuple:
     from ..model.recompute import FitToMemory, Recompute, sample_batch
 
     stage = stage_of(settings)
-    product_dtype = make_ready(model, args.bf16, device, in_place=stage < 3)
+    product_dtype = make_ready(model, args.bf16, device, zero3=stage == 3)
     if args.gradient_checkpointing or args.activation_memory:
         recompute = Recompute(model, stage)
         recompute.use("full")  # until FitToMemory has measured what fits

@@ -94,8 +94,8 @@ def test_stage_3_is_refused(tmp_path):
     path = saved(tmp_path, "qwen3_moe")
     with pytest.raises(UserError, match="^LoRA on experts.down_proj, .*, gate.weight reads these weights where stage 3 "
                                         "of ZeRO .*; use a stage of 0 to 2, or .* --lora_target_modules k_proj,o_proj"):
-        ready.make_ready(load(path, use_lora=True), False, CPU, in_place=False)
-    ready.make_ready(load(path, use_lora=True, lora_target_modules="q_proj"), False, CPU, in_place=False)
+        ready.make_ready(load(path, use_lora=True), False, CPU, zero3=True)
+    ready.make_ready(load(path, use_lora=True, lora_target_modules="q_proj"), False, CPU, zero3=True)
 
 
 def test_a_name_that_no_weight_has(tmp_path):

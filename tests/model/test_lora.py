@@ -14,9 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pad
-from nanodpo.model.layers import OneProduct, fuse_lora, fuse_norms
-
-PLACES = pytest.mark.parametrize("in_place", [True, False])
+from nanodpo.model.layers import fuse_lora, fuse_norms
 
 
 def adapted(model: nn.Module, dtype=torch.float64, **settings) -> nn.Module:
@@ -37,17 +35,20 @@ def layer(dtype=torch.float64, r=1, alpha=2, bias=False, **settings) -> nn.Modul
     return model.to(dtype)
 
 
-@PLACES
-def test_by_hand(in_place):
+def fused_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, Linear) and "forward" in vars(module)]
+
+
+def test_by_hand():
     """W x + s B A x: W = (1 2; 3 4), A = (1 1), B = (1; 2), s = 2, x = (1 1): (3 7) + 2 * 2 * (1 2) = (7 15).
 
     With g = (1 10) coming back: d x = W^T g + s A^T B^T g = (31 42) + 2 * 21 * (1 1), d B = s g (A x) = 4 g,
     d A = s (B^T g) x = 42 x.
     """
     model = layer()
-    fuse_lora(model, in_place)
+    fuse_lora(model)
     inner = model.base_model.model[0]
-    assert inner.lora_variant["default"] is OneProduct
+    assert fused_layers(model) == [inner]
     with torch.no_grad():
         inner.base_layer.weight.copy_(torch.tensor([[1.0, 2], [3, 4]]))
         inner.lora_A["default"].weight.copy_(torch.tensor([[1.0, 1]]))
@@ -147,27 +148,25 @@ def test_a_gpus_kernels_give_the_layers_own_numbers():
     assert ours.dtype == torch.float32 and (ours - truth).norm() < 1e-2 * truth.norm()
 
 
-@PLACES
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "qwen3_moe", "phi"])
-def test_as_peft_has_it(family, in_place):
+def test_as_peft_has_it(family):
     """Log-probs and every gradient of whole models: biased layers, Conv1D, layers beside experts."""
     peft, row = adapted(tiny(family)), pad(random_groups())
     fused = copy.deepcopy(peft)
-    fuse_lora(fused, in_place)
+    fuse_lora(fused)
     (logps, truth), (theirs, grads) = gradients(peft, row), gradients(fused, row)
     layers = [module for module in fused.modules() if isinstance(module, Linear)]
-    assert len(layers) > 3 and all(module.lora_variant["default"] is OneProduct for module in layers)
+    assert len(layers) > 3 and fused_layers(fused) == layers
     assert (theirs / logps - 1).abs().max() < 1e-12 and grads.keys() == truth.keys()
     for name, grad in truth.items():
         assert (grads[name] - grad).norm() < 1e-12 * grad.norm(), name
 
 
-@PLACES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_adapter_adds_nothing(dtype, in_place):
+def test_a_fresh_adapter_adds_nothing(dtype):
     """B = 0: the last bit of W x stays, so that policy and reference agree at step 0."""
     model, x = layer(dtype, bias=True), torch.randn(3, 5, 2, dtype=dtype)
-    fuse_lora(model, in_place)
+    fuse_lora(model)
     with model.disable_adapter():
         base = model(x)
     assert model(x).equal(base)
@@ -210,24 +209,26 @@ def test_what_is_more_stays_pefts(more):
         model.base_model.model[0].lora_A.float()
     before = dict(model.base_model.model[0].lora_variant)
     fuse_lora(model)
-    assert not any(variant is OneProduct for module in model.modules() if isinstance(module, Linear)
-                   for variant in module.lora_variant.values())
-    assert model.base_model.model[0].lora_variant == before
+    assert fused_layers(model) == [] and model.base_model.model[0].lora_variant == before
 
 
 def test_what_is_saved_stays():
-    """The same names and tensors; and a model that runs fused is not the one to merge, which PEFT could do silently
-    wrong."""
-    model = adapted(tiny("llama"))
+    """The same names and tensors; and merged, or with its adapter off, a model is what PEFT makes of it."""
+    model, row = adapted(tiny("llama")), pad(random_groups())
     names = [name for name, _ in model.named_parameters()]
     before = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
     fuse_lora(model)
     after = get_peft_model_state_dict(model)
     assert [name for name, _ in model.named_parameters()] == names and before.keys() == after.keys()
     assert all(after[name].equal(before[name]) for name in before)
-    for safe in (False, True):
-        with pytest.raises(NotImplementedError):
+    with torch.no_grad():
+        ours = SequenceLogProbs(model)(row)
+        with model.disable_adapter():
+            assert SequenceLogProbs(model)(row).equal(SequenceLogProbs(tiny("llama"))(row))
+        for safe in (False, True):
             model.merge_adapter(safe_merge=safe)
+            assert (SequenceLogProbs(model)(row) / ours - 1).abs().max() < 1e-12
+            model.unmerge_adapter()
 
 
 class Written(TorchDispatchMode):
