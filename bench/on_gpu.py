@@ -40,7 +40,7 @@ class Parts:
 
     def __init__(self, args, folder: Path, log: Path):
         self.args, self.folder, self.log, self.end = args, folder, log, time.monotonic() + 60 * args.minutes
-        self.below = ""
+        self.below = []
         self.lock = threading.Lock()
 
     def call(self, *argv, cpu: bool = False, good: tuple = (0,), until=None) -> str:
@@ -191,16 +191,21 @@ class Parts:
         return "see the next line", f"{longest} tokens"
 
     def contest(self):
-        """gpu.py's whole table goes below this one."""
+        """gpu.py's whole table goes below this one, and layer.py's."""
         toy = ["--toy", "--pairs", "2"] if self.args.toy else []
         file = self.folder / "gpu.json"
         more = ["--only", *self.args.only] if self.args.only else []
         said = self.call(ROOT / "bench" / "gpu.py", *toy, "--rounds", self.args.rounds, *more, "--json", file)
-        self.below = said[said.index("| contender"):]
+        self.below.append(said[said.index("| contender"):])
         found = json.loads(file.read_text())["results"]
         longest = max((int(n) for n, one in found["longest_pair"].items() if isinstance(one, dict)), default=0)
         return (f"ceiling {found['ceiling'] / 1e12:.3g} TFLOP/s; longest pair 2 x {longest:,} tokens",
                 "peaks in brackets below")
+
+    def layer(self):
+        said = self.call(ROOT / "bench" / "layer.py", *["--toy"] * self.args.toy, "--json", self.folder / "layer.json")
+        self.below.append(said[said.index("| part"):])
+        return "see below", ""
 
 
 BESIDE = {"tests marked gpu": Parts.tests, "default run, against the CPU's": Parts.default_run,
@@ -211,7 +216,7 @@ BESIDE = {"tests marked gpu": Parts.tests, "default run, against the CPU's": Par
           "the same with --bf16": Parts.resumed_bf16, "scored, against the CPU's": Parts.scored,
           "scored, --bf16": Parts.scored_bf16, "4 and 8 bits": Parts.bits, "DeepSpeed's launcher": Parts.launcher,
           "longest rows": Parts.rows}
-ALONE = {"against TRL": Parts.contest}
+ALONE = {"against TRL": Parts.contest, "parts of a step": Parts.layer}
 
 
 class Ran:
@@ -324,7 +329,7 @@ def report(file: Path, args, parts: Parts, found: dict) -> str:
     rows = [[name, (one := found[name])["result"], f"{one['seconds']:.0f}", one["measured"], one["counted"]]
             for name in (*BESIDE, *ALONE) if name in found]
     text = "TOY SIZE ON CPU: a check of the program, no measurement\n\n" * args.toy + measure.table(
-        ["part", "result", "seconds", "measured", "counted"], rows) + f"\n\n{parts.below}"
+        ["part", "result", "seconds", "measured", "counted"], rows) + "\n\n" + "\n".join(parts.below)
     measure.write("on_gpu", str(file), vars(args), {"toy": args.toy, "parts": found})
     file.with_suffix(".md").write_text(text)
     return text

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import contenders
 import gpu
 import head
+import layer
 import machines
 import measure
 import on_gpu
@@ -30,6 +31,7 @@ from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.model.layers import fuse_lora, keep_less
 from nanodpo.model.recompute import MODES, FitToMemory, Recompute, sample_batch
 from nanodpo.ranks import distributed
+from nanodpo.ranks.gpu import rounding_as_it_was
 
 SHAPE = contenders.tiny_wide(hidden=32, vocabulary=300)
 PAIRS = [([5, 6, 7], [8, 9, 1, 2, 4], [3, 3]), ([9], [1, 2], [2, 1, 9, 9])]
@@ -281,6 +283,24 @@ def test_the_unattended_run_kills_a_run_once_it_is_ready(tmp_path):
         parts.call("-c", "print(1)", until=lambda: False)
     with pytest.raises(on_gpu.Failed, match="exit code 3"):
         parts.call("-c", "raise SystemExit(3)")
+
+
+def test_parts_of_a_step_run_at_toy_size_and_say_so(monkeypatch, tmp_path, capsys):
+    """Also that all of torch's settings are as before; by hand, operations of a product and bytes of a gate."""
+    monkeypatch.setattr(sys, "argv", ["layer.py", "--toy", "--json", str(tmp_path / "toy.json")])
+    monkeypatch.setattr(layer.Parts, "seconds", lambda self, call, times=0: call() is None or 1e-6)
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    layer.main()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction == before
+    assert "TOY SIZE ON CPU" in capsys.readouterr().out
+    found = {name: rate for name, _, rate in json.loads((tmp_path / "toy.json").read_text())["results"]}
+    assert len(found) > 12 and {"head, trained, chunks of 256 MiB", "positions and gradients"} < found.keys()
+    parts = layer.Parts(layer.TOY, 10, [], toy=True)
+    with rounding_as_it_was():
+        assert [one[2] for one in parts.products()] == 2 * [2 * 10 * a * b for a, b in (
+            (64, 64), (64, 256), (256, 64)) for _ in "01"]
+    assert [one[3] for one in parts.gate()] == [2 * 10 * 256 * 3, 2 * 10 * 256 * 5]
 
 
 def test_bfloat16_is_trained_as_the_engine_trains_it():

@@ -17,7 +17,7 @@ from . import memory
 def make_engine(model, args, settings: dict, device, longest: int) -> tuple:
     """(DeepSpeed's engine around a SequenceLogProbs, the layout of its batches, the name of its attention).
 
-    The model is made ready: precision, LoRA in one product, MLPs that keep less, recomputation; the layout is one that
+    The model is made ready: precision, layers that compute the same with less, recomputation; the layout is one that
     gives this model's own log-probs. `longest`: tokens of the longest sequence.
     """
     import deepspeed  # all slow to import, and --help and wrong input don't need them
