@@ -6,8 +6,7 @@ torch.cuda.jiterator compiles both when they are first called.
 
 import functools
 
-from torch import Tensor, nn
-from transformers.activations import SiLUActivation
+from torch import Tensor
 
 # silu(gate) * up, arXiv 2002.05202, section 2. d silu(x) / dx = s (1 + x (1 - s)), s the logistic function of x.
 GATE = "template <typename T> T silu_gate(T gate, T up) { return gate / (T(1) + ::exp(-gate)) * up; }"
@@ -26,11 +25,6 @@ def compiled(code: str, outputs: int):
     if outputs == 1:
         return jiterator._create_jit_fn(code)
     return jiterator._create_multi_output_jit_fn(code, outputs)
-
-
-def gates(act: nn.Module, gate: Tensor) -> bool:
-    """Whether the kernels of a gate are for this activation and its input."""
-    return gate.is_cuda and isinstance(act, (nn.SiLU, SiLUActivation))
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:

@@ -21,12 +21,15 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from . import kernels
 from .precision import Bf16Linear
 from .quantised import dequantised, is_quantised
+
+SILU = nn.SiLU, SiLUActivation
 
 
 def fuse_lora(model: nn.Module, zero3: bool = False) -> None:
@@ -149,8 +152,9 @@ def _bytecode(kind: type) -> tuple | None:
 
 
 def _gated_forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    gate, up, act = mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn
-    y = _Gated.apply(gate, up, act)
+    gate, up, act = mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn.forward  # without the hooks of a module's call
+    kernel = kernels.silu_gate if gate.is_cuda and isinstance(mlp.act_fn, SILU) else None
+    y = _Gated.apply(gate, up, act, kernel)
     if not (mlp.keeps_less and torch.is_grad_enabled()):
         return mlp.down_proj(y)
     # down_proj, where it is trained, and its lora_A save their input y for backward. Here they save its shape, and y is
@@ -163,34 +167,29 @@ def _gated_forward(mlp: nn.Module, x: Tensor) -> Tensor:
         return tensor.shape if same else tensor
 
     def restore(kept: Tensor | torch.Size) -> Tensor:
-        return kept if isinstance(kept, Tensor) else _gated(gate, up, act).view(kept)
+        return kept if isinstance(kept, Tensor) else (kernel(gate, up) if kernel else act(gate) * up).view(kept)
 
     with saved_tensors_hooks(save, restore):
         return mlp.down_proj(y)
 
 
-def _gated(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
-    # Here and below `forward`: without the hooks of a module's call.
-    return kernels.silu_gate(gate, up) if kernels.gates(act, gate) else act.forward(gate) * up
-
-
 class _Gated(torch.autograd.Function):
-    """act(gate) * up, from which backward has both factors."""
+    """act(gate) * up, from which backward has both factors. `kernel`: a GPU's for this, or None."""
 
     @staticmethod
-    def forward(ctx, gate, up, act):
+    def forward(ctx, gate, up, act, kernel):
         ctx.save_for_backward(gate, up)
-        ctx.act = act
-        return _gated(gate, up, act)
+        ctx.act, ctx.kernel = act, kernel
+        return kernel(gate, up) if kernel else act(gate) * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        if kernels.gates(ctx.act, gate):
-            return *kernels.silu_gate_gradients(grad, gate, up), None
+        if ctx.kernel:
+            return *kernels.silu_gate_gradients(grad, gate, up), None, None
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
-            active = ctx.act.forward(gate)
+            active = ctx.act(gate)
         (d_gate,) = torch.autograd.grad(active, gate, grad * up)
-        return d_gate, grad * active.detach(), None
+        return d_gate, grad * active.detach(), None, None

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pad
 from nanodpo.model.layers import fuse_lora, fuse_norms
+from nanodpo.model.ready import make_ready
 
 
 def adapted(model: nn.Module, dtype=torch.float64, **settings) -> nn.Module:
@@ -170,6 +171,20 @@ def test_a_fresh_adapter_adds_nothing(dtype):
     with model.disable_adapter():
         base = model(x)
     assert model(x).equal(base)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "phi"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_fresh_policy_is_its_reference(family, bf16):
+    """Whole models, with biases and transposed layers, and with frozen weights in bfloat16: to the last bit."""
+    model = get_peft_model(tiny(family, torch.bfloat16 if bf16 else torch.float32), LoraConfig(
+        r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    make_ready(model, bf16, torch.device("cpu"))
+    assert len(fused_layers(model)) > 3
+    with torch.no_grad():
+        policy = SequenceLogProbs(model)(pad(random_groups()))
+        with model.disable_adapter():
+            assert SequenceLogProbs(model)(pad(random_groups())).equal(policy)
 
 
 def test_bfloat16_rounds_once():
