@@ -24,7 +24,7 @@ import pandas
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from commands import Failed, last_checkpoint, run, run_all  # noqa: E402
+from commands import Failed, last_checkpoint, run, run_all, stops_handed_on  # noqa: E402
 
 from nanodpo.core.losses import LOSSES  # noqa: E402
 from nanodpo.errors import RunStopped, UserError, run_script  # noqa: E402
@@ -193,4 +193,5 @@ def draw(table: pandas.DataFrame, args) -> tuple:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    with stops_handed_on():
+        sys.exit(run_script(main))

@@ -24,7 +24,7 @@ import pandas
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from commands import Failed, last_checkpoint, run, run_all  # noqa: E402
+from commands import Failed, last_checkpoint, run, run_all, stops_handed_on  # noqa: E402
 
 from nanodpo.errors import RunStopped, UserError, run_script  # noqa: E402
 from nanodpo.files import check_regular, read_text, why  # noqa: E402
@@ -316,4 +316,5 @@ def draw(args, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    with stops_handed_on():
+        sys.exit(run_script(main))

@@ -25,7 +25,7 @@ import pandas
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from commands import ROOT, Failed, last_checkpoint, run, run_all  # noqa: E402
+from commands import ROOT, Failed, last_checkpoint, run, run_all, stops_handed_on  # noqa: E402
 from forward_reverse import read_setting  # noqa: E402
 
 from nanodpo.errors import RunStopped, UserError, run_script  # noqa: E402
@@ -172,4 +172,5 @@ def to_markdown(lines: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    with stops_handed_on():
+        sys.exit(run_script(main))

@@ -173,6 +173,21 @@ LOCAL_RANK=0 "$@" && LOCAL_RANK=1 "$@" || {{ LOCAL_RANK=1 "$@"; {"exec sleep 60;
         "--rdzv_endpoint": "first:29400", "--rdzv_conf": "is_host=0"}
 
 
+def test_launch_scripts_score_as_well(tmp_path, stand_in):
+    """With SCRIPT=score.py that script is started, with the flags as they are."""
+    stand_in("torchrun", 'until [ "$1" = --no_python ]; do shift; done; shift; exec "$@"')
+    stand_in("scontrol", "echo 127.0.0.1")
+    stand_in("srun", 'until [ "$1" = "$PYTHON" ]; do shift; done; exec "$@"')
+    stand_in("python", f'echo "$@" >> {tmp_path}/given')
+    told = os.environ | {"TORCHRUN": str(tmp_path / "torchrun"), "PYTHON": str(tmp_path / "python"), "NODES": "1",
+                         "NODE": "0", "HEAD": "first", "SCRIPT": "score.py", "SLURM_JOB_ID": "7",
+                         "SLURM_JOB_NODELIST": "here", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for script in ("torchrun.sh", "slurm.sh"):
+        subprocess.run(["bash", ROOT / "examples" / "launch" / script, "out", "--answers", "5"], env=told, timeout=30,
+                       check=True)
+    assert (tmp_path / "given").read_text() == "score.py out --answers 5\n" * 2
+
+
 def test_torchrun_passes_a_signal_on(tmp_path, stand_in):
     """It goes to torchrun, as Kubernetes sends it to the first process of a pod alone. What the process then says
     counts: bash, above it, gets the signal as well, and waits."""

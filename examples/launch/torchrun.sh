@@ -6,6 +6,7 @@
 #
 # HEAD is a name or address of the first machine that all know; ADDRESS one of this machine that the others know, where
 # its own name is not known to them. PROCESSES is the number of processes a machine: one a GPU where it is not set.
+# SCRIPT=score.py runs score.py.
 #
 # Exit code 75: the run was told to stop, or the network was cut; the same command goes on. 2: wrong input.
 # torchrun by itself reports both as 1, and where the network is cut it may wait a quarter of an hour for an answer. So
@@ -22,7 +23,7 @@ process='trap : TERM INT; "${@:2}"; code=$?; set -o noclobber; ((code)) && echo 
 "${TORCHRUN:-.venv/bin/torchrun}" --nnodes "$NODES" --nproc_per_node "${PROCESSES:-gpu}" --rdzv_backend c10d \
     --rdzv_id "${RUN:-nanodpo}" --rdzv_endpoint "$HEAD:${PORT:-29400}" --rdzv_conf "is_host=$((NODE == 0))" \
     ${ADDRESS:+--local_addr "$ADDRESS"} \
-    --no_python bash -c "$process" process "$failed" "${PYTHON:-.venv/bin/python}" train.py "$@" &
+    --no_python bash -c "$process" process "$failed" "${PYTHON:-.venv/bin/python}" "${SCRIPT:-train.py}" "$@" &
 torchrun=$!
 trap 'kill -TERM $torchrun' TERM INT
 left=${PATIENCE:-40}
