@@ -2,7 +2,6 @@
 
 import gc
 import json
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -125,13 +124,11 @@ def shared_anew(run: Run, facts: dict) -> str:
 
 def _check_shared(folder: Path, rank: int) -> None:
     """Raises UserError where a rank does not read in its folder the run.json that rank 0 wrote."""
-    file, end = folder / "run.json", time.monotonic() + waits.SEEN
+    file = folder / "run.json"
     written = distributed.from_main(file.read_bytes() if distributed.is_main() else None)
-    while (seen := file.read_bytes() if file.is_file() else None) != written and time.monotonic() < end:
-        time.sleep(0.5)
     error = UserError(f"--output_dir {folder}: rank {rank} does not see what rank 0 wrote there; it must be a "
                       "folder that all machines share")
-    distributed.gather_or_raise(None if seen == written else error)
+    distributed.gather_or_raise(None if waits.seen(lambda: file.is_file() and file.read_bytes() == written) else error)
 
 
 def go_on(run: Run, facts: dict) -> None:

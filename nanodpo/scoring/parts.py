@@ -17,9 +17,10 @@ import numpy as np
 import pandas
 import pyarrow
 
-from ..errors import RunStopped, UserError
+from ..errors import RankStopped, RunStopped, UserError
 from ..files import read_text
 from ..folder.atomic import MANIFEST, clear_partials, hold, new_folder, read_manifest, remove, writing
+from ..ranks import waits
 from ..ranks.distributed import from_main, is_main, main_first, say
 from . import plausible
 
@@ -154,10 +155,14 @@ class Parts:
 
     def _places(self, key: str):
         """(folder, what it holds of this key, rows to take from it)."""
-        seen: set[int] = set()
+        taken: set[int] = set()
         for name, held in self.index.get(key, {}).items():
-            yield self.folder / name, held, held["rows"] - seen
-            seen |= held["rows"]
+            place = self.folder / name
+            if not waits.seen((place / MANIFEST).exists):
+                raise RankStopped(f"{place}: rank 0 wrote it, and this machine does not see it; --output_dir must be a "
+                                  "folder that all machines share")
+            yield place, held, held["rows"] - taken
+            taken |= held["rows"]
 
     def _table(self, file: Path) -> pandas.DataFrame:
         try:

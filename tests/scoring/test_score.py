@@ -6,6 +6,8 @@ import math
 import random
 import shutil
 import sys
+import threading
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -118,6 +120,30 @@ def test_a_killed_scoring_goes_on(run, table, tmp_path):
     again = scored(tmp_path, run)
     assert again[KEYS].equals(table[KEYS]) and (again.logps / table.logps - 1).abs().max() < 1e-6
     assert all(file.stat().st_mtime_ns == then for file, then in before.items())
+
+
+@pytest.mark.slow
+def test_parts_that_another_machine_sees_late(run, table, tmp_path):
+    """NFS remembers for a minute that a name was not there. Here the second rank's name of the folder is there two
+    seconds after rank 0 has written the first part, which has the plausible tokens of the run's start; or never."""
+    out, mount = tmp_path / "out", tmp_path / "mount"
+
+    def show():
+        while not list(out.glob("parts/[!.]*/manifest.json")):
+            time.sleep(0.02)
+        time.sleep(2)
+        mount.symlink_to(out)
+
+    threading.Thread(target=show, daemon=True).start()
+    apart = ROOT / "tests" / "apart.py"
+    plan = {"1": {"more": ["--output_dir", str(mount)]}}
+    codes, said = forked(apart, "score", json.dumps(plan), run, "--output_dir", out, ranks=2)
+    assert codes == [0, 0], said
+    again = pandas.read_parquet(out / "scores.parquet")
+    assert again[KEYS].equals(table[KEYS]) and (again.logps / table.logps - 1).abs().max() < 1e-6
+    plan = {"1": {"more": ["--output_dir", str(tmp_path / "never")], "set": {"ranks.waits.SEEN": 1}}}
+    codes, said = forked(apart, "score", json.dumps(plan), run, "--output_dir", tmp_path / "two", ranks=2)
+    assert codes == [1, 1] and "--output_dir must be a folder that all machines share" in said, said
 
 
 @pytest.mark.slow
