@@ -7,6 +7,7 @@
     python plot.py SFT_RUN DPO_RUN --phases         dynamics of runs that followed one another, on one axis
     python plot.py RUN FORK --diff                  the second run less the first, with the fork's step
     python plot.py RUN --heatmap                    every example of a run at every checkpoint
+    python plot.py RUN --scatter ches chosen.mean_logps     CHES before training against how far chosen moved, by row
     python plot.py RUN --ledger                     which training pairs moved the log-probs, from ledger.parquet
     python plot.py RUN --strip 7                    every token of the pair in row 7, from tokens.parquet
     python plot.py RUN --page                       page.html, to look around in the tokens with a browser
@@ -28,6 +29,7 @@ from nanodpo.errors import UserError, run_script
 from nanodpo.figures.choice import draw, noise_of
 from nanodpo.figures.drawing import house_style, save
 from nanodpo.figures.page import write_page
+from nanodpo.figures.scatter import HELP
 from nanodpo.figures.three_panel import ROLES
 from nanodpo.flags.unknown import parse_known
 from nanodpo.scoring.runs import newest_run
@@ -83,6 +85,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("--diff", action="store_true", help="Two RUNs and, below, the second less the first: of a run and "
                      "its fork, what the change did.")
     one.add_argument("--heatmap", action="store_true", help="Examples x checkpoints: how far each moved.")
+    one.add_argument("--scatter", nargs=2, metavar=("X", "Y"), help="One measure of each row against another, each "
+                     f"{HELP}; else X is at the first step, and Y the change.")
     one.add_argument("--ledger", action="store_true", help="What the training pairs made of a change, from "
                      "ledger.parquet.")
     one.add_argument("--strip", type=int, metavar="ROW", help="The tokens of one pair, from tokens.parquet beside "
@@ -138,7 +142,7 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag}: must be finite, and no larger than 1e12")
     if args.panel_ratios and min(args.panel_ratios) <= 0:
         raise UserError("--panel_ratios: must be above 0")
-    no_curves = args.heatmap or args.ledger or args.strip is not None or args.page
+    no_curves = args.heatmap or args.scatter or args.ledger or args.strip is not None or args.page
     if no_curves and (args.series or args.focus or args.floor is not None):
         raise UserError("--series, --focus and --floor: are for the figures of curves")
     if args.page and (look := [flag for flag in ("style", "serif", "usetex") if getattr(args, flag)]):
@@ -161,7 +165,7 @@ def find_scores(args: argparse.Namespace, folders: list[Path]) -> list[Path]:
     """The files of --scores, or those in the runs' folders, which a figure that can't do without must have."""
     if args.scores:
         return [home(file) for file in args.scores]
-    needed = args.phases or args.heatmap or args.strip is not None or args.page
+    needed = args.phases or args.heatmap or args.scatter or args.strip is not None or args.page
     needed = needed or (args.three_panel and not args.series)
     return [file for folder in folders if os.path.exists(file := folder / "scores.parquet") or needed]
 

@@ -1,4 +1,4 @@
-"""What a step of Qwen2.5-7B's shape is made of, each part alone on a GPU: milliseconds, and TFLOP/s or GB/s.
+"""The parts of a step at Qwen2.5-7B's shape, each alone on a GPU: milliseconds, and TFLOP/s or GB/s.
 
     python bench/layer.py               needs CUDA and no network
     python bench/layer.py --toy         the same code at toy size on CPU, to see that it runs; its numbers mean nothing

@@ -263,7 +263,7 @@ def test_the_job_of_kubernetes_fits_together(monkeypatch):
     shell, script, *flags = container["command"]
     assert shell == "bash" and Path(script).name == "torchrun.sh"
     assert set(re.findall(r"\$\{?([A-Z_]+)", Path(script).read_text())) - env.keys() == {
-        "TORCHRUN", "PYTHON", "PROCESSES", "RUN", "PORT", "PATIENCE",
+        "TORCHRUN", "PYTHON", "SCRIPT", "PROCESSES", "RUN", "PORT", "PATIENCE",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}, "those have defaults"
     args = arguments.parse(flags, ROOT / "examples" / "dpo.yaml")
     for path in (args.output_dir, args.cache_dir, args.model_name, args.train_file_path):

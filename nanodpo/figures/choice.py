@@ -16,6 +16,7 @@ from .ledger import ledger_figure
 from .noise import Noise, read_verdicts
 from .records import read_answers, read_metrics, read_scores, read_series, read_tokens
 from .runs import Facts, in_order, read_facts
+from .scatter import scatter_figure, scatter_table
 from .selection import at_phases, everywhere, in_phases, select, select_beside, select_there, series_in_phases
 from .strip import strip_figure
 from .three_panel import ROLES, three_panel_figure
@@ -36,6 +37,9 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
             raise UserError(f"--ledger: is of one run, and {len(folders)} are named")
         return {"ledger": ledger_figure(folders[0], args.columns, read_facts(folders[0]).noise)}, []
     scores = read_scores(files) if files else None
+    if args.scatter:
+        (scores,) = select([scores], names if args.scores else [], args.test)
+        return {"scatter": draw_scatter(args, files, scores, noise_of(folders, files))}, []
     series = read_series(args.series) if args.series else None
     if args.three_panel:
         return draw_three_panel(args, scores, series, noise_of(folders, files))
@@ -60,6 +64,15 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
         if unscored := [run for run, folder in here.items() if not (folder / "scores.parquet").exists()]:
             notes.append(f"{listed(unscored)} was not scored, and is in no figure of scores")
     return drawn, notes
+
+
+def draw_scatter(args, files: list[Path], scores, noise: dict[str, Noise]):
+    measures, table = scatter_table(args.scatter, files)
+    table = table[table["run"].isin(scores["run"]) & table["dataset"].isin(scores["dataset"])]
+    if table.empty:
+        raise UserError(f"--scatter: no row has both {measures[0].name} and {measures[1].name}")
+    steps = {run: (int(part.min()), int(part.max())) for run, part in scores.groupby("run")["step"]}
+    return scatter_figure(measures, table, steps, args.columns, noise)
 
 
 def draw_scores(args, scores, series, answers, phases, noise) -> dict:

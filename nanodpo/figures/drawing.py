@@ -33,7 +33,8 @@ USETEX = {"text.usetex": True, "font.family": "serif"}
 FIXED = {"svg.hashsalt": "nanodpo", "savefig.bbox": None, "pdf.fonttype": 42}
 # The flags of plot.py that draw reads, none of them given.
 ASKED = argparse.Namespace(columns=2, **dict.fromkeys((
-    "strip", "three_panel", "diff", "phases", "heatmap", "ledger", "series", "scores", "test", "focus", "floor")))
+    "strip", "three_panel", "diff", "phases", "heatmap", "scatter", "ledger", "series", "scores", "test", "focus",
+    "floor")))
 SNIPPET = r"""%% In the preamble: \usepackage{graphicx}
 \begin{figure%(star)s}[t]
   \centering

@@ -20,6 +20,7 @@ DRAWN = {prefix + name for prefix in ("", "eval_") for name in (
     *(f"{kind}/{side}" for kind in ("rewards", "logps_per_token", "ref_logps_per_token") for side in SIDES))}
 KEYS = ["run", "phase", "dataset", "row", "response", "step"]
 MASS = ("implausible_mass", "implausible_mass_start")  # the second: of step 0 on the same tokens
+ROWS = ["run", "dataset", "row", "problem"]
 TOKENS = ["run", "dataset", "response", "step", "position", "token", "logp"]
 SERIES = {"series": str, "step": float, "mean": float, "low": float, "high": float, "dataset": str, "response": str,
           "phase": str}  # of a csv of series: its columns, the first three always
@@ -72,6 +73,26 @@ def read_scores(files: list[Path]) -> pandas.DataFrame:
     runs = [run for table in tables for run in table["run"].unique()]
     if shared := sorted({run for run in runs if runs.count(run) > 1}):
         raise UserError(f"{', '.join(map(str, files))}: more than one has a run called {', '.join(shared)}")
+    return pandas.concat(tables, ignore_index=True)
+
+
+def read_measure(files: list[Path], column: str, response: str) -> pandas.DataFrame:
+    """ROWS, step and a column of numbers: of the lines of this response in these files of scores or, without a
+    response, of pairs.parquet beside them. Raises UserError where no line is left, or no column; naming file and row,
+    where a table can't be drawn."""
+    keys, tables = ["run", "dataset", "row", "step"], []
+    for file in files:
+        file = file if response else file.with_name("pairs.parquet")
+        if column in (*KEYS, "problem", "checkpoint"):
+            raise UserError(f"--scatter: {column} is no measure")
+        table = read_parquet(file, [*keys, *["response"] * bool(response), column], None, ("problem",), (column,),
+                             (column,))
+        if response and response not in set(table["response"]):
+            raise UserError(f"{file}: no response {response}; it has {listed(table['response'].unique())}")
+        table = table[table["response"] == response].drop(columns="response") if response else table
+        table["problem"] = table["problem"] if "problem" in table else table["row"].astype(str)
+        refuse(file, table, table.duplicated(keys), "is there twice")
+        tables.append(table)
     return pandas.concat(tables, ignore_index=True)
 
 

@@ -44,9 +44,10 @@ def read_csv(file: Path) -> pandas.DataFrame:
 
 
 def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ...] = (),
-                 gaps: tuple[str, ...] = ()) -> pandas.DataFrame:
-    """These columns and, where the file has them, `more`, of the kind that each must have; an empty table only where
-    `filters` leave none. No value is infinite, and none is missing but in the columns `gaps`."""
+                 gaps: tuple[str, ...] = (), numbers: tuple[str, ...] = ()) -> pandas.DataFrame:
+    """These columns and, where the file has them, `more`, of the kind that each must have, also those of `numbers`; an
+    empty table only where `filters` leave none. No value is infinite, and none is missing but in the columns `gaps`."""
+    numbers = {*NUMBERS, *numbers}
     try:
         check_regular(file)
         schema = pyarrow.parquet.read_schema(file)
@@ -55,7 +56,7 @@ def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ..
             raise UserError(f"{file}: no column {', '.join(missing)}; it has {', '.join(kinds)}")
         names = [*names, *(name for name in more if name in kinds)]
         for name in names:
-            what, right = (("numbers", NUMERIC) if name in NUMBERS else ("true or false", TRUE) if name in TRUTHS
+            what, right = (("numbers", NUMERIC) if name in numbers else ("true or false", TRUE) if name in TRUTHS
                            else ("text", TEXTUAL))
             kind = getattr(kinds[name], "value_type", kinds[name])  # of a dictionary, as pandas writes categories
             if pyarrow.types.is_nested(kinds[name]) or not any(test(kind) for test in right):
@@ -68,13 +69,13 @@ def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ..
     if table.empty and filters is None:
         raise UserError(f"{file}: has no rows")
     for name in names:
-        if name in NUMBERS:
+        if name in numbers:
             table[name] = pandas.to_numeric(table[name])  # a column of nothing but nulls has no numbers' type
             refuse(file, table, (table[name].abs() > LARGEST) & (table[name].abs() < math.inf),
                    f"has a value beyond {LARGEST:g}")
         elif name not in ("token", "prompt", *TRUTHS):
             refuse(file, table, odd(table[name]), NAMES)
-    infinite = (table[[name for name in names if name in NUMBERS]].abs() == math.inf).any(axis=1)
+    infinite = (table[[name for name in names if name in numbers]].abs() == math.inf).any(axis=1)
     refuse(file, table, table.drop(columns=[*gaps], errors="ignore").isna().any(axis=1) | infinite,
            "has a value that is missing or not finite")
     return table

@@ -961,6 +961,7 @@ def all_figures(run, beside, draw, scores, *more):  # noqa: F811
     roles = [part for role in ROLES for part in (f"--{role}", run if role == "forward" else f"{role}s")]
     found = [draw(run, *more), draw(run, "--heatmap", *more), draw(run, "--strip", "7", *more),
              draw(run, "--ledger", *more), draw(run, beside, "--diff", *more),
+             draw(run, "--scatter", "rejected.mean_logps", "chosen.mean_logps", *more),
              draw("--three_panel", *roles, "--scores", scores)]
     captions = {name: caption for one in found for name, caption in one["captions"].items()}
     return {name: one[name] for one in found for name in one["captions"]}, captions
