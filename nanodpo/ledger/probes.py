@@ -43,9 +43,9 @@ def make_probes(datasets: list[ResponseSet], kinds: list[str] | None, rows: int,
     responses (None: DEFAULT_KINDS, as far as the data have them). Raises UserError for a row that no data set has."""
     probes = Probes([], [])
     for data in datasets:
-        ones = [[i] for i, example in enumerate(data.examples) if example.row in single]
-        for indices in [[*range(min(rows, len(data.groups)))], *ones]:
-            row = data.examples[indices[0]].row if indices in ones else None
+        wanted = [(None, [*range(min(rows, len(data.groups)))])]
+        wanted += [(example.row, [i]) for i, example in enumerate(data.examples) if example.row in single]
+        for row, indices in wanted:
             for kind in kinds or DEFAULT_KINDS:
                 having = [i for i in indices if kind in data.groups[i][1]]
                 if having:

@@ -56,6 +56,15 @@ def test_shares_add_up_to_what_the_scores_say(run, tmp_path, capsys):
     assert (tmp_path / "ledger.png").stat().st_size > 10_000  # nobody had to ask for it
 
 
+def test_a_mean_of_one_row_is_no_row_by_itself(run, tmp_path):
+    """Also where that row is asked for, too: each has its own lines."""
+    table, records = ledger(run, tmp_path, "--ledger", "1", "--ledger_rows", "0", "--responses", "chosen")
+    mean, row = records
+    assert (mean["row"], row["row"], mean["change"]) == (None, 0, row["change"])
+    for lines in (table[table["row"].isna()], table[table["row"] == 0]):
+        assert lines["share"].sum() == pytest.approx(row["change"], rel=0.01)
+
+
 @pytest.mark.parametrize("flags", [
     ["--loss", "simpo", "--beta", "2", "--sft_weight", "0.3"], ["--loss", "sft"], ["--use_lora", "false"],
     ["--loss", "ipo", "--bf16"]], ids=["no reference", "sft", "full", "bf16"])
