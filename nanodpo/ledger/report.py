@@ -84,6 +84,9 @@ def decimals(number: float) -> int:
 def doubts(record: dict) -> list[str]:
     """The reasons, in words, not to rely on a probe's shares."""
     found, moved, sizes = [], record["moved"], record["sizes"]
+    if not moved:
+        return ["unreliable: the steps are too small: with the weights as they are rounded the log-prob did not move; "
+                "train with a larger --learning_rate"] * (sizes > 0)
     if record["missed"] > UNRELIABLE * moved:
         found.append(f"unreliable: the steps are too large: their gradients foresee each with an error, and these come "
                      f"to {record['missed'] / moved:.0%} of all that the steps moved. Train with a smaller "
@@ -126,7 +129,8 @@ def worst_pairs(table: pandas.DataFrame) -> list[str]:
 def rebuilt_line(history: History, norms: dict[int, float], rebuilt: Tensor) -> str:
     """How well gradients and updates were made again: what training logged and left is known without the ledger."""
     worst = max((abs(norms[k] / history.norms[k] - 1) for k in norms if history.norms.get(k)), default=0.0)
-    errors = rebuilt[~rebuilt.isnan()]
-    return (f"made again: gradient norms within {worst:.1e} of those in metrics.jsonl; updates within "
-            f"{errors.median().item():.1e} of those between checkpoints (median; {errors.max().item():.1e} at worst), "
-            "beyond the rounding of the weights")
+    errors, norms_said = rebuilt[~rebuilt.isnan()], f"gradient norms within {worst:.1e} of those in metrics.jsonl"
+    if not len(errors):
+        return f"made again: {norms_said}; no update changed a weight"
+    return (f"made again: {norms_said}; updates within {errors.median().item():.1e} of those between checkpoints "
+            f"(median; {errors.max().item():.1e} at worst), beyond the rounding of the weights")

@@ -154,6 +154,7 @@ def test_a_pair_that_lowered_is_not_among_those_that_raised(shares, raised):
     ({}, []), ({"missed": 0.049, "residual": -0.049}, []),
     ({"missed": 0.06}, ["the steps are too large.* come to 6% of all that the steps moved"]),
     ({"missed": 0.06, "residual": 0.3}, ["the steps are too large"]),  # the residual follows from it
+    ({"moved": 0.0, "missed": 1e-9}, ["the log-prob did not move"]), ({"moved": 0.0, "sizes": 0.0}, []),
     ({"residual": -0.06}, ["more than 5% of the change, which is close to 0"]),
     ({"sizes": 31.0}, ["all shares together are 31 times what the steps moved"]),
     ({"sizes_of_the_first_update": 2.6}, ["52% of all shares, by size, are of the first update"]),
@@ -163,6 +164,15 @@ def test_what_speaks_against_shares_is_said(changed, words):
     record = {"moved": 1.0, "missed": 0.0, "sizes": 5.0, "sizes_of_the_first_update": 2.4, "residual": 0.0}
     found = doubts(record | changed)
     assert len(found) == len(words) and all(re.search(one, line) for one, line in zip(words, found))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--learning_rate", "0"], "no update changed a weight"),
+    (["--learning_rate", "1e-12", "--use_lora", "false"], "unreliable: the steps are too small")])
+def test_a_run_in_which_nothing_moved_has_a_ledger(tiny, tmp_path, capsys, flags, words):
+    run = train(tiny, tmp_path / "run", *flags)
+    _, (record,) = ledger(run, tmp_path / "out", "--ledger", "2", "--responses", "chosen")
+    assert record["change"] == 0 and words in capsys.readouterr().out
 
 
 def test_parts_that_cancel_are_named(tiny, tmp_path, capsys):
