@@ -201,6 +201,8 @@ def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: i
     if args.reference and reference:
         find_bases([reference])
     skipped, norms = read_steps(folder)
+    if skipped >= {*range(len(checkpoints) - 1)}:
+        raise UserError(f"--ledger: no step of {folder} made an update, so nothing has changed")
     opener = Opener(device, False, max(longest, *(example.length for example in train.examples)))
     return History(checkpoints, args, loss, train.examples, pairs_per_step(record), record["steps"], skipped, norms,
                    opener, reference, without)

@@ -126,7 +126,7 @@ def backward(history: History, probes: Probes, store: Store, name: str) -> Found
         if step not in history.skipped:
             lines.append(_step(history, store, adjoint, step, path, state, weights))
         state |= {"next": here, "after": weights, "at": torch.tensor(step)}
-        if time.monotonic() - last > KEEP_EVERY or step == 0:
+        if lines and (time.monotonic() - last > KEEP_EVERY or step == 0):
             lines = [{key: torch.cat([part[key] for part in lines]) for key in COLUMNS}]
             store.write(name, {key: value.clone() for key, value in (state | adjoint.state() | lines[0]).items()})
             last = time.monotonic()

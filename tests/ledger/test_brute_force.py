@@ -305,6 +305,18 @@ def test_a_ledger_that_was_stopped_goes_on(ledger, tmp_path):
     assert torch.equal(found.levels, again.levels) and torch.equal(found.rebuilt, again.rebuilt)
 
 
+def test_a_ledger_keeps_its_work_where_the_last_step_made_no_update(ledger, tmp_path, monkeypatch):
+    """There are no lines to keep yet when half a minute has passed."""
+    run, _, probes, *_ = ledger
+    run, store = dataclasses.replace(run, skipped={STEPS - 1}), Store(tmp_path)
+    forward(run, store)
+    whole = backward(run, probes, store, "whole")
+    monkeypatch.setattr("nanodpo.ledger.sweeps.KEEP_EVERY", -1)
+    kept = backward(run, probes, store, "kept")
+    assert kept.lines["step"].max() == STEPS - 2 and torch.equal(kept.levels, whole.levels)
+    assert kept.lines["share"].sum().item() == pytest.approx(whole.lines["share"].sum().item(), rel=1e-12)
+
+
 def test_a_pairs_reference_is_that_of_the_first_epoch(ledger, monkeypatch):
     """As in training, which computes none in later ones, where a pair stands in a micro-batch with others: bfloat16
     rounds it otherwise there. Twelve steps of 2 of the 9 pairs are two epochs and two steps."""

@@ -175,6 +175,15 @@ def test_a_run_in_which_nothing_moved_has_a_ledger(tiny, tmp_path, capsys, flags
     assert record["change"] == 0 and words in capsys.readouterr().out
 
 
+def test_a_run_whose_steps_were_all_left_out_has_none(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(line | {"skipped_steps": line["step"] + 1}) + "\n" for line in lines))
+    with pytest.raises(UserError, match="--ledger: no step of .* made an update, so nothing has changed"):
+        score.main([str(tmp_path / "run"), "--ledger", "2", "--output_dir", str(tmp_path / "out")])
+
+
 def test_parts_that_cancel_are_named(tiny, tmp_path, capsys):
     """Chosen and rejected that differ in their last letter: their gradients cancel in most weights."""
     rows = [{"prompt": f"What is {i}+{i}? ", "chosen": f"It is {i}, I think; x", "rejected": f"It is {i}, I think; y"}
