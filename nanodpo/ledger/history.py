@@ -21,6 +21,7 @@ from ..files import read_text
 from ..flags.arguments import TrainArguments
 from ..flags.loss import own_function
 from ..folder.elastic import pairs_per_step
+from ..folder.fork import forks_of
 from ..folder.log import MAX_BYTES
 from ..folder.reference import data_hash
 from ..model.source import open_source
@@ -32,6 +33,8 @@ from ..scoring.runs import Checkpoint, find_bases, loss_of_run, open_targets
 from ..screen import command_line
 from .adamw import AdamW
 from .probes import Probes
+
+KEEPING = {"--save_steps", "--eval_steps"}  # settings that change no weight
 
 
 @dataclasses.dataclass
@@ -59,7 +62,7 @@ class History:
         its source: its weights are the same, and so are their scores."""
         first = self.checkpoints[0]
         fork = first.settings.record.get("fork") or {}
-        again = fork and not fork["step"] and not {*fork["changed"]} - {"--save_steps", "--eval_steps"}
+        again = fork and not fork["step"] and not {*fork["changed"]} - KEEPING
         return Path(fork["run"]).name if again else first.run
 
     @functools.cached_property
@@ -185,9 +188,12 @@ def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: i
     known = {field.name for field in dataclasses.fields(TrainArguments)}
     args = TrainArguments(**{name: value for name, value in record["arguments"].items() if name in known}
                           | {"trust_remote_code": trust_remote_code, "local_rank": -1})
-    if isinstance(fork := record.get("fork"), dict) and fork.get("step") and fork.get("changed"):
-        raise UserError(f"--ledger: {folder} is a fork, and its steps before {fork['step']} had other settings than "
-                        "those after; fork at 0 for a run whose steps are all alike")
+    for fork in forks_of(record.get("fork")):
+        if fork["step"] == 0:
+            break  # all steps are its own, or those of forks of it
+        if {*fork["changed"]} - KEEPING:
+            raise UserError(f"--ledger: {folder} is a fork, and its steps before {fork['step']} had other settings "
+                            "than those after; fork at 0 for a run whose steps are all alike")
     if args.allow_dropout:
         raise UserError(f"--ledger: {folder} was trained with dropout, whose gradients can't be made again")
     if own_function(args.loss) and not trust_remote_code:

@@ -120,6 +120,19 @@ def test_a_row_that_a_run_is_without_made_nothing(tiny, tmp_path):
         score.main([str(tmp_path / "fork"), "--ledger", "3", "--output_dir", str(tmp_path / "no")])
 
 
+def test_a_fork_of_a_fork_that_changed_a_setting_is_refused_like_it(tiny, tmp_path):
+    """It has the same steps, though it changed nothing itself. A fork that changes no weight has a ledger."""
+    a, b, c, d = (tmp_path / name for name in "abcd")
+    train(tiny, a, "--learning_rate", "1e-3", "--keep_states")
+    for source, step, place, flags in ((a, 2, b, ["--learning_rate", "1e-4", "--keep_states"]), (b, 4, c, []),
+                                       (a, 3, d, ["--save_steps", "2"])):
+        launch(ROOT / "train.py", "--fork", f"{source}@{step}", "--output_dir", place, *flags, launcher="fork")
+    with pytest.raises(UserError, match="c is a fork, and its steps before 2 had other settings than those after"):
+        score.main([str(c), "--ledger", "3", "--output_dir", str(tmp_path / "no")])
+    places = [d / f"checkpoint-{step}" for step in range(5)]
+    score.main([*map(str, places), "--ledger", "3", "--output_dir", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize("flags, words", [
     (["@", "--ledger", "-1"], "--ledger -1: must be at least 0"),
     (["@", "--ledger", "2", "--tokens"], "--ledger: makes no scores; --tokens is for another call"),
