@@ -24,6 +24,7 @@ from ..folder.elastic import pairs_per_step
 from ..folder.fork import forks_of
 from ..folder.log import MAX_BYTES
 from ..folder.reference import data_hash
+from ..model.adapters import dora_norms
 from ..model.source import open_source
 from ..progress import track
 from ..run.datasets import read_data
@@ -104,6 +105,18 @@ class History:
         found = torch.autograd.grad(value, self.trained, materialize_grads=True)
         return torch.cat([part.flatten() for part in found])
 
+    def slope(self, value: Tensor) -> Tensor:
+        """(D,): the derivative of a number by the trained weights. Of DoRA it is another than the gradient of training,
+        which holds the norms constant by which DoRA divides (arXiv 2402.09353, section 4.3)."""
+        norms = dora_norms(self.opened.module.model)
+        if not norms:
+            return self.gradient(value)
+        parts = torch.autograd.grad(value, self.trained, materialize_grads=True)
+        by = {id(p): part for p, part in zip(self.trained, parts)}
+        # A layer's output depends on magnitude / norm alone, so d/d norm is -(magnitude / norm) d/d magnitude.
+        more = sum(norm @ -(by[id(size)] * size / norm).detach() for size, norm in norms)
+        return self.gradient(more) + torch.cat([part.flatten() for part in parts])
+
     def rate(self, step: int) -> float:
         a = self.args
         return learning_rate(step, self.planned, a.learning_rate, a.warmup_steps, a.lr_scheduler_type)
@@ -171,7 +184,7 @@ class History:
             logps = self.opened.module(LAYOUTS[self.opened.layout](groups).to(self.opened.device))
             value = logps @ weights.to(logps.device)
             values[m] += value.item()
-            grads[m] = grads[m] + self.gradient(value)
+            grads[m] = grads[m] + self.slope(value)
         return values, torch.stack(grads)
 
 

@@ -89,6 +89,20 @@ def no_false_alarm():
         yield
 
 
+def dora_norms(model) -> list[tuple]:
+    """(magnitudes, norms), (out,) each, of every layer that has DoRA, whose output depends on their quotient: the norms
+    of the rows of W + s B A, with the graph that PEFT cuts off. Empty without DoRA."""
+    found = []
+    for layer in model.modules():
+        for name, dora in getattr(layer, "lora_magnitude_vector", {}).items():
+            from peft.utils.integrations import dequantize_module_weight
+
+            added = dora.get_lora_weight(layer.lora_A[name], layer.lora_B[name])
+            weight = dequantize_module_weight(layer.get_base_layer()).to(added.dtype)
+            found.append((dora.weight, dora.get_weight_norm(weight, added, layer.scaling[name])))
+    return found
+
+
 def plain_name(name: str) -> str:
     """The name that a weight, or a module, has without PEFT. It puts a layer of its own around each that it adapts, and
     one around another where it adapts several tensors of a module, such as stacked experts."""

@@ -56,6 +56,18 @@ def test_shares_add_up_to_what_the_scores_say(run, tmp_path, capsys):
     assert (tmp_path / "ledger.png").stat().st_size > 10_000  # nobody had to ask for it
 
 
+@pytest.mark.parametrize("rate", ["1e-5", "1e-3"])
+def test_shares_of_a_dora_run_add_up(tiny, tmp_path, rate):
+    """PEFT's gradient holds DoRA's norms constant, and so is no derivative of a log-prob. With small steps the shares
+    leave nothing over."""
+    (tmp_path / "peft.json").write_text('{"use_dora": true}')
+    run = train(tiny, tmp_path / "run", "--learning_rate", rate, "--warmup_steps", "3", "--peft_config",
+                tmp_path / "peft.json")
+    _, (record,) = ledger(run, tmp_path / "out", "--ledger", "4", "--responses", "chosen")
+    assert abs(record["residual"]) < (0.001 if rate == "1e-5" else 0.02)
+    assert record["updates_rebuilt"]["median"] < 1e-3
+
+
 def test_a_mean_of_one_row_is_no_row_by_itself(run, tmp_path):
     """Also where that row is asked for, too: each has its own lines."""
     table, records = ledger(run, tmp_path, "--ledger", "1", "--ledger_rows", "0", "--responses", "chosen")
