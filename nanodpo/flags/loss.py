@@ -74,7 +74,8 @@ def read_loss(args) -> tuple[Callable, str | None]:
 
 def _tried(loss: Callable, args) -> Callable:
     """The loss, after a call with three pairs. Raises UserError for a value of a setting that it refuses by ValueError,
-    for another error that it raises, and for a result that is not one finite number a pair, with a gradient."""
+    for another error that it raises, and for a result that is not one finite number a pair, with a gradient, or in
+    which other pairs take part."""
     try:
         logps = torch.full((3, 2), -2.0, requires_grad=True)
         found = pair_losses(loss, logps, torch.full((3, 2), -2.0), torch.ones(3, 2))
@@ -94,7 +95,27 @@ def _tried(loss: Callable, args) -> Callable:
         settings = f" --loss_kwargs {args.loss_kwargs}" if args.loss_kwargs else ""
         raise UserError(f"--loss {args.loss}{settings}: gives {found[0].item()} for pairs whose policy is the "
                         "reference, where training starts")
+    if not _is_of_each_pair(loss):
+        raise UserError(f"--loss {args.loss}: gives a pair another loss beside other pairs than alone; a pair's loss "
+                        "must depend on its own numbers alone, however steps are cut into micro-batches")
     return loss
+
+
+def _is_of_each_pair(loss: Callable) -> bool:
+    """Whether three pairs have the losses, and slopes of them, that each has by itself."""
+    logps = torch.tensor([[-2.0, -3.0], [-1.0, -4.5], [-5.0, -2.5]], dtype=torch.float64)
+    ref, lengths = logps.flip(0) - 0.25, torch.tensor([[1.0, 2.0], [3.0, 1.0], [2.0, 4.0]])
+
+    def found(pairs: list[int]) -> torch.Tensor:
+        own = logps[pairs].requires_grad_()
+        losses = pair_losses(loss, own, ref[pairs], lengths[pairs])
+        return torch.cat([losses.detach()[:, None], *torch.autograd.grad(losses.sum(), own)], 1)
+
+    try:
+        together, alone = found([0, 1, 2]), torch.cat([found([k]) for k in range(3)])
+    except (*FAULTS, ValueError):
+        return False
+    return torch.allclose(together, alone, rtol=1e-5, atol=1e-9, equal_nan=True)
 
 
 def bind(function: Callable, args) -> Callable:

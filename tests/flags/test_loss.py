@@ -58,6 +58,9 @@ def refuses(chosen, rejected, limit=0.0):
 def still(chosen, rejected): return (rejected - chosen).detach()
 def fails(chosen, rejected): return chosen / [][3]
 def root(chosen, rejected): return (chosen + rejected).sqrt()
+def centred(chosen, rejected): return (rejected - chosen) - (rejected - chosen).mean() / 2
+def scaled(chosen, rejected): return (rejected - chosen) * (1 + rejected.detach() - rejected.detach().mean())
+def squeezed(chosen, rejected): return (rejected - chosen).squeeze()
 def misspelt(chosen, rejected, refchosen): return rejected - chosen + refchosen
 
 NUMBER = 3
@@ -102,6 +105,9 @@ def test_every_loss_of_the_house_can_be_named(name):
     (["--loss", "@my losses.py:nothing"], "gives NoneType for 3 pairs"),
     (["--loss", "@my losses.py:still"], "its result has no gradient with respect to chosen and rejected"),
     (["--loss", "@my losses.py:fails"], "raises IndexError for 3 pairs: list index out of range"),
+    (["--loss", "@my losses.py:centred"], "centred: gives a pair another loss beside other pairs than alone"),
+    (["--loss", "@my losses.py:scaled"], "scaled: gives a pair another loss beside other pairs than alone"),
+    (["--loss", "@my losses.py:squeezed"], "squeezed: gives a pair another loss beside other pairs than alone"),
     (["--loss", "@my losses.py:asks"], "takes strength, which has no default, and is no input of a loss (chosen"),
     (["--loss", "@my losses.py:misspelt"], "label_smoothing); did you mean ref_chosen?; give a setting with"),
     (["--loss", "@my losses.py:refuses"], "my losses.py:refuses: limit must be above 0"),
