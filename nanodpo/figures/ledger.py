@@ -87,7 +87,7 @@ def _forces(ax, table: pandas.DataFrame, record: dict, name: str) -> None:
 def _waterfall(ax, table: pandas.DataFrame, record: dict) -> None:
     """Bars that follow one another from 0 to the change, the first on top."""
     net = table.dropna(subset="pair").groupby("pair")["share"].sum().sort_values()
-    down, up = net[net < 0], net[net >= 0].iloc[::-1]
+    down, up = net[net < 0], net[net > 0].iloc[::-1]  # a row that was left out did neither
     bars = [(f"row {int(pair)}", share) for pair, share in down.iloc[:NAMED].items()]
     bars += [(f"others that lowered it: {len(down) - NAMED}", down.iloc[NAMED:].sum())] * (len(down) > NAMED)
     bars += [(f"others that raised it: {len(up) - NAMED}", up.iloc[NAMED:].sum())] * (len(up) > NAMED)

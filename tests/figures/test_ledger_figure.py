@@ -34,6 +34,19 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_rows_without_a_share_are_not_counted(folder):
+    """Those of --without_rows, and of weight 0, raised nothing."""
+    def names():
+        return [label.get_text() for label in ledger_figure(folder, 2)[0].axes[1].get_yticklabels()]
+
+    before, file = names(), folder / "ledger.parquet"
+    table = pandas.read_parquet(file)
+    light = table[table["pair"] == 0]
+    pandas.concat([table, *(light.assign(pair=100 + k, share=0.0).astype({"pair": "Int64"}) for k in range(9))]
+                  ).to_parquet(file)
+    assert names() == before
+
+
 def test_the_bars_follow_one_another_to_the_change(folder):
     figure, caption = ledger_figure(folder, 2)
     left, right = figure.axes
