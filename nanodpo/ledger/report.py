@@ -113,16 +113,17 @@ def worst_pairs(table: pandas.DataFrame) -> list[str]:
         net = part.dropna(subset="pair").groupby(PAIR)["share"].sum().sort_values()
         several = net.groupby("pair").size() > 1
         falls = net[net < 0]
-        if falls.empty:
+        if not net.any():
             continue
-        digits = decimals(10 * max(-falls.min(), net.max()))  # of a pair two digits do
-        tenth = falls.iloc[: max(1, len(net) // 10)].sum() / falls.sum()
+        digits = decimals(10 * net.abs().max())  # of a pair two digits do
         words = [", ".join(f"row {row}{f' chosen[{i}] rejected[{j}]' * bool(several[row])} ({share:+.{digits}f})"
                            for (row, i, j), share in side.items()) or "no pair"
                  for side in (falls.head(WORST), net[net > 0].iloc[::-1].head(WORST))]
-        lines.append(f"{dataset}, {response}: lowered most by {words[0]}; raised most by {words[1]}; the "
-                     f"{max(1, len(net) // 10)} of {len(net)} pairs that lowered it most made {tenth:.0%} of all that "
-                     "lowered it")
+        lines.append(f"{dataset}, {response}: lowered most by {words[0]}; raised most by {words[1]}")
+        if len(falls):
+            count = max(1, len(net) // 10)
+            lines[-1] += (f"; the {count} of {len(net)} pairs that lowered it most made "
+                          f"{falls.iloc[:count].sum() / falls.sum():.0%} of all that lowered it")
     return lines
 
 

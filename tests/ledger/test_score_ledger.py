@@ -175,6 +175,14 @@ def test_a_pair_that_lowered_is_not_among_those_that_raised(shares, raised):
     assert f"lowered most by row 0 (-0.3000), row 1 (-0.1000); raised most by {raised}; the 1 of " in said
 
 
+def test_pairs_are_named_where_none_lowered_the_mean():
+    lines = [{"dataset": "d", "response": "chosen", "row": None, "pair": k, "chosen_answer": 0, "rejected_answer": 0,
+              "share": share} for k, share in enumerate([0.0, 0.1, 0.2])]
+    assert worst_pairs(pandas.DataFrame(lines)) == [
+        "d, chosen: lowered most by no pair; raised most by row 2 (+0.2000), row 1 (+0.1000)"]
+    assert worst_pairs(pandas.DataFrame(lines).assign(share=0.0)) == []
+
+
 @pytest.mark.parametrize("changed, words", [
     ({}, []), ({"missed": 0.049, "residual": -0.049}, []),
     ({"missed": 0.06}, ["the steps are too large.* come to 6% of all that the steps moved"]),
