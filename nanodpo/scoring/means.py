@@ -65,15 +65,18 @@ def _band(pairs: pandas.DataFrame) -> pandas.DataFrame:
 
     A small step along weights/chosen g(chosen) - weights/rejected g(rejected) lowers rejected and does not lower chosen
     exactly where the ratio of the weights is between cos |g(rejected)|/|g(chosen)| and |g(rejected)|/(cos |g(chosen)|);
-    with cos <= 0, always. Columns: weight_ratio, band_low, band_high, in_band.
+    with cos <= 0, always. That is for weights above 0; past the margin that a loss wants one or both are
+    negative, and in_band is right there, too. Columns: weight_ratio, band_low, band_high, in_band.
     """
     names = ("norm_chosen", "norm_rejected", "cosine")
     chosen, rejected, cosine = (pairs[f"grad_{name}"].astype(float) for name in names)
-    size, ratio = rejected / chosen, pairs["weights/chosen"] / pairs["weights/rejected"]
+    up, down, dot = (pairs[name].astype(float) for name in ("weights/chosen", "weights/rejected", "grad_dot"))
+    size, ratio = rejected / chosen, up / down
+    inside = (up * chosen**2 >= down * dot) & (up * dot < down * rejected**2)
     low, high = (cosine * size).clip(lower=0), (size / cosine).where(cosine > 0, np.inf)
     known = ratio.notna() & low.notna()
     return pandas.DataFrame({"weight_ratio": ratio, "band_low": low, "band_high": high,
-                             "in_band": ((low <= ratio) & (ratio <= high)).astype(object).where(known, None)})
+                             "in_band": inside.astype(object).where(known, None)})
 
 
 def _references(scores: pandas.DataFrame, runs: dict) -> pandas.DataFrame:

@@ -708,6 +708,19 @@ def test_the_band_is_where_a_small_step_lowers_rejected_alone(cosine, beta_ratio
     assert line["band_high"] == pytest.approx(2 / cosine if cosine > 0 else math.inf)
 
 
+@pytest.mark.parametrize("cosine", [0.5, -0.5])
+@pytest.mark.parametrize("up, down", [(1, 1), (-1, -1), (1, -0.1), (-0.1, 1), (1, -5), (-5, 1), (1, 0), (0, 1)])
+def test_the_band_knows_the_signs_of_the_weights(cosine, up, down):
+    """A pair past the margin that label smoothing or ipo wants is pushed back: both weights are negative, their ratio
+    is 1, and the step raises rejected. By hand, as above."""
+    chosen, rejected = np.array([1.0, 0.0]), 2 * np.array([cosine, (1 - cosine**2) ** 0.5])
+    step = up * chosen - down * rejected
+    line = {"weights/chosen": up, "weights/rejected": down, "grad_dot": chosen @ rejected, "grad_cosine": cosine,
+            "grad_norm_chosen": 1.0, "grad_norm_rejected": 2.0}
+    (found,) = means._band(pandas.DataFrame([line]).astype(float)).to_dict("records")
+    assert found["in_band"] is bool(step @ chosen >= 0 and step @ rejected < 0)
+
+
 def test_the_screen_says_how_many_pairs_are_in_the_band():
     """Of three pairs two at step 0 and none at step 9; a pair whose weights are not known does not count."""
     pairs = pandas.DataFrame([{"run": "r", "dataset": "d", "step": step, "row": row, "in_band": inside}
