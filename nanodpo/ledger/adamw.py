@@ -110,9 +110,9 @@ class Adjoint:
     def heavier(self, grad: Tensor, clip: float) -> Tensor:
         """(M, D): A_j of a step whose gradient was `grad` after being multiplied by `clip`. <A_j, part> is the effect
         of a part of that gradient."""
-        a = self.q_end + 2 * self.r * grad
+        a = torch.addcmul(self.q_end, self.r, grad, value=2)
         if clip < 1:  # a heavier part makes all others of the step lighter
             norm = grad.norm() / clip
             along = grad / grad.norm()
-            a -= (a @ along)[:, None] * along * (norm / (norm + CLIP_EPSILON))
+            a.addr_(a @ along, along, alpha=-(norm / (norm + CLIP_EPSILON)).item())
         return a

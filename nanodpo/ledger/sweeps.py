@@ -121,14 +121,15 @@ def backward(history: History, probes: Probes, store: Store, name: str) -> Found
     for step in track(range(int(kept["at"]) - 1, -1, -1), "ledger", "step"):
         history.open(step)
         state["levels"][step], here = history.probe_gradients(probes)
-        weights, path = history.weights(), (here + state["next"]) / 2
+        weights, path = history.weights(), (here + state.pop("next")).div_(2)
         state["predicted"][step] = path @ (state["after"] - weights)
         if step not in history.skipped:
             lines.append(_step(history, store, adjoint, step, path, state, weights))
+        del path  # each such tensor may take gigabytes: making.VECTORS
         state |= {"next": here, "after": weights, "at": torch.tensor(step)}
         if lines and (time.monotonic() - last > KEEP_EVERY or step == 0):
             lines = [{key: torch.cat([part[key] for part in lines]) for key in COLUMNS}]
-            store.write(name, {key: value.clone() for key, value in (state | adjoint.state() | lines[0]).items()})
+            store.write(name, state | adjoint.state() | lines[0])
             last = time.monotonic()
     return Found(state["levels"].cpu(), state["predicted"].cpu(), lines[0], state["rebuilt"].cpu())
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import make_model
 from oracle import sequence_logp
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from nanodpo.core.logprobs import SequenceLogProbs
@@ -20,6 +22,7 @@ from nanodpo.data.schedule import learning_rate, pairs_of_step
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.ledger import history
 from nanodpo.ledger.history import History
+from nanodpo.ledger.making import VECTORS
 from nanodpo.ledger.probes import Probe, Probes
 from nanodpo.ledger.report import decimals, sentence, to_record, to_table, worst_pairs
 from nanodpo.ledger.sweeps import Store, backward, forward, references
@@ -303,6 +306,33 @@ def test_a_ledger_that_was_stopped_goes_on(ledger, tmp_path):
                  for lines in (found.lines, again.lines)]
         assert torch.equal(values[order[0]].nan_to_num(), again.lines[name][order[1]].nan_to_num())
     assert torch.equal(found.levels, again.levels) and torch.equal(found.rebuilt, again.rebuilt)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the tensors of a size that are alive, by the memory that they lie in."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.alive, self.most = size, set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for one in found if isinstance(found, (list, tuple)) else [found]:
+            if isinstance(one, torch.Tensor) and one.numel() == self.size:
+                self.alive.add(StorageWeakRef(one.untyped_storage()))
+        self.alive = {ref for ref in self.alive if not ref.expired()}
+        self.most = max(self.most, len(self.alive))
+        return found
+
+
+def test_a_probe_takes_no_more_memory_than_is_reckoned(ledger, tmp_path, monkeypatch):
+    """Vectors as large as all weights, of three probes at a time, also while what is done is kept."""
+    run, found, probes, store, _ = ledger
+    three = Probes([*probes.names * 3], [(m, *rest) for m in range(3) for _, *rest in probes.batches])
+    monkeypatch.setattr("nanodpo.ledger.sweeps.KEEP_EVERY", -1)
+    with Alive(3 * len(run.weights())) as alive:
+        backward(run, three, store, "three")
+    assert VECTORS - 1 <= alive.most <= VECTORS
 
 
 def test_a_ledger_keeps_its_work_where_the_last_step_made_no_update(ledger, tmp_path, monkeypatch):
