@@ -157,7 +157,8 @@ def to_markdown(lines: list[dict]) -> str:
     text = ""
     for dataset in SETS:
         text += (f"{words[dataset]}; change from the first to the last step, nats a token:\n\n| left out | chosen | "
-                 "rejected | gap | other | given back to chosen | of its fall |\n|---|---|---|---|---|---|---|\n")
+                 "rejected | gap | other | given back to chosen, ± 95% over seeds | of its fall |\n"
+                 "|---|---|---|---|---|---|---|\n")
         for line in (line for line in lines if line["dataset"] == dataset):
             numbers = [f"{line[name]:+.4f}" for name in ("chosen", "rejected", "gap", "other")]
             if line["way"] != "all":
