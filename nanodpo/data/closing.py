@@ -3,7 +3,7 @@
 from ..errors import UserError
 from .marks import added_tokens
 from .rendering import Rendered
-from .template import Template, close_turn, opening_in
+from .template import Template, close_turn, header_at_end, opening_in
 
 
 def close(template: Template, side: str, found: Rendered, value, notes: list[str]) -> None:
@@ -51,7 +51,6 @@ def _end_of(template: Template, prompt: str, response: str, reply: dict) -> str:
         own = next((token for token in added_tokens(template.tokenizer) if said.endswith(token)), None)
         if own and said.count(own) == 1:
             return own
-    in_chat = template.header and prompt.endswith(template.header)
-    if in_chat or response.rstrip().endswith(template.end):
+    if header_at_end(template, prompt) or response.rstrip().endswith(template.end):
         return template.end
     return template.tokenizer.eos_token or template.end

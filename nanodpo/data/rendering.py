@@ -76,7 +76,7 @@ def _last_reply(template: Template, before: list[dict], reply: dict) -> Rendered
     """The reply to what is before it, as the model writes it at inference."""
     asked, whole = render_prompt(template, before), apply(template, [*before, reply])
     if not whole.startswith(asked) and _asks_otherwise(template, before, reply, asked, whole):
-        whole = asked + whole.rpartition(template.written)[2]
+        whole = asked.removesuffix(template.header) + template.written + whole.rpartition(template.written)[2]
     prompt = _until_reply(template, before, asked, whole)
     opened = asked[len(prompt):]
     if _loses_thought(reply, whole):

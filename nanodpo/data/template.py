@@ -27,10 +27,10 @@ RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")  # what Jinja offers to draw wi
 class Template:
     """`header` opens an assistant turn and `end` closes one, in text; None and the eos token without a template.
 
-    `written` is the part of the header that stands before an answer in a conversation as well: some templates open a
-    block for thoughts, and leave it out later. `rest` is what the template writes after the end of the last turn,
-    `openings` what opens a user and a system turn (the user's first), `bos` what begins every conversation. `date` is
-    the day to write, None where none is written; `options` are what else the template is given.
+    `written` is the part of the header that stands before every answer in a conversation as well: some templates open a
+    block for thoughts, and leave it out later, or before earlier answers. `rest` is what the template writes after the
+    end of the last turn, `openings` what opens a user and a system turn (the user's first), `bos` what begins every
+    conversation. `date` is the day to write, None where none is written; `options` are what else the template is given.
     """
 
     tokenizer: object
@@ -105,7 +105,7 @@ def _read(template: Template) -> None:
     if asked == prompted:  # it opens the assistant's turn whether asked to or not
         header = prompted.lstrip().removeprefix(template.end or "").lstrip()
     template.header = given or header or None
-    template.written = None if given else shared_start(tokenizer, prompted, before)[len(prompted) - len(header):]
+    template.written = None if given else _before_every_answer(template, prompted, before, header)
     if given and not (header and given.strip().startswith(header.strip())):
         return  # the transcripts are another model's, and so are their marks
     bos = tokenizer.bos_token or ""
@@ -116,6 +116,18 @@ def _read(template: Template) -> None:
     template.places = tuple(re.compile(re.escape(mark) if any(token in mark for token in added)
                                        else rf"^[ \t]*{re.escape(mark)}", re.MULTILINE) for mark in template.openings)
     template.bos = bos if whole.startswith(bos) and not opens_turns else ""
+
+
+def _before_every_answer(template: Template, prompted: str, before: str, header: str) -> str:
+    """The part of the header that the template writes before the last answer, whose turn begins as in `before`, and
+    before earlier ones, too: Qwen 3.5 opens a block for thoughts before the last alone."""
+    user, reply = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": PROBE}
+    both = shared_start(template.tokenizer, prompted, before)
+    with contextlib.suppress(UserError):
+        earlier = apply(template, [user, reply, user, reply]).partition(PROBE)[0].rpartition(QUESTION)[2]
+        shared = shared_start(template.tokenizer, both, earlier)
+        both = shared if shared[len(prompted) - len(header):].strip() else both
+    return both[len(prompted) - len(header):]
 
 
 def _first_end(tokenizer, text: str, asked: str) -> str | None:
@@ -274,9 +286,14 @@ def leads_to_keep(leads: list[str | None]) -> list[str | None] | None:
     return leads if sum(len(lead or "") for lead in leads) <= 2**20 else None
 
 
+def header_at_end(template: Template, prompt: str) -> str:
+    """The assistant header with which a prompt ends, or the part of it that a conversation has; empty without one."""
+    return next((mark for mark in (template.header, template.written) if mark and prompt.endswith(mark)), "")
+
+
 def question_in(template: Template, prompt: str) -> str:
     """The text of a rendered prompt up to the end of its last user turn, for comparing with a column."""
-    before = prompt.removesuffix(template.header or "").rstrip()
+    before = prompt.removesuffix(header_at_end(template, prompt)).rstrip()
     return before.removesuffix(template.end).strip()
 
 

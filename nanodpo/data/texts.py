@@ -11,6 +11,7 @@ from .template import (
     FOREIGN_OPENINGS,
     Template,
     close_turn,
+    header_at_end,
     holds_turns,
     lacks_template,
     question_in,
@@ -174,7 +175,7 @@ def _split(template: Template, prompt, value, every: bool) -> Rendered | None:
         if not parts or not every:
             return parts and Rendered(*parts)
         asked = prompt if isinstance(prompt, str) and parts[0].startswith(prompt) else ""
-        return _transcript(template, *parts, max(0, len(asked) - len(template.written)))
+        return _transcript(template, *parts, len(asked.removesuffix(header_at_end(template, asked))))
     if not _is_messages(value):
         raise UserError(f"is {_kind(value)}, not text or a list of messages")
     asked = next((i for i, m in enumerate(value) if m["role"] == "assistant"), len(value))
@@ -193,8 +194,8 @@ def _transcript(template: Template, prompt: str, response: str, after: int) -> R
     """A rendered transcript that was split at its last header, from its first answer on: all that begin `after` this
     place are scored."""
     whole, header, places = prompt + response, template.written, []
-    start = whole.index(header, after) + len(header)
-    while start < len(prompt):
+    start, last = whole.index(header, after) + len(header), prompt.rindex(header) + len(header)
+    while start < last:  # the header of the last one may be longer
         end, following = whole.find(template.end, start) + len(template.end), whole.index(header, start) + len(header)
         if not start < end < following:
             raise UserError(f"has an answer without an end of turn, {template.end!r}, before its last one; score the "

@@ -260,6 +260,34 @@ def test_templates_that_open_a_block_for_thoughts(empty, thought, opened, said, 
     assert any("not once it is in the conversation" in note for note in data.notes) == (opened == "<think>")
 
 
+@pytest.mark.parametrize("writes, opens, first, last", [
+    ("true", "<think>\n", "\n</think>\n\n4", "hm\n</think>\n\nyes"),  # before every answer
+    ("loop.last", "<think>\n", "4", "hm\n</think>\n\nyes"),  # before the last alone: Qwen 3.5
+    ("loop.last", "<think>\n\n</think>\n\n", "4", "<think>\nhm\n</think>\n\nyes"),  # there; it is not to think
+    ("false", "<think>\n", "4", "yes"),  # in the prompt of inference alone
+    ("m.thought", "<think>\n", "4", "hm\n</think>\n\nyes")])  # a transcript as DeepSeek R1 writes, with its thoughts
+def test_all_answers_of_a_transcript_are_scored_whichever_have_a_block(writes, opens, first, last, tmp_path):
+    """By hand: each from where the header ends that its turn has, to its end of turn."""
+    tokenizer, path = tiny.chatml(), tmp_path / "rows.jsonl"
+    tokenizer.chat_template = tiny.CHATML.replace("{{ m['content'] }}", (
+        "{% if m.role == 'assistant' and " + writes + " %}{{ '<think>\n' + (m.thought or '') + '\n</think>\n\n' }}"
+        "{% endif %}{{ m['content'] }}")).replace("assistant\n{% endif %}", f"assistant\n{opens}{{% endif %}}")
+    text = tokenizer.apply_chat_template([
+        message("user", "2?"), message("assistant", "4"), message("user", "Sure?"),
+        message("assistant", "yes", thought="hm")], tokenize=False)
+    asked = "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
+    for begin, row in (("", {"text": text}), (asked + opens, {"prompt": asked + opens, "completion": text})):
+        if not text.startswith(begin):
+            continue
+        path.write_text(json.dumps(row))
+        data = load_dataset(str(path), read_template(tokenizer), tiny.DataArguments(loss="sft"), 1000, False)
+        example, = data.examples
+        assert tokenizer.decode(example.prompt + list(example.chosen)) + "\n" == text
+        scored = tokenizer.decode([example.chosen[place] for place in example.chosen.scored])
+        assert scored == f"{first}<|im_end|>{last}<|im_end|>"
+        assert not any("differs from the transcript" in note for note in data.notes)
+
+
 def test_an_empty_block_before_thoughts_that_are_there_goes(tmp_path):
     """A template that writes a block of its own, empty where no thoughts are given apart: as Kimi K2's. The model would
     write one."""
