@@ -90,8 +90,7 @@ def _last_reply(template: Template, before: list[dict], reply: dict) -> Rendered
     else:
         _check_written(template, [*before, reply], whole, reply)
         rendered = Rendered(prompt, whole[len(prompt):].removesuffix(template.rest))
-        # An empty block of its own, before the one that the content begins with.
-        rendered.response = re.sub(rf"^\s*{OPEN}\s*{CLOSE}\s*(?=<think>)", "", rendered.response)
+        rendered.response = _without_empty_block(rendered.prompt, rendered.response)
         if _thinks_nothing(opened) and not re.match(rf"\s*(?:{OPEN}|{CLOSE})", rendered.response):
             rendered.prompt = asked  # as at inference, where the answer comes after it
         elif opened:
@@ -150,6 +149,15 @@ def _as_generated(content: str, opened: str) -> str:
     if not mark or not content.lstrip().startswith(mark):
         return content
     return content.lstrip().removeprefix(mark).removeprefix(opened[opened.index(mark) + len(mark):])
+
+
+def _without_empty_block(prompt: str, response: str) -> str:
+    """The response without an empty block for thoughts that the template writes before the one with which the content
+    begins. Where the prompt opens this block, the thoughts of the content are what comes in it."""
+    opened = re.search(rf"{OPEN}\s*\Z", prompt)
+    block = re.match(rf"\s*{'' if opened else OPEN}\s*{CLOSE}\s*(?=<think>)", response)
+    rest = response[block.end() if block else 0 :]
+    return _as_generated(rest, opened[0]) if block and opened else rest
 
 
 def _every_reply(template: Template, messages: list[dict], earlier: list[int], last: Rendered) -> Rendered:

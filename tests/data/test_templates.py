@@ -301,6 +301,23 @@ def test_an_empty_block_before_thoughts_that_are_there_goes(tmp_path):
     assert tokenizer.decode(example.rejected) == "<think></think>5<|im_end|>"
 
 
+def test_thoughts_of_a_content_come_in_the_block_that_the_prompt_opens(tmp_path):
+    """A template that writes a block of its own and opens it for inference: the model would write its thoughts there,
+    and not close it empty to open another one."""
+    tokenizer, thought = tiny.chatml(), "<think>\nI {}.\n</think>\n\n{}"
+    tokenizer.chat_template = tiny.CHATML.replace(
+        "{{ m['content'] }}", "{% if m.role == 'assistant' %}{{ '<think>\n' + (m.reasoning_content or '') + "
+        "'\n</think>\n\n' }}{% endif %}{{ m['content'] }}").replace("assistant\n{% end", "assistant\n<think>\n{% end")
+    in_content = row([message("user", "2?")], thought.format("add", 4), thought.format("do", 5))
+    apart = {"prompt": [message("user", "2?")], "chosen": [message("assistant", "4", reasoning_content="I add.")],
+             "rejected": [message("assistant", "5", reasoning_content="I do.")]}
+    example, other = load(tmp_path, tokenizer, in_content, apart).examples
+    asked = "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert tokenizer.decode(example.prompt) == asked
+    assert tokenizer.decode(example.chosen) == "I add.\n</think>\n\n4<|im_end|>"
+    assert (example.prompt, example.chosen, example.rejected) == (other.prompt, other.chosen, other.rejected)
+
+
 def test_contents_that_are_written_as_json_are_there(tmp_path):
     tokenizer = tokenizer_of("qwen25")
     tokenizer.chat_template = QWEN25.replace("m.content + '\n</tool", "(m.content | tojson) + '\n</tool")
