@@ -173,6 +173,8 @@ def _every_reply(template: Template, messages: list[dict], earlier: list[int], l
             note = note or "the chat template writes earlier answers differently; scored as in the conversation"
         elif not said.endswith(template.end) and (closed := re.match(rf"\s*{re.escape(template.end)}", whole[end:])):
             end += closed.end()  # which it writes before the next turn alone
+        elif not said.rstrip().endswith((template.end, *added_tokens(template.tokenizer))):  # or a call
+            note = note or "the chat template writes no end of turn after earlier answers; they are scored without one"
         if not len(prompt) < end <= len(last.prompt) or places and places[-1][1] > len(prompt):
             raise UserError(f"the chat template does not show where the answer of message {i} ends; score the last "
                             "answers alone with --train_on last")

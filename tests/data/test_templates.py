@@ -454,6 +454,20 @@ def test_an_end_that_is_written_before_the_next_turn_alone_is_scored(tmp_path):
     assert [example.chosen[i] for i in example.chosen.scored] == [*b"4", 260, *b"9", 260]
 
 
+def test_answers_that_a_template_does_not_close_are_told(tmp_path):
+    """As GLM-4's, whose answers end where the next turn begins: the last one is given the eos, the others have none."""
+    tokenizer = tiny.make(["<eos>", "<user>", "<model>"], eos_token="<eos>", pad_token="<eos>", template=(
+        "{% for m in messages %}{{ ('<model>' if m.role == 'assistant' else '<user>') + m.content }}{% endfor %}"
+        + GENERATION + "{{ '<model>' }}{% endif %}"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [message("user", "2?"), message("assistant", "4"), message("user", "3?"),
+                                             message("assistant", "9")]}))
+    data = load_dataset(str(path), read_template(tokenizer), tiny.DataArguments(loss="sft"), 1000, False)
+    example, = data.examples
+    assert tokenizer.decode([example.chosen[i] for i in example.chosen.scored]) == "49<eos>"
+    assert any("no end of turn after earlier answers" in note for note in data.notes)
+
+
 # Other turns, and leads
 
 
