@@ -48,8 +48,8 @@ def _end_of(template: Template, prompt: str, response: str, reply: dict) -> str:
     """A turn's end inside a chat, the eos token in plain text; of a call of tools the end that the template wrote."""
     said = response.rstrip()
     if reply.get("tool_calls") and not said.endswith(template.end):
-        own = next((token for token in added_tokens(template.tokenizer) if said.endswith(token)), None)
-        if own and said.count(own) == 1:
+        own = next((token for token in added_tokens(template.tokenizer) if said.endswith(token)), "")
+        if said.count(own) == 1 and own.replace("</", "<") not in said.removesuffix(own):  # of GLM's calls
             return own
     if header_at_end(template, prompt) or response.rstrip().endswith(template.end):
         return template.end

@@ -442,6 +442,19 @@ def test_an_answer_and_its_turn_may_end_with_a_token_each(tmp_path):
     assert tokenizer.decode(example.rejected) == "<say>5</say><eot>"
 
 
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_tag_that_closes_a_call_is_not_the_end_of_its_turn(calls, tmp_path):
+    """As GLM-4.5's, whose answers the template does not close: they get the eos, whatever they are."""
+    tokenizer = tiny.make(["<eos>", "<user>", "<model>", "<tool_call>", "</tool_call>"], eos_token="<eos>", template=(
+        "{% for m in messages %}{{ ('<model>' if m.role == 'assistant' else '<user>') + (m.content or '') }}"
+        "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + call.function.name + '</tool_call>' }}{% endfor %}"
+        "{% endfor %}" + GENERATION + "{{ '<model>' }}{% endif %}"), pad_token="<eos>")
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    example, = load(tmp_path, tokenizer, {"prompt": [message("user", "2?")], "rejected": [message("assistant", "5")],
+                                          "chosen": [message("assistant", None, tool_calls=[call] * calls)]}).examples
+    assert tokenizer.decode(example.chosen) == "<tool_call>f</tool_call>" * calls + "<eos>"
+
+
 def test_an_end_that_is_written_before_the_next_turn_alone_is_scored(tmp_path):
     """As Apertus': the last answer gets its end, and the earlier ones have theirs in the conversation."""
     tokenizer = tiny.chatml()
