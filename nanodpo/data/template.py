@@ -103,7 +103,7 @@ def _read(template: Template) -> None:
     template.rest = tail.partition(template.end)[2] if template.end else ""
     header = prompted[len(shared_start(tokenizer, asked, prompted)):]
     if asked == prompted:  # it opens the assistant's turn whether asked to or not
-        header = prompted.lstrip().removeprefix(template.end or "").lstrip()
+        header = prompted.lstrip().removeprefix(template.end or "").removeprefix(tokenizer.eos_token or "").lstrip()
     template.header = given or header or None
     template.written = None if given else _before_every_answer(template, prompted, before, header)
     if given and not (header and given.strip().startswith(header.strip())):
@@ -213,10 +213,10 @@ def split_transcript(template: Template, text: str, prompt: str | None = None) -
     has no header of this model, and where a prompt would be lost.
     """
     header, prompt = template.header, prompt or ""
-    if header and text.rfind(template.written) > text.rfind(header):  # a conversation, where the header is shorter
-        header = template.written
     if header and header in template.rest:  # the template has opened the next turn
         text = text.rstrip().removesuffix(template.rest.strip())
+    if header and text.rfind(template.written) > text.rfind(header):  # a conversation, where the header is shorter
+        header = template.written
     if header and header in text:
         before, _, response = _joined(template, header, text, prompt).rpartition(header)
         user = template.openings[0] if template.openings else None

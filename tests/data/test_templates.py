@@ -442,6 +442,22 @@ def test_an_answer_and_its_turn_may_end_with_a_token_each(tmp_path):
     assert tokenizer.decode(example.rejected) == "<say>5</say><eot>"
 
 
+@pytest.mark.parametrize("block", ["", "<think></think>"])
+def test_what_opens_the_next_turn_unasked_is_no_part_of_a_transcript(block, tmp_path):
+    """As Command R7B's template does, with an empty block for thoughts, after an answer that has two ends of which a
+    question has one: what closes the question is no part of the header."""
+    tokenizer, path = tiny.make(["<eot>", "<user>", "<model>", "</say>"], eos_token="<eot>", template=(
+        "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<model>' }}{{ m.content }}"
+        "{{ '</say>' if m.role == 'assistant' }}<eot>{% endfor %}<model>" + block)), tmp_path / "rows.jsonl"
+    text = f"<user>2+2?<eot><model>3</say><eot><user>Sure?<eot><model>4</say><eot><model>{block}"
+    template = read_template(tokenizer)
+    assert (template.header, template.written, template.end) == (f"<model>{block}", "<model>", "</say><eot>")
+    path.write_text(json.dumps({"text": text}))
+    example, = load_dataset(str(path), template, tiny.DataArguments(loss="sft"), 1000, False).examples
+    assert tokenizer.decode(example.prompt + list(example.chosen)) == text.removesuffix(f"<model>{block}")
+    assert tokenizer.decode([example.chosen[i] for i in example.chosen.scored]) == "3</say><eot>4</say><eot>"
+
+
 @pytest.mark.parametrize("calls", [1, 2])
 def test_a_tag_that_closes_a_call_is_not_the_end_of_its_turn(calls, tmp_path):
     """As GLM-4.5's, whose answers the template does not close: they get the eos, whatever they are."""
