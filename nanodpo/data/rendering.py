@@ -61,6 +61,8 @@ def render_messages(template: Template, messages: list[dict], first: int | None 
         raise UserError(f"must end with an assistant message, ends with role {reply['role']!r}")
     if not before:
         raise UserError("has no message before the assistant's")
+    if not _says(reply):  # around which some templates write a block for thoughts
+        raise UserError("is empty")
     rendered = _last_reply(template, before, reply)
     if first is not None and not _is_trained_on(reply):
         raise UserError("ends with an answer that is marked as not to be trained on; end the conversation before it")
@@ -69,6 +71,8 @@ def render_messages(template: Template, messages: list[dict], first: int | None 
     if 0 in earlier:
         raise UserError("begins with an answer, which nothing asks for; put a message before it, or score last answers "
                         "alone with --train_on last")
+    if not all(_says(before[i]) for i in earlier):
+        raise UserError("has an answer before its last one that is empty")
     return _every_reply(template, messages, earlier, rendered) if earlier else rendered
 
 
@@ -107,6 +111,13 @@ def _asks_otherwise(template: Template, before: list[dict], reply: dict, asked: 
     question that is the last message."""
     lost = {i for i, _ in _left_out(template, [*before, reply], reply)} - {len(before)}
     return bool(lost and template.header) and asked.endswith(template.header) and template.written in whole
+
+
+def _says(reply: dict) -> bool:
+    """Is there something in this answer?"""
+    parts = [reply.get(name) for name in ("content", *REASONING)]
+    return bool(reply.get("tool_calls")) or any(not isinstance(part, (str, type(None))) or part and part.strip()
+                                                for part in parts)
 
 
 def _is_trained_on(message: dict) -> bool:

@@ -156,6 +156,16 @@ def test_ids_are_those_of_inference(name, tmp_path):
         assert not bos or example.prompt.count(tokenizer.bos_token_id) == 1
 
 
+@pytest.mark.parametrize("name", ["qwen25", "qwen3"])
+@pytest.mark.parametrize("nothing", ["", " \n"])
+def test_an_empty_answer_is_refused_also_where_a_template_writes_something_around_it(name, nothing, tmp_path):
+    """Qwen3's: that nothing was thought."""
+    asked = [message("user", "2+2?")]
+    for said in (nothing, [message("assistant", nothing)]):
+        bad = {"prompt": asked, "chosen": "4", "rejected": said}
+        assert "row 0: rejected is empty" in error_of(tmp_path, tokenizer_of(name), bad)
+
+
 def test_plain_text_keeps_the_tokenizers_own_bos(tmp_path):
     """Zephyr's template writes none; text that it did not render is tokenised as this tokenizer tokenises text."""
     plain = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
