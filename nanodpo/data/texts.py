@@ -6,7 +6,7 @@ import re
 
 from ..errors import UserError
 from .closing import close
-from .rendering import Rendered, render_messages, render_prompt
+from .rendering import Rendered, render_messages
 from .template import (
     FOREIGN_OPENINGS,
     Template,
@@ -145,7 +145,7 @@ def _render_side(template: Template, side: str, prompt, value, notes: list[str],
     try:
         found = _split(template, prompt, value, every)
         if found is None:
-            found = Rendered(_plain_prompt(template, prompt), value)
+            found = Rendered(_plain_prompt(prompt), value)
             if value.lstrip().startswith(HUMAN.strip()) and ASSISTANT in value:
                 raise UserError(f"is a whole conversation (it opens with {HUMAN.strip()!r}) beside a prompt in a "
                                 "column of its own; remove that column, or give the answer alone")
@@ -169,9 +169,11 @@ def _asks(text: str, question: str) -> bool:
 
 
 def _split(template: Template, prompt, value, every: bool) -> Rendered | None:
-    """The texts of messages or of a transcript; None for a plain response."""
+    """The texts of messages or of a transcript; None for a plain response to a prompt that is text."""
     if isinstance(value, str):
         parts = split_transcript(template, value, prompt if isinstance(prompt, str) else None)
+        if not parts and _is_messages(prompt):  # what the assistant says; some templates write a space before it
+            return render_messages(template, [*prompt, {"role": "assistant", "content": value}])
         if not parts or not every:
             return parts and Rendered(*parts)
         asked = prompt if isinstance(prompt, str) and parts[0].startswith(prompt) else ""
@@ -251,9 +253,7 @@ def _repeats(prompt, response: str) -> bool:
     return response.startswith(prompt) and not (goes_on and (prompt[-1:] + goes_on).isalnum())
 
 
-def _plain_prompt(template: Template, prompt) -> str:
-    if _is_messages(prompt):
-        return render_prompt(template, prompt)
+def _plain_prompt(prompt) -> str:
     if prompt is None:
         raise UserError("has no prompt: name its column with --prompt_field, or, for a transcript, what opens the "
                         "assistant's turn with --assistant_header")
