@@ -248,7 +248,8 @@ def _joined(template: Template, header: str, text: str, prompt: str) -> str:
     again = prompt.strip().removeprefix(bos).strip().startswith(lead.removeprefix(bos).strip())
     if rendered and again and not (user and user in lead):
         return prompt.removesuffix(header) + header + text.partition(header)[2]
-    return prompt + text if prompt.endswith(header) else text
+    whole = text.lstrip().startswith(tuple(filter(None, (template.bos, *template.openings))))
+    return prompt + text if prompt.endswith(header) and not whole else text
 
 
 def holds_turns(template: Template, text: str) -> bool:

@@ -557,6 +557,22 @@ def test_an_answer_may_speak_of_a_mark_that_is_no_token(tmp_path):
 # Prompts and answers that were rendered apart, or twice
 
 
+@pytest.mark.parametrize("opening", ["<s>[INST] ", "[INST] "])
+def test_a_whole_transcript_is_not_put_behind_another_prompt(opening, tmp_path):
+    """Mistral's writes a system prompt into the last question alone, so that a rendered prompt has it, and the rendered
+    conversation does not: the question would stand there twice. An answer that goes on with more turns goes behind."""
+    prompt = "<s>[INST] Be brief.\n\n2+2? [/INST]"
+    data = load(tmp_path, tokenizer_of("mistral"), {"prompt": prompt, "chosen": opening + "2+2? [/INST] 4</s>",
+                                                    "rejected": opening + "2+2? [/INST] 5</s>"})
+    example, = data.examples
+    assert example.prompt == [258, *b"[INST] 2+2? [/INST]"] and example.chosen == [*b" 4", 259]
+    assert data.notes == {"prompt column differs from the transcript's prompt (the transcript is used)": 1}
+    more = " 3</s>[INST] Sure? [/INST]"
+    example, = load(tmp_path, tokenizer_of("mistral"), {"prompt": prompt, "chosen": more + " 4</s>",
+                                                        "rejected": more + " 5</s>"}).examples
+    assert tokenizer_of("mistral").decode(example.prompt) == prompt + more
+
+
 @pytest.mark.parametrize("lead", ["<|im_start|>system\nYou are Q.<|im_end|>\n", ""])
 @pytest.mark.parametrize("generation", [True, False])
 def test_prompt_and_answers_rendered_apart_are_put_together(lead, generation, tmp_path):
