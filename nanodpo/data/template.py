@@ -295,7 +295,10 @@ def header_at_end(template: Template, prompt: str) -> str:
 def question_in(template: Template, prompt: str) -> str:
     """The text of a rendered prompt up to the end of its last user turn, for comparing with a column."""
     before = prompt.removesuffix(header_at_end(template, prompt)).rstrip()
-    return before.removesuffix(template.end).strip()
+    ends = template.end, *added_tokens(template.tokenizer)  # a question may end with another token than an answer
+    while end := next((end for end in ends if before.endswith(end)), None):
+        before = before.removesuffix(end).rstrip()
+    return before.strip()
 
 
 def close_turn(text: str, end: str, also: str | None = None) -> tuple[str, bool, bool]:

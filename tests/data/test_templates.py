@@ -557,6 +557,17 @@ def test_an_answer_may_speak_of_a_mark_that_is_no_token(tmp_path):
 # Prompts and answers that were rendered apart, or twice
 
 
+def test_a_question_that_ends_with_another_token_than_an_answer_is_the_same_question(tmp_path):
+    """As gpt-oss's, which ends the last answer with <|return|>; what follows the question is not a part of it."""
+    tokenizer = tiny.make(["<eos>", "<end>", "<user>", "<model>"], eos_token="<eos>", template=(
+        "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<model>' }}{{ m.content }}"
+        "{{ '<eos>' if m.role == 'assistant' else '<end>' }}{% endfor %}" + GENERATION + "<model>{% endif %}"))
+    for question, differs in (("2+2?", False), ("3+3?", True)):
+        data = load(tmp_path, tokenizer, {"prompt": question, "chosen": "<user>2+2?<end><model>4<eos>",
+                                          "rejected": "<user>2+2?<end><model>5<eos>"})
+        assert any("differs from the transcript's prompt" in note for note in data.notes) == differs
+
+
 @pytest.mark.parametrize("opening", ["<s>[INST] ", "[INST] "])
 def test_a_whole_transcript_is_not_put_behind_another_prompt(opening, tmp_path):
     """Mistral's writes a system prompt into the last question alone, so that a rendered prompt has it, and the rendered
