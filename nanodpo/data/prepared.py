@@ -18,7 +18,7 @@ from .messages import in_messages
 from .rows import read_places
 from .shapes import Columns, choose_columns, describe_columns, read_row, unread_parts
 from .template import Template
-from .texts import Texts, render_more, render_row, render_whole
+from .texts import Texts, before_answer, render_more, render_row, render_whole
 
 AT_ONCE = 500  # rows whose texts are in memory at one time, in each process
 MANY = 2000  # rows from which on it is worth while to start processes
@@ -206,7 +206,9 @@ def _render(template: Template, number: int, row: dict, columns: Columns, more: 
     text = render_whole(template, number, values.chosen) if columns.whole else None
     text = text or render_row(template, number, values.prompt, values.chosen, values.rejected,
                               columns.rejected is not None, every, columns.alike)
-    found = {name: render_more(template, text.prompt, name, in_messages(f"column {name}", row[name])) for name in more}
+    asked = None if text.places or not more else before_answer(template, values.prompt, values.chosen)
+    found = {name: render_more(template, text.prompt, name, in_messages(f"column {name}", row[name]), asked)
+             for name in more}
     notes = (*text.notes, *(note for _, notes in found.values() for note in notes))
     said = {name: response for name, (response, _) in found.items() if response}
     return dataclasses.replace(text, notes=notes, more=said)

@@ -122,9 +122,10 @@ def _refuse_prompts(chosen, rejected, first: str, second: str) -> None:
                     f"{second[at:at + 30]!r}")
 
 
-def render_more(template: Template, prompt: str, name: str, value) -> tuple[str | None, list[str]]:
+def render_more(template: Template, prompt: str, name: str, value, asked: list[dict] | None = None
+                ) -> tuple[str | None, list[str]]:
     """A further column's response to a rendered prompt, closed like the others, None where the row has none; and notes
-    on what may be wrong with it.
+    on what may be wrong with it. `asked` are the messages of which the chat template rendered the prompt.
 
     Raises UserError naming the column.
     """
@@ -133,7 +134,10 @@ def render_more(template: Template, prompt: str, name: str, value) -> tuple[str 
     if _is_messages(value) and {message["role"] for message in value} <= {"assistant", *SYSTEMS}:
         raise UserError(f"column {name} is an answer in messages; give it as text, or with the conversation before it")
     notes = []
-    found = _render_side(template, f"column {name}", prompt, value, notes)
+    plain = asked is not None and _is_plain(template, value)
+    found = _render_side(template, f"column {name}", asked if plain else prompt, value, notes)
+    if plain and found.prompt.startswith(prompt):  # of a pair the shorter prompt of two is taken
+        found.prompt, found.response = prompt, found.prompt[len(prompt):] + found.response
     # Plain text answers the prompt that the row has; a transcript brings its own, which must be the same.
     if found.prompt != prompt:
         raise UserError(f"column {name} answers another prompt: {found.prompt[-40:]!r}")
@@ -180,6 +184,12 @@ def _split(template: Template, prompt, value, every: bool) -> Rendered | None:
         return _transcript(template, *parts, len(asked.removesuffix(header_at_end(template, asked))))
     if not _is_messages(value):
         raise UserError(f"is {_kind(value)}, not text or a list of messages")
+    messages, asked = _conversation(template, prompt, value)
+    return render_messages(template, messages, asked if every else None)
+
+
+def _conversation(template: Template, prompt, value: list[dict]) -> tuple[list[dict], int]:
+    """The messages of a prompt and of what follows it, and how many are in a prompt of messages."""
     asked = next((i for i, m in enumerate(value) if m["role"] == "assistant"), len(value))
     if isinstance(prompt, str) and prompt.strip() and {m["role"] for m in value[:asked]} <= SYSTEMS:
         if holds_turns(template, prompt):
@@ -189,7 +199,14 @@ def _split(template: Template, prompt, value, every: bool) -> Rendered | None:
     said = [[(m["role"], str(m.get("content") or "").strip()) for m in part] for part in (lead, value)]
     # Some sets repeat the prompt, or its last turns, in front of the reply.
     new = next(i for i in range(len(lead) + 1) if said[1][: len(lead) - i] == said[0][i:])
-    return render_messages(template, lead[:new] + value, len(lead) if every else None)
+    return lead[:new] + value, len(lead)
+
+
+def before_answer(template: Template, prompt, chosen) -> list[dict] | None:
+    """The messages that the last answer of `chosen` answers; None where a row has none."""
+    if _is_messages(chosen):
+        return _conversation(template, prompt, chosen)[0][:-1]
+    return prompt if _is_messages(prompt) and _is_plain(template, chosen) else None
 
 
 def _transcript(template: Template, prompt: str, response: str, after: int) -> Rendered:

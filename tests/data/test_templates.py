@@ -170,6 +170,16 @@ def test_a_plain_answer_to_a_prompt_of_messages_is_what_the_assistant_says(name,
     assert sft[0].prompt == sft[1].prompt == example.prompt and sft[0].chosen == sft[1].chosen == example.chosen
 
 
+@pytest.mark.parametrize("name", IDIOMS)
+def test_a_plain_answer_of_a_further_column_is_what_the_assistant_says(name, tmp_path):
+    """Beside messages it has the ids of the same answer as a message, so that their log-probs can be compared."""
+    tokenizer, talk = tokenizer_of(name), [message("user", "2+2?")]
+    whole = {"chosen": [*talk, message("assistant", "4")], "rejected": [*talk, message("assistant", "5")], "prompt": ""}
+    for data in (row(talk), whole, {"prompt": talk, "chosen": "4", "rejected": "5"}):
+        example, = load(tmp_path, tokenizer, data | {"third": "4"}, more=("third",)).examples
+        assert example.more == {"third": example.chosen}
+
+
 @pytest.mark.parametrize("name", ["qwen25", "qwen3"])
 @pytest.mark.parametrize("nothing", ["", " \n"])
 def test_an_empty_answer_is_refused_also_where_a_template_writes_something_around_it(name, nothing, tmp_path):
