@@ -121,6 +121,17 @@ def test_one_function_prints(file):
             f"{file.name}, line {node.lineno}: {called}")
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_text_is_utf_8_whatever_the_locale(name):
+    """No file is read or written in the encoding of the user's locale, which on clusters may be ASCII or Latin-1."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            mode = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            text = node.func.attr in ("read_text", "write_text") or (
+                node.func.attr == "open" and mode in ("r", "w", "a", "x", "r+", "w+", "a+"))
+            assert not text or "encoding" in {option.arg for option in node.keywords}, f"{name}, line {node.lineno}"
+
+
 @pytest.mark.parametrize("script", ["train", "score"])
 def test_help_and_wrong_input_wait_for_no_model_code(script):
     """`--help` in two seconds: what takes longest to import is imported when a model is made."""

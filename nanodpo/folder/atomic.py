@@ -145,7 +145,7 @@ def publish(folder: Path, facts: dict, hashed: dict[str, dict] | None = None) ->
     names = [str(file.relative_to(place)) for file in files if file.name not in BESIDE]
     facts = facts | {"files": {name: hashed.get(name) or file_facts(place / name) for name in names}}
     with new_file(place / MANIFEST) as manifest:
-        manifest.write_text(json.dumps(facts, indent=1) + "\n")
+        manifest.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     remove(folder)  # a damaged one of the same name
     os.rename(place, folder)
     flush(folder.parent)

@@ -61,7 +61,8 @@ def add_figure(run: Path) -> None:
                 except OSError:
                     shutil.copyfile(figure, place)
             with new_file(card) as place:
-                place.write_text(f"{read_text(card)}\n## Training\n\n![Training, step by step]({FIGURE})\n")
+                place.write_text(f"{read_text(card)}\n## Training\n\n![Training, step by step]({FIGURE})\n",
+                                 encoding="utf-8")
 
 
 class History:

@@ -46,7 +46,7 @@ def save(model: nn.Module, tokenizer, state: dict[str, torch.Tensor], folder: Pa
         _write(model, tokenizer, state, place)
         tokenizer.save_pretrained(place)
         for name, text in (texts or {}).items():
-            (place / name).write_text(text)
+            (place / name).write_text(text, encoding="utf-8")
         verify(place, _published(model, state))
 
 

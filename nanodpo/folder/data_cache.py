@@ -132,7 +132,7 @@ def _alone(file: Path):
 def _lock(place: Path):
     """Opens and locks a file that whoever had it locked before has removed, so that nothing stays of it."""
     while True:
-        lock = place.open("w")
+        lock = place.open("wb")
         fcntl.flock(lock, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), place.stat()):

@@ -171,7 +171,7 @@ def fill(fork: Fork, folder: Path) -> None:
                 os.rename(aside(folder / name), folder / name)
     before = [text for text, line in read_lines(fork.run) if line["step"] < fork.step]
     with writing(folder / "metrics.jsonl"), new_file(folder / "metrics.jsonl") as place:
-        place.write_text("".join(before))
+        place.write_text("".join(before), encoding="utf-8")
 
 
 def _link(file: str, place: str) -> None:

@@ -84,7 +84,7 @@ def hash_before(lines: list[tuple[str, dict]], step: int) -> str:
 def append_line(file: Path, line: dict) -> None:
     """Appends one JSON line and hands it to the operating system at once. Raises RankStopped where it can't."""
     try:
-        with file.open("a") as out:
+        with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(line, allow_nan=False) + "\n")
     except OSError as error:
         raise RankStopped(f"{file}: can't be written ({error.strerror}); what was written before is whole, and the "

@@ -145,7 +145,7 @@ def create(folder: Path, record: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with writing(folder):
-            place.write_text(text)
+            place.write_text(text, encoding="utf-8")
             flush(place)
         os.link(place, folder / "run.json")  # all of it at once, and, unlike `new_file`, only if it is not there
     except (FileExistsError, FileNotFoundError) as error:  # not found: the other run has cleared our file away
@@ -162,13 +162,13 @@ def list_rows(file: Path, rows: list[dict]) -> None:
     it. Without rows there is no file."""
     if rows and not file.exists():
         with writing(file), new_file(file) as place:
-            place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def lock(folder: Path):
     """Locks a run against a second process for as long as this one lives. Returns the locked file, which must be kept
     open. Raises UserError where another process has the lock."""
-    file = (folder / "run.json").open("r+")
+    file = (folder / "run.json").open("rb+")
     hold(file, f"--output_dir {folder}: is in use by another run")
     clear_partials(folder)
     clear_partials(folder / "resume")
@@ -191,13 +191,13 @@ def check_held(folder: Path, file) -> None:
 
 def _content(file) -> bytes:
     file.seek(0)
-    return file.read().encode()
+    return file.read()
 
 
 def finish(folder: Path) -> None:
     """Writes into run.json that the run is finished."""
     with writing(folder / "run.json"), new_file(folder / "run.json") as place:
-        place.write_text(_text(read(folder) | {"finished": True}))
+        place.write_text(_text(read(folder) | {"finished": True}), encoding="utf-8")
 
 
 def _text(record: dict) -> str:

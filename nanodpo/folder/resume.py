@@ -208,7 +208,7 @@ def go_back(run: Path, lines: list[tuple[str, dict]], step: int) -> set[int]:
             if line["step"] < step or (is_evaluation(line) and line["step"] == step)]
     if metrics.exists() and read_text(metrics, MAX_BYTES, "replace") != "".join(text for text, _ in kept):
         with writing(metrics), new_file(metrics) as place:
-            place.write_text("".join(text for text, _ in kept))
+            place.write_text("".join(text for text, _ in kept), encoding="utf-8")
     for folder, prefix in ((run / "resume", "step"), (run, "checkpoint")):
         for later in [s for s in saved_steps(folder, prefix) if s > step]:
             remove(folder / f"{prefix}-{later}")

@@ -78,7 +78,7 @@ def write(history: History, found: list[tuple[Probes, Found]], store: Store, fol
         with new_file(folder / "ledger.parquet") as place:
             table.to_parquet(place, index=False)
         with new_file(folder / "ledger.json") as place:
-            place.write_text(json.dumps(records, indent=1) + "\n")
+            place.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     norms = {step: store.norm(step) for step in range(history.steps) if step not in history.skipped}
     lines = [report.rebuilt_line(history, norms, found[0][1].rebuilt), *map(report.sentence, records),
              *report.worst_pairs(table), f"done: {folder / 'ledger.parquet'}"]

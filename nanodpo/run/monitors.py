@@ -41,7 +41,7 @@ def take_blocks(settings: dict, report_to: list[str] | None) -> dict[str, dict]:
 def read_sent(file: Path) -> dict:
     """A name for W&B and Comet, and the last line that was sent; as of a new run where there is no such file."""
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         return {"id": str(found["id"]), "step": int(found["step"]), "train": bool(found["train"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {"id": uuid.uuid4().hex, "step": -1, "train": False}
@@ -123,7 +123,7 @@ class Monitors:
                               "command goes on from the last state") from error
 
     def _record(self) -> None:
-        aside(self.file).write_text(json.dumps(self.sent))
+        aside(self.file).write_text(json.dumps(self.sent), encoding="utf-8")
         os.replace(aside(self.file), self.file)  # whole, but not flushed: that would take longer than a small step
 
     def close(self, failed: bool) -> None:

@@ -219,7 +219,7 @@ def gone(parents: list[tuple[int, int]]) -> bool:
 
 def _command(process: int) -> str:
     try:
-        return Path(f"/proc/{process}/cmdline").read_text(errors="replace")
+        return Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
@@ -228,6 +228,7 @@ def _parent(process: int) -> int | None:
     if process == os.getpid():
         return os.getppid()
     try:
-        return int(Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+        said = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        return int(said.rpartition(")")[2].split()[1])
     except OSError:
         return None

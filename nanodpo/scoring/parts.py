@@ -188,7 +188,7 @@ def _lock(folder: Path):
     """Keeps a second scoring out for as long as this process lives; the file must be kept open."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a")
+        file = (folder / "lock").open("ab")
     hold(file, taken := f"--output_dir {folder.parent}: another scoring is at work there; wait for its end, or name "
          "another folder")
     place = folder / "lock"

@@ -203,7 +203,7 @@ def write_text(file: Path, text: str) -> None:
         return file.unlink(missing_ok=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     with writing(file), new_file(file) as place:
-        place.write_text(text)
+        place.write_text(text, encoding="utf-8")
 
 
 def _concat(tables: list[pandas.DataFrame]) -> pandas.DataFrame:

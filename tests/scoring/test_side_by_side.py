@@ -1,6 +1,10 @@
 """A scoring for human eyes: the table on the screen, right answers, and answers side by side."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas
 import pytest
@@ -33,6 +37,16 @@ def test_rows_are_counted_that_were_answered_at_both_ends():
     text = side_by_side.to_file(table)
     assert text.startswith("answers of r on d: 2 of 2 right at step 0, 1 of 2 right at step 9\n")
     assert "row 1," in text and "row 3," not in text
+
+
+def test_a_file_of_texts_is_utf_8_whatever_the_locale(tmp_path):
+    """Answers in French and Chinese, written where the locale is ASCII, as on many clusters."""
+    code = "import sys; from nanodpo.scoring.tables import write_text; from pathlib import Path; " \
+           "write_text(Path(sys.argv[1]), '\\xe9 \\u4e2d')"
+    env = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "answers.txt"], check=True, env=env,
+                   cwd=Path(__file__).parents[2])
+    assert (tmp_path / "answers.txt").read_bytes() == "\xe9 \u4e2d".encode()
 
 
 def test_the_screen_shows_three_and_first_those_that_went_wrong():
