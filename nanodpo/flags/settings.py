@@ -78,5 +78,16 @@ def check_path(flag: str, path: str) -> None:
         name = b"\0"
     if b"\0" in name:
         raise UserError(f"{flag} {path}: no such file can be, since the name holds NUL or half a character")
+    check_utf_8(flag, path)
     if len(name) > 4095 or max(map(len, name.split(b"/"))) > 255:
         raise UserError(f"{flag} {path}: {os.strerror(errno.ENAMETOOLONG)}")
+
+
+def check_utf_8(what: str, name: str) -> None:
+    """Raises UserError for a name that Linux may have and safetensors, tokenizers and Arrow can't: it is no UTF-8, or
+    was read in a locale of ASCII. `what` stands before it in the message."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} {name}: no such file or name can be used, since it is not UTF-8 here; rename it"
+                        ) from error

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import UserError
 from ..flags.launchers import local_rank
+from ..flags.settings import check_path, check_utf_8
 from ..flags.unknown import parse_known
 from ..ranks.distributed import check_sequence_parallel
 from .responses import GREEDY, KINDS
@@ -80,6 +81,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     if args.max_new_tokens and not args.answers and GREEDY not in (args.responses or []):
         raise UserError(f"--max_new_tokens {args.max_new_tokens}: no answers are made; add --answers ROWS, or {GREEDY} "
                         "to --responses")
+    check_path("--output_dir", args.output_dir or "")
     check_gpu(args.gpu_id)
     check_sequence_parallel(args.sequence_parallel_size)
     check_ledger(args)
@@ -133,6 +135,7 @@ def named_data(given: list[str]) -> list[tuple[str, str]]:
         name, _, file = item.partition("=") if "=" in item else (Path(item).stem, "", item)
         if not (name and file):
             raise UserError(f"--dataset_path {name}={file}: expected FILE or NAME=FILE")
+        check_utf_8("--dataset_path", name)
         found.append((name, file))
     names = [name for name, _ in found]
     if len(set(names)) < len(names):

@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..files import read_text
 from ..flags.arguments import TrainArguments
 from ..flags.loss import LOSSES, loss_name, own_function, read_loss
+from ..flags.settings import check_utf_8
 from ..folder.atomic import MANIFEST, saved_steps, step_of
 from ..folder.record import versions
 from ..folder.same_run import FREE, custom
@@ -113,6 +114,9 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
         checkpoint.recorded = checkpoint.settings
         checkpoint.settings = SimpleNamespace(**vars(checkpoint.settings) | (changes or {}))
     _tell_apart(found)
+    for checkpoint in found:
+        check_utf_8("run", checkpoint.run)
+        check_utf_8("model", checkpoint.path)
     runs = list(dict.fromkeys(c.run for c in found))
     found.sort(key=lambda c: (runs.index(c.run), c.step))  # a run's start comes first: the rest is compared with it
     seen = collections.Counter((c.run, c.step) for c in found)

@@ -488,6 +488,8 @@ FLAGS += [(f"{what} for {flag}", nothing_changed, [f"--{flag}={value}"], [f"--{f
       for what, folder in (("a name too long", "@/"), ("a bare name too long", ""))),
     *((name, "NUL", "@/a\0b", "a\\x00b: no such file can be, since the name holds NUL or half")
       for name in ("output_dir", "resume", "deepspeed", "model_name", "eval_file_path", "cache_dir")),
+    *((name, "a name that is not UTF-8", "@/a\udcff", "a\\udcff: no such file or name can be used")
+      for name in ("output_dir", "cache_dir")),
     ("deepspeed", "a long name", "x" * 5000, "too long"),
     ("chat_template", "no file", "@/none.jinja", "can't be read (No such file"),
     ("chat_template", "a folder", "@/model", "can't be read"), ("chat_template", "weights", "@/model/model.safetensors",

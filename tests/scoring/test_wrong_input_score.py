@@ -164,6 +164,13 @@ FLAGS += [(f"target {target[:20]!r}", nothing_changed, [target, *DATA], [words])
     ("@/rows.jsonl", "model @/rows.jsonl: config.json ca"),
     ("@/run/checkpoint-9", "model @/run/checkpoint-9: no such folder"),
 ]]
+FLAGS += [(f"not UTF-8: {what}", change, flags, ["\\udcff: no such file or name can be used", "not UTF-8 here"])
+          for what, change, flags in [
+    ("a run", lambda folder: shutil.copytree(folder / "run", folder / "r\udcff"), ["@/r\udcff"]),
+    ("a data set", lambda folder: shutil.copy(folder / "rows.jsonl", folder / "d\udcff.jsonl"),
+     [*RUN, "--dataset_path=@/d\udcff.jsonl"]),
+    ("where to", nothing_changed, [*RUN, "--output_dir=@/o\udcff"]),
+]]
 FLAGS += [
     ("risers of a checkpoint alone", nothing_changed, [*LAST, "--risers=2"],
      ["--risers 2: @/run/checkpoint-3 is compared with its run's checkpoint-0; name @/run/checkpoint-0, too"]),
