@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import parse_json
 from ..progress import Progress
 from .answers import WEIGHT
 from .places import SPLITS, SUFFIXES, files_of, hub_parts, kind_of, local, one_split, places_of, suffix_of
@@ -129,12 +130,12 @@ def _parse_all(file: str):
         if text.read(1):
             raise UserError(f"{file}: is one JSON value of more than {len(said):,} characters; write a row a line, and "
                             "call it .jsonl")
-    return json.loads(said)
+    return parse_json(said)
 
 
 def _parse(line: str, where: str):
     try:
-        return json.loads(line)
+        return parse_json(line)
     except (ValueError, RecursionError) as error:
         said = str(error)[:300].replace(": line 1 column", ": column")  # it was given one line
         raise UserError(f"{where}: can't be read as JSON: {said}") from error
