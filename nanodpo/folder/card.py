@@ -153,13 +153,19 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
                                                 *rows]),
                  "Log-probabilities are in nats, means over pairs; `trainer_state.json` has more of the log."]
     given = given | {"reference": given.get("reference") and _short(given["reference"])}
-    settings = [f"| {name} | {given[name]} |" for name in SETTINGS if given.get(name) not in (None, "")]
+    settings = [f"| {name} | {_cell(given[name])} |" for name in SETTINGS if given.get(name) not in (None, "")]
     made = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     text += ["## Settings", "\n".join(["| | |", "|---|---|", *settings]),
              f"{facts['world_size']} process(es), {facts['device']}; {made}."]
     if paper := _paper(loss):
         text += ["## Citation", f"The loss is that of [arXiv {paper}](https://arxiv.org/abs/{paper})."]
     return "\n".join(["---", *_yaml(head), "---", "", "\n\n".join(text).replace("\n\n- ", "\n- "), ""])
+
+
+def _cell(value) -> str:
+    """A value as a cell of a table, of which a bar or an end of line would make another: a regular expression has bars.
+    """
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _forked(facts: dict, step: int) -> list[str]:

@@ -46,6 +46,12 @@ def test_all_data_sets_are_named_and_files_of_this_machine_by_their_last_part():
     assert "- org/pairs@v2:cfg:train[:10%],a.jsonl,other/more: 9 rows, 0 dropped" in text and "/home" not in text
 
 
+def test_a_setting_with_bars_is_one_cell():
+    """A bar ends a cell: of .*(q|v)_proj a reader of Markdown would show .*(q."""
+    facts = FACTS | {"arguments": FACTS["arguments"] | {"lora_target_modules": ".*(q|v)_proj"}}
+    assert r"| lora_target_modules | .*(q\|v)_proj |" in model_card(facts, 4, [], "org/base-1B").splitlines()
+
+
 def test_a_local_base_is_named_by_its_folder_and_its_license_is_handed_on(tmp_path):
     """A hub takes no path for a base model; a license holds for what is made from the model."""
     base = tmp_path / "my-base"
