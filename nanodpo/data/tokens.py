@@ -52,7 +52,8 @@ class DataSet:
     def report(self) -> str:
         stay = {example.row for example in self.once}
         lost = {row["row"] for row in self.dropped}
-        lines = [f"data {self.path}: {_rows(self.rows_in_file or self.rows)}, {len(lost - stay)} dropped"
+        name = " ".join(self.path.splitlines())  # each line of a report is a fact; card.py takes the first apart
+        lines = [f"data {name}: {_rows(self.rows_in_file or self.rows)}, {len(lost - stay)} dropped"
                  + f", {self.rows_held_out} held out" * bool(self.rows_held_out)]
         if pairs := sum(row["row"] in stay for row in self.dropped):
             lines.append(f"  {'a pair' if pairs == 1 else f'{pairs} pairs'} dropped of {_rows(len(lost & stay))} with "

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import TrainerState
 
+from nanodpo.data.tokens import DataSet
 from nanodpo.folder import log as run_log
 from nanodpo.folder.atomic import check_whole
 from nanodpo.folder.card import MOST, History, license_of, model_card, texts
@@ -44,6 +46,12 @@ def test_all_data_sets_are_named_and_files_of_this_machine_by_their_last_part():
     text = model_card(facts, 4, [], "org/base-1B")
     assert ModelCard(text).data.datasets == ["org/pairs", "other/more"]
     assert "- org/pairs@v2:cfg:train[:10%],a.jsonl,other/more: 9 rows, 0 dropped" in text and "/home" not in text
+
+
+def test_a_file_may_have_an_end_of_line_in_its_name():
+    data = DataSet("/home/me/a\nb: c.jsonl", [], [], Counter(), columns="columns: prompt")
+    facts = FACTS | {"data_report": [data.report()]}
+    assert "\n- a b: c.jsonl: 0 rows, 0 dropped; columns: prompt\n" in model_card(facts, 4, [], "org/base-1B")
 
 
 def test_a_setting_with_bars_is_one_cell():
