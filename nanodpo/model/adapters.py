@@ -15,7 +15,7 @@ from ..errors import UserError, first_line
 from ..files import read_text
 from .quantised import check_loaded, loading_options
 from .sharding import sharded_as_read
-from .source import BROKEN, hold_logs, place_of
+from .source import BROKEN, check_attention, hold_logs, place_of
 
 SETS = ("target_modules", "target_parameters", "exclude_modules")  # in an adapter's config; PEFT has them in any order
 NOT_SHAPE = ("base_model_name_or_path", "peft_version", "inference_mode", "revision")  # of an adapter's config
@@ -30,10 +30,11 @@ def open_base(name: str, dtype, trust_remote_code: bool, bits: int | None = None
     """A causal LM with its weights, its matrices quantised to so many bits, or its weights `shared` by the ranks (see
     sharding.py). Raises UserError for files that are broken, lack a weight, or have one of another shape or one too
     many."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         with hold_logs(), sharded_as_read(shared, dtype) as finish:
+            check_attention(AutoConfig.from_pretrained(place_of(name), trust_remote_code=trust_remote_code), name)
             model, keys = AutoModelForCausalLM.from_pretrained(
                 place_of(name), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
                 ignore_mismatched_sizes=True, **loading_options(bits))  # the error below names the weight

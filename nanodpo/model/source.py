@@ -107,6 +107,7 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
                      ) * bool(adapter and what == "config.json")
             why = _missing(Path(base)) or first_line(error)
             raise UserError(f"model {where}: {what} can't be opened: {why}{moved}") from error
+        check_attention(config, where)
         if quantised and not (isinstance(quantised, dict) and quantised.get("quant_method") == "bitsandbytes"):
             raise UserError(f"model {where}: its weights are quantised (quantization_config in config.json), and only "
                             "those of bitsandbytes are supported; name the model that they come from")
@@ -118,6 +119,15 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
             raise UserError(f"model {where}: config.json says max_position_embeddings {source.context}; it must "
                             "be above 0")
     return source
+
+
+def check_attention(config, where: str) -> None:
+    """Raises UserError for a config.json that names code on the Hub for attention, which transformers would fetch and
+    run without trust_remote_code."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if "/" in (asked := str(getattr(part, "_attn_implementation", ""))):
+            raise UserError(f"model {where}: config.json asks for attention by code from the Hub ({asked}), which is "
+                            "not run; take attn_implementation out of it")
 
 
 def check_weight_files(name: str) -> None:

@@ -264,6 +264,8 @@ MODELS += [
 MODELS += [(f"config.json: {name} {str(value)[:30]}", edited("model/config.json", **{name: value}), MODEL, [words])
            for name, value, words in [
     ("vocab_size", "x", CONFIG + ": Validation error for field 'vocab_size'"), ("vocab_size", None, CONFIG),
+    ("attn_implementation", "evil/kernel", "config.json asks for attention by code from the Hub (evil/kernel)"),
+    ("_attn_implementation", "evil/kernel", "take attn_implementation out of it"),
     ("vocab_size", -1, "config.json says vocab_size -1; it must be above 0"), ("vocab_size", 3.5, CONFIG),
     ("vocab_size", ..., "lm_head.weight is [300, 8] in the weights, and [32000, 8] by the config"),
     ("vocab_size", 10**30, "the weights can't be loaded"),

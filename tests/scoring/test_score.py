@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -21,13 +22,14 @@ from conftest import ROOT, forked, launch, make_model, make_tokenizer, train
 import score
 from nanodpo.data.example import Example
 from nanodpo.data.schedule import pairs_of_step
-from nanodpo.errors import RankStopped, UserError, run_script
+from nanodpo.errors import RankStopped, RunStopped, UserError, run_script
 from nanodpo.figures import after
 from nanodpo.scoring import means, responses, tables
 from nanodpo.scoring import opened as models_of
 from nanodpo.scoring.describe import DERIVED
 from nanodpo.scoring.flags import check_gpu
 from nanodpo.scoring.measures import MEASURES, TOKEN_MEASURES
+from nanodpo.scoring.parts import Parts
 from nanodpo.scoring.runs import open_targets
 
 MADE = after._made
@@ -120,6 +122,13 @@ def test_a_killed_scoring_goes_on(run, table, tmp_path):
     again = scored(tmp_path, run)
     assert again[KEYS].equals(table[KEYS]) and (again.logps / table.logps - 1).abs().max() < 1e-6
     assert all(file.stat().st_mtime_ns == then for file, then in before.items())
+
+
+def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path):
+    """Opened, it would wait for ever for somebody at its other end."""
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(RunStopped, match="is a pipe, not a file"):
+        Parts(tmp_path)
 
 
 @pytest.mark.slow
