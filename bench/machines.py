@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
 import rows
 
-MACHINES = [(1, 24), (1, 80), (4, 24), (8, 80)]  # GPUs, GB of each
+MACHINES = [(1, 24), (1, 80), (4, 24), (4, 80), (8, 80)]  # GPUs, GB of each
 PAIRS = [2_000, 20_000, 64_000]  # tokens
 CHUNKS = 3 * 256 * 2**20  # the head's, as memory_budget sets them aside
 LIVE = 2 * 10**9 + 2 * 5 * 10**7  # bytes that DeepSpeed's stage 3 may keep gathered or fetch ahead by default, bfloat16
