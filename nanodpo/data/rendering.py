@@ -114,10 +114,10 @@ def _asks_otherwise(template: Template, before: list[dict], reply: dict, asked: 
 
 
 def _says(reply: dict) -> bool:
-    """Is there something in this answer?"""
+    """Is there something in this answer? One without content has an error of its own, in `apply`."""
     parts = [reply.get(name) for name in ("content", *REASONING)]
-    return bool(reply.get("tool_calls")) or any(not isinstance(part, (str, type(None))) or part and part.strip()
-                                                for part in parts)
+    return bool(reply.get("tool_calls")) or parts[0] is None or any(
+        not isinstance(part, (str, type(None))) or part and part.strip() for part in parts)
 
 
 def _is_trained_on(message: dict) -> bool:
