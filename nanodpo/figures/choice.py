@@ -67,11 +67,11 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
 
 
 def draw_scatter(args, files: list[Path], scores, noise: dict[str, Noise]):
-    measures, table = scatter_table(args.scatter, files)
-    table = table[table["run"].isin(scores["run"]) & table["dataset"].isin(scores["dataset"])]
+    steps = {run: (int(part.min()), int(part.max())) for run, part in scores.groupby("run")["step"]}
+    measures, table = scatter_table(args.scatter, files, steps)
+    table = table[table["dataset"].isin(scores["dataset"])]
     if table.empty:
         raise UserError(f"--scatter: no row has both {measures[0].name} and {measures[1].name}")
-    steps = {run: (int(part.min()), int(part.max())) for run, part in scores.groupby("run")["step"]}
     return scatter_figure(measures, table, steps, args.columns, noise)
 
 

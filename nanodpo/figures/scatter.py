@@ -30,31 +30,32 @@ class Measure:
             raise UserError(f"--scatter {text}: {self.when!r} is none of {listed(WHEN)}")
         self.response, dot, self.column = self.name.rpartition(".")
 
-    def values(self, files: list[Path]) -> pandas.Series:
-        """By run, dataset, row and problem, from the tables beside these files of scores. Rows without a number are
-        left out."""
+    def values(self, files: list[Path], steps: dict[str, tuple[int, int]]) -> pandas.Series:
+        """By run, dataset, row and problem, from the tables beside these files of scores; of the runs in `steps`, whose
+        first and last step those are. Rows without a number are left out."""
         table = read_measure(files, self.column, self.response)
-        steps = {run: (part["step"].min(), part["step"].max()) for run, part in table.groupby("run")}
-        first, last = (table[table["step"] == table["run"].map(lambda run, end=end: steps[run][end])].set_index(ROWS)[
-            self.column] for end in (0, 1))
+        table = table[table["run"].isin(steps)]
+        first, last = (table[table["step"] == table["run"].map({run: ends[end] for run, ends in steps.items()})]
+                       .set_index(ROWS)[self.column] for end in (0, 1))
         return {"first": first, "last": last, "change": last - first}[self.when].dropna()
 
     def label(self, steps: tuple[int, int]) -> str:
         return f"{plain(self.name)},\n{WHEN[self.when].format(first=steps[0], last=steps[1])}"
 
 
-def scatter_table(texts: tuple[str, str], files: list[Path]) -> tuple[list[Measure], pandas.DataFrame]:
-    """(the two measures, a line for each run, data set and row that has both: ROWS, x, y)."""
+def scatter_table(texts: tuple[str, str], files: list[Path], steps: dict[str, tuple[int, int]]
+                  ) -> tuple[list[Measure], pandas.DataFrame]:
+    """(the two measures, a line for each run, data set and row that has both: ROWS, x, y). `steps`: the first and last
+    scored step of each run."""
     measures = [Measure(text, otherwise) for text, otherwise in zip(texts, ("first", "change"))]
-    x, y = (measure.values(files) for measure in measures)
+    x, y = (measure.values(files, steps) for measure in measures)
     return measures, pandas.concat({"x": x, "y": y}, axis=1, join="inner").reset_index()
 
 
 def scatter_figure(measures: list[Measure], table: pandas.DataFrame, steps: dict[str, tuple[int, int]], columns: int,
                    noise: dict[str, Noise]):
-    """(figure, caption): a panel for each data set, a point for each row, the runs in colours of their own. `steps`:
-    the first and last scored step of each run. Above a panel stands the rank correlation of each run, with its 95%
-    interval over problems."""
+    """(figure, caption): a panel for each data set, a point for each row, the runs in colours of their own. Above a
+    panel stands the rank correlation of each run, with its 95% interval over problems. `steps` as in scatter_table."""
     runs, sets = list(table["run"].unique()), list(table["dataset"].unique())
     if len(runs) > len(COLOURS):
         raise UserError(f"--scatter: draws at most {len(COLOURS)} runs, and these are {len(runs)}; name some as RUN")
@@ -82,10 +83,11 @@ def scatter_figure(measures: list[Measure], table: pandas.DataFrame, steps: dict
             ax.axhline(0, **ZERO)
     for ax in axes[::across]:
         ax.set_ylabel(measures[1].label(ends))
-    for ax in axes if measures[1].column == "mean_logps" else ():
-        marks.band(ax, 0, max(noise.get(run, Noise()).logps for run in runs))
+    noises = [noise.get(run, Noise()) for run in runs]
     if measures[1].column != "mean_logps":
-        marks.not_measured([noise.get(run, Noise()) for run in runs])
+        marks.not_measured(noises)
+    for ax in axes if (measures[1].column, measures[1].when) == ("mean_logps", "change") else ():
+        marks.band(ax, 0, max(its.logps for its in noises))
     handles = [Line2D([], [], linestyle="", marker=marker, color=colour, markersize=3, label=wrap(run))
                for run, colour, marker in zip(runs, COLOURS, MARKERS)]
     add_legend(fig, handles + marks.handles)

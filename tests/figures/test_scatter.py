@@ -85,6 +85,13 @@ def test_runs_have_colours_and_rows_without_both_are_left_out(scores, draw):  # 
     assert len(draw("--scores", scores, "--scatter", "ches", "ches")["scatter"].axes) == 2
 
 
+def test_both_measures_are_of_the_steps_that_were_scored(scores, draw):  # noqa: F811
+    """A table of pairs that has more steps: its first and last are not the scores'."""
+    make_pairs(scores, {step: [step + 1.0, 2, 3, 4, 5] for step in (-5, 0, 40, 50)})
+    (ax,) = draw("--scores", scores, "--scatter", "ches:first", "ches:last")["scatter"].axes
+    assert dots(ax)[0] == (1, 41) and ax.get_xlabel() == "ches,\nat step 0"
+
+
 @pytest.mark.parametrize("flags, wrong", [
     (["nope", "ches"], r"pairs.parquet: no column nope; it has run, .*ches"),
     (["ches", "chosen.nope"], r"scores.parquet: no column nope"),
