@@ -23,7 +23,8 @@ place.touch()
 time.sleep(60)
 """
 EXPERIMENT = """
-import functools, pathlib, sys, types
+import functools, pathlib, signal, sys, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would have ignored
 sys.path.insert(0, {examples!r})
 import commands
 from nanodpo.errors import run_script
