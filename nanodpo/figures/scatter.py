@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from ..errors import UserError
 from ..stats import rank_correlation
-from .axes import COLOURS, GREY, MARKERS, add_legend, grid, listed, plain, wrap
+from .axes import COLOURS, GREY, MARKERS, Whole, add_legend, grid, listed, plain, wrap
 from .noise import Marks, Noise
 from .records import ROWS, read_measure
 
@@ -75,6 +75,7 @@ def scatter_figure(measures: list[Measure], table: pandas.DataFrame, steps: dict
             said.append((colour, f"{len(here):,} rows, rank correlation {rho:.2f}"
                          + f" [{low:.2f}, {high:.2f}]" * (low == low)))
         ax.xaxis.get_major_locator().set_params(integer=False, nbins=5)
+        ax.xaxis.set_major_formatter(Whole())
         ax.set_title(wrap(name), fontsize=rcParams["axes.labelsize"], pad=4 + 9 * len(said))
         for line, (colour, text) in enumerate(reversed(said)):
             ax.annotate(plain(text.replace("-", "\N{MINUS SIGN}")), (0.5, 1), (0, 3 + 9 * line), "axes fraction",

@@ -43,7 +43,8 @@ def check_loss(args) -> None:
         bind(LOSSES[args.loss], args)
     elif not own_function(args.loss):
         words = hint(args.loss, LOSSES, TRL, "")
-        raise UserError(f"--loss {args.loss}: there is no such loss{'; ' * bool(words)}{words}. There are "
+        end = "" if words.endswith("?") else "."
+        raise UserError(f"--loss {args.loss}: there is no such loss{'; ' * bool(words)}{words}{end} There are "
                         f"{', '.join(LOSSES)}, and FILE.py:FUNCTION, a function of your own like those in "
                         "nanodpo/core/losses.py")
 

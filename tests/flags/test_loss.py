@@ -93,7 +93,7 @@ def test_every_loss_of_the_house_can_be_named(name):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--loss", "dpo_nrm"], "--loss dpo_nrm: there is no such loss; did you mean dpo_norm?. There are dpo, ipo"),
+    (["--loss", "dpo_nrm"], "--loss dpo_nrm: there is no such loss; did you mean dpo_norm? There are dpo, ipo"),
     (["--loss", "sigmoid_norm"], "TRL's sigmoid_norm is dpo_norm here"), (["--loss", "nll"], "TRL's nll is sft here"),
     (["--loss", "aot"], "not built in; its terms depend on other rows of the batch"),
     (["--loss", "grpo"], "--loss grpo: there is no such loss. There are dpo, ipo"),
