@@ -3,7 +3,8 @@
 from ..errors import UserError
 from .marks import added_tokens
 from .rendering import Rendered
-from .template import Template, close_turn, header_at_end, opening_in
+from .template import Template
+from .transcripts import close_turn, header_at_end, opening_in
 
 
 def close(template: Template, side: str, found: Rendered, value, notes: list[str]) -> None:

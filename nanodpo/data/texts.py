@@ -7,9 +7,9 @@ import re
 from ..errors import UserError
 from .closing import close
 from .rendering import Rendered, render_messages
-from .template import (
+from .template import Template
+from .transcripts import (
     FOREIGN_OPENINGS,
-    Template,
     close_turn,
     header_at_end,
     holds_turns,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..data.template import leads_to_keep, prompt_leads, template_for
+from ..data.template import template_for
+from ..data.transcripts import leads_to_keep, prompt_leads
 from ..errors import UserError
 from ..folder import card, checkpoint, elastic, fork, record, resume, same_run, state
 from ..folder.atomic import check_whole, flush, read_manifest, remove, writing

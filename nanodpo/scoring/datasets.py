@@ -8,8 +8,9 @@ import json
 from ..data.example import Example
 from ..data.limits import longest_allowed
 from ..data.marks import token_text
-from ..data.template import Template, prompt_leads, template_for
+from ..data.template import Template, template_for
 from ..data.tokens import DataSet, load_dataset
+from ..data.transcripts import prompt_leads
 from ..errors import UserError
 from ..folder.reference import data_hash
 from ..model.source import Source, base_of, check_heads, check_ids, check_weight_files, open_source

@@ -18,8 +18,9 @@ from nanodpo.data.messages import as_messages
 from nanodpo.data.places import hub_parts, with_split
 from nanodpo.data.rows import read_rows
 from nanodpo.data.shapes import Columns, choose_columns, describe_columns, unread_parts
-from nanodpo.data.template import close_turn, leads_to_keep, prompt_leads, read_template
+from nanodpo.data.template import read_template
 from nanodpo.data.texts import render_more, render_row
+from nanodpo.data.transcripts import close_turn, leads_to_keep, prompt_leads
 from nanodpo.errors import UserError
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"

@@ -9,8 +9,9 @@ import tiny_tokenizers as tiny
 from conftest import ROOT, launch, make_model
 
 from nanodpo.data import template as template_module
-from nanodpo.data.template import prompt_leads, read_template
+from nanodpo.data.template import read_template
 from nanodpo.data.tokens import load_dataset
+from nanodpo.data.transcripts import prompt_leads
 from nanodpo.errors import UserError
 
 GENERATION = "{% if add_generation_prompt %}"
