@@ -25,6 +25,7 @@ from nanodpo.data.example import SIDES
 from nanodpo.errors import UserError, exit_process, run_script
 from nanodpo.figures.after import draw_after, page_after
 from nanodpo.folder.atomic import check_writable
+from nanodpo.folder.same_run import recipe
 from nanodpo.ledger.making import make_ledger
 from nanodpo.progress import Progress
 from nanodpo.ranks import distributed
@@ -42,7 +43,7 @@ from nanodpo.scoring.pairs import gradient_products
 from nanodpo.scoring.parts import Parts
 from nanodpo.scoring.plan import FORWARD, Result, Work, greedy_result, plan
 from nanodpo.scoring.responses import Group, batches
-from nanodpo.scoring.runs import Checkpoint, check_starts, find_bases, open_own_losses, open_targets, recipe
+from nanodpo.scoring.runs import Checkpoint, check_starts, find_bases, open_own_losses, open_targets
 
 AT_ONCE = 32  # micro-batches on each rank, or greedy answers at most, after which what is done is kept
 GOES_ON = "what is done is kept, and the same command goes on from there"

@@ -1,4 +1,4 @@
-"""Whether two run.json are of the same run, and in what they differ."""
+"""Whether two run.json are of the same run, in what they differ, and whether seeds alone tell them apart."""
 
 import hashlib
 import json
@@ -105,3 +105,15 @@ def fingerprint(record: dict) -> str:
     kept |= {"fork": [fork["fingerprint"], fork["step"], fork["changed"]]} if fork else {}
     kept |= {"arguments": custom(record["arguments"], FREE.union(BY_CONTENT, SHARING)), "pairs": pairs_per_step(record)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recipe(record: dict) -> tuple[str, int | None]:
+    """(everything in run.json that makes a run, but its seed, as text; the seed). Weights that the seed drew and rows
+    that it held out are part of the seed."""
+    given = record["arguments"]
+    kept = custom(given, FREE | {"seed", "eval_steps", "save_steps", "per_device_eval_batch_size"})
+    content = ["steps", "max_length", "world_size", "peft_config", *["weights"] * (not given.get("random_init")),
+               *["data"] * (not given.get("eval_size"))]
+    fork = record.get("fork")  # one at step 0 is as a run with its settings
+    fork = [fork["step"], fork.get("changed")] if isinstance(fork, dict) and fork.get("step") else None
+    return json.dumps([kept, fork, *(record.get(name) for name in content)], sort_keys=True), given.get("seed")

@@ -27,7 +27,6 @@ from ..flags.loss import LOSSES, loss_name, own_function, read_loss
 from ..flags.settings import check_utf_8
 from ..folder.atomic import MANIFEST, saved_steps, step_of
 from ..folder.record import versions
-from ..folder.same_run import FREE, custom
 from ..model.source import base_of
 from ..ranks.distributed import device_name
 from .contents import Contents
@@ -287,15 +286,3 @@ def check_own(checkpoints: list[Checkpoint]) -> None:
         (first, its), (second, others) = list(found.values())[:2]
         raise UserError(f"{first}'s own data ({its}) are not those of {second} ({others}): name data with "
                         "--dataset_path, or score the runs in two calls")
-
-
-def recipe(record: dict) -> tuple[str, int | None]:
-    """(everything in run.json that makes a run, but its seed, as text; the seed). Weights that the seed drew and rows
-    that it held out are part of the seed."""
-    given = record["arguments"]
-    kept = custom(given, FREE | {"seed", "eval_steps", "save_steps", "per_device_eval_batch_size"})
-    content = ["steps", "max_length", "world_size", "peft_config", *["weights"] * (not given.get("random_init")),
-               *["data"] * (not given.get("eval_size"))]
-    fork = record.get("fork")  # one at step 0 is as a run with its settings
-    fork = [fork["step"], fork.get("changed")] if isinstance(fork, dict) and fork.get("step") else None
-    return json.dumps([kept, fork, *(record.get(name) for name in content)], sort_keys=True), given.get("seed")

@@ -7,8 +7,8 @@ import numpy as np
 import pandas
 import pytest
 
+from nanodpo.folder.same_run import recipe
 from nanodpo.scoring.changes import choose_place, worst_tenth
-from nanodpo.scoring.runs import recipe
 from nanodpo.scoring.verdict import RULES, Numbers, judge
 from nanodpo.stats import over_problems, t_quantile
 
