@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import RunStopped, UserError, first_line
-from ..files import read_text
+from ..files import check_regular, read_text
 from ..ranks.distributed import say
 
 MANIFEST = "manifest.json"
@@ -182,6 +182,13 @@ def check_whole(folder: Path) -> dict[str, dict]:
     if isinstance(facts := read_manifest(folder), str):
         raise UserError(f"{folder}: {facts}; copy the folder anew, or remove its {MANIFEST} if the change is meant")
     return facts["files"]
+
+
+def open_lock(place: Path):
+    """Opens a lock file, and makes it where it is not there. Raises OSError for a pipe, which would be waited for."""
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(place)
+    return place.open("ab")
 
 
 def hold(file, taken: str) -> None:

@@ -29,7 +29,7 @@ from ..data.rows import read_places
 from ..data.template import Template
 from ..errors import UserError, first_line
 from ..ranks.distributed import say
-from .atomic import aside, clear, new_file
+from .atomic import aside, clear, new_file, open_lock
 
 SMALL = 2**20  # bytes of files that are prepared in less time than it takes to look after a cache
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
@@ -132,7 +132,7 @@ def _alone(file: Path):
 def _lock(place: Path):
     """Opens and locks a file that whoever had it locked before has removed, so that nothing stays of it."""
     while True:
-        lock = place.open("wb")
+        lock = open_lock(place)
         fcntl.flock(lock, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), place.stat()):

@@ -18,8 +18,8 @@ import pandas
 import pyarrow
 
 from ..errors import RankStopped, RunStopped, UserError
-from ..files import check_regular, read_text
-from ..folder.atomic import MANIFEST, clear_partials, hold, new_folder, read_manifest, remove, writing
+from ..files import read_text
+from ..folder.atomic import MANIFEST, clear_partials, hold, new_folder, open_lock, read_manifest, remove, writing
 from ..ranks import waits
 from ..ranks.distributed import from_main, is_main, main_first, say
 from . import plausible
@@ -188,9 +188,7 @@ def _lock(folder: Path):
     """Keeps a second scoring out for as long as this process lives; the file must be kept open."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(folder / "lock"):
-            check_regular(folder / "lock")  # a pipe would be waited for
-        file = (folder / "lock").open("ab")
+        file = open_lock(folder / "lock")
     hold(file, taken := f"--output_dir {folder.parent}: another scoring is at work there; wait for its end, or name "
          "another folder")
     place = folder / "lock"

@@ -370,3 +370,11 @@ def test_the_ranks_of_a_run_share_one_entry(tiny, tmp_path):
     assert plain == made == steps("read", *large)
     assert written == (file.stat().st_mtime_ns, file.stat().st_ino)
     assert not [*(tmp_path / "cache").glob(".*")]
+
+
+def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path):
+    """As where a folder has no locks, nobody is waited for: opened, a pipe waits for ever for its other end."""
+    file = tmp_path / "entry"
+    os.mkfifo(data_cache.aside(file, "lock"))
+    with data_cache._alone(file) as others_wait:
+        assert not others_wait
