@@ -26,6 +26,7 @@ GREY = "0.35"
 INTERVAL = {"alpha": 0.2, "linewidth": 0}
 OUTLINE = 0.5  # points: of intervals that lie on one another in one colour, in the dash of their curve
 CHANGE = {"color": GREY, "linewidth": 0.6, "linestyle": (0, (1, 2))}  # where a scale changes
+ZERO = {"color": GREY, "linewidth": 0.5, "zorder": 0.5}
 ABOVE_GRID = 0.9  # and below what is drawn
 FLOOR = {"color": "black", "linewidth": 0.8, "linestyle": (0, (6, 3))}
 LOGPS = "log-prob (nats per token)"

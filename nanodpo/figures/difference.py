@@ -19,6 +19,7 @@ from .axes import (
     INTERVAL,
     LOGPS,
     MARKERS,
+    ZERO,
     add_legend,
     crowd,
     draw_curve,
@@ -45,7 +46,6 @@ from .training import (
 )
 
 FORK = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (2, 1))}
-ZERO = {"color": GREY, "linewidth": 0.5, "zorder": 0.5}
 PAIR = ["dataset", "row", "response", "step"]  # a score in two runs
 
 

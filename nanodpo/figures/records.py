@@ -65,7 +65,7 @@ def read_scores(files: list[Path]) -> pandas.DataFrame:
     tables = []
     for file in files:
         table = read_parquet(file, [*KEYS, "tokens", "mean_logps"], None, ("problem", *MASS), ("mean_logps", *MASS))
-        table["problem"] = table["problem"] if "problem" in table else table["row"].astype(str)
+        table = with_problems(table)
         refuse(file, table, table.duplicated(KEYS), "is there twice")
         if table["mean_logps"].isna().all():
             raise UserError(f"{file}: every score in it is missing; all its rows failed")
@@ -76,21 +76,26 @@ def read_scores(files: list[Path]) -> pandas.DataFrame:
     return pandas.concat(tables, ignore_index=True)
 
 
+def with_problems(table: pandas.DataFrame) -> pandas.DataFrame:
+    """In a table without problems every row is one of its own."""
+    return table if "problem" in table else table.assign(problem=table["row"].astype(str))
+
+
 def read_measure(files: list[Path], column: str, response: str) -> pandas.DataFrame:
     """ROWS, step and a column of numbers: of the lines of this response in these files of scores or, without a
     response, of pairs.parquet beside them. Raises UserError where no line is left, or no column; naming file and row,
     where a table can't be drawn."""
+    if column in (*KEYS, "problem", "checkpoint"):
+        raise UserError(f"--scatter: {column} is no measure")
     keys, tables = ["run", "dataset", "row", "step"], []
     for file in files:
         file = file if response else file.with_name("pairs.parquet")
-        if column in (*KEYS, "problem", "checkpoint"):
-            raise UserError(f"--scatter: {column} is no measure")
         table = read_parquet(file, [*keys, *["response"] * bool(response), column], None, ("problem",), (column,),
                              (column,))
         if response and response not in set(table["response"]):
             raise UserError(f"{file}: no response {response}; it has {listed(table['response'].unique())}")
         table = table[table["response"] == response].drop(columns="response") if response else table
-        table["problem"] = table["problem"] if "problem" in table else table["row"].astype(str)
+        table = with_problems(table)
         refuse(file, table, table.duplicated(keys), "is there twice")
         tables.append(table)
     return pandas.concat(tables, ignore_index=True)
@@ -102,7 +107,7 @@ def read_answers(files: list[Path]) -> pandas.DataFrame | None:
     names, tables = ["run", "phase", "dataset", "row", "step"], []
     for file in [file for file in files if file.exists()]:
         table = read_parquet(file, [*names, "correct"], more=("problem",))
-        table["problem"] = table["problem"] if "problem" in table else table["row"].astype(str)
+        table = with_problems(table)
         refuse(file, table, table.duplicated(names), "is there twice")
         tables.append(table)
     return pandas.concat(tables, ignore_index=True) if tables else None

@@ -9,11 +9,10 @@ from matplotlib.lines import Line2D
 
 from ..errors import UserError
 from ..stats import rank_correlation
-from .axes import COLOURS, GREY, MARKERS, Whole, add_legend, grid, listed, plain, wrap
+from .axes import COLOURS, MARKERS, ZERO, Whole, add_legend, grid, listed, plain, wrap
 from .noise import Marks, Noise
 from .records import ROWS, read_measure
 
-ZERO = {"color": GREY, "linewidth": 0.5, "zorder": 0.5}
 WHEN = {"first": "at step {first}", "last": "at step {last}", "change": "change from step {first} to {last}"}
 HELP = ("one of pairs.parquet, as ches, or of a response in scores.parquet, as chosen.mean_logps; :first, :last or "
         ":change behind it says when")

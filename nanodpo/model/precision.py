@@ -94,16 +94,16 @@ class Bf16Linear(nn.Linear):
 
 class FrozenProduct(torch.autograd.Function):
     """W x + b, (..., out), of a frozen W that is held in another form, `weight`. Keeps that form for backward, which
-    makes W again: widen(weight, dtype)."""
+    makes W again: matrix(weight, dtype)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, widen):
+    def forward(ctx, x, weight, bias, matrix):
         ctx.save_for_backward(weight)
-        ctx.widen = widen
-        return nn.functional.linear(x, widen(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+        ctx.matrix = matrix
+        return nn.functional.linear(x, matrix(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return grad @ ctx.widen(weight, grad.dtype), None, None, None
+        return grad @ ctx.matrix(weight, grad.dtype), None, None, None
