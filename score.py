@@ -47,8 +47,9 @@ from nanodpo.scoring.runs import Checkpoint, check_starts, find_bases, open_own_
 
 AT_ONCE = 32  # micro-batches on each rank, or greedy answers at most, after which what is done is kept
 GOES_ON = "what is done is kept, and the same command goes on from there"
-ADVICE = f"{GOES_ON}. It needs a smaller --max_tokens, or --bf16, or to be without --gradients or --risers"
-LEDGER_ADVICE = f"{GOES_ON}. It needs a smaller --ledger_memory"
+ADVICE = (f"{GOES_ON}. It needs a smaller --max_tokens, or --bf16, or --gradients with --gradient_checkpointing, or to "
+          "be without --gradients or --risers")
+LEDGER_ADVICE = f"{GOES_ON}. It needs a smaller --ledger_memory, or --gradient_checkpointing"
 
 
 def main(argv: list[str]) -> None:
@@ -90,7 +91,8 @@ def score(argv: list[str]) -> None:
     from nanodpo.model.ulysses import ranks_of_a_batch  # slow to import, with transformers' models
 
     longest = max(example.length for data in datasets for example in data.examples)
-    opener = Opener(device, args.gradients, longest, ranks_of_a_batch(args.sequence_parallel_size))
+    opener = Opener(device, args.gradients, longest, ranks_of_a_batch(args.sequence_parallel_size),
+                    args.gradient_checkpointing)
     with Parts(folder / "parts") as parts:
         with shortage_named("scoring"):
             for data in datasets:
@@ -213,7 +215,7 @@ def score_gradients(opened: Opened, work: Work, i: int) -> dict:
     with shortage_named(f"the gradients under {opened.checkpoint.path}", [example]):
         batch = LAYOUTS[opened.layout]([(prompt, [responses[side] for side in SIDES])]).to(opened.device)
         # Of (2,): log pi(y|x) of both sides.
-        products = gradient_products(opened.module(batch), opened.trained, opened.module.parallel.sum)
+        products = gradient_products(opened.logps(batch), opened.trained, opened.module.parallel.sum)
     return {("gradients", i): {"gradients": [{"row": example.row} | products]}}
 
 

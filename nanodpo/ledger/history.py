@@ -149,7 +149,7 @@ class History:
         opened = self.opened
         here = [self.examples[k] for k in indices]
         batch, index = make_batch(here, sides, opened.layout, opened.device)
-        logps = opened.module(batch)[index]
+        logps = opened.logps(batch)[index]
         ref = None if self.ref is None else self.ref[indices].to(opened.device)
         return logps, ref, pair_lengths(here, sides, opened.device)
 
@@ -181,16 +181,17 @@ class History:
         values = torch.zeros(len(probes.names), dtype=torch.float64)
         grads = [0.0] * len(probes.names)
         for m, groups, weights in probes.batches:
-            logps = self.opened.module(LAYOUTS[self.opened.layout](groups).to(self.opened.device))
+            logps = self.opened.logps(LAYOUTS[self.opened.layout](groups).to(self.opened.device))
             value = logps @ weights.to(logps.device)
             values[m] += value.item()
             grads[m] = grads[m] + self.slope(value)
         return values, torch.stack(grads)
 
 
-def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: int, trust_remote_code: bool) -> History:
+def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: int, trust_remote_code: bool,
+                 recompute: bool = False) -> History:
     """The history of the run whose checkpoints these are, to be opened on `device` for its own sequences, and others of
-    `longest` tokens.
+    `longest` tokens. `recompute`: backward computes the layers again.
 
     Raises UserError where they are not those of every step of one run, where its training data are others by now, and
     for what made gradients that can't be made again: dropout.
@@ -222,7 +223,8 @@ def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: i
     skipped, norms = read_steps(folder)
     if skipped >= {*range(len(checkpoints) - 1)}:
         raise UserError(f"--ledger: no step of {folder} made an update, so nothing has changed")
-    opener = Opener(device, False, max(longest, *(example.length for example in train.examples)))
+    longest = max(longest, *(example.length for example in train.examples))
+    opener = Opener(device, False, longest, recompute=recompute)
     return History(checkpoints, args, loss, train.examples, pairs_per_step(record), record["steps"], skipped, norms,
                    opener, reference, without)
 

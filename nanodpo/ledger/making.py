@@ -29,7 +29,7 @@ def make_ledger(checkpoints: list[Checkpoint], datasets: list[ResponseSet], args
         raise UserError("--ledger: works on one rank; start it with plain python")
     probes = make_probes(datasets, args.responses, args.ledger, args.ledger_rows, args.max_tokens)
     longest = max(len(prompt) + len(ids) for _, groups, _ in probes.batches for prompt, (ids,) in groups)
-    history = open_history(checkpoints, device, longest, args.trust_remote_code)
+    history = open_history(checkpoints, device, longest, args.trust_remote_code, args.gradient_checkpointing)
     if device.type == "cuda" and history.args.deterministic:
         gpu.same_bits_each_time()  # as in training, whose gradients are made again
     keys = [c.key for c in history.checkpoints] + [c.key for c in [history.reference] if c]

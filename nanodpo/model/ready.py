@@ -48,16 +48,21 @@ def exchange_layers(model: nn.Module, device: torch.device, zero3: bool = False)
 
 
 def freeze(model: nn.Module, bf16: bool, device: torch.device, longest: int, parallel: OneRank,
-           settings: dict | None = None) -> tuple[SequenceLogProbs, str, str]:
+           settings: dict | None = None, recompute: bool = False) -> tuple[SequenceLogProbs, str, str]:
     """(the model's log-probs on `device` in eval mode, the layout of batches, its attention), as training has them,
     without being trained. `longest`: tokens of the longest sequence; `parallel`: the ranks that share a batch;
-    `settings`: DeepSpeed's, for a model whose weights the ranks share."""
+    `settings`: DeepSpeed's, for a model whose weights the ranks share; `recompute`: in training mode, and only there,
+    backward computes the layers again. Raises UserError for a model that can't."""
     from . import selfcheck  # slow to import, with transformers' models
 
     product = make_ready(model, bf16, device, zero3=is_sharded(model))
     model.requires_grad_(False)
+    if recompute:
+        from .recompute import Recompute  # as slow
+
+        Recompute(model).use("full")
     module = SequenceLogProbs(model).to(device).eval()
     module.parallel = parallel
     if is_sharded(model):
         gather_in_forward(module, settings)
-    return module, *selfcheck.choose_layout(module, device, product, False, longest)
+    return module, *selfcheck.choose_layout(module, device, product, False, longest, recompute)

@@ -36,6 +36,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         "risers.parquet, risers.csv; takes the memory of two models, but of a LoRA run's base once")
     parser.add_argument("--gradients", action="store_true",
                         help="also the inner product and cosine of a pair's gradients by the LoRA weights")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="compute layers again in the backward "
+                        "passes of --gradients and --ledger, as train.py does: less memory, more time, the same "
+                        "numbers")
     parser.add_argument("--ledger", type=int, default=0, metavar="ROWS", help="instead of scores: split the change of "
                         "the mean log-prob of the first so many rows, from step 0 to the last, over the training pairs "
                         "and their two sides: ledger.parquet, ledger.json; needs a run with --save_steps 1")
@@ -85,6 +88,9 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     check_gpu(args.gpu_id)
     check_sequence_parallel(args.sequence_parallel_size)
     check_ledger(args)
+    if args.gradient_checkpointing and not (args.gradients or args.ledger or args.ledger_rows):
+        raise UserError("--gradient_checkpointing: this call has no backward pass, and saves nothing; it goes with "
+                        "--gradients or --ledger")
     if twice := [kind for kind in args.responses or [] if args.responses.count(kind) > 1]:
         raise UserError(f"--responses: {twice[0]} is named twice")
     if "gap" in (args.responses or []):

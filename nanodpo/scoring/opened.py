@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.logprobs import OneRank, SequenceLogProbs
 from ..model.adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
-from ..model.loading import base_hashes, check_base
+from ..model.loading import base_hashes, check_base, drop_nothing
 from ..model.precision import storage_dtype
 from ..model.quantised import bits_of
 from ..model.ready import freeze
@@ -29,6 +29,7 @@ class Opened:
     layout: str
     own: str  # the model's own attention, which can generate
     trained: list[nn.Parameter]  # LoRA weights, where gradients are wanted
+    recompute: bool  # backward computes the layers again
 
     @property
     def device(self) -> torch.device:
@@ -39,6 +40,15 @@ class Opened:
         """The transformers model, with the adapter inside."""
         model = self.module.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+    def logps(self, batch) -> torch.Tensor:
+        """(S,) log pi(y|x), nats, with the graph for a backward pass. The model is in eval mode again afterwards."""
+        self.module.train(self.recompute)  # in eval mode transformers keeps all, and drop_nothing made both alike
+        try:
+            return self.module(batch)
+        finally:
+            self.module.eval()
 
 
 class StepZero(nn.Module):
@@ -67,10 +77,12 @@ class StepZero(nn.Module):
 class Opener:
     """Opens checkpoints one after the other and keeps the last: its base serves the next adapter."""
 
-    def __init__(self, device: torch.device, gradients: bool, longest: int, parallel: OneRank | None = None):
+    def __init__(self, device: torch.device, gradients: bool, longest: int, parallel: OneRank | None = None,
+                 recompute: bool = False):
         """`gradients`: LoRA weights are wanted; `longest`: tokens of the longest sequence to be scored; `parallel`: the
-        ranks that share a batch."""
+        ranks that share a batch; `recompute`: backward computes the layers again."""
         self.device, self.gradients, self.longest, self.parallel = device, gradients, longest, parallel or OneRank()
+        self.recompute = recompute
         self.last: Opened | None = None
         self.starts: Opener | None = None  # of models that share no base
         self.hashes: dict = {}  # of bases, by name and precision
@@ -126,10 +138,14 @@ class Opener:
             self.hashes[base, bf16, bits] = base_hashes(model)
         own = model.config._attn_implementation
         model = add_adapter(model, adapter)
-        module, layout, attention = freeze(model, bf16, self.device, self.longest, self.parallel)
+        if self.recompute:
+            drop_nothing(model)
+        module, layout, attention = freeze(model, bf16, self.device, self.longest, self.parallel,
+                                           recompute=self.recompute)
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         distributed.say(f"{base}: {selfcheck.describe(layout, attention, self.parallel.size)}")
-        return Opened(checkpoint, (base, shape, bf16, bits), module, layout, own, trained)
+        return Opened(checkpoint, (base, shape, bf16, bits), module, layout, own, trained,
+                      self.recompute)
 
 
 def _made_of(checkpoint: Checkpoint) -> tuple[str, dict | None, bool, int | None]:

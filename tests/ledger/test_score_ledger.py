@@ -56,6 +56,13 @@ def test_shares_add_up_to_what_the_scores_say(run, tmp_path, capsys):
     assert (tmp_path / "ledger.png").stat().st_size > 10_000  # nobody had to ask for it
 
 
+def test_layers_computed_again_change_no_bit(run, tmp_path):
+    kept, again = (ledger(run, tmp_path / name, "--ledger", "2", *flags)
+                   for name, flags in (("kept", []), ("again", ["--gradient_checkpointing"])))
+    pandas.testing.assert_frame_equal(kept[0], again[0], check_exact=True)
+    assert kept[1] == again[1]
+
+
 @pytest.mark.parametrize("rate", ["1e-5", "1e-3"])
 def test_shares_of_a_dora_run_add_up(tiny, tmp_path, rate):
     """PEFT's gradient holds DoRA's norms constant, and so is no derivative of a log-prob. With small steps the shares

@@ -789,6 +789,7 @@ def test_wrong_input_is_one_line(run, tiny, tmp_path, capsys, monkeypatch):
             ([run, "--dataset_path", "gone.parquet"], "gone.parquet: no such file"),
             ([run, *data, file], "two data sets are called train"), ([run, "--max_tokens", "0"], "--max_tokens 0"),
             ([run, "--answers", "-1"], "--answers -1"), ([model, *data, "--gradients"], "has none"),
+            ([run, "--gradient_checkpointing"], "no backward pass, and saves nothing"),
             ([run, "--output_dir", file], "can't be written to")]:
         output = [] if "--output_dir" in flags else ["--output_dir", "out"]
         monkeypatch.setattr(sys, "argv", ["score.py", *flags, *output])
