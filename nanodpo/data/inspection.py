@@ -39,9 +39,10 @@ def inspect(data, tokenizer, limit: int, row: int | None = None, held_out=None) 
 
 
 def _response(tokenizer, name: str, prompt: list[int], response: list[int], cut: bool) -> list[str]:
-    near = [(i, "") for i in prompt[-5:]] + [(i, "*") for i in response[:5]]
+    places = {*scored_places(response)}
+    near = [(i, "") for i in prompt[-5:]] + [(i, "*" * (place in places)) for place, i in enumerate(response[:5])]
     ids = "  ".join(f"{star}{i}:{tokenizer.decode([i])!r}" for i, star in near)
-    count, others = len(scored_places(response)), len(response) - len(scored_places(response))
+    count, others = len(places), len(response) - len(places)
     return [f"\n--- {name}: {len(prompt)} prompt + {count} scored tokens"
             + f", {others} others between them" * bool(others) + ", cut" * cut,
             tokenizer.decode(prompt) + _stretches(tokenizer, response), f"boundary, scored ids starred: {ids}"]

@@ -164,11 +164,13 @@ def test_the_last_answer_may_end_with_a_token_of_its_own(tmp_path):
     assert [example.chosen[place] for place in example.chosen.scored] == ids("4<|im_end|>yes<|endoftext|>")
 
 
-def test_inspect_puts_brackets_around_what_is_scored_alone(tmp_path):
+def test_inspect_puts_brackets_and_stars_on_what_is_scored_alone(tmp_path):
     tokenizer = tiny.chatml()
     text = inspect(load(tmp_path, {"messages": [Q, A, SURE, YES]}, loss="sft"), tokenizer, 100)
     assert "--- chosen: 21 prompt + 6 scored tokens, 25 others between them" in text
     assert ASKED + "[4][<|im_end|>]\n" + AGAIN + "[y][e][s][<|im_end|>]\n" in text
+    # An answer of one token and its end, then the line break and the next turn, which are not scored.
+    assert "10:'\\n'  *52:'4'  *260:'<|im_end|>'  10:'\\n'  259:'<|im_start|>'  117:'u'" in text
 
 
 def test_another_choice_of_what_is_scored_is_another_data_set(tmp_path):
