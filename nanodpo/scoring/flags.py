@@ -25,7 +25,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("targets", nargs="*", help="run folders, checkpoints, adapters or models")
     parser.add_argument("--model_path", help="one more of them")
     parser.add_argument("--dataset_path", nargs="+", default=[], help="FILE or NAME=FILE; default: the "
-                        "held-out data of the run")
+                        "held-out data of the run, or without any its training data")
     parser.add_argument("--responses", nargs="+", metavar="KIND", help=f"of {', '.join(KINDS)}, {GREEDY} (the first "
                         "checkpoint's own answer) and further columns of the data, by name; default: the first four, "
                         "as far as the data has them")

@@ -32,8 +32,8 @@ Standard errors are over the problems of one run (stats.py).
                       checkpoint; answers.txt has the first and the last one's side by side
     failed.jsonl      rows whose log-prob is not finite; they have no number above, and are in no mean
     summary.csv       n, problems, mean, median, standard error of mean_logps, and the means of the other measures, by
-                      response, over rows of one run; likewise of "gap", chosen - rejected of a row; and
-                      right_answers of so many answers
+                      response, over rows of one run; likewise the mean of "gap", chosen - rejected of a row; answers,
+                      how many greedy answers there are, and right_answers, how many of them are right
 """
 
 import collections
