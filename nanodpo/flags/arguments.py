@@ -143,7 +143,8 @@ class TrainArguments:
     inspect: bool = _flag(False, "Print one tokenised pair, the boundary and the lengths, and stop.")
     inspect_row: int = _flag(None, "The row of the file that --inspect prints. Default: the first that can be used.",
                              NOT_NEGATIVE)
-    dry_run: bool = _flag(False, "Run the longest micro-batch forward and backward, print memory and disk, and stop.")
+    dry_run: bool = _flag(False, "Take the longest micro-batch through two updates, print memory, time and disk, and "
+                          "stop.")
     print_config: bool = _flag(False, "Print the resolved settings as JSON and stop.")
 
     # Launcher
