@@ -60,7 +60,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     for name in PRECISION:
         parser.add_argument(f"--{name}", action="store_true", help="open all targets so; without it runs as they "
                             "were trained")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the weights, "
+                        "and a run's own loss (FILE.py:FUNCTION)")
     for name in READING:
         parser.add_argument(f"--{name}", choices=FLAGS[name].metadata.get("choices"), type=FLAGS[name].type,
                             help="as in train.py; default: as the run read its data")
