@@ -115,8 +115,9 @@ def _check_scored(path: str, row: dict) -> None:
 
 def _check_labelled(path: str, rows: list[dict]) -> None:
     """Raises UserError for unpaired answers of which a label says whether they are good (KTO): trained on as they
-    stand, the bad ones would count as chosen."""
-    if "completion" in rows[0] and (bad := sum(row.get("label") is False for row in rows)):
+    stand, the bad ones would count as chosen. A CSV file has its labels as text."""
+    labels = [row.get("label") for row in rows] if "completion" in rows[0] else []
+    if bad := sum(label is False or isinstance(label, str) and label.strip().lower() == "false" for label in labels):
         raise UserError(f"{path}: has unpaired answers (KTO), {bad} of {len(rows)} with label false; join a true and a "
                         "false one of the same prompt into columns prompt, chosen and rejected, or for --loss sft "
                         "leave out the rows with label false")

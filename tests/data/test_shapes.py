@@ -327,7 +327,10 @@ def test_answers_with_scores_are_no_pairs_yet(tmp_path):
 def test_a_label_of_unpaired_answers_is_not_passed_over(loss, tmp_path):
     """KTO's rows: what is labelled false would be trained on as good. Without such rows SFT takes them."""
     good, bad = ({"prompt": "2?", "completion": text, "label": text == "4"} for text in ("4", "5"))
-    assert "1 of 2 with label false; join a true and a false one" in error_of(tmp_path, good, bad, loss=loss)
+    said = "1 of 2 with label false; join a true and a false one"
+    assert said in error_of(tmp_path, good, bad, loss=loss)
+    texts = [row | {"label": str(row["label"])} for row in (good, bad)]  # as a CSV file that pandas wrote has them
+    assert said in error_of(tmp_path, *texts, loss=loss)
     assert [e.chosen for e in load(tmp_path, good, loss="sft").examples] == [[*b"4", 260]]
 
 
