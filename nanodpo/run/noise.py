@@ -19,8 +19,8 @@ MARGIN, LOGPS = "rewards/margins", ("logps_per_token/chosen", "logps_per_token/r
 
 
 def count(pairs: int) -> int:
-    """The number of pairs to measure with, for a run that trains on `pairs` in all. Each goes through the model twice:
-    of 50 pairs or more that is no more than 2 forward passes for 25."""
+    """The number of pairs to measure with, for a run that trains on `pairs` in all. Each takes two forward passes:
+    where the run has 50 pairs or more, no more than two for 25 of its pairs."""
     return max(2, min(PAIRS, pairs // 25))
 
 
