@@ -165,6 +165,17 @@ def test_another_data_set_in_its_place(run, capsys):
     assert "is stale (weights changed)" in capsys.readouterr().out
 
 
+def test_a_copy_of_another_runs_cache_is_not_taken_for_this_ones(run, capsys):
+    """Whole, and of as many pairs: its numbers are those of another model."""
+    run(weights="v")
+    other = run.file
+    run()
+    (mine,) = {*run.folder.iterdir()} - {other}
+    mine.write_bytes(other.read_bytes())
+    assert torch.equal(run(), TRUTH) and run.scored == list(range(6))
+    assert f"{mine} is damaged (not what was written)" in capsys.readouterr().out
+
+
 def test_any_other_fingerprint_is_another_cache(run, capsys):
     """And it is called stale only where something changed under the same names: a run of other settings has its own."""
     run(data="a", zero=0)
