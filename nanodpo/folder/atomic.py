@@ -14,7 +14,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ..errors import RunStopped, UserError, first_line
 from ..files import check_regular, read_text
@@ -133,6 +135,16 @@ def file_facts(file: Path) -> dict:
     """Size in bytes and sha256 of a file."""
     with file.open("rb") as opened:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def tensors_hash(of: str, tensors: dict[str, Tensor]) -> str:
+    """The sha256 of tensors on CPU, their names, types, shapes and every bit, and of what they are of: a file's name,
+    so that a copy of another file in its place is not taken for it."""
+    digest = hashlib.sha256(of.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def publish(folder: Path, facts: dict, hashed: dict[str, dict] | None = None) -> None:

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..data.places import contents
 from ..data.prepared import Line, Prepared, Reading, prepare
@@ -29,7 +28,7 @@ from ..data.rows import read_places
 from ..data.template import Template
 from ..errors import UserError, first_line
 from ..ranks.distributed import say
-from .atomic import aside, clear, new_file, open_lock
+from .atomic import aside, clear, new_file, open_lock, tensors_hash
 
 SMALL = 2**20  # bytes of files that are prepared in less time than it takes to look after a cache
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
@@ -155,7 +154,7 @@ def _load(file: Path) -> Prepared | None:
     except OSError as error:
         raise UserError(f"--cache_dir: {file}: can't be read ({first_line(error)}); remove it, or name another folder"
                         ) from error
-    if digest != _digest(tensors):
+    if digest != tensors_hash(file.name, tensors):
         say(f"data: {file} is damaged (not what was written), preparing the rows again")
         return None
     said = json.loads(tensors["rows"].numpy().tobytes())
@@ -172,17 +171,9 @@ def _save(file: Path, found: Prepared) -> bool:
                "rows": torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)}
     try:
         with new_file(file, os.getpid()) as place:
-            save_file(tensors, place, {"sha256": _digest(tensors)})
+            save_file(tensors, place, {"sha256": tensors_hash(file.name, tensors)})
     except (OSError, SafetensorError) as error:
         say(f"data: {file} can't be written ({first_line(error)}); the next start prepares the rows again")
         return False
     say(f"data: {found.count:,} rows prepared, kept in\n  {file}")
     return True
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.numpy())
-    return digest.hexdigest()

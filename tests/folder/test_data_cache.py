@@ -207,6 +207,20 @@ def test_a_damaged_entry_is_made_again(damage, tmp_path, capsys):
     assert entry(tmp_path / "cache").read_bytes() == whole
 
 
+def test_a_copy_of_another_entry_is_not_taken_for_this_ones(tmp_path, capsys):
+    """Whole, and of other rows."""
+    (tmp_path / "other").mkdir()
+    path, other = write(tmp_path, pairs()[:6]), write(tmp_path / "other", pairs()[3:6])
+    how = {"on_bad_row": "drop", "overlong": "drop"}
+    truth = load(path, tmp_path / "cache", **how)
+    load(other, tmp_path / "other-cache", **how)
+    file, copy = entry(tmp_path / "cache"), entry(tmp_path / "other-cache")
+    whole = file.read_bytes()
+    os.replace(copy, file)
+    assert load(path, tmp_path / "cache", **how) == truth and entry(tmp_path / "cache").read_bytes() == whole
+    assert f"{file} is damaged (not what was written)" in capsys.readouterr().out
+
+
 def test_no_byte_that_flips_is_taken_for_data(tmp_path):
     """Of the header, the ids and the rest, every seventh byte: what is read is what was written, or nothing is."""
     path = write(tmp_path, pairs()[:6])
