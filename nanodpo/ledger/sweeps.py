@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError, first_line
-from ..folder.atomic import new_file, writing
+from ..folder.atomic import new_file, tensors_hash, writing
 from ..progress import track
 from .adamw import Adjoint, Moments, lacking
 from .history import History
@@ -34,20 +34,28 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str, *keys: str) -> dict[str, Tensor] | None:
-        """The tensors kept under this name, or these of them; None where there are none. Raises UserError for a damaged
-        file."""
+        """The tensors kept under this name, or these of them; None where there are none, or those of an earlier version
+        without hashes. Raises UserError for a damaged file."""
         file = self.folder / f"{name}.safetensors"
         try:
             with safe_open(file, "pt") as opened:
-                return {key: opened.get_tensor(key) for key in keys or opened.keys()}
+                found, hashes = {key: opened.get_tensor(key) for key in keys or opened.keys()}, opened.metadata()
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: is damaged ({first_line(error)}); remove {self.folder}") from error
+        if hashes and any(hashes.get(key) != self._hash(name, key, tensor) for key, tensor in found.items()):
+            raise UserError(f"{file}: is damaged (not what was written); remove {self.folder}")
+        return found if hashes else None
+
+    def _hash(self, name: str, key: str, tensor: Tensor) -> str:
+        """Each tensor has its own: some are read alone."""
+        return tensors_hash(f"{self.folder.name} {name}", {key: tensor})
 
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
         with writing(self.folder), new_file(self.folder / f"{name}.safetensors") as place:
-            save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, place)
+            here = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(here, place, {key: self._hash(name, key, tensor) for key, tensor in here.items()})
 
     def moments(self, step: int, like: Tensor) -> Moments:
         """After this step; before the first update all are 0. A step that made no update has those before it."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_model
 from oracle import sequence_logp
+from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +20,7 @@ from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.losses import dpo
 from nanodpo.data.example import Example
 from nanodpo.data.schedule import learning_rate, pairs_of_step
+from nanodpo.errors import UserError
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.ledger import history
 from nanodpo.ledger.history import History
@@ -306,6 +308,24 @@ def test_a_ledger_that_was_stopped_goes_on(ledger, tmp_path):
                  for lines in (found.lines, again.lines)]
         assert torch.equal(values[order[0]].nan_to_num(), again.lines[name][order[1]].nan_to_num())
     assert torch.equal(found.levels, again.levels) and torch.equal(found.rebuilt, again.rebuilt)
+
+
+def test_what_a_ledger_keeps_is_read_as_it_was_written_or_not_at_all(tmp_path):
+    """A flipped bit would be another number in the ledger, and another step's file in its place those of that step.
+    Without hashes, as an earlier version wrote them, they are made again."""
+    store = Store(tmp_path / "ledger-1.partial")
+    for step in (1, 2):
+        store.write(f"step-{step}", {"m": torch.full((4,), 1.5 * step), "norm": torch.tensor(2.0 * step).double()})
+    file = store.folder / "step-1.safetensors"
+    whole, said = file.read_bytes(), f"{file}: is damaged (not what was written); remove {store.folder}"
+    for broken in (whole[:-1] + bytes([whole[-1] ^ 1]), (store.folder / "step-2.safetensors").read_bytes()):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match=re.escape(said)):
+            store.read("step-1")
+    file.write_bytes(whole)
+    assert store.norm(1) == 2.0
+    save_file(store.read("step-1"), file)
+    assert store.read("step-1") is None
 
 
 class Alive(TorchDispatchMode):
