@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
-from ..errors import RankStopped
-from ..files import check_size
+from ..errors import RankStopped, UserError
+from ..files import check_size, why
 
 MAX_BYTES = 2**32  # a run of millions of steps
 
@@ -17,13 +18,17 @@ class Log:
         self.file, self.place = run / "metrics.jsonl", 0
 
     def new_lines(self) -> list[tuple[str, dict]]:
-        """(text, values) of each whole line that has come: a killed process may leave half of the last one."""
+        """(text, values) of each whole line that has come: a killed process may leave half of the last one. What can't
+        be a line of train.py is none. Raises UserError for a file that can't be read."""
         if not self.file.exists():
             return []
-        check_size(self.file, MAX_BYTES)
-        with self.file.open("rb") as opened:
-            opened.seek(self.place)
-            whole = opened.read()
+        try:
+            check_size(self.file, MAX_BYTES)
+            with self.file.open("rb") as opened:
+                opened.seek(self.place)
+                whole = opened.read()
+        except OSError as error:
+            raise UserError(f"{self.file}: can't be read ({why(error)}); put the file back as it was") from error
         whole = whole[: whole.rfind(b"\n") + 1]
         self.place += len(whole)
         lines = []
@@ -32,9 +37,15 @@ class Log:
                 line = json.loads(text)
             except (ValueError, RecursionError):
                 continue
-            if text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
+            if text.endswith("\n") and _is_line(line):
                 lines.append((text, line))
         return lines
+
+
+def _is_line(line) -> bool:
+    """Whether train.py can have written this: a whole step, and finite numbers."""
+    return (isinstance(line, dict) and type(step := line.get("step")) is int and step >= 0
+            and all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in line.values()))
 
 
 class LogHash:

@@ -445,6 +445,23 @@ def test_lines_that_somebody_changed_stay_and_are_named(tmp_path, capsys):
         resume.begin(tmp_path, 8, None, OWNERS)
 
 
+@pytest.mark.parametrize("value", ["x", None, [1], {}, True, float("nan"), 10**400])
+def test_a_line_that_train_py_can_not_have_written_is_none(value, tmp_path):
+    """Its step is missing then, before any state is taken up: of such a value no mean can be taken later."""
+    lines = [{"step": k, "loss": 0.5} for k in range(3)]
+    for name in ("loss", "step"):
+        broken = [*lines[:1], lines[1] | {name: value}, lines[2]]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in broken))
+        assert [line["step"] for _, line in read_lines(tmp_path)] == [0, 2]
+
+
+@pytest.mark.parametrize("make, words", [(Path.mkdir, "Is a directory"), (os.mkfifo, "is a pipe, not a file")])
+def test_a_log_that_is_no_file_is_named(make, words, tmp_path):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=f"metrics.jsonl: can't be read .{words}.*; put the file back as it was"):
+        resume.begin(tmp_path, 8, None, OWNERS)
+
+
 def test_a_log_of_any_length_is_read(tmp_path, monkeypatch):
     """70 MB, as some 60,000 steps leave: at a smaller limit such a run could never end."""
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0{" " * 70_000_000}}}\n')
@@ -452,7 +469,8 @@ def test_a_log_of_any_length_is_read(tmp_path, monkeypatch):
     facts = {"arguments": {"logging_steps": 1, "eval_steps": 0}, "steps": 1}
     assert card.History(tmp_path, facts).until(1)[0]["step"] == 1
     monkeypatch.setattr(run_log, "MAX_BYTES", 60_000_000)  # but for one that no run could have written
-    with pytest.raises(OSError, match="has 70,000,012 bytes, more than the 60,000,000 that such a file can have"):
+    words = "has 70,000,012 bytes, more than the 60,000,000 that such a file can have"
+    with pytest.raises(UserError, match=f"can't be read .{words}.; put the file back as it was"):
         read_lines(tmp_path)
 
 
