@@ -155,7 +155,8 @@ def publish(folder: Path, facts: dict, hashed: dict[str, dict] | None = None) ->
     for file in files:
         finish_file(file)
     names = [str(file.relative_to(place)) for file in files if file.name not in BESIDE]
-    facts = facts | {"files": {name: hashed.get(name) or file_facts(place / name) for name in names}}
+    facts = facts | {"files": {name: hashed.get(name) or file_facts(place / name) for name in names},
+                     "facts": _facts_hash(facts)}
     with new_file(place / MANIFEST) as manifest:
         manifest.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     remove(folder)  # a damaged one of the same name
@@ -163,11 +164,20 @@ def publish(folder: Path, facts: dict, hashed: dict[str, dict] | None = None) ->
     flush(folder.parent)
 
 
+def _facts_hash(manifest: dict) -> str:
+    """The sha256 of a manifest's facts. Its list of files needs none: of each there is one, and somebody may have taken
+    out the entry of a file that was meant to change."""
+    facts = {name: value for name, value in manifest.items() if name not in ("files", "facts")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> dict | str:
-    """The facts in a folder's manifest; where a file is not as the manifest says, words that say so. Reads every file.
-    """
+    """The facts in a folder's manifest; where it or a file is not as it was written, words that say so. Reads every
+    file."""
     try:
         facts = json.loads(read_text(folder / MANIFEST))
+        if facts.get("facts", known := _facts_hash(facts)) != known:  # an earlier version's has no hash
+            return f"{MANIFEST} is damaged"
         for name, expected in facts["files"].items():
             file = folder / name
             if not file.is_file():

@@ -64,10 +64,10 @@ class Parts:
         for place in sorted(self.folder.glob("[!.]*/"), key=lambda place: (place.stat().st_mtime_ns, place.name)):
             try:
                 facts = json.loads(read_text(place / MANIFEST))
-                if facts["format"] != FORMAT:
-                    raise ValueError
                 holds = {key: held | {"rows": set(held["rows"]), "family": held["family"]}
                          for key, held in facts["holds"].items()}
+                if facts["format"] != FORMAT or not all(isinstance(held["family"], str) for held in holds.values()):
+                    raise ValueError
                 found.append((place.name, holds))
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 unknown += 1

@@ -387,6 +387,22 @@ def test_a_flipped_bit_anywhere_is_found(stopped):
     assert isinstance(read_manifest(folder), dict)
 
 
+def test_a_digit_that_changes_in_a_manifest_is_found(stopped, capsys):
+    """With another number of steps without an update AdamW would go on as from another step. The entry of a file may go
+    where the file was meant to change."""
+    manifest = resume.folder_of(stopped, 4) / "manifest.json"
+    whole = json.loads(manifest.read_text())
+    for name, value in (("skipped", 1), ("tokens", 8), ("run", "that run"), ("more", 1), ("facts", "0" * 64)):
+        manifest.write_text(json.dumps(whole | {name: value}))
+        assert read_manifest(manifest.parent) == "manifest.json is damaged"
+        assert resume.find(stopped, read_lines(stopped), OWNERS)["step"] == 2
+    manifest.write_text(json.dumps(whole | {"files": {}}))
+    assert isinstance(read_manifest(manifest.parent), dict)
+    del whole["facts"]  # as an earlier version wrote it
+    manifest.write_text(json.dumps(whole))
+    assert resume.find(stopped, read_lines(stopped), OWNERS)["step"] == 4
+
+
 def test_a_state_under_another_name_is_passed_over(stopped, capsys):
     """A folder that somebody renamed: its weights are those of another step."""
     resume.folder_of(stopped, 4).rename(resume.folder_of(stopped, 3))

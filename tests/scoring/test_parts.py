@@ -166,6 +166,24 @@ def test_damaged_parts_are_scored_again(scored_all, tmp_path, capsys, name, how)
     assert ("its rows are scored again" if "manifest" not in how else "damaged, or of another version") in said
 
 
+@pytest.mark.parametrize("how, words", [
+    (lambda held: held | {"rows": [0, 1, 2, 7]}, "manifest.json is damaged; its rows are scored again"),
+    (lambda held: held | {"responses": ["other"]}, "manifest.json is damaged; its rows are scored again"),
+    (lambda held: held | {"responses": 3}, "manifest.json is damaged; its rows are scored again"),
+    (lambda held: held | {"family": []}, "parts are damaged, or of another version"),
+    (lambda held: [], "parts are damaged, or of another version")])
+def test_a_list_of_rows_that_changed_is_not_believed(scored_all, tmp_path, capsys, how, words):
+    """A row that is in the list and not in the tables would be in no table, without a word."""
+    run, folder, before = scored_all
+    shutil.copytree(folder, tmp_path / "out")
+    for file in (tmp_path / "out" / "parts").glob(f"*/{MANIFEST}"):
+        facts = json.loads(file.read_text())
+        file.write_text(json.dumps(facts | {"holds": {key: how(held) for key, held in facts["holds"].items()}}))
+    capsys.readouterr()
+    assert_same(scored(run, "--answers", "2", "--gradients", tmp_path / "out"), before)
+    assert words in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def scored_all(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("all") / "out"
