@@ -193,6 +193,16 @@ def read_manifest(folder: Path) -> dict | str:
     return facts
 
 
+def read_facts(folder: Path) -> dict:
+    """The facts in a folder's manifest, whether or not the files are as it says; empty where there are none that can be
+    read."""
+    try:
+        facts = json.loads(read_text(folder / MANIFEST))
+        return facts if facts.get("facts", known := _facts_hash(facts)) == known else {}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
 def check_whole(folder: Path) -> dict[str, dict]:
     """Returns size and hash of the files in a folder's manifest, by name; nothing for a folder that nanodpo has not
     written. Raises UserError where a file is not as the manifest says."""

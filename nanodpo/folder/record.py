@@ -114,14 +114,21 @@ def take(folder: Path) -> Path:
 def read(folder: Path) -> dict:
     """A run's run.json. Raises UserError for a file that train.py has not written."""
     try:
-        record = json.loads(read_text(folder / "run.json"))
-        if (isinstance(record["arguments"], dict) and type(record["world_size"]) is type(record["steps"]) is int
-                and record["steps"] > 0 and pairs_per_step(record) > 0 and type(record.get("finished", False)) is bool
-                and _is_fork(record.get("fork"))):
+        if is_record(record := json.loads(read_text(folder / "run.json"))):
             return record
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         pass
     raise UserError(f"{folder / 'run.json'}: is not what train.py writes; name another --output_dir")
+
+
+def is_record(record) -> bool:
+    """Whether this is all that a run.json must say for a run to go on."""
+    try:
+        return (isinstance(record["arguments"], dict) and type(record["world_size"]) is type(record["steps"]) is int
+                and record["steps"] > 0 and pairs_per_step(record) > 0 and type(record.get("finished", False)) is bool
+                and _is_fork(record.get("fork")))
+    except (KeyError, TypeError, ZeroDivisionError, RecursionError):
+        return False
 
 
 def _is_fork(entry) -> bool:

@@ -26,7 +26,19 @@ from torch import Tensor
 from ..errors import RankStopped, RunStopped, UserError
 from ..files import read_text
 from ..ranks.distributed import gather_or_raise, is_main, main_first, say
-from .atomic import aside, clear, file_facts, flush, new_file, publish, read_manifest, remove, saved_steps, writing
+from .atomic import (
+    aside,
+    clear,
+    file_facts,
+    flush,
+    new_file,
+    publish,
+    read_facts,
+    read_manifest,
+    remove,
+    saved_steps,
+    writing,
+)
 from .log import MAX_BYTES, Log, LogHash, hash_before, is_evaluation, read_lines, trained_steps
 from .state import COUNTERS
 
@@ -53,15 +65,26 @@ def begin(run: Path, steps: int, wanted: int | None, owners: list[str], first: i
     if facts.get("log", (now := hash_before(lines, facts["step"]))) != now:
         say(f"resume: {run / 'metrics.jsonl'}: lines before step {facts['step']} are not as the run wrote them; they "
             "stay as they are")
+    strangers = {k: words for k in saved_steps(run) if (words := stranger(run / f"checkpoint-{k}", k, owners))}
+    if anew := [k for k in strangers if not 0 < k < facts["step"]]:  # what is made again takes their place
+        raise UserError(f"{run / f'checkpoint-{anew[0]}'}: {strangers[anew[0]]}; move it elsewhere, and the same "
+                        "command goes on")
     evaluated = go_back(run, lines, facts["step"])
     # Checkpoint 0 and the one of this step are made again where they are damaged.
-    for place in [run / f"checkpoint-{k}" for k in saved_steps(run) if 0 < k < facts["step"]]:
-        damage = read_manifest(place)
-        if isinstance(damage, dict):
-            damage = FOREIGN if damage.get("run") not in owners else None
-        if damage:
-            say(f"resume: {place}: {damage}; only a run into a new --output_dir would make it again")
+    for k in [k for k in saved_steps(run) if 0 < k < facts["step"]]:
+        damage = read_manifest(place := run / f"checkpoint-{k}")
+        if words := damage if isinstance(damage, str) else strangers.get(k):
+            say(f"resume: {place}: {words}; only a run into a new --output_dir would make it again")
     return facts, evaluated
+
+
+def stranger(checkpoint: Path, step: int, owners: list[str] | None = None) -> str | None:
+    """Words where a checkpoint's manifest says that it is of another step than its name, or of a run that is none of
+    `owners`, if these are known: somebody renamed or copied it. Else None."""
+    facts = read_facts(checkpoint)
+    if (its := facts.get("step", step)) != step:
+        return f"is a copy of checkpoint-{its}, by its manifest.json"
+    return FOREIGN if owners and facts.get("run", owners[0]) not in owners else None
 
 
 def folder_of(run: Path, step: int) -> Path:

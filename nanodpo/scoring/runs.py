@@ -26,9 +26,11 @@ from ..flags.arguments import TrainArguments
 from ..flags.loss import LOSSES, loss_name, own_function, read_loss
 from ..flags.settings import check_utf_8
 from ..folder.atomic import MANIFEST, saved_steps, step_of
-from ..folder.record import versions
+from ..folder.fork import owners
+from ..folder.record import is_record, versions
+from ..folder.resume import stranger
 from ..model.source import base_of
-from ..ranks.distributed import device_name
+from ..ranks.distributed import device_name, say
 from .contents import Contents
 
 # Flags that say how data are read; without them data are read as the run read its own.
@@ -127,7 +129,17 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
         raise UserError(f"two checkpoints are both called {run}, step {step}; score them in two calls")
     for checkpoint in found:
         checkpoint.contents = Contents(checkpoint.path)
+        check_place(checkpoint)
     return found
+
+
+def check_place(checkpoint: Checkpoint) -> None:
+    """Raises UserError for a copy of another step's checkpoint; names one that another run than run.json's wrote."""
+    place, record = Path(checkpoint.path), checkpoint.settings.record
+    if checkpoint.phase and (words := stranger(place, checkpoint.step)):
+        raise UserError(f"{place}: {words}; move it elsewhere, or remove its {MANIFEST} if that is meant")
+    if checkpoint.phase and is_record(record) and (words := stranger(place, checkpoint.step, owners(record))):
+        say(f"{place}: {words} than {place.parent / 'run.json'} is of, by its {MANIFEST}")
 
 
 def runs_against(model: Checkpoint, checkpoints: list[Checkpoint]) -> list[Checkpoint]:

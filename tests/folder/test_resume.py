@@ -499,6 +499,26 @@ def test_a_checkpoint_of_another_run_is_named(stopped, capsys):
     assert f"{stopped}/checkpoint-3: was written by another run" in said and "checkpoint-1" not in said
 
 
+@pytest.mark.parametrize("step, facts, words", [
+    (8, {"step": 8, "run": "that run"}, "was written by another run"),  # it would pass for the end of the run
+    (8, {"step": 2, "run": OWNERS[0]}, "is a copy of checkpoint-2, by its manifest.json"),
+    (0, {"step": 0, "run": "that run"}, "was written by another run"),
+    (5, {"step": 4, "run": OWNERS[0]}, "is a copy of checkpoint-4, by its manifest.json")])
+def test_a_checkpoint_that_is_not_this_ones_is_neither_taken_nor_removed(step, facts, words, stopped):
+    """Of a step that is made again, or of the last, after which nothing is left to do."""
+    lines = "".join(json.dumps({"step": k, "loss": 0.5}) + "\n" for k in range(8 if step == 8 else 6))
+    (stopped / "metrics.jsonl").write_text(lines)
+    place = stopped / f"checkpoint-{step}"
+    shutil.rmtree(place, ignore_errors=True)
+    aside(place).mkdir()
+    publish(place, facts)
+    with pytest.raises(UserError, match=f"checkpoint-{step}: {words}; move it elsewhere, and the same command goes on"):
+        resume.begin(stopped, 8, None, OWNERS)
+    assert place.exists() and (stopped / "metrics.jsonl").read_text() == lines, "nothing was touched"
+    place.rename(stopped / "elsewhere")
+    assert resume.begin(stopped, 8, None, OWNERS)[0]["step"] == 4
+
+
 def test_a_run_of_any_length_goes_on_at_once(tmp_path):
     """A limit that is never reached costs nothing: neither the steps of the run nor those of a state are listed."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 1.0}\n')

@@ -290,14 +290,34 @@ def test_parts_belong_to_contents_and_not_to_names(run, tmp_path, work, monkeypa
     table = scored("./moved", tmp_path / "out")[0]["scores.parquet"]
     assert work["tokens"] == 0 and set(table.run) == {"moved"} and set(table.checkpoint) == {
         "moved/checkpoint-0", "moved/checkpoint-1"}
-    for name in ("adapter_model.safetensors", MANIFEST):
-        shutil.copy(run / "checkpoint-0" / name, tmp_path / "moved" / "checkpoint-1" / name)
+    shutil.copy(run / "checkpoint-0" / "adapter_model.safetensors", tmp_path / "moved" / "checkpoint-1")
+    (tmp_path / "moved" / "checkpoint-1" / MANIFEST).unlink()  # which says that they are another step's
     again = scored("moved", tmp_path / "out")[0]["scores.parquet"]  # these weights are done, under another number
     assert work["tokens"] == 0 and again[again.step == 1].logps.tolist() == again[again.step == 0].logps.tolist()
     rows = (run.parent / "d.jsonl").read_text().replace("It is 6", "It is 7")
     (tmp_path / "e.jsonl").write_text(rows)
     changed = scored("moved", "--dataset_path", "e.jsonl", tmp_path / "out")[0]["scores.parquet"]
     assert work["tokens"] > 0 and set(changed.dataset) == {"e"}
+
+
+def test_a_checkpoint_of_another_step_or_run_is_not_scored_without_a_word(run, tmp_path, capsys):
+    """A copy of another step's would be a line of the wrong step in every table; of a run whose run.json is another
+    run's, what was scored can be what was meant."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(run / "checkpoint-1", tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(UserError, match="run/checkpoint-2: is a copy of checkpoint-1, by its manifest.json; move it"):
+        scored(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "run" / "checkpoint-2" / MANIFEST).unlink()
+    assert {*scored(tmp_path / "run", tmp_path / "out")[0]["scores.parquet"]["step"]} == {0, 1, 2}
+    assert "another run" not in capsys.readouterr().out
+    record = json.loads((run / "run.json").read_text())
+    record["arguments"]["learning_rate"] = 0.5
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    scored(tmp_path / "run", tmp_path / "out")
+    said = capsys.readouterr().out
+    for step in (0, 1):
+        assert f"run/checkpoint-{step}: was written by another run than {tmp_path}/run/run.json is of, by its" in said
 
 
 def test_parts_of_another_version_are_not_read(run, tmp_path, work, capsys, monkeypatch):

@@ -99,7 +99,9 @@ CHECKPOINTS += [("a manifest, and the base's weights flipped", listed("model/mod
                  ["@/model: model.safetensors is not what was written"]),
                 ("a manifest cut short", lambda folder: [listed("run/checkpoint-3/tokenizer.json", lambda x: x)(folder),
                                                          broken("run/checkpoint-3/manifest.json", cut)(folder)], RUN,
-                 ["@/run/checkpoint-3: manifest.json is damaged"])]
+                 ["@/run/checkpoint-3: manifest.json is damaged"]),
+                ("a copy of another step", written("run/checkpoint-3/manifest.json", '{"step": 2, "files": {}}'), RUN,
+                 ["@/run/checkpoint-3: is a copy of checkpoint-2, by its manifest.json; move it elsewhere"])]
 CHECKPOINTS += [(f"checkpoint-3's weights {change.__name__}", changed_weights(
     "run/checkpoint-3/adapter_model.safetensors", change), LAST, [words]) for change, words in [
         (nan, "@/model: its log-probs are not finite: weights of it, or of its adapter, are broken"),
