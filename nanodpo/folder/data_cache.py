@@ -27,6 +27,7 @@ from ..data.prepared import Line, Prepared, Reading, prepare
 from ..data.rows import read_places
 from ..data.template import Template
 from ..errors import UserError, first_line
+from ..files import check_regular
 from ..ranks.distributed import say
 from .atomic import aside, clear, new_file, open_lock, tensors_hash
 
@@ -87,7 +88,7 @@ def _by_value(value) -> str:
 def fingerprint(files: list[tuple], template: Template, how: Reading) -> str:
     """A hash of the data, the tokenizer and its chat template, the settings, the libraries, and this program's way to
     read data."""
-    own = sorted((Path(__file__).parent.parent / "data").glob("*.py"))
+    own = [*sorted((Path(__file__).parent.parent / "data").glob("*.py")), Path(__file__)]
     facts = [files, how._asdict(), template.header, template.end, str(template.date), template.options,
              str(template.tokenizer.chat_template), _tokenizer_files(template.tokenizer),
              [(file.name, _hash(file)) for file in own], platform.python_version(),
@@ -143,6 +144,7 @@ def _load(file: Path) -> Prepared | None:
     """An entry, its token ids in the file's own memory; None where there is none, or a damaged one, which is said.
     Raises UserError where the file can't be read."""
     try:
+        check_regular(file)  # a pipe would be waited for
         with safe_open(file, "pt") as entry:
             tensors = {name: entry.get_tensor(name) for name in ("ids", "rows")}
             digest = (entry.metadata() or {}).get("sha256")

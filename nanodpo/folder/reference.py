@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data.example import row_starts
 from ..errors import Preempted, RunStopped, UserError, first_line
+from ..files import check_regular
 from ..progress import Progress
 from ..ranks.distributed import ask, from_main, is_main, main_first, say, sum_over_ranks
 from .atomic import new_file
@@ -118,6 +119,7 @@ def _load(file: Path, fingerprint: dict, n: int) -> Tensor:
     """The cached log-probs, (n, 2), NaN for pairs that the cache lacks. Says why, where there is a cache and it can't
     be used. Raises UserError where the file can't be read."""
     try:
+        check_regular(file)  # a pipe would be waited for
         with safe_open(file, "pt") as cache:
             logps, about = cache.get_tensor("logps"), cache.metadata() or {}
         # Another cache under this name, as a copy, has all bits that were written.

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError, first_line
+from ..files import check_regular
 from ..folder.atomic import new_file, tensors_hash, writing
 from ..progress import track
 from .adamw import Adjoint, Moments, lacking
@@ -38,6 +39,7 @@ class Store:
         without hashes. Raises UserError for a damaged file."""
         file = self.folder / f"{name}.safetensors"
         try:
+            check_regular(file)  # a pipe would be waited for
             with safe_open(file, "pt") as opened:
                 found, hashes = {key: opened.get_tensor(key) for key in keys or opened.keys()}, opened.metadata()
         except FileNotFoundError:

@@ -315,6 +315,9 @@ def test_an_entry_that_can_not_be_read_is_named(tmp_path):
     file.unlink()
     file.mkdir()
     assert load(path, tmp_path / "cache").startswith(f"--cache_dir: {file}: can't be read")
+    file.rmdir()
+    os.mkfifo(file)
+    assert "is a pipe, not a file" in load(path, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["org/pairs", "org/pairs@main:default:train", "file://{}/rows.jsonl",

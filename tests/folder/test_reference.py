@@ -206,6 +206,10 @@ def test_a_cache_that_cannot_be_read_is_named(error, run, monkeypatch):
     BREAKS["a folder"](file)
     with pytest.raises(UserError, match="can't be read"):
         run()
+    file.rmdir()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="can't be read .*is a pipe"):
+        run()
 
 
 def test_a_link_to_nowhere_is_no_cache(run):

@@ -3,6 +3,7 @@ heavier, and its derivative by the weights of all terms, which goes back through
 
 import dataclasses
 import functools
+import os
 import re
 from types import SimpleNamespace
 
@@ -326,6 +327,10 @@ def test_what_a_ledger_keeps_is_read_as_it_was_written_or_not_at_all(tmp_path):
     assert store.norm(1) == 2.0
     save_file(store.read("step-1"), file)
     assert store.read("step-1") is None
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="is a pipe, not a file"):
+        store.read("step-1")
 
 
 class Alive(TorchDispatchMode):
