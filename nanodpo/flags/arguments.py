@@ -83,7 +83,8 @@ class TrainArguments:
     lr_scheduler_type: str = _flag("cosine", "Shape of the decay after warm-up.",
                                    choices=["cosine", "linear", "constant"])
     warmup_steps: int = _flag(0, "Steps of linear warm-up; the first has learning_rate / warmup_steps.", NOT_NEGATIVE)
-    weight_decay: float = _flag(0.0, "AdamW's, on matrices; vectors (norms, biases) are never decayed.", NOT_NEGATIVE)
+    weight_decay: float = _flag(0.0, "AdamW's, on matrices; norms, biases and other vectors are never decayed.",
+                                NOT_NEGATIVE)
     adam_beta1: float = _flag(0.9, "Decay of AdamW's mean of gradients.", BELOW_1)
     adam_beta2: float = _flag(0.999, "Decay of AdamW's mean of squared gradients.", BELOW_1)
     adam_epsilon: float = _flag(1e-8, "Added to AdamW's denominator.", ABOVE_0)

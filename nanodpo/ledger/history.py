@@ -25,6 +25,7 @@ from ..folder.fork import forks_of
 from ..folder.log import MAX_BYTES
 from ..folder.reference import data_hash
 from ..model.adapters import dora_norms
+from ..model.decay import is_decayed
 from ..model.source import open_source
 from ..progress import track
 from ..run.datasets import read_data
@@ -56,6 +57,7 @@ class History:
     ref: Tensor | None = None  # what reference_logps gives; set by sweeps.py
     opened: Opened | None = None
     trained: list[torch.nn.Parameter] = dataclasses.field(default_factory=list)  # of it: LoRA weights, or all
+    shrinks: list[bool] = dataclasses.field(default_factory=list)  # of each of these: whether weight decay shrinks it
 
     @property
     def run(self) -> str:
@@ -85,10 +87,11 @@ class History:
 
     def open(self, step: int) -> None:
         """Loads the weights that step `step` began with."""
-        self.opened, self.trained = None, []  # a whole model goes before the next comes
+        self.opened, self.trained, self.shrinks = None, [], []  # a whole model goes before the next comes
         self.opened = self.opener.open(self.checkpoints[step])
         named = [*self.opened.module.model.named_parameters()]
-        self.trained = [p for name, p in named if ".lora_" in name] or [p for _, p in named]
+        named = [(name, p) for name, p in named if ".lora_" in name] or named
+        self.trained, self.shrinks = [p for _, p in named], [is_decayed(name, p) for name, p in named]
         for parameter in self.trained:
             parameter.requires_grad_(True)
 
@@ -97,8 +100,9 @@ class History:
         return torch.cat([p.detach().flatten() for p in self.trained])
 
     def decayed(self) -> Tensor:
-        """(D,): those that weight decay shrinks, and 0 for vectors, which it leaves alone."""
-        return torch.cat([(p.detach() if p.ndim > 1 else torch.zeros_like(p)).flatten() for p in self.trained])
+        """(D,): those that weight decay shrinks, and 0 for those that it leaves alone."""
+        return torch.cat([(p.detach() if shrinks else torch.zeros_like(p)).flatten()
+                          for p, shrinks in zip(self.trained, self.shrinks)])
 
     def gradient(self, value: Tensor) -> Tensor:
         """(D,): of a number by the trained weights."""

@@ -8,8 +8,9 @@ import torch
 
 from ..core.logprobs import SequenceLogProbs
 from ..errors import UserError
+from ..model.decay import is_decayed
 from ..model.ready import make_ready
-from ..model.sharding import is_sharded, shape_of, stage_of
+from ..model.sharding import is_sharded, stage_of
 from ..ranks import distributed
 from . import memory
 
@@ -30,10 +31,9 @@ def make_engine(model, args, settings: dict, device, longest: int) -> tuple:
     if args.gradient_checkpointing or args.activation_memory:
         recompute = Recompute(model, stage)
         recompute.use("full")  # until FitToMemory has measured what fits
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # As in transformers, weight decay shrinks matrices, and no norms and biases.
-    groups = [{"params": [p for p in trained if len(shape_of(p)) > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if len(shape_of(p)) <= 1], "weight_decay": 0.0}]
+    trained = [(p, is_decayed(name, p)) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for p, decayed in trained if decayed], "weight_decay": args.weight_decay},
+              {"params": [p for p, decayed in trained if not decayed], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
     module = SequenceLogProbs(model)

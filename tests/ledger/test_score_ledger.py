@@ -6,7 +6,9 @@ import shutil
 
 import pandas
 import pytest
-from conftest import ROOT, launch
+import torch
+from conftest import ROOT, launch, make_tokenizer
+from tiny_models import tiny as make_family
 
 import score
 from nanodpo.errors import UserError
@@ -94,6 +96,19 @@ def test_every_kind_of_run_has_a_ledger(tiny, tmp_path, flags):
     assert abs(record["residual"]) < 0.01 and abs(record["change"]) > 1e-4
     assert record["updates_rebuilt"]["median"] < 1e-3
     assert {*table["side"]} == {"chosen", "rejected"} - ({"rejected"} if "sft" in flags else set())
+
+
+def test_weight_decay_is_of_what_training_decays(tiny, tmp_path):
+    """Cohere's norms of heads are matrices by shape alone: no decay in training, and none in its updates as they are
+    rebuilt."""
+    base = tmp_path / "base"
+    make_family("cohere", torch.float32, 0.1, vocab_size=264, pad_token_id=256, eos_token_id=258,
+                use_qk_norm=True).save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    run = train(tiny, tmp_path / "run", "--model_name", base, "--use_lora", "false", "--learning_rate", "1e-4",
+                "--weight_decay", "2")
+    _, (record,) = ledger(run, tmp_path / "out", "--ledger", "3", "--responses", "chosen")
+    assert max(record["updates_rebuilt"].values()) < 1e-3
 
 
 def test_a_fork_that_only_keeps_more_has_the_ledger_of_its_source(tiny, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, launch, make_model, make_tokenizer, train, zero
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny as make_family
 
 from nanodpo.data.schedule import pairs_of_step
 
@@ -444,3 +445,27 @@ def test_rows_left_out_that_a_run_does_not_visit_are_named(tiny, tmp_path):
                       "--max_steps", "2", "--without_rows", ",".join(map(str, rows)), launcher="fork").stdout
         line = f"--without_rows: row {named}: not among those that the 2 steps of this run"
         assert (line in said) == bool(named) and ("--without_rows: row" in said) == bool(named)
+
+
+@pytest.mark.parametrize("family, settings, kept", [
+    ("cohere", {"use_qk_norm": True}, {"q_norm.weight", "k_norm.weight"}),
+    ("gpt_oss", {}, {"gate_up_proj_bias", "down_proj_bias"})])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_weight_decay_shrinks_matrices_and_no_norms_or_biases(stage, family, settings, kept, tiny, tmp_path):
+    """Also where these are stacked, and so are matrices by their shape. A step whose rows have the weight 0 has no
+    gradient, and its update is the decay alone: 1 - learning rate times --weight_decay."""
+    model = make_family(family, torch.float32, 0.1, vocab_size=264, pad_token_id=256, eos_token_id=258, **settings)
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    rows = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()]
+    last = pairs_of_step(11, 1, 42, 10)[0]
+    (tmp_path / "rows.jsonl").write_text("".join(
+        json.dumps(row | {"weight": float(i == last)}) + "\n" for i, row in enumerate(rows)))
+    train(tiny, tmp_path / "run", "--model_name", tmp_path / "base", "--train_file_path", tmp_path / "rows.jsonl",
+          "--use_lora", "false", "--learning_rate", "0.01", "--weight_decay", "5", "--max_steps", "1", "--deepspeed",
+          zero(tmp_path, stage))
+    before, after = (weights(tmp_path / "run" / f"checkpoint-{k}") for k in (0, 1))
+    for name, value in before.items():
+        still = value.ndim < 2 or any(name.endswith(f".{end}") for end in kept)
+        torch.testing.assert_close(after[name], value * (1.0 if still else 0.95), rtol=1e-6, atol=0, msg=name)
+    assert {name.split("self_attn.")[-1].split("experts.")[-1] for name, p in before.items() if p.ndim > 1} > kept
