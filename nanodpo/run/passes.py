@@ -127,9 +127,11 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
     if args.sequence_parallel_size > 1:  # products of parts of a batch round otherwise, too
         fingerprint |= {"ranks that share a batch": args.sequence_parallel_size}
     if args.bf16 or run.device.type == "cuda":  # rounding depends on what else is in the micro-batch
-        # How many ranks share them changes none: evaluation cuts its pairs in order, a micro-batch is `batch` of them.
-        size = len(steps[0]) if data is run.train_set else min(batch, len(data.examples))
-        fingerprint |= {"batches": [args.seed, batch, size]}
+        # How many ranks share them changes none: steps are cut into micro-batches before they are shared, and those of
+        # an evaluation are in the order of the data, so that they are others where it is what the run trains on.
+        n = len(data.examples)
+        order = [args.seed, batch, len(steps[0])] if data is run.train_set else ["in order", min(batch, n)]
+        fingerprint |= {"batches": order}
 
     def score(indices):
         return logps_of(run, [data.examples[i] for i in indices], SIDES, "the reference pass", model, layout)

@@ -264,3 +264,14 @@ def test_references_are_kept_under_all_that_rounds_them(tiny, tmp_path, monkeypa
         "layout": "packed", "attention": LOOP, "bf16": False, "zero": 2, "device": device_name(cpu),
         "versions": record.versions()}
     assert key["weights"] and key["data"] and key["model_name"] == str(tiny / "model")
+
+
+def test_the_references_of_an_evaluation_have_a_file_of_their_own_where_micro_batches_round(tiny, tmp_path):
+    """It takes the same pairs in another order, two at a time as in training. A file of both would have the numbers of
+    whichever pass came last, and a run that goes on would read others than it began with."""
+    train.main(["--model_name", str(tiny / "model"), "--train_file_path", str(tiny / "train.jsonl"), "--eval_file_path",
+                str(tiny / "train.jsonl"), "--max_steps", "2", "--per_device_train_batch_size", "2", "--bf16",
+                "--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), "--draw", "false"])
+    files = [*(tmp_path / "cache").glob("reference-*.safetensors")]
+    known = [load_file(file)["logps"].isfinite().all(1).sum() for file in files]
+    assert sorted(known) == [4, 11]  # two steps of two pairs; all
