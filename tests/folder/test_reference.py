@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import ROOT, launch, make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_resume import BREAKS
+from tiny_models import tiny as make_family
 
 import train
 from nanodpo.core.attention import LOOP
@@ -275,3 +276,22 @@ def test_the_references_of_an_evaluation_have_a_file_of_their_own_where_micro_ba
     files = [*(tmp_path / "cache").glob("reference-*.safetensors")]
     known = [load_file(file)["logps"].isfinite().all(1).sum() for file in files]
     assert sorted(known) == [4, 11]  # two steps of two pairs; all
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, micro_batches", [("llama", False), ("gpt_oss", True), ("qwen3_moe", True)])
+def test_a_cache_of_other_micro_batches_is_not_used_where_they_round(family, micro_batches, tiny, tmp_path):
+    """A run whose micro-batches have one pair fills the cache, one with six follows. At its start policy and reference
+    have the same bits, so all pairs are ties. Padded rows and experts round by what else is in a micro-batch, also on
+    a CPU; packed rows of a dense model do not, and share what is there."""
+    make_family(family, torch.float32, 0.1, vocab_size=264, pad_token_id=256, eos_token_id=258).save_pretrained(
+        tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    for size in (1, 6):
+        done = launch(ROOT / "train.py", "--model_name", tmp_path / "base", "--train_file_path", tiny / "train.jsonl",
+                      "--per_device_train_batch_size", size, "--gradient_accumulation_steps", 6 // size, "--max_steps",
+                      "2", "--output_dir", tmp_path / f"run{size}", "--cache_dir", tmp_path / "cache", "--draw",
+                      "false", launcher="fork")
+    line = json.loads((tmp_path / "run6" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["rewards/ties"] == 1.0 and line["rewards/margins"] == 0.0
+    assert ("0 pairs computed" in done.stdout) != micro_batches
