@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch, make_tokenizer
+from conftest import ROOT, launch, lines_of, make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_resume import BREAKS
 from tiny_models import tiny as make_family
@@ -295,3 +295,20 @@ def test_a_cache_of_other_micro_batches_is_not_used_where_they_round(family, mic
     line = json.loads((tmp_path / "run6" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["rewards/ties"] == 1.0 and line["rewards/margins"] == 0.0
     assert ("0 pairs computed" in done.stdout) != micro_batches
+
+
+@pytest.mark.slow
+def test_a_run_that_evaluates_its_training_data_goes_on_with_the_references_it_began_with(tiny, tmp_path):
+    """Of a model whose padded rows round by their micro-batch, which in an evaluation has five pairs, and two in
+    training: a killed run that goes on, and reads them from the cache, has the lines of one that was not."""
+    make_family("gpt_oss", torch.float32, 0.1, vocab_size=264, pad_token_id=256, eos_token_id=258).save_pretrained(
+        tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    plain, killed = ["train.py"], ["tests/faulty.py", "kill@3:0"]
+    for name, script in (("whole", plain), ("killed", killed), ("killed", plain)):
+        launch(ROOT / script[0], *script[1:], "--model_name", tmp_path / "base", "--train_file_path",
+               tiny / "train.jsonl", "--eval_file_path", tiny / "train.jsonl", "--per_device_eval_batch_size", "5",
+               "--per_device_train_batch_size", "2", "--max_steps", "4", "--resume_steps", "1", "--output_dir",
+               tmp_path / name, "--cache_dir", tmp_path / f"cache-{name}", "--draw", "false", launcher="fork",
+               check=script is plain)
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "killed")
