@@ -6,6 +6,7 @@ second time, by another name and over the number of samples.
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -96,15 +97,15 @@ class Monitors:
         blocks = {monitor: own[monitor] | block for monitor, block in blocks.items()}
         if not goes_on:
             check_unused(blocks)
+        self._record()  # before a log is there: a monitor behind it may not start, and the next try is no other run
         config = get_monitor_config(blocks)
-        with _environment(WANDB_DIR=str(folder), WANDB_NAME=name, WANDB_RUN_ID=self.sent["id"], WANDB_RESUME="allow"):
+        with _told_to_wandb(config.wandb.enabled, dir=str(folder), name=name, id=self.sent["id"], resume="allow"):
             self.master = MonitorMaster(config)
         if csv := self.master.csv_monitor:
             for file in Path(csv.log_dir).glob("*.csv"):
                 if goes_on:
                     cut_unrecorded(file, self.sent)
                 csv.filenames += [file.stem] * (file.stat().st_size > 0)  # it has its heading
-        self._record()
 
     def write(self, line: dict) -> None:
         """Sends a line of metrics.jsonl. Raises RankStopped where it can't be written."""
@@ -118,22 +119,32 @@ class Monitors:
             self.master.write_events(events)
             self.sent |= {"step": line["step"], "train": train}
             self._record()
-        except OSError as error:
-            raise RankStopped(f"{error.filename or '--report_to'}: can't be written ({error.strerror}); the same "
-                              "command goes on from the last state") from error
+        except _failures() as error:
+            raise RankStopped(f"{_unwritten(error)}; the same command goes on from the last state") from error
 
     def _record(self) -> None:
         aside(self.file).write_text(json.dumps(self.sent), encoding="utf-8")
         os.replace(aside(self.file), self.file)  # whole, but not flushed: that would take longer than a small step
 
     def close(self, failed: bool) -> None:
-        """Lets the monitors write what they still hold."""
-        if self.master.tb_monitor:
-            self.master.tb_monitor.summary_writer.close()
-        if self.master.wandb_monitor:
-            sys.modules["wandb"].finish(exit_code=int(failed))
-        if self.master.comet_monitor:
-            self.master.comet_monitor.experiment.end()
+        """Lets the monitors write what they still hold: each of them, also where another can't. Raises RankStopped
+        where one can't; of a run that has failed already it says so, and the run ends for its own reason."""
+        ends, errors, master = [], [], self.master
+        if master.tb_monitor:
+            ends.append(master.tb_monitor.summary_writer.close)
+        if master.wandb_monitor:
+            ends.append(functools.partial(sys.modules["wandb"].finish, exit_code=int(failed)))
+        if master.comet_monitor:
+            ends.append(master.comet_monitor.experiment.end)
+        for end in ends:
+            try:
+                end()
+            except _failures() as error:
+                errors.append(error)
+        if errors and not failed:
+            raise RankStopped(f"{_unwritten(errors[0])}; the same command goes on from the last state") from errors[0]
+        for error in errors:
+            distributed.say(_unwritten(error))
 
 
 @contextlib.contextmanager
@@ -152,30 +163,46 @@ def reporting(run):
         failed = False
     finally:
         if run.monitor:
-            run.monitor.close(failed)
-            run.monitor = None
+            monitor, run.monitor = run.monitor, None
+            monitor.close(failed)
 
 
 def _open(blocks: dict[str, dict], folder: Path) -> Monitors:
     """Raises UserError where a monitor does not start: no login, no network, a folder that can't be made."""
     try:
         return Monitors(blocks, folder)
-    except (OSError, ValueError, RuntimeError, ImportError, _wandb_error()) as error:
+    except (ValueError, RuntimeError, ImportError, *_failures()) as error:
         on = [name for name, block in blocks.items() if block.get("enabled")]
         raise UserError(f"--report_to {' '.join(on)}: {first_line(error)}") from error
 
 
-def _wandb_error() -> type[Exception]:
-    return getattr(sys.modules.get("wandb"), "Error", OSError)
+def _failures() -> tuple[type[Exception], ...]:
+    """The errors of a monitor that can't write: OSError and W&B's, also those where its own process has ended."""
+    wandb, mailbox = (sys.modules.get(name) for name in ("wandb", "wandb.sdk.mailbox"))
+    return OSError, *(getattr(module, name, OSError) for module, name in
+                      ((wandb, "Error"), (mailbox, "MailboxClosedError"), (mailbox, "HandleAbandonedError")))
+
+
+def _unwritten(error: Exception) -> str:
+    what, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+    return f"{what or '--report_to'}: can't be written ({reason or first_line(error)})"
 
 
 @contextlib.contextmanager
-def _environment(**values):
-    """Sets these variables, where the user has not set them, while a library reads them."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
+def _told_to_wandb(on: bool, **values):
+    """Adds these to what DeepSpeed's monitor tells wandb.init, but for those that a variable of the user's has. W&B
+    reads variables once a process: set here, they'd be those of a notebook's first run for all that follow, and of none
+    after wandb.login()."""
+    if not on:
+        yield
+        return
+    import wandb  # slow
+
+    variables = {"id": "WANDB_RUN_ID"}
+    told = {name: value for name, value in values.items()
+            if variables.get(name, f"WANDB_{name.upper()}") not in os.environ}
+    init, wandb.init = wandb.init, functools.partial(wandb.init, **told)
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        wandb.init = init

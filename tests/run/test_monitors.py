@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, forked, launch
 
 import train as trainer
-from nanodpo.errors import RankStopped, UserError
+from nanodpo.errors import Preempted, RankStopped, UserError
 from nanodpo.flags.arguments import TrainArguments, parse
 from nanodpo.run import monitors
 from nanodpo.run.deepspeed_settings import engine_config
@@ -143,6 +143,44 @@ def test_an_offline_run_of_wandb_is_whole(tiny, tmp_path, monkeypatch):
     assert ended
 
 
+NOTEBOOK = """
+import sys
+
+import deepspeed.comm
+import wandb
+
+from nanodpo.run import monitors
+
+deepspeed.comm.get_rank = lambda: 0
+wandb.setup()  # as wandb.login() does: from here on W&B reads no variable
+for folder in map(monitors.Path, sys.argv[1:]):
+    folder.mkdir()
+    monitor = monitors.Monitors({"wandb": {"enabled": True}}, folder)
+    monitor.write({"step": 0, "loss": 0.5})
+    monitor.close(failed=False)
+"""
+
+
+@pytest.mark.skipif(not installed("wandb"), reason="W&B is not installed")
+def test_each_run_of_a_process_is_a_run_of_its_own_to_wandb(tmp_path, monkeypatch):
+    """In a notebook, after wandb.login(): by the name and in the folder of the run, under the id that it goes on with.
+    A name of the user's stays."""
+    from wandb.proto import wandb_internal_pb2
+
+    (tmp_path / "notebook.py").write_text(NOTEBOOK)
+    for name, value in {"WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
+    for names, shown in ((("one", "two"), ("one", "two")), (("three",), ("mine",))):
+        launch(tmp_path / "notebook.py", *(tmp_path / name for name in names), launcher="python")
+        for name, called in zip(names, shown):
+            (file,) = (tmp_path / name / "wandb").glob("offline-run-*/*.wandb")
+            records = [wandb_internal_pb2.Record.FromString(data) for data in wandb_records(file.read_bytes())]
+            (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+            known = json.loads((tmp_path / name / "monitors.json").read_text())
+            assert (run.run_id, run.display_name) == (known["id"], called)
+        monkeypatch.setenv("WANDB_NAME", "mine")
+
+
 COMET = """
 import json
 
@@ -267,6 +305,50 @@ def test_a_new_run_does_not_write_into_the_log_of_another(alone, tmp_path):
     assert rows(tmp_path / "all" / "mine" / "train_loss.csv") == ["step,loss", "0,0.5"]
     opened(tmp_path / "one", **block).write(LINES[3])
     assert rows(tmp_path / "all" / "mine" / "train_loss.csv") == ["step,loss", "0,0.5", "1,0.5"]
+
+
+@pytest.mark.skipif(not installed("tensorboard"), reason="TensorBoard is not installed")
+def test_a_run_whose_second_monitor_did_not_start_is_no_other_run(alone, tmp_path, monkeypatch):
+    """No login, say: TensorBoard's log was begun, and the same command must not take it for another run's."""
+    from deepspeed.monitor import monitor
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(monitor, "CometMonitor", mock.Mock(side_effect=ValueError("no API key")))
+    blocks = {"tensorboard": {"enabled": True}, "comet": {"enabled": True}}
+    for _ in range(2):
+        with pytest.raises(UserError, match="^--report_to tensorboard comet: no API key$"):
+            monitors._open(blocks, tmp_path / "run")
+    again = monitors._open({"tensorboard": {"enabled": True}}, tmp_path / "run")
+    for line in LINES:
+        again.write(line)
+    again.close(failed=False)
+    assert [found for found in read_tensorboard(tmp_path / "run" / "tensorboard") if found[0] == "train/loss"] == [
+        ("train/loss", step, 0.5) for step in range(4)]
+
+
+class Ended(Exception):
+    """As W&B raises where its own process has ended."""
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Ended("closed")])
+def test_a_monitor_that_can_not_be_closed_does_not_hide_why_a_run_ended(error, alone, tmp_path, monkeypatch, capsys):
+    """It fails when it is closed, as it failed to write: the run ends by its own error, and with its exit code. The
+    others are closed all the same. Where nothing else has failed, that is the error, in a line."""
+    monkeypatch.setitem(monitors.sys.modules, "wandb", mock.Mock(Error=Ended, finish=mock.Mock(side_effect=error)))
+    master = mock.Mock(tb_monitor=mock.Mock(), wandb_monitor=mock.Mock(), comet_monitor=mock.Mock())
+    master.comet_monitor.experiment.end.side_effect = error
+    reason, monitor = str(getattr(error, "strerror", error)), opened(tmp_path / "run")
+    monitor.master = master
+    for told in (Preempted("told to stop"), RankStopped("full"), None):
+        run = mock.Mock(monitors={"wandb": {"enabled": True}}, folder=tmp_path / "run")
+        monkeypatch.setattr(monitors, "_open", lambda blocks, folder: monitor)
+        raised = pytest.raises(type(told) if told else RankStopped, match=str(told) if told else f"written .{reason}.;")
+        with raised, monitors.reporting(run):
+            if told:
+                raise told
+        assert capsys.readouterr().out.count(f"--report_to: can't be written ({reason})") == 2 * (told is not None)
+        assert run.monitor is None
+    assert master.tb_monitor.summary_writer.close.call_count == 3
 
 
 # What is asked for, and what there is
