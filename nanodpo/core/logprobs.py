@@ -36,8 +36,7 @@ class LogProbHead(nn.Module):
 
     def __init__(self, lm_head: nn.Linear, scale: float = 1.0, cap: float | None = None, chunk_size: int = 0):
         super().__init__()
-        self.weight, self.bias = lm_head.weight, lm_head.bias
-        self.scale, self.cap = scale, cap
+        self.weight, self.bias, self.scale, self.cap = lm_head.weight, lm_head.bias, scale, cap
         self.on_chunk = None  # called after every chunk: TokenMetrics of run/metrics.py
         self.product_dtype = getattr(lm_head, "product_dtype", None)  # set by model/precision.py
         self.chunk_size = chunk_size or max(1, CHUNK_BYTES // (4 * lm_head.out_features))
@@ -51,23 +50,24 @@ class LogProbHead(nn.Module):
         """(N, D), (N,) -> (N,): log softmax(logits)[target], nats, float32 (float64 for float64 hidden states)."""
         return _TokenLogProbs.apply(hidden, self.weight, self.bias, targets, self)
 
-    def logits(self, hidden: Tensor, buffer: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, buffer: Tensor | None = None, own: tuple = ()) -> Tensor:
         """(C, D) -> (C, V), float32 or better: cap tanh(s (W h + b) / cap), or s (W h + b) without a cap; s is `scale`.
-        Written into the first C rows of `buffer`, which all chunks share, or into memory of their own."""
+        Written into the first C rows of `buffer`, which all chunks share, or into memory of their own. `own`: W and b,
+        in a backward pass those of the forward pass, which functional_call may have lent to this module."""
+        weight, bias = own or (self.weight, self.bias)
         if buffer is None:
-            dtype = torch.promote_types(hidden.dtype, torch.float32)
-            buffer = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
+            buffer = hidden.new_empty(len(hidden), len(weight), dtype=torch.promote_types(hidden.dtype, torch.float32))
         z = buffer[: len(hidden)]
         if self.bf16:  # a GPU's product of bfloat16 gives float32, which a CPU's can't
-            torch.mm(hidden.bfloat16(), self.weight.bfloat16().T, out_dtype=z.dtype, out=z)
-            if self.bias is not None:
-                z.add_(self.bias)
+            torch.mm(hidden.bfloat16(), weight.bfloat16().T, out_dtype=z.dtype, out=z)
+            if bias is not None:
+                z.add_(bias)
         else:  # both factors in float32: a CPU's bfloat16 product would round each logit
-            for vocab, rows in _blocks(self.weight, z.dtype):
-                if self.bias is None:
+            for vocab, rows in _blocks(weight, z.dtype):
+                if bias is None:
                     torch.mm(hidden.to(z.dtype), rows.T, out=z[:, vocab])
                 else:
-                    torch.addmm(self.bias[vocab].to(z.dtype), hidden.to(z.dtype), rows.T, out=z[:, vocab])
+                    torch.addmm(bias[vocab].to(z.dtype), hidden.to(z.dtype), rows.T, out=z[:, vocab])
         if self.scale != 1.0:
             z.mul_(self.scale)
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
@@ -78,11 +78,11 @@ class LogProbHead(nn.Module):
             return None if self.scale == 1.0 else self.scale
         return (z / self.cap).square_().neg_().add_(1).mul_(self.scale)
 
-    def times_weight(self, dz: Tensor) -> Tensor:
-        """(C, V) -> (C, D): dz W, in the dtype of dz, or in bfloat16."""
+    def times_weight(self, dz: Tensor, weight: Tensor) -> Tensor:
+        """(C, V), (V, D) -> (C, D): dz W, in the dtype of dz, or in bfloat16."""
         if self.bf16:
-            return dz.bfloat16() @ self.weight.bfloat16()
-        return functools.reduce(torch.add, (dz[:, vocab] @ rows for vocab, rows in _blocks(self.weight, dz.dtype)))
+            return dz.bfloat16() @ weight.bfloat16()
+        return functools.reduce(torch.add, (dz[:, vocab] @ rows for vocab, rows in _blocks(weight, dz.dtype)))
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype):
@@ -145,12 +145,12 @@ class _TokenLogProbs(torch.autograd.Function):
         assert exps is None or dlogp_dh is None, "the gradient overwrites the exponentials that on_chunk needs"
         for i in range(0, len(hidden) or 1, head.chunk_size):  # for no token too: `on_chunk` is called on every rank
             here, gradient = slice(i, i + head.chunk_size), None
-            z = head.logits(hidden[here], buffer)
+            z = head.logits(hidden[here], buffer, (weight, bias))
             slope = None if dlogp_dh is None else head.slope(z)  # before exponentials overwrite z
             chunk = chunk_logps(z, targets[here], exps)
             logps[here], lse[here] = chunk.logps, chunk.lse
             if dlogp_dh is not None:
-                gradient = head.times_weight(_logit_grad(chunk.exps, chunk.total, targets[here], slope))
+                gradient = head.times_weight(_logit_grad(chunk.exps, chunk.total, targets[here], slope), weight)
                 dlogp_dh[here] = gradient  # rounded to the dtype of the hidden states
             if on_chunk:
                 on_chunk(chunk, z, hidden[here], gradient)
@@ -172,11 +172,11 @@ class _TokenLogProbs(torch.autograd.Function):
         buffer = hidden.new_empty(min(head.chunk_size, len(hidden)), len(weight), dtype=lse.dtype)
         for i in range(0, len(hidden), head.chunk_size):
             here = slice(i, i + head.chunk_size)
-            z = head.logits(hidden[here], buffer)
+            z = head.logits(hidden[here], buffer, (weight, bias))
             slope = head.slope(z)
             exps = z.sub_(lse[here, None]).exp_()  # probabilities, so their total is 1
             dz = _logit_grad(exps, torch.ones_like(lse[here]), targets[here], slope).mul_(grad[here, None])
-            d_hidden[here] = head.times_weight(dz)
+            d_hidden[here] = head.times_weight(dz, weight)
             d_weight += (torch.mm(dz.bfloat16().T, hidden[here].bfloat16(), out_dtype=dz.dtype) if head.bf16 else
                          dz.T @ hidden[here].to(dz.dtype))
             if d_bias is not None:

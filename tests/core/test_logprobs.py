@@ -128,6 +128,20 @@ def test_a_bias_alone_may_be_trained():
     assert torch.autograd.gradcheck(lambda bias: functional_call(head, {"bias": bias}, (hidden, targets)), layer.bias)
 
 
+@pytest.mark.parametrize("scale, cap", SETTINGS)
+def test_backward_takes_the_weights_that_forward_took(scale, cap):
+    """functional_call lends a head other weights, and gives it back its own before the backward pass."""
+    layer, other, (hidden, targets) = linear(), linear(std=0.3), inputs()
+    others = [p.detach().clone().requires_grad_() for p in (other.weight, other.bias)]
+    head = LogProbHead(layer, scale, cap, chunk_size=5)
+    found = functional_call(head, {"weight": others[0], "bias": others[1]}, (hidden, targets))
+    logits = scale * F.linear(hidden, *others)
+    truth = (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(1)[range(N), targets]
+    slopes = torch.linspace(-1, 2, N, dtype=torch.float64)
+    for mine, true in zip(*(torch.autograd.grad(logps @ slopes, (hidden, *others)) for logps in (found, truth))):
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
+
+
 def test_a_second_derivative_is_refused():
     """The kept gradient is a constant to autograd; better an error than a curvature with half its terms."""
     hidden, targets = inputs()
