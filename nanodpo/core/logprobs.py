@@ -219,12 +219,13 @@ class SequenceLogProbs(nn.Module):
         self.head = LogProbHead(lm_head, scale, cap, chunk_size)
 
     def states(self, batch) -> Tensor:
-        """Batch -> (N, D): the hidden state that predicts each scored token, in the wider of its dtype and the output
-        layer's."""
+        """Batch -> (N, D): the hidden state that predicts each scored token, in its dtype or the head's wider one."""
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         # LoRA sits inside the base's layers, so it takes part. The output layer is not called: LogProbHead replaces it.
-        # transformers hands keywords that it does not know down to the attention function, which needs `segments`.
+        # transformers hands keywords that it does not know down to attention: ours needs `segments`, others ignore it.
         extra = {} if batch.segments is None else {"position_ids": batch.position_ids, "segments": batch.segments}
+        if extra and not str(getattr(inner.config, "_attn_implementation", "nanodpo_")).startswith("nanodpo_"):
+            raise ValueError("a packed batch needs model.set_attn_implementation(attention.LOOP), of nanodpo.core")
         states = inner.base_model(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state  # (B, T, D)
         scored = states.flatten(0, 1).index_select(0, batch.predictors)
         return scored.to(torch.promote_types(scored.dtype, self.head.weight.dtype))

@@ -142,6 +142,17 @@ def test_backward_takes_the_weights_that_forward_took(scale, cap):
         torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
 
 
+def test_a_packed_batch_needs_an_attention_that_keeps_responses_apart():
+    """The model's own would ignore the segments, and give log-probs that are nats off without a word."""
+    model, groups = tiny("llama"), random_groups()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"needs model.set_attn_implementation.attention.LOOP."):
+        SequenceLogProbs(model)(pack(groups))
+    with torch.no_grad():
+        plain = SequenceLogProbs(model)(pad(groups))
+        model.set_attn_implementation(LOOP)
+        torch.testing.assert_close(SequenceLogProbs(model)(pack(groups)), plain, rtol=0, atol=1e-3)
+
+
 def test_a_second_derivative_is_refused():
     """The kept gradient is a constant to autograd; better an error than a curvature with half its terms."""
     hidden, targets = inputs()
