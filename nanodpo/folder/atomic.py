@@ -22,7 +22,7 @@ from ..errors import RunStopped, UserError, first_line
 from ..files import check_regular, read_text
 from ..ranks.distributed import say
 
-MANIFEST = "manifest.json"
+MANIFEST, FACTS_HASH = "manifest.json", "facts_sha256"
 # Of a checkpoint, see card.py: no number depends on them, and people edit them.
 BESIDE = ("README.md", "trainer_state.json")
 
@@ -156,7 +156,7 @@ def publish(folder: Path, facts: dict, hashed: dict[str, dict] | None = None) ->
         finish_file(file)
     names = [str(file.relative_to(place)) for file in files if file.name not in BESIDE]
     facts = facts | {"files": {name: hashed.get(name) or file_facts(place / name) for name in names},
-                     "facts": _facts_hash(facts)}
+                     FACTS_HASH: _facts_hash(facts)}
     with new_file(place / MANIFEST) as manifest:
         manifest.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     remove(folder)  # a damaged one of the same name
@@ -167,7 +167,8 @@ def publish(folder: Path, facts: dict, hashed: dict[str, dict] | None = None) ->
 def _facts_hash(manifest: dict) -> str:
     """The sha256 of a manifest's facts. Its list of files needs none: of each there is one, and somebody may have taken
     out the entry of a file that was meant to change."""
-    facts = {name: value for name, value in manifest.items() if name not in ("files", "facts")}
+    manifest = json.loads(json.dumps(manifest))  # as it is read again
+    facts = {name: value for name, value in manifest.items() if name not in ("files", FACTS_HASH)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -176,7 +177,7 @@ def read_manifest(folder: Path) -> dict | str:
     file."""
     try:
         facts = json.loads(read_text(folder / MANIFEST))
-        if facts.get("facts", known := _facts_hash(facts)) != known:  # an earlier version's has no hash
+        if facts.get(FACTS_HASH, known := _facts_hash(facts)) != known:  # an earlier version's has no hash
             return f"{MANIFEST} is damaged"
         for name, expected in facts["files"].items():
             file = folder / name
@@ -198,7 +199,7 @@ def read_facts(folder: Path) -> dict:
     read."""
     try:
         facts = json.loads(read_text(folder / MANIFEST))
-        return facts if facts.get("facts", known := _facts_hash(facts)) == known else {}
+        return facts if facts.get(FACTS_HASH, known := _facts_hash(facts)) == known else {}
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 

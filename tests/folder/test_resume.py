@@ -392,13 +392,13 @@ def test_a_digit_that_changes_in_a_manifest_is_found(stopped, capsys):
     where the file was meant to change."""
     manifest = resume.folder_of(stopped, 4) / "manifest.json"
     whole = json.loads(manifest.read_text())
-    for name, value in (("skipped", 1), ("tokens", 8), ("run", "that run"), ("more", 1), ("facts", "0" * 64)):
+    for name, value in (("skipped", 1), ("tokens", 8), ("run", "that run"), ("more", 1), ("facts_sha256", "0" * 64)):
         manifest.write_text(json.dumps(whole | {name: value}))
         assert read_manifest(manifest.parent) == "manifest.json is damaged"
         assert resume.find(stopped, read_lines(stopped), OWNERS)["step"] == 2
     manifest.write_text(json.dumps(whole | {"files": {}}))
     assert isinstance(read_manifest(manifest.parent), dict)
-    del whole["facts"]  # as an earlier version wrote it
+    del whole["facts_sha256"]  # as an earlier version wrote it
     manifest.write_text(json.dumps(whole))
     assert resume.find(stopped, read_lines(stopped), OWNERS)["step"] == 4
 

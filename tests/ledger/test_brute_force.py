@@ -116,7 +116,7 @@ class Weights:
         with torch.no_grad():
             for name, p in self.module.model.named_parameters():
                 p.copy_(self.states[checkpoint.step][name])
-        return SimpleNamespace(module=self.module, layout="plain", device=torch.device("cpu"))
+        return SimpleNamespace(module=self.module, logps=self.module, layout="plain", device=torch.device("cpu"))
 
 
 def make_ledger(peak: float, folder):
