@@ -87,7 +87,7 @@ def _example(text: Texts, prompt: list[int], chosen, rejected, may_be_equal: boo
     return Example(text.row, prompt, chosen, rejected)
 
 
-def _encode(tokenizer, lines: list[str], texts: list[Texts], heads: list[Head] | None = None) -> list[list[int]]:
+def _encode(tokenizer, lines: list[str], texts: list[Texts], heads: list[Head] | None) -> list[list[int]]:
     """Token ids; of plain text with exactly one BOS in front where the tokenizer uses one. `heads` are those with which
     the lines begin.
 

@@ -28,7 +28,7 @@ def steps_of(max_steps: int, epochs: float, steps_per_epoch: int) -> int:
 
 
 @functools.lru_cache(maxsize=2)
-def pair_order(n: int, seed: int, epoch: int, starts: tuple[int, ...] | None = None) -> tuple[int, ...]:
+def pair_order(n: int, seed: int, epoch: int, starts: tuple[int, ...] | None) -> tuple[int, ...]:
     """The order in which an epoch visits n pairs: that of its rows. Pairs of one row stay together; `starts` has the
     index of each row's first pair, None where every row is one pair.
 

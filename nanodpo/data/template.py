@@ -46,7 +46,7 @@ class Template:
         return dataclasses.replace(self, options=self.options | options) if options else self
 
 
-def template_for(tokenizer, args, date: str | None = None) -> Template:
+def template_for(tokenizer, args, date: str | None) -> Template:
     """The template as a run's flags have it: its --assistant_header and --chat_template_kwargs. Raises UserError."""
     return read_template(tokenizer, args.assistant_header, date, options_of(args.chat_template_kwargs))
 

@@ -12,7 +12,7 @@ FOREIGN_OPENINGS = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", 
                     "<｜begin▁of▁sentence｜>", "<｜User｜>")
 
 
-def split_transcript(template: Template, text: str, prompt: str | None = None) -> tuple[str, str] | None:
+def split_transcript(template: Template, text: str, prompt: str | None) -> tuple[str, str] | None:
     """A rendered transcript -> (prompt text with the last assistant header, response text); None for plain text.
 
     A rendered `prompt` whose transcript `text` only continues is put in front. Raises UserError for a transcript that

@@ -7,15 +7,15 @@ import pandas
 from .axes import ABOVE_GRID, GREY, grid, listed, set_phases, wrap
 from .dynamics import dashes_of, draw_panel, has_bars, interval, legend_of, looks_of, xlabel
 from .intervals import levels, shares
-from .noise import Marks
+from .noise import Marks, Noise
 from .records import MASS, SIDES
 
 LOOKS = {"right answers": {"color": "black", "marker": "P"}}
 LABELS = {"mass": "change of mass on\nimplausible tokens", "right": "share of right answers"}
 
 
-def aside_figure(scores: pandas.DataFrame, answers: pandas.DataFrame | None, columns: int, phases=None,
-                 noise=None):
+def aside_figure(scores: pandas.DataFrame, answers: pandas.DataFrame | None, columns: int, phases,
+                 noise: dict[str, Noise]):
     """(figure, caption), or None where neither was scored: a line of panels a data set, with how much probability went
     to implausible tokens (scoring/measures.py) since step 0, along chosen and rejected, and the share of right answers.
 
@@ -51,7 +51,7 @@ def aside_figure(scores: pandas.DataFrame, answers: pandas.DataFrame | None, col
         else:
             ax.axhline(0, color=GREY, linewidth=0.6, zorder=ABOVE_GRID)
     marks = Marks(listed({"mass": "this probability", "right": "this share"}[kind] for kind in tables))
-    marks.not_measured([noise[run] for run in every["run"].unique() if run in noise] if noise else [])
+    marks.not_measured([noise[run] for run in every["run"].unique() if run in noise])
     legend_of(fig, every, dashes, {side: looks[side] for side in looks if side in set(every["response"])}, phases,
               "95% interval", marks.handles)
     return fig, _caption(tables, sets, phases) + marks.caption

@@ -19,7 +19,7 @@ from .runs import Facts, in_order, read_facts
 from .scatter import scatter_figure, scatter_table
 from .selection import at_phases, everywhere, in_phases, select, select_beside, select_there, series_in_phases
 from .strip import strip_figure
-from .three_panel import ROLES, three_panel_figure
+from .three_panel import FOCUS, RATIOS, ROLES, three_panel_figure
 from .training import training_figure
 
 TESTS = ["forward", "reverse", "mixed"]
@@ -157,10 +157,9 @@ def draw_three_panel(args: argparse.Namespace, scores, series, noise) -> tuple[d
     tables = [*([levels(scores.assign(at=scores["step"]))] if scores is not None else []),
               *([with_gaps(everywhere(series, tests))] if series is not None else [])]
     tables = select(tables, named, tests) if series is None else select_there(tables, named, tests)
-    more = {"focus": args.focus, "ratios": args.panel_ratios, "floor": args.floor}
     figure, caption, missing = three_panel_figure(
-        pandas.concat(tables, ignore_index=True), roles, tests, args.columns, noise=noise,
-        **{name: value for name, value in more.items() if value is not None})
+        pandas.concat(tables, ignore_index=True), roles, tests, args.columns, args.focus or FOCUS,
+        args.panel_ratios or RATIOS, args.floor, noise)
     return {"three_panel": (figure, caption)}, [f"not drawn, since nothing has it: {listed(missing)}"] * bool(missing)
 
 

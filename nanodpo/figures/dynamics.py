@@ -33,8 +33,8 @@ from .bars import draw_bars
 from .noise import Marks, Noise
 
 
-def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns: int, focus=None, floor=None,
-                    phases=None, noise=None):
+def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns: int, focus, floor, phases,
+                    noise: dict[str, Noise]):
     """Log-prob per token of each response over steps: a line of panels a data set, the level and beside it the change;
     of one checkpoint a run, a bar for each response, or a point where the scale changes.
 
@@ -58,7 +58,7 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
         if kind == "change" or ax.get_subplotspec().is_first_col():
             ax.set_ylabel(f"change since {since}\n(nats per token)" if kind == "change" else LOGPS)
         draw_panel(ax, changes if kind == "change" else levels, name, dashes, looks, bars, from_zero=not band)
-        _noise(marks, ax, levels[levels["dataset"] == name], noise or {}, kind)
+        _noise(marks, ax, levels[levels["dataset"] == name], noise, kind)
         if phases:
             set_phases(ax, list(phases.values()))
         if kind == "change":

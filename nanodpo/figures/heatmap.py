@@ -16,7 +16,7 @@ COLOURS = "RdBu"  # red fell, blue rose, white is no change; the colour-blind te
 NOISY, MISSING = "0.85", "0.6"  # a change that rounding alone may have made; a score that is not there
 
 
-def heatmap_figure(scores: pandas.DataFrame, columns: int, noise: dict[str, Noise] | None = None):
+def heatmap_figure(scores: pandas.DataFrame, columns: int, noise: dict[str, Noise]):
     """Change of mean_logps since the first step, examples x checkpoints, chosen and rejected of one run side by side.
 
     An example has the same line in both: lines are sorted by the final change of chosen, the largest rise on top.
@@ -33,7 +33,7 @@ def heatmap_figure(scores: pandas.DataFrame, columns: int, noise: dict[str, Nois
     values = np.concatenate([table.to_numpy().ravel() for pair in tables.values() for table in pair.values()])
     values = np.abs(values[np.isfinite(values)])
     limit = float(np.quantile(values, 0.98)) or float(values.max()) or 1.0
-    deviation = (noise or {}).get(runs[0], Noise()).logps
+    deviation = noise.get(runs[0], Noise()).logps
     fig, axes = grid(2 * len(sets), 2, columns, height=2.2, sharey="row")
     images = []
     for ax, (name, side) in zip(axes, [(name, side) for name in sets for side in SIDES]):

@@ -23,7 +23,7 @@ def levels(scores: pandas.DataFrame) -> pandas.DataFrame:
     return _over_rows(pandas.concat([scores, gap], ignore_index=True) if len(gap) else scores)
 
 
-def changes(scores: pandas.DataFrame, since: list[str] = KEYS) -> pandas.DataFrame:
+def changes(scores: pandas.DataFrame, since: list[str]) -> pandas.DataFrame:
     """Curves of how far mean_logps moved, row by row, since the first place of the rows that agree in `since`.
 
     The interval is that of the rows' own changes: narrower than a level's, since what tells rows apart is gone.

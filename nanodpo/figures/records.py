@@ -113,7 +113,7 @@ def read_answers(files: list[Path]) -> pandas.DataFrame | None:
     return pandas.concat(tables, ignore_index=True) if tables else None
 
 
-def read_tokens(files: list[Path], row: int, runs=(), sets=()) -> pandas.DataFrame:
+def read_tokens(files: list[Path], row: int, runs: list[str], sets: list[str] | None) -> pandas.DataFrame:
     """TOKENS of both sides of one row, in order of position; raises UserError where one is missing or there twice, and
     where these runs and data sets (all, where none is named) do not have the row, with some that they have."""
     if not 0 <= row < 2**63:

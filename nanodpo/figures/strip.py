@@ -22,7 +22,7 @@ LINES = 14  # of a response; what does not fit is left out and counted
 SEEN = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\r": "\N{LEFTWARDS ARROW}", "\t": "\N{RIGHTWARDS ARROW}"}
 
 
-def strip_figure(tokens: pandas.DataFrame, row: int, columns: int, noise=None):
+def strip_figure(tokens: pandas.DataFrame, row: int, columns: int, noise: dict[str, Noise]):
     """The tokens of a row's chosen and rejected, from a table of read_tokens of one run and one data set.
 
     With several steps the colour is the change of the log-prob between the first and the last, blue rose and red fell,
@@ -46,7 +46,7 @@ def strip_figure(tokens: pandas.DataFrame, row: int, columns: int, noise=None):
     colour = ScalarMappable(Normalize(-limit, limit if moved else 0), "RdBu" if moved else "Blues_r")
     letters = int((WIDTHS[columns] - 2 * MARGIN) / LETTER)
     laid = {side: _lay(words, letters) for side, (words, _) in sides.items()}
-    own = (noise or {}).get(where[0][0], Noise())
+    own = noise.get(where[0][0], Noise())
     marks = Marks("a single token", f"; it moves the mean over a response's tokens by ± {2 * own.logps:.2g} nats, two "
                                     "standard deviations")
     marks.not_measured([own])

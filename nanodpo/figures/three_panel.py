@@ -34,6 +34,7 @@ from .noise import Marks, Noise
 # Of different lightness where they meet in a panel, for print in grey.
 ROLES = {"forward": ("F", "#0072B2"), "reverse": ("R", "#E69F00"), "mixed": ("M", "#000000"), "dpo": ("DPO", "#D55E00")}
 MARKERS = "os^"
+FOCUS, RATIOS = (0.05, 0.10), (1, 1, 1.2)  # where the user says none
 ZERO = {"color": GREY, "linewidth": 0.6, "linestyle": "-"}
 STYLES = {"chosen": {"linestyle": "-"}, "rejected": {"linestyle": (0, (3, 1.2)), "markerfacecolor": "white"}}
 
@@ -42,8 +43,8 @@ Key = tuple[str, str, str]  # of a curve: role, data set, and chosen, rejected o
 
 
 def three_panel_figure(curves: pandas.DataFrame, roles: dict[str, list[str]], tests: list[str], columns: int,
-                       focus: tuple[float, float] = (0.05, 0.10), ratios=(1, 1, 1.2), floor=None,
-                       noise: dict[str, Noise] | None = None):
+                       focus: tuple[float, float], ratios: tuple[float, float, float], floor: float | None,
+                       noise: dict[str, Noise]):
     """(figure, caption, what is missing in words). `curves` is a table of intervals.py with responses chosen, rejected
     and gap; `roles` names the runs of each of ROLES, several are seeds; `tests` are the data sets in the order forward,
     reverse, mixed.
@@ -56,7 +57,7 @@ def three_panel_figure(curves: pandas.DataFrame, roles: dict[str, list[str]], te
             "b": [(role, tests[2], side) for role in ("mixed", "dpo") for side in STYLES],
             "c": [(role, test, "gap") for role in ROLES for test in tests]}
     wanted = [key for keys in plan.values() for key in keys if roles[key[0]]]
-    seeds = {key: found for key in wanted if (found := _seeds(curves, *key, roles[key[0]], noise or {})) is not None}
+    seeds = {key: found for key in wanted if (found := _seeds(curves, *key, roles[key[0]], noise)) is not None}
     if unseen := [role for role in ROLES if roles[role] and all(key[0] != role for key in seeds)]:
         raise UserError(f"--{unseen[0]} {roles[unseen[0]][0]}: has none of the curves that the three panels show; they "
                         f"are of chosen, rejected and gap on {listed(tests)}")

@@ -29,7 +29,7 @@ def read_mapping(path: str, where: str, example: str, as_text: bool = False) -> 
     return found
 
 
-def read_settings(path: str, names: list[str], lists: tuple[str, ...] = ()) -> list[str]:
+def read_settings(path: str, names: list[str], lists: tuple[str, ...]) -> list[str]:
     """A flat YAML or JSON file as flags, so that argparse converts and checks its values like those of other flags.
 
     Values stay as they are written (1e-5, 010): YAML would read the first as text and the second as 8. Raises UserError
@@ -42,7 +42,7 @@ def read_settings(path: str, names: list[str], lists: tuple[str, ...] = ()) -> l
     return as_flags(settings, path, lists)
 
 
-def as_flags(settings: dict, path: str, lists: tuple[str, ...] = ()) -> list[str]:
+def as_flags(settings: dict, path: str, lists: tuple[str, ...]) -> list[str]:
     """Settings as flags. Raises UserError, which names `path`, for a nested value."""
     for key, value in settings.items():
         several = isinstance(value, list) and key in lists and not any(isinstance(v, (dict, list)) for v in value)

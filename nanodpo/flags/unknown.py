@@ -161,7 +161,7 @@ def parse_known(parser, argv: list[str], script: str, otherwise: dict[str, str] 
     return args
 
 
-def unknown_arguments(rest: list[str], known, script: str, otherwise: dict[str, str] | None = None) -> str:
+def unknown_arguments(rest: list[str], known, script: str, otherwise: dict[str, str] | None) -> str:
     """The error message for the words that a parser did not know; the word after an unknown flag is its value."""
     flags = [word for word in rest if word.startswith("--")] or rest[:1]
     hints = [(word.partition("=")[0], hint(word, known, otherwise)) for word in dict.fromkeys(flags)]

@@ -257,7 +257,7 @@ def check_base(hashes: list[str], base: str, record: dict, run) -> None:
         say(f"{base}: transformers {now} reads its config otherwise than {then}, under which {run} was trained")
 
 
-def load_reference(source: Source | None, adapter_off: bool, args, shared: dict | None = None) -> nn.Module | None:
+def load_reference(source: Source | None, adapter_off: bool, args, shared: dict | None) -> nn.Module | None:
     """The model of --reference in the policy's precision; None without it, and where the policy serves, with its
     adapter off. `shared` as in `load_model`. Raises UserError."""
     if source is None or adapter_off:

@@ -125,7 +125,7 @@ class Reader:
 
 
 def open_datasets(checkpoints: list[Checkpoint], files: list[tuple[str, str]], own: bool, wanted: Wanted,
-                  other_prompts: bool, ranks: int = 1) -> list[ResponseSet]:
+                  other_prompts: bool, ranks: int) -> list[ResponseSet]:
     """Reads the files, (name, file) each, as the first checkpoint's run did, and says so where another run had other
     settings. `own`: the file is the runs' own; `other_prompts`: prompts may open as none did in training; `ranks`: so
     many share a micro-batch.
@@ -150,7 +150,7 @@ def open_datasets(checkpoints: list[Checkpoint], files: list[tuple[str, str]], o
     return datasets
 
 
-def one_source(checkpoints: list[Checkpoint], ranks: int = 1) -> Source:
+def one_source(checkpoints: list[Checkpoint], ranks: int) -> Source:
     """The first checkpoint's tokenizer and limits. Tokenizers may lie in many folders, but they must say the same:
     log-probs of other tokens don't compare. Raises UserError where they don't."""
     found, seen = {}, set()

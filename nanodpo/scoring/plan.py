@@ -82,7 +82,7 @@ class Work:
 
 
 def plan(checkpoints: list[Checkpoint], datasets: list[ResponseSet], parts: Parts, tokens: bool,
-         gradients: bool, risers: int = 0) -> list[Work]:
+         gradients: bool, risers: int) -> list[Work]:
     """All checkpoints on all data sets, in order of work: a run's start comes first. `tokens`, `gradients`: these are
     asked for, too; `risers`: how many of these, if any."""
     work, starts = [], {c.run: c for c in checkpoints if c.step == 0}
