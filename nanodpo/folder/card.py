@@ -116,15 +116,11 @@ class History:
 
 
 def _mean(lines: list[dict]) -> dict:
-    """These steps of training as one entry."""
-    return lines[-1] | _means(lines) | {"step": lines[-1]["step"] + 1}
-
-
-def _means(lines: list[dict]) -> dict[str, float]:
-    """Of each metric that is a mean over a step's pairs, the mean over these steps that have it."""
+    """These steps of training as one entry: of each metric that is a mean over a step's pairs, the mean over the steps
+    that have it; of OF_A_STEP the last step's values."""
     names = {name for line in lines for name in line} - OF_A_STEP
-    values = {name: [line[name] for line in lines if name in line] for name in sorted(names)}
-    return {name: statistics.fmean(found) for name, found in values.items()}
+    means = {name: statistics.fmean(line[name] for line in lines if name in line) for name in sorted(names)}
+    return lines[-1] | means | {"step": lines[-1]["step"] + 1}
 
 
 def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) -> str:
