@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..flags.arguments import BY_CONTENT
 from ..flags.loss import own_function
-from .elastic import DEFAULTS, SHARING, pairs_per_step, zero_alone
+from .elastic import DEFAULTS, SHARING, arguments_of, pairs_per_step, zero_alone
 
 # Flags that may differ between a run and its continuation, since they change no number (deterministic does, in the last
 # bits, and that is said) ...
@@ -50,7 +50,7 @@ def differences(old: dict, new: dict, before_loading: bool = False) -> list[tupl
     and found, then, where there is any such difference, the names of what was read. The arguments are those of
     `check_same`."""
     new = json.loads(json.dumps(new))  # tuples become lists, as in the file
-    before, now = DEFAULTS | old["arguments"], new["arguments"]
+    before, now = arguments_of(old), new["arguments"]
     shared = SHARING if pairs_per_step(old) == pairs_per_step(new) else set()
     free = FREE.union(BY_CONTENT, shared, ADAPTER if before_loading else (),
                       ["loss"] if _same_own_loss(old, new) else (),
@@ -68,7 +68,7 @@ def _changed(was: dict, now: dict, names, dashes: str = "") -> list[tuple]:
 def _same_own_loss(old: dict, new: dict) -> bool:
     """Whether both have the same loss of the user's own, by the function's name and the content of its file, which may
     have another path on another machine."""
-    names = [own_function((DEFAULTS | record["arguments"])["loss"]) for record in (old, new)]
+    names = [own_function(arguments_of(record)["loss"]) for record in (old, new)]
     return all(names) and names[0][1] == names[1][1] and old.get("loss_function") == new.get("loss_function")
 
 
