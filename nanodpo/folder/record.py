@@ -52,11 +52,8 @@ def find(resume: str, output_dir: str | None, name: str) -> tuple[Path, dict | N
     its states. Raises UserError for a folder that holds something else, or can't be written to.
     """
     if resume in ("auto", "never"):
-        if not output_dir:
-            claim(folder := _free(Path(name)))
-            return folder, None, None
-        folder = Path(output_dir)
-        if resume == "auto" and (folder / "run.json").is_file():
+        folder = Path(output_dir) if output_dir else _free(Path(name))
+        if output_dir and resume == "auto" and (folder / "run.json").is_file():
             return folder, read(folder), None
         claim(folder)
         return folder, None, None
