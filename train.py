@@ -69,8 +69,7 @@ def build(start: Start, stop: Stop) -> Run:
     rank, world = distributed.rank_and_world()
     with memory.shortage_named(rank, "loading the model"):
         model, start_hash, reference_model, reference_hash = load_models(start)
-    distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
-    with memory.shortage_named(rank, "loading the model"):
+        distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
         engine, layout, attention = make_engine(model, args, start.deepspeed, device, start.longest)
     torch.manual_seed(args.seed + rank)  # dropout's, with --allow_dropout
     return Run(**vars(start), stop=stop, start_hash=start_hash, reference_hash=reference_hash,
