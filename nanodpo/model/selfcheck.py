@@ -199,10 +199,10 @@ def _backward_error(config, groups: list[Group], device, dtype: torch.dtype) -> 
     draw = torch.Generator().manual_seed(0)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shared = getattr(config, "num_key_value_heads", None) or heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
     batch = pack(groups).to(device)
     q, k, v = (torch.randn(1, h, batch.input_ids.shape[1], size, generator=draw).to(device, dtype).requires_grad_()
-               for h in (heads, shared, shared))
+               for h in (heads, key_heads, key_heads))
     window, gradients = getattr(config, "sliding_window", None), []
     for attend in (loop_attention, varlen_attention):
         out, _ = attend(None, q, k, v, None, scaling=size**-0.5, segments=batch.segments, sliding_window=window)

@@ -105,8 +105,8 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
             moved = (f". If the base has moved, write its place into {Path(adapter or '') / 'adapter_config.json'}, "
                      "base_model_name_or_path, and take that file's entry out of manifest.json beside it"
                      ) * bool(adapter and what == "config.json")
-            why = _missing(Path(base)) or first_line(error)
-            raise UserError(f"model {where}: {what} can't be opened: {why}{moved}") from error
+            reason = _missing(Path(base)) or first_line(error)
+            raise UserError(f"model {where}: {what} can't be opened: {reason}{moved}") from error
         check_attention(config, where)
         if quantised and not (isinstance(quantised, dict) and quantised.get("quant_method") == "bitsandbytes"):
             raise UserError(f"model {where}: its weights are quantised (quantization_config in config.json), and only "
