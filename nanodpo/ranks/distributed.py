@@ -95,14 +95,14 @@ def join_ranks(local_rank: int, deterministic: bool = False) -> torch.device:
 
     # DeepSpeed calls collectives by old names, of which PyTorch warns: a user can't change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # On CPU DeepSpeed would compile a shared-memory op, and die where there is no compiler; gloo serves as well here.
-    # That it has no ops is said here: finding out which it could compile would start a compiler.
-    if not cuda:
-        deepspeed.ops.__compatible_ops__ = {}
     if cuda:
         torch.cuda.set_device(local_rank)
         if deterministic:
             gpu.same_bits_each_time()
+    else:
+        # DeepSpeed would compile a shared-memory op, and die where there is no compiler; gloo serves as well here. That
+        # it has no ops is said here: finding out which it could compile would start a compiler.
+        deepspeed.ops.__compatible_ops__ = {}
     backend, rank, world = "nccl" if cuda else "gloo", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if store:
         try:
