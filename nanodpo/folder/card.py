@@ -91,7 +91,10 @@ class History:
         lines = self.waiting + [timeless(line) for _, line in self.log.new_lines()]
         self.waiting = []
         for line in lines:
-            self._add(line) if line["step"] < step + is_evaluation(line) else self.waiting.append(line)
+            if line["step"] < step + is_evaluation(line):
+                self._add(line)
+            else:
+                self.waiting.append(line)
         rest = [_mean(self.window)] if self.window and self.window[-1]["step"] == step - 1 else []
         found = [line for line in [*self.found, *rest] if not is_evaluation(line) or self._stays(line, step)]
         of_epoch = self.steps_per_epoch

@@ -125,7 +125,8 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
                     raise UserError(f"{run}: {unseen[0]} was written, but can't be seen by rank 0; --output_dir must "
                                     "be a folder that all machines share")
                 with writing(folder):
-                    flush(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else None
+                    if (run / "metrics.jsonl").exists():
+                        flush(run / "metrics.jsonl")
                     before = (log or LogHash(Log(run).new_lines)).before(step)
                     publish(folder, {"step": step, "tensors": LAYOUT, "log": before, **facts}, names)
                 for old in [s for s in steps_in(run) if s < step][KEEP - 1 :] if not keep else ():

@@ -187,7 +187,10 @@ def process_as_it_was():
         if before["RANK"] is None and os.environ.get("WORLD_SIZE", "1") == "1":
             leave()
             for name, value in before.items():
-                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
             torch.nn.functional.linear = linear  # ZeRO-3 puts one of its own there for good
 
 

@@ -119,7 +119,7 @@ def shared_anew(run: Run, facts: dict) -> str:
     share = f", of which {size} share each batch," if size > 1 else ""
     dropout = "; its dropout draws other numbers" if run.args.allow_dropout else ""
     now = f"{run.world} rank{'s' * (run.world > 1)}{share}"
-    return (f"resume: {now} in place of {[*others, run.world][0]}; --gradient_accumulation_steps "
+    return (f"resume: {now} in place of {others[0] if others else run.world}; --gradient_accumulation_steps "
             f"{run.args.gradient_accumulation_steps} keeps {run.pairs_per_step} pairs a step{dropout}")
 
 

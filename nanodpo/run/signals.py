@@ -95,7 +95,8 @@ class Stop:
     def _handle(self, number: int, frame) -> None:
         """Python's signal handler: runs in the main thread as soon as that runs Python code."""
         self._read_signals()
-        self._note(signal.Signals(number).name, 0) if self.name is None else None  # a library has read the signals
+        if self.name is None:  # a library has read the signals
+            self._note(signal.Signals(number).name, 0)
         self._handled += 1
         if self._handled > 1 and not self._script:
             raise KeyboardInterrupt
