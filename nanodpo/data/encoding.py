@@ -64,7 +64,9 @@ def _responses(tokenizer, texts: list[Texts], prompts: list[list[int]], response
 def tokenize_more(texts: list[Texts], examples: list, tokenizer, boundary: str) -> None:
     """Gives each Example its further responses; puts a reason in its place where one merges with the prompt."""
     for i, (text, example) in enumerate(zip(texts, examples)):
-        for name, response in text.more.items() if isinstance(example, Example) else ():
+        if isinstance(example, str):  # it has a reason already
+            continue
+        for name, response in text.more.items():
             ids, = _responses(tokenizer, [text], [example.prompt], [response], boundary)
             if isinstance(ids, str):
                 examples[i] = f"column {name}: {ids}"

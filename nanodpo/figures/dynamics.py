@@ -66,9 +66,10 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
         elif floor is not None:
             ax.axhline(floor, **FLOOR, zorder=ABOVE_GRID)
     of_levels = [ax for (_, kind), ax in panels.items() if kind == "level"]
-    for ax in of_levels if focus else ():
-        set_focus(ax, *focus)
-    if band and not focus:
+    if focus:
+        for ax in of_levels:
+            set_focus(ax, *focus)
+    elif band:
         focus_on_crowd(of_levels, levels["mean"].dropna(), band)
     handles = [Line2D([], [], **FLOOR, label="best possible")] if floor is not None else []
     handles += marks.handles

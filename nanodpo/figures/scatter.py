@@ -86,8 +86,9 @@ def scatter_figure(measures: list[Measure], table: pandas.DataFrame, steps: dict
     noises = [noise.get(run, Noise()) for run in runs]
     if measures[1].column != "mean_logps":
         marks.not_measured(noises)
-    for ax in axes if (measures[1].column, measures[1].when) == ("mean_logps", "change") else ():
-        marks.band(ax, 0, max(its.logps for its in noises))
+    elif measures[1].when == "change":
+        for ax in axes:
+            marks.band(ax, 0, max(its.logps for its in noises))
     handles = [Line2D([], [], linestyle="", marker=marker, color=colour, markersize=3, label=wrap(run))
                for run, colour, marker in zip(runs, COLOURS, MARKERS)]
     add_legend(fig, handles + marks.handles)

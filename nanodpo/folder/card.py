@@ -53,7 +53,9 @@ def add_figure(run: Path) -> None:
     card's end. A folder that has it stays as it is: somebody may have edited the card since. It takes no space again
     where the disk can give one file several names."""
     figure = run / FIGURE
-    for card in [*run.glob("checkpoint-*/README.md"), *run.glob("merged/README.md")] if figure.is_file() else ():
+    if not figure.is_file():
+        return
+    for card in [*run.glob("checkpoint-*/README.md"), *run.glob("merged/README.md")]:
         if not card.with_name(FIGURE).exists():
             with new_file(card.with_name(FIGURE)) as place:
                 try:

@@ -141,8 +141,9 @@ def check_trained(state: dict[str, torch.Tensor]) -> None:
 
 def rotate(run: Path, keep: int | None) -> None:
     """Removes the oldest checkpoints beyond `keep`; the starting point, checkpoint-0, always stays."""
-    for step in [s for s in saved_steps(run) if s > 0][keep:] if keep else ():
-        remove(run / f"checkpoint-{step}")
+    if keep:
+        for step in [s for s in saved_steps(run) if s > 0][keep:]:
+            remove(run / f"checkpoint-{step}")
 
 
 def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bool, check=lambda model, base: None,

@@ -118,8 +118,8 @@ def _alone(file: Path):
         lock = _lock(place)
     except OSError:
         lock = None
-    for left in file.parent.glob(aside(file, "*").name) if lock else ():
-        if left != place:
+    if lock:
+        for left in {*file.parent.glob(aside(file, "*").name)} - {place}:
             clear(left)  # of a process that was killed while it wrote
     try:
         yield lock is not None

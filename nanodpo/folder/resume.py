@@ -129,8 +129,9 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
                         flush(run / "metrics.jsonl")
                     before = (log or LogHash(Log(run).new_lines)).before(step)
                     publish(folder, {"step": step, "tensors": LAYOUT, "log": before, **facts}, names)
-                for old in [s for s in steps_in(run) if s < step][KEEP - 1 :] if not keep else ():
-                    remove(folder_of(run, old))
+                if not keep:
+                    for old in [s for s in steps_in(run) if s < step][KEEP - 1 :]:
+                        remove(folder_of(run, old))
     finally:
         if is_main():
             clear(place)

@@ -118,7 +118,8 @@ def inputs(paths: tuple, facts: dict, old: dict | None, step: int | None) -> dic
 
 def _leaves(value, name: str = ""):
     """(path.of.keys, value) of everything in nested dicts."""
-    if not isinstance(value, dict):
+    if isinstance(value, dict):
+        for key in sorted(value):
+            yield from _leaves(value[key], f"{name}.{key}" if name else key)
+    else:
         yield name, value
-    for key in sorted(value) if isinstance(value, dict) else ():
-        yield from _leaves(value[key], f"{name}.{key}" if name else key)

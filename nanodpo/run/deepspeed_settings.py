@@ -148,8 +148,10 @@ class Asked(dict):
 
     def unknown(self, path: str) -> list[str]:
         """The names within that nobody asked for, with what may have been meant; none where nobody asked for any."""
+        if not self.names:
+            return []
         found = []
-        for name, value in self.items() if self.names else ():
+        for name, value in self.items():
             if name not in self.names:
                 words = hint(name, sorted(self.names), dashes=f"{path}.")
                 found.append(f"{path}.{name}{f' ({words})' * bool(words)}")

@@ -84,12 +84,13 @@ class Parts:
         """Rows that are done. Parts that are damaged go, with a line that says so; all ranks must ask."""
         damaged = []
         with main_first():
-            for name in {*self.index.get(key, {})} - self.whole if is_main() else ():
-                if isinstance(wrong := read_manifest(self.folder / name), str):
-                    say(f"{self.folder / name}: {wrong}; its rows are scored again")
-                    remove(self.folder / name)
-                    damaged.append(name)
-                self.whole.add(name)
+            if is_main():
+                for name in {*self.index.get(key, {})} - self.whole:
+                    if isinstance(wrong := read_manifest(self.folder / name), str):
+                        say(f"{self.folder / name}: {wrong}; its rows are scored again")
+                        remove(self.folder / name)
+                        damaged.append(name)
+                    self.whole.add(name)
         for name in from_main(damaged):
             for parts in self.index.values():
                 parts.pop(name, None)

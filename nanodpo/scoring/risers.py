@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.logprobs import chunk_logps
 from ..core.packing import Batch
+from ..data.example import SIDES
 from .means import KEYS
 from .sections import tenth_of
 
@@ -111,13 +112,16 @@ def top(lines: pandas.DataFrame, sign: int, most: int = SHOWN) -> str:
 
 def to_screen(table: pandas.DataFrame) -> list[str]:
     """Of each run and data set, at its last step: which tokens gained and lost most along its responses."""
-    found, asked = [], table[table["section"] == "all"] if len(table) else table
-    for (run, dataset), lines in asked.groupby(["run", "dataset"], sort=False) if len(asked) else ():
+    if not len(table):
+        return []
+    found = []
+    for (run, dataset), lines in table[table["section"] == "all"].groupby(["run", "dataset"], sort=False):
         last = lines["step"].max()
         found.append(f"tokens that gained and lost most, {run} on {dataset}, step 0 to {last} (mean change of their "
                      "probability at a position; risers.csv has the tenths, too):")
-        for response, here in lines[lines["step"] == last].groupby("response", sort=False):
-            for sign, verb in ((1, "gained"), (-1, "lost")) if response in ("chosen", "rejected") else ():
+        lines = lines[(lines["step"] == last) & lines["response"].isin(SIDES)]
+        for response, here in lines.groupby("response", sort=False):
+            for sign, verb in ((1, "gained"), (-1, "lost")):
                 kept = here.loc[np.sign(here["place"]) == sign, "kept"].max()
                 found.append(f"    along {response} {verb}: {top(here, sign)} ({kept:.0%} of all that was {verb} is in "
                              "risers.parquet)")

@@ -172,8 +172,10 @@ def find_bases(checkpoints: list[Checkpoint]) -> None:
 def check_starts(checkpoints: list[Checkpoint], k: int | None) -> None:
     """Raises UserError where `k` risers are asked for, and a checkpoint has no step 0 of its run to be compared with.
     The model of a run's --reference needs none."""
+    if not k:
+        return
     starts = {c.run for c in checkpoints if c.phase and c.step == 0}
-    for c in without_references(checkpoints) if k else ():
+    for c in without_references(checkpoints):
         if not c.phase:
             raise UserError(f"--risers {k}: {c.path} is no checkpoint of a run, so there is no step 0 to compare it "
                             "with; leave it out, or --risers")

@@ -12,8 +12,10 @@ MOST = 240  # characters of a text on the screen
 def side_by_side(answers: pandas.DataFrame) -> list[tuple[str, pandas.DataFrame]]:
     """(how many are right, the lines of answers.parquet at the first and last step) of each run and data set, of the
     rows that were answered at both."""
+    if not len(answers):
+        return []
     found = []
-    for (run, dataset), table in answers.groupby(["run", "dataset"], sort=False) if len(answers) else ():
+    for (run, dataset), table in answers.groupby(["run", "dataset"], sort=False):
         ends = at_both(table, table["step"].min(), table["step"].max())
         right = [f"{part['correct'].sum()} of {len(part)} right at step {step}" for step, part in ends.groupby("step")]
         found.append((f"answers of {run} on {dataset}: {', '.join(right)}", ends))
