@@ -63,18 +63,12 @@ def _open_adapter(model: nn.Module, source: Source, args) -> nn.Module:
     return model
 
 
-# What trains besides LoRA on linear layers, by a part of its weights' names.
-ODD = {".modules_to_save.": "whole layers beside LoRA (modules_to_save)",
-       ".lora_embedding_": "LoRA on embeddings (target_modules)",
-       ".trainable_tokens_": "tokens' embeddings (trainable_token_indices)",
-       ".base_layer.bias": "the base's own biases (bias)"}
-
-
 def check_plain_lora(model: nn.Module, where: str) -> None:
-    """Raises UserError where anything but LoRA on linear layers is trained; `where` begins the message."""
+    """Raises UserError where anything but LoRA on linear layers is trained, which may be so by its target_modules:
+    lora_settings.py has refused all other settings that ask for it. `where` begins the message."""
     plain = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.default\.(weight|bias)$")
     if odd := [name for name, p in model.named_parameters() if p.requires_grad and not plain.search(name)]:
-        kind = next((f"{words}: " for part, words in ODD.items() if part in odd[0]), "")
+        kind = "LoRA on embeddings (target_modules): " * (".lora_embedding_" in odd[0])
         raise UserError(f"{where}: trains {kind}{odd[0]}; only LoRA on linear layers is supported. Leave that out, or "
                         "merge a trained adapter (PEFT's merge_and_unload) and name the merged model")
 
