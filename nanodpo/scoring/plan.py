@@ -112,7 +112,9 @@ def response_results(checkpoint: Checkpoint, start: str | None, data: ResponseSe
         if unit not in scored and not result_of("scores", unit).missing:
             scored = [other for other in scored if not {*other} & {*unit}] + [unit]
     for unit in scored:
-        for kind in [*asked][: 3 + (unit == SIDES)]:  # only of a pair there are gradients
+        for kind in asked:
+            if kind == "gradients" and unit != SIDES:  # they are of a pair
+                continue
             if kind == "risers" and start in (None, checkpoint.key):  # nothing has moved since the start
                 continue
             result = result_of(kind, unit)
