@@ -111,6 +111,7 @@ def check_with_deepspeed(settings: dict, file: str | None) -> None:
     --deepspeed."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
+    path = file or "ds_config.json"
     asked = Asked(json.loads(json.dumps(settings)))
     try:
         DeepSpeedConfig(asked)
@@ -119,13 +120,12 @@ def check_with_deepspeed(settings: dict, file: str | None) -> None:
         if hasattr(error, "errors"):  # pydantic's
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UserError(f"{file or 'ds_config.json'}: DeepSpeed does not take it: {reason}") from error
+        raise UserError(f"{path}: DeepSpeed does not take it: {reason}") from error
     blocks = {name: block for name, block in asked.items() if isinstance(block, Asked) and name != "zero_optimization"}
     if unknown := [words for name, block in blocks.items() for words in block.unknown(name)]:
-        raise UserError(f"{file or 'ds_config.json'}: sets {', '.join(unknown)}, which DeepSpeed does not know; "
-                        "remove it")
+        raise UserError(f"{path}: sets {', '.join(unknown)}, which DeepSpeed does not know; remove it")
     if idle := [name for name in IDLE if settings.get(name)]:
-        distributed.say(f"{file or 'ds_config.json'}: no effect here: {', '.join(idle)}"
+        distributed.say(f"{path}: no effect here: {', '.join(idle)}"
                         + "; use --gradient_checkpointing" * ("activation_checkpointing" in idle))
 
 
