@@ -88,12 +88,11 @@ class Monitors:
         goes_on = self.file.exists()
         self.sent = read_sent(self.file)
         folder, name = folder.absolute(), folder.absolute().name
-        own = {monitor: {"output_path": str(folder), "job_name": monitor} for monitor in ("tensorboard", "csv_monitor")}
+        own = {monitor: {"output_path": str(folder),  # a folder that the user names may be of several runs
+                         "job_name": name if "output_path" in blocks.get(monitor, {}) else monitor}
+               for monitor in ("tensorboard", "csv_monitor")}
         own["wandb"] = {"project": os.environ.get("WANDB_PROJECT", "nanodpo")}
         own["comet"] = {"experiment_key": self.sent["id"], "experiment_name": name, "samples_log_interval": 1}
-        for monitor in ("tensorboard", "csv_monitor"):
-            if "output_path" in blocks.get(monitor, {}):  # of several runs, maybe
-                own[monitor]["job_name"] = name
         blocks = {monitor: own[monitor] | block for monitor, block in blocks.items()}
         if not goes_on:
             check_unused(blocks)
