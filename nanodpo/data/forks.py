@@ -85,5 +85,3 @@ def _work(work, items: list, end: Connection, others: list[Connection]) -> None:
     with contextlib.suppress(BrokenPipeError):
         for number, item in items:
             end.send((number, work(item)))
-
-

@@ -107,4 +107,3 @@ def _waterfall(ax, table: pandas.DataFrame, record: dict) -> None:
     ax.set_yticks(range(len(bars) + 1), [plain(name) for name, _ in bars] + ["change"])
     ax.tick_params(axis="y", length=0, labelsize=5)
     ax.invert_yaxis()
-
