@@ -14,6 +14,7 @@ from .marks import added_tokens, shared_start
 from .shapes import options_of
 
 QUESTION, PROBE = "nanodpo-question", "nanodpo-probe"  # contents that no template writes on its own
+ASK, REPLY = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": PROBE}
 SECONDS = 10.0  # for one conversation, which takes milliseconds: a template is a program, and may loop for hours
 RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")  # what Jinja offers to draw with
 
@@ -83,10 +84,9 @@ def _day(date: str | None) -> datetime.date:
 def _read(template: Template) -> None:
     """Fills in what the chat template of the tokenizer writes."""
     tokenizer, given = template.tokenizer, template.header
-    user, reply = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": PROBE}
     try:
-        asked, prompted, whole = (apply(template, [user]), apply(template, [user], add_generation_prompt=True),
-                                  apply(template, [user, reply]))
+        asked, prompted, whole = (apply(template, [ASK]), apply(template, [ASK], add_generation_prompt=True),
+                                  apply(template, [ASK, REPLY]))
         if PROBE not in whole or QUESTION not in prompted:
             raise UserError(f"loses what the {'user' if PROBE in whole else 'assistant'} says in the chat template")
     except UserError as error:
@@ -116,10 +116,9 @@ def _read(template: Template) -> None:
 def _before_every_answer(template: Template, prompted: str, before: str, header: str) -> str:
     """The part of the header that the template writes before the last answer, whose turn begins as in `before`, and
     before earlier ones, too: Qwen 3.5 opens a block for thoughts before the last alone."""
-    user, reply = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": PROBE}
     both = shared_start(template.tokenizer, prompted, before)
     with contextlib.suppress(UserError):
-        earlier = apply(template, [user, reply, user, reply]).partition(PROBE)[0].rpartition(QUESTION)[2]
+        earlier = apply(template, [ASK, REPLY, ASK, REPLY]).partition(PROBE)[0].rpartition(QUESTION)[2]
         shared = shared_start(template.tokenizer, both, earlier)
         both = shared if shared[len(prompted) - len(header):].strip() else both
     return both[len(prompted) - len(header):]
@@ -138,15 +137,14 @@ def _first_end(tokenizer, text: str, asked: str) -> str | None:
 
 def _openings(template: Template, bos: str) -> tuple[str, ...]:
     """The texts that the template writes before a user and a system message. Its own system prompt precedes both."""
-    probe, ask, reply = {"content": PROBE}, {"role": "user", "content": QUESTION}, {"role": "assistant", "content": "A"}
-    user = {"role": "user", **probe}
+    user, answer = {"role": "user", "content": PROBE}, {"role": "assistant", "content": "A"}
     found = []
-    for messages in ([user], [{"role": "system", **probe}, ask]):
+    for messages in ([user], [{"role": "system", "content": PROBE}, ASK]):
         with contextlib.suppress(UserError):  # many templates know no system turn
             before = apply(template, messages).partition(PROBE)[0]
             if messages == [user]:
                 with contextlib.suppress(UserError):
-                    later = apply(template, [ask, reply, user]).partition(PROBE)[0]
+                    later = apply(template, [ASK, answer, user]).partition(PROBE)[0]
                     before = shared_start(template.tokenizer, before, later, at_end=True) or before
             turn = before.rpartition(template.end)[2] if template.end else before
             found.append(turn.strip().removeprefix(bos).strip().partition("\n")[0])
