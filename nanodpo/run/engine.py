@@ -1,7 +1,6 @@
 """The DeepSpeed engine around the log-prob module."""
 
 import contextlib
-import functools
 from unittest import mock
 
 import torch
@@ -52,10 +51,11 @@ def make_engine(model, args, settings: dict, device, longest: int) -> tuple:
             raise UserError("--activation_memory: this model's attention takes memory by the square of a batch's "
                             "length, which is not foreseen; use --gradient_checkpointing")
         budget = memory.memory_budget(device, args.activation_memory, memory.bytes_to_come(module, stage))
-        sample = functools.partial(sample_batch, layout, model.config, device)
-        # Of a batch, by whose tokens it chooses, each of the ranks that share it has a part.
-        fit = FitToMemory(recompute, module, lambda tokens: module.parallel.shard(sample(tokens)),
-                          budget * module.parallel.size)
+
+        def sample(tokens: int):  # of a batch, by whose tokens it chooses, each of the ranks that share it has a part
+            return module.parallel.shard(sample_batch(layout, model.config, device, tokens))
+
+        fit = FitToMemory(recompute, module, sample, budget * module.parallel.size)
         module.register_forward_pre_hook(fit.before_forward)
         distributed.say(f"activations: {memory.gib(budget)}; {fit}")
     return engine, layout, attention
