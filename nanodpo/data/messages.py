@@ -65,7 +65,7 @@ def turns_of(pairs) -> list[dict]:
     """Turns of [question, answer] each."""
     if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
         raise UserError("has a history that is not a list of [question, answer]")
-    return [said(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+    return [turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]
 
 
 def _message(message: dict) -> dict:
@@ -77,7 +77,7 @@ def _message(message: dict) -> dict:
         speaker, value = _speaker(message), message.get("content", message.get("value"))
         if speaker in CALLS:
             return {"role": "assistant", "content": "", "tool_calls": _calls(value)} | rest
-        message = {**said(ROLES.get(speaker, speaker), value), **rest}
+        message = {**turn(ROLES.get(speaker, speaker), value), **rest}
     parts = message.get("content")
     if not (isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts)):
         return message
@@ -108,5 +108,5 @@ def read_json(name: str, value):
         raise UserError(f"has {name} that can't be read as JSON: {' '.join(str(error).split())[:100]}") from error
 
 
-def said(role: str, content) -> dict:
+def turn(role: str, content) -> dict:
     return {"role": role, "content": content}

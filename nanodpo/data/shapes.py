@@ -10,7 +10,7 @@ import itertools
 
 from ..errors import UserError
 from .answers import WEIGHT, answers_of
-from .messages import first_role, in_messages, read_json, said, turns_of
+from .messages import first_role, in_messages, read_json, turn, turns_of
 
 ALPACA = ("instruction", "query")  # what the user says, with `input`, after `history`
 TURNS = ("conversations", "conversation")  # a whole conversation, or beside chosen and rejected its beginning
@@ -193,11 +193,11 @@ def read_row(row: dict, columns: Columns) -> Row:
             chosen[0] not in prompt):
         prompt = None  # the sides are whole conversations, and the column may be anything
     if columns.asks and isinstance(prompt, list) and prompt:
-        chosen, rejected = ([said("assistant", side)] if isinstance(side, str) and side else side
+        chosen, rejected = ([turn("assistant", side)] if isinstance(side, str) and side else side
                             for side in (chosen, rejected))
     system = next((row[name] for name in SYSTEM if name in columns.beside and row.get(name)), None)
     if system:
-        prompt, chosen, rejected = _with_system(said("system", system), prompt, chosen, rejected)
+        prompt, chosen, rejected = _with_system(turn("system", system), prompt, chosen, rejected)
     if not isinstance(options.get("tools", []), list):
         raise UserError(f"has tools of type {type(options['tools']).__name__}; they must be a list")
     kwargs = options.pop("chat_template_kwargs", {})
@@ -231,7 +231,7 @@ def _alpaca(row: dict, instruction):
         return odd[0]
     if not (question := "\n".join(filter(None, parts))):
         return ""
-    return [*turns_of(row.get("history") or []), said("user", question)]
+    return [*turns_of(row.get("history") or []), turn("user", question)]
 
 
 def _with_system(system: dict, prompt, chosen, rejected):

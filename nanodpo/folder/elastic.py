@@ -36,9 +36,10 @@ def _groups(record: dict) -> int:
 
 
 def share_anew(args, old: dict, where, demanded: bool = True) -> None:
-    """Gives the run `old` the --gradient_accumulation_steps with which this number of ranks makes its steps, unless
-    another one is asked for than it had. Raises UserError where there is none, if it is `demanded`; `where`: with what
-    the message begins, the folder as the user named it, or a Fork."""
+    """Sets args.gradient_accumulation_steps so that this number of ranks makes steps of as many pairs as the run whose
+    run.json is `old`. Leaves it as it is where the user asks for another number than that run had. Raises UserError
+    where no number does it, if it is `demanded`; `where` begins the message: the folder as the user named it, or a
+    Fork."""
     size, total = args.sequence_parallel_size, _micro_batches(old)
     groups = world_size() // size
     if groups == _groups(old) or total != args.gradient_accumulation_steps * _groups(old):

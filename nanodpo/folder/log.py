@@ -68,6 +68,11 @@ class LogHash:
         return whole.hexdigest()
 
 
+def hash_before(lines: list[tuple[str, dict]], step: int) -> str:
+    """The same hash, of a log that was read: `lines` are all that it has."""
+    return LogHash(lambda: lines).before(step)
+
+
 def read_lines(run: Path) -> list[tuple[str, dict]]:
     """All lines of `Log.new_lines`."""
     return Log(run).new_lines()
@@ -85,11 +90,6 @@ def trained_steps(lines: list[tuple[str, dict]]) -> set[int]:
 def timeless(line: dict) -> dict:
     """The values of a line less times and memory: those that a run has again, on whatever machine."""
     return {name: value for name, value in line.items() if not name.startswith(("perf/", "mem/"))}
-
-
-def hash_before(lines: list[tuple[str, dict]], step: int) -> str:
-    """The same of a log that was read."""
-    return LogHash(lambda: lines).before(step)
 
 
 def append_line(file: Path, line: dict) -> None:

@@ -70,10 +70,10 @@ def add_references(run: Run) -> None:
     own = f"{args.model_name}, {'without the new adapter' if run.adapter_off else 'as the run begins with it'}"
     distributed.say(folded(f"reference: {args.reference or own}"))
     _compute_references(run)
-    _let_go(run)
+    _free_reference(run)
 
 
-def _let_go(run: Run) -> None:
+def _free_reference(run: Run) -> None:
     """Frees the memory of the model of --reference. Nobody may hold it but the run."""
     if run.reference_model is not None:
         let_go(run.reference_model)
@@ -231,7 +231,7 @@ def dry_run(run: Run) -> None:
     distributed.say(f"dry run on {memory.describe(examples)}{shared}")
     ref = _logps_of_reference(run, examples) if needs_reference(run.loss) else None
     size = memory.weight_bytes(run.reference_model)
-    _let_go(run)
+    _free_reference(run)
     run.engine.train()
 
     def mean_loss():

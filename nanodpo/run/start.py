@@ -161,7 +161,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
     if args.print_config:
         return say_config(args)
     if args.inspect:
-        return look(args, lora, weights, script.parent / "ds_config.json")
+        return say_inspection(args, lora, weights, script.parent / "ds_config.json")
     today = distributed.from_main(str(datetime.date.today()))  # one day for all ranks
     with agreement.same_on_all_ranks() as compared:
         deepspeed = read_deepspeed(args, script.parent / "ds_config.json")
@@ -211,7 +211,7 @@ def say_config(args) -> None:
     distributed.say(json.dumps(kept, indent=2))
 
 
-def look(args, lora: dict, weights: list[float], ds_config: Path) -> None:
+def say_inspection(args, lora: dict, weights: list[float], ds_config: Path) -> None:
     """--inspect. Rows that a run would refuse are left out and named; what it would refuse of settings, model and
     DeepSpeed's file is refused here, too."""
     with agreement.same_on_all_ranks():
