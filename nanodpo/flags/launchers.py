@@ -25,8 +25,8 @@ def take_over() -> None:
     if "RANK" in os.environ:
         return
     for launcher in LAUNCHERS:
-        command, rank, size, local = launcher[0], *(next(filter(os.environ.get, names.split()), None)
-                                                    for names in launcher[1:])
+        command, *names = launcher
+        rank, size, local = (next(filter(os.environ.get, several.split()), None) for several in names)
         if rank or size and size != "SLURM_NTASKS":  # a whole job's, which a shell within it has as well
             break
     else:
