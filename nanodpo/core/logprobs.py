@@ -208,8 +208,7 @@ class SequenceLogProbs(nn.Module):
         plain linear one, as with an adapter on it."""
         super().__init__()
         self.model, self.parallel = model, OneRank()
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        lm_head, config = inner.get_output_embeddings(), inner.config.get_text_config()
+        lm_head, config = model.get_output_embeddings(), model.config.get_text_config()  # PEFT hands both on
         if not isinstance(lm_head, nn.Linear):
             raise ValueError(f"the output layer must be a plain linear layer, found {type(lm_head).__name__}")
         # gemma and recurrent gemma cap their logits, cohere and falcon-h1 multiply and granite divides them.
