@@ -187,8 +187,8 @@ def check_unchanged(checkpoints: list[Checkpoint], reader: Reader) -> None:
 
 def open_dataset(name: str, reader: Reader, settings, wanted: Wanted) -> ResponseSet:
     """A data set as the settings of a run read it, with its responses."""
-    asked = wanted.responses or [*KINDS]
-    read, template = reader.read(settings, tuple(kind for kind in asked if kind not in KINDS and kind != GREEDY))
+    columns = tuple(kind for kind in wanted.responses or () if kind not in KINDS and kind != GREEDY)
+    read, template = reader.read(settings, columns)
     examples, limit = [example.last_answer() for example in read.examples], reader.limit(settings)
     several = len({alone.row for alone, example in zip(examples, read.examples) if alone is not example})
     examples, further = one_a_row(examples)
