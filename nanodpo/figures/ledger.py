@@ -25,7 +25,7 @@ def read_ledger(folder: Path) -> tuple[pandas.DataFrame, list[dict]]:
     file = folder / "ledger.parquet"
     if not file.exists():
         raise UserError(f"{file}: is not there; score.py makes it where it is told --ledger ROWS")
-    table = read_parquet(file, COLUMNS, None, ("row", "pair"), ("row", "pair"))
+    table = read_parquet(file, COLUMNS, more=("row", "pair"), gaps=("row", "pair"))
     try:
         records = parse_json(read_text(folder / "ledger.json", 2**32))
         records = [record for record in records if record["row"] is None]

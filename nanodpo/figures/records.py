@@ -64,7 +64,7 @@ def read_scores(files: list[Path]) -> pandas.DataFrame:
     """
     tables = []
     for file in files:
-        table = read_parquet(file, [*KEYS, "tokens", "mean_logps"], None, ("problem", *MASS), ("mean_logps", *MASS))
+        table = read_parquet(file, [*KEYS, "tokens", "mean_logps"], more=("problem", *MASS), gaps=("mean_logps", *MASS))
         table = with_problems(table)
         refuse(file, table, table.duplicated(KEYS), "is there twice")
         if table["mean_logps"].isna().all():
@@ -90,8 +90,8 @@ def read_measure(files: list[Path], column: str, response: str) -> pandas.DataFr
     keys, tables = ["run", "dataset", "row", "step"], []
     for file in files:
         file = file if response else file.with_name("pairs.parquet")
-        table = read_parquet(file, [*keys, *["response"] * bool(response), column], None, ("problem",), (column,),
-                             (column,))
+        table = read_parquet(file, [*keys, *["response"] * bool(response), column], more=("problem",), gaps=(column,),
+                             numbers=(column,))
         if response and response not in set(table["response"]):
             raise UserError(f"{file}: no response {response}; it has {listed(table['response'].unique())}")
         table = table[table["response"] == response].drop(columns="response") if response else table
