@@ -47,14 +47,16 @@ def token_measures(module, batch: Batch, plausible: Sets | None, on_chunk=None
     `on_chunk` is called with each chunk: which of the N places, and their (C, V) probabilities.
     """
     states, parts, sets, z, p = module.states(batch), [], [], None, None
-    borders = None if plausible is None else torch.cat([plausible[0].new_zeros(1), plausible[0].cumsum(0)])
+    if plausible is not None:
+        counts, rest, ids, before = plausible
+        borders = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # of the places in the last two
     size = module.head.chunk_size
     for i in range(0, len(states) or 1, size):  # once at least: a rank's part may have no scored token
         here = slice(i, i + size)
         known = None
         if plausible is not None:
-            counts, rest = plausible[0][here], plausible[1][here]
-            known = counts, rest, *(side[borders[i] : borders[i + len(counts)]] for side in plausible[2:])
+            entries = slice(borders[i], borders[i + len(counts[here])])
+            known = counts[here], rest[here], ids[entries], before[entries]
         z = module.head.logits(states[here], z)  # every chunk in the memory of the first, which no other is larger than
         p = torch.empty_like(z) if p is None else p[: len(z)]
         found, own = _measure(z, p, batch.targets[here], known, on_chunk and functools.partial(on_chunk, here))
