@@ -40,6 +40,7 @@ def in_forks(work, items: list, count: int):
 
 
 def _values(forks: dict, total: int):
+    """Yields what the forks send, in the order of the items, of which fork k has every n-th from number k on."""
     found, count = {}, len(forks)
     try:
         for i in range(total):

@@ -16,6 +16,8 @@ SHOWN = 3  # rows that a message names; dropped_rows.jsonl has them all
 
 @dataclasses.dataclass
 class DataSet:
+    """The pairs that can be used of the data that a name names, and what became of the others."""
+
     path: str
     examples: list[Example]
     dropped: list[dict]  # {"file", "row", "reason"}
@@ -185,6 +187,7 @@ def _worst(dropped: list[dict]) -> str:
 
 
 def _handle_overlong(data: DataSet, overlong: list[tuple[Example, str]], limit: int, args) -> None:
+    """Drops or cuts examples, each given with the limit that it breaks. Raises UserError where --overlong says so."""
     if overlong and args.overlong == "error":
         worst = sorted(overlong, key=lambda item: -item[0].length)[:SHOWN]
         count, total = (len({e.row for e in examples}) for examples in (

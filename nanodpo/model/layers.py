@@ -152,6 +152,7 @@ def _bytecode(kind: type) -> tuple | None:
 
 
 def _gated_forward(mlp: nn.Module, x: Tensor) -> Tensor:
+    """(..., I) -> (..., O): W_down y with y = act(gate) * up."""
     gate, up, act = mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn.forward  # without the hooks of a module's call
     kernel = kernels.silu_gate if gate.is_cuda and isinstance(mlp.act_fn, SILU) else None
     y = _Gated.apply(gate, up, act, kernel)

@@ -74,11 +74,12 @@ def check_plain_lora(model: nn.Module, where: str) -> None:
 
 
 def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:
+    """The model with a fresh adapter by the flags and, where there are some, the settings `lora` of --peft_config."""
     from peft import LoraConfig, get_peft_model
 
-    names = args.lora_target_modules.split(",") if args.lora_target_modules != "all-linear" else "all-linear"
-    names, flag = lora.get("target_modules", names), f"--lora_target_modules {args.lora_target_modules}"
-    flag, head = f"--peft_config {args.peft_config}" if lora else flag, model.get_output_embeddings()
+    asked, head = args.lora_target_modules, model.get_output_embeddings()
+    names = lora.get("target_modules", asked if asked == "all-linear" else asked.split(","))
+    flag = f"--peft_config {args.peft_config}" if lora else f"--lora_target_modules {asked}"
     linear = ", ".join(sorted({name.rpartition(".")[2] for name, layer in model.named_modules()
                                if isinstance(layer, nn.Linear) and layer is not head}))
     if names == "all-linear" and (odd := _odd_linears(model)):

@@ -69,6 +69,8 @@ def _say_idle_flags(args, steps: int) -> None:
 
 
 def _open_as_main(run: Run) -> dict:
+    """Rank 0's part of `open_folder`: claims a new folder, or looks whether the run in it is this one; locks it, fills
+    that of a fork, and cuts it back to the state to go on from, whose facts it returns."""
     if run.resumed:
         same_run.check_same(run.folder, run.resumed, run.facts)
         run.facts["license"] = run.resumed.get("license")
