@@ -1,11 +1,9 @@
 """The figure of what mean log-probs do not show: the mass on implausible tokens, and right answers."""
 
-import itertools
-
 import pandas
 
-from .axes import ABOVE_GRID, GREY, grid, listed, set_phases, wrap
-from .dynamics import dashes_of, draw_panel, has_bars, interval, legend_of, looks_of, xlabel
+from .axes import ABOVE_GRID, GREY, listed, set_phases
+from .dynamics import dashes_of, draw_panel, has_bars, interval, legend_of, looks_of, panel_grid, xlabel
 from .intervals import levels, shares
 from .noise import Marks, Noise
 from .records import MASS, SIDES
@@ -35,17 +33,14 @@ def aside_figure(scores: pandas.DataFrame, answers: pandas.DataFrame | None, col
     every = pandas.concat(tables.values(), ignore_index=True)
     sets, dashes, bars = list(every["dataset"].unique()), dashes_of(every, phases), has_bars(every, phases)
     looks = looks_of(every[~every["response"].isin(LOOKS)]) | LOOKS
-    across = 2 if len(tables) == 2 else min(len(sets), 3) if columns == 2 else 1
-    fig, axes = grid(len(tables) * len(sets), across, columns, xlabel(every, bars),
-                     sharex=not bars, sharey="col" if len(tables) == 2 else True)
-    for ax, (name, kind) in zip(axes, itertools.product(sets, tables)):
-        ax.set_title(wrap(name, 36 if across == 1 else 24), pad=12 if phases else None)
+    fig, panels = panel_grid(sets, list(tables), columns, xlabel(every, bars), phases, sharex=not bars)
+    for (name, kind), ax in panels.items():
         ax.set_ylabel(LABELS[kind])
         here = {side: looks[side] for side in looks if (side in LOOKS) == (kind == "right")}
         draw_panel(ax, tables[kind], name, dashes, here, bars)
         if phases:
             set_phases(ax, list(phases.values()))
-    for ax, (_, kind) in zip(axes, itertools.product(sets, tables)):
+    for (_, kind), ax in panels.items():
         if kind == "right":
             ax.set_ylim(-0.04, 1.04)
         else:

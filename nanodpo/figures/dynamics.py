@@ -47,14 +47,9 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
     sets, bars = list(levels["dataset"].unique()), has_bars(levels, phases)
     dashes, looks = dashes_of(levels, phases), looks_of(levels)
     marks = Marks("a mean")
-    kinds = ("level",) if bars else ("level", "change")
-    across = 2 if len(kinds) == 2 else min(len(sets), 3) if columns == 2 else 1
-    fig, axes = grid(len(kinds) * len(sets), across, columns, xlabel(levels, bars),
-                     sharey="col" if len(kinds) == 2 else True)
-    panels = dict(zip(itertools.product(sets, kinds), axes))
+    fig, panels = panel_grid(sets, ["level"] if bars else ["level", "change"], columns, xlabel(levels, bars), phases)
     since, band = _since(changes, phases), focus or _band(levels)
     for (name, kind), ax in panels.items():
-        ax.set_title(wrap(name, 36 if across == 1 else 24), pad=12 if phases else None)
         if kind == "change" or ax.get_subplotspec().is_first_col():
             ax.set_ylabel(f"change since {since}\n(nats per token)" if kind == "change" else LOGPS)
         draw_panel(ax, changes if kind == "change" else levels, name, dashes, looks, bars, from_zero=not band)
@@ -76,6 +71,17 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
     handles += [Line2D([], [], **CHANGE, label="scale changes")] if band else []
     legend_of(fig, levels, dashes, looks, phases, interval(levels), handles)
     return fig, _caption(levels, None if bars else since, phases, floor, band) + marks.caption
+
+
+def panel_grid(sets: list[str], kinds: list[str], columns: int, label: str, phases, **how):
+    """(figure, {(data set, kind): its axes}), each under its data set's name; a line of panels a data set where there
+    are two kinds. `how` as for grid."""
+    across = 2 if len(kinds) == 2 else min(len(sets), 3) if columns == 2 else 1
+    fig, axes = grid(len(kinds) * len(sets), across, columns, label, sharey="col" if len(kinds) == 2 else True, **how)
+    panels = dict(zip(itertools.product(sets, kinds), axes))
+    for (name, _), ax in panels.items():
+        ax.set_title(wrap(name, 36 if across == 1 else 24), pad=12 if phases else None)
+    return fig, panels
 
 
 def dashes_of(levels: pandas.DataFrame, phases) -> dict[tuple[str, str], object]:

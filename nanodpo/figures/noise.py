@@ -24,7 +24,7 @@ class Noise(dict):
     @property
     def logps(self) -> float:
         """Of a log-prob per token of the noisier side; 0 where nothing is known."""
-        return max((self.get(name, 0.0) for name in LOGPS), default=0.0)
+        return max(self.get(name, 0.0) for name in LOGPS)
 
     @property
     def gap(self) -> float:
