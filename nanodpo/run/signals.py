@@ -16,7 +16,8 @@ import select
 import signal
 import threading
 import time
-from pathlib import Path
+
+import psutil
 
 from .. import errors
 from ..errors import TEMPFAIL, Preempted, RankStopped
@@ -220,16 +221,13 @@ def gone(parents: list[tuple[int, int]]) -> bool:
 
 def _command(process: int) -> str:
     try:
-        return Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return " ".join(psutil.Process(process).cmdline())
+    except psutil.Error:  # it has ended
         return ""
 
 
 def _parent(process: int) -> int | None:
-    if process == os.getpid():
-        return os.getppid()
     try:
-        said = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-        return int(said.rpartition(")")[2].split()[1])
-    except OSError:
+        return psutil.Process(process).ppid()
+    except psutil.Error:
         return None
