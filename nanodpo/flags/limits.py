@@ -27,6 +27,7 @@ GIB = Limit("must be above 0 and below 2^20 (GiB), or -1", lambda value: 0 < val
 
 def check(args) -> None:
     """Raises UserError for values that can't work: beyond a flag's own limit, or beside another flag's value."""
+    idle = "beta" if args.loss == "sft" else "train_on"
     for flag in dataclasses.fields(args):
         name, value, limit = flag.name, getattr(args, flag.name), flag.metadata["limit"]
         if isinstance(value, float) and not math.isfinite(value):
@@ -35,7 +36,7 @@ def check(args) -> None:
             raise UserError(f"--{name} {value}: {limit.words}")
         if (isinstance(value, int) and name != "seed" or name == "num_train_epochs") and abs(value) >= 2**53:
             raise UserError(f"--{name} {value}: must be below 2^53")  # beyond it floats don't count in ones
-        if value != flag.default and name == ("beta" if args.loss == "sft" else "train_on"):
+        if name == idle and value != flag.default:
             raise UserError(f"--{name} {value} has no meaning for --loss {args.loss}; leave it out")
     check_loss(args)
     if args.peft_config and not args.use_lora:
