@@ -102,10 +102,10 @@ RULES = [
 # A number in words: {} is its change, mean or share; other names are the fields of `_phrase`.
 WORDS = {"change of chosen": "chosen {change} nats a token", "change of chosen there": "in {there} {change}",
          "change of argmax there": "argmax token {change} nats a token in {there}",
-         "implausible mass": "along chosen and rejected, probability of implausible tokens grew to {times:.3g} "
+         "implausible mass": "along chosen and rejected, probability of implausible tokens grew to {ratio:.3g} "
                              "times the start's ({start:.2g} -> {mean:.2g})",
          "change of gap": "gap of chosen to rejected {change} nats a token",
-         "weight": "a pair's weight in the loss is {share:.2g} of the start's ({start:.2g} -> {mean:.2g})",
+         "weight": "a pair's weight in the loss is {ratio:.2g} of the start's ({start:.2g} -> {mean:.2g})",
          "change of answer accuracy": "right answers {counts}, change {change}",
          "reward accuracy": "reward accuracy {level}",
          "change of answers without one": "share of answers that stop before they answer {change}",
@@ -236,7 +236,7 @@ def _phrase(name: str, numbers: Numbers, line: dict) -> str:
     asked = numbers.get("right answers", {}).get("n", 0)
     counts = [f"{end * asked:.0f} of {asked}" if "run" in line else f"{end:.3g}" for end in ends]
     text = WORDS[name].format(change=_number(stats, "+"), level=_number(stats), mean=stats["mean"], start=start,
-                              there=line["there"], times=ratio, share=ratio, counts=" -> ".join(counts))
+                              there=line["there"], ratio=ratio, counts=" -> ".join(counts))
     if numbers.is_noise(name):
         text += f", within bfloat16's noise of {stats['noise']:.2g}"
     rows, problems = stats["n"], stats.get("problems", stats["n"])
