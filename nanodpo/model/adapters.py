@@ -133,9 +133,9 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
         with no_false_alarm():
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
         _read(model, adapter)
+    except UserError:
+        raise
     except BROKEN as error:
-        if isinstance(error, UserError):
-            raise
         grown = ("; if its model's vocabulary was grown, merge it where that model is (PEFT's merge_and_unload), and "
                  "name the merged model") * ("embed_tokens" in str(error))
         raise UserError(f"{adapter}: does not fit its base: {first_line(error)}{grown}") from error
@@ -151,9 +151,9 @@ def exchange_adapter(model, adapter: str) -> None:
 
     try:
         set_peft_model_state_dict(model, _read(model, adapter))
+    except UserError:
+        raise
     except BROKEN as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{adapter}: can't be opened: {first_line(error)}") from error
 
 

@@ -22,7 +22,7 @@ from .sharding import shape_of
 
 # As transformers' BitsAndBytesConfig calls them. 4 bits as in the paper: NormalFloat, with double quantisation.
 QUANTISATION = {4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-            8: {"load_in_8bit": True}}
+                8: {"load_in_8bit": True}}
 
 
 def bits_of(args) -> int | None:

@@ -19,8 +19,6 @@ from ..ranks.distributed import rank_and_world
 ADVICE = ("a smaller --per_device_train_batch_size (with more --gradient_accumulation_steps), a smaller "
         "--activation_memory or --gradient_checkpointing, --bf16, a --max_length with --overlong, or a higher ZeRO "
         "stage or offloading in --deepspeed, or several ranks for a pair (--sequence_parallel_size)")
-
-
 # The CPU's allocators raise a plain RuntimeError; cuBLAS and NCCL have memory, and messages, of their own.
 SHORTAGE = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
