@@ -168,7 +168,6 @@ class TrainArguments:
         check(self)
 
 
-LISTS = ("report_to", "lora_target_modules")
 # Flags that name what is read. Its content tells one run from another, not its name.
 BY_CONTENT = ("model_name", "reference", "peft_config", "train_file_path", "eval_file_path", "chat_template",
               "deepspeed")
@@ -196,14 +195,14 @@ def parse(argv: list[str], default_file: Path,
     file = None
     if argv and argv[0].endswith((".yaml", ".yml", ".json")) and not argv[0].startswith("-"):
         file = argv[0]
-        argv = read_settings(file, names, LISTS) + argv[1:]
+        argv = read_settings(file, names) + argv[1:]
     told = _before_all_others(argv)
     if told.fork:
         settings, recorded = settings_of(told.fork, told.output_dir)
-        argv, file = as_flags(settings, recorded, LISTS) + argv, file or recorded
+        argv, file = as_flags(settings, recorded) + argv, file or recorded
     elif not file and not own & {"--model_name", "--model-name", "--train_file_path", "--train-file-path"}:
         # Neither a model nor data: the example, changed by these flags. Its paths are relative to the program.
-        example = read_settings(str(default_file), names, LISTS)
+        example = read_settings(str(default_file), names)
         argv = [flag.replace("=examples/", f"={default_file.parent}/") for flag in example] + argv
     try:
         args, unknown = parser.parse_args_into_dataclasses(argv + launcher, look_for_args_file=False,

@@ -7,6 +7,8 @@ from ..errors import UserError
 from ..files import parse_json, read_text, repeated
 from .unknown import OTHERWISE, hint
 
+LISTS = ("report_to", "lora_target_modules")  # settings that may be a list of values
+
 
 def read_mapping(path: str, where: str, example: str, as_text: bool = False) -> dict:
     """The settings in a YAML or JSON file, no key of them twice. `as_text`: values stay as they are written. Raises
@@ -29,28 +31,27 @@ def read_mapping(path: str, where: str, example: str, as_text: bool = False) -> 
     return found
 
 
-def read_settings(path: str, names: list[str], lists: tuple[str, ...]) -> list[str]:
+def read_settings(path: str, names: list[str]) -> list[str]:
     """A flat YAML or JSON file as flags, so that argparse converts and checks its values like those of other flags.
 
     Values stay as they are written (1e-5, 010): YAML would read the first as text and the second as 8. Raises UserError
-    for an unreadable file, a key not in `names` and a nested value. Those of `lists` may be a list of values.
+    for an unreadable file, a key not in `names` and a nested value.
     """
     settings = read_mapping(path, path, "learning_rate: 1e-5", as_text=True)
     if unknown := [str(key) for key in settings if key not in names]:
         hinted = [f"{key} ({words})" if (words := hint(key, names, OTHERWISE, "")) else key for key in unknown]
         raise UserError(f"{path}: unknown setting {', '.join(hinted)}; `train.py --help` lists them")
-    return as_flags(settings, path, lists)
+    return as_flags(settings, path)
 
 
-def as_flags(settings: dict, path: str, lists: tuple[str, ...]) -> list[str]:
+def as_flags(settings: dict, path: str) -> list[str]:
     """Settings as flags. Raises UserError, which names `path`, for a nested value."""
-    for key, value in settings.items():
-        several = isinstance(value, list) and key in lists and not any(isinstance(v, (dict, list)) for v in value)
-        if isinstance(value, (dict, list)) and not several:
-            raise UserError(f"{path}: {key} must be a single value, found {type(value).__name__}")
     flags = []
     for key, value in settings.items():
-        if isinstance(value, list):
+        several = isinstance(value, list) and key in LISTS and not any(isinstance(v, (dict, list)) for v in value)
+        if isinstance(value, (dict, list)) and not several:
+            raise UserError(f"{path}: {key} must be a single value, found {type(value).__name__}")
+        if several:
             flags += [f"--{key}", *map(str, value)] if value else []
         elif value not in (None, "", "null", "~"):
             flags.append(f"--{key}={value}")
