@@ -99,7 +99,7 @@ RULES = [
                                         for name in BOTH if name in of or name != "change of gap"), BOTH, alone=True),
     Rule("unclear", "none of these: the changes may be notable or not", lambda of: True, BOTH, alone=True)]
 
-# A number in words: {} is its change, mean or share; other names are the fields of `_phrase`.
+# A number in words; the names in braces are the fields that `_phrase` fills in.
 WORDS = {"change of chosen": "chosen {change} nats a token", "change of chosen there": "in {there} {change}",
          "change of argmax there": "argmax token {change} nats a token in {there}",
          "implausible mass": "along chosen and rejected, probability of implausible tokens grew to {ratio:.3g} "
