@@ -88,6 +88,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     check_path("--output_dir", args.output_dir or "")
     check_gpu(args.gpu_id)
     check_sequence_parallel(args.sequence_parallel_size)
+    args.ledger_rows = [*dict.fromkeys(args.ledger_rows or [])]
     check_ledger(args)
     if args.gradient_checkpointing and not (args.gradients or args.ledger or args.ledger_rows):
         raise UserError("--gradient_checkpointing: this call has no backward pass, and saves nothing; it goes with "
@@ -110,9 +111,8 @@ def check_ledger(args: argparse.Namespace) -> None:
     """Raises UserError for flags that go with no ledger, or values that it can't take."""
     if not 0 < args.ledger_memory < math.inf:
         raise UserError(f"--ledger_memory {args.ledger_memory:g}: must be above 0 GiB")
-    if bad := [row for row in args.ledger_rows or [] if row < 0]:
+    if bad := [row for row in args.ledger_rows if row < 0]:
         raise UserError(f"--ledger_rows {bad[0]}: must be the number of a row, from 0")
-    args.ledger_rows = [*dict.fromkeys(args.ledger_rows or [])]
     if not (args.ledger or args.ledger_rows):
         return
     for name in ("tokens", "risers", "gradients", "answers"):
