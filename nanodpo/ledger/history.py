@@ -221,8 +221,9 @@ def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: i
     train, _, _, without = read_data(args, open_source(first.path, trust_remote_code), weights, record.get("date"))
     if data_hash(train.once) != record["data"][0]:
         raise UserError(f"{args.train_file_path}: has changed since run {folder} was trained on it; put the file back")
-    reference = (open_targets([args.reference])[0] if args.reference else first) if needs_reference(loss) else None
-    if args.reference and reference:
+    reference = first if needs_reference(loss) else None
+    if args.reference:  # refused for a loss that takes none
+        reference = open_targets([args.reference])[0]
         find_bases([reference])
     skipped, norms = read_steps(folder)
     if skipped >= {*range(len(checkpoints) - 1)}:
