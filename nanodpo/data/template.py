@@ -42,6 +42,11 @@ class Template:
     left_out: dict = dataclasses.field(default_factory=dict)  # what rendering.py found out about roles
     asked: tuple[str, str] = ("", "")  # the last prompt that it rendered: (messages and options, text)
 
+    @property
+    def user(self) -> str | None:
+        """The text that opens a user's turn; None where none is known."""
+        return self.openings[0] if self.openings else None
+
     def given(self, options: dict) -> "Template":
         """The same template, given these options, too: those of one row."""
         return dataclasses.replace(self, options=self.options | options) if options else self

@@ -25,9 +25,8 @@ def split_transcript(template: Template, text: str, prompt: str | None) -> tuple
         header = template.written
     if header and header in text:
         before, _, response = _joined(template, header, text, prompt).rpartition(header)
-        user = template.openings[0] if template.openings else None
         # Without a prompt column a text without a question is text that nobody asked for, and fine.
-        if prompt and not (user in before if user else before.strip()):
+        if prompt and not (template.user in before if template.user else before.strip()):
             raise UserError(f"has no turn before the assistant header {header!r}, so the prompt would be lost")
         return before + header, response
     opening = next((o for o in FOREIGN_OPENINGS if text.lstrip().startswith(o)), None)
@@ -48,7 +47,7 @@ def _joined(template: Template, header: str, text: str, prompt: str) -> str:
     """
     if text.startswith(prompt):
         return text
-    lead, user = text.partition(header)[0].strip(), template.openings[0] if template.openings else None
+    lead, user = text.partition(header)[0].strip(), template.user
     rendered = prompt.endswith(header) or template.end in prompt or bool(user and user in prompt)
     bos = template.tokenizer.bos_token or ""
     again = prompt.strip().removeprefix(bos).strip().startswith(lead.removeprefix(bos).strip())
@@ -81,7 +80,7 @@ def prompt_leads(template: Template, prompts: Iterable[list[int]]) -> list[str |
 
     Log-probs under another lead than that of training answer another question.
     """
-    user = template.openings[0] if template.openings else None
+    user = template.user
     texts = (template.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in prompts)
     leads = {text.partition(user)[0] if user and user in text else None for text in texts}
     return sorted(leads, key=lambda lead: (lead is None, lead))
