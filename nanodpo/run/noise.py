@@ -32,7 +32,8 @@ def measure(engine, score, batches, lengths, beta: float | None) -> dict[str, fl
     `score` maps indices to (P, R) log-probs, `lengths` to (P, R) token counts; `batches` are (indices, factor) of this
     rank. `beta`: None without a reference.
     """
-    names, embeddings = [MARGIN, *LOGPS], engine.module.model.get_input_embeddings()
+    names = LOGPS if beta is None else (MARGIN, *LOGPS)
+    embeddings = engine.module.model.get_input_embeddings()
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)
     was_training = engine.training
     engine.eval()
@@ -41,18 +42,14 @@ def measure(engine, score, batches, lengths, beta: float | None) -> dict[str, fl
         # Within this the embeddings are larger by PART.
         with embeddings.register_forward_hook(lambda module, args, states: states * (1 + PART)):
             change = score(indices).double().cpu() - first
-        values = [beta * (change[:, 0] - change[:, 1])] if beta is not None else [torch.zeros(len(change))]
-        values += [*(change / lengths(indices)).unbind(1)]
+        values = [] if beta is None else [beta * (change[:, 0] - change[:, 1])]
+        values += [*(change / lengths(indices)).unbind(1)]  # chosen alone, where there is no rejected
         for i, value in enumerate(values):
             sums[i] += factor * value.square().sum()
         sums[-1] += factor * len(change)
-        sides = change.shape[1]
     engine.train(was_training)
     *squares, pairs = sum_over_ranks(sums.to(embeddings.weight.device)).tolist()
-    noise = {name: math.sqrt(square / pairs) for name, square in zip(names, squares[: 1 + sides])}
-    if beta is None:
-        del noise[MARGIN]
-    return noise
+    return {name: math.sqrt(square / pairs) for name, square in zip(names, squares[: len(values)])}
 
 
 def of_record(record: dict, file) -> dict[str, float]:
