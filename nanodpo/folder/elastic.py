@@ -42,7 +42,7 @@ def share_anew(args, old: dict, where, demanded: bool = True) -> None:
     Fork."""
     size, total = args.sequence_parallel_size, _micro_batches(old)
     groups = world_size() // size
-    if groups == _groups(old) or total != args.gradient_accumulation_steps * _groups(old):
+    if args.gradient_accumulation_steps != arguments_of(old)["gradient_accumulation_steps"]:
         return
     if total % groups == 0:
         args.gradient_accumulation_steps = total // groups
