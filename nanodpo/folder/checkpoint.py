@@ -126,7 +126,7 @@ def verify(folder: Path, state: dict[str, torch.Tensor]) -> None:
                 in_memory = expected.pop(name, tensor)
                 if not tensor.isfinite().all():
                     raise RunStopped(f"{folder}: {name} holds values that are not finite")
-                if not tensor.numel() or tensor.shape != in_memory.shape or not torch.equal(tensor, in_memory):
+                if not tensor.numel() or not torch.equal(tensor, in_memory):  # also of another shape
                     raise RunStopped(f"{folder}: {name} was not written as it is in memory")
     if expected:
         raise RunStopped(f"{folder}: {next(iter(expected))} was not written")
