@@ -139,6 +139,9 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
         grown = ("; if its model's vocabulary was grown, merge it where that model is (PEFT's merge_and_unload), and "
                  "name the merged model") * ("embed_tokens" in str(error))
         raise UserError(f"{adapter}: does not fit its base: {first_line(error)}{grown}") from error
+    if model.active_peft_config.is_prompt_learning:  # these are put in by PEFT's own forward pass alone
+        raise UserError(f"{adapter}: is a {kind} adapter, which puts states of its own before a prompt; only adapters "
+                        "within the layers can be scored (LoRA, IA3, OFT ...)")
     if model.get_base_model().get_output_embeddings() is not head:
         raise UserError(f"{adapter}: changes the output layer, which its target_modules or modules_to_save name; merge "
                         "the adapter (PEFT's merge_and_unload), and name the merged model")

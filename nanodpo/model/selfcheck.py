@@ -53,7 +53,7 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
     module.eval()
     try:
         groups = _random_groups(model.config.get_text_config(), longest)
-        truth = _full_logits(model, groups, device)
+        truth = _full_logits(module.model, groups, device)  # with all that an adapter does
         if not truth.isfinite().all():
             raise UserError(f"{model.config.name_or_path}: its log-probs are not finite: weights of it, or of its "
                             "adapter, are broken")

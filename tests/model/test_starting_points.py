@@ -338,3 +338,34 @@ def test_an_adapter_that_changes_the_output_layer(settings, words, tiny, tmp_pat
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert f"{adapter}: " in done.stderr and words in done.stderr and "merge the adapter" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "IA3Config"])
+def test_an_adapter_outside_the_layers_is_not_left_out_without_a_word(kind, tiny, tmp_path):
+    """PEFT's own forward pass puts learned states before a prompt, which the base's layers by themselves know nothing
+    of: they would give the base's log-probs. IA3 is within the layers, and scored as PEFT has it."""
+    import peft
+
+    import score
+    from nanodpo.errors import UserError
+
+    within = {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    settings = within if kind == "IA3Config" else {"num_virtual_tokens": 4}
+    torch.manual_seed(0)
+    base = oracle.load(tiny / "model")
+    base.name_or_path = str(tiny / "model")
+    model = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", **settings)).eval()
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    command = [str(tmp_path / "adapter"), "--dataset_path", str(tiny / "train.jsonl"), "--responses", "chosen",
+               "rejected", "--output_dir", str(tmp_path / "out")]
+    if kind != "IA3Config":
+        with pytest.raises(UserError, match="adapter, which puts states of its own before a prompt; only adapters "):
+            score.main(command)
+        return
+    score.main(command)
+    found = pandas.read_parquet(tmp_path / "out" / "scores.parquet").set_index(["row", "response"])["logps"]
+    truth = sums(model, oracle.read_pairs(tiny / "train.jsonl"))
+    for row, values in enumerate(truth.tolist()):
+        assert [found[row, side] for side in ("chosen", "rejected")] == pytest.approx(values, abs=1e-4)
