@@ -23,7 +23,7 @@ from ..model.sharding import is_sharded, let_go
 from ..ranks import distributed
 from ..screen import folded
 from . import memory, metrics, noise
-from .guards import nonfinite
+from .guards import StepGuard, nonfinite
 from .lifecycle import disk_needed, write_line
 from .start import Run
 
@@ -168,6 +168,7 @@ def evaluate(run: Run) -> None:
         return
     run.engine.eval()
     examples, meter = run.held_out.examples, metrics.Meter(run.device)
+    guard = StepGuard(examples, run.stop)
     token_metrics = metrics.TokenMetrics(run.engine.module, needs_logits=True)
     run.engine.module.head.on_chunk = token_metrics
     sides, trained = run.held_out.sides, len(run.trained_sides)
@@ -188,13 +189,14 @@ def evaluate(run: Run) -> None:
                     logps = run.engine(batch)[index]
                 of_tokens = token_metrics.take(batch, index[:, :trained], lengths[:, :trained])
             losses = pair_losses(run.loss, logps, ref, lengths, args.sft_weight)
+            guard.nan_where_nonfinite(indices, logps, losses)  # remembers them
             losses = losses * row_weights(micro_batch).to(run.device, non_blocking=True)
             values = metrics.pair_metrics(run.loss, logps, ref, lengths, args.beta, args.sft_weight)
             parts = losses * (len(examples) / divisor)  # as in train_step
             meter.add({"loss": parts} | values | of_tokens, factor)
     means = meter.means()
     if bad := nonfinite(means):
-        raise RunStopped(f"evaluation under checkpoint-{step}: {bad} not finite")
+        raise RunStopped(f"evaluation under checkpoint-{step}: {bad} not finite; {guard.nonfinite_rows()}")
     if distributed.is_main():
         line = {"step": step, "epoch": step / run.steps_per_epoch} | {f"eval_{name}": v for name, v in means.items()}
         write_line(run, line)

@@ -1,11 +1,13 @@
 """Safety around a step: requests to stop, and numbers that are not finite."""
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import train
 from nanodpo.errors import Preempted, RunStopped
 from nanodpo.ranks import distributed
 from nanodpo.run.guards import StepGuard, check_start, guarded, nonfinite
@@ -92,3 +94,16 @@ def test_a_policy_that_is_not_its_reference_at_step_0_is_refused():
                               (9e-5, 0.38, False), (9e-4, -3.8, True)):
         with pytest.raises(RunStopped, match="policy and reference should be equal.*files in cache"):
             check_start({"loss": 0.7, "rewards/margins": margin}, gap, bf16, "cache")
+
+
+def test_an_evaluation_names_the_row_that_is_not_finite(tiny, tmp_path):
+    """A loss of one's own that breaks on a response of 3 tokens, which only row 1 of the held-out data has."""
+    (tmp_path / "mine.py").write_text("import torch\n\n\ndef mine(chosen, rejected, lengths):\n"
+                                      "    return torch.where(lengths[:, 0] == 3, torch.inf, rejected - chosen)\n")
+    rows = [{"prompt": "2?", "chosen": text, "rejected": "none"} for text in ("four", "ab", "fourth")]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RunStopped, match=r"^evaluation under checkpoint-0: loss not finite; row 1 \(prompt 2, "
+                                         r"chosen 3, rejected 5 tokens\) in loss$"):
+        train.main(["--model_name", str(tiny / "model"), "--train_file_path", str(tiny / "train.jsonl"),
+                    "--eval_file_path", str(tmp_path / "held.jsonl"), "--output_dir", str(tmp_path / "run"), "--draw",
+                    "false", "--loss", f"{tmp_path / 'mine.py'}:mine", "--trust_remote_code", "--max_steps", "1"])
