@@ -40,21 +40,31 @@ def take_blocks(settings: dict, report_to: list[str] | None) -> dict[str, dict]:
 
 
 def read_sent(file: Path) -> dict:
-    """A name for W&B and Comet, and the last line that was sent; as of a new run where there is no such file."""
+    """A name for W&B and Comet, the last line that was sent, and the folders with logs of this run (None: not noted by
+    an earlier version); as of a new run where there is no such file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return {"id": str(found["id"]), "step": int(found["step"]), "train": bool(found["train"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"id": uuid.uuid4().hex, "step": -1, "train": False}
+        return {"id": str(found["id"]), "step": int(found["step"]), "train": bool(found["train"]),
+                "logs": found.get("logs") and [*map(str, found["logs"])]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {"id": uuid.uuid4().hex, "step": -1, "train": False, "logs": None if file.exists() else []}
 
 
-def check_unused(blocks: dict[str, dict]) -> None:
-    """Raises UserError where another run has its log in a folder that is for a new one: both would be one curve."""
-    for monitor in ("tensorboard", "csv_monitor"):
-        block = blocks.get(monitor, {})
-        folder = Path(block.get("output_path", ""), block.get("job_name", ""))
+def log_folders(blocks: dict[str, dict], run: Path) -> dict[str, str]:
+    """{name of a monitor that is on: the folder of its files}, relative to the run's, which may be moved, if within."""
+    folders = {monitor: Path(blocks[monitor].get("output_path", ""), blocks[monitor].get("job_name", "")).absolute()
+               for monitor in ("tensorboard", "csv_monitor") if blocks.get(monitor, {}).get("enabled")}
+    return {monitor: str(folder.relative_to(run) if folder.is_relative_to(run) else folder)
+            for monitor, folder in folders.items()}
+
+
+def check_unused(folders: dict[str, str], run: Path, own: list[str]) -> None:
+    """Raises UserError where another run has its log in one of these folders that is not yet the run's `own`: both
+    would be one curve. `folders` as from log_folders."""
+    for monitor, name in folders.items():
+        folder = run / name
         logs = [file for kind in ("train_*.csv", "eval_*.csv", "events.out.*") for file in folder.glob(kind)]
-        if block.get("enabled") and logs:
+        if name not in own and logs:
             raise UserError(f"{monitor}: {folder} has the log of another run ({logs[0].name}); name another job_name "
                             "or --output_dir, or remove that folder")
 
@@ -85,7 +95,6 @@ class Monitors:
         from deepspeed.monitor.monitor import MonitorMaster
 
         self.file = folder / "monitors.json"
-        goes_on = self.file.exists()
         self.sent = read_sent(self.file)
         folder, name = folder.absolute(), folder.absolute().name
         own = {monitor: {"output_path": str(folder),  # a folder that the user names may be of several runs
@@ -94,16 +103,17 @@ class Monitors:
         own["wandb"] = {"project": os.environ.get("WANDB_PROJECT", "nanodpo")}
         own["comet"] = {"experiment_key": self.sent["id"], "experiment_name": name, "samples_log_interval": 1}
         blocks = {monitor: own[monitor] | block for monitor, block in blocks.items()}
-        if not goes_on:
-            check_unused(blocks)
+        folders, known = log_folders(blocks, folder), self.sent["logs"]
+        if known is not None:
+            check_unused(folders, folder, known)
+            self.sent["logs"] = sorted({*known, *folders.values()})
         self._record()  # before a log is there: a monitor behind it may not start, and the next try is no other run
         config = get_monitor_config(blocks)
         with _told_to_wandb(config.wandb.enabled, dir=str(folder), name=name, id=self.sent["id"], resume="allow"):
             self.master = MonitorMaster(config)
         if csv := self.master.csv_monitor:
             for file in Path(csv.log_dir).glob("*.csv"):
-                if goes_on:
-                    cut_unrecorded(file, self.sent)
+                cut_unrecorded(file, self.sent)
                 csv.filenames += [file.stem] * (file.stat().st_size > 0)  # it has its heading
 
     def write(self, line: dict) -> None:

@@ -307,6 +307,19 @@ def test_a_new_run_does_not_write_into_the_log_of_another(alone, tmp_path):
     assert rows(tmp_path / "all" / "mine" / "train_loss.csv") == ["step,loss", "0,0.5", "1,0.5"]
 
 
+def test_a_run_that_goes_on_does_not_write_into_the_log_of_another_either(alone, tmp_path):
+    """Its own log is in its own folder so far, which may be moved. Rows of the other, which this run knows nothing of,
+    would be cut off as its own that it had not noted."""
+    opened(tmp_path / "one", output_path=str(tmp_path / "all"), job_name="mine").write(LINES[3])
+    opened(tmp_path / "two").write(LINES[1])
+    (tmp_path / "two").rename(tmp_path / "moved")
+    opened(tmp_path / "moved").write(LINES[3])
+    assert rows(tmp_path / "moved" / "csv_monitor" / "train_loss.csv") == ["step,loss", "0,0.5", "1,0.5"]
+    with pytest.raises(UserError, match="all/mine has the log of another run .*train_loss.csv.*another job_name"):
+        opened(tmp_path / "moved", output_path=str(tmp_path / "all"), job_name="mine")
+    assert rows(tmp_path / "all" / "mine" / "train_loss.csv") == ["step,loss", "1,0.5"]
+
+
 @pytest.mark.skipif(not installed("tensorboard"), reason="TensorBoard is not installed")
 def test_a_run_whose_second_monitor_did_not_start_is_no_other_run(alone, tmp_path, monkeypatch):
     """No login, say: TensorBoard's log was begun, and the same command must not take it for another run's."""
