@@ -148,7 +148,7 @@ def _load(file: Path) -> Prepared | None:
         with safe_open(file, "pt") as entry:
             tensors = {name: entry.get_tensor(name) for name in ("ids", "rows")}
             digest = (entry.metadata() or {}).get("sha256")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except SafetensorError as error:
         say(f"data: {file} is damaged ({first_line(error)}), preparing the rows again")

@@ -127,7 +127,7 @@ def _load(file: Path, fingerprint: dict, n: int) -> Tensor:
         if of_this and logps.shape == (n, 2) and about.get("sha256") == _digest(logps):
             return logps
         say(f"reference: {file} is damaged (not what was written), computing it again")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if changed := _changed(file.parent, fingerprint):
             say(f"reference: the cached one is stale ({', '.join(changed)} changed), computing it again")
     except SafetensorError as error:
