@@ -223,7 +223,8 @@ class SequenceLogProbs(nn.Module):
         # LoRA sits inside the base's layers, so it takes part. The output layer is not called: LogProbHead replaces it.
         # transformers hands keywords that it does not know down to attention: ours needs `segments`, others ignore it.
         extra = {} if batch.segments is None else {"position_ids": batch.position_ids, "segments": batch.segments}
-        if extra and not str(getattr(inner.config, "_attn_implementation", "nanodpo_")).startswith("nanodpo_"):
+        own = str(inner.config.get_text_config()._attn_implementation)
+        if extra and not own.startswith("nanodpo_"):
             raise ValueError("a packed batch needs model.set_attn_implementation(attention.LOOP), of nanodpo.core")
         states = inner.base_model(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state  # (B, T, D)
         scored = states.flatten(0, 1).index_select(0, batch.predictors)
