@@ -8,6 +8,7 @@ from test_models import args
 from tiny_models import naive_token_logps, random_groups, tiny
 from transformers import AutoModelForCausalLM
 
+from nanodpo.core.attention import LOOP
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import LAYOUTS
 from nanodpo.errors import UserError
@@ -159,3 +160,20 @@ def test_mambas_refusal_names_the_flag(tmp_path):
     with pytest.raises(UserError, match="^--lora_target_modules all-linear: .* remove it from --lora_target_modules .* "
                                         "The model's linear layers are dt_proj, in_proj, out_proj, x_proj.$"):
         load(saved(tmp_path, "mamba", state_size=4), use_lora=True)
+
+
+def test_a_text_model_beside_an_eye_is_packed():
+    """got_ocr2's outer config keeps the attention that it came with; that of its text model is set, and decides."""
+    from transformers import GotOcr2Config
+
+    eye = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16, "image_size": 64,
+           "patch_size": 16, "output_channels": 8, "window_size": 2, "global_attn_indexes": [0]}
+    text = {"model_type": "qwen2", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GotOcr2Config(vision_config=eye, text_config=text))
+    groups = random_groups()
+    with torch.no_grad():
+        truth = torch.cat(naive_token_logps(model.eval(), groups))
+    assert (our_logps(model, groups) - truth).abs().max() < 1e-4
+    assert model.config.get_text_config()._attn_implementation == LOOP != model.config._attn_implementation
