@@ -20,6 +20,7 @@ from ..files import check_regular
 from ..folder.atomic import new_file
 from .axes import escape_tex, shown
 from .choice import draw
+from .letters import spare_fonts
 
 FORMATS = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}  # metadata that must not be written
 HOUSE = {"font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7, "legend.fontsize": 7, "legend.title_fontsize": 7,
@@ -85,6 +86,8 @@ def house_style(sheet: str | None = None, serif: bool = False, usetex: bool = Fa
         except (OSError, ValueError) as error:
             raise UserError(f"--style {sheet}: neither a style of matplotlib nor a file with one") from error
         matplotlib.rcParams.update(FIXED | (USETEX if usetex else {}))
+        if not usetex:
+            matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], *spare_fonts()]
         if usetex and hasattr(PdfFile, "_get_subset_prefix"):  # private; for Type 1 fonts it hashes an address
             PdfFile._get_subset_prefix = staticmethod(subset_prefix)
         yield

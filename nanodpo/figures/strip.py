@@ -6,12 +6,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 
 from ..errors import UserError
 from ..scoring.sections import shared_prefix
 from .axes import WIDTHS, wrap
+from .letters import can_be_drawn, cells, cut, spare_fonts
 from .noise import Marks, Noise
 from .records import SIDES
 
@@ -95,7 +96,7 @@ def _lay(words: list[str], letters: int) -> list[tuple[int, int, int]]:
     """(first letter, line, letters) of each token's cell, as far as LINES reach."""
     places, x, line = [], 0, 0
     for word in words:
-        width = min(max(len(word), 1), letters)
+        width = max(cells(_visible(word, letters)), 1)
         if x + width > letters:
             x, line = 0, line + 1
         if line == LINES:
@@ -124,7 +125,7 @@ def _head(ax, side: str, tokens: int, left_out: int, shared: int, sides: int, to
 
 def _draw(ax, words, values, places, top: float, shared: int, colour, moved: bool) -> None:
     """The cells with their text, dark ones in white letters; never by LaTeX, whose letters are of other widths."""
-    over, under, font = [], [], FontProperties(family="monospace", size=SIZE)
+    over, under, font = [], [], FontProperties(family=_families(), size=SIZE)
     for i, ((x, line, width), word, value) in enumerate(zip(places, words, values)):
         y, fill = top + line, colour.to_rgba(value)
         ax.add_patch(Rectangle((x, y + 0.08), width, 0.84, facecolor=fill, edgecolor="0.75", linewidth=0.25))
@@ -140,8 +141,14 @@ def _draw(ax, words, values, places, top: float, shared: int, colour, moved: boo
 
 
 def _visible(word: str, width: int) -> str:
-    """A token with its white space to be seen, and what the font lacks as a replacement character."""
-    word = "".join(SEEN.get(letter, letter) for letter in word)[:width]
+    """A token with its white space to be seen, and what no font has as a replacement character; as much of it as there
+    is room for in `width` cells."""
+    word = "".join(SEEN.get(letter, letter) for letter in word[:width])
     word = word if word.strip() else "\N{OPEN BOX}" * max(len(word), 1)
-    font = get_font(findfont(FontProperties(family="monospace")))
-    return "".join(letter if font.get_char_index(ord(letter)) else "\N{REPLACEMENT CHARACTER}" for letter in word)
+    families = _families()
+    return cut("".join(letter if can_be_drawn(letter, families) else "\N{REPLACEMENT CHARACTER}" for letter in word),
+               width)
+
+
+def _families() -> list[str]:
+    return ["monospace", *spare_fonts()]

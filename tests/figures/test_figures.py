@@ -441,7 +441,7 @@ WORDS = ["So", " Ivy", " has", "\n", " $5_0", " & 3%", "{x}"]
 
 def cells(ax):
     """(text, colour of its cell) of each token."""
-    texts = [text for text in ax.texts if text.get_fontproperties().get_family() == ["monospace"]]
+    texts = [text for text in ax.texts if text.get_fontproperties().get_family()[0] == "monospace"]
     assert len(texts) == len(ax.patches)
     return [(text.get_text(), patch.get_facecolor()) for text, patch in zip(texts, ax.patches)]
 
