@@ -114,16 +114,18 @@ def read_answers(files: list[Path]) -> pandas.DataFrame | None:
 
 
 def read_tokens(files: list[Path], row: int, runs: list[str], sets: list[str] | None) -> pandas.DataFrame:
-    """TOKENS of both sides of one row, in order of position; raises UserError where one is missing or there twice, and
-    where these runs and data sets (all, where none is named) do not have the row, with some that they have."""
+    """TOKENS and id of both sides of one row, in order of position; the ids of a table that has none are the tokens'
+    texts. Raises UserError where a token is missing or there twice, and where these runs and data sets (all, where none
+    is named) do not have the row, with some that they have."""
     if not 0 <= row < 2**63:
         raise UserError(f"--strip {row}: must be the number of a row, from 0")
     tables = []
     for file in files:
         if not file.exists():
             raise UserError(f"{file}: is not there; score.py makes it where it is told --tokens")
-        table = read_parquet(file, [*TOKENS, "row"], [("row", "==", row)], gaps=("response",))
+        table = read_parquet(file, [*TOKENS, "row"], [("row", "==", row)], more=("id",), gaps=("response",))
         table = table[table["response"].isin(SIDES)]
+        table = table if "id" in table else table.assign(id=table["token"])
         keys = ["run", "dataset", "response", "step"]
         table = table.sort_values([*keys, "position"], kind="stable")
         wrong = table["position"] != table.groupby(keys).cumcount()

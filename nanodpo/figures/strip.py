@@ -38,7 +38,9 @@ def strip_figure(tokens: pandas.DataFrame, row: int, columns: int, noise: dict[s
     steps = sorted(tokens["step"].unique())
     sides = {side: _values(part, steps, f"--strip {row}: {side} of {where[0][0]}")
              for side in SIDES if len(part := tokens[tokens["response"] == side])}
-    shared = shared_prefix(*(words for words, _ in sides.values())) if len(sides) == 2 else 0
+    last = tokens[tokens["step"] == steps[-1]]  # by ids: two tokens that are parts of a letter have one text
+    ids = [last.loc[last["response"] == side, "id"].tolist() for side in sides]
+    shared = shared_prefix(*ids) if len(sides) == 2 else 0
     moved = len(steps) > 1
     what = (f"change of log-prob from step {steps[0]:g} to {steps[-1]:g} (nats)" if moved
             else f"log-prob at step {steps[0]:g} (nats)")
@@ -77,7 +79,7 @@ def strip_figure(tokens: pandas.DataFrame, row: int, columns: int, noise: dict[s
 def _values(part: pandas.DataFrame, steps: list, what: str) -> tuple[list[str], np.ndarray]:
     """(tokens, numbers): how far each log-prob moved from the first step to the last; of one step, the log-probs."""
     first, last = (part[part["step"] == step] for step in (steps[0], steps[-1]))
-    if list(first["token"]) != list(last["token"]):
+    if list(first["id"]) != list(last["id"]):
         raise UserError(f"{what} has other tokens at step {steps[0]} than at step {steps[-1]}")
     values = last["logp"].to_numpy(dtype=float)
     return list(last["token"]), values - first["logp"].to_numpy(dtype=float) if len(steps) > 1 else values

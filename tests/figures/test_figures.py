@@ -466,6 +466,20 @@ def test_the_strip_colours_each_token_by_its_number(tmp_path, draw, steps):  # n
     assert len(ax.collections[0].get_segments()) == 2  # of chosen, the two shared tokens
 
 
+def test_the_strip_tells_tokens_apart_by_their_ids(tmp_path, draw):  # noqa: F811
+    """Two tokens that are each a part of a letter have one text, the replacement character: of the three first tokens
+    with the same texts here, one is shared."""
+    scores = make_tokens(tmp_path, ["So", "\ufffd", "\ufffd"], ["So", "\ufffd", "\ufffd", "."])
+    table = pandas.read_parquet(tmp_path / "tokens.parquet")
+    ids = {"chosen": [5, 240, 17], "rejected": [5, 241, 17, 9]}
+    table["id"] = [ids[side][p] for side, p in zip(table["response"], table["position"])]
+    table.to_parquet(tmp_path / "tokens.parquet")
+    found = draw("--scores", scores, "--strip", 7)
+    heads = [text.get_text() for text in found["strip"].axes[0].texts]
+    assert "chosen, 3 tokens; the first 1 shared (line above)" in heads
+    assert "The first 1 tokens are the same" in found["captions"]["strip"]
+
+
 @pytest.mark.parametrize("columns", [1, 2])
 def test_a_long_response_is_wrapped_and_cut_and_says_so(tmp_path, draw, columns):  # noqa: F811
     fig = draw("--scores", make_tokens(tmp_path, [" word"] * 900, [" other", "."]), "--strip", 7, "--columns", columns)
