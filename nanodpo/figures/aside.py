@@ -48,7 +48,7 @@ def aside_figure(scores: pandas.DataFrame, answers: pandas.DataFrame | None, col
     marks = Marks(listed({"mass": "this probability", "right": "this share"}[kind] for kind in tables))
     marks.not_measured([noise[run] for run in every["run"].unique() if run in noise])
     legend_of(fig, every, dashes, {side: looks[side] for side in looks if side in set(every["response"])}, phases,
-              "95% interval", marks.handles)
+              "95% interval" * bool(every["low"].notna().any()), marks.handles)
     return fig, _caption(tables, sets, phases) + marks.caption
 
 
@@ -58,7 +58,13 @@ def _caption(tables: dict[str, pandas.DataFrame], sets: list[str], phases) -> st
     if "mass" in tables:
         text["mass"] = ("change since the run's own step 0 of the probability of implausible tokens, mean over the "
                         "tokens of a response; a token is implausible where step 0 or the step shown gives it less "
-                        f"than 0.001 ({interval(tables['mass'])}, mean ± Student's t standard errors)")
+                        "than 0.001" + _shaded(tables["mass"], "mean ± Student's t standard errors"))
     if "right" in tables:
-        text["right"] = f"share of greedy answers that are right ({interval(tables['right'])}, Wilson's)"
+        text["right"] = "share of greedy answers that are right" + _shaded(tables["right"], "Wilson's")
     return f"Of {runs}, on {listed(sets)}: {'. Beside it: '.join(text.values())}."
+
+
+def _shaded(curves: pandas.DataFrame, how: str) -> str:
+    """The words for what is shaded, in brackets, and `how` it was taken; none where there is no interval."""
+    said = interval(curves)
+    return f" ({said}, {how})" if said else ""

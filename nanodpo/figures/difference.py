@@ -90,7 +90,7 @@ def scored_difference_figure(scores: pandas.DataFrame, runs: list[str], columns:
     responses = list(both["response"].unique())
     looks = {response: {"color": GREY, "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
              for i, response in enumerate(responses)}
-    marks, scale, fig, pairs = Marks("a mean"), "", *framed(labels.values(), columns, facts)
+    marks, scale, shaded, fig, pairs = Marks("a mean"), "", False, *framed(labels.values(), columns, facts)
     for name, (above, ax) in zip(labels, pairs):
         ax.set_ylabel("difference\n(nats per token)")
         here = both[both["dataset"] == name]
@@ -99,16 +99,18 @@ def scored_difference_figure(scores: pandas.DataFrame, runs: list[str], columns:
             for colour, run, column in zip(COLOURS, runs, ("mean_logps", "other")):
                 means = part.groupby("step")[column].mean()
                 above.plot(means.index, means, **look | {"color": colour}, label=f"{run} {response}")
-            draw_curve(ax, over_problems(part, ["at"], "difference"), look | {"color": "black"},
-                       f"difference {response}", INTERVAL)
+            curve = over_problems(part, ["at"], "difference")
+            draw_curve(ax, curve, look | {"color": "black"}, f"difference {response}", INTERVAL)
+            shaded |= bool(curve["low"].notna().any())  # of one problem there is no interval
         levels = here.groupby(["response", "step"])[["mean_logps", "other"]].mean().stack()
         if band := crowd(levels):
             focus_on_crowd([above], levels, band)
             scale = " The scale changes at the dotted lines."
         rows = here.groupby(["response", "step"]).size().min()
         marks.band(ax, 0, math.hypot(*(f.noise.logps for f in facts.values())) / math.sqrt(rows))
-    finish(fig, runs, looks, facts, marks, intervals=True)
-    what = "means over the rows that both have, with the 95% interval of the difference over their problems"
+    finish(fig, runs, looks, facts, marks, intervals=shaded)
+    what = "means over the rows that both have"
+    what += ", with the 95% interval of the difference over their problems" * shaded
     return fig, caption("Log-probs of responses", runs, facts, what) + scale + marks.caption
 
 

@@ -159,9 +159,10 @@ def _since(changes: pandas.DataFrame, phases) -> str:
 def interval(levels: pandas.DataFrame) -> str:
     """Returns the words for what is shaded, like "95% interval, n = 398 to 400, 2 scores missing"; none where nothing
     is. Of a csv alone nobody knows what low and high are."""
-    n = levels["n"][levels["n"] > 0]
-    if n.empty or levels["low"].isna().all():  # of one problem there is no interval
+    rows = levels[levels["n"] > 0]
+    if rows["low"].isna().all():  # of one problem there is no interval
         return "low to high, as given" if levels["low"].notna().any() else ""
+    n = rows["n"]
     span = f"{n.max():,}" if n.min() == n.max() else f"{n.min():,} to {n.max():,}"
     missing = levels["left_out"].sum()
     return f"95% interval, n = {span}" + (f", {missing:,} scores missing" if missing else "")
@@ -198,7 +199,8 @@ def _caption(levels: pandas.DataFrame, since: str | None, phases, floor, band) -
     how += ["of the means" if not rows else f"of {listed(means)} of the means"] * bool(means)
     text += f": its level (left) and its change since {since}, {', '.join(how)} (right)." if since else "."
     given = levels.loc[levels["run"].isin(means) & levels["low"].notna(), "run"].unique()
-    shaded = [f"{interval(levels)} (mean ± Student's t standard errors over problems; n counts rows)"] * bool(rows)
+    said = interval(levels[~levels["run"].isin(means)])
+    shaded = [f"{said} (mean ± Student's t standard errors over problems; n counts rows)"] * bool(said)
     shaded += [f"low to high, as given for {listed(given)}"] * bool(len(given))
     text += f" {'Shaded' if since else 'Lines'}: {'; '.join(shaded)}." if shaded else ""
     text += f" Dashed: the best possible value, {floor:g}." if floor is not None else ""

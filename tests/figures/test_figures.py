@@ -841,6 +841,31 @@ def test_mass_and_right_answers_are_drawn_where_they_were_scored(tmp_path, draw)
     assert "mass_and_answers" not in draw("--scores", scores)
 
 
+def test_no_interval_is_named_where_none_is_drawn(tmp_path, draw):  # noqa: F811
+    """Two rows of one problem have no interval: neither have the captions and legends, nor beside a csv's own."""
+    values = {("test", side, step): [-1.0 - step / 80, -2.0] for side in ("chosen", "rejected") for step in (0, 40)}
+    folders = [make_run(tmp_path / name) for name in "ab"]
+    for folder in folders:
+        scores = make_scores(folder / "scores.parquet", values, run=folder.name)
+        table = pandas.read_parquet(scores).assign(problem="p", implausible_mass=0.02, implausible_mass_start=0.01)
+        table.to_parquet(scores)
+        table = table[table["response"] == "chosen"][["run", "phase", "step", "dataset", "row", "problem"]]
+        table.assign(correct=True).to_parquet(folder / "answers.parquet")
+    found = draw(folders[0])
+    of_two = draw(*folders, "--diff")
+    for name, figure in (*found.items(), *of_two.items()):
+        if name not in ("folder", "captions"):
+            assert not any("interval" in text.get_text() for text in figure.legends[0].get_texts()), name
+    for caption in (*found["captions"].values(), *of_two["captions"].values()):
+        assert "interval" not in caption and "errors" not in caption and "Shaded" not in caption
+    assert found["captions"]["mass_and_answers"].endswith(
+        "gives it less than 0.001. Beside it: share of greedy answers that are right.")
+    (tmp_path / "p.csv").write_text(HEAD + "paper,0,-1,-1.5,-0.5\npaper,40,-2,,\n")
+    beside = draw("--scores", scores, "--series", tmp_path / "p.csv")
+    assert beside["captions"]["dynamics"].endswith("Shaded: low to high, as given for paper.")
+    assert "low to high, as given" in [text.get_text() for text in beside["dynamics"].legends[0].get_texts()]
+
+
 def test_published_curves_are_drawn_as_far_as_they_go(tmp_path, draw, capsys):  # noqa: F811
     """(a) F and R on their own sets, (b) M and DPO on mixed, whose sides begin before their gaps, (c) some gaps."""
     lines = [("F", 0, -1, "forward", "chosen"), ("F", 100, -0.5, "forward", "chosen"),

@@ -718,3 +718,14 @@ def test_a_pair_of_a_row_with_lists_of_answers_shows_them_all(tmp_path):
                 "train_file_path": str(tmp_path / "rows.jsonl")}
     (tmp_path / "run.json").write_text(json.dumps({"arguments": settings}))
     assert read_texts(tmp_path, {0}) == ({0: ["2+3?", "5\n\nfive", "assistant: 6\n\nassistant: 7"]}, "")
+
+
+@pytest.mark.parametrize("problem", ["one", None])
+def test_the_page_names_no_interval_where_there_is_none(tmp_path, show, problem):
+    """Four rows of one problem have no interval; of four problems they have one."""
+    folder = write_scoring(tmp_path / "run")
+    if problem:
+        scores = pandas.read_parquet(folder / "scores.parquet")
+        scores.assign(problem=problem).to_parquet(folder / "scores.parquet")
+    said = "mean of 4 rows, nats per token"
+    assert texts(show(make(folder)), "#set-title") == [said if problem else f"{said}, 95% interval"]
