@@ -38,9 +38,7 @@ def strip_figure(tokens: pandas.DataFrame, row: int, columns: int, noise: dict[s
     steps = sorted(tokens["step"].unique())
     sides = {side: _values(part, steps, f"--strip {row}: {side} of {where[0][0]}")
              for side in SIDES if len(part := tokens[tokens["response"] == side])}
-    last = tokens[tokens["step"] == steps[-1]]  # by ids: two tokens that are parts of a letter have one text
-    ids = [last.loc[last["response"] == side, "id"].tolist() for side in sides]
-    shared = shared_prefix(*ids) if len(sides) == 2 else 0
+    shared = _shared(tokens[tokens["step"] == steps[-1]])
     moved = len(steps) > 1
     what = (f"change of log-prob from step {steps[0]:g} to {steps[-1]:g} (nats)" if moved
             else f"log-prob at step {steps[0]:g} (nats)")
@@ -74,6 +72,12 @@ def strip_figure(tokens: pandas.DataFrame, row: int, columns: int, noise: dict[s
                  + (", blue rose, red and underlined fell" if moved else ", darker is less likely")
                  + f". The first {shared} tokens are the same in both responses (line above them)." * (shared > 0)
                  + marks.caption)
+
+
+def _shared(tokens: pandas.DataFrame) -> int:
+    """How many tokens both sides have in common from the start, at one step, by their ids: two may have one text."""
+    sides = [part["id"].tolist() for _, part in tokens.groupby("response")]
+    return shared_prefix(*sides) if len(sides) == 2 else 0
 
 
 def _values(part: pandas.DataFrame, steps: list, what: str) -> tuple[list[str], np.ndarray]:

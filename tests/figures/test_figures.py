@@ -467,8 +467,8 @@ def test_the_strip_colours_each_token_by_its_number(tmp_path, draw, steps):  # n
 
 
 def test_the_strip_tells_tokens_apart_by_their_ids(tmp_path, draw):  # noqa: F811
-    """Two tokens that are each a part of a letter have one text, the replacement character: of the three first tokens
-    with the same texts here, one is shared."""
+    """Two tokens may have one text, such as the replacement character: of the three first tokens with the same texts
+    here, one is shared."""
     scores = make_tokens(tmp_path, ["So", "\ufffd", "\ufffd"], ["So", "\ufffd", "\ufffd", "."])
     table = pandas.read_parquet(tmp_path / "tokens.parquet")
     ids = {"chosen": [5, 240, 17], "rejected": [5, 241, 17, 9]}
