@@ -34,3 +34,10 @@ def token_text(tokenizer, i: int) -> str:
     if not {*token} <= known.keys():
         return text
     return bytes(known[letter] for letter in token).decode(errors="backslashreplace")
+
+
+def spaced_text(tokenizer, i: int) -> str:
+    """The text of one token as it stands within a text: with its first space, which the tokenizers of Llama 2 and
+    Mistral drop where they decode it alone, as if every token were the first."""
+    text, token = token_text(tokenizer, i), tokenizer.convert_ids_to_tokens(i)
+    return f" {text}" if token and token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ") == f" {text}" else text

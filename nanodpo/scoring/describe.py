@@ -36,14 +36,14 @@ def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict],
         every = measures | {name: derive(measures) for name, derive in DERIVED.items()}
         table = np.zeros((1 + len(MEASURES), len(ids) + 1))
         table[:, :-1] = [every[name] for name in ("logps", *MEASURES)]
-        texts = token_texts(ids)
-        parts = sections(len(ids), shared if kind in ("chosen", "rejected") else None, answer_start(texts))
+        answer = answer_start(token_texts(ids))
+        parts = sections(len(ids), shared if kind in ("chosen", "rejected") else None, answer)
         whole, *means = _means(table, [range(len(ids)), *parts.values()])
         out["scores"].append(key | {"tokens": len(ids), "logps": logps} | whole)
         out["sections"] += [key | {"section": name, "tokens": len(part)} | mean
                             for (name, part), mean in zip(parts.items(), means)]
         if with_tokens:
-            out["tokens"].append(_token_table(key, ids, texts, measures))
+            out["tokens"].append(_token_table(key, ids, measures))
         if "risers" in found[kind]:
             out["risers"].append(risers.table_of(key, found[kind]["risers"]))
     if pair and all(math.isfinite(found[side]["logps"]) for side in ("chosen", "rejected")):
@@ -60,6 +60,6 @@ def _means(table: np.ndarray, parts: list[range]) -> list[dict[str, float]]:
     return [dict(zip(("mean_logps", *MEASURES), mean)) for mean in (sums / [len(part) for part in parts]).T.tolist()]
 
 
-def _token_table(key: dict, ids: list[int], texts: list[str], measures: dict[str, np.ndarray]) -> pandas.DataFrame:
+def _token_table(key: dict, ids: list[int], measures: dict[str, np.ndarray]) -> pandas.DataFrame:
     columns = {name.replace("logps", "logp"): measures[name] for name in TOKEN_MEASURES}
-    return pandas.DataFrame(key | {"position": range(len(ids)), "id": ids, "token": texts} | columns)
+    return pandas.DataFrame(key | {"position": range(len(ids)), "id": ids} | columns)

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import tiny_tokenizers as tiny
 from conftest import make_tokenizer
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from nanodpo.data import encoding, prepared
 from nanodpo.data.example import Example, PartlyScored
 from nanodpo.data.inspection import histogram, inspect
 from nanodpo.data.limits import truncate
-from nanodpo.data.marks import token_text
+from nanodpo.data.marks import spaced_text, token_text
 from nanodpo.data.template import read_template
 from nanodpo.data.tokens import DataSet, load_dataset
 from nanodpo.errors import UserError
@@ -445,6 +446,22 @@ def test_no_text_is_cut_at_a_token_that_may_be_another_one(how, content):
     prompt = f"2?<|im_start|>{content if how else 'assistant'}"
     assert encoding._border(tokenizer, prompt) is None
     assert encoding._border(tiny.chatml(), prompt) == "<|im_start|>"
+
+
+def test_a_token_keeps_its_first_space_in_the_tables():
+    """As Llama 2's and Mistral's tokenizers decode: the first space of a text is dropped, so that of a token decoded
+    alone. Byte-level ones drop none."""
+    names = ["<unk>", "▁has", "has", "▁", "▁▁a", "<0xF0>"]
+    core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>"))
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert tokenizer.decode([1]) == tokenizer.decode([2]) == "has" and tokenizer.decode([2, 1]) == "has has"
+    assert [spaced_text(tokenizer, i) for i in range(1, 6)] == [" has", "has", " ", "  a", r"\xf0"]
+    tokenizer = make_tokenizer()
+    ids = tokenizer(" a\N{GRINNING FACE}▁", add_special_tokens=False).input_ids
+    assert [spaced_text(tokenizer, i) for i in ids] == [token_text(tokenizer, i) for i in ids]
+    assert spaced_text(tokenizer, 10**6) == tokenizer.decode([10**6])
 
 
 def test_a_token_that_is_part_of_a_character_is_written_in_bytes():
