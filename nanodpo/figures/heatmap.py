@@ -31,7 +31,8 @@ def heatmap_figure(scores: pandas.DataFrame, columns: int, noise: dict[str, Nois
         raise UserError("a heatmap needs the scores of chosen or rejected at two steps or more")
     tables = {name: _changes(scores[scores["dataset"] == name]) for name in sets}
     values = np.concatenate([table.to_numpy().ravel() for pair in tables.values() for table in pair.values()])
-    values = np.abs(values[np.isfinite(values)])
+    there = np.isfinite(values)
+    values = np.abs(values[there])
     limit = float(np.quantile(values, 0.98)) or float(values.max()) or 1.0
     deviation = noise.get(runs[0], Noise()).logps
     fig, axes = grid(2 * len(sets), 2, columns, height=2.2, sharey="row")
@@ -41,7 +42,7 @@ def heatmap_figure(scores: pandas.DataFrame, columns: int, noise: dict[str, Nois
                         " " if columns == 2 else "\n")
         if side == "chosen":
             ax.set_ylabel(f"examples of {wrap(name, 24)},\nsorted by the last change of chosen")
-    beyond = bool((values > limit).any())
+    beyond = int((values > limit).sum())
     bar = fig.colorbar(images[0], ax=axes, extend="both" if beyond else "neither", shrink=0.9, aspect=30, pad=0.02)
     bar.set_label(f"change since step {scores['step'].min():g} (nats per token)")
     marks = Marks("one example", "; examples that moved no further are grey")
@@ -53,8 +54,9 @@ def heatmap_figure(scores: pandas.DataFrame, columns: int, noise: dict[str, Nois
     caption = (f"Change of the mean log-prob per token (nats) of each example since step {scores['step'].min():g} of "
                f"{runs[0]}: chosen (left) and rejected (right), blue rose, red fell. An example has one line in both, "
                "sorted by the final change of chosen.")
-    return fig, caption + (f" Colours end at ± {limit:.3g}, the 98th percentile; 2% of the values lie beyond."
-                           if beyond else "") + marks.caption
+    ends = f" Colours end at ± {limit:.3g}, the 98th percentile; {beyond:,} of {len(values):,} values lie beyond."
+    lost = " Dark grey: a score is missing." * bool(not there.all())
+    return fig, caption + ends * bool(beyond) + lost + marks.caption
 
 
 def _changes(scores: pandas.DataFrame) -> dict[str, pandas.DataFrame]:

@@ -409,6 +409,9 @@ def test_the_heatmap_is_the_changes_sorted_by_the_last_of_chosen(tmp_path, draw)
     assert chosen.get_title() == "chosen: 1 of 3 rise" and rejected.get_title() == "rejected: 1 of 2 rise"
     assert [label.get_text() for label in chosen.get_xticklabels()] == ["8", "9"]
     assert "step 0" in bar.get_ylabel() and "nats" in bar.get_ylabel()
+    # The sizes are 0, 0.25 twice, 0.5 thrice, 1 twice, 1.5, 2 and 3: 98% of the ten steps up to 3 is at 2.8.
+    assert high == pytest.approx(2.8) and found["captions"]["heatmap"].endswith(
+        " Colours end at ± 2.8, the 98th percentile; 1 of 11 values lie beyond. Dark grey: a score is missing.")
 
 
 def test_a_heatmap_of_data_without_rejected_has_one_side(tmp_path, draw):  # noqa: F811
