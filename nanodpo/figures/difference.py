@@ -100,7 +100,7 @@ def scored_difference_figure(scores: pandas.DataFrame, runs: list[str], columns:
                 means = part.groupby("step")[column].mean()
                 above.plot(means.index, means, **look | {"color": colour}, label=f"{run} {response}")
             curve = over_problems(part, ["at"], "difference")
-            draw_curve(ax, curve, look | {"color": "black"}, f"difference {response}", INTERVAL)
+            draw_curve(ax, curve, look | {"color": "black"}, f"difference {response}", outlined=len(looks) > 1)
             shaded |= bool(curve["low"].notna().any())  # of one problem there is no interval
         levels = here.groupby(["response", "step"])[["mean_logps", "other"]].mean().stack()
         if band := crowd(levels):

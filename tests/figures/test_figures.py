@@ -811,6 +811,17 @@ def test_intervals_of_one_colour_have_their_runs_dash(tmp_path, draw):  # noqa: 
     assert {band.get_linewidth()[0] for band in alone} == {0}  # one run needs no edge
 
 
+def test_intervals_of_a_difference_have_their_responses_dash(tmp_path, draw):  # noqa: F811
+    """All differences are black: where their intervals lie on one another, the edges tell them apart."""
+    folders = [make_run(tmp_path / name) for name in "ab"]
+    for folder in folders:
+        make_scores(folder / "scores.parquet", {key: its for key, its in SCORES.items() if key[0] == "forward"},
+                    run=folder.name)
+    bands = draw(*folders, "--diff")["difference_scores"].axes[1].collections
+    assert len({str(band.get_linestyle()) for band in bands}) == len(bands) == 2
+    assert all(band.get_linewidth()[0] > 0 for band in bands)
+
+
 def make_checked(folder, right, mass=0.001):
     """scores.parquet with implausible mass, (1 + row) mass at step 0 and ten times that later; and answers.parquet."""
     make_scores(folder / "scores.parquet", SCORES)
