@@ -49,10 +49,13 @@ class StepGuard:
                 raise Preempted(self.stop.farewell)
 
     def nan_where_nonfinite(self, indices: list[int], logps: Tensor, losses: Tensor) -> Tensor:
-        """(P,) losses -> the same, but NaN for a pair whose log-probs or loss are not finite: the whole step's gradient
-        is NaN then, and no update is made. Remembers what it was given. Does not wait for the GPU."""
+        """(P,) losses of (P, R) log-probs -> the same, but NaN for a pair whose log-probs or loss are not finite: the
+        whole step's gradient is NaN then, and no update is made. Remembers what it was given. Does not wait for the
+        GPU."""
         fine = torch.cat([logps.detach(), losses.detach()[:, None]], 1).isfinite()
         self.seen.append((indices, logps.detach(), fine))
+        if logps.requires_grad:  # the gradient of a NaN is 0 where a loss is flat, as hinge at a rejected of -inf
+            logps.register_hook(lambda grad: torch.where(fine.all(1, keepdim=True), grad, torch.nan))
         return losses * torch.where(fine.all(1), 1.0, torch.nan)
 
     def nonfinite_pairs(self) -> dict[int, list[str]]:

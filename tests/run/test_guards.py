@@ -1,13 +1,16 @@
 """Safety around a step: requests to stop, and numbers that are not finite."""
 
+import itertools
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
+from nanodpo.core.losses import LOSSES, pair_losses
 from nanodpo.errors import Preempted, RunStopped
 from nanodpo.ranks import distributed
 from nanodpo.run.guards import StepGuard, check_start, guarded, nonfinite
@@ -74,6 +77,38 @@ def test_one_pair_that_is_not_finite_makes_the_whole_gradient_nan_and_finite_one
     assert plain[1] == 0.0 and guard.nan_where_nonfinite([1, 2], logps, plain)[0] == plain[0]
     (gradient,) = torch.autograd.grad(guard.nan_where_nonfinite([1, 2], logps, plain).sum(), logps)
     assert gradient[0].isfinite().all() and gradient[1].isnan().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_is_so_flat_that_a_step_with_a_log_prob_that_is_not_finite_is_taken(name):
+    """hinge has the value and the slope 0 where rejected has a log-prob of -inf: NaN times its value has no gradient.
+    The gradient of the other pair is, bit by bit, what it is without the guard."""
+    loss = partial(LOSSES[name], **({"beta": 0.1} if name != "sft" else {}))
+    ref, lengths = torch.tensor([[-4.0, -3.0], [-5.0, -5.0]], dtype=torch.float64), torch.tensor([[3, 4], [5, 6]])
+    for side, value in itertools.product((0, 1), (-math.inf, math.inf, math.nan)):
+        logps = torch.tensor([[-3.0, -4.0], [-5.0, -5.0]], dtype=torch.float64)
+        logps[1, side] = value
+        found = []
+        for guard in (StepGuard(EXAMPLES, Stop()).nan_where_nonfinite, lambda indices, logps, losses: losses):
+            leaf = logps.clone().requires_grad_()
+            of_batch = leaf[[0, 1]]  # no leaf, as the engine's
+            guard([1, 2], of_batch, pair_losses(loss, of_batch, ref, lengths)).sum().backward()
+            found.append(leaf.grad)
+        assert found[0][1].isnan().all() and torch.equal(found[0][0], found[1][0]), (side, value)
+
+
+def test_a_run_takes_no_step_on_a_loss_that_is_not_finite_and_flat(tiny, tmp_path):
+    """torch.where gives what it leaves out no gradient, and NaN times nothing is nothing."""
+    (tmp_path / "mine.py").write_text("import torch\n\n\ndef mine(chosen, rejected, lengths):\n"
+                                      "    return torch.where(lengths[:, 0] == 3, torch.inf, rejected - chosen)\n")
+    rows = [{"prompt": "2?", "chosen": text, "rejected": "none"} for text in ("four", "ab", "fourth")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RunStopped, match=r"^step 0: loss not finite; row 1 \(prompt 2, chosen 3, rejected 5 tokens\) "
+                                         r"in loss; no update was made$"):
+        train.main(["--model_name", str(tiny / "model"), "--train_file_path", str(tmp_path / "rows.jsonl"),
+                    "--output_dir", str(tmp_path / "run"), "--draw", "false", "--eval_size", "0", "--loss",
+                    f"{tmp_path / 'mine.py'}:mine", "--trust_remote_code", "--max_steps", "1",
+                    "--gradient_accumulation_steps", "3"])
 
 
 def test_the_gap_between_policy_and_reference_is_in_nats_a_token():
