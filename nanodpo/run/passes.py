@@ -196,7 +196,8 @@ def evaluate(run: Run) -> None:
             meter.add({"loss": parts} | values | of_tokens, factor)
     means = meter.means()
     if bad := nonfinite(means):
-        raise RunStopped(f"evaluation under checkpoint-{step}: {bad} not finite; {guard.nonfinite_rows()}")
+        rows = guard.nonfinite_rows()  # none, where a loss of one's own has a slope alone that is not finite
+        raise RunStopped(f"evaluation under checkpoint-{step}: {bad} not finite" + f"; {rows}" * bool(rows))
     if distributed.is_main():
         line = {"step": step, "epoch": step / run.steps_per_epoch} | {f"eval_{name}": v for name, v in means.items()}
         write_line(run, line)

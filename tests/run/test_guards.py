@@ -142,3 +142,14 @@ def test_an_evaluation_names_the_row_that_is_not_finite(tiny, tmp_path):
         train.main(["--model_name", str(tiny / "model"), "--train_file_path", str(tiny / "train.jsonl"),
                     "--eval_file_path", str(tmp_path / "held.jsonl"), "--output_dir", str(tmp_path / "run"), "--draw",
                     "false", "--loss", f"{tmp_path / 'mine.py'}:mine", "--trust_remote_code", "--max_steps", "1"])
+
+
+def test_an_evaluation_in_which_a_slope_alone_is_not_finite(tiny, tmp_path):
+    """The square root of 0, in which all losses are finite: no row is named, and the sentence has an end."""
+    (tmp_path / "mine.py").write_text("def mine(chosen, rejected):\n    m = chosen - rejected\n"
+                                      "    return (m * (m.abs() > 9)).abs().sqrt()\n")
+    with pytest.raises(RunStopped, match="^evaluation under checkpoint-0: weights/chosen, weights/rejected not finite$"
+                       ):
+        train.main(["--model_name", str(tiny / "model"), "--train_file_path", str(tiny / "train.jsonl"), "--output_dir",
+                    str(tmp_path / "run"), "--draw", "false", "--eval_size", "3", "--loss",
+                    f"{tmp_path / 'mine.py'}:mine", "--trust_remote_code", "--max_steps", "1"])
