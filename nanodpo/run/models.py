@@ -79,6 +79,13 @@ def open_reference(args, source: Source, sets: list[DataSet]) -> Source:
     return reference
 
 
+def _by_part(hashes: str, name: str, where: str = "") -> dict:
+    """The hashes of loading.weights_hash as agreement.py compares them, each by what it is of: ranks that differ in a
+    config alone are not told that their weights have one hash. `name`: of the model, for the message."""
+    parts = ("weights that hash to", "a config that hashes to", "an adapter that hashes to")
+    return {f"{where}{part}": (digest, f"{digest[:8]} ({name})") for part, digest in zip(parts, hashes.split())}
+
+
 def load_models(start) -> tuple:
     """A run's Start -> (the policy, its hashes as the reference, the model of --reference, its hashes); see
     model/loading.py. Raises UserError where the ranks have read other weights."""
@@ -87,10 +94,10 @@ def load_models(start) -> tuple:
     with agreement.same_on_all_ranks() as compared:
         model = loading.load_model(start.source, args, start.lora, shared)
         weights = loading.weights_hash(model, fresh, as_read=True)
-        compared |= {"weights that hash to": (weights, f"{weights[:8]} ({args.model_name})")}
+        compared |= _by_part(weights, args.model_name)
         other = loading.load_reference(start.reference, start.adapter_off, args, shared)
         its_weights = loading.weights_hash(other, False, as_read=True) if other else None
-        compared |= {"a --reference that hashes to": its_weights}
+        compared |= _by_part(its_weights or "", args.reference, "for --reference ")
     if is_sharded(model):  # all ranks have all of it, together: the hash that a run has without ZeRO
         weights = loading.weights_hash(model, fresh)
         its_weights = loading.weights_hash(other, False) if other else None

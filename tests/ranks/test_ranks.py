@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,7 +94,8 @@ def test_a_launcher_that_shows_each_process_one_gpu(shown, words, tmp_path, monk
     ({"more": ["--train_file_path", "no.jsonl"]}, "rank 1: no.jsonl: "),
     ({"more": ["--train_file_path", "{other}"]}, "rank 1 has token ids of --train_file_path "),
     ({"more": ["--deepspeed", "{zero}"]}, "rank 1 has DeepSpeed's zero_optimization.stage 1, rank 0 2"),
-    ({"more": ["--model_name", "{model}"]}, "rank 1 has weights that hash to "),
+    ({"more": ["--model_name", "{model}"]}, "error: rank 1 has weights that hash to "),
+    ({"more": ["--model_name", "{config}"]}, "error: rank 1 has a config that hashes to "),
     ({"env": {"NVIDIA_TF32_OVERRIDE": "0"}}, "rank 1 has NVIDIA_TF32_OVERRIDE 0, rank 0 nothing")],
     ids=lambda x: x.get("more", ["env"])[0] + x.get("more", [""])[-1][:2] if isinstance(x, dict) else "")
 def test_ranks_that_were_given_other_things_end(plan, words, apart, tiny, tmp_path):
@@ -102,8 +104,11 @@ def test_ranks_that_were_given_other_things_end(plan, words, apart, tiny, tmp_pa
     (tmp_path / "other.jsonl").write_text("".join(lines[1:]))
     make_model(seed=1).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
+    shutil.copytree(tiny / "model", tmp_path / "config")  # the same weights
+    config = json.loads((tmp_path / "config" / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
+    (tmp_path / "config" / "config.json").write_text(json.dumps(config))
     places = {"{other}": str(tmp_path / "other.jsonl"), "{zero}": str(zero(tmp_path, 1)),
-              "{model}": str(tmp_path / "model")}
+              "{model}": str(tmp_path / "model"), "{config}": str(tmp_path / "config")}
     plan = plan | {"more": [places.get(x, x) for x in plan.get("more", [])]}
     codes, said = apart({"1": plan})
     assert codes == [2, 2], said
