@@ -126,6 +126,8 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
         fingerprint |= {"on a GPU": ["norms in one pass, sums in float32", args.deterministic]}
     if args.sequence_parallel_size > 1:  # products of parts of a batch round otherwise, too
         fingerprint |= {"ranks that share a batch": args.sequence_parallel_size}
+    if run.device.type == "cpu" and (threads := torch.get_num_threads()) > 1:  # as do parts of a product
+        fingerprint |= {"threads": threads}
     if args.bf16 or run.device.type == "cuda" or not _rounds_row_by_row(model, layout):
         # How many ranks share them changes none: steps are cut into micro-batches before they are shared, and those of
         # an evaluation are in the order of the data, so that they are others where it is what the run trains on.
@@ -147,9 +149,10 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
 
 def _rounds_row_by_row(model, layout: str) -> bool:
     """Whether a CPU's float32 gives a pair the same bits whatever else is in its micro-batch: in the packed layout
-    alone, since sums over a row of attention are split by its width, padding included; and not with experts, whose
-    products go by how many tokens came to them."""
-    return layout == "packed" and not any("experts" in name.rpartition(".")[2] for name, _ in model.named_modules())
+    alone, since sums over a row of attention are split by its width, padding included; not with experts, whose
+    products go by how many tokens came to them; and not with several threads, which share a product by its size."""
+    one_by_one = layout == "packed" and torch.get_num_threads() == 1
+    return one_by_one and not any("experts" in name.rpartition(".")[2] for name, _ in model.named_modules())
 
 
 def eval_batches(n: int, size: int) -> list[list[int]]:

@@ -297,6 +297,26 @@ def test_a_cache_of_other_micro_batches_is_not_used_where_they_round(family, mic
     assert ("0 pairs computed" in done.stdout) != micro_batches
 
 
+@pytest.mark.parametrize("threads, sizes", [((2, 2), (1, 6)), ((1, 2), (1, 1))], ids=["batches", "threads"])
+def test_a_cache_of_other_threads_or_of_micro_batches_that_they_share_is_not_used(threads, sizes, tiny, tmp_path):
+    """Threads share a matrix product by its size, and round it by that: two of them gave a pair alone other bits than
+    beside five. At its start policy and reference have the same bits, so all pairs are ties."""
+    rows = [{"prompt": "2?", "chosen": "four"[: 1 + i % 4], "rejected": "no" + "!" * i} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = torch.get_num_threads()
+    try:
+        for i, (count, size) in enumerate(zip(threads, sizes)):
+            torch.set_num_threads(count)
+            train.main(["--model_name", str(tiny / "model"), "--train_file_path", str(tmp_path / "rows.jsonl"),
+                        "--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(12 // size),
+                        "--eval_size", "0", "--max_steps", "1", "--output_dir", str(tmp_path / f"run{i}"),
+                        "--cache_dir", str(tmp_path / "cache"), "--draw", "false"])
+    finally:
+        torch.set_num_threads(before)
+    (line,) = lines_of(tmp_path / "run1")
+    assert line["rewards/ties"] == 1.0 and line["rewards/margins"] == 0.0
+
+
 @pytest.mark.slow
 def test_a_run_that_evaluates_its_training_data_goes_on_with_the_references_it_began_with(tiny, tmp_path):
     """Of a model whose padded rows round by their micro-batch, which in an evaluation has five pairs, and two in
