@@ -36,7 +36,7 @@ def mix_precision(model: nn.Module, product: torch.dtype) -> None:
         wider = len(shape_of(tensor)) < 2 or (product == torch.float32 and id(tensor) not in kept)
         if wider and tensor.dtype == torch.bfloat16:
             cast(tensor, torch.float32)
-    model.get_input_embeddings().register_forward_hook(lambda module, args, states: states.float())
+    model.get_input_embeddings().register_forward_hook(functools.partial(_converted, torch.float32))
     if product == torch.float32:
         for layer in held:
             layer.__class__ = Bf16Linear
@@ -47,12 +47,13 @@ def mix_precision(model: nn.Module, product: torch.dtype) -> None:
     head.product_dtype = product  # LogProbHead, which works outside of autocast, looks here
     head.forward = functools.partial(_wide_logits, head)  # of greedy answers, and of the check of layouts
     for part in {model, model.base_model}:
-        part.forward = _in_autocast(part.forward, model, product)
+        own = part.forward
+        part.forward = functools.update_wrapper(functools.partial(_in_autocast, model, product, own), own)
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             for name, norm in layer.named_children():
                 if name.endswith(("norm", "layernorm")):  # else each matrix after it makes, and keeps, a copy
-                    norm.register_forward_hook(lambda module, args, states: states.to(product))
+                    norm.register_forward_hook(functools.partial(_converted, product))
 
 
 def _wide_logits(head: nn.Linear, states: Tensor) -> Tensor:
@@ -77,18 +78,24 @@ def _plain_linears(model: nn.Module) -> list[nn.Linear]:
     return [layer for layer in model.modules() if type(layer) is nn.Linear and id(layer) not in uncalled]
 
 
-def _in_autocast(forward, model: nn.Module, product: torch.dtype):
-    @functools.wraps(forward)
-    def inside(*args, **kwargs):
-        with torch.autocast(model.device.type, product):
-            return forward(*args, **kwargs)
-    return inside
+# These two are bound by functools.partial, which a copy of the model binds anew: a function made in place, as a lambda
+# is, would let the copy compute with the weights of the model that it was copied from, and can't be saved with it.
+def _converted(dtype: torch.dtype, module, args, states: Tensor) -> Tensor:
+    return states.to(dtype)
+
+
+def _in_autocast(model: nn.Module, product: torch.dtype, forward, *args, **kwargs):
+    with torch.autocast(model.device.type, product):
+        return forward(*args, **kwargs)
 
 
 class Bf16Linear(nn.Linear):
-    """A frozen layer that holds its weight in bfloat16 and multiplies in the dtype of its inputs."""
+    """A layer that holds its weight in bfloat16 and multiplies in the dtype of its inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad:  # it was frozen when it became this layer
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
         return FrozenProduct.apply(x, self.weight, self.bias, Tensor.to)
 
 
@@ -106,4 +113,5 @@ class FrozenProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return grad @ ctx.matrix(weight, grad.dtype), None, None, None
+        d_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return grad @ ctx.matrix(weight, grad.dtype), None, d_bias, None

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import json
 
 import pandas
@@ -94,6 +95,39 @@ def test_lora_stays_float32(family):
         distance = sum((grads[name].double() - truth[name]).square().sum() for name in truth).sqrt()
         assert distance < grad_limit * sum(grad.square().sum() for grad in truth.values()).sqrt()
         assert {grad.dtype for grad in grads.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16])
+def test_a_copy_computes_with_its_own_weights(product):
+    """deepcopy and torch.save, as one makes a reference of a policy: a copy stays where it was while the first model
+    is trained on."""
+    policy, row = SequenceLogProbs(mixed(tiny("llama", torch.float32), product)), pad(random_groups())
+    file = io.BytesIO()
+    torch.save(policy, file)
+    file.seek(0)
+    copies, before = (copy.deepcopy(policy), torch.load(file, weights_only=False)), policy(row).detach()
+    for p in policy.parameters():
+        p.data.mul_(1.5)
+    assert all(again(row).equal(before) for again in copies) and not policy(row).equal(before)
+
+
+def test_a_layer_held_in_bfloat16_can_be_trained_later():
+    """Unfrozen, whole or its bias alone, as with PEFT's bias="all": gradients are autograd's, rounded to bfloat16 for
+    the weight. They were missing, without a word."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 5).bfloat16()
+    layer.__class__ = Bf16Linear
+    layer.bias.data = layer.bias.data.float()
+    x, slopes = torch.randn(2, 4, 3), torch.randn(2, 4, 5)
+    weight, bias = (p.detach().float().requires_grad_() for p in (layer.weight, layer.bias))
+    truth = torch.autograd.grad((torch.nn.functional.linear(x, weight, bias) * slopes).sum(), (weight, bias))
+    for trained in ([layer.bias], [layer.weight, layer.bias], [layer.weight]):
+        layer.requires_grad_(False)
+        for p in trained:
+            p.requires_grad_(True)
+        for mine, p in zip(torch.autograd.grad((layer(x) * slopes).sum(), trained), trained):
+            wanted = truth[0].bfloat16() if p is layer.weight else truth[1]
+            torch.testing.assert_close(mine, wanted, rtol=1e-2 if p is layer.weight else 1e-6, atol=1e-6)
 
 
 def test_what_adds_up_from_layer_to_layer_is_float32():
