@@ -127,8 +127,6 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
     from peft import PeftModel
 
     kind, head = adapter_shape(adapter).get("peft_type"), model.get_output_embeddings()
-    if trainable and kind != "LORA":
-        raise UserError(f"{adapter}: is a {kind} adapter; only LoRA can be trained on")
     try:
         with no_false_alarm():
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)

@@ -52,6 +52,13 @@ WHY_NOT = {  # of those that can't be trained, resumed or scored exactly
     "layer_replication": "makes another model of the base, with layers that are there twice",
     "alora_invocation_tokens": "turns the adapter on within a text, where packed batches have several texts in a row",
 }
+NOT_EXACT = "is not one that nanodpo can train exactly"
+# How an adapter's start was drawn, which says nothing of it any more once it is trained; but after some ways of drawing
+# PEFT changes the base, or freezes a part of the adapter, whenever it opens the adapter.
+OF_STARTS = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config")
+LASTING = re.compile("pissa|corda|olora|loftq|mica", re.IGNORECASE)
+AS_PLAIN = ("save it as plain LoRA where it was made (path_initial_model_for_weight_conversion of PEFT's "
+            "save_pretrained, for pissa, olora and corda)")
 
 
 def read_lora_settings(file: str | None) -> dict:
@@ -80,8 +87,7 @@ def check_settings(found: dict, where: str) -> dict:
         if value is None or (name not in FLAGS and (value == defaults[name] or value in ({}, []))):
             continue
         if name not in TAKEN:
-            why = WHY_NOT.get(name, "is not one that nanodpo can train exactly")
-            raise UserError(f"{where}: {name} {why}; leave it out")
+            raise UserError(f"{where}: {name} {WHY_NOT.get(name, NOT_EXACT)}; leave it out")
         if not TAKEN[name].holds(value):
             raise UserError(f"{where}: {name} is {str(value)[:100]}; it {TAKEN[name].words}")
         expressions = [value] if isinstance(value, str) else value if isinstance(value, dict) else ()
@@ -96,11 +102,20 @@ def check_settings(found: dict, where: str) -> dict:
 
 
 def check_trainable(own: dict, where: str) -> None:
-    """Raises UserError for an adapter, of config `own`, that trains more than LoRA; `where` begins the message."""
-    for name, why in WHY_NOT.items():
-        if own.get(name) not in (None, [], {}, "none"):
-            raise UserError(f"{where}: its {name} {why}. Merge the adapter (PEFT's merge_and_unload), and name the "
-                            "merged model")
+    """Raises UserError for an adapter, of config `own`, that trains more than LoRA, or another LoRA than --peft_config
+    may ask for; `where` begins the message. A setting that this PEFT does not know is one that it passes over."""
+    mend = "Merge the adapter (PEFT's merge_and_unload), and name the merged model"
+    if (kind := own.get("peft_type")) != "LORA":
+        raise UserError(f"{where}: is a {kind} adapter; only LoRA can be trained on")
+    for name, default in _defaults().items():
+        value = own.get(name)
+        if name in (*TAKEN, *ASIDE, *OF_STARTS) or value in (None, [], {}, default):
+            continue
+        merged = f". {mend}" * (name != "alora_invocation_tokens")  # which PEFT can't merge
+        raise UserError(f"{where}: its {name} {WHY_NOT.get(name, NOT_EXACT)}{merged}")
+    if LASTING.match(str(start := own.get("init_lora_weights"))):
+        raise UserError(f"{where}: its init_lora_weights is {start!r}, by which PEFT changes the base, or freezes a "
+                        f"part of the adapter, whenever it opens it. {mend}, or {AS_PLAIN}")
 
 
 def check_dora(settings: dict, where: str, bf16: bool, zero_stage: int) -> None:

@@ -369,3 +369,36 @@ def test_an_adapter_outside_the_layers_is_not_left_out_without_a_word(kind, tiny
     truth = sums(model, oracle.read_pairs(tiny / "train.jsonl"))
     for row, values in enumerate(truth.tolist()):
         assert [found[row, side] for side in ("chosen", "rejected")] == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"init_lora_weights": "pissa"}, "its init_lora_weights is 'pissa', by which PEFT changes the base"),
+    ({"init_lora_weights": "olora"}, "its init_lora_weights is 'olora', by which PEFT changes the base"),
+    ({"init_lora_weights": "mica"}, "its init_lora_weights is 'mica', by which PEFT changes the base, or freezes"),
+    ({"velora_config": {}}, "its velora_config is not one that nanodpo can train exactly"),
+    ({"init_lora_weights": "orthogonal"}, "")])
+def test_lora_that_is_trained_on_is_what_may_be_asked_for(settings, words, tiny, tmp_path):
+    """PiSSA's base without its adapter is not its base, so the reference was another model; of MiCA and VeLoRA a part
+    of the adapter was not in the checkpoints. Refused before a weight is read. A start that leaves the base as it is
+    goes on from there."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.config import VeloraConfig
+
+    if "velora_config" in settings:
+        settings = {"velora_config": VeloraConfig()}
+    base = oracle.load(tiny / "model")
+    base.name_or_path = str(tiny / "model")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings))
+    model.save_pretrained(tmp_path / "adapter")
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    done = run_with(tiny, tmp_path / "run", "--model_name", tmp_path / "adapter", "--reference", tiny / "model",
+                    check=not words)
+    if words:
+        assert done.returncode == 2 and f"--model_name {tmp_path / 'adapter'}: {words}" in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+        return
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    pairs = oracle.read_pairs(tiny / "train.jsonl")
+    moved = (sums(model.eval(), pairs) - sums(oracle.load(tiny / "model").eval(), pairs)).double()
+    of_step = pairs_of_step(11, 4, 42, 0)
+    assert first["rewards/chosen"] == pytest.approx(0.1 * moved[of_step, 0].mean().item(), abs=1e-5)
