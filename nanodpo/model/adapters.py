@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import UserError, first_line
 from ..files import read_text
+from .lora_settings import AS_PLAIN
 from .quantised import check_loaded, loading_options
 from .sharding import sharded_as_read
 from .source import BROKEN, check_attention, hold_logs, place_of
@@ -126,7 +127,7 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
         return model
     from peft import PeftModel
 
-    kind, head = adapter_shape(adapter).get("peft_type"), model.get_output_embeddings()
+    head = model.get_output_embeddings()
     try:
         with no_false_alarm():
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
@@ -137,13 +138,24 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
         grown = ("; if its model's vocabulary was grown, merge it where that model is (PEFT's merge_and_unload), and "
                  "name the merged model") * ("embed_tokens" in str(error))
         raise UserError(f"{adapter}: does not fit its base: {first_line(error)}{grown}") from error
-    if model.active_peft_config.is_prompt_learning:  # these are put in by PEFT's own forward pass alone
-        raise UserError(f"{adapter}: is a {kind} adapter, which puts states of its own before a prompt; only adapters "
-                        "within the layers can be scored (LoRA, IA3, OFT ...)")
+    _check_within_layers(model.active_peft_config, adapter)
     if model.get_base_model().get_output_embeddings() is not head:
         raise UserError(f"{adapter}: changes the output layer, which its target_modules or modules_to_save name; merge "
                         "the adapter (PEFT's merge_and_unload), and name the merged model")
     return model
+
+
+def _check_within_layers(config, adapter: str) -> None:
+    """Raises UserError for an adapter, of PEFT's `config`, that is not the layers' alone, or another one each time."""
+    if config.is_prompt_learning:  # these are put in by PEFT's own forward pass alone
+        raise UserError(f"{adapter}: is a {config.peft_type.value} adapter, which puts states of its own before a "
+                        "prompt; only adapters within the layers can be scored (LoRA, IA3, OFT ...)")
+    if getattr(config, "alora_invocation_tokens", None):  # looked for by PEFT's own forward pass alone
+        raise UserError(f"{adapter}: is turned on by certain tokens of a text (alora_invocation_tokens); only adapters "
+                        "that are on throughout a text can be scored")
+    if str(start := getattr(config, "init_lora_weights", None)).startswith("pissa_niter"):
+        raise UserError(f"{adapter}: has other log-probs each time: its init_lora_weights is {start!r}, by which PEFT "
+                        f"draws random numbers to change the base, whenever it opens it; {AS_PLAIN}")
 
 
 def exchange_adapter(model, adapter: str) -> None:

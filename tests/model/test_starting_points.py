@@ -372,6 +372,39 @@ def test_an_adapter_outside_the_layers_is_not_left_out_without_a_word(kind, tiny
 
 
 @pytest.mark.parametrize("settings, words", [
+    ({"alora_invocation_tokens": "It"}, "is turned on by certain tokens of a text (alora_invocation_tokens)"),
+    ({"init_lora_weights": "pissa_niter_4"}, "has other log-probs each time: its init_lora_weights is 'pissa_niter")])
+def test_lora_that_is_not_the_layers_alone(settings, words, tiny, tmp_path):
+    """Activated LoRA begins at tokens that PEFT's own forward pass looks for: without it the base's log-probs came out.
+    A quick PiSSA takes another part out of the base whenever PEFT opens it. Neither is scored, nor a reference."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    adapter = tmp_path / "adapter"
+    base = oracle.load(tiny / "model")
+    base.name_or_path = str(tiny / "model")
+    if text := settings.get("alora_invocation_tokens"):
+        settings = {"alora_invocation_tokens": make_tokenizer().encode(text)}
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM",
+                                            **settings)).eval()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(adapter)
+    make_tokenizer().save_pretrained(adapter)
+    pairs = oracle.read_pairs(tiny / "train.jsonl")
+    again = [sums(PeftModel.from_pretrained(oracle.load(tiny / "model"), adapter).eval(), pairs) for _ in range(2)]
+    assert torch.equal(*again) is bool(text)
+    if text:  # "It" begins every chosen response, and no rejected one
+        moved = (again[0] - sums(oracle.load(tiny / "model").eval(), pairs)).abs()
+        assert moved[:, 0].min() > 0.01 and moved[:, 1].max() == 0
+    for done in (launch(ROOT / "score.py", adapter, "--dataset_path", f"t={tiny / 'train.jsonl'}", "--output_dir",
+                        tmp_path / "scores", check=False, launcher="fork"),
+                 run_with(tiny, tmp_path / "run", "--reference", adapter, check=False)):
+        assert done.returncode == 2 and "Traceback" not in done.stderr and f"{adapter}: {words}" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings, words", [
     ({"init_lora_weights": "pissa"}, "its init_lora_weights is 'pissa', by which PEFT changes the base"),
     ({"init_lora_weights": "olora"}, "its init_lora_weights is 'olora', by which PEFT changes the base"),
     ({"init_lora_weights": "mica"}, "its init_lora_weights is 'mica', by which PEFT changes the base, or freezes"),
