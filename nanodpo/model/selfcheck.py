@@ -78,18 +78,28 @@ def choose_layout(module, device: torch.device, dtype: torch.dtype, demand_flash
                                 f"(error {errors[attention]:.2g} standard deviations); leave the flag out")
     finally:
         module.train(was_training)
-    raise _refusal(model.config.name_or_path, errors[LOOP if ranks > 1 else own], ranks)
+    raise _refusal(module.model, errors[LOOP if ranks > 1 else own], ranks)
 
 
-def _refusal(name: str, error: float, ranks: int) -> UserError:
+def _adapter_of(model) -> str:
+    """Words for an adapter on the model that is none of LoRA, since the reason may lie in it; else an empty text."""
+    kind = model.active_peft_config.peft_type.value if hasattr(model, "peft_config") else "LORA"
+    return f" with its {kind} adapter" * (kind != "LORA")
+
+
+def _refusal(model, error: float, ranks: int) -> UserError:
     """The error where no layout gives the model's own log-probs, by the error of the last one."""
+    name, adapter = model.config.name_or_path, _adapter_of(model)
     if ranks > 1:
         return UserError(f"--sequence_parallel_size {ranks}: ranks that share a batch do not get this model's own "
                          f"log-probs (error {error:.2g} standard deviations): layers other than attention look "
                          "at other positions, or its heads can't be exchanged; leave the flag out")
     if error == math.inf:
-        return UserError(f"{name}: this kind of model can't be trained or scored: it refuses batches, for the reason "
-                         "above")
+        return UserError(f"{name}{adapter}: this kind of model can't be trained or scored: it refuses batches, for the "
+                         "reason above")
+    if adapter:
+        return UserError(f"{name}{adapter}: can't be scored: batches of texts do not get the log-probs that PEFT's own "
+                         f"forward pass gives each text (error {error:.2g} standard deviations)")
     return UserError("this model's output layer is not understood: log-probs differ from those of its own logits "
                      f"(error {error:.2g} standard deviations)")
 
@@ -157,8 +167,8 @@ def _full_logits(model, groups: list[Group], device) -> torch.Tensor:
                     raise
                 zero3 = ("; it may read a weight that stage 3 of ZeRO has not gathered: try a stage of 0 to 2"
                          ) * is_sharded(model)
-                raise UserError(f"{model.config.name_or_path}: its own forward pass fails: {first_line(error)}{zero3}"
-                                ) from error
+                raise UserError(f"{model.config.name_or_path}{_adapter_of(model)}: its own forward pass fails: "
+                                f"{first_line(error)}{zero3}") from error
             logps.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None]).squeeze(1))
     return torch.cat(logps)
 

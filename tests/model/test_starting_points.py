@@ -435,3 +435,21 @@ def test_lora_that_is_trained_on_is_what_may_be_asked_for(settings, words, tiny,
     moved = (sums(model.eval(), pairs) - sums(oracle.load(tiny / "model").eval(), pairs)).double()
     of_step = pairs_of_step(11, 4, 42, 0)
     assert first["rewards/chosen"] == pytest.approx(0.1 * moved[of_step, 0].mean().item(), abs=1e-5)
+
+
+def test_an_adapter_that_looks_at_the_whole_batch_is_named(tiny, tmp_path):
+    """Lily mixes its matrices by the mean over all tokens that it sees, so a text's log-probs depend on those beside
+    it. The reason is not the base's output layer, of which the message spoke."""
+    from peft import LilyConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = oracle.load(tiny / "model")
+    base.name_or_path = str(tiny / "model")
+    model = get_peft_model(base, LilyConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    done = launch(ROOT / "score.py", tmp_path / "adapter", "--dataset_path", f"t={tiny / 'train.jsonl'}",
+                  "--output_dir", tmp_path / "scores", check=False, launcher="fork")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{tiny / 'model'} with its LILY adapter: can't be scored: batches of texts do not get" in done.stderr
