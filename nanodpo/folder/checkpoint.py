@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data.template import read_template
 from ..errors import RunStopped, UserError, first_line
-from ..model.adapters import SETS, add_adapter, open_base
+from ..model.adapters import SETS, add_adapter, check_mergeable, open_base
 from ..model.quantised import quantised_layers, without_bits
 from ..model.sharding import whole
 from ..model.source import base_of
@@ -159,6 +159,7 @@ def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bo
     if quantised_layers(model):
         model = without_bits(model, dtype)
     model = add_adapter(model, str(adapter))
+    check_mergeable(model, str(adapter))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()  # the product B A is rounded once, when it is added

@@ -158,6 +158,15 @@ def _check_within_layers(config, adapter: str) -> None:
                         f"draws random numbers to change the base, whenever it opens it; {AS_PLAIN}")
 
 
+def check_mergeable(model, where: str) -> None:
+    """Raises UserError for an adapter with a bias where its base has none to add it to; `where` begins the message."""
+    for name, layer in model.named_modules():
+        own = [b.bias for b in getattr(layer, "lora_B", {}).values() if b.bias is not None]
+        if own and layer.get_base_layer().bias is None:
+            raise UserError(f"{where}: lora_bias has no place to be merged into, since "
+                            f"{name.removeprefix('base_model.model.')} has no bias; leave out --merge_weights")
+
+
 def exchange_adapter(model, adapter: str) -> None:
     """Replaces the model's adapter by another one of the same shape. Raises UserError for one that does not fit."""
     from peft.utils import set_peft_model_state_dict

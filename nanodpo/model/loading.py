@@ -14,7 +14,7 @@ from torch.func import functional_call
 from ..errors import UserError, first_line
 from ..ranks.distributed import say, world_size
 from ..screen import folded
-from .adapters import adapted, add_adapter, make_alike, no_false_alarm, open_base, plain_name
+from .adapters import adapted, add_adapter, check_mergeable, make_alike, no_false_alarm, open_base, plain_name
 from .lora_settings import take_over
 from .precision import storage_dtype
 from .quantised import bits_of, numel, quantised_layers
@@ -58,6 +58,8 @@ def _open_adapter(model: nn.Module, source: Source, args) -> nn.Module:
     model = add_adapter(model, source.adapter, trainable=True)
     own = model.peft_config["default"]
     check_plain_lora(model, args.model_name)
+    if args.merge_weights:
+        check_mergeable(model, f"the adapter {args.model_name}")
     settings = {name: getattr(own, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
     take_over(args, settings, f"the adapter {args.model_name}")
     return model
@@ -103,8 +105,9 @@ def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:
     if model.get_base_model().get_output_embeddings() is not head:
         raise UserError(f"{flag.partition(' ')[0]}: the output layer can't be adapted; leave it out")
     check_plain_lora(model, flag)
-    if lora:
-        _check_used(model, lora, flag, args.merge_weights)
+    _check_used(model, lora, flag)
+    if args.merge_weights:
+        check_mergeable(model, flag)
     own = model.peft_config["default"]
     own.base_model_name_or_path, own.revision = name_and_revision(source.base)
     return model
@@ -123,9 +126,8 @@ def _odd_linears(model: nn.Module) -> set[nn.Linear]:
     return odd
 
 
-def _check_used(model: nn.Module, lora: dict, where: str, merge: bool) -> None:
-    """Raises UserError for a pattern that no adapted layer fits, which PEFT passes over, and for biases of an adapter
-    that could not be merged in the end."""
+def _check_used(model: nn.Module, lora: dict, where: str) -> None:
+    """Raises UserError for a pattern that no adapted layer fits, which PEFT passes over."""
     layers = {name.removeprefix("base_model.model."): layer for name, layer in model.named_modules()
               if hasattr(layer, "lora_A")}
     tensors = [plain_name(name) for name, _ in model.named_parameters()]
@@ -140,10 +142,6 @@ def _check_used(model: nn.Module, lora: dict, where: str, merge: bool) -> None:
     for number in [asked] if isinstance(asked, int) else asked:
         if not any(f".{number}." in layer for layer in layers):
             raise UserError(f"{where}: layers_to_transform has {number}, which is no layer that has LoRA")
-    if merge and lora.get("lora_bias"):
-        if bare := [name for name, layer in layers.items() if layer.get_base_layer().bias is None]:
-            raise UserError(f"{where}: lora_bias has no place to be merged into, since {bare[0]} has no bias; leave "
-                            "out --merge_weights")
 
 
 @contextlib.contextmanager

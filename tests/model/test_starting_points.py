@@ -453,3 +453,17 @@ def test_an_adapter_that_looks_at_the_whole_batch_is_named(tiny, tmp_path):
                   "--output_dir", tmp_path / "scores", check=False, launcher="fork")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{tiny / 'model'} with its LILY adapter: can't be scored: batches of texts do not get" in done.stderr
+
+
+def test_biases_without_a_place_are_not_merged_in_the_end_either(tiny, tmp_path):
+    """The adapter of a run that has ended, and one that is trained on, were found out by PEFT alone, after training."""
+    flags = "--peft_config", described(tmp_path, "biases")
+    run_with(tiny, tmp_path / "run", *flags)
+    last = tmp_path / "run" / "checkpoint-3"
+    for whose, asked in ((str(last), (tmp_path / "run", *flags)),
+                         (f"the adapter {last}", (tmp_path / "on", "--model_name", last))):
+        done = run_with(tiny, *asked, "--merge_weights", check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert f"{whose}: lora_bias has no place to be merged into, since model.layers.0.self_attn.q_proj has no" in (
+            done.stderr)
+    assert not (tmp_path / "on").exists() and not (tmp_path / "run" / "merged").exists()
