@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data.template import read_template
 from ..errors import RunStopped, UserError, first_line
-from ..model.adapters import SETS, add_adapter, check_mergeable, open_base
+from ..model.adapters import SETS, add_adapter, check_mergeable, no_false_alarm, open_base
 from ..model.quantised import quantised_layers, without_bits
 from ..model.sharding import whole
 from ..model.source import base_of
@@ -56,7 +56,7 @@ def _write(model: nn.Module, tokenizer, state, folder: Path) -> None:
         for name in SETS:
             if isinstance(names := getattr(own, name), set):
                 setattr(own, name, sorted(names))  # the order of a set is another one in each process
-        with mock.patch.object(type(model), "create_or_update_model_card"):  # an empty one; see card.py
+        with mock.patch.object(type(model), "create_or_update_model_card"), no_false_alarm():  # no card: see card.py
             model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     else:
         _mend_generation(model)

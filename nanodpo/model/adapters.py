@@ -84,9 +84,11 @@ def adapter_shape(adapter: str | None) -> dict | None:
 
 @contextlib.contextmanager
 def no_false_alarm():
-    """Without PEFT's warnings of what is an error here, and of ranks of experts, which it uses all the same."""
+    """Without PEFT's warnings of what is an error here, of ranks of experts, which it uses all the same, and of biases
+    of lora_B, which it takes for matrices that are cut."""
     with warnings.catch_warnings():
-        for words in ("Found missing adapter keys", "The following (rank|alpha)_pattern keys did not match"):
+        for words in ("Found missing adapter keys", "The following (rank|alpha)_pattern keys did not match",
+                      r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape"):
             warnings.filterwarnings("ignore", words)
         yield
 
@@ -184,7 +186,8 @@ def _read(model, adapter: str) -> dict:
     from peft.utils import get_peft_model_state_dict, load_peft_weights
 
     weights = load_peft_weights(adapter, device="cpu")
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with no_false_alarm():
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if lacking := expected.keys() - weights.keys():
         raise UserError(f"{adapter}: lacks {len(lacking)} of the weights that its adapter_config.json asks for, such "
                         f"as {min(lacking)}; copy the adapter anew")

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 
 import oracle
 import pandas
@@ -467,3 +468,21 @@ def test_biases_without_a_place_are_not_merged_in_the_end_either(tiny, tmp_path)
         assert f"{whose}: lora_bias has no place to be merged into, since model.layers.0.self_attn.q_proj has no" in (
             done.stderr)
     assert not (tmp_path / "on").exists() and not (tmp_path / "run" / "merged").exists()
+
+
+def test_no_alarm_over_biases(tiny, tmp_path):
+    """PEFT says of every bias of lora_B that its matrix was cut, whenever an adapter is opened or saved."""
+    from peft import LoraConfig, get_peft_model
+
+    from nanodpo.folder.checkpoint import gather, save
+    from nanodpo.model.adapters import add_adapter, open_base
+
+    with pytest.warns(UserWarning, match="Adapter 'default': 4 LoRA .*have invalid shape"):
+        get_peft_model(oracle.load(tiny / "model"), LoraConfig(target_modules=["q_proj", "v_proj"], lora_bias=True)
+                       ).save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Adapter 'default'")
+        model = add_adapter(open_base(str(tiny / "model"), torch.float32, False), str(tmp_path / "adapter"), True)
+        save(model, make_tokenizer(), gather(model, True), tmp_path / "again", {})
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
