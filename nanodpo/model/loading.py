@@ -58,7 +58,7 @@ def _open_adapter(model: nn.Module, source: Source, args) -> nn.Module:
     model = add_adapter(model, source.adapter, trainable=True)
     own = model.peft_config["default"]
     check_plain_lora(model, args.model_name)
-    if args.merge_weights:
+    if own.lora_bias and args.merge_weights:
         check_mergeable(model, f"the adapter {args.model_name}")
     settings = {name: getattr(own, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
     take_over(args, settings, f"the adapter {args.model_name}")
@@ -105,8 +105,9 @@ def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:
     if model.get_base_model().get_output_embeddings() is not head:
         raise UserError(f"{flag.partition(' ')[0]}: the output layer can't be adapted; leave it out")
     check_plain_lora(model, flag)
-    _check_used(model, lora, flag)
-    if args.merge_weights:
+    if lora:
+        _check_used(model, lora, flag)
+    if lora.get("lora_bias") and args.merge_weights:
         check_mergeable(model, flag)
     own = model.peft_config["default"]
     own.base_model_name_or_path, own.revision = name_and_revision(source.base)
