@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .packing import make_batch
 
 # The most bytes of float32 logits at one time. Every chunk reads the whole output weight again: on a GPU a few hundred
 # tokens must share it, by its memory's speed (reckoned); on a CPU larger chunks bring nothing (bench/head.py).
 CHUNK_BYTES = (256 if torch.cuda.is_available() else 64) * 2**20
+NO_SECOND = "this function has no second derivative; leave create_graph=True out"
 CAST_BLOCK = 2**24  # numbers of a bfloat16 output weight that are held in float32 at one time, on a CPU: 64 MiB
 
 
@@ -134,13 +134,12 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, head):
         ctx.head, on_chunk = head, head.on_chunk
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+        logps = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         lse = torch.empty_like(logps)
         ctx.trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
         dlogp_dh = torch.empty_like(hidden) if hidden.requires_grad and not ctx.trainable else None
         # One buffer for all chunks, and all arithmetic inside it: allocating would take longer than the arithmetic.
-        buffer = hidden.new_empty(min(head.chunk_size, len(hidden)), len(weight), dtype=dtype)
+        buffer = hidden.new_empty(min(head.chunk_size, len(hidden)), len(weight), dtype=logps.dtype)
         exps = torch.empty_like(buffer) if on_chunk is not None and on_chunk.needs_logits else None
         assert exps is None or dlogp_dh is None, "the gradient overwrites the exponentials that on_chunk needs"
         for i in range(0, len(hidden) or 1, head.chunk_size):  # for no token too: `on_chunk` is called on every rank
@@ -159,15 +158,14 @@ class _TokenLogProbs(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @once_differentiable  # what is kept is a constant to autograd: a second derivative would be wrong, not just missing
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True; what is kept is a constant to autograd, so it would be wrong
+            raise RuntimeError(NO_SECOND)
         if not ctx.trainable:
             (dlogp_dh,) = ctx.saved_tensors
             return (dlogp_dh * grad[:, None]).to(dlogp_dh.dtype), None, None, None, None
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
-        head = ctx.head
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=lse.dtype)
+        (hidden, weight, bias, targets, lse), head = ctx.saved_tensors, ctx.head
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=lse.dtype)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
         buffer = hidden.new_empty(min(head.chunk_size, len(hidden)), len(weight), dtype=lse.dtype)
         for i in range(0, len(hidden), head.chunk_size):
@@ -226,6 +224,8 @@ class SequenceLogProbs(nn.Module):
         own = str(inner.config.get_text_config()._attn_implementation)
         if extra and not own.startswith("nanodpo_"):
             raise ValueError("a packed batch needs model.set_attn_implementation(attention.LOOP), of nanodpo.core")
+        if inner.get_output_embeddings().weight is not self.head.weight:  # resized, tied or loaded in its place
+            raise ValueError("the output layer has another weight than when SequenceLogProbs was made; make it anew")
         states = inner.base_model(input_ids=batch.input_ids, use_cache=False, **extra).last_hidden_state  # (B, T, D)
         scored = states.flatten(0, 1).index_select(0, batch.predictors)
         return scored.to(torch.promote_types(scored.dtype, self.head.weight.dtype))

@@ -54,12 +54,13 @@ def pair_losses(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Tens
 
     `logps` has the policy's summed log-probs, `ref` the reference's, nats; `lengths` tokens. All are (P, 2), with the
     columns chosen and rejected; where the loss takes chosen alone, logps may be (P, 1). `loss` has its settings filled
-    in, like functools.partial(dpo, beta=0.1). Adds sft_weight * (-chosen / |chosen|): RPO, arXiv 2404.19733.
+    in, like functools.partial(dpo, beta=0.1). Adds sft_weight * (-chosen / |chosen|): RPO, arXiv 2404.19733. No
+    gradient goes into `ref`, which is a constant.
     """
     # A loss names what it needs. Of dpo this is loss(chosen=..., rejected=..., ref_chosen=..., ref_rejected=...).
     given = dict(zip(("chosen", "rejected"), logps.unbind(1))) | {"lengths": lengths}
     if ref is not None:
-        given |= {"ref_chosen": ref[:, 0], "ref_rejected": ref[:, 1]}
+        given |= {"ref_chosen": ref[:, 0].detach(), "ref_rejected": ref[:, 1].detach()}
     losses = loss(**{name: given[name] for name in inputs_of(loss)})
     return losses - sft_weight * logps[:, 0] / lengths[:, 0] if sft_weight else losses
 

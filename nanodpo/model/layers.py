@@ -19,12 +19,12 @@ from collections.abc import Callable
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
+from ..core.logprobs import NO_SECOND
 from . import kernels
 from .precision import Bf16Linear
 from .quantised import dequantised, is_quantised
@@ -36,8 +36,9 @@ def fuse_lora(model: nn.Module, zero3: bool = False) -> None:
     """Lets every plain LoRA layer of a PEFT model be one function; names, weights and what is saved stay the same.
 
     PEFT's own stays a layer that is more than W x + b + s B A x (DoRA, a bias of B, a second adapter), or whose W is
-    trained or not a linear layer's; and each layer while its adapter is disabled or merged. `zero3`: stage 3 of ZeRO
-    shards weights, and gathers one when a module is called that it is registered with.
+    trained, or is unfrozen later, or not a linear layer's; and each layer while its adapter is disabled or merged.
+    Hooks of a layer are called, those of the layers within it are not. `zero3`: stage 3 of ZeRO shards weights, and
+    gathers one when a module is called that it is registered with.
     """
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer) and type(module).__name__ in
                   ("Linear", "Linear4bit", "Linear8bitLt")]:  # the last two are there with bitsandbytes alone
@@ -63,14 +64,19 @@ def _matrix_of(base: nn.Module) -> Callable | None:
         return functools.partial(dequantised, base)
     if type(base) in (nn.Linear, Bf16Linear):
         return Tensor.to
-    return (lambda weight, dtype: weight.T.to(dtype)) if type(base) is Conv1D else None
+    return _transposed if type(base) is Conv1D else None
+
+
+def _transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:  # no lambda, with which no model can be saved
+    return weight.T.to(dtype)
 
 
 def _lora_forward(layer: nn.Module, name: str, matrix: Callable, x: Tensor, *args, **kwargs) -> Tensor:
     """(..., I) -> (..., O)."""
-    if layer.disable_adapters or layer.merged or layer.active_adapters != [name] or args or kwargs:
-        return type(layer).forward(layer, x, *args, **kwargs)
     base, kind = layer.get_base_layer(), x.device.type
+    trained = base.weight.requires_grad or base.bias is not None and base.bias.requires_grad  # unfrozen later
+    if trained or layer.disable_adapters or layer.merged or layer.active_adapters != [name] or args or kwargs:
+        return type(layer).forward(layer, x, *args, **kwargs)
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
     dropped = layer.lora_dropout[name](x)
@@ -94,8 +100,9 @@ class _LoraProduct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(NO_SECOND)
         (z, h, weight, a, b), lines = ctx.saved_tensors, grad.flatten(0, -2)
         for_x, for_z, _, _, for_a, for_b, *_ = ctx.needs_input_grad
         # addmm with beta=0 ignores its first argument. It scales a product at no cost, which mm can't.
@@ -184,8 +191,9 @@ class _Gated(torch.autograd.Function):
         return kernel(gate, up) if kernel else act(gate) * up
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(NO_SECOND)
         gate, up = ctx.saved_tensors
         if ctx.kernel:
             return *kernels.silu_gate_gradients(grad, gate, up), None, None

@@ -10,7 +10,6 @@ import functools
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .sharding import cast, shape_of
 
@@ -110,7 +109,6 @@ class FrozenProduct(torch.autograd.Function):
         return nn.functional.linear(x, matrix(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
         d_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None

@@ -156,10 +156,38 @@ def test_a_packed_batch_needs_an_attention_that_keeps_responses_apart():
 def test_a_second_derivative_is_refused():
     """The kept gradient is a constant to autograd; better an error than a curvature with half its terms."""
     hidden, targets = inputs()
-    logps = LogProbHead(linear(trainable=False))(hidden, targets)
-    (grad,) = torch.autograd.grad((logps**2).sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    for trainable in (True, False):
+        logps = LogProbHead(linear(trainable=trainable))(hidden, targets)
+        for loss in ((logps**2).sum(), logps.sum()):  # of a plain sum the incoming gradient is a constant
+            with pytest.raises(RuntimeError, match="no second derivative; leave create_graph=True out"):
+                torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def tied(model):
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+
+
+@pytest.mark.parametrize("change, refused", [
+    (lambda model: model.resize_token_embeddings(model.config.vocab_size + 8), True), (tied, True),
+    (lambda model: model.load_state_dict(model.state_dict(), assign=True), True),
+    (lambda model: nn.utils.parametrizations.weight_norm(model.lm_head), True),
+    (lambda model: model.load_state_dict(model.state_dict()), False), (lambda model: model.float(), False),
+    (lambda model: model.lm_head.requires_grad_(False), False)])
+def test_another_output_layer_is_seen(change, refused):
+    """The head shares the layer's weight. One that was put in its place later was not seen, and the log-probs stayed
+    those of the first; what changes a weight in place is seen anyway."""
+    model, row = tiny("llama", tie_word_embeddings=False), pad(random_groups())
+    policy = SequenceLogProbs(model)
+    change(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.9)
+        if refused:
+            with pytest.raises(ValueError, match="another weight than when SequenceLogProbs was made; make it anew"):
+                policy(row)
+        else:
+            model.lm_head.weight.mul_(0.9)
+            torch.testing.assert_close(policy(row), SequenceLogProbs(model)(row), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("trainable", [True, False])

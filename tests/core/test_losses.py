@@ -158,6 +158,14 @@ def test_hinge_ends_at_one_over_beta(beta):
     assert value_and_slope(hinge, 1 / beta + 0.125, beta) == (0.0, 0.0)
 
 
+def test_the_reference_is_a_constant():
+    """Log-probs that carry a graph, as those of a policy that is its own reference, whose gradient would be 0."""
+    beta, weight = 0.3, torch.tensor([2.0, -1.0], requires_grad=True)
+    logps = weight * torch.tensor([[1.0, 2.0]])
+    pair_losses(partial(dpo, beta=beta), logps, logps, torch.ones(1, 2)).sum().backward()
+    assert weight.grad.tolist() == pytest.approx([-beta / 2, 2 * beta / 2])
+
+
 def test_sft_is_the_chosen_likelihood_and_nothing_else():
     """-chosen, slope -1; rejected and reference may be missing."""
     chosen = torch.tensor([-3.5, -800.0], requires_grad=True)

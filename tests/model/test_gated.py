@@ -109,6 +109,15 @@ def test_a_transposed_product_is_no_product_of_that_shape():
     assert found[0].norm() > 0 and found[1].equal(found[0])
 
 
+def test_a_second_derivative_is_refused():
+    """It lacked terms: what the function keeps is a constant to autograd."""
+    module, x = mlp(), torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    keep_less(module)
+    for trained in (True, False):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(module.requires_grad_(trained)(x).sum(), x, create_graph=True)
+
+
 def test_nothing_is_kept_without_a_gradient():
     """Evaluation and the reference pass are transformers' own forward."""
     module = mlp()

@@ -1,6 +1,7 @@
 """LoRA in one product against its formula, and against PEFT's own three passes."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pad
 from nanodpo.model.layers import fuse_lora, fuse_norms
-from nanodpo.model.ready import make_ready
+from nanodpo.model.ready import exchange_layers, make_ready
 
 
 def adapted(model: nn.Module, dtype=torch.float64, **settings) -> nn.Module:
@@ -227,6 +228,43 @@ def test_what_is_more_stays_pefts(more):
     assert fused_layers(model) == [] and model.base_model.model[0].lora_variant == before
 
 
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_base_that_is_unfrozen_later_has_gradients(part):
+    """Outputs and all gradients are those of PEFT's own forward."""
+    model, x = layer(bias=True), torch.randn(4, 2, dtype=torch.float64)
+    fuse_lora(model)
+    inner, found = model.base_model.model[0], []
+    getattr(inner.base_layer, part).requires_grad_(True)
+    for _ in range(2):
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        vars(inner).pop("forward", None)  # and once more by PEFT's own
+    assert len(found[0]) == 4
+    for ours, peft in zip(*found):
+        torch.testing.assert_close(ours, peft, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_copy_has_its_own_weights(family):
+    """deepcopy and torch.save of a fused model: the copy's log-probs follow the copy's weights alone."""
+    policy, row = SequenceLogProbs(adapted(tiny(family))), pad(random_groups())
+    exchange_layers(policy.model, torch.device("cpu"))
+    before, file = policy(row).detach(), io.BytesIO()
+    torch.save(policy, file)
+    file.seek(0)
+    for again in (copy.deepcopy(policy), torch.load(file, weights_only=False)):
+        assert again(row).equal(before)
+        for name, p in again.named_parameters():
+            p.data.mul_(2) if "lora_B" in name else p
+        truth = copy.deepcopy(again)
+        for module in truth.modules():
+            vars(module).pop("forward", None)
+        torch.testing.assert_close(again(row), truth(row), rtol=1e-12, atol=0)
+        assert policy(row).equal(before) and not again(row).equal(before)
+
+
 def test_what_is_saved_stays():
     """The same names and tensors; and merged, or with its adapter off, a model is what PEFT makes of it."""
     model, row = adapted(tiny("llama")), pad(random_groups())
@@ -258,6 +296,14 @@ class Written(TorchDispatchMode):
         if op.name().partition(".")[0] in ("aten::mul", "aten::add") and out.shape[-1] == self.width:
             self.count += out.numel()
         return out
+
+
+def test_a_second_derivative_is_refused():
+    """Its terms by A and B were missing: d/dx is W + s B A, which depends on them."""
+    model, x = layer(), torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+    fuse_lora(model)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
 def test_passes_that_are_saved():

@@ -18,7 +18,7 @@ from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import pack, pad
 from nanodpo.errors import UserError
 from nanodpo.model import layers
-from nanodpo.model.precision import Bf16Linear, mix_precision, product_dtype, storage_dtype
+from nanodpo.model.precision import Bf16Linear, FrozenProduct, mix_precision, product_dtype, storage_dtype
 from nanodpo.model.recompute import FitToMemory, Recompute, sample_batch
 from nanodpo.run import noise
 
@@ -128,6 +128,14 @@ def test_a_layer_held_in_bfloat16_can_be_trained_later():
         for mine, p in zip(torch.autograd.grad((layer(x) * slopes).sum(), trained), trained):
             wanted = truth[0].bfloat16() if p is layer.weight else truth[1]
             torch.testing.assert_close(mine, wanted, rtol=1e-2 if p is layer.weight else 1e-6, atol=1e-6)
+
+
+def test_a_frozen_product_has_its_second_derivative():
+    """Finite differences in float64, of the gradient of its inputs and of a bias."""
+    x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3), (5, 3), (5,)))
+    weight = weight.bfloat16()
+    assert torch.autograd.gradgradcheck(lambda x, bias: FrozenProduct.apply(x, weight, bias, torch.Tensor.to).square(),
+                                        (x.requires_grad_(), bias.requires_grad_()))
 
 
 def test_what_adds_up_from_layer_to_layer_is_float32():
