@@ -42,7 +42,7 @@ def load_model(source: Source, args, lora: dict | None = None, shared: dict | No
     elif args.use_lora:
         model = _add_lora(model, source, args, lora or {})
     if not args.allow_dropout:
-        drop_nothing(model)
+        turn_off_dropout(model)
     elif world_size() > 1 and (name := next((name for module, name in _dropouts(model) if "layerdrop" in name
                                              and getattr(module, name)), None)):
         raise UserError(f"--allow_dropout: {name} of {args.model_name} leaves out other layers on each rank, and ZeRO "
@@ -172,7 +172,7 @@ def _dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return found
 
 
-def drop_nothing(model: nn.Module) -> None:
+def turn_off_dropout(model: nn.Module) -> None:
     """Sets every rate of dropout to 0, so that training mode computes what eval mode does."""
     for module, name in _dropouts(model):
         setattr(module, name, 0.0)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.logprobs import OneRank, SequenceLogProbs
 from ..model.adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
-from ..model.loading import base_hashes, check_base, drop_nothing
+from ..model.loading import base_hashes, check_base, turn_off_dropout
 from ..model.precision import storage_dtype
 from ..model.quantised import bits_of
 from ..model.ready import freeze
@@ -41,10 +41,9 @@ class Opened:
         model = self.module.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-
     def logps(self, batch) -> torch.Tensor:
         """(S,) log pi(y|x), nats, with the graph for a backward pass. The model is in eval mode again afterwards."""
-        self.module.train(self.recompute)  # in eval mode transformers keeps all, and drop_nothing made both alike
+        self.module.train(self.recompute)  # transformers keeps all in eval mode; without dropout both are alike
         try:
             return self.module(batch)
         finally:
@@ -139,13 +138,12 @@ class Opener:
         own = model.config._attn_implementation
         model = add_adapter(model, adapter)
         if self.recompute:
-            drop_nothing(model)
+            turn_off_dropout(model)
         module, layout, attention = freeze(model, bf16, self.device, self.longest, self.parallel,
                                            recompute=self.recompute)
         trained = adapter_weights(model, checkpoint.path) if self.gradients else []
         distributed.say(f"{base}: {selfcheck.describe(layout, attention, self.parallel.size)}")
-        return Opened(checkpoint, (base, shape, bf16, bits), module, layout, own, trained,
-                      self.recompute)
+        return Opened(checkpoint, (base, shape, bf16, bits), module, layout, own, trained, self.recompute)
 
 
 def _made_of(checkpoint: Checkpoint) -> tuple[str, dict | None, bool, int | None]:
