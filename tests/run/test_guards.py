@@ -97,18 +97,29 @@ def test_no_loss_is_so_flat_that_a_step_with_a_log_prob_that_is_not_finite_is_ta
         assert found[0][1].isnan().all() and torch.equal(found[0][0], found[1][0]), (side, value)
 
 
-def test_a_run_takes_no_step_on_a_loss_that_is_not_finite_and_flat(tiny, tmp_path):
-    """torch.where gives what it leaves out no gradient, and NaN times nothing is nothing."""
+@pytest.fixture
+def breaking(tiny, tmp_path):
+    """(rows.jsonl, a run that it may be given to): a loss of one's own that is infinite for a response of 3 tokens,
+    which only row 1 has."""
     (tmp_path / "mine.py").write_text("import torch\n\n\ndef mine(chosen, rejected, lengths):\n"
                                       "    return torch.where(lengths[:, 0] == 3, torch.inf, rejected - chosen)\n")
     rows = [{"prompt": "2?", "chosen": text, "rejected": "none"} for text in ("four", "ab", "fourth")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(*flags):
+        train.main([*map(str, ("--model_name", tiny / "model", "--output_dir", tmp_path / "run", "--draw", "false",
+                               "--loss", f"{tmp_path / 'mine.py'}:mine", "--trust_remote_code", "--max_steps", "1",
+                               *flags))])
+
+    return tmp_path / "rows.jsonl", run
+
+
+def test_a_run_takes_no_step_on_a_loss_that_is_not_finite_and_flat(breaking):
+    """torch.where gives what it leaves out no gradient, and NaN times nothing is nothing."""
+    rows, run = breaking
     with pytest.raises(RunStopped, match=r"^step 0: loss not finite; row 1 \(prompt 2, chosen 3, rejected 5 tokens\) "
                                          r"in loss; no update was made$"):
-        train.main(["--model_name", str(tiny / "model"), "--train_file_path", str(tmp_path / "rows.jsonl"),
-                    "--output_dir", str(tmp_path / "run"), "--draw", "false", "--eval_size", "0", "--loss",
-                    f"{tmp_path / 'mine.py'}:mine", "--trust_remote_code", "--max_steps", "1",
-                    "--gradient_accumulation_steps", "3"])
+        run("--train_file_path", rows, "--eval_size", "0", "--gradient_accumulation_steps", "3")
 
 
 def test_the_gap_between_policy_and_reference_is_in_nats_a_token():
@@ -131,17 +142,11 @@ def test_a_policy_that_is_not_its_reference_at_step_0_is_refused():
             check_start({"loss": 0.7, "rewards/margins": margin}, gap, bf16, "cache")
 
 
-def test_an_evaluation_names_the_row_that_is_not_finite(tiny, tmp_path):
-    """A loss of one's own that breaks on a response of 3 tokens, which only row 1 of the held-out data has."""
-    (tmp_path / "mine.py").write_text("import torch\n\n\ndef mine(chosen, rejected, lengths):\n"
-                                      "    return torch.where(lengths[:, 0] == 3, torch.inf, rejected - chosen)\n")
-    rows = [{"prompt": "2?", "chosen": text, "rejected": "none"} for text in ("four", "ab", "fourth")]
-    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_an_evaluation_names_the_row_that_is_not_finite(tiny, breaking):
+    rows, run = breaking
     with pytest.raises(RunStopped, match=r"^evaluation under checkpoint-0: loss not finite; row 1 \(prompt 2, "
                                          r"chosen 3, rejected 5 tokens\) in loss$"):
-        train.main(["--model_name", str(tiny / "model"), "--train_file_path", str(tiny / "train.jsonl"),
-                    "--eval_file_path", str(tmp_path / "held.jsonl"), "--output_dir", str(tmp_path / "run"), "--draw",
-                    "false", "--loss", f"{tmp_path / 'mine.py'}:mine", "--trust_remote_code", "--max_steps", "1"])
+        run("--train_file_path", tiny / "train.jsonl", "--eval_file_path", rows)
 
 
 def test_an_evaluation_in_which_a_slope_alone_is_not_finite(tiny, tmp_path):
