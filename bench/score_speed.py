@@ -111,8 +111,8 @@ def responses(args, folder: Path) -> list:
 
     from nanodpo.data.template import read_template
     from nanodpo.data.tokens import load_dataset
+    from nanodpo.scoring.recorded import BARE_MODEL
     from nanodpo.scoring.responses import make_groups
-    from nanodpo.scoring.runs import BARE_MODEL
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_name)
     settings = SimpleNamespace(**BARE_MODEL | {"overlong": "truncate"})

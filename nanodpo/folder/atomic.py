@@ -172,13 +172,19 @@ def _facts_hash(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def _facts(folder: Path) -> dict:
+    """Those in a folder's manifest. Raises ValueError where they are not as they were written, and OSError."""
+    facts = json.loads(read_text(folder / MANIFEST))
+    if facts.get(FACTS_HASH, known := _facts_hash(facts)) != known:  # an earlier version's has no hash
+        raise ValueError(f"{MANIFEST} is damaged")
+    return facts
+
+
 def read_manifest(folder: Path) -> dict | str:
     """The facts in a folder's manifest; where it or a file is not as it was written, words that say so. Reads every
     file."""
     try:
-        facts = json.loads(read_text(folder / MANIFEST))
-        if facts.get(FACTS_HASH, known := _facts_hash(facts)) != known:  # an earlier version's has no hash
-            return f"{MANIFEST} is damaged"
+        facts = _facts(folder)
         for name, expected in facts["files"].items():
             file = folder / name
             if not file.is_file():
@@ -198,8 +204,7 @@ def read_facts(folder: Path) -> dict:
     """The facts in a folder's manifest, whether or not the files are as it says; empty where there are none that can be
     read."""
     try:
-        facts = json.loads(read_text(folder / MANIFEST))
-        return facts if facts.get(FACTS_HASH, known := _facts_hash(facts)) == known else {}
+        return _facts(folder)
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 

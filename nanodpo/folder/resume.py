@@ -65,23 +65,23 @@ def begin(run: Path, steps: int, wanted: int | None, owners: list[str], first: i
     if facts.get("log", (now := hash_before(lines, facts["step"]))) != now:
         say(f"resume: {run / 'metrics.jsonl'}: lines before step {facts['step']} are not as the run wrote them; they "
             "stay as they are")
-    strangers = {k: words for k in saved_steps(run) if (words := stranger(run / f"checkpoint-{k}", k, owners))}
-    if anew := [k for k in strangers if not 0 < k < facts["step"]]:  # what is made again takes their place
+    strangers = {k: stranger(read_facts(run / f"checkpoint-{k}"), k, owners) for k in saved_steps(run)}
+    # What is made again takes the place of these.
+    if anew := [k for k, words in strangers.items() if words and not 0 < k < facts["step"]]:
         raise UserError(f"{run / f'checkpoint-{anew[0]}'}: {strangers[anew[0]]}; move it elsewhere, and the same "
                         "command goes on")
     evaluated = go_back(run, lines, facts["step"])
     # Checkpoint 0 and the one of this step are made again where they are damaged.
     for k in [k for k in saved_steps(run) if 0 < k < facts["step"]]:
         damage = read_manifest(place := run / f"checkpoint-{k}")
-        if words := damage if isinstance(damage, str) else strangers.get(k):
+        if words := damage if isinstance(damage, str) else strangers[k]:
             say(f"resume: {place}: {words}; only a run into a new --output_dir would make it again")
     return facts, evaluated
 
 
-def stranger(checkpoint: Path, step: int, owners: list[str] | None = None) -> str | None:
-    """Words where a checkpoint's manifest says that it is of another step than its name, or of a run that is none of
-    `owners`, if these are known: somebody renamed or copied it. Else None."""
-    facts = read_facts(checkpoint)
+def stranger(facts: dict, step: int, owners: list[str] | None = None) -> str | None:
+    """Words where the facts in a checkpoint's manifest say that it is of another step than its name, or of a run that
+    is none of `owners`, if these are known: somebody renamed or copied it. Else None."""
     if (its := facts.get("step", step)) != step:
         return f"is a copy of checkpoint-{its}, by its manifest.json"
     return FOREIGN if owners and facts.get("run", owners[0]) not in owners else None

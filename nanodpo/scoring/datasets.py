@@ -18,8 +18,9 @@ from ..ranks.distributed import say
 from ..screen import folded
 from .answers import final_answer, thinks
 from .contents import hash_of
+from .recorded import READING
 from .responses import GREEDY, KINDS, Group, make_groups, one_a_row
-from .runs import READING, Checkpoint, check_own, own_rows, without_references
+from .runs import Checkpoint, check_own, own_rows, without_references
 
 
 @dataclasses.dataclass

@@ -12,8 +12,9 @@ from ..flags.launchers import local_rank
 from ..flags.settings import check_path, check_utf_8
 from ..flags.unknown import parse_known
 from ..ranks.distributed import check_sequence_parallel
+from .recorded import FLAGS, PRECISION, READING
 from .responses import GREEDY, KINDS
-from .runs import FLAGS, PRECISION, READING, newest_run, own_data
+from .runs import newest_run, own_data
 
 OF_TRAIN = {"model_name": "name models as they are", "train_file_path": "--dataset_path names data",
             "eval_file_path": "--dataset_path names data", "per_device_eval_batch_size": "--max_tokens bounds a batch"}

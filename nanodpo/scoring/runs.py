@@ -11,7 +11,6 @@ import functools
 import glob
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,32 +18,17 @@ from types import SimpleNamespace
 import torch
 
 from ..data.places import SUFFIXES
-from ..data.shapes import options_of
 from ..errors import UserError
-from ..files import read_text
-from ..flags.arguments import TrainArguments
-from ..flags.loss import LOSSES, loss_name, own_function, read_loss
+from ..flags.loss import loss_name, own_function, read_loss
 from ..flags.settings import check_utf_8
-from ..folder.atomic import MANIFEST, saved_steps, step_of
+from ..folder.atomic import MANIFEST, read_facts, saved_steps, step_of
 from ..folder.fork import owners
 from ..folder.record import is_record, versions
 from ..folder.resume import stranger
 from ..model.source import base_of
 from ..ranks.distributed import device_name, say
 from .contents import Contents
-
-# Flags that say how data are read; without them data are read as the run read its own.
-READING = ("prompt_field", "chosen_field", "rejected_field", "assistant_header", "chat_template_kwargs", "boundary",
-           "max_length", "max_prompt_length", "overlong", "on_bad_row")
-PRECISION = ("bf16", "load_in_4bit", "load_in_8bit")
-FLAGS = {flag.name: flag for flag in dataclasses.fields(TrainArguments) if flag.name in (
-    *READING, "train_on", "loss", "beta", "label_smoothing", "loss_kwargs", "sft_weight", *PRECISION, "train_file_path",
-    "eval_file_path", "reference")}
-# The settings of a model that comes from no run.
-BARE_MODEL = {name: flag.default for name, flag in FLAGS.items()} | {
-    "loss": "", "train_on": "last", "prompt_leads": None, "held_out_rows": None, "date": None}
-# `record` is all that a run's run.json says, `function` a loss of the user's own, where it may be run.
-NOT_A_RUN = {"trust_remote_code": False, "record": {}, "function": None}
+from .recorded import BARE_MODEL, NOT_A_RUN, PRECISION, recorded_settings
 
 
 @dataclasses.dataclass
@@ -135,10 +119,13 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
 
 def check_place(checkpoint: Checkpoint) -> None:
     """Raises UserError for a copy of another step's checkpoint; names one that another run than run.json's wrote."""
-    place, record = Path(checkpoint.path), checkpoint.settings.record
-    if checkpoint.phase and (words := stranger(place, checkpoint.step)):
+    if not checkpoint.phase:
+        return
+    place, record, step = Path(checkpoint.path), checkpoint.settings.record, checkpoint.step
+    facts = read_facts(place)
+    if words := stranger(facts, step):
         raise UserError(f"{place}: {words}; move it elsewhere, or remove its {MANIFEST} if that is meant")
-    if checkpoint.phase and is_record(record) and (words := stranger(place, checkpoint.step, owners(record))):
+    if is_record(record) and (words := stranger(facts, step, owners(record))):
         say(f"{place}: {words} than {place.parent / 'run.json'} is of, by its {MANIFEST}")
 
 
@@ -220,49 +207,15 @@ def _open(target: str) -> list[Checkpoint]:
     if not is_run:
         step = step_of(path.name)
         if step is not None and (path.parent / "run.json").is_file():
-            settings = _settings(path.parent)
+            settings = recorded_settings(path.parent)
             return [Checkpoint(path.parent.resolve().name, loss_name(settings.loss), step, target, settings)]
         return [Checkpoint(path.name or target, "", 0, target, SimpleNamespace(**BARE_MODEL | NOT_A_RUN))]
-    settings = _settings(path)
+    settings = recorded_settings(path)
     if not (steps := saved_steps(path)):
         raise UserError(f"{target}: the run has no checkpoint")
     name = path.resolve().name
     return [Checkpoint(name, loss_name(settings.loss), step, str(path / f"checkpoint-{step}"), settings)
             for step in reversed(steps)]
-
-
-def _settings(run: Path) -> SimpleNamespace:
-    try:
-        record = json.loads(read_text(run / "run.json"))
-        given = record["arguments"] | {"max_length": record["max_length"]} | {
-            key: record.get(key) for key in ("prompt_leads", "held_out_rows", "date")}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{run / 'run.json'}: is not what train.py writes ({type(error).__name__}: {error})") from error
-    given = {key: given[key] for key in BARE_MODEL if key in given}
-    if wrong := next((key for key, value in given.items() if not _right(key, value)), None):
-        raise UserError(f"{run / 'run.json'}: is not what train.py writes: {wrong} is {json.dumps(given[wrong])[:100]}")
-    try:
-        options_of(given.get("chat_template_kwargs"))
-    except UserError as error:
-        raise UserError(f"{run / 'run.json'}: is not what train.py writes: {error}") from error
-    return SimpleNamespace(**BARE_MODEL | NOT_A_RUN | given | {"record": record})
-
-
-def _right(key: str, value) -> bool:
-    """Can a setting of run.json have this value?"""
-    if value is None:
-        return BARE_MODEL[key] is None and key != "max_length"
-    lists = {"prompt_leads": (str, type(None)), "held_out_rows": (int,)}
-    if key in lists:
-        return isinstance(value, list) and all(type(item) in lists[key] for item in value)
-    if key not in FLAGS:
-        return isinstance(value, str)
-    if key == "loss":
-        return isinstance(value, str) and bool(value in LOSSES or own_function(value))
-    kind, limit, choices = FLAGS[key].type, FLAGS[key].metadata["limit"], FLAGS[key].metadata.get("choices")
-    if kind is float and type(value) in (int, float):
-        return abs(value) <= sys.float_info.max and limit.holds(value)
-    return type(value) is kind and (limit is None or limit.holds(value)) and (choices is None or value in choices)
 
 
 def own_rows(settings: SimpleNamespace) -> tuple[str, str | None, tuple[int, ...]]:

@@ -7,7 +7,7 @@ import pytest
 import tiny_tokenizers
 
 from nanodpo.scoring.datasets import Reader, Wanted, open_dataset
-from nanodpo.scoring.runs import BARE_MODEL, NOT_A_RUN
+from nanodpo.scoring.recorded import BARE_MODEL, NOT_A_RUN
 
 START, END = 259, 260  # of tiny_tokenizers.chatml
 

@@ -23,7 +23,7 @@ from malformed import (
 from test_wrong_input_train import JSONS, good, jsonl  # noqa: F401 (a fixture)
 
 import score
-from nanodpo.scoring.runs import BARE_MODEL
+from nanodpo.scoring.recorded import BARE_MODEL
 
 ROWS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": "no"} for i in range(3)]
 RUN, LAST, DATA = ["@/run"], ["@/run/checkpoint-3"], ["--dataset_path=@/rows.jsonl"]
