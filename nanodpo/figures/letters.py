@@ -19,9 +19,13 @@ def spare_fonts() -> tuple[str, ...]:
     return tuple(itertools.islice((name for name in FONTS if name in installed), 1))
 
 
-def can_be_drawn(letter: str, families: list[str]) -> bool:
-    """Whether a font of these families has the letter, and it is none that acts: some fonts have signs for those."""
-    fonts = (get_font(findfont(FontProperties(family=name))) for name in families)
+def fonts_of(families: list[str]) -> list:
+    """matplotlib's fonts of these names, to be asked for letters."""
+    return [get_font(findfont(FontProperties(family=name))) for name in families]
+
+
+def can_be_drawn(letter: str, fonts: list) -> bool:
+    """Whether one of the fonts has the letter, and it is none that acts: some fonts have signs for those."""
     return letter.isprintable() and any(font.get_char_index(ord(letter)) for font in fonts)
 
 

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from ..errors import UserError
 from ..scoring.sections import shared_prefix
 from .axes import WIDTHS, wrap
-from .letters import can_be_drawn, cells, cut, spare_fonts
+from .letters import can_be_drawn, cells, cut, fonts_of, spare_fonts
 from .noise import Marks, Noise
 from .records import SIDES
 
@@ -151,8 +151,8 @@ def _visible(word: str, width: int) -> str:
     is room for in `width` cells."""
     word = "".join(SEEN.get(letter, letter) for letter in word[:width])
     word = word if word.strip() else "\N{OPEN BOX}" * max(len(word), 1)
-    families = _families()
-    return cut("".join(letter if can_be_drawn(letter, families) else "\N{REPLACEMENT CHARACTER}" for letter in word),
+    fonts = fonts_of(_families())
+    return cut("".join(letter if can_be_drawn(letter, fonts) else "\N{REPLACEMENT CHARACTER}" for letter in word),
                width)
 
 

@@ -30,10 +30,10 @@ def test_the_strip_takes_what_its_font_lacks_from_another(fonts, shown, spare, t
     assert texts[1].get_fontproperties().get_family() == ["monospace", *fonts[1:]]
 
 
-def test_no_character_that_acts_is_drawn(monkeypatch):
+def test_no_character_that_acts_is_drawn():
     """A font with a sign for each: an escape in an SVG would make it no XML."""
-    monkeypatch.setattr(letters, "get_font", lambda _: SimpleNamespace(get_char_index=lambda code: 7))
-    assert [letters.can_be_drawn(letter, ["monospace"]) for letter in "a\x1b\ufffe"] == [True, False, False]
+    fonts = [SimpleNamespace(get_char_index=lambda code: 7)]
+    assert [letters.can_be_drawn(letter, fonts) for letter in "a\x1b\ufffe"] == [True, False, False]
 
 
 def test_letters_of_east_asia_take_two_cells():
