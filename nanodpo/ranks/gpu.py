@@ -33,7 +33,7 @@ def round_alike() -> None:
 def same_bits_each_time() -> None:
     """From now on operations on a GPU add in one order. One that can't raises an error, which `changing_bits_named`
     puts in words."""
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would load torch's compiler first: 1.5 s
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # sums in NVLink's switches: other bits each time
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding faults, which takes time
 
@@ -41,14 +41,14 @@ def same_bits_each_time() -> None:
 @contextlib.contextmanager
 def rounding_as_it_was():
     """Leaves torch's settings as they were, all that the two functions above change."""
-    sure, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    sure = torch.get_deterministic_debug_mode()
     filled, cudnn = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cuda.cudnn_sdp_enabled()
     precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     sums = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(sure, warn_only=warns)
+        torch.set_deterministic_debug_mode(sure)
         torch.utils.deterministic.fill_uninitialized_memory = filled
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch.set_float32_matmul_precision(precision)
