@@ -220,7 +220,7 @@ def _table_rows(place: str, name: str | None, split: str | None, files: list[str
         if files:
             yield from _rows_of_batches(place, files, _parquet_batches if kind == ".parquet" else _arrow_batches)
         else:
-            yield from _saved(name, split) if name else _from_hub(place)
+            yield from _unopened(_saved(name, split) if name else _from_hub(place))
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, StopIteration,
@@ -245,7 +245,18 @@ def _rows_of_batches(place: str, files: list[str], batches_of):
                 raise UserError(f"{file}: has the columns {', '.join(columns)}, and {files[0]} has {', '.join(first)}")
             # Dataset reads what its own files say beyond Arrow's types (columns of JSON). It would make a fingerprint
             # in more time than it takes to read the rows.
-            yield from Dataset(InMemoryTable(pyarrow.Table.from_batches([batch])), fingerprint="rows")
+            yield from _unopened(Dataset(InMemoryTable(pyarrow.Table.from_batches([batch])), fingerprint="rows"))
+
+
+def _unopened(table):
+    """The data set, whose images, sounds and the like stay bytes and a name: `datasets` would open what a row names, a
+    file of this machine or an address in the network."""
+    kinds = [*table.info.features.values()]  # `table.features` is a copy
+    for kind in kinds:  # grows by what is within
+        kinds += kind.values() if isinstance(kind, dict) else [kind.feature] if hasattr(kind, "feature") else []
+        if hasattr(kind, "decode") and type(kind).__name__ != "Json":
+            kind.decode = False
+    return table
 
 
 def _parquet_batches(place: str, file: str):

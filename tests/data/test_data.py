@@ -1,10 +1,13 @@
 """Every format gives the same texts: prompt up to the assistant's header, responses with exactly one end of turn."""
 
 import csv
+import http.server
+import itertools
 import json
 import os
 import re
 import tempfile
+import threading
 
 import pandas
 import pyarrow as pa
@@ -748,6 +751,39 @@ def test_another_parquet_file_of_the_same_name_and_time_is_another_data_set(tmp_
         write(file, rows)
         os.utime(file, (1_700_000_000, 1_700_000_000))
         assert read_rows(str(file)) == rows
+
+
+def test_what_a_row_names_as_an_image_is_not_opened(tmp_path, monkeypatch):
+    """Neither a file of this machine nor an address: a data set's own metadata may call any column an image."""
+    datasets = pytest.importorskip("datasets")
+    from datasets.table import InMemoryTable
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    asked = []
+
+    class Site(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Site) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        named = [f"http://127.0.0.1:{site.server_port}/a.png", "/etc/hostname"]
+        for kind, image in itertools.product(("Image", "Audio", "Video"), named):
+            place, kind = {"bytes": None, "path": image}, getattr(datasets, kind)()
+            row = {"chosen": "A", "x": place, "n": {"y": [place]}, "z": [{"y": place}], "json": {"a": [1]}}
+            schema = datasets.Features({"chosen": datasets.Value("string"), "x": kind, "n": {"y": datasets.List(kind)},
+                                        "z": [{"y": kind}], "json": datasets.Json()}).arrow_schema
+            table = pa.Table.from_pylist([row | {"json": '{"a":[1]}'}], schema)  # `datasets` would open it to write it
+            pq.write_table(table, tmp_path / "a.parquet")
+            saved = datasets.Dataset(InMemoryTable(table))
+            monkeypatch.setattr(datasets, "load_from_disk", lambda name, saved=saved: saved)
+            assert read_rows(str(tmp_path / "a.parquet")) == read_rows(str(tmp_path / "saved")) == [row]
+        site.shutdown()
+    assert not asked
 
 
 def test_parquet_columns_of_datasets_own_kinds_are_read_as_datasets_reads_them(tmp_path):
