@@ -173,9 +173,9 @@ def apply(template: Template, messages: list[dict], **options) -> str:
     try:
         with clock, _time_limit(SECONDS):
             return template.tokenizer.apply_chat_template(messages, tokenize=False, **template.options, **options)
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-            RecursionError) as error:  # templates compute with contents
-        raise UserError(f"cannot be rendered by the chat template: {error}") from error
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+            MemoryError) as error:  # templates compute with contents
+        raise UserError(f"cannot be rendered by the chat template: {str(error) or type(error).__name__}") from error
 
 
 @contextlib.contextmanager

@@ -217,6 +217,13 @@ def test_a_template_that_takes_hours_is_refused(monkeypatch):
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_a_template_that_asks_for_more_memory_than_there_is_is_refused():
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = "{{ 'a' * 10**15 }}" + tiny.CHATML
+    with pytest.raises(UserError, match="cannot be rendered by the chat template: MemoryError; mend chat_template"):
+        read_template(tokenizer)
+
+
 def test_a_template_that_loses_the_question_is_refused():
     tokenizer = tokenizer_of("qwen25")
     tokenizer.chat_template = QWEN25.replace("('user', 'assistant')", "('assistant',)")
