@@ -228,8 +228,11 @@ def orpo(chosen, rejected, lengths, beta: float) -> Tensor:
     2403.07691, beta being its lambda; odds = p / (1 - p) of p, the geometric mean of the tokens' probabilities.
     Needs no reference."""
     means = chosen / lengths[:, 0], rejected / lengths[:, 1]
+    # Float32 rounds the log-prob of an all but certain token to 0, whose odds are infinite and whose slope is NaN:
+    # -2^-25, half of float32's step below 1, stands for it.
+    below_0 = [mean.where(mean < 0, mean - 2**-25) for mean in means]
     # expm1(x) is exp(x) - 1 with all digits near x = 0, where 1 - exp(x) rounds to 0 and its logarithm is -inf.
-    log_odds = [mean - torch.log(-torch.expm1(mean)) for mean in means]
+    log_odds = [mean - torch.log(-torch.expm1(mean)) for mean in below_0]
     return -means[0] - beta * F.logsigmoid(log_odds[0] - log_odds[1])
 
 

@@ -329,6 +329,18 @@ def test_orpo_is_of_odds():
     assert value == pytest.approx(1 + 0.1 * math.log(2), rel=1e-12)
 
 
+def test_orpo_of_a_response_that_float32_calls_certain_has_a_loss_and_a_slope():
+    """A response of log-prob 0. With odds p / (1 - p) the slope by the mean log-prob of chosen nears -1 - beta
+    odds(rejected) as p nears 1, and the loss 0; two responses that are certain alike: ratio 1, so beta ln 2."""
+    value, weights = loss_and_weights(orpo, beta=0.1, ref=None, logps=torch.tensor([[0.0, -16.0]], dtype=torch.float64))
+    odds = math.exp(-8) / (1 - math.exp(-8))
+    assert value == pytest.approx(0, abs=1e-6)
+    assert weights[0] == pytest.approx((1 + 0.1 * odds) / 4, rel=1e-6)
+    value, weights = loss_and_weights(orpo, beta=0.1, ref=None, logps=torch.zeros(1, 2, dtype=torch.float64))
+    assert value == pytest.approx(0.1 * math.log(2), abs=1e-6)
+    assert all(map(math.isfinite, weights))
+
+
 def smoothing(name: str) -> dict[str, float]:
     return {"label_smoothing": 0.2} if "label_smoothing" in inspect.signature(LOSSES[name]).parameters else {}
 
