@@ -149,8 +149,10 @@ def hinge(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
 def apo_zero(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> Tensor:
     """1 - sigmoid(beta (chosen - ref_chosen)) + sigmoid(beta (rejected - ref_rejected)): (P,). Eq. 7 of arXiv
     2408.06266; 1 where the policy is the reference. Chosen is pushed up and rejected down, each for itself."""
-    # 1 - sigmoid(x) is written as sigmoid(-x), which keeps its digits where sigmoid(x) rounds to 1.
-    return torch.sigmoid(-beta * (chosen - ref_chosen)) + torch.sigmoid(beta * (rejected - ref_rejected))
+    # 1 - sigmoid(x) is written as sigmoid(-x), which keeps its digits where sigmoid(x) rounds to 1. The exp of
+    # logsigmoid keeps those of the slope: that of torch.sigmoid is y (1 - y), 0 where y rounds to 1.
+    too_low, too_high = -beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    return F.logsigmoid(too_low).exp() + F.logsigmoid(too_high).exp()
 
 
 def dpop(chosen, rejected, ref_chosen, ref_rejected, beta: float, dpop_lambda: float = 50.0) -> Tensor:

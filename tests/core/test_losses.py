@@ -319,6 +319,15 @@ def test_cpo_is_a_margin_without_reference_and_the_chosen_likelihood():
     assert weights == pytest.approx([0.1 * sigmoid(-1.5) + 0.125, 0.1 * sigmoid(-1.5)], rel=1e-12)
 
 
+@pytest.mark.parametrize("x", [25.0, 50.0, 300.0])
+def test_apo_zero_keeps_its_slopes_where_both_sides_are_far_on_the_wrong_side(x):
+    """chosen x nats below the reference and rejected x above it: both slopes are sigmoid(x) sigmoid(-x)."""
+    start = torch.tensor([[-400.0, -400.0]], dtype=torch.float64)
+    moved = start + torch.tensor([[-x, x]], dtype=torch.float64)
+    _, weights = loss_and_weights(apo_zero, beta=1.0, ref=start, logps=moved)
+    assert weights == pytest.approx([math.exp(-x) / (1 + math.exp(-x)) ** 2] * 2, rel=1e-9, abs=0)
+
+
 def test_orpo_is_of_odds():
     """p = exp(-1/4) and exp(-16/2), odds p / (1 - p), from their definition; equal means: -mean + beta ln 2."""
     value, _ = loss_and_weights(orpo, beta=0.1, ref=None)
