@@ -13,13 +13,15 @@ MAX_BYTES = 2**26  # a settings file has a few hundred, run.json of a large data
 
 
 def check_regular(path) -> None:
-    """Raises OSError for a FIFO, device, socket or folder, which may wait for ever when opened, and for no file."""
+    """Raises OSError for a FIFO, device, socket or folder, which may wait for ever when opened, for no file, and
+    for one that this user may not read: safetensors would say that it is not there."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
         raise OSError(errno.EINVAL, f"is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file", str(path))
+    os.close(os.open(path, os.O_RDONLY))
 
 
 def check_size(path, max_bytes: int) -> None:

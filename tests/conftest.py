@@ -157,6 +157,20 @@ def stand_in(tmp_path):
 
 
 @pytest.fixture
+def unreadable(tmp_path, monkeypatch):
+    """unreadable(file): lets nobody read this file of tmp_path, where this process now is: root becomes another user,
+    who would not be let through the folders above."""
+    def forbid(file: Path) -> None:
+        file.chmod(0)
+        os.seteuid(os.geteuid() or 65534)
+
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    yield forbid
+    os.seteuid(os.getuid())
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A file system of 4 MiB; small_disk / "filler" takes what a test wants to be gone."""
     place = tmp_path / "small"

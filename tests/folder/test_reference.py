@@ -15,7 +15,8 @@ import train
 from nanodpo.core.attention import LOOP
 from nanodpo.data.example import Example
 from nanodpo.errors import Preempted, RunStopped, UserError
-from nanodpo.folder import atomic, record, reference
+from nanodpo.folder import atomic, data_cache, record, reference
+from nanodpo.model import source
 from nanodpo.ranks.distributed import device_name
 
 STEPS = [[0, 1], [2, 3], [4, 5]]
@@ -211,6 +212,19 @@ def test_a_cache_that_cannot_be_read_is_named(error, run, monkeypatch):
     os.mkfifo(file)
     with pytest.raises(UserError, match="can't be read .*is a pipe"):
         run()
+
+
+@pytest.mark.parametrize("read", [
+    lambda file: reference._load(file, {}, 6), data_cache._load, lambda file: source._check_files(file.parent)],
+    ids=["references", "prepared data", "weights"])
+def test_a_file_that_may_not_be_read_is_there(read, unreadable):
+    """As that of another user with umask 077: for safetensors it is not there, so that a whole pass was made again,
+    whose result could not take its place, and a model was to be copied anew."""
+    file = Path("some.safetensors")
+    save_file({"logps": TRUTH}, file)
+    unreadable(file)
+    with pytest.raises(UserError, match="some.safetensors: can't be read.*Permission denied"):
+        read(file)
 
 
 def test_a_link_to_nowhere_is_no_cache(run):
