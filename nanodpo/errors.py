@@ -60,12 +60,13 @@ def one_line(text: str, most: int = 1000) -> str:
 
 
 @contextlib.contextmanager
-def long_names_refused():
-    """Raises UserError for a path with a name too long for the file system, whichever flag or file it came from."""
+def bad_paths_refused():
+    """Raises UserError for a path that this user may not enter, read or write, or with a name too long for the file
+    system, whichever flag or file it came from."""
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if not error.filename or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
             raise
         raise UserError(f"{error.filename}: {error.strerror}") from error
 
@@ -76,7 +77,7 @@ def run_script(main) -> int:
     escape_all_output()
     as_script = True
     try:
-        with long_names_refused():
+        with bad_paths_refused():
             main(sys.argv[1:])
         sys.stdout.flush()
         return 0

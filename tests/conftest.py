@@ -157,17 +157,15 @@ def stand_in(tmp_path):
 
 
 @pytest.fixture
-def unreadable(tmp_path, monkeypatch):
-    """unreadable(file): lets nobody read this file of tmp_path, where this process now is: root becomes another user,
-    who would not be let through the folders above."""
-    def forbid(file: Path) -> None:
-        file.chmod(0)
-        os.seteuid(os.geteuid() or 65534)
-
+def another_user(tmp_path, monkeypatch):
+    """another_user(): makes this process one of a user who owns nothing, until os.seteuid(0) or the test's end. It is
+    in tmp_path, since it would not be let through the folders above."""
+    if os.geteuid():
+        pytest.skip("only root can become another user")
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o755)
-    yield forbid
-    os.seteuid(os.getuid())
+    yield lambda: os.seteuid(65534)
+    os.seteuid(0)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def find(resume: str, output_dir: str | None, name: str) -> tuple[Path, dict | N
     if resume in ("auto", "never"):
         folder = Path(output_dir) if output_dir else _free(Path(name))
         if output_dir and resume == "auto" and (folder / "run.json").is_file():
-            return folder, read(folder), None
+            return folder, _read_own(folder), None
         claim(folder)
         return folder, None, None
     path, step = Path(resume), None
@@ -67,7 +67,7 @@ def find(resume: str, output_dir: str | None, name: str) -> tuple[Path, dict | N
         folder = path
     if not (folder / "run.json").is_file():
         raise UserError(f"--resume {path}: is no run (run.json is missing)")
-    record = read(folder)
+    record = _read_own(folder)
     if step and record.get("finished"):
         raise UserError(f"--resume {path}: the run is finished; --fork {folder}@{step} goes on from this state in a "
                         "new --output_dir")
@@ -169,10 +169,26 @@ def list_rows(file: Path, rows: list[dict]) -> None:
             place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def _read_own(folder: Path) -> dict:
+    """A run's run.json, as `read`. Raises UserError, too, where the run is not finished and can't be written to."""
+    if not (record := read(folder)).get("finished"):
+        check_writable(folder, f"--output_dir {folder}")
+        _open(folder).close()
+    return record
+
+
+def _open(folder: Path):
+    """run.json, opened so that it can be locked. Raises UserError where it can't be: another user's, say."""
+    try:
+        return (folder / "run.json").open("rb+")  # NFS locks no file that is open for reading alone
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: its run.json can't be written to ({error.strerror})") from error
+
+
 def lock(folder: Path):
     """Locks a run against a second process for as long as this one lives. Returns the locked file, which must be kept
     open. Raises UserError where another process has the lock."""
-    file = (folder / "run.json").open("rb+")
+    file = _open(folder)
     hold(file, f"--output_dir {folder}: is in use by another run")
     clear_partials(folder)
     clear_partials(folder / "resume")

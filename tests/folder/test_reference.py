@@ -217,12 +217,13 @@ def test_a_cache_that_cannot_be_read_is_named(error, run, monkeypatch):
 @pytest.mark.parametrize("read", [
     lambda file: reference._load(file, {}, 6), data_cache._load, lambda file: source._check_files(file.parent)],
     ids=["references", "prepared data", "weights"])
-def test_a_file_that_may_not_be_read_is_there(read, unreadable):
+def test_a_file_that_may_not_be_read_is_there(read, another_user):
     """As that of another user with umask 077: for safetensors it is not there, so that a whole pass was made again,
     whose result could not take its place, and a model was to be copied anew."""
     file = Path("some.safetensors")
     save_file({"logps": TRUTH}, file)
-    unreadable(file)
+    file.chmod(0o600)
+    another_user()
     with pytest.raises(UserError, match="some.safetensors: can't be read.*Permission denied"):
         read(file)
 

@@ -608,6 +608,30 @@ def test_what_resume_may_name(tmp_path):
             (tmp_path / "run" / name).rmdir()
 
 
+@pytest.mark.parametrize("where", [{"resume": "auto", "output_dir": "run"}, {"resume": "run", "output_dir": None}])
+def test_the_run_of_another_user_is_refused_at_once(where, another_user, tmp_path):
+    """It came to a traceback, and only after the model was loaded. The folder may be closed, or run.json alone; a
+    finished run may be both: nothing is written there."""
+    run, record = tmp_path / "run", {"arguments": {}, "world_size": 1, "steps": 6}
+    (run / "resume").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps(record))
+    another_user()
+    with pytest.raises(UserError, match="^--output_dir run: can't be written to .Permission denied.$"):
+        run_record.find(**where, name="new")
+    os.seteuid(0)
+    run.chmod(0o777)
+    (run / "run.json").chmod(0o444)
+    another_user()
+    with pytest.raises(UserError, match="^--output_dir run: its run.json can't be written to .Permission denied.$"):
+        run_record.find(**where, name="new")
+    os.seteuid(0)
+    (run / "run.json").chmod(0o644)
+    (run / "run.json").write_text(json.dumps(record | {"finished": True}))
+    run.chmod(0o755)
+    another_user()
+    assert run_record.find(**where, name="new") == (Path("run"), record | {"finished": True}, None)
+
+
 @pytest.mark.parametrize("changes", [
     {"steps": None}, {"steps": "6"}, {"steps": 6.0}, {"steps": True}, {"steps": 0}, {"steps": [6]}, {"arguments": []},
     {"arguments": None}, {"world_size": "1"}, {"world_size": None}, {"finished": "no"}, {"finished": 1}, None, [], 3])

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -401,3 +402,14 @@ def test_exit_codes(capsys):
     assert [ends(RunStopped("a")), ends(UserError("b")), ends(Preempted("c"))] == [1, 2, 75]
     assert TEMPFAIL == os.EX_TEMPFAIL
     assert capsys.readouterr().err == "error: a\nerror: b\nc\n"
+
+
+def test_a_folder_that_this_user_may_not_enter_is_one_line(another_user, tmp_path, capsys):
+    """Wherever a script looks into it, as into the run of a colleague with umask 077, into which is_file() may not
+    look. What the system refuses without naming a file stays a bug."""
+    (tmp_path / "closed").mkdir(0o700)
+    another_user()
+    assert run_script(lambda argv: Path("closed/run.json").is_file()) == 2
+    assert capsys.readouterr().err == "error: closed/run.json: Permission denied\n"
+    with pytest.raises(PermissionError):
+        run_script(lambda argv: os.setgroups([0]))
