@@ -81,8 +81,8 @@ def new_folder(folder: Path, facts: dict):
 
 
 def nearest(folder: Path) -> Path:
-    """The folder, or the first of those above it that is there."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    """The folder, or the first of those above it that is there, or would be if a link there did not lead nowhere."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -90,7 +90,8 @@ def check_writable(folder: Path, flag: str) -> None:
     is the flag and its value, for the message. Makes nothing that stays."""
     try:
         if not (place := nearest(folder)).is_dir():
-            raise UserError(f"{flag}: can't be written to ({place} is a file)")
+            kind = "a file" if place.exists() else "a link to nowhere"
+            raise UserError(f"{flag}: can't be written to ({place} is {kind})")
         # Permission bits don't tell of read-only and odd file systems. Where a file can't be without a name, as on NFS,
         # another rank sees it for a moment: record.claim passes over this ending.
         tempfile.TemporaryFile(dir=place, suffix=".partial").close()

@@ -220,15 +220,18 @@ def test_a_folder_is_new_or_not_there(tmp_path):
 
 
 def test_what_can_not_be_written_to_is_said_before_the_work(tmp_path):
-    """For a cache, a run and a scoring alike: a file stands in the way, or there is no such place; nothing is made."""
+    """For a cache, a run and a scoring alike: a file or a link to nowhere stands in the way, or there is no such place;
+    nothing is made."""
     (tmp_path / "file").touch()
+    (link := tmp_path / "link").symlink_to("gone")
     check_writable(tmp_path / "new" / "deep", "--cache_dir")
     there, long = tmp_path / "file", tmp_path / ("x" * 300)
     for place, words in ((there / "x", "file is a file"), (there, "file is a file"), (long, "File name too long"),
+                         (link, "link is a link to nowhere"), (link / "x", "link is a link to nowhere"),
                          (Path("/proc/new"), "No such file or directory")):
         with pytest.raises(UserError, match=rf"^--cache_dir: can't be written to \(.*{words}\)$"):
             check_writable(place, "--cache_dir")
-    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    assert {*tmp_path.iterdir()} == {there, link}
 
 
 @pytest.mark.slow
