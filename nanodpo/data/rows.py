@@ -149,6 +149,9 @@ def _csv_rows(file: str, delimiter: str):
     columns = next(rows, [])
     if twice := [name for name in columns if columns.count(name) > 1]:
         raise UserError(f"{file}: has two columns called {twice[0]!r}")
+    if len(columns) == 1 and (found := [mark for mark in ";\t," if mark != delimiter and mark in columns[0]]):
+        raise UserError(f"{file}: the first line has {found[0]!r} between names, not {delimiter!r}: write the file "
+                        f"again with {delimiter!r}")
     for fields in rows:
         if len(fields) != len(columns):
             found = f"{len(fields)} field{'s' * (len(fields) != 1)}"

@@ -602,9 +602,19 @@ def test_a_data_set_of_the_hub_is_asked_for_as_datasets_names_it(name, given, mo
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("name, mark, wanted", [("a.csv", ";", ","), ("a.csv", "\t", ","), ("a.tsv", ",", "\t")])
+def test_a_csv_with_another_delimiter(tmp_path, name, mark, wanted):
+    """As spreadsheets write them in many countries: its one column would be refused for its name."""
+    (tmp_path / name).write_text(f"prompt{mark}chosen{mark}rejected\n1{mark}2{mark}3\n")
+    with pytest.raises(UserError, match=re.escape(f"the first line has {mark!r} between names, not {wanted!r}")):
+        read_rows(str(tmp_path / name))
+
+
 def test_a_csv_of_numbers_is_text(tmp_path):
     assert read_rows(write(tmp_path / "a.csv", [{"prompt": "1", "chosen": "2", "rejected": "3"}])) == [
         {"prompt": "1", "chosen": "2", "rejected": "3"}]
+    (tmp_path / "c.csv").write_text('"a, b"\n1\n')  # a comma within a name
+    assert read_rows(str(tmp_path / "c.csv")) == [{"a, b": "1"}]
     (tmp_path / "b.csv").write_text("\n\nprompt,chosen,rejected\n\n1,2,3\n")  # empty lines are none
     assert read_rows(str(tmp_path / "b.csv")) == [{"prompt": "1", "chosen": "2", "rejected": "3"}]
 
