@@ -8,7 +8,8 @@ from ..errors import UserError
 # Flags of TRL, transformers and others that have another name here ...
 RENAMED = {name: ours for ours, names in {
     "model_name": "model_name_or_path model model_path model_id base_model pretrained_model_name_or_path",
-    "chosen_field": "dataset_text_field", "chat_template": "chat_template_path chat_template_file chat_template_jinja",
+    "prompt_field": "prompt_column", "chosen_field": "chosen_column dataset_text_field",
+    "rejected_field": "rejected_column", "chat_template": "chat_template_path chat_template_file chat_template_jinja",
     "train_on": "mask_history roles_to_train",
     "train_file_path": "dataset_name dataset dataset_path data_path train_file train_data train_dataset data",
     "eval_file_path": "eval_dataset eval_dataset_name validation_file eval_file test_file eval_data",

@@ -59,6 +59,7 @@ def test_every_name_of_trl_is_a_flag_or_has_a_hint_of_its_own(name):
 
 
 @pytest.mark.parametrize("name, words", [
+    ("prompt_column", "it is --prompt_field here"),
     ("config", "the settings file comes first, without a flag: train.py FILE.yaml"),
     ("gamma_beta_ratio", "simpo_gamma is this ratio times --beta: --loss_kwargs '{\"simpo_gamma\": VALUE}'"),
     ("eval_accumulation_steps", "not needed: an evaluation keeps no logits"),
