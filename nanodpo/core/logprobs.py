@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from .packing import make_batch
 
-# The most bytes of float32 logits at one time. Every chunk reads the whole output weight again: on a GPU a few hundred
-# tokens must share it, by its memory's speed (reckoned); on a CPU larger chunks bring nothing (bench/head.py).
+# The most bytes of float32 logits at one time. Every chunk reads the whole output weight again: on a GPU this is slow
+# unless some hundred tokens share it (an estimate); on a CPU larger chunks are not faster (bench/head.py).
 CHUNK_BYTES = (256 if torch.cuda.is_available() else 64) * 2**20
 NO_SECOND = "this function has no second derivative; leave create_graph=True out"
 CAST_BLOCK = 2**24  # numbers of a bfloat16 output weight that are held in float32 at one time, on a CPU: 64 MiB
@@ -52,8 +52,8 @@ class LogProbHead(nn.Module):
 
     def logits(self, hidden: Tensor, buffer: Tensor | None = None, own: tuple = ()) -> Tensor:
         """(C, D) -> (C, V), float32 or better: cap tanh(s (W h + b) / cap), or s (W h + b) without a cap; s is `scale`.
-        Written into the first C rows of `buffer`, which all chunks share, or into memory of their own. `own`: W and b,
-        in a backward pass those of the forward pass, which functional_call may have lent to this module."""
+        Written into the first C rows of `buffer`, which all chunks share, or into new memory. `own`: W and b to use in
+        place of the module's; backward gives those of forward, since functional_call puts its own there for a call."""
         weight, bias = own or (self.weight, self.bias)
         if buffer is None:
             buffer = hidden.new_empty(len(hidden), len(weight), dtype=torch.promote_types(hidden.dtype, torch.float32))

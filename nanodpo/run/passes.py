@@ -48,8 +48,8 @@ def row_weights(examples: list[Example], without: frozenset[int] = frozenset()) 
 
 
 def say_unvisited(run: Run) -> None:
-    """Names the rows of --without_rows that no step comes to from which on they are left out, in a run of less than an
-    epoch or in a fork: leaving them out changes nothing."""
+    """Names the rows of --without_rows that no step visits from the one on at which they begin to be left out (the
+    run is shorter than an epoch, or a fork): leaving these rows out changes nothing."""
     if not run.without_rows:
         return
     first, examples = fork.first_step_with("--without_rows", run.facts), run.train_set.examples
@@ -97,7 +97,8 @@ def _open_reference(run: Run):
 
 
 def _compute_references(run: Run) -> None:
-    """A function of its own, at whose end nothing holds the model of --reference but the run."""
+    """A separate function: when it returns, only the run still holds the model of --reference, which can then be freed.
+    """
     n, batch = len(run.train_set.examples), run.args.per_device_train_batch_size
     # The micro-batches are those of training's first epoch: at step 0 policy and reference agree to the last bit.
     steps = [pairs_of_step(n, run.pairs_per_step, run.args.seed, step, run.row_starts)
@@ -119,18 +120,18 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
     fingerprint = {"model_name": settings["reference"] or settings["model_name"], "data_path": name,
                    "weights": run.reference_hash or run.start_hash, "bf16": args.bf16,
                    "data": reference.token_hash(data.examples), "layout": layout, "attention": attention,
-                   # Stage 3 has matrix products of its own, which round otherwise.
+                   # Stage 3 has matrix products of its own, which round differently.
                    "zero": stage, "device": distributed.device_name(run.device), "versions": record.versions()}
     if run.device.type == "cuda":
-        # The text stands for a way to compute: norms in several passes, and sums in bfloat16, rounded otherwise.
+        # The text names a way to compute: norms in several passes, and sums in bfloat16, would round differently.
         fingerprint |= {"on a GPU": ["norms in one pass, sums in float32", args.deterministic]}
-    if args.sequence_parallel_size > 1:  # products of parts of a batch round otherwise, too
+    if args.sequence_parallel_size > 1:  # products of parts of a batch round differently, too
         fingerprint |= {"ranks that share a batch": args.sequence_parallel_size}
     if run.device.type == "cpu" and (threads := torch.get_num_threads()) > 1:  # as do parts of a product
         fingerprint |= {"threads": threads}
     if args.bf16 or run.device.type == "cuda" or not _rounds_row_by_row(model, layout):
-        # How many ranks share them changes none: steps are cut into micro-batches before they are shared, and those of
-        # an evaluation are in the order of the data, so that they are others where it is what the run trains on.
+        # Here a number depends on which pairs share its micro-batch. The number of ranks does not matter: a step is cut
+        # into micro-batches before ranks share them. Training shuffles the pairs, an evaluation takes them in order.
         n = len(data.examples)
         order = [args.seed, batch, len(steps[0])] if data is run.train_set else ["in order", min(batch, n)]
         fingerprint |= {"batches": order}
@@ -208,7 +209,7 @@ def evaluate(run: Run) -> None:
 
 
 def measure_noise(run: Run) -> dict[str, float]:
-    """The standard deviation that bfloat16's rounding gives one pair's numbers, nats, by metric; see noise.py."""
+    """How much bfloat16's rounding changes one pair's numbers: a standard deviation, nats, by metric; see noise.py."""
     examples, args = run.train_set.examples, run.args
     sides = run.train_set.sides
     pairs = pairs_of_step(len(examples), noise.count(run.steps * run.pairs_per_step), args.seed, 0, run.row_starts)
