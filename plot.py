@@ -5,7 +5,7 @@
                                                     from one another's checkpoints one after the other
     python plot.py --scores scores.parquet          the dynamics in files of score.py alone
     python plot.py SFT_RUN DPO_RUN --phases         dynamics of runs that followed one another, on one axis
-    python plot.py RUN FORK --diff                  the second run less the first, with the fork's step
+    python plot.py RUN FORK --diff                  the second run minus the first, with the fork's step
     python plot.py RUN --heatmap                    every example of a run at every checkpoint
     python plot.py RUN --scatter ches chosen.mean_logps     CHES before training against how far chosen moved, by row
     python plot.py RUN --ledger                     which training pairs moved the log-probs, from ledger.parquet
@@ -82,8 +82,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
                                                    "implausible tokens and right answers.")
     one = figures.add_mutually_exclusive_group()
     one.add_argument("--phases", action="store_true", help="Dynamics of the RUNs one after the other, in this order.")
-    one.add_argument("--diff", action="store_true", help="Two RUNs and, below, the second less the first: of a run and "
-                     "its fork, what the change did.")
+    one.add_argument("--diff", action="store_true", help="Two RUNs and, below, the second minus the first: of a run "
+                     "and its fork, what the change did.")
     one.add_argument("--heatmap", action="store_true", help="Examples x checkpoints: how far each moved.")
     one.add_argument("--scatter", nargs=2, metavar=("X", "Y"), help="One measure of each row against another, each "
                      f"{HELP}; else X is at the first step, and Y the change.")

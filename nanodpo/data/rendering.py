@@ -194,8 +194,8 @@ def _every_reply(template: Template, messages: list[dict], earlier: list[int], l
 
 
 def _end_of_earlier(template: Template, said: str, start: int, whole: str) -> int:
-    """Where an answer ends that the template writes otherwise than `said`, its form as the last one; 0 where it is not
-    found. gpt-oss closes the last answer with another token; Qwen3 leaves out what was thought before the others."""
+    """Where an answer ends that the template writes differently from `said`, its form as the last one; 0 where it is
+    not found. gpt-oss closes the last answer with another token; Qwen3 leaves out the thoughts before the others."""
     if whole.startswith(said):
         token = next((token for token in added_tokens(template.tokenizer) if whole.startswith(token, len(said))), "")
         return len(said + token) if token else 0

@@ -1,4 +1,4 @@
-"""The figure of a difference: the curves of two runs and below them, step by step, the second's less the first's.
+"""The figure of a difference: the curves of two runs and below them, step by step, the second's minus the first's.
 
 The runs may be any two; of a run and its fork the difference is exactly 0 up to the fork's step, which is marked, and
 later steps have the same pairs in both, so that no part of the difference is that of other data.
@@ -115,7 +115,7 @@ def scored_difference_figure(scores: pandas.DataFrame, runs: list[str], columns:
 
 
 def subtract(first: list[dict], second: list[dict]) -> list[dict]:
-    """The second run's lines less the first's: of each step the metrics that both have, training and evaluation each
+    """The second run's lines minus the first's: of each step the metrics that both have, training and evaluation each
     in a line of its own."""
     def by_step(lines):
         return {(line["step"], is_evaluation(line)): line for line in lines}

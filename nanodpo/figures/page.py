@@ -207,7 +207,7 @@ def _pack_risers(steps: list, n: int, least: float, names: dict) -> dict | None:
 
 
 def _moves(values: np.ndarray) -> str:
-    """(steps, n) numbers as letters: whole, the first step's as they are, each other's less the step before."""
+    """(steps, n) numbers as letters: whole, the first step's as they are, each other's minus the step before."""
     return letters(np.diff(np.round(values), axis=0, prepend=0))
 
 

@@ -35,7 +35,7 @@ PANELS = {REWARDS: OF_REWARDS, FREE_REWARDS: OF_REWARDS, MOVED: {side: f"moved/{
           LOGPS: {side: f"logps_per_token/{side}" for side in SIDES}}
 WORDS = {LOGPS: "mean log-prob per token (nats)", REWARDS: "rewards (nats)",
          FREE_REWARDS: "rewards without a reference, beta times the log-prob of a response (nats)",
-         MOVED: "log-prob per token less the reference's (nats)"}
+         MOVED: "log-prob per token minus the reference's (nats)"}
 
 
 def training_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, Facts] | None = None):

@@ -12,7 +12,7 @@ fork.py. To the state of step k belong the lines of metrics.jsonl before step k,
 ZeRO cuts a parameter wherever a rank's share ends. So a file has parts of parameters, flat: "exp_avg/<name>/1024" is
 a moment of the parameter <name> from its element 1024 on, as far as it goes. Whoever goes on reads the elements that it
 is to have, from whichever files have them, and no others. With another number of ranks sums over them are rounded
-otherwise: the run is then the same as far as arithmetic allows. So it is with another ZeRO stage.
+differently: the run is then the same as far as arithmetic allows. So it is with another ZeRO stage.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ So each part g of a step's gradient made <Q_j, g> of the change, and all of thes
 Effects. If a part of a step's gradient had weighed a little more, d and the clipping would have changed as well. The
 derivative of f at the end by the logarithm of that weight, for gradients of later steps as they were, is <A_j, g>:
 
-    A_j = Q'_j + 2 g_j R_j  less its part along G_j where the step was clipped
+    A_j = Q'_j + 2 g_j R_j  minus its part along G_j where the step was clipped
     Q' is Q with P = grad f(end);   R_j = b2 R_{j+1} + (1 - b2) rate_j grad f(end) m_j / (2 (1 - b1^t) d_j^2 s_j)
 
 with s_j = sqrt(v_j (1 - b2^t)). Shares tell what made the change; effects tell what one change would have done, to

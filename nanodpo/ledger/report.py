@@ -13,7 +13,7 @@ from .sweeps import DECAY, Found
 SOURCES = ("chosen", "rejected", "weight_decay")
 PAIR = ["pair", "chosen_answer", "rejected_answer"]  # the row, and the numbers of the answers in its lists
 WORST = 3  # pairs that are named
-UNRELIABLE = 0.05  # of the change a residual, and of all that the steps moved what they moved otherwise than foreseen
+UNRELIABLE = 0.05  # of the change a residual, and of all that the steps moved the part that was not foreseen
 OVERDONE = 30  # times what all steps moved: the sizes of all shares
 BEGINNING = 0.5  # of these sizes: the part of the first update
 

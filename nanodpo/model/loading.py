@@ -248,7 +248,7 @@ def check_base(hashes: list[str], base: str, record: dict, run) -> None:
         then, now = record.get("versions", {}).get("transformers"), importlib.metadata.version("transformers")
         if then == now:
             raise UserError(f"{base}: its config.json is not the one that {run} was trained with; {back}")
-        say(f"{base}: transformers {now} reads its config otherwise than {then}, under which {run} was trained")
+        say(f"{base}: transformers {now} reads its config differently from {then}, under which {run} was trained")
 
 
 def load_reference(source: Source | None, adapter_off: bool, args, shared: dict | None) -> nn.Module | None:

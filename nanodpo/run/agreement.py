@@ -78,8 +78,8 @@ def _shown(value) -> str:
 
 
 def flags(arguments: dict) -> dict:
-    """The settings by the names of their flags, less FREE. Of a loss of the user's own its function's name counts; the
-    hash of its file is compared, too."""
+    """The settings by the names of their flags, without FREE. Of a loss of the user's own its function's name counts;
+    the hash of its file is compared, too."""
     found = {f"--{name}": value for name, value in arguments.items() if name not in FREE}
     return found | ({"--loss": (loss_name(arguments["loss"]), arguments["loss"])} if "loss" in arguments else {})
 

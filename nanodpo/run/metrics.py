@@ -41,7 +41,7 @@ A line of metrics.jsonl has besides
     skipped_steps            updates that were left out up to and including this one, see --skip_nonfinite
     perf/step_seconds        of the whole step with its update, on rank 0; without evaluation and saving
     perf/tokens_per_second   this step's part of num_tokens by step_seconds
-    mem/peak_gib             rank 0's most so far: what torch had allocated on the GPU, or the process's memory on CPU
+    mem/peak_gib             rank 0's peak so far: what torch had allocated on the GPU, or the process's memory on CPU
 
 Lines of an evaluation have step, epoch and the means above as eval_<name>, over the whole held-out set under
 checkpoint-<step>'s weights. Values that are not finite, those of a step that was left out, are absent.
@@ -59,7 +59,7 @@ from ..core.packing import Batch
 from ..data.example import SIDES
 from ..ranks.distributed import sum_over_ranks
 
-# Where a logit less the largest may be -inf, this stands for it: its exp is 0, and 0 times it is 0 where 0 times -inf
+# Where a logit minus the largest may be -inf, this stands for it: its exp is 0, and 0 times it is 0 where 0 times -inf
 # would be NaN.
 LOWEST = -1e4
 
@@ -110,9 +110,9 @@ class TokenMetrics:
         self.linear = module.head.cap is None and module.head.bias is None
 
     def __call__(self, chunk, z: Tensor, hidden: Tensor, d_hidden: Tensor | None) -> None:
-        """`z`: logits less the largest, where it needs them; `d_hidden`: the gradient of the log-probs with respect to
+        """`z`: logits minus the largest, where it needs them; `d_hidden`: the gradient of the log-probs with respect to
         the hidden states, where there is one."""
-        # A target's log-prob is its logit less lse: the same subtraction, bit by bit, where its logit is the largest.
+        # A target's log-prob is its logit minus lse: the same subtraction, bit by bit, where its logit is the largest.
         found = {"mean_token_accuracy": chunk.logps == chunk.top - chunk.lse}
         if self.needs_logits:
             # logsumexp(z) - E[z], which stays as it is where one number, the largest logit, is taken from all z.

@@ -95,7 +95,7 @@ def final_answer(text: str, marked: bool = False) -> str | None:
 
 
 def plain_number(text: str) -> str:
-    """A number without what others write otherwise: spaces and commas within, zeros at its end.
+    """A number without what others write differently: spaces and commas within, zeros at its end.
 
     >>> plain_number("1,205.50"), plain_number(".5"), plain_number("1 / 2"), plain_number("1.5E+3")
     ('1205.5', '0.5', '1/2', '1.5e3')

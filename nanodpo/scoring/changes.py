@@ -53,7 +53,7 @@ def of_pairs(pairs: pandas.DataFrame, last, phase: str) -> dict[str, dict]:
     if phase in ("", "sft") or not len(pairs):
         return {}
     numbers, end = {}, pairs[pairs["step"] == last].set_index(ROW)
-    if phase == "dpo":  # other losses weigh a pair otherwise
+    if phase == "dpo":  # other losses weigh a pair differently
         # Rejected's: chosen's has the part of --sft_weight in it.
         numbers = {"weight": mean(end["weights/rejected"]),
                    "weight at the start": mean(pairs[pairs["step"] == 0].set_index(ROW)["weights/rejected"])}

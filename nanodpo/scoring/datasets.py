@@ -222,7 +222,7 @@ def open_dataset(name: str, reader: Reader, settings, wanted: Wanted) -> Respons
 
 
 def check_leads(checkpoints: list[Checkpoint], data: ResponseSet) -> None:
-    """Raises UserError for prompts that open otherwise than those of a checkpoint's run."""
+    """Raises UserError for prompts that open differently from those of a checkpoint's run."""
     found = prompt_leads(data.template, (example.prompt for example in data.examples))
     for run, known in {c.run: c.settings.prompt_leads for c in checkpoints if c.settings.prompt_leads}.items():
         seen = {*known}

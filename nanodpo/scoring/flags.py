@@ -97,8 +97,8 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     if twice := [kind for kind in args.responses or [] if args.responses.count(kind) > 1]:
         raise UserError(f"--responses: {twice[0]} is named twice")
     if "gap" in (args.responses or []):
-        raise UserError("--responses gap: summary.csv has the gap of chosen to rejected under this name; call the "
-                        "column otherwise")
+        raise UserError("--responses gap: summary.csv has the gap of chosen to rejected under this name; give the "
+                        "column another name")
     args.targets += [args.model_path] if args.model_path else []
     args.targets = args.targets or [newest_run(Path("runs"))]
     args.own = not args.dataset_path

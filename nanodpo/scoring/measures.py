@@ -73,7 +73,7 @@ def _measure(z: Tensor, p: Tensor, targets: Tensor, plausible: Sets | None, on_c
     measures, and the plausible tokens. Hands `on_chunk` the probabilities."""
     # Counted in p's memory: a CPU sums truth values thirty times slower, and float32 holds all integers up to 2^24.
     rank = 1 + torch.gt(z, z.gather(1, targets[:, None]), out=p).sum(1).int()
-    chunk = chunk_logps(z, targets, p)  # from here on z is less the largest logit
+    chunk = chunk_logps(z, targets, p)  # from here on z is logit minus largest logit
     p.div_(chunk.total[:, None])
     found = {"logps": chunk.logps, "argmax_logps": chunk.top - chunk.lse, "rank": rank}
     if on_chunk:

@@ -81,7 +81,7 @@ def open_own_losses(checkpoints: list[Checkpoint]) -> list[str]:
 
 @functools.cache
 def machine() -> str:
-    """The device and the libraries: another device or library rounds otherwise."""
+    """The device and the libraries: another device or library rounds differently."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return f"{device_name(device)} {json.dumps(versions())}"
 

@@ -157,7 +157,7 @@ def _ordered(table: pandas.DataFrame, work: Work) -> pandas.DataFrame:
 
 
 def join(folder: Path, work: list[Work], parts: Parts, runs: dict) -> dict[str, pandas.DataFrame]:
-    """Writes the output files; `runs` are the settings of each run by name. Returns the tables, less tokens,
+    """Writes the output files; `runs` are the settings of each run by name. Returns the tables without tokens,
     which may be larger than memory, as "tenths" the sections' lines of chosen's tenths, row by row, at the first and
     the last step of each run, and as "risers" those of risers.csv."""
     tables = {name: _concat([table_of(item, parts, name) for item in work]) for name in TABLES}

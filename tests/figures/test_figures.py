@@ -643,7 +643,7 @@ def test_log_probs_are_drawn_less_the_references(tmp_path, draw):  # noqa: F811
     assert fig.axes[panel].get_ylabel() == RELATIVE and values == list(moved)
     assert points(fig, "a eval_moved/chosen")[1:] == ([0, 2], [0.0, 0.25])
     assert "log-prob (nats per token)" not in [ax.get_ylabel() for ax in fig.axes]
-    assert "log-prob per token less the reference's (nats)" in found["captions"]["training"]
+    assert "log-prob per token minus the reference's (nats)" in found["captions"]["training"]
     drawn = {line.get_label(): line for line in fig.axes[panel].get_lines()}
     assert drawn["a eval_moved/chosen"].get_linewidth() > drawn["a moved/chosen"].get_linewidth()
 
