@@ -48,8 +48,8 @@ def row_weights(examples: list[Example], without: frozenset[int] = frozenset()) 
 
 
 def say_unvisited(run: Run) -> None:
-    """Names the rows of --without_rows that no step visits from the one on at which they begin to be left out (the
-    run is shorter than an epoch, or a fork): leaving these rows out changes nothing."""
+    """Names the rows of --without_rows that no step visits: of a fork, no step from its first one on. Leaving them out
+    changes nothing."""
     if not run.without_rows:
         return
     first, examples = fork.first_step_with("--without_rows", run.facts), run.train_set.examples
