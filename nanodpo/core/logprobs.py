@@ -96,7 +96,7 @@ class Chunk(NamedTuple):
     """A chunk of tokens under the model: (C,) each, but `exps`. A gradient that is made of it overwrites `exps`."""
 
     logps: Tensor  # of each target, nats
-    lse: Tensor  # logsumexp of the logits, nats
+    behind: Tensor  # the target's logit minus the largest one: 0 where no token is likelier
     top: Tensor  # the largest logit
     exps: Tensor  # (C, V): exp(logits - top)
     total: Tensor  # the sum of `exps`
@@ -107,12 +107,12 @@ def chunk_logps(z: Tensor, targets: Tensor, exps: Tensor | None = None) -> Chunk
     gradient from the exponentials, score.py its measures. Overwrites z: with z - top where `exps` is memory for the
     exponentials, else with the exponentials."""
     top = z.amax(1)
-    picked = z.gather(1, targets[:, None]).squeeze(1)
     z.sub_(top[:, None])  # no exponential is above 1 then, none overflows
+    behind = z.gather(1, targets[:, None]).squeeze(1)
     exps = torch.exp(z, out=z if exps is None else exps[: len(z)])
     total = exps.sum(1)
-    lse = top + total.log()
-    return Chunk(picked - lse, lse, top, exps, total)
+    # Not logit - logsumexp: both are rounded at their own size, which may be far above that of their difference.
+    return Chunk(behind - total.log(), behind, top, exps, total)
 
 
 def _logit_grad(exps: Tensor, total: Tensor, targets: Tensor, slope: Tensor | float | None) -> Tensor:
@@ -135,7 +135,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, head):
         ctx.head, on_chunk = head, head.on_chunk
         logps = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        lse = torch.empty_like(logps)
+        top, total = torch.empty_like(logps), torch.empty_like(logps)
         ctx.trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
         dlogp_dh = torch.empty_like(hidden) if hidden.requires_grad and not ctx.trainable else None
         # One buffer for all chunks, and all arithmetic inside it: allocating would take longer than the arithmetic.
@@ -147,13 +147,13 @@ class _TokenLogProbs(torch.autograd.Function):
             z = head.logits(hidden[here], buffer, (weight, bias))
             slope = None if dlogp_dh is None else head.slope(z)  # before exponentials overwrite z
             chunk = chunk_logps(z, targets[here], exps)
-            logps[here], lse[here] = chunk.logps, chunk.lse
+            logps[here], top[here], total[here] = chunk.logps, chunk.top, chunk.total
             if dlogp_dh is not None:
                 gradient = head.times_weight(_logit_grad(chunk.exps, chunk.total, targets[here], slope), weight)
                 dlogp_dh[here] = gradient  # rounded to the dtype of the hidden states
             if on_chunk:
                 on_chunk(chunk, z, hidden[here], gradient)
-        saved = (hidden, weight, bias, targets, lse) if ctx.trainable else (dlogp_dh,)
+        saved = (hidden, weight, bias, targets, top, total) if ctx.trainable else (dlogp_dh,)
         ctx.save_for_backward(*saved)
         return logps
 
@@ -164,16 +164,16 @@ class _TokenLogProbs(torch.autograd.Function):
         if not ctx.trainable:
             (dlogp_dh,) = ctx.saved_tensors
             return (dlogp_dh * grad[:, None]).to(dlogp_dh.dtype), None, None, None, None
-        (hidden, weight, bias, targets, lse), head = ctx.saved_tensors, ctx.head
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=lse.dtype)
-        d_bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
-        buffer = hidden.new_empty(min(head.chunk_size, len(hidden)), len(weight), dtype=lse.dtype)
+        (hidden, weight, bias, targets, top, total), head = ctx.saved_tensors, ctx.head
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=top.dtype)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=top.dtype)
+        buffer = hidden.new_empty(min(head.chunk_size, len(hidden)), len(weight), dtype=top.dtype)
         for i in range(0, len(hidden), head.chunk_size):
             here = slice(i, i + head.chunk_size)
             z = head.logits(hidden[here], buffer, (weight, bias))
             slope = head.slope(z)
-            exps = z.sub_(lse[here, None]).exp_()  # probabilities, so their total is 1
-            dz = _logit_grad(exps, torch.ones_like(lse[here]), targets[here], slope).mul_(grad[here, None])
+            exps = z.sub_(top[here, None]).exp_()
+            dz = _logit_grad(exps, total[here], targets[here], slope).mul_(grad[here, None])
             d_hidden[here] = head.times_weight(dz, weight)
             d_weight += (torch.mm(dz.bfloat16().T, hidden[here].bfloat16(), out_dtype=dz.dtype) if head.bf16 else
                          dz.T @ hidden[here].to(dz.dtype))

@@ -112,8 +112,7 @@ class TokenMetrics:
     def __call__(self, chunk, z: Tensor, hidden: Tensor, d_hidden: Tensor | None) -> None:
         """`z`: logits minus the largest, where it needs them; `d_hidden`: the gradient of the log-probs with respect to
         the hidden states, where there is one."""
-        # A target's log-prob is its logit minus lse: the same subtraction, bit by bit, where its logit is the largest.
-        found = {"mean_token_accuracy": chunk.logps == chunk.top - chunk.lse}
+        found = {"mean_token_accuracy": chunk.behind == 0}
         if self.needs_logits:
             # logsumexp(z) - E[z], which stays as it is where one number, the largest logit, is taken from all z.
             mean = torch.linalg.vecdot(chunk.exps, z.clamp_(min=LOWEST)) / chunk.total

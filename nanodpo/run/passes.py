@@ -120,6 +120,7 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
     fingerprint = {"model_name": settings["reference"] or settings["model_name"], "data_path": name,
                    "weights": run.reference_hash or run.start_hash, "bf16": args.bf16,
                    "data": reference.token_hash(data.examples), "layout": layout, "attention": attention,
+                   "log-softmax": "of logits minus the largest",  # names a way to compute: an earlier one rounded more
                    # Stage 3 has matrix products of its own, which round differently.
                    "zero": stage, "device": distributed.device_name(run.device), "versions": record.versions()}
     if run.device.type == "cuda":

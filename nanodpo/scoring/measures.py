@@ -75,10 +75,11 @@ def _measure(z: Tensor, p: Tensor, targets: Tensor, plausible: Sets | None, on_c
     rank = 1 + torch.gt(z, z.gather(1, targets[:, None]), out=p).sum(1).int()
     chunk = chunk_logps(z, targets, p)  # from here on z is logit minus largest logit
     p.div_(chunk.total[:, None])
-    found = {"logps": chunk.logps, "argmax_logps": chunk.top - chunk.lse, "rank": rank}
+    log_total = chunk.total.log()
+    found = {"logps": chunk.logps, "argmax_logps": 0 - log_total, "rank": rank}  # not -log_total, which may be -0
     if on_chunk:
         on_chunk(p)
-    found["entropy"] = -z.sub_(chunk.total.log()[:, None]).clamp_(min=LOWEST).mul_(p).sum(1)
+    found["entropy"] = -z.sub_(log_total[:, None]).clamp_(min=LOWEST).mul_(p).sum(1)
     if plausible is None:
         place, ids = (p >= IMPLAUSIBLE).nonzero(as_tuple=True)
         plausible = place.bincount(minlength=len(p)), None, ids, p[place, ids]

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanodpo.core.attention import LOOP
-from nanodpo.core.logprobs import LogProbHead, SequenceLogProbs, sum_by_sequence
+from nanodpo.core.logprobs import LogProbHead, SequenceLogProbs, chunk_logps, sum_by_sequence
 from nanodpo.core.packing import pack, pad
 
 N, D, V = 23, 12, 31
@@ -280,6 +280,18 @@ def test_on_a_gpu_logits_are_never_bfloat16():
         logits = F.linear(hidden.double(), layer.weight.double(), layer.bias.double() if bias else None)
         truth = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
         assert (LogProbHead(layer)(hidden, targets).double() - truth).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("offset", [0.0, 24.0, 8192.0])
+def test_a_log_prob_has_the_digits_of_its_own_size(offset):
+    """Whatever the size of the logits: log softmax stays as it is where all of them grow by one number. The sum of two
+    tokens' probabilities is 1, so the likelier one's log-prob is -log(1 + e^-d), which is 8e-7 for d = 14."""
+    distances = [0.0, 2.0, 8.0, 14.0]
+    logits = torch.tensor([[0.0, -d] for d in distances]) + offset  # exact in float32
+    for target, gap in ((0, 0.0), (1, 1.0)):
+        truth = [-gap * d - math.log1p(math.exp(-d)) for d in distances]
+        logps = chunk_logps(logits.clone(), torch.full((4,), target)).logps
+        assert logps.tolist() == pytest.approx(truth, rel=1e-6, abs=6e-8)  # abs: the step of float32 below 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
