@@ -179,7 +179,7 @@ def state(run: Path, step: int, lines: list[tuple[str, dict]], owners: list[str]
     if isinstance(facts, str):
         return facts
     if facts.get("tensors") != LAYOUT:
-        return "was written by another version of nanodpo, with which the run can go on"
+        return "was written by another version of nanodpo; with that version (run.json: git_commit) the run can go on"
     if facts.get("run") not in owners:
         return FOREIGN
     if any(type(facts.get(name)) is not int for name in ("tokens", "skipped", *COUNTERS)):

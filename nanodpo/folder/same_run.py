@@ -42,6 +42,8 @@ def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False)
                       f"start from its end in a new --output_dir: --model_name {shlex.quote(str(last))} (for DPO that "
                       "is then the reference, too, unless --reference names another); for one longer run, name a new "
                       "--output_dir alone")
+        elif (commit := old.get("git_commit")) != new.get("git_commit") and not any(name[0] == "-" for name in names):
+            advice = f"go on with the version of nanodpo that began it, commit {commit}, or name a new folder"
         raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); {advice}")
 
 
@@ -73,8 +75,17 @@ def _same_own_loss(old: dict, new: dict) -> bool:
 
 
 def in_words(different: list[tuple]) -> str:
-    """The pairs of `differences` in words, for a message."""
-    return ", ".join(f"{name}: {_short(was)} -> {_short(is_now)}" for name, was, is_now in different)
+    """The entries of `differences` in words, for a message."""
+    return ", ".join(f"{name}: {_short(was)} -> {_short(is_now)}"
+                     for one in different for name, was, is_now in _parts(*one))
+
+
+def _parts(name: str, was, now) -> list[tuple]:
+    """(name, value before, value now); of two dictionaries those of their entries that are others now."""
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return [(name, was, now)]
+    keys = [key for key in was | now if was.get(key) != now.get(key)]
+    return [part for key in keys for part in _parts(f"{name}.{key}", was.get(key), now.get(key))]
 
 
 def changed_machine(old: dict, new: dict) -> str:

@@ -2,6 +2,7 @@
 """
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas
@@ -209,7 +210,8 @@ def test_a_run_goes_on_with_another_zero_stage(tiny, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"zero_optimization": {"stage": 2}, "wall_clock_breakdown": True}))
     codes, said = forked(TRAIN, *flags(tiny, run, *more, "--deepspeed", other))
-    assert codes == [2] and "holds a run with other settings (deepspeed: " in said, said
+    assert codes == [2], said
+    assert "holds a run with other settings (deepspeed.wall_clock_breakdown: null -> true, " in said
 
 
 @pytest.mark.slow
@@ -264,6 +266,21 @@ def test_epochs_beside_a_number_of_steps_make_no_other_run():
     assert same_run.differences(made(1.0, -1), made(2.0, -1)) == [("--num_train_epochs", 1.0, 2.0)]
     assert {"--max_steps", "--num_train_epochs"} == {name for name, *_ in same_run.differences(
         made(1.0, -1), made(2.0, 3))}
+
+
+def test_a_run_of_another_version_is_said_to_be_one():
+    """Where no flag differs, other settings of DeepSpeed come from another version, and only what differs is shown."""
+    def made(commit, **more):
+        return {"world_size": 1, "steps": 3, "arguments": elastic.DEFAULTS, "git_commit": commit,
+                "deepspeed": {"zero_optimization": {"stage": 2}, "timers": more}}
+
+    begun = "go on with the version of nanodpo that began it, commit abc, or name a new folder"
+    same = "give it the same ones to go on with it, or name a new folder"
+    for commit, advice in (("def", begun), ("abc", same)):
+        with pytest.raises(UserError) as refused:
+            same_run.check_same(Path("run"), made("abc"), made(commit, enabled=False))
+        assert str(refused.value) == ("--output_dir run: holds a run with other settings (deepspeed.timers.enabled: "
+                                      f"null -> false); {advice}")
 
 
 def test_the_same_steps_are_the_same_run():

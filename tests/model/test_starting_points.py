@@ -256,7 +256,7 @@ def test_a_killed_run_with_dora_goes_on_to_the_bit(tiny, other, tmp_path):
     assert forked(ROOT / "tests" / "faulty.py", "kill@3:0", *runs["killed"])[0] == [137]
     file.write_text(json.dumps(SETTINGS | {"use_dora": True}))
     codes, said = forked(ROOT / "train.py", *runs["killed"])
-    assert codes == [2] and "holds a run with other settings (peft_config: " in said
+    assert codes == [2] and "holds a run with other settings (peft_config.use_rslora: true -> null, " in said
     described(tmp_path, "rslora-dora")
     codes, said = forked(ROOT / "train.py", *runs["killed"])
     assert codes == [0] and "going on at step 2" in said
