@@ -131,7 +131,8 @@ def train_step(run: Run, guard: StepGuard) -> dict[str, float]:
     pairs = pairs_of_step(len(examples), run.pairs_per_step, args.seed, run.step, run.row_starts)  # their indices
     sides = run.trained_sides  # chosen and rejected; for SFT chosen alone
     # The loss of a step is sum(row weight * loss of the pair) / divisor. The divisor is the sum of the row weights (1
-    # without a column `weight`); for sft it is the sum of row weight * scored tokens of chosen.
+    # without a column `weight`); for sft it is the sum of row weight * scored tokens of chosen. A row of --without_rows
+    # has the loss 0, but counts in the divisor: leaving it out makes no other row count for more.
     divisor = loss_divisor(args.loss, [examples[k] for k in pairs])
     rate = learning_rate(run.step, run.steps, args.learning_rate, args.warmup_steps, args.lr_scheduler_type)
     for group in engine.optimizer.param_groups:
