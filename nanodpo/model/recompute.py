@@ -105,11 +105,14 @@ class FitToMemory:
 
 
 def sample_batch(layout: str, config, device, tokens: int):
-    """A batch of about so many tokens to measure with: two responses to a prompt."""
-    prompt = tokens // 16
-    ids = torch.arange(tokens).remainder(config.get_text_config().vocab_size).tolist()
-    sides = [ids[prompt : (tokens + prompt) // 2], ids[(tokens + prompt) // 2 :]]
-    return LAYOUTS[layout]([(ids[:prompt], sides)]).to(device)
+    """A batch of about so many tokens to measure with: two responses to a prompt, again where the model's context is
+    shorter than that."""
+    text = config.get_text_config()
+    size = min(tokens, getattr(text, "max_position_embeddings", None) or tokens)
+    prompt = max(1, size // 16)
+    ids = torch.arange(size).remainder(text.vocab_size).tolist()
+    sides = [ids[prompt : (size + prompt) // 2], ids[(size + prompt) // 2 :]]
+    return LAYOUTS[layout]([(ids[:prompt], sides)] * math.ceil(tokens / size)).to(device)
 
 
 def peak_bytes(module: nn.Module, batch) -> int:

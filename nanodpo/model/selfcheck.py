@@ -142,12 +142,15 @@ def memory_is_linear(config, attention: str, longest: int) -> bool:
 
 def _random_groups(config, longest: int) -> list[Group]:
     """Groups of random token ids: short and long, of unequal lengths, prompts and responses of one token, two responses
-    to a prompt; and longer than the model's attention window, where the run's longest sequence is."""
+    to a prompt; and longer than the model's attention window, where the run's longest sequence is. None is longer than
+    the model's context."""
     draw = torch.Generator().manual_seed(0)
     shape = [(9, [14, 5]), (1, [7, 7]), (16, [3, 1]), (40, [24, 33])]
     windows = {getattr(config, name, None) for name in WINDOWS}
     windows.add((getattr(config, "index_block_size", None) or 0) * (getattr(config, "index_topk_blocks", None) or 0))
     shape += [(window - 8, [24, 24]) for window in windows if window and 8 < window < longest]
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    shape = [(max(1, min(p, context - max(rs))), [min(r, context - 1) for r in rs]) for p, rs in shape]
     return [(torch.randint(config.vocab_size, (p,), generator=draw).tolist(),
              [torch.randint(config.vocab_size, (r,), generator=draw).tolist() for r in rs]) for p, rs in shape]
 

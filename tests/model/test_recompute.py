@@ -19,11 +19,11 @@ from nanodpo.core.packing import pack, pad
 from nanodpo.errors import UserError
 from nanodpo.model import recompute
 from nanodpo.model.layers import fuse_lora, keep_less
-from nanodpo.model.recompute import MODES, FitToMemory, Recompute, _Live, peak_bytes
-from nanodpo.model.selfcheck import memory_is_linear
+from nanodpo.model.recompute import MODES, FitToMemory, Recompute, _Live, peak_bytes, sample_batch
+from nanodpo.model.selfcheck import choose_layout, memory_is_linear
 from nanodpo.ranks.gpu import use_expandable_segments
 
-R = 2
+R, CPU = 2, torch.device("cpu")
 
 
 def prepared(family: str, mode: str, lora: bool = True):
@@ -342,3 +342,18 @@ def test_rows_of_all_lengths_leave_no_holes():
     done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.05
+
+
+@pytest.mark.parametrize("family, name", [("gpt2", "n_positions"), ("opt", "max_position_embeddings")])
+def test_a_table_of_positions_may_be_shorter_than_what_is_tried(family, name):
+    """The self-check and --activation_memory make up batches; of a model that has learned 16 positions none is longer,
+    and a token takes what it takes where there are 1024."""
+    found = {}
+    for context in (16, 1024):
+        model = tiny(family, torch.float32, **{name: context, "max_position_embeddings": context}).requires_grad_(True)
+        module = SequenceLogProbs(model)
+        assert choose_layout(module, CPU, torch.float32, False) == ("packed", LOOP)
+        sample = functools.partial(sample_batch, "packed", model.config, CPU)
+        assert sample(512).position_ids.max() < context
+        found[context] = FitToMemory(Recompute(model), module, sample, 1e6).per_token
+    assert found[16] == pytest.approx(found[1024], rel=0.05)
