@@ -118,15 +118,16 @@ def sections_of(work: list[Work], parts: Parts) -> tuple[pandas.DataFrame, panda
 
 
 def _sections_of(work: Work, parts: Parts, is_end: bool) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """The same of one checkpoint and data set. `is_end`: it is at one of these steps; else there are no tenths."""
+    """The same of one checkpoint and data set. `is_end`: it is at one of these steps; else there are no tenths, as
+    where chosen is not scored."""
     table = _concat([parts.read(result.key, "sections") for result in work.of_kind("scores")])
     if not len(table):
         return table, table
     table = _ordered(table, work)
     found = _labelled(means(table, ["response", "section"]).drop(columns="median"), work)
-    if not is_end:
-        return found, pandas.DataFrame()
     tenths = table[(table["response"] == "chosen") & table["section"].str.startswith("tenth")]
+    if not (is_end and len(tenths)):
+        return found, pandas.DataFrame()
     return found, _labelled(tenths, work)[TENTHS]
 
 

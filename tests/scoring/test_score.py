@@ -63,6 +63,16 @@ def table(run, tmp_path_factory):
     return scored(tmp_path_factory.mktemp("out"), run)
 
 
+@pytest.mark.parametrize("asked", [["rejected"], ["other", "shuffled"]])
+def test_responses_without_chosen(run, table, tmp_path, asked):
+    """They have the numbers that they have beside it, and a verdict."""
+    found = scored(tmp_path, run, "--responses", *asked).set_index(KEYS)
+    assert {*found.index.get_level_values("response")} == {*asked}
+    assert found["logps"].to_dict() == table[table.response.isin(asked)].set_index(KEYS)["logps"].to_dict()
+    (verdict,) = json.loads((tmp_path / "verdict.json").read_text())
+    assert verdict["last"] == 3 and "change of chosen" not in verdict["numbers"]
+
+
 def test_scores_are_those_of_plain_transformers(run, table, tiny):
     """Each response under each checkpoint, opened by plain PEFT, one sequence at a time, to 1e-6."""
     pairs = oracle.read_pairs(tiny / "train.jsonl")
