@@ -18,6 +18,7 @@ from .runs import newest_run, own_data
 
 OF_TRAIN = {"model_name": "name models as they are", "train_file_path": "--dataset_path names data",
             "eval_file_path": "--dataset_path names data", "per_device_eval_batch_size": "--max_tokens bounds a batch"}
+LEDGER_GIB = 4.0
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -44,8 +45,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         "the mean log-prob of the first so many rows, from step 0 to the last, over the training pairs "
                         "and their two sides: ledger.parquet, ledger.json; needs a run with --save_steps 1")
     parser.add_argument("--ledger_rows", type=int, nargs="+", metavar="ROW", help="also of each of these rows alone")
-    parser.add_argument("--ledger_memory", type=float, default=4.0, metavar="GIB", help="what the ledger may "
-                        "take beside the model, 4 by default; with less it goes through the run more often")
+    parser.add_argument("--ledger_memory", type=float, default=LEDGER_GIB, metavar="GIB", help="what the "
+                        f"ledger may take beside the model, {LEDGER_GIB:g} by default; with less it goes through the "
+                        "run more often")
     parser.add_argument("--answers", type=int, default=0, metavar="ROWS",
                         help="also let each checkpoint answer the first so many rows of each data set whose chosen "
                         r"response ends in a \boxed{...} or a number, greedily, and check that")
@@ -115,6 +117,8 @@ def check_ledger(args: argparse.Namespace) -> None:
     if bad := [row for row in args.ledger_rows if row < 0]:
         raise UserError(f"--ledger_rows {bad[0]}: must be the number of a row, from 0")
     if not (args.ledger or args.ledger_rows):
+        if args.ledger_memory != LEDGER_GIB:
+            raise UserError(f"--ledger_memory {args.ledger_memory:g}: this call makes no ledger; it goes with --ledger")
         return
     for name in ("tokens", "risers", "gradients", "answers"):
         if getattr(args, name):
