@@ -99,8 +99,8 @@ def score(argv: list[str]) -> None:
                 add_greedy(opener, checkpoints[0], data, parts, args.max_tokens)
             work = plan(checkpoints, datasets, parts, args.tokens, args.gradients, args.risers or 0)
             if args.gradients and not any(item.of_kind("gradients") for item in work):
-                raise UserError("--gradients: are of a pair, and of no data set both chosen and rejected are scored; "
-                                "leave it out, or name both in --responses")
+                raise UserError("--gradients: needs both responses of a pair, and of no data set chosen and rejected "
+                                "are scored; name both in --responses, or leave it out")
             score_all(opener, work, parts, args.max_tokens)
         distributed.leave()
         if distributed.is_main():

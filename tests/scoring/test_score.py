@@ -801,7 +801,7 @@ def test_wrong_input_is_one_line(run, tiny, tmp_path, capsys, monkeypatch):
             ([run, "--answers", "-1"], "--answers -1"), ([model, *data, "--gradients"], "has none"),
             ([run, "--gradient_checkpointing"], "no backward pass, and saves nothing"),
             ([run, "--ledger_memory", "1"], "--ledger_memory 1: this call makes no ledger"),
-            ([run, "--gradients", "--responses", "chosen"], "--gradients: are of a pair"),
+            ([run, "--gradients", "--responses", "chosen"], "--gradients: needs both responses of a pair"),
             ([run, "--gradients", "--responses", "rejected", "other"], "name both in --responses"),
             ([run, "--output_dir", file], "can't be written to")]:
         output = [] if "--output_dir" in flags else ["--output_dir", "out"]
