@@ -8,7 +8,7 @@ from matplotlib.patches import Patch
 
 from ..errors import UserError
 from ..files import parse_json, read_text
-from .axes import COLOURS, GREY, add_legend, grid, plain, wrap
+from .axes import COLOURS, GREY, add_legend, grid, listed, plain, wrap
 from .noise import Marks, Noise
 from .tables import read_parquet
 
@@ -62,7 +62,8 @@ def ledger_figure(folder: Path, columns: int, noise: Noise | None = None):
     doubts = [f" Of {record['response']} on {record['dataset']} the shares are {why}." for record in records
               for why in record.get("doubts", [])]
     first = records[0]
-    caption = (f"What changed the mean log-prob per token over {first['rows']} rows of {first['dataset']} in "
+    rows = listed(dict.fromkeys(f"{record['rows']} rows of {record['dataset']}" for record in records))
+    caption = (f"What changed the mean log-prob per token over {rows} in "
                f"{first['run']}, {first['steps']} steps. Left: the sum so far of what the chosen and the rejected "
                "sides of the pairs of each step made of the final change, their sum, and the log-prob as it was. "
                "Right: the pairs that lowered and raised it most, by their rows in the training data, and all others.")

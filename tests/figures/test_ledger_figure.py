@@ -67,6 +67,15 @@ def test_the_bars_follow_one_another_to_the_change(folder):
     assert "Of chosen on test the shares are unreliable: so it is." in caption  # as score.py says of them
 
 
+def test_the_caption_counts_the_rows_of_each_data_set(folder):
+    """The panels of a second data set are means over rows of its own."""
+    table = pandas.read_parquet(folder / "ledger.parquet")
+    pandas.concat([table, table.assign(dataset="hard")]).to_parquet(folder / "ledger.parquet")
+    record = json.loads((folder / "ledger.json").read_text())[0]
+    (folder / "ledger.json").write_text(json.dumps([record, record | {"dataset": "hard", "rows": 8}]))
+    assert "over 5 rows of test and 8 rows of hard in r, 7 steps." in ledger_figure(folder, 2)[1]
+
+
 def test_plot_writes_it(folder):
     plot.main([str(folder), "--ledger"])
     assert {"ledger.png", "ledger.pdf", "ledger.svg", "ledger.tex"} <= {file.name for file in folder.iterdir()}
