@@ -14,6 +14,7 @@ from .noise import Marks, Noise
 from .records import ROWS, read_measure
 
 WHEN = {"first": "at step {first}", "last": "at step {last}", "change": "change from step {first} to {last}"}
+EACH = {"first": "at the first step", "last": "at the last step", "change": "change from the first to the last step"}
 HELP = ("one of pairs.parquet, as ches, or of a response in scores.parquet, as chosen.mean_logps; :first, :last or "
         ":change behind it says when")
 
@@ -38,8 +39,12 @@ class Measure:
                        .set_index(ROWS)[self.column] for end in (0, 1))
         return {"first": first, "last": last, "change": last - first}[self.when].dropna()
 
-    def label(self, steps: tuple[int, int]) -> str:
-        return f"{plain(self.name)},\n{WHEN[self.when].format(first=steps[0], last=steps[1])}"
+    def at(self, steps: tuple[int, int] | None) -> str:
+        """Says when, of runs that all have these first and last steps, or of others."""
+        return WHEN[self.when].format(first=steps[0], last=steps[1]) if steps else EACH[self.when]
+
+    def label(self, steps: tuple[int, int] | None) -> str:
+        return f"{plain(self.name)},\n{self.at(steps)}"
 
 
 def scatter_table(texts: tuple[str, str], files: list[Path], steps: dict[str, tuple[int, int]]
@@ -58,7 +63,7 @@ def scatter_figure(measures: list[Measure], table: pandas.DataFrame, steps: dict
     runs, sets = list(table["run"].unique()), list(table["dataset"].unique())
     if len(runs) > len(COLOURS):
         raise UserError(f"--scatter: draws at most {len(COLOURS)} runs, and these are {len(runs)}; name some as RUN")
-    ends = steps[runs[0]] if len({steps[run] for run in runs}) == 1 else ("the first", "the last")
+    ends = steps[runs[0]] if len({steps[run] for run in runs}) == 1 else None
     across = min(len(sets), 3) if columns == 2 else 1
     fig, axes = grid(len(sets), across, columns, measures[0].label(ends), height=2.4, sharex=False)
     marks = Marks("one response")
@@ -92,7 +97,7 @@ def scatter_figure(measures: list[Measure], table: pandas.DataFrame, steps: dict
     handles = [Line2D([], [], linestyle="", marker=marker, color=colour, markersize=3, label=wrap(run))
                for run, colour, marker in zip(runs, COLOURS, MARKERS)]
     add_legend(fig, handles + marks.handles)
-    said = [f"{measure.name} ({WHEN[measure.when].format(first=ends[0], last=ends[1])})" for measure in measures]
+    said = [f"{measure.name} ({measure.at(ends)})" for measure in measures]
     return fig, (f"{said[0]} across, and {said[1]} upwards, of each row of {listed(sets)} under {listed(runs)}. Above, "
                  "in the legend's order: rank correlations (Spearman's), with 95% intervals over problems (jackknife)."
                  + marks.caption)

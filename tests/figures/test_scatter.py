@@ -57,6 +57,17 @@ def test_points_are_the_tables_numbers(scores, draw):  # noqa: F811
         "scatter"]
 
 
+def test_of_runs_that_end_at_other_steps_the_ends_have_no_number(scores, draw):  # noqa: F811
+    table = pandas.read_parquet(scores)
+    short = table[table["step"] < 40].assign(run="short")
+    pandas.concat([table, short], ignore_index=True).to_parquet(scores)
+    found = draw("--scores", scores, "--scatter", "chosen.mean_logps", "chosen.mean_logps")
+    (ax,) = found["scatter"].axes
+    assert ax.get_xlabel() == "chosen.mean_logps,\nat the first step"
+    assert ax.get_ylabel() == "chosen.mean_logps,\nchange from the first to the last step"
+    assert "(at the first step) across, and" in found["captions"]["scatter"]
+
+
 @pytest.mark.parametrize("x, y, expected", [
     ("ches:change", "ches:last", [(8, 9), (6, 8), (4, 7), (2, 6), (1.5, 6.5)]),
     ("rejected.mean_logps:last", "chosen.mean_logps:first", [(-2, -1), (-3, -1), (-4, -1), (-5, -1), (-6, -1)])])
