@@ -17,7 +17,16 @@ from .noise import Noise, read_verdicts
 from .records import read_answers, read_metrics, read_scores, read_series, read_tokens
 from .runs import Facts, in_order, read_facts
 from .scatter import scatter_figure, scatter_table
-from .selection import at_phases, everywhere, in_phases, select, select_beside, select_there, series_in_phases
+from .selection import (
+    at_phases,
+    differing,
+    everywhere,
+    in_phases,
+    select,
+    select_beside,
+    select_there,
+    series_in_phases,
+)
 from .strip import strip_figure
 from .three_panel import FOCUS, RATIOS, ROLES, three_panel_figure
 from .training import training_figure
@@ -109,6 +118,8 @@ def draw_difference(args, lines: dict[str, list[dict]], facts: dict[str, Facts],
         (scores,) = select([scores], [], args.test)
         if missing := [run for run in names if run not in set(scores["run"])]:
             notes.append(f"{listed(missing)} was not scored, so no difference of scores is drawn")
+        elif said := differing(scores, names, []):
+            notes.append(said)
         else:
             drawn["difference_scores"] = scored_difference_figure(scores, names, args.columns, facts)
             notes += [f"{listed(names)} have no score of one row at one step in common; score them in one call"] * (

@@ -4,6 +4,7 @@ import pandas
 
 from ..errors import UserError
 from .axes import listed, place
+from .records import SIDES
 
 
 def select(tables: list[pandas.DataFrame], runs: list[str], sets: list[str] | None) -> list[pandas.DataFrame]:
@@ -45,7 +46,8 @@ def in_phases(scores: pandas.DataFrame | None, runs: list[str]) -> tuple[pandas.
     have = [] if scores is None else list(scores["run"].unique())
     if missing := [run for run in runs if run not in have]:
         raise UserError(f"--phases: each run needs scores on the data sets drawn, and {listed(missing)} has none")
-    _check_same(scores[scores["response"].isin(["chosen", "rejected"])], runs)
+    if said := differing(scores, runs, [*SIDES]):
+        raise UserError(f"--phases: {said}")
     spans = scores.groupby("run")["step"].agg(["min", "max"])
     names = scores.groupby("run")["phase"].first()
     phases = {run: (names[run].upper() or run, *spans.loc[run]) for run in runs}
@@ -59,17 +61,19 @@ def at_phases(table: pandas.DataFrame, phases: dict[str, tuple]) -> pandas.DataF
     return table.assign(at=at)
 
 
-def _check_same(sides: pandas.DataFrame, runs: list[str]) -> None:
-    """Raises UserError where runs were scored on different rows or responses under one data set's name: changes since
-    the first run's start would be those of some rows alone, or of others."""
-    for name, table in sides.groupby("dataset"):
-        tokens = {run: table[table["run"] == run].drop_duplicates(["row", "response"])
-                  .set_index(["row", "response"])["tokens"].sort_index() for run in runs}
-        first, *others = [run for run in runs if len(tokens[run])]
-        if other := next((run for run in others if not tokens[first].equals(tokens[run])), None):
-            raise UserError(f"--phases: {first} and {other} were scored on different rows, or tokens, that are both "
-                            f"called {name}; score both in one call: score.py {first} {other} --dataset_path "
-                            f"{name}=FILE")
+def differing(scores: pandas.DataFrame, runs: list[str], whole: list[str]) -> str:
+    """Says which two of the runs were scored on different texts under one data set's name, by the tokens of each row's
+    responses; "" where none were. A row that one run lacks is a difference in the responses `whole` alone."""
+    for name, table in scores[scores["run"].isin(runs)].groupby("dataset"):
+        tokens = table.drop_duplicates(["run", "row", "response"]).pivot(
+            index=["row", "response"], columns="run", values="tokens")
+        first, *others = [run for run in runs if run in tokens]
+        for other in others:
+            both = tokens[tokens[[first, other]].notna().all(axis=1) | tokens.index.isin(whole, level="response")]
+            if (both[first] != both[other]).any():
+                return (f"{first} and {other} were scored on different rows, or tokens, that are both called {name}; "
+                        f"score both in one call: score.py {first} {other} --dataset_path {name}=FILE")
+    return ""
 
 
 def series_in_phases(series: pandas.DataFrame, phases: dict[str, tuple]) -> pandas.DataFrame:

@@ -312,6 +312,17 @@ def test_phases_on_other_rows_of_one_name_are_refused(tmp_path, draw, other):  #
         draw(sft, dpo, "--phases")
 
 
+def test_phases_with_answers_of_their_own_are_refused(tmp_path, draw):  # noqa: F811
+    """Each scoring's greedy answer is that of its own first checkpoint: no text of which a change could be told."""
+    sft, dpo = make_two_phases(tmp_path)
+    for folder, tokens in ((sft, 20), (dpo, 21)):
+        table = pandas.read_parquet(folder / "scores.parquet")
+        own = table[table["response"] == "chosen"].assign(response="greedy", tokens=tokens)
+        pandas.concat([table, own], ignore_index=True).to_parquet(folder / "scores.parquet")
+    with pytest.raises(UserError, match="^--phases: sft and dpo were scored on different rows, or tokens"):
+        draw(sft, dpo, "--phases")
+
+
 def test_phases_are_of_the_named_runs_alone(tmp_path, draw):  # noqa: F811
     """`score.py sft other` leaves the scores of both in sft/scores.parquet."""
     sft, dpo = make_two_phases(tmp_path)

@@ -194,6 +194,20 @@ def test_a_difference_is_of_rows_that_both_runs_have(tmp_path, draw):
     assert found == [[-2.0, -2.0], [-2.0, -1.5], [0.0, 0.5]]
 
 
+@pytest.mark.parametrize("response", ["chosen", "greedy"])
+def test_there_is_no_difference_of_other_texts(tmp_path, draw, capsys, response):
+    """Each run's own held-out data are called test, and its first checkpoint's own answer greedy."""
+    run, fork = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    for place, name, tokens in ((run, "a", [10, 10]), (fork, "b", [10, 11])):
+        scores = {("test", which, step): [-1.0, -2.0] for which in {"chosen", response} for step in (0, 4)}
+        table = pandas.read_parquet(make_scores(place / "scores.parquet", scores, name))
+        table.loc[table["response"] == response, "tokens"] = table["row"].map(dict(enumerate(tokens)))
+        table.to_parquet(place / "scores.parquet")
+    assert draw(run, fork, "--diff").keys() == {"difference", "folder", "captions"}
+    assert ("note: a and b were scored on different rows, or tokens, that are both called test; score both in one "
+            "call: score.py a b --dataset_path test=FILE") in capsys.readouterr().err
+
+
 def test_levels_of_a_difference_that_lie_close_together_are_told_apart(tmp_path, draw):
     """Answers at -1 and -1.5 and their tokens in random order at -13: the first two, 4% of the range apart, have most
     of the panel's height between them and its lower part."""
