@@ -34,7 +34,8 @@ OF_REWARDS = {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margi
 PANELS = {REWARDS: OF_REWARDS, FREE_REWARDS: OF_REWARDS, MOVED: {side: f"moved/{side}" for side in SIDES},
           LOGPS: {side: f"logps_per_token/{side}" for side in SIDES}}
 WORDS = {LOGPS: "mean log-prob per token (nats)", REWARDS: "rewards (nats)",
-         FREE_REWARDS: "rewards without a reference, beta times the log-prob of a response (nats)",
+         FREE_REWARDS: "rewards without a reference, beta times the log-prob of a response, for SimPO and ORPO "
+                       "per token (nats)",
          MOVED: "log-prob per token minus the reference's (nats)"}
 
 

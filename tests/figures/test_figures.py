@@ -672,7 +672,8 @@ def test_rewards_without_a_reference_have_a_panel_of_their_own(tmp_path, draw): 
         assert values == [0.0, 0.25, 0.5] and bool(hatched(fig.axes[panel])) == (run == "a")
     assert labels == {"a": r"reward, $\beta\,\log(\pi/\pi_{\mathrm{ref}})$ (nats)",
                       "b": "reward, no reference (nats)"}
-    assert "rewards without a reference, beta times the log-prob" in found["captions"]["training"]
+    assert ("rewards without a reference, beta times the log-prob of a response, for SimPO and ORPO per token (nats)"
+            ) in found["captions"]["training"]
 
 
 def test_an_average_lies_over_raw_values_which_all_stay(tmp_path, draw):  # noqa: F811
