@@ -35,13 +35,13 @@ from .training import (
     FAINT,
     FREE_REWARDS,
     LOOKS,
-    MOST,
     PANELS,
     PROMINENT,
     REWARDS,
     curves,
     noise_of_step,
     panels_of,
+    too_many,
     with_moved,
 )
 
@@ -70,7 +70,7 @@ def training_difference_figure(runs: dict[str, list[dict]], columns: int, facts:
     sides = dict.fromkeys(side for names in panels.values() for side in names if side != "loss")
     looks = {side: LOOKS[side] | ({} if held_out else {"marker": ""}) for side in sides}
     finish(fig, runs, looks, facts, marks, held_out)
-    more = " that is drawn, of evenly spaced ones" * any(len(lines) > MOST for lines in runs.values())
+    more = " that is drawn, of evenly spaced ones" * too_many(runs)
     more += ", and at the large markers over all held-out pairs" * held_out
     more += ". The rewards of each run have its own beta" * (len({f.beta for f in facts.values()}) > 1
                                                               and not {REWARDS, FREE_REWARDS}.isdisjoint(panels))

@@ -119,6 +119,11 @@ def curves(ax, run: str, lines: list[dict], name: str, look: dict, training: dic
         ax.plot(*zip(*held_out), **look | PROMINENT, label=f"{run} eval_{name}")
 
 
+def too_many(runs: dict[str, list[dict]]) -> bool:
+    """Whether one of the runs has more steps than are drawn."""
+    return any(sum(not is_evaluation(line) for line in lines) > MOST for lines in runs.values())
+
+
 def average(values: list[tuple[int, float]], reach: int) -> tuple[np.ndarray, np.ndarray]:
     """(steps, at each the mean of the values within `reach` steps to either side); NaN where a step has no value."""
     steps, numbers = (np.asarray(side, dtype=float) for side in zip(*sorted(values)))
@@ -181,8 +186,7 @@ def _caption(runs: dict, panels: dict, facts: dict[str, Facts], held_out: bool, 
                   for run, count in reach.items()}
         each = set(of_run.values())
         spans = each.pop() if len(each) == 1 else listed(f"{count} of {run}" for run, count in of_run.items())
-        trained = [sum(not is_evaluation(line) for line in lines) for lines in runs.values()]
-        which = ", evenly spaced" * (max(trained) > MOST)
+        which = ", evenly spaced" * too_many(runs)
         text += (f" Faint points are single steps{which}; the line through them is the mean over the steps around "
                  f"each, {spans} to either side.")
     betas = {facts[run].beta for label in (REWARDS, FREE_REWARDS) if label in panels for run in panels[label][1]}

@@ -717,6 +717,14 @@ def test_of_a_long_difference_some_steps_are_drawn(tmp_path, draw):  # noqa: F81
     assert "means over the pairs of a step that is drawn, of evenly spaced ones." in found["captions"]["difference"]
 
 
+def test_evaluations_are_no_steps_that_are_left_out(tmp_path, draw):  # noqa: F811
+    """Of 2,000 steps all are drawn, however many evaluations stand between them."""
+    lines = [{"step": k, "loss": 1.0} for k in range(2000)] + [{"step": 0, "eval_loss": 1.0}]
+    found = draw(*(write_lines(tmp_path / name, lines) for name in "ab"), "--diff")
+    assert len(points(found["difference"], "a loss")[1]) == 2000
+    assert "evenly spaced" not in found["captions"]["difference"]
+
+
 def kinds(**arguments):
     return {"arguments": arguments}
 
