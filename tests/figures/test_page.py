@@ -572,6 +572,15 @@ def test_nothing_can_be_asked_of_a_network(hostile, show):
     assert len(browser.get_log("browser")) >= 3  # its words on the three; none are left for the check of all tests
 
 
+def test_a_small_probability_of_a_coarse_page_is_not_zero(tmp_path, monkeypatch, show):
+    """Kept to 0.01 nats and shown to two decimals, a probability of exp(-5.5) = 0.0041 was 0.00."""
+    folder = write_scoring(tmp_path / "run", rows=1)
+    table = pandas.read_parquet(folder / "tokens.parquet")
+    table.assign(logp=np.float32(-5.5)).to_parquet(folder / "tokens.parquet")
+    monkeypatch.setattr(page, "DETAILS", page.DETAILS[2:])
+    assert cells(show(make(folder)), "numbers")[1][1:] == ["4.1e\N{MINUS SIGN}3"] * 2
+
+
 def test_a_row_that_was_not_scored_at_a_step(tmp_path, show):
     """Its numbers are missing there, as where a log-prob is not finite; a run of one checkpoint has no change."""
     folder = write_scoring(tmp_path / "run", runs=("whole", "short"))
