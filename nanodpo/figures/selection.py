@@ -69,8 +69,9 @@ def differing(scores: pandas.DataFrame, runs: list[str], whole: list[str]) -> st
             index=["row", "response"], columns="run", values="tokens")
         first, *others = [run for run in runs if run in tokens]
         for other in others:
-            both = tokens[tokens[[first, other]].notna().all(axis=1) | tokens.index.isin(whole, level="response")]
-            if (both[first] != both[other]).any():
+            two = tokens[[first, other]].dropna(how="all")
+            two = two[two.notna().all(axis=1) | two.index.isin(whole, level="response")]
+            if (two[first] != two[other]).any():
                 return (f"{first} and {other} were scored on different rows, or tokens, that are both called {name}; "
                         f"score both in one call: score.py {first} {other} --dataset_path {name}=FILE")
     return ""
