@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 CLIP_EPSILON = 1e-6  # DeepSpeed's and torch's clip_grad_norm_
+STATE = ("q", "q_end", "r")  # of an Adjoint, (M, D) each
 
 
 class AdamW(NamedTuple):
@@ -80,17 +81,15 @@ class Adjoint:
     """Goes through a run from its last update to its first; at each, `share` and `effect` give what the parts of its
     gradient did to M probes."""
 
-    def __init__(self, adam: AdamW, end: Tensor):
-        """`end`: (M, D), the gradients of the probes by the weights after the last update."""
+    def __init__(self, adam: AdamW, end: Tensor, state: dict[str, Tensor] | None = None):
+        """`end`: (M, D), the gradients of the probes by the weights after the last update. `state`: what `state` gave,
+        to go on from there, in the same memory."""
         self.adam, self.end = adam, end
-        self.q, self.q_end, self.r = (torch.zeros_like(end) for _ in range(3))
+        self.q, self.q_end, self.r = ((state[name] if state else torch.zeros_like(end)) for name in STATE)
 
     def state(self) -> dict[str, Tensor]:
-        """All that changes from step to step, to be kept and given back by `restore`."""
-        return {"q": self.q, "q_end": self.q_end, "r": self.r}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        self.q, self.q_end, self.r = (state[name].clone() for name in ("q", "q_end", "r"))
+        """All that changes from step to step."""
+        return dict(zip(STATE, (self.q, self.q_end, self.r)))
 
     def back(self, path: Tensor, rate: float, now: Moments) -> None:
         """Before the update that led to the moments `now`. `path`: (M, D), P of this update."""

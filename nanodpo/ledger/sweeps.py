@@ -123,19 +123,18 @@ def backward(history: History, probes: Probes, store: Store, name: str) -> Found
                 "rebuilt": torch.full((history.steps,), torch.nan, dtype=torch.float64)}
     device = history.opened.device
     state = {key: value.to(device) for key, value in kept.items()}
-    adjoint = Adjoint(history.adam, state["end"])
-    if "q" in state:
-        adjoint.restore(state)
+    adjoint = Adjoint(history.adam, state["end"], state if "q" in state else None)
     lines = [{key: kept[key] for key in COLUMNS}] if "share" in kept else []
+    del kept  # each tensor of a probe may take gigabytes: making.VECTORS
     last = time.monotonic()
-    for step in track(range(int(kept["at"]) - 1, -1, -1), "ledger", "step"):
+    for step in track(range(int(state["at"]) - 1, -1, -1), "ledger", "step"):
         history.open(step)
         state["levels"][step], here = history.probe_gradients(probes)
         weights, path = history.weights(), (here + state.pop("next")).div_(2)
         state["predicted"][step] = path @ (state["after"] - weights)
         if step not in history.skipped:
             lines.append(_step(history, store, adjoint, step, path, state, weights))
-        del path  # each such tensor may take gigabytes: making.VECTORS
+        del path
         state |= {"next": here, "after": weights, "at": torch.tensor(step)}
         if lines and (time.monotonic() - last > KEEP_EVERY or step == 0):
             lines = [{key: torch.cat([part[key] for part in lines]) for key in COLUMNS}]

@@ -1,6 +1,7 @@
 """A ledger of 12 steps against training again, in float64, by plain PyTorch: with terms of the gradient a little
 heavier, and its derivative by the weights of all terms, which goes back through the whole training."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -282,18 +283,19 @@ def test_with_small_steps_effects_are_exact(tmp_path):
     assert off(said, true) < 0.001 and off(by_pair(said), by_pair(true)) < 0.003
 
 
+def stopping(at):
+    """In place of `track`: a pass that is stopped after so many steps."""
+    def tracked(items, what, unit):
+        for i, item in enumerate(items):
+            if i == at:
+                raise KeyboardInterrupt
+            yield item
+    return tracked
+
+
 def test_a_ledger_that_was_stopped_goes_on(ledger, tmp_path):
     """The forward pass after 5 steps, the backward pass after 4: nothing differs in the last bit."""
     run, found, probes, *_ = ledger
-
-    def stopping(at):
-        def tracked(items, what, unit):
-            for i, item in enumerate(items):
-                if i == at:
-                    raise KeyboardInterrupt
-                yield item
-        return tracked
-
     store = Store(tmp_path)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("nanodpo.ledger.sweeps.track", stopping(5))
@@ -342,7 +344,7 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
-        for one in found if isinstance(found, (list, tuple)) else [found]:
+        for one in (*args, *(found if isinstance(found, (list, tuple)) else [found])):
             if isinstance(one, torch.Tensor) and one.numel() == self.size:
                 self.alive.add(StorageWeakRef(one.untyped_storage()))
         self.alive = {ref for ref in self.alive if not ref.expired()}
@@ -351,13 +353,17 @@ class Alive(TorchDispatchMode):
 
 
 def test_a_probe_takes_no_more_memory_than_is_reckoned(ledger, tmp_path, monkeypatch):
-    """Vectors as large as all weights, of three probes at a time, also while what is done is kept."""
+    """Vectors as large as all weights, of three probes at a time, also while what is done is kept, and where the pass
+    goes on from that."""
     run, found, probes, store, _ = ledger
     three = Probes([*probes.names * 3], [(m, *rest) for m in range(3) for _, *rest in probes.batches])
     monkeypatch.setattr("nanodpo.ledger.sweeps.KEEP_EVERY", -1)
-    with Alive(3 * len(run.weights())) as alive:
-        backward(run, three, store, "three")
-    assert VECTORS - 1 <= alive.most <= VECTORS
+    for end in (2, STEPS):  # stopped, then gone on
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr("nanodpo.ledger.sweeps.track", stopping(end))
+            with Alive(3 * len(run.weights())) as alive:
+                backward(run, three, store, "three")
+        assert VECTORS - 1 <= alive.most <= VECTORS
 
 
 def test_a_ledger_keeps_its_work_where_the_last_step_made_no_update(ledger, tmp_path, monkeypatch):
