@@ -74,6 +74,14 @@ def test_updates_are_torchs_own(adam):
                                    atol=1e-14)
 
 
+def test_a_small_gradient_is_clipped_as_by_torch():
+    """Where the 1e-6 beside the norm counts: half of a norm of 1e-6 is left."""
+    w = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    w.grad = torch.full_like(w, 1e-6)
+    torch.nn.utils.clip_grad_norm_([w], 1e-6)
+    assert ADAM._replace(max_norm=1e-6).clip_factor(1e-6) == pytest.approx(w.grad.item() / 1e-6, rel=1e-12)
+
+
 def test_what_rounding_the_weights_makes_is_no_error_of_an_update():
     """By hand: around 1 float32 numbers lie 2^-23 apart, so an update of 1.4 of these ends at 1, and one of 1.75 at 2;
     if it ended at 1, a quarter of what was made can't be rounding. With two roundings it can."""
