@@ -417,7 +417,7 @@ def test_a_tensor_that_packed_attention_does_not_know_is_refused():
     segments, (query, key, value) = pack([([1], [[2]])]).segments, torch.ones(3, 1, 1, 2, 4)
     for function in (loop_attention, varlen_attention):
         with pytest.raises(TypeError, match="block_indices"):
-            function(None, query, key, value, None, segments=segments, block_indices=torch.zeros(1))
+            function(None, query, key, value, None, segments=segments, block_indices=torch.zeros(1), softcap=None)
     loop_attention(None, query, key, value, None, segments=segments, position_ids=torch.arange(2), block_indices=None)
 
 

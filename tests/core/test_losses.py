@@ -276,7 +276,8 @@ def test_gate_lets_go_of_what_is_hardly_possible_any_more():
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_squared_is_dpo_at_the_start_and_stops_at_e_times_the_reference(beta):
-    """ln 2 and weights beta/2 at u = 0; r(2) = 2/e^2 and r(-8) = -8 e^8; chosen's weight is 0 at u = 1."""
+    """ln 2 and weights beta/2 at u = 0; r(2) = 2/e^2 and r(-8) = -8 e^8; chosen's weight is 0 at u = 1; below -30 r is
+    a straight line, e^30 u."""
     value, weights = loss_and_weights(squared, beta=beta, logps=PAIR["ref"])
     assert (value, weights) == (pytest.approx(math.log(2)), pytest.approx([beta / 2] * 2))
     value, weights = loss_and_weights(squared, beta=beta, logps=PAIR["ref"] + torch.tensor([[2.0, -0.5]]))
@@ -291,6 +292,8 @@ def test_squared_is_dpo_at_the_start_and_stops_at_e_times_the_reference(beta):
         value, weights = loss_and_weights(squared, beta=beta, logps=PAIR["ref"] - torch.tensor([[u, 0.0]]))
         assert value == pytest.approx(beta * u * math.exp(u))
         assert weights[0] == pytest.approx(beta * (1 + u) * math.exp(u))
+    value, weights = loss_and_weights(squared, beta=beta, logps=PAIR["ref"] - torch.tensor([[40.0, 0.0]]))
+    assert (value, weights[0]) == (pytest.approx(beta * 40 * math.exp(30)), pytest.approx(beta * math.exp(30)))
 
 
 def test_squared_reward_is_the_slope_of_its_divergence():
@@ -317,6 +320,7 @@ def test_cpo_is_a_margin_without_reference_and_the_chosen_likelihood():
     value, weights = loss_and_weights(cpo, beta=0.1, cpo_alpha=0.5, ref=None)
     assert value == pytest.approx(softplus(-1.5) + 0.125, rel=1e-12)
     assert weights == pytest.approx([0.1 * sigmoid(-1.5) + 0.125, 0.1 * sigmoid(-1.5)], rel=1e-12)
+    assert loss_and_weights(cpo, beta=0.1, ref=None)[0] == pytest.approx(softplus(-1.5) + 0.25, rel=1e-12)
 
 
 @pytest.mark.parametrize("x", [25.0, 50.0, 300.0])
@@ -361,7 +365,7 @@ def test_sft_weight_adds_the_chosen_likelihood_a_token(name):
     plain, more = pair_losses(loss, **PAIR), pair_losses(loss, **PAIR, sft_weight=0.2)
     assert (more - plain).item() == pytest.approx(0.2 / 4, rel=1e-9)
     weights = [pair_weights(loss, **PAIR, sft_weight=a)[0] for a in (0.0, 0.2)]
-    assert (weights[1] - weights[0]).tolist() == pytest.approx([0.2 / 4, 0.0][: len(weights[0])], abs=1e-12)
+    assert (weights[1] - weights[0]).tolist() == pytest.approx([0.2 / 4, 0.0][: 1 if name == "sft" else 2], abs=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("gate", "sft")])
