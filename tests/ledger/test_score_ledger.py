@@ -195,6 +195,7 @@ def test_a_pair_that_lowered_is_not_among_those_that_raised(shares, raised):
               "share": share} for k, share in enumerate(shares)]
     (said,) = worst_pairs(pandas.DataFrame(lines))
     assert f"lowered most by row 0 (-0.3000), row 1 (-0.1000); raised most by {raised}; the 1 of " in said
+    assert said.endswith(" made 75% of all that lowered it")  # 0.3 of 0.4, whatever raised it
 
 
 def test_pairs_are_named_where_none_lowered_the_mean():
