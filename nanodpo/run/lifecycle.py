@@ -62,6 +62,8 @@ def _say_idle_flags(args, steps: int) -> None:
             distributed.say(f"--{name} {every}: more than the {steps} steps of the run, so it has no effect")
     if args.max_steps > 0 and args.num_train_epochs != elastic.DEFAULTS["num_train_epochs"]:
         distributed.say(f"--num_train_epochs {args.num_train_epochs:g}: no effect beside --max_steps {args.max_steps}")
+    if args.keep_states and not (args.save_steps or args.resume_steps):
+        distributed.say("--keep_states: no effect without --save_steps or --resume_steps, which save states")
     lora = [f"--{flag.name} {getattr(args, flag.name)}" for flag in fields(args)
             if flag.name.startswith("lora_") and getattr(args, flag.name) not in (flag.default, 0)]
     if lora and not args.use_lora:

@@ -604,6 +604,19 @@ def test_a_row_that_was_not_scored_at_a_step(tmp_path, show):
     assert any(alpha for *_, alpha in colours(browser, PANES[0]))
 
 
+def test_a_response_that_is_in_no_pane_is_drawn_as_far_as_it_is_within_the_panel(tmp_path, show):
+    """Its curve breaks where it leaves the panel: a line from before to after would say that it stayed."""
+    folder = write_scoring(tmp_path / "run", steps=[0, 20, 40, 60])
+    for name, column in (("tokens", "logp"), ("scores", "mean_logps")):
+        table = pandas.read_parquet(folder / f"{name}.parquet")
+        other = table[table["response"] == "chosen"].assign(response="other")
+        other[column] -= 100 * (other["step"] == 20)
+        pandas.concat([table, other], ignore_index=True).to_parquet(folder / f"{name}.parquet")
+    browser = show(make(folder))
+    paths = ask(browser, "[...document.querySelectorAll('#row-curve path.rest')].map(e => e.getAttribute('d'))")
+    assert [re.sub(r"[^ML]", "", path) for path in paths] == ["MML"]
+
+
 def test_keys(hostile, show):
     browser, title = show(hostile), "document.getElementById('row-title').textContent.startsWith(arguments[0])"
     for keys, step in ((["ARROW_LEFT"], 40), (["HOME"], 0), (["ARROW_LEFT", "ARROW_RIGHT"], 40), (["END"], 120)):
