@@ -53,7 +53,7 @@ LEDGER_ADVICE = f"{GOES_ON}. It needs a smaller --ledger_memory, or --gradient_c
 
 
 def main(argv: list[str]) -> None:
-    with Stop() as stop, distributed.process_as_it_was(), distributed.lost_peers_named():
+    with Stop() as stop, distributed.process_restored(), distributed.lost_peers_reported():
         stop.advice = lambda: f"; {GOES_ON}"
         distributed.meet()
         score(argv)

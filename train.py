@@ -41,8 +41,8 @@ SCRIPT = Path(__file__).resolve()
 
 
 def main(argv: list[str]) -> None:
-    with (Stop() as stop, distributed.process_as_it_was(), distributed.lost_peers_named(),
-          gpu.changing_bits_named()):
+    with (Stop() as stop, distributed.process_restored(), distributed.lost_peers_reported(),
+          gpu.nondeterminism_reported()):
         distributed.meet()
         start = prepare(argv, SCRIPT)
         if start is None:

@@ -51,14 +51,14 @@ class OnDevice:
 
     def use(self, checkpointing: str) -> None:
         """From the next step on; the adapter is the one that each way begins with."""
-        from nanodpo.ranks.gpu import same_bits_each_time
+        from nanodpo.ranks.gpu import be_deterministic
 
         mode, _, loose = checkpointing.partition(",")
         self.contender.recompute_by(mode)
         self.contender.begin()
         torch.use_deterministic_algorithms(False)
         if self.sure and not loose:
-            same_bits_each_time()
+            be_deterministic()
         self.short = True
 
     def step(self, k: int) -> dict | None:

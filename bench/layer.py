@@ -27,7 +27,7 @@ from rows import QWEN_7B, TOY
 from nanodpo.core import attention
 from nanodpo.core.logprobs import LogProbHead
 from nanodpo.model import kernels
-from nanodpo.ranks.gpu import rounding_as_it_was, same_bits_each_time
+from nanodpo.ranks.gpu import be_deterministic, rounding_restored
 
 # Of attention's backward pass: the order of its sums, and the empty sequences behind the batch.
 WAYS = ("any order", 0), ("one order", 0), ("one order, 1 empty sequence", 1), ("one order, 2 empty sequences", 2)
@@ -150,8 +150,8 @@ def main() -> None:
     if not args.toy and not torch.cuda.is_available():
         sys.exit("bench/layer.py: no CUDA device here; --toy runs the same code on CPU, without measuring")
     parts, found = Parts(TOY if args.toy else QWEN_7B, 64 if args.toy else args.tokens, args.lengths, args.toy), []
-    with rounding_as_it_was():
-        same_bits_each_time()
+    with rounding_restored():
+        be_deterministic()
         for part in (parts.products, parts.gate, parts.norm_and_positions, parts.attention, parts.head):
             for name, seconds, flops, size in part():
                 rate = f"{flops / seconds / 1e12:.0f} TFLOP/s" if flops else f"{size / seconds / 1e9:.0f} GB/s"

@@ -31,7 +31,7 @@ from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.model.layers import fuse_lora, keep_less
 from nanodpo.model.recompute import MODES, FitToMemory, Recompute, sample_batch
 from nanodpo.ranks import distributed
-from nanodpo.ranks.gpu import rounding_as_it_was
+from nanodpo.ranks.gpu import rounding_restored
 
 SHAPE = contenders.tiny_wide(hidden=32, vocabulary=300)
 PAIRS = [([5, 6, 7], [8, 9, 1, 2, 4], [3, 3]), ([9], [1, 2], [2, 1, 9, 9])]
@@ -158,7 +158,7 @@ def test_gpu_benchmark_runs_at_toy_size_and_says_so(monkeypatch, tmp_path, capsy
     monkeypatch.setattr(measure, "Worker", Broken)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--toy", "--pairs", "2", "--rounds", "1", "--only", "nanodpo",
                                       "--profile", "--json", str(tmp_path / "toy.json")])
-    with distributed.process_as_it_was():
+    with distributed.process_restored():
         gpu.main()
     shown, record = capsys.readouterr().out, json.loads((tmp_path / "toy.json").read_text())
     assert "TOY SIZE ON CPU" in shown and record["results"]["toy"] is True
@@ -297,7 +297,7 @@ def test_parts_of_a_step_run_at_toy_size_and_say_so(monkeypatch, tmp_path, capsy
     found = {name: rate for name, _, rate in json.loads((tmp_path / "toy.json").read_text())["results"]}
     assert len(found) > 12 and {"head, trained, chunks of 256 MiB", "positions and gradients"} < found.keys()
     parts = layer.Parts(layer.TOY, 10, [], toy=True)
-    with rounding_as_it_was():
+    with rounding_restored():
         assert [one[2] for one in parts.products()] == 2 * [2 * 10 * a * b for a, b in (
             (64, 64), (64, 256), (256, 64)) for _ in "01"]
     assert [one[3] for one in parts.gate()] == [2 * 10 * 256 * 3, 2 * 10 * 256 * 5]

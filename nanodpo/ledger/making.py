@@ -31,7 +31,7 @@ def make_ledger(checkpoints: list[Checkpoint], datasets: list[ResponseSet], args
     longest = max(len(prompt) + len(ids) for _, groups, _ in probes.batches for prompt, (ids,) in groups)
     history = open_history(checkpoints, device, longest, args.trust_remote_code, args.gradient_checkpointing)
     if device.type == "cuda" and history.args.deterministic:
-        gpu.same_bits_each_time()  # as in training, whose gradients are made again
+        gpu.be_deterministic()  # as in training, whose gradients are made again
     keys = [c.key for c in history.checkpoints] + [c.key for c in [history.reference] if c]
     store = Store(folder / f"ledger-{hash_of([keys, history.planned])[:16]}.partial")
     at_once = check_cost(history, probes, args.ledger_memory, store.folder)

@@ -12,7 +12,7 @@ import torch
 from ..core.attention import LOOP, VARLEN, loop_attention, varlen_attention
 from ..core.packing import LAYOUTS, Group, pack
 from ..errors import RunStopped, UserError, first_line
-from ..ranks.distributed import lost_peers_named, say, sum_over_ranks
+from ..ranks.distributed import lost_peers_reported, say, sum_over_ranks
 from ..ranks.gpu import changes_bits
 from ..screen import folded
 from .sharding import is_sharded
@@ -163,7 +163,7 @@ def _full_logits(model, groups: list[Group], device) -> torch.Tensor:
         for response in responses:
             ids = torch.tensor([prompt + response], device=device)
             try:
-                with lost_peers_named():
+                with lost_peers_reported():
                     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
             except REFUSALS as error:
                 if _of_the_machine(error):

@@ -98,7 +98,7 @@ def join_ranks(local_rank: int, deterministic: bool = False) -> torch.device:
     if cuda:
         torch.cuda.set_device(local_rank)
         if deterministic:
-            gpu.same_bits_each_time()
+            gpu.be_deterministic()
     else:
         # DeepSpeed would compile a shared-memory op, and die where there is no compiler; gloo serves as well here. That
         # it has no ops is said here: finding out which it could compile would start a compiler.
@@ -108,7 +108,7 @@ def join_ranks(local_rank: int, deterministic: bool = False) -> torch.device:
         try:
             dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
         except RuntimeError as error:
-            # lost_peers_named says that a rank has ended. A firewall may refuse a connection, too.
+            # lost_peers_reported says that a rank has ended. A firewall may refuse a connection, too.
             if any(sign in str(error) for sign in LOST if sign != "Connection refused"):
                 raise
             raise RankStopped(f"rank {rank} can't connect to the others ({first_line(error)[-120:]}); where none of "
@@ -175,13 +175,13 @@ def leave() -> None:
 
 
 @contextlib.contextmanager
-def process_as_it_was():
+def process_restored():
     """Leaves a process that no launcher started as it was before, so that another run can be made in it."""
     if "deepspeed" in sys.modules and not errors.as_script:
         gc.collect()  # an earlier run's model and engine; a script's process has none
     before, linear = {name: os.environ.get(name) for name in NAMES}, torch.nn.functional.linear
     try:
-        with gpu.rounding_as_it_was():
+        with gpu.rounding_restored():
             yield
     finally:
         if before["RANK"] is None and os.environ.get("WORLD_SIZE", "1") == "1":
@@ -242,7 +242,7 @@ def main_first():
 
 
 @contextlib.contextmanager
-def lost_peers_named():
+def lost_peers_reported():
     """Raises an error of one line instead of a traceback where a collective fails: RankStopped where another rank has
     ended, Unreachable where the network has failed."""
     try:

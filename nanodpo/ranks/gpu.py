@@ -30,16 +30,16 @@ def round_alike() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def same_bits_each_time() -> None:
-    """From now on operations on a GPU add in one order. One that can't raises an error, which `changing_bits_named`
-    puts in words."""
+def be_deterministic() -> None:
+    """From now on operations on a GPU add in one order. One that can't raises an error, which
+    `nondeterminism_reported` puts in words."""
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would load torch's compiler first: 1.5 s
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # sums in NVLink's switches: other bits each time
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding faults, which takes time
 
 
 @contextlib.contextmanager
-def rounding_as_it_was():
+def rounding_restored():
     """Leaves torch's settings as they were, all that the two functions above change."""
     sure = torch.get_deterministic_debug_mode()
     filled, cudnn = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cuda.cudnn_sdp_enabled()
@@ -62,7 +62,7 @@ def changes_bits(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def changing_bits_named():
+def nondeterminism_reported():
     """Raises UserError where an operation has no deterministic form, instead of torch's RuntimeError."""
     try:
         yield

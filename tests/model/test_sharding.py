@@ -23,7 +23,7 @@ SETTINGS = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu":
 @pytest.fixture(scope="module")
 def one_rank():
     """A run of one rank, whose part is all of a weight."""
-    with distributed.process_as_it_was():
+    with distributed.process_restored():
         distributed.join_ranks(0)
         yield
 

@@ -396,7 +396,7 @@ def test_a_cut_network_is_one_line(error, monkeypatch, capsys):
     monkeypatch.setattr(errors, "escape_all_output", lambda: None)
 
     def main(argv):
-        with distributed.lost_peers_named():
+        with distributed.lost_peers_reported():
             raise error
 
     assert errors.run_script(main) == 75
@@ -412,7 +412,7 @@ def test_what_may_come_again_is_one_line_too(error, words, monkeypatch):
     """A rank that has ended may do so again, for a reason that it has told, and NCCL may fail again: no exit code that
     starts the run again."""
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(RankStopped, match=f"rank 0 stops because {words}") as caught, distributed.lost_peers_named():
+    with pytest.raises(RankStopped, match=f"rank 0 stops because {words}") as caught, distributed.lost_peers_reported():
         raise error
     assert not isinstance(caught.value, Unreachable)
 
@@ -429,7 +429,7 @@ def test_a_rank_that_ends_while_ranks_join_is_no_fault_of_the_network(error, wor
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "init_process_group", mock.Mock(side_effect=RuntimeError(error)))
-    with pytest.raises(RankStopped, match=f"^rank 1 {words}"), distributed.lost_peers_named():
+    with pytest.raises(RankStopped, match=f"^rank 1 {words}"), distributed.lost_peers_reported():
         distributed.join_ranks(0)
 
 
@@ -445,7 +445,7 @@ def test_a_rank_that_is_killed_while_ranks_join(apart):
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), UserError("timed out"),
                                    RunStopped("Connection timed out")])
 def test_other_errors_stay_what_they_are(error):
-    with pytest.raises(type(error)) as caught, distributed.lost_peers_named():
+    with pytest.raises(type(error)) as caught, distributed.lost_peers_reported():
         raise error
     assert caught.value is error
 
@@ -476,7 +476,7 @@ def test_an_operation_that_changes_its_bits_is_named(monkeypatch):
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(False)
     torch_says = "put_ does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms'"
-    with distributed.process_as_it_was():
+    with distributed.process_restored():
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
         gpu.round_alike()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":0:0"  # a user's own
@@ -484,21 +484,21 @@ def test_an_operation_that_changes_its_bits_is_named(monkeypatch):
         assert not torch.backends.cudnn.allow_tf32
         assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
         with pytest.raises(UserError, match="^CUBLAS_WORKSPACE_CONFIG=:0:0: .* must be :4096:8 or :16:8 before"):
-            with gpu.changing_bits_named():
+            with gpu.nondeterminism_reported():
                 raise RuntimeError("Deterministic behavior was enabled ... set CUBLAS_WORKSPACE_CONFIG=:4096:8 ...")
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
         monkeypatch.setenv("NCCL_NVLS_ENABLE", "")  # so that monkeypatch takes away what is set
         monkeypatch.delenv("NCCL_NVLS_ENABLE")
         gpu.round_alike()
-        gpu.same_bits_each_time()
+        gpu.be_deterministic()
         assert os.environ["NCCL_NVLS_ENABLE"] == "0"  # sums in the switches of NVLink have no fixed order
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.are_deterministic_algorithms_enabled()
-        with pytest.raises(RunStopped, match="^deterministic-a: "), gpu.changing_bits_named():
+        with pytest.raises(RunStopped, match="^deterministic-a: "), gpu.nondeterminism_reported():
             raise RunStopped("deterministic-a: the disk is full")
         with pytest.raises(UserError, match=r"\(put_ does not have .*\); give --deterministic false"):
-            with gpu.changing_bits_named():
+            with gpu.nondeterminism_reported():
                 raise RuntimeError(torch_says)
-        with pytest.raises(RuntimeError, match="^shapes differ$"), gpu.changing_bits_named():
+        with pytest.raises(RuntimeError, match="^shapes differ$"), gpu.nondeterminism_reported():
             raise RuntimeError("shapes differ")
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
