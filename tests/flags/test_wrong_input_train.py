@@ -137,7 +137,7 @@ FILES += [(f"{what} in {name}", written(name, content), [f"--train_file_path=@/{
      "line 1: can't be read as JSON: has 'chosen' twice"),
     ("r.json", "a key twice", '[{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}]', "has 'chosen' twice"),
     ("r.csv", "a column twice", "prompt,chosen,chosen,rejected\na,b,c,d\n", "has two columns called 'chosen'"),
-    ("r.csv", "semicolons", "prompt;chosen;rejected\na;b;c\n", "it has prompt;chosen;rejected"),
+    ("r.csv", "semicolons", "prompt;chosen;rejected\na;b;c\n", "the first line has ';' between names, not ','"),
     ("r.csv", "a field too many", HEAD + "a,b,c\na,b,c,d\n",
      "line 3: can't be read: 4 fields, and the first line names 3"),
     ("r.csv", "no header", "1+1=,2,3\n2+2=,4,5\n",
