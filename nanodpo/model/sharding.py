@@ -85,9 +85,12 @@ def let_go(model: nn.Module) -> None:
 @contextlib.contextmanager
 def whole(weight: Tensor):
     """Within this a weight that the ranks share is whole on each of them, which must all enter it."""
-    import deepspeed  # slow to import
+    if not is_sharded(weight):
+        yield
+        return
+    import deepspeed  # slow to import, and score.py shares no weight
 
-    with deepspeed.zero.GatheredParameters([weight], enabled=is_sharded(weight)):
+    with deepspeed.zero.GatheredParameters([weight]):
         yield
 
 

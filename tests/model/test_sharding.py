@@ -1,6 +1,7 @@
 """Under ZeRO-3 a model is shared by the ranks while it is read, and is the same model."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from nanodpo.errors import UserError
 from nanodpo.folder import checkpoint
 from nanodpo.model import loading
 from nanodpo.model.adapters import open_base
-from nanodpo.model.sharding import is_sharded, shape_of, shared_weights
+from nanodpo.model.sharding import is_sharded, shape_of, shared_weights, whole
 from nanodpo.ranks import distributed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,6 +32,13 @@ def one_rank():
 def both(folder, dtype=torch.float32) -> tuple:
     """The model of a folder, opened whole and shared."""
     return tuple(open_base(str(folder), dtype, False, None, shared) for shared in (None, SETTINGS))
+
+
+def test_a_weight_of_one_rank_needs_no_deepspeed(monkeypatch):
+    """score.py imported it to hash a model, which took a second and printed a warning about a GPU."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # an import raises ImportError
+    with whole(weight := torch.ones(2)):
+        assert weight.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
