@@ -572,6 +572,29 @@ def test_nothing_can_be_asked_of_a_network(hostile, show):
     assert len(browser.get_log("browser")) >= 3  # its words on the three; none are left for the check of all tests
 
 
+def test_names_that_every_object_of_javascript_has(tmp_path, show):
+    """A response, a run or a data set may be called so; where there is none of the name, it is not there."""
+    sides, folder = ["chosen", "constructor", "toString", "__proto__"], tmp_path / "run"
+    write_scoring(folder, rows=2, runs=("valueOf", "constructor"), sets=("test", "toString"))
+    for name in ("tokens", "scores", "risers"):
+        table = pandas.read_parquet(folder / f"{name}.parquet")
+        table = pandas.concat([table[table["response"] == "chosen"].assign(response=side) for side in sides])
+        there = (table["run"] == "valueOf") | (table["dataset"] == "test") & (table["row"] == 0)
+        table[there].to_parquet(folder / f"{name}.parquet")
+    add_ledger(folder, run="valueOf")
+    browser = show(make(folder))
+    for run, name in (("valueOf", "test"), ("valueOf", "toString"), ("constructor", "test")):
+        choose(browser, run=run, set=name)
+        for side in sides:
+            browser.execute_script("const list = document.querySelector('.pane select'); list.value = arguments[0];"
+                                   "list.dispatchEvent(new Event('change'))", side)
+            assert [line[0] for line in cells(browser, "means")[1:]] == sides
+            has_ledger = (run, name) == ("valueOf", "test") and "chosen" in ask(browser, "view.sides")
+            assert texts(browser, "#pairs h2") == ["What moved chosen: training pairs"] * has_ledger
+    assert texts(browser, "#set option") == ["test"]
+    assert [text.split()[0] for text in texts(browser, "#row option")] == ["0"]
+
+
 def test_a_small_probability_of_a_coarse_page_is_not_zero(tmp_path, monkeypatch, show):
     """Kept to 0.01 nats and shown to two decimals, a probability of exp(-5.5) = 0.0041 was 0.00."""
     folder = write_scoring(tmp_path / "run", rows=1)
