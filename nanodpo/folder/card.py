@@ -219,8 +219,9 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _short(names: str) -> str:
-    """These names, those of files and folders of this machine by their last part."""
-    return ",".join(name if _is_hub_id(hub_parts(name)[0]) else Path(name).name for name in places_of(names))
+    """These names in one line, those of files and folders of this machine by their last part."""
+    found = [name if _is_hub_id(hub_parts(name)[0]) else Path(name).name for name in places_of(names)]
+    return " ".join(",".join(found).split())
 
 
 def _short_report(report: str) -> str:

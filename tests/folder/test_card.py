@@ -54,6 +54,12 @@ def test_a_file_may_have_an_end_of_line_in_its_name():
     assert "\n- a b: c.jsonl: 0 rows, 0 dropped; columns: prompt\n" in model_card(facts, 4, [], "org/base-1B")
 
 
+def test_a_base_may_have_an_end_of_line_in_its_name():
+    """Markdown would make a heading of what stands above ---, and a paragraph of the rest."""
+    body = model_card(FACTS, 4, [], "/home/me/a\n---\nlicense: mit").split("\n---\n", 1)[1].split("\n")
+    assert "# a --- license: mit, dpo, step 4 of 6" in body and "---" not in body
+
+
 def test_a_setting_with_bars_is_one_cell():
     """A bar ends a cell: of .*(q|v)_proj a reader of Markdown would show .*(q."""
     facts = FACTS | {"arguments": FACTS["arguments"] | {"lora_target_modules": ".*(q|v)_proj"}}
