@@ -152,6 +152,14 @@ def noise_of_step(label: str, facts: Facts) -> float:
     return of_pair.get(label, 0.0) / math.sqrt(facts.pairs)
 
 
+def of_loss(panels, facts: dict[str, Facts]) -> str:
+    """The sentence on what a step's loss is, where a panel shows one: no plain mean over pairs, as other metrics are
+    (run/metrics.py)."""
+    sft = any(f.loss == "sft" for f in facts.values())
+    text = " The loss is weighted where the data have weights" + ", and that of SFT is a mean over tokens" * sft + "."
+    return text * any(label not in PANELS for label in panels)
+
+
 def _starts(lines: list[dict]) -> list[float]:
     """The first log-prob of each side, held-out where there is one."""
     found = [[line[prefix + name] for prefix in ("eval_", "") for line in lines if prefix + name in line]
@@ -181,6 +189,7 @@ def _caption(runs: dict, panels: dict, facts: dict[str, Facts], held_out: bool, 
     what = listed([*what, *(WORDS[panel] for panel in panels if panel in PANELS)])
     text = f"Training of {listed(runs)} over steps: {what}; means over the pairs of a step"
     text += ", and at the large markers over all held-out pairs." if held_out else "."
+    text += of_loss(panels, facts)
     if any(reach.values()):
         of_run = {run: f"{count:,} steps" if count > 1 else "1 step" if count else "no step"
                   for run, count in reach.items()}

@@ -747,6 +747,21 @@ def test_losses_of_two_kinds_have_two_panels(tmp_path, draw, one, other, labels)
     assert drawn == ([["a loss", "b loss"]] if len(labels) == 1 else [["a loss"], ["b loss"]])
 
 
+@pytest.mark.parametrize("loss, words", [
+    ("dpo", "weighted where the data have weights."),
+    ("sft", "weighted where the data have weights, and that of SFT is a mean over tokens.")])
+def test_a_caption_says_what_a_loss_is_a_mean_of(tmp_path, draw, loss, words):  # noqa: F811
+    """Of SFT it is over tokens, and of any loss weighted by a column `weight` (run/metrics.py): neither is a plain mean
+    over pairs."""
+    lines = [{"step": k, "loss": 1.0, "logps_per_token/chosen": -1.0} for k in range(2)]
+    runs = [write_lines(tmp_path / name, lines, arguments={"loss": loss}) for name in "ab"]
+    for name, found in (("training", draw(runs[0])), ("difference", draw(*runs, "--diff"))):
+        caption = found["captions"][name]
+        assert f"means over the pairs of a step. The loss is {words}" in caption and ".." not in caption
+    bare = write_lines(tmp_path / "c", [{"step": 0, "logps_per_token/chosen": -1.0}])
+    assert "The loss" not in draw(bare)["captions"]["training"]
+
+
 def descend(child, checkpoint):
     (child / "run.json").write_text(json.dumps(kinds(loss="dpo", model_name=str(checkpoint))))
 
