@@ -27,6 +27,7 @@ INTERVAL = {"alpha": 0.2, "linewidth": 0}
 OUTLINE = 0.5  # points: of intervals that lie on one another in one colour, in the dash of their curve
 CHANGE = {"color": GREY, "linewidth": 0.6, "linestyle": (0, (1, 2))}  # where a scale changes
 ZERO = {"color": GREY, "linewidth": 0.5, "zorder": 0.5}
+WHOLE = {"integer": True, "min_n_ticks": 1}  # of ticks that are steps: one alone, too, is a whole number
 ABOVE_GRID = 0.9  # and below what is drawn
 FLOOR = {"color": "black", "linewidth": 0.8, "linestyle": (0, (6, 3))}
 LOGPS = "log-prob (nats per token)"
@@ -80,7 +81,7 @@ def grid(panels: int, across: int, columns: int, xlabel: str = "step", height: f
         ax.set_xlabel(xlabel)
         ax.tick_params(labelbottom=True)
     for ax in axes[:panels]:
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(**WHOLE)
         ax.xaxis.set_major_formatter(lambda x, _: (f"{x / 1000:g}k" if abs(x) >= 10_000 else f"{x:g}").replace(
             "-", "\N{MINUS SIGN}"))
     return fig, axes[:panels]
@@ -181,6 +182,8 @@ def set_phases(ax, phases: list[tuple[str, float, float]]) -> None:
     """Makes an x axis of phases, (name, first step, last step), one unit each: a line and a name each, ticks in own
     steps."""
     ax.yaxis.set_major_formatter(Whole())
+    ax.update_datalim([(0, 0), (len(phases), 0)], updatey=False)  # a phase of a single step is as wide as others
+    ax.autoscale_view(scaley=False)
     larger = FontProperties(size=rcParams["axes.labelsize"]).get_size() / 7
     width = ax.figure.get_figwidth() / ax.get_gridspec().ncols - 0.6 * larger
     width, ticks = width / len(phases), {}  # inches of a phase; 0.3 are room for a label

@@ -18,6 +18,7 @@ from .axes import (
     GREY,
     INTERVAL,
     LOGPS,
+    WHOLE,
     add_legend,
     draw_curve,
     listed,
@@ -133,7 +134,7 @@ def _panels(columns: int, ratios: dict[str, float]):
         ax.set_title({"a": "(a) SFT", "b": "(b) mixed", "c": r"(c) $y^+ - y^-$"}[panel], pad=12)
         ax.set_xlabel("SFT step" if panel == "a" else "step")
         ax.set_ylabel("gap (nats per token)" if panel == "c" else LOGPS)
-        ax.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+        ax.xaxis.get_major_locator().set_params(**WHOLE, nbins=5)
     return fig, axes
 
 

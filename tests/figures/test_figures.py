@@ -1250,3 +1250,21 @@ def test_long_names_and_tiny_scales_cover_nothing(tmp_path, draw):  # noqa: F811
     set_phases(ax, [("SFT", 0, 1), ("DPO", 0, 1)])
     ax.figure.draw_without_rendering()
     assert ax.yaxis.get_offset_text().get_text() == "" and "1e−06" in [t.get_text() for t in ax.get_yticklabels()]
+
+
+def test_a_single_step_is_a_whole_number_and_its_phase_is_as_wide_as_others(tmp_path, draw):  # noqa: F811
+    """Of runs with one step or checkpoint no tick is a fraction of a step, and the phases' names stand in their
+    panel."""
+    ones = make_lab(tmp_path / "lab.parquet", but=lambda table: table[table["step"] == 0])
+    figures = [draw(make_run(tmp_path / "a", steps=1, evals=()))["training"],
+               draw(*lab_flags(ones))["three_panel"],
+               draw("m0", "d0", "--phases", "--scores", make_lab(tmp_path / "two.parquet", but=lambda table: table[
+                   ~table["run"].str.startswith("d") | (table["step"] == 0)]))["dynamics"]]
+    for ax in (ax for fig in figures for ax in fig.axes):
+        ax.figure.draw_without_rendering()
+        labels = [label.get_text() for label in ax.get_xticklabels()]
+        assert bool(labels) == bool(ax.get_xlabel()) and all(re.fullmatch(r"[-\N{MINUS SIGN}\d |]+", label)
+                                                             for label in labels)
+        for text in ax.texts:
+            box, panel = text.get_window_extent(), ax.get_window_extent()
+            assert panel.x0 - 1 <= box.x0 and box.x1 <= panel.x1 + 1
