@@ -182,8 +182,8 @@ def legend_of(fig, levels: pandas.DataFrame, dashes, looks, phases, shaded: str,
                            label=wrap((f"{run} ({phase})" if alike else run) + said[run]))
                     for (run, phase), dash in beside.items()]
     if shaded:
-        handles.append(Line2D([], [], color="black", linewidth=1, label=plain(shaded)) if bars else
-                       Patch(color=GREY, **INTERVAL, label=plain(shaded)))
+        handles.append(Line2D([], [], color="black", linewidth=1, label=wrap(shaded)) if bars else
+                       Patch(color=GREY, **INTERVAL, label=wrap(shaded)))
     add_legend(fig, handles + more,
                ", then ".join(phases) if phases else next(iter(dashes))[0] if len(dashes) == 1 else None)
 

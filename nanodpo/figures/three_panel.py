@@ -24,7 +24,6 @@ from .axes import (
     listed,
     new_figure,
     place,
-    plain,
     set_focus,
     set_phases,
     wrap,
@@ -176,7 +175,7 @@ def _legend(fig, seeds: dict[Key, pandas.DataFrame], tests: list[str], shaded: s
                 for (side, look), label in zip(STYLES.items(), ("$y^+$, chosen", "$y^-$, rejected")) if side in sides]
     handles += [Line2D([], [], color=GREY, marker=marker, linestyle="", label=wrap(f"on {test}"))
                 for marker, test in zip(MARKERS, tests) if test in there]
-    handles += [Patch(color=GREY, **INTERVAL, label=plain(shaded))] if shaded else []
+    handles += [Patch(color=GREY, **INTERVAL, label=wrap(shaded))] if shaded else []
     handles += [Line2D([], [], **FLOOR, label="best possible")] if floor is not None else []
     handles += more
     handles += [Line2D([], [], **ZERO, label="no gap"),

@@ -249,7 +249,7 @@ def test_scores_that_are_missing_are_left_out_and_counted(tmp_path, draw):  # no
     assert list(level.get_lines()[0].get_ydata()) == [-2.0, -1.75]
     assert change.get_lines()[0].get_ydata() == pytest.approx([0.0, (0.5 + 1.0) / 2])
     said = "95% interval, n = 1 to 3, 1 scores missing"
-    assert said in [text.get_text() for text in found["dynamics"].legends[0].get_texts()]
+    assert said in [text.get_text().replace("\n", " ") for text in found["dynamics"].legends[0].get_texts()]
     assert said in found["captions"]["dynamics"]
 
 
@@ -1268,3 +1268,15 @@ def test_a_single_step_is_a_whole_number_and_its_phase_is_as_wide_as_others(tmp_
         for text in ax.texts:
             box, panel = text.get_window_extent(), ax.get_window_extent()
             assert panel.x0 - 1 <= box.x0 and box.x1 <= panel.x1 + 1
+
+
+def test_a_legend_that_says_much_stays_in_one_column(tmp_path, draw):  # noqa: F811
+    """Seeds and rows and missing scores, in one column of a journal."""
+    lab = make_lab(tmp_path / "lab.parquet", rows=40, but=lambda table: table[~table["run"].isin(("f1", "f2"))].assign(
+        mean_logps=table["mean_logps"].mask((table["row"] == 0) & (table["step"] == 50))))
+    flags = ["--forward", "f0", *lab_flags(lab)[5:]]
+    for found in (draw("--three_panel", *flags, "--columns", 1)["three_panel"],
+                  draw("f0", "--scores", lab, "--columns", 1, "--style", "ggplot")["dynamics"]):
+        found.draw_without_rendering()
+        box = found.legends[0].get_window_extent()
+        assert box.x0 >= -1 and box.x1 <= found.bbox.x1 + 1
