@@ -1,10 +1,12 @@
 """Hashes what a number depends on: the files of a model, wherever they lie, and any values."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
 
 from ..errors import UserError, first_line
+from ..files import read_text
 from ..folder.atomic import BESIDE, MANIFEST, check_whole, file_facts
 from ..model.source import FILES, place_of
 
@@ -48,11 +50,21 @@ class Contents:
         try:
             if not any((self.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
                 return {}
-            files = {file.name: file.stat() for kind in FILES for file in self.folder.glob(kind)
-                     if file.is_file() and file.name not in BESIDE}
+            files = {file.name: file for kind in FILES for file in self.folder.glob(kind)} | _listed(self.folder)
+            files = {name: file.stat() for name, file in files.items() if file.is_file() and file.name not in BESIDE}
         except OSError:
             return {}
         return {name: (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino) for name, s in files.items()}
+
+
+def _listed(folder: Path) -> dict[str, Path]:
+    """The files of weights that an index in the folder names; they may lie in another folder, or be of another kind
+    than FILES. Of an index that makes no sense none: whoever opens the model says so."""
+    found = {}
+    for index in folder.glob("*.index.json"):
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            found |= {name: folder / name for name in json.loads(read_text(index))["weight_map"].values()}
+    return found
 
 
 def _commit(name: str) -> str:

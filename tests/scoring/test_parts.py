@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, launch
 from malformed import cut, flipped
+from safetensors.torch import load_file, save_file
 
 import score
 from nanodpo.data.example import SIDES
@@ -298,6 +299,27 @@ def test_parts_belong_to_contents_and_not_to_names(run, tmp_path, work, monkeypa
     (tmp_path / "e.jsonl").write_text(rows)
     changed = scored("moved", "--dataset_path", "e.jsonl", tmp_path / "out")[0]["scores.parquet"]
     assert work["tokens"] > 0 and set(changed.dataset) == {"e"}
+
+
+@pytest.mark.parametrize("place", ["../elsewhere.safetensors", "within/it.safetensors", "beside.weights"])
+def test_weights_that_an_index_names_elsewhere_are_a_models_contents(tiny, run, tmp_path, place):
+    """Transformers reads them there; so where they change, the model is scored again."""
+    plain, model, data = tmp_path / "plain", tmp_path / "model", f"d={run.parent / 'd.jsonl'}"
+    for folder in (plain, model):
+        shutil.copytree(tiny / "model", folder)
+    weights = load_file(plain / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, place)}))
+    (model / place).parent.mkdir(exist_ok=True)
+    save = save_file if place.endswith("safetensors") else lambda state, file, _: torch.save(state, file)
+    for factor in (1, 1.5):
+        changed = {name: tensor * factor for name, tensor in weights.items()}
+        save(changed, model / place, {"format": "pt"})
+        save_file(changed, plain / "model.safetensors", {"format": "pt"})
+        found, right = (scored(folder, "--dataset_path", data, tmp_path / f"of {folder.name}")[0]["scores.parquet"]
+                        for folder in (model, plain))
+        assert found["logps"].tolist() == pytest.approx(right["logps"].tolist(), rel=1e-6)
 
 
 def test_a_checkpoint_of_another_step_or_run_is_not_scored_without_a_word(run, tmp_path, capsys):
