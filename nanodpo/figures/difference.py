@@ -73,7 +73,7 @@ def training_difference_figure(runs: dict[str, list[dict]], columns: int, facts:
     finish(fig, runs, looks, facts, marks, held_out)
     more = " that is drawn, of evenly spaced ones" * too_many(runs)
     more += ", and at the large markers over all held-out pairs" * held_out
-    more += f".{of_loss(panels, facts)}".removesuffix(".")
+    more += of_loss(panels, facts)
     more += ". The rewards of each run have its own beta" * (len({f.beta for f in facts.values()}) > 1
                                                               and not {REWARDS, FREE_REWARDS}.isdisjoint(panels))
     return fig, caption("Training", runs, facts, f"means over the pairs of a step{more}") + marks.caption

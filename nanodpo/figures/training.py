@@ -153,10 +153,10 @@ def noise_of_step(label: str, facts: Facts) -> float:
 
 
 def of_loss(panels, facts: dict[str, Facts]) -> str:
-    """The sentence on what a step's loss is, where a panel shows one: no plain mean over pairs, as other metrics are
-    (run/metrics.py)."""
+    """A caption's sentence on what a step's loss is, without its full stop, where a panel shows one: no plain mean over
+    pairs, as other metrics are (run/metrics.py)."""
     sft = any(f.loss == "sft" for f in facts.values())
-    text = " The loss is weighted where the data have weights" + ", and that of SFT is a mean over tokens" * sft + "."
+    text = ". The loss is weighted where the data have weights" + ", and that of SFT is a mean over tokens" * sft
     return text * any(label not in PANELS for label in panels)
 
 
@@ -188,8 +188,7 @@ def _caption(runs: dict, panels: dict, facts: dict[str, Facts], held_out: bool, 
     what = ["loss" if len(losses) == 1 else f"losses of {len(losses)} kinds, which can't be compared"] * bool(losses)
     what = listed([*what, *(WORDS[panel] for panel in panels if panel in PANELS)])
     text = f"Training of {listed(runs)} over steps: {what}; means over the pairs of a step"
-    text += ", and at the large markers over all held-out pairs." if held_out else "."
-    text += of_loss(panels, facts)
+    text += ", and at the large markers over all held-out pairs" * held_out + of_loss(panels, facts) + "."
     if any(reach.values()):
         of_run = {run: f"{count:,} steps" if count > 1 else "1 step" if count else "no step"
                   for run, count in reach.items()}
