@@ -154,7 +154,7 @@ def finish(fig, runs, looks: dict[str, dict], facts: dict[str, Facts], marks: Ma
     """The legend: the runs by colour, then the sides by dash."""
     first, second = runs
     handles = [Line2D([], [], color=colour, label=wrap(run)) for colour, run in zip(COLOURS, runs)]
-    handles.append(Line2D([], [], color="black", label=wrap(f"{second} less {first}")))
+    handles.append(Line2D([], [], color="black", label=wrap(f"{second} minus {first}")))
     handles += [Line2D([], [], **look | {"color": GREY}, label=plain(name)) for name, look in looks.items()]
     handles += [Line2D([], [], **FORK, label="fork")] * bool(forks(facts))
     handles += [Patch(color="black", **INTERVAL, label="95% interval")] * intervals
@@ -168,4 +168,4 @@ def caption(what: str, runs, facts: dict[str, Facts], means: str) -> str:
     first, second = runs
     steps = listed(forks(facts))
     forked = f" Dashed: the fork at step {steps}." if steps else ""
-    return f"{what} of {first} and {second} over steps, and below {second} less {first}: {means}.{forked}"
+    return f"{what} of {first} and {second} over steps, and below {second} minus {first}: {means}.{forked}"

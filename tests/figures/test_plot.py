@@ -128,7 +128,7 @@ def test_the_difference_of_a_run_and_its_fork(tmp_path, draw):
         assert points(fig, f"difference {name}") == (panel + 3, [*range(5)], [0, 0, 0.25, 0.25, 0.25])
         assert points(fig, f"difference eval_{name}") == (panel + 3, [0, 4], [0, 0.25])
     assert all(any(list(line.get_xdata()) == [2, 2] for line in ax.get_lines()) for ax in fig.axes)
-    assert "b less a" in found["captions"]["difference"] and "fork at step 2" in found["captions"]["difference"]
+    assert "b minus a" in found["captions"]["difference"] and "fork at step 2" in found["captions"]["difference"]
     assert found.keys() == {"difference", "folder", "captions"}
     one = draw(run, tmp_path / "b", "--diff", "--columns", "1")["difference"]  # each difference below its panel
     assert [points(one, f"{which} loss")[0] for which in ("a", "difference")] == [0, 1]
