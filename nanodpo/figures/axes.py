@@ -112,10 +112,11 @@ def draw_curve(ax, curve, look: dict, label: str, shade: dict = INTERVAL, outlin
         ax.fill_between(curve["at"].astype(float), curve["low"].astype(float), curve["high"].astype(float), **fill)
 
 
-def set_focus(ax, low: float, high: float, share: float = 0.25) -> None:
+def set_focus(ax, low: float, high: float, share: float = 0.25) -> bool:
     """Gives the band [low, high] `share` of the height of the y axis as it is now; outside it, one linear scale.
 
-    Dotted lines mark where the scale changes, and both have a tick.
+    Dotted lines mark where the scale changes, and both have a tick. Returns whether it does: in a band that holds all
+    of the axis there is one scale.
     """
     if not (math.isfinite(low) and math.isfinite(high) and low < high and 0 < share < 1):
         raise UserError(f"focus {low:g} {high:g}, share {share:g}: LOW must be below HIGH, share between 0 and 1")
@@ -128,7 +129,7 @@ def set_focus(ax, low: float, high: float, share: float = 0.25) -> None:
     places += [places[1] + share, places[1] + share + far * slope]
     ax.set_yscale("function", functions=(lambda y: np.interp(y, values, places),
                                          lambda place: np.interp(place, places, values)))
-    for edge in (low, high):
+    for edge in (low, high) if rest > 0 else ():
         ax.axhline(edge, **CHANGE, zorder=ABOVE_GRID)
     ax.set_ylim(bottom, top)
 
@@ -138,6 +139,7 @@ def set_focus(ax, low: float, high: float, share: float = 0.25) -> None:
         if bottom <= tick <= top and gaps.min() > 0.08:  # or their labels touch
             ticks.append(tick)
     ax.set_yticks(sorted(ticks), [plain(f"{tick:g}".replace("-", "\N{MINUS SIGN}")) for tick in sorted(ticks)])
+    return rest > 0
 
 
 def focus_on_crowd(axes: list, values, band: tuple[float, float]) -> None:

@@ -62,8 +62,7 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
             ax.axhline(floor, **FLOOR, zorder=ABOVE_GRID)
     of_levels = [ax for (_, kind), ax in panels.items() if kind == "level"]
     if focus:
-        for ax in of_levels:
-            set_focus(ax, *focus)
+        band = focus if all([set_focus(ax, *focus) for ax in of_levels]) else None
     elif band:
         focus_on_crowd(of_levels, levels["mean"].dropna(), band)
     handles = [Line2D([], [], **FLOOR, label="best possible")] if floor is not None else []

@@ -76,9 +76,9 @@ def three_panel_figure(curves: pandas.DataFrame, roles: dict[str, list[str]], te
     if "c" in panels:
         axes["c"].axhline(0, **ZERO, zorder=ABOVE_GRID)
         marks.band(axes["c"], 0, max(seeds[key]["noise"].iloc[0] for key in panels["c"]))
-        set_focus(axes["c"], *focus)
+        focus = focus if set_focus(axes["c"], *focus) else None
     shaded = _interval(seeds, roles)
-    _legend(fig, seeds, tests, shaded, floor, marks.handles)
+    _legend(fig, seeds, tests, shaded, floor, focus, marks.handles)
     missing = [f"{side} of {ROLES[role][0]} on {test}" for role, test, side in
                (key for key in wanted if key not in seeds)]
     return fig, _caption(panels, focus, shaded, floor, missing) + marks.caption, missing
@@ -165,7 +165,7 @@ def _interval(seeds: dict, roles: dict) -> str:
     return f"95% interval over {' or '.join(over)}" + f", {missing:,} scores missing" * (missing > 0)
 
 
-def _legend(fig, seeds: dict[Key, pandas.DataFrame], tests: list[str], shaded: str, floor,
+def _legend(fig, seeds: dict[Key, pandas.DataFrame], tests: list[str], shaded: str, floor, focus,
             more: list) -> None:
     """Of what is drawn."""
     roles, there, sides = ({key[i] for key in seeds} for i in range(3))
@@ -178,8 +178,9 @@ def _legend(fig, seeds: dict[Key, pandas.DataFrame], tests: list[str], shaded: s
     handles += [Patch(color=GREY, **INTERVAL, label=wrap(shaded))] if shaded else []
     handles += [Line2D([], [], **FLOOR, label="best possible")] if floor is not None else []
     handles += more
-    handles += [Line2D([], [], **ZERO, label="no gap"),
-                Line2D([], [], **CHANGE, label="scale changes")] if "gap" in sides else []
+    if "gap" in sides:
+        handles += [Line2D([], [], **ZERO, label="no gap")]
+        handles += [Line2D([], [], **CHANGE, label="scale changes")] if focus else []
     add_legend(fig, handles)
 
 
@@ -193,8 +194,9 @@ def _caption(panels: dict[str, list[Key]], focus, shaded: str, floor, missing: l
         text += f" (b) {', then '.join(names[role] for role, _ in own['b'])}, tested on {panels['b'][0][1]}."
     if "c" in panels:
         roles, tests = (listed(dict.fromkeys(part)) for part in zip(*own["c"]))
-        text += (f" (c) The gap y+ - y- of {roles}, each tested on {tests}; {focus[0]:g} to {focus[1]:g} take a "
-                 "quarter of the height; the scale changes at the dotted lines, and nowhere else.")
+        text += f" (c) The gap y+ - y- of {roles}, each tested on {tests}"
+        text += (f"; {focus[0]:g} to {focus[1]:g} take a quarter of the height; the scale changes at the dotted lines, "
+                 "and nowhere else." if focus else ".")
     text += f" Shaded: {shaded}" * bool(shaded)
     text += " (mean ± Student's t standard errors)" * shaded.startswith("95%") + "." * bool(shaded)
     text += f" Dashed line: the best possible value, {floor:g}." if floor is not None else ""

@@ -132,6 +132,13 @@ def test_the_gaps_axis_and_the_widths(tmp_path, draw, focus, ratios):  # noqa: F
     assert tuple(ax.get_gridspec().get_width_ratios()) == ((1, 2, 3) if ratios else (1, 1, 1.2))
 
 
+@pytest.mark.parametrize("band, changes", [(("0.04", "0.2"), True), (("-50", "50"), False)])
+def test_gaps_whose_focus_holds_all_have_one_scale(tmp_path, draw, band, changes):  # noqa: F811
+    found = draw(*lab_flags(make_lab(tmp_path / "s.parquet")), "--focus", *band)
+    legend = [text.get_text() for text in found["three_panel"].legends[0].get_texts()]
+    assert ("scale changes" in legend) == changes == ("the scale changes" in found["captions"]["three_panel"])
+
+
 def test_positions_in_the_saved_svg_are_those_of_the_focus_axis(tmp_path):
     """Ticks and the points of a curve, read off the file: in the band a quarter of the height, outside one scale."""
     plot.main([str(flag) for flag in lab_flags(make_lab(tmp_path / "s.parquet"))])

@@ -340,7 +340,7 @@ def test_focus_on_all_there_is_stays_linear_and_a_wider_one_widens_the_axis():
     for band in ((-4, 0), (-8, 1)):
         ax = Figure().add_subplot()
         ax.set_ylim(-4, 0)
-        set_focus(ax, *band)
+        assert not set_focus(ax, *band) and not ax.get_lines()
         assert ax.get_ylim() == band
         assert (ax.transData + ax.transAxes.inverted()).transform((0, sum(band) / 2))[1] == pytest.approx(0.5)
 
@@ -350,6 +350,13 @@ def test_focus_is_an_option(tmp_path, draw):
     for ax in draw("--scores", file, "--focus", "-3", "-1")["dynamics"].axes[::2]:  # levels, not changes
         place = ax.transData + ax.transAxes.inverted()
         assert np.diff(place.transform([(0, -3), (0, -1)])[:, 1]) == pytest.approx(0.25, abs=1e-12)
+
+
+@pytest.mark.parametrize("band, changes", [(("-3", "-1"), True), (("-50", "50"), False)])
+def test_where_the_focus_holds_all_nobody_says_that_the_scale_changes(tmp_path, draw, band, changes):
+    found = draw("--scores", make_scores(tmp_path / "s.parquet", SCORES), "--focus", *band)
+    legend = [text.get_text() for text in found["dynamics"].legends[0].get_texts()]
+    assert ("scale changes" in legend) == changes == ("The scale changes" in found["captions"]["dynamics"])
 
 
 def boxes(fig):
