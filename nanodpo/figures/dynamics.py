@@ -30,6 +30,7 @@ from .axes import (
     wrap,
 )
 from .bars import draw_bars
+from .intervals import said_missing
 from .noise import Marks, Noise
 
 
@@ -68,8 +69,9 @@ def dynamics_figure(levels: pandas.DataFrame, changes: pandas.DataFrame, columns
     handles = [Line2D([], [], **FLOOR, label="best possible")] if floor is not None else []
     handles += marks.handles
     handles += [Line2D([], [], **CHANGE, label="scale changes")] if band else []
-    legend_of(fig, levels, dashes, looks, phases, interval(levels), handles)
-    return fig, _caption(levels, None if bars else since, phases, floor, band) + marks.caption
+    drawn = levels if bars else pandas.concat([levels, changes.assign(left_out=0)], ignore_index=True)
+    legend_of(fig, levels, dashes, looks, phases, interval(drawn), handles)
+    return fig, _caption(drawn, None if bars else since, phases, floor, band) + marks.caption
 
 
 def panel_grid(sets: list[str], kinds: list[str], columns: int, label: str, phases, **how):
@@ -158,13 +160,12 @@ def _since(changes: pandas.DataFrame, phases) -> str:
 def interval(levels: pandas.DataFrame) -> str:
     """Returns the words for what is shaded, like "95% interval, n = 398 to 400, 2 scores missing"; none where nothing
     is. Of a csv alone nobody knows what low and high are."""
-    rows = levels[levels["n"] > 0]
-    if rows["low"].isna().all():  # of one problem there is no interval
-        return "low to high, as given" if levels["low"].notna().any() else ""
-    n = rows["n"]
+    given = levels[levels["low"].notna()]  # of one problem there is no interval
+    n = given["n"][given["n"] > 0]
+    if n.empty:
+        return "low to high, as given" if len(given) else ""
     span = f"{n.max():,}" if n.min() == n.max() else f"{n.min():,} to {n.max():,}"
-    missing = levels["left_out"].sum()
-    return f"95% interval, n = {span}" + (f", {missing:,} scores missing" if missing else "")
+    return f"95% interval, n = {span}" + said_missing(levels)
 
 
 def legend_of(fig, levels: pandas.DataFrame, dashes, looks, phases, shaded: str, more: list) -> None:

@@ -63,6 +63,12 @@ def _over_rows(scores: pandas.DataFrame) -> pandas.DataFrame:
     return table.assign(left_out=table["rows"] - table["n"]).drop(columns=["sem", "rows", "problems"])
 
 
+def said_missing(curves: pandas.DataFrame) -> str:
+    """The words for the rows whose score is missing, behind others; none where none is."""
+    count = int(curves["left_out"].sum())
+    return f", {count:,} score{'s' * (count > 1)} missing" * (count > 0)
+
+
 def moved(curves: pandas.DataFrame) -> pandas.DataFrame:
     """Curves of means alone -> their change since their first place; no interval, for that needs the rows."""
     first = curves.sort_values("at", kind="stable").groupby(KEYS)["mean"].transform("first")

@@ -28,7 +28,7 @@ from .axes import (
     set_phases,
     wrap,
 )
-from .intervals import over_seeds
+from .intervals import over_seeds, said_missing
 from .noise import Marks, Noise
 
 # Of different lightness where they meet in a panel, for print in grey.
@@ -155,14 +155,15 @@ def _interval(seeds: dict, roles: dict) -> str:
     """Returns the words for what is shaded: intervals over seeds, over rows, or both; those of a csv are as given."""
     seeds = {key: curve for key, curve in seeds.items() if curve["low"].notna().any()}
     many = sorted({len(roles[role]) for role, *_ in seeds} - {1})
-    n = pandas.concat([seeds[key]["n"] for key in seeds if len(roles[key[0]]) == 1] or [pandas.Series(dtype=float)])
+    n = pandas.concat([curve["n"][curve["low"].notna()] for key, curve in seeds.items() if len(roles[key[0]]) == 1]
+                      or [pandas.Series(dtype=float)])
     over = [f"{listed(many)} seeds"] if many else []
     if (n > 1).any():
         over.append(f"{n.max():,} rows" if n.min() == n.max() else f"{n.min():,} to {n.max():,} rows")
-    missing = sum(int(curve["left_out"].sum()) for key, curve in seeds.items() if key[2] != "gap")
     if not over:
         return "low to high, as given" if seeds else ""
-    return f"95% interval over {' or '.join(over)}" + f", {missing:,} scores missing" * (missing > 0)
+    sides = [curve for key, curve in seeds.items() if key[2] != "gap"]
+    return f"95% interval over {' or '.join(over)}" + (said_missing(pandas.concat(sides)) if sides else "")
 
 
 def _legend(fig, seeds: dict[Key, pandas.DataFrame], tests: list[str], shaded: str, floor, focus,

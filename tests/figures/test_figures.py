@@ -110,6 +110,16 @@ def test_one_run_of_each_has_intervals_over_rows(tmp_path, draw):  # noqa: F811
     assert "95% interval over 4 rows" in [text.get_text() for text in fig.legends[0].get_texts()]
 
 
+def test_a_single_row_counts_among_those_of_no_interval(tmp_path, draw):  # noqa: F811
+    def fail(table):
+        gone = (table["run"] == "f0") & (table["response"] == "chosen") & (table["step"] == 50) & (table["row"] > 0)
+        return table.assign(mean_logps=table["mean_logps"].mask(gone))
+
+    found = draw(*lab_flags(make_lab(tmp_path / "s.parquet", seeds=1, but=fail), seeds=1))
+    said = "Shaded: 95% interval over 4 rows, 3 scores missing (mean"
+    assert said in found["captions"]["three_panel"]
+
+
 def test_phases_are_named_and_ticks_are_in_their_own_steps(tmp_path, draw):  # noqa: F811
     fig = draw(*lab_flags(make_lab(tmp_path / "s.parquet")))["three_panel"]
     for ax in fig.axes[1:]:
@@ -255,9 +265,19 @@ def test_scores_that_are_missing_are_left_out_and_counted(tmp_path, draw):  # no
     level, change = found["dynamics"].axes[:2]
     assert list(level.get_lines()[0].get_ydata()) == [-2.0, -1.75]
     assert change.get_lines()[0].get_ydata() == pytest.approx([0.0, (0.5 + 1.0) / 2])
-    said = "95% interval, n = 1 to 3, 1 scores missing"
+    said = "95% interval, n = 2 to 3, 1 score missing"  # the one row of reverse has none
     assert said in [text.get_text().replace("\n", " ") for text in found["dynamics"].legends[0].get_texts()]
     assert said in found["captions"]["dynamics"]
+
+
+@pytest.mark.parametrize("start, end, said", [
+    ([math.nan, -1.0, -2.0, -3.0], [-1.0, math.nan, -2.0, -5.0], "n = 2 to 3, 2 scores missing"),  # a change of two
+    ([math.nan, -1.0, -2.0], [math.nan, -1.5, math.nan], "n = 2, 3 scores missing"),  # of one row at the end none
+    ([-1.0, -2.0, -3.0], [-1.5, -2.5, -3.0], "n = 3")])
+def test_the_rows_of_an_interval_are_those_of_all_that_are_drawn(tmp_path, draw, start, end, said):  # noqa: F811
+    found = draw("--scores", make_scores(tmp_path / "s.parquet", {("test", "chosen", 0): start,
+                                                                  ("test", "chosen", 9): end}))
+    assert f"Shaded: 95% interval, {said} (" in found["captions"]["dynamics"]
 
 
 def test_skipped_steps_are_gaps(tmp_path, draw):  # noqa: F811
@@ -577,7 +597,7 @@ def test_the_tex_includes_the_figure_and_says_what_is_drawn(tmp_path, columns, l
     assert set(lines) <= set(text.splitlines()) and r"\label{fig:dynamics}" in text
     caption = re.search(r"\\caption{(.*)}\n", text)[1]
     assert r"a\_50\%\&\$x\textasciicircum{}2\textasciitilde{}\{\#\}\textbackslash{}" in caption
-    for what in ("per token (nats)", r"95\% interval, n = 1 to 3", "t standard errors", "-0.157", "since step 0"):
+    for what in ("per token (nats)", r"95\% interval, n = 3", "t standard errors", "-0.157", "since step 0"):
         assert what in caption
     assert text.count("{") == text.count("}")
 

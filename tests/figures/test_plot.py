@@ -302,7 +302,7 @@ def test_means_and_intervals_are_those_computed_by_hand(tmp_path, draw):
             assert ys.max() == pytest.approx(mean + reach, abs=1e-12)
     assert list(fig.axes[2].get_lines()[0].get_ydata()) == [-0.5, -0.25]
     assert not fig.axes[2].collections  # n = 1: no interval
-    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["chosen", "rejected", "95% interval, n = 1 to 3"]
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["chosen", "rejected", "95% interval, n = 3"]
     assert fig.axes[0].get_ylabel() == "log-prob (nats per token)" and fig.axes[2].get_xlabel() == "DPO step"
     assert fig.axes[1].get_ylabel() == "change since step 0\n(nats per token)"
 
