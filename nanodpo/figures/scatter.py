@@ -76,7 +76,8 @@ def scatter_figure(measures: list[Measure], table: pandas.DataFrame, steps: dict
             ax.plot(here["x"], here["y"], linestyle="", marker=marker, color=colour, markersize=2.5, alpha=0.6,
                     markeredgewidth=0)
             rho, low, high = rank_correlation(here["x"].to_numpy(), here["y"].to_numpy(), here["problem"].to_numpy())
-            said.append((colour, f"{len(here):,} rows, rank correlation {rho:.2f}"
+            said.append((colour, f"{len(here):,} row{'s' * (len(here) > 1)}, "
+                         + (f"rank correlation {rho:.2f}" if rho == rho else "no rank correlation")
                          + f" [{low:.2f}, {high:.2f}]" * (low == low)))
         ax.xaxis.get_major_locator().set_params(integer=False, nbins=5)
         ax.xaxis.set_major_formatter(Whole())

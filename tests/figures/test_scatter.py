@@ -75,7 +75,13 @@ def test_when_is_said_behind_a_colon(x, y, expected, scores, draw):  # noqa: F81
     (ax,) = draw("--scores", scores, "--scatter", x, y)["scatter"].axes
     assert dots(ax) == expected
     if len({height for _, height in expected}) == 1:  # nothing to correlate with
-        assert words(ax) == "5 rows, rank correlation nan"
+        assert words(ax) == "5 rows, no rank correlation"
+
+
+def test_one_row_has_no_correlation(scores, draw):  # noqa: F811
+    make_pairs(scores, {0: [1.0]})
+    (ax,) = draw("--scores", scores, "--scatter", "ches", "chosen.mean_logps")["scatter"].axes
+    assert dots(ax) == [(1, -1)] and words(ax) == "1 row, no rank correlation"
 
 
 def test_runs_have_colours_and_rows_without_both_are_left_out(scores, draw):  # noqa: F811
