@@ -89,22 +89,20 @@ def _seeds(curves: pandas.DataFrame, role: str, test: str, side: str, runs: list
     """The curve of a role's runs on a test set, None where a csv has none; refused where a run that was scored has no
     such scores, or one of the seeds others than the rest. Its column noise is the standard deviation of the first mean
     under rounding."""
-    found = {}
-    for run in runs:
-        of_run = curves[curves["run"] == run]
-        here = of_run[(of_run["dataset"] == test) & (of_run["response"] == side)]
-        if here.empty and ((of_run["n"] > 0).any() or found):
+    whole = {run: curves[curves["run"] == run] for run in runs}
+    found = {run: here.assign(at=here["step"]).sort_values("step") for run, its in whole.items()
+             if len(here := its[(its["dataset"] == test) & (its["response"] == side)])}
+    for run, its in whole.items():
+        if run not in found and (found or (its["n"] > 0).any()):
             raise UserError(f"--{role} {run}: has no scores of {side} on data set {test}; it has "
-                            f"{listed(of_run['response'].unique())} on {listed(of_run['dataset'].unique())}")
-        if not here.empty:
-            found[run] = here.assign(at=here["step"]).sort_values("step")
-    first = found[next(iter(found))] if found else None
-    for run, here in found.items():
-        if list(here["step"]) != list(first["step"]):
-            raise UserError(f"--{role} {run}: is scored at steps {list(here['step'])} on {test}, {runs[0]} at "
-                            f"{list(first['step'])}; seeds need the same")
+                            f"{listed(its['response'].unique())} on {listed(its['dataset'].unique())}")
     if not found:
         return None
+    first = found[runs[0]]
+    for run, here in found.items():
+        if list(here["step"]) != list(first["step"]):
+            raise UserError(f"--{role} {run}: has scores of {side} at steps {list(here['step'])} on {test}, {runs[0]} "
+                            f"at {list(first['step'])}; seeds need the same")
     squares = [(noise[run].gap if side == "gap" else noise[run].logps) ** 2 / max(here["n"].iloc[0], 1)
                for run, here in found.items() if run in noise]
     return over_seeds(pandas.concat(found.values())).assign(step=list(first["step"]),

@@ -1258,8 +1258,27 @@ def test_no_flag_and_no_run_is_passed_over(tmp_path, monkeypatch, flags, message
 
 def test_seeds_at_other_steps_are_not_averaged(tmp_path):
     file = make_lab(tmp_path / "s.parquet", but=lambda t: t[(t["run"] != "f1") | (t["step"] != 50)])
-    with pytest.raises(UserError, match=r"forward f1: is scored at steps \[0, 100\] on forward, f0 at \[0, 50, 100\]"):
+    with pytest.raises(UserError, match=r"f1: has scores of chosen at steps \[0, 100\] on forward, f0 at \[0, 50, "):
         plot.main([str(flag) for flag in lab_flags(file)])
+
+
+def test_a_seed_of_which_all_failed_at_a_step_was_scored_there(tmp_path):
+    def fail(table):
+        gone = (table["run"] == "f1") & (table["response"] == "chosen") & (table["step"] == 50)
+        return table.assign(mean_logps=table["mean_logps"].mask(gone))
+
+    file = make_lab(tmp_path / "s.parquet", but=fail)
+    with pytest.raises(UserError, match=r"f1: has scores of gap at steps \[0, 100\] on forward, f0 at \[0, 50, 100\]"):
+        plot.main([str(flag) for flag in lab_flags(file)])
+
+
+@pytest.mark.parametrize("seeds", [("F", "G"), ("G", "F")])
+def test_a_seed_that_a_csv_lacks_is_none_of_the_seeds_in_whatever_order(tmp_path, seeds):
+    """G has no curve on forward: a mean over F alone would be called one over two seeds."""
+    lines = "F,0,-1,forward,chosen\nF,9,-2,forward,chosen\nG,0,-1,reverse,chosen\nG,9,-2,reverse,chosen\n"
+    (tmp_path / "p.csv").write_text(PAPER + lines)
+    with pytest.raises(UserError, match="--forward G: has no scores of chosen on data set forward"):
+        plot.main(["--three_panel", "--forward", *seeds, "--series", str(tmp_path / "p.csv")])
 
 
 def test_long_names_and_tiny_scales_cover_nothing(tmp_path, draw):  # noqa: F811
