@@ -66,12 +66,14 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
         return {"heatmap": heatmap_figure(scores, args.columns, noise)}, []
     notes = []
     if scores is not None or series is not None:
+        here = {} if args.scores else runs
+        there = set() if scores is None else {*scores["run"]}
+        unread = [run for run, folder in here.items() if there.isdisjoint(names_of(folder))]
+        said = [no_scores(unread, there, args.test)] * bool(unread)
         scores, series, phases, notes = follow(args, scores, series, names, runs, facts)
         answers = read_answers([file.with_name("answers.parquet") for file in files])
         drawn |= draw_scores(args, scores, series, answers, phases, noise)
-        here = {} if args.scores else runs
-        if unscored := [run for run, folder in here.items() if not (folder / "scores.parquet").exists()]:
-            notes.append(f"{listed(unscored)} was not scored, and is in no figure of scores")
+        notes = [*notes, *said]
     return drawn, notes
 
 
@@ -117,7 +119,7 @@ def draw_difference(args, lines: dict[str, list[dict]], facts: dict[str, Facts],
     if scores is not None:
         (scores,) = select([scores], [], args.test)
         if missing := [run for run in names if run not in set(scores["run"])]:
-            notes.append(f"{listed(missing)} was not scored, so no difference of scores is drawn")
+            notes.append(f"{no_scores(missing, {*scores['run']}, args.test)}: no difference of scores is drawn")
         elif said := differing(scores, names, []):
             notes.append(said)
         else:
@@ -148,14 +150,27 @@ def follow(args, scores, series, names: list[str], runs: dict[str, Path], facts:
     return scores, series, None, [beside] if why and scores is not None else []
 
 
+def no_scores(runs: list[str], there: set[str], sets: list[str] | None) -> str:
+    """Says that what was read has no scores of these runs, and of which it has some: a file may lie in another run's
+    folder."""
+    return (f"no scores of {listed(runs)}" + f" on {listed(sets or ())}" * bool(sets) + " were read"
+            + f", only of {listed(sorted(there))}" * bool(there))
+
+
+def names_of(folder: Path) -> tuple[str, str]:
+    """The two names that scores may have for the run of a folder."""
+    place = folder.resolve()
+    return place.name, f"{place.parent.name}/{place.name}"
+
+
 def noise_of(folders: list[Path], files: list[Path]) -> dict[str, Noise]:
     """{run, as scores name it: its noise}, of runs' folders and of what lies beside these files of scores."""
     found = {}
     for file in files:
         found |= read_verdicts(file.with_name("verdict.json"))
     for folder in [*folders, *(file.parent for file in files)]:
-        place, noise = folder.resolve(), read_facts(folder).noise
-        found |= {name: noise for name in (place.name, f"{place.parent.name}/{place.name}") if noise}
+        noise = read_facts(folder).noise
+        found |= {name: noise for name in names_of(folder) if noise}
     return found
 
 

@@ -171,7 +171,7 @@ def test_the_difference_of_scores_is_of_the_rows_that_both_have(tmp_path, draw, 
     make_scores(run / "scores.parquet", {("test", "chosen", 0): [-1.0, -2.0, -3.0, -9.0],
                                          ("test", "chosen", 4): [-1.0, -2.0, -3.0]}, "a")
     assert draw(run, fork, "--diff").keys() == {"difference", "folder", "captions"}
-    assert "note: b was not scored" in capsys.readouterr().err
+    assert "note: no scores of b were read, only of a: no difference of scores is drawn" in capsys.readouterr().err
     make_scores(fork / "scores.parquet", {("test", "chosen", 0): [-1.0, -2.0, -3.0], ("test", "chosen", 2): [-1.0],
                                           ("test", "chosen", 4): [-0.9, -1.8, -2.7]}, "b")
     fig = draw(run, fork, "--diff")["difference_scores"]
@@ -181,6 +181,19 @@ def test_the_difference_of_scores_is_of_the_rows_that_both_have(tmp_path, draw, 
     (band,) = [part for part in fig.axes[1].collections if isinstance(part, PolyCollection)]
     ends = sorted(y for x, y in band.get_paths()[0].vertices if x == 4)
     assert [ends[0], ends[-1]] == pytest.approx([0.2 - 4.302653 * 0.1 / 3**0.5, 0.2 + 4.302653 * 0.1 / 3**0.5])
+
+
+def test_runs_without_scores_are_told_by_what_was_read(tmp_path, draw, capsys):
+    """One call may score several runs into the folder of the first; a file may be a copy of another run's."""
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    tables = [pandas.read_parquet(make_scores(tmp_path / "s.parquet", SCORES, run)) for run in ("one", "two")]
+    pandas.concat(tables, ignore_index=True).to_parquet(one / "scores.parquet")
+    assert "dynamics" in draw(one, two) and capsys.readouterr().err == ""
+    tables[1].to_parquet(one / "scores.parquet")
+    assert "dynamics" in draw(one) and capsys.readouterr().err == "note: no scores of one were read, only of two\n"
+    draw(one, two, "--diff", "--test", "forward")
+    assert ("no scores of one on forward were read, only of two: no difference of scores is drawn"
+            ) in capsys.readouterr().err
 
 
 def test_a_difference_is_of_rows_that_both_runs_have(tmp_path, draw):
