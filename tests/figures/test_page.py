@@ -620,11 +620,26 @@ def test_a_row_that_was_not_scored_at_a_step(tmp_path, show):
     assert not any(alpha for *_, alpha in colours(browser, PANES[0]))
     assert any(alpha for *_, alpha in colours(browser, PANES[1]))
     press(browser, "3", "END")  # the other run has no such step
-    assert "the other run was not scored at this step" in texts(browser, "small")[0]
+    assert "no tokens of the other run at this step" in texts(browser, "small")[0]
     choose(browser, run="short")
     assert texts(browser, "#at") == ["step 0 of 0"] and texts(browser, "[aria-pressed=true]") == ["against"]
     press(browser, "1")
     assert any(alpha for *_, alpha in colours(browser, PANES[0]))
+
+
+def test_why_a_response_that_was_scored_has_no_colours(tmp_path, show):
+    """The other run has other tokens; or this run's own tokens were not kept at a step whose mean there is."""
+    folder = write_scoring(tmp_path / "run", rows=1, runs=("one", "two"), risers=0)
+    tokens = pandas.read_parquet(folder / "tokens.parquet")
+    chosen, one = tokens["response"] == "chosen", tokens["run"] == "one"
+    tokens.loc[chosen & ~one & (tokens["position"] == 3), "token"] = " another"
+    tokens[~(chosen & one & (tokens["step"] == 40))].to_parquet(folder / "tokens.parquet")
+    browser = show(make(folder))
+    press(browser, "3")
+    first, second = texts(browser, "small")
+    assert first.endswith("tokens; the other run was scored on another text") and second.endswith("12 tokens")
+    press(browser, "2", "ARROW_LEFT")
+    assert texts(browser, "small")[0].endswith("tokens; its tokens were not kept at this step")
 
 
 def test_a_response_that_is_in_no_pane_is_drawn_as_far_as_it_is_within_the_panel(tmp_path, show):
