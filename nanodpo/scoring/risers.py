@@ -88,7 +88,8 @@ def summed(table: pandas.DataFrame, scores: pandas.DataFrame) -> pandas.DataFram
 def _most(lines: pandas.DataFrame, tokens: int) -> pandas.DataFrame:
     """Of a response's section, which has so many tokens in all rows: the K tokens that gained most and lost most."""
     moved = lines.drop_duplicates(["row", "position"])["moved"].astype(float).sum()
-    kept = {sign: lines["change"][np.sign(lines["change"]) == sign].abs().sum() / moved for sign in (1, -1)}
+    # Losses add up to the gains but for float32's rounding, which is percents of them where next to nothing moved.
+    kept = {sign: min(1.0, lines["change"][np.sign(lines["change"]) == sign].abs().sum() / moved) for sign in (1, -1)}
     sums = lines.groupby("id")["change"].agg(["sum", "size"]).sort_values("sum", kind="stable")
     k, sides = lines["place"].abs().max(), []
     for sign, side in ((1, sums[::-1]), (-1, sums)):
