@@ -74,9 +74,8 @@ def subset_prefix(letters) -> str:
 
 @contextlib.contextmanager
 def house_style(sheet: str | None = None, serif: bool = False, usetex: bool = False):
-    """The fonts and lines of the house, then a matplotlib style sheet (name or file), for what is drawn within."""
-    if usetex and (missing := [name for name in ("latex", "dvipng") if not shutil.which(name)]):
-        raise UserError(f"--usetex: needs {' and '.join(missing)}, not found here; --serif looks like LaTeX without it")
+    """The fonts and lines of the house, then a matplotlib style sheet (name or file), for what is drawn within. LaTeX
+    sets its text where `usetex` says so, or the sheet, or the user's own matplotlibrc."""
     with matplotlib.rc_context(HOUSE | (SERIF if serif else {})):
         try:
             if sheet:
@@ -86,11 +85,24 @@ def house_style(sheet: str | None = None, serif: bool = False, usetex: bool = Fa
         except (OSError, ValueError) as error:
             raise UserError(f"--style {sheet}: neither a style of matplotlib nor a file with one") from error
         matplotlib.rcParams.update(FIXED | (USETEX if usetex else {}))
-        if not usetex:
+        if not matplotlib.rcParams["text.usetex"]:
             matplotlib.rcParams["font.family"] = [*matplotlib.rcParams["font.family"], *spare_fonts()]
-        if usetex and hasattr(PdfFile, "_get_subset_prefix"):  # private; for Type 1 fonts it hashes an address
-            PdfFile._get_subset_prefix = staticmethod(subset_prefix)
-        yield
+            yield
+            return
+        places = [sheet, matplotlib.matplotlib_fname()]
+        said = "--usetex" if usetex else f"text.usetex of {' or '.join(filter(None, places))}"
+        if missing := " and ".join(name for name in ("latex", "dvipng") if not shutil.which(name)):
+            raise UserError(f"{said}: needs {missing}, not found here; --serif looks like LaTeX without it")
+        own = getattr(PdfFile, "_get_subset_prefix", None)  # private; for Type 1 fonts it hashes an address
+        try:
+            if own:
+                PdfFile._get_subset_prefix = staticmethod(subset_prefix)
+            yield
+        except RuntimeError as error:  # what matplotlib raises where latex fails
+            raise UserError(f"{said}: latex can't set this figure: {first_line(error)}") from error
+        finally:
+            if own:
+                PdfFile._get_subset_prefix = staticmethod(own)
 
 
 def save(drawn: dict, folder: Path, columns: int) -> list[Path]:
@@ -115,10 +127,5 @@ def save(drawn: dict, folder: Path, columns: int) -> list[Path]:
 
 
 def _render(figure, kind: str, metadata: dict | None) -> bytes:
-    try:
-        figure.savefig(out := io.BytesIO(), format=kind, dpi=300, metadata=metadata)
-    except RuntimeError as error:  # what matplotlib raises where latex fails
-        if not matplotlib.rcParams["text.usetex"]:
-            raise
-        raise UserError(f"--usetex: latex can't set this figure: {first_line(error)}") from error
+    figure.savefig(out := io.BytesIO(), format=kind, dpi=300, metadata=metadata)
     return out.getvalue()

@@ -3,10 +3,12 @@
 import inspect
 import json
 import math
+import os
 import re
 import shutil
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pandas
 import pytest
@@ -14,6 +16,7 @@ from conftest import ROOT, launch
 from matplotlib.backends.backend_pdf import PdfFile
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.texmanager import TexManager
 from matplotlib.text import Text
 from test_plot import SCORES, boxes, draw, make_run, make_scores, points  # noqa: F401  (draw is a fixture)
 
@@ -636,6 +639,26 @@ def test_usetex_needs_latex(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="--usetex: needs latex and dvipng, not found here; --serif"):
         plot.main([str(make_run(tmp_path / "a")), "--usetex"])
+    (tmp_path / "tex.mplstyle").write_text("text.usetex: True\n")
+    with pytest.raises(UserError, match="text.usetex of .*tex.mplstyle or .*: needs latex and dvipng, not found here"):
+        plot.main([str(tmp_path / "a"), "--style", str(tmp_path / "tex.mplstyle")])
+    with matplotlib.rc_context({"text.usetex": True}):  # as in the user's own matplotlibrc
+        with pytest.raises(UserError, match="text.usetex of .*matplotlibrc: needs latex and dvipng, not found here"):
+            plot.main([str(tmp_path / "a")])
+    assert len(list((tmp_path / "a").iterdir())) == 2
+
+
+def test_what_latex_can_not_set_is_one_line(tmp_path, monkeypatch):
+    """A LaTeX that lacks a package fails at the first text that is measured, before anything is written."""
+    for name in ("latex", "dvipng"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(TexManager, "_cache_dir", tmp_path)
+    before = PdfFile._get_subset_prefix
+    with pytest.raises(UserError, match="--usetex: latex can't set this figure: latex was not able to process"):
+        plot.main([str(make_run(tmp_path / "a")), "--usetex"])
+    assert PdfFile._get_subset_prefix is before  # later figures of this process are what they are in another
     assert len(list((tmp_path / "a").iterdir())) == 2
 
 
