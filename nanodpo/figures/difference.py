@@ -33,12 +33,14 @@ from .noise import Marks
 from .runs import Facts
 from .training import (
     FAINT,
+    FORK,
     FREE_REWARDS,
     LOOKS,
     PANELS,
     PROMINENT,
     REWARDS,
     curves,
+    forks,
     noise_of_step,
     of_loss,
     panels_of,
@@ -46,7 +48,6 @@ from .training import (
     with_moved,
 )
 
-FORK = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (2, 1))}
 PAIR = ["dataset", "row", "response", "step"]  # a score in two runs
 
 
@@ -142,11 +143,6 @@ def framed(labels, columns: int, facts: dict[str, Facts]):
             above.axvline(step, **FORK)
             below.axvline(step, **FORK)
     return fig, pairs
-
-
-def forks(facts: dict[str, Facts]) -> list[int]:
-    """The steps at which these runs were forked from another."""
-    return sorted({f.forked for f in facts.values() if f.forked is not None})
 
 
 def finish(fig, runs, looks: dict[str, dict], facts: dict[str, Facts], marks: Marks, held_out: bool = False,

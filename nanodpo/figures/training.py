@@ -19,6 +19,7 @@ from .runs import Facts
 POINTS = {"alpha": 0.3, "linestyle": "", "marker": ".", "markersize": 1.5}  # a step's own value, under its average
 FAINT = {"alpha": 0.4, "linewidth": 0.6, "marker": ""}  # training beside evaluation
 PROMINENT = {"linewidth": 1.2, "markersize": 4, "zorder": 3}
+FORK = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (2, 1))}
 PART = 40  # the average reaches over this part of the run's steps to each side
 MOST = 2000  # points of a curve that are drawn: more are no clearer, and make an SVG of 100 MB of a long run
 LOOKS = {"loss": {"color": "black", "linestyle": "-", "marker": "o"}} | {
@@ -63,8 +64,11 @@ def training_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, 
                 look = LOOKS[side] | colours.get(run, {})
                 curves(ax, run, runs[run], name, look, FAINT if held_out else {}, reach[run])
         _noise(marks, ax, label, [(facts[run], runs[run]) for run in here])
+        for step in filter(None, forks(facts)):  # before a step 0 there is nothing
+            ax.axvline(step, **FORK)
     sides = dict.fromkeys(side for names, _ in panels.values() for side in names if side != "loss")
-    _legend(fig, runs, colours, sides, held_out, reach, marks.handles)
+    more = [Line2D([], [], **FORK, label="fork")] * any(forks(facts)) + marks.handles
+    _legend(fig, runs, colours, sides, held_out, reach, more)
     return fig, _caption(runs, panels, facts, held_out, reach) + marks.caption
 
 
@@ -145,6 +149,11 @@ def _noise(marks: Marks, ax, label: str, runs: list[tuple[Facts, list[dict]]]) -
                 marks.band(ax, start, noise_of_step(label, facts))
 
 
+def forks(facts: dict[str, Facts]) -> list[int]:
+    """The steps at which these runs were forked from another."""
+    return sorted({f.forked for f in facts.values() if f.forked is not None})
+
+
 def noise_of_step(label: str, facts: Facts) -> float:
     """The standard deviation that bfloat16's rounding gives a step's mean in this panel, nats; 0 where it is not known,
     as of rewards without a reference."""
@@ -198,4 +207,6 @@ def _caption(runs: dict, panels: dict, facts: dict[str, Facts], held_out: bool, 
         text += (f" Faint points are single steps{which}; the line through them is the mean over the steps around "
                  f"each, {spans} to either side.")
     betas = {facts[run].beta for label in (REWARDS, FREE_REWARDS) if label in panels for run in panels[label][1]}
-    return text + " The rewards of each run have its own beta." * (len(betas) > 1)
+    text += " The rewards of each run have its own beta." * (len(betas) > 1)
+    steps = listed(filter(None, forks(facts)))
+    return text + f" Dashed: the fork at step {steps}; before it all is of the run that was forked." * bool(steps)

@@ -134,6 +134,19 @@ def test_the_difference_of_a_run_and_its_fork(tmp_path, draw):
     assert [points(one, f"{which} loss")[0] for which in ("a", "difference")] == [0, 1]
 
 
+def test_a_fork_is_marked_in_its_training(tmp_path, draw):
+    """What is before it was made by another run, maybe by another loss; before a fork at step 0 there is nothing."""
+    run = make_run(tmp_path / "a")
+    found = draw(forked_from(tmp_path / "b", run, 2, 0.25))
+    assert all(any(list(line.get_xdata()) == [2, 2] for line in ax.get_lines()) for ax in found["training"].axes)
+    assert "fork" in [text.get_text() for text in found["training"].legends[0].get_texts()]
+    assert "Dashed: the fork at step 2; before it all is of the run" in found["captions"]["training"]
+    for other in (run, forked_from(tmp_path / "c", run, 0, 0.25)):
+        found = draw(other)
+        assert "fork" not in [text.get_text() for text in found["training"].legends[0].get_texts()]
+        assert "fork" not in found["captions"]["training"]
+
+
 def test_figures_of_scores_that_are_gone_go_too(tmp_path):
     """These scores have no masses, so a figure of masses is of others."""
     make_scores(tmp_path / "scores.parquet", SCORES)
