@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from ..files import check_regular, read_text
 from ..ranks.distributed import say
 
 MANIFEST, FACTS_HASH = "manifest.json", "facts_sha256"
+ABANDONED = 24 * 3600  # seconds since a file was written to after which nobody will finish it: that takes seconds
 # Of a checkpoint, see card.py: no number depends on them, and people edit them.
 BESIDE = ("README.md", "trainer_state.json")
 
@@ -260,6 +262,15 @@ def clear_partials(folder: Path) -> None:
     """Removes the files and folders that an ended process left half-written."""
     for place in folder.glob(".*.partial"):
         clear(place)
+
+
+def clear_abandoned(cache: Path) -> None:
+    """Removes what killed processes left half-written in a cache, and leaves what others, on other machines, too, may
+    write to just now."""
+    for place in cache.glob(aside(Path("*.safetensors"), "*").name):
+        with contextlib.suppress(OSError):  # another process was first
+            if time.time() - place.lstat().st_mtime > ABANDONED:
+                clear(place)
 
 
 def clear(place: Path) -> None:

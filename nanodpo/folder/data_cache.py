@@ -29,7 +29,7 @@ from ..data.template import Template
 from ..errors import UserError, first_line
 from ..files import check_regular
 from ..ranks.distributed import say
-from .atomic import aside, clear, new_file, open_lock, tensors_hash
+from .atomic import aside, clear, clear_abandoned, new_file, open_lock, tensors_hash
 
 SMALL = 2**20  # bytes of files that are prepared in less time than it takes to look after a cache
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
@@ -121,6 +121,7 @@ def _alone(file: Path):
     if lock:
         for left in {*file.parent.glob(aside(file, "*").name)} - {place}:
             clear(left)  # of a process that was killed while it wrote
+        clear_abandoned(file.parent)
     try:
         yield lock is not None
     finally:

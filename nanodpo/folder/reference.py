@@ -22,7 +22,7 @@ from ..errors import Preempted, RunStopped, UserError, first_line
 from ..files import check_regular
 from ..progress import Progress
 from ..ranks.distributed import ask, from_main, is_main, main_first, say, sum_over_ranks
-from .atomic import new_file
+from .atomic import clear_abandoned, new_file
 
 SAVE_SECONDS = 60
 STALE = ("weights", "data", "versions")  # may change while the names and settings stay
@@ -65,6 +65,7 @@ def reference_logps(examples, steps, micro_batches_of, score, fingerprint: dict,
     file, logps = cache_file(cache_dir, fingerprint), None
     with main_first():
         if is_main():
+            clear_abandoned(file.parent)
             logps = _load(file, fingerprint, len(examples))
     logps = from_main(logps)
     missing = [pairs for pairs in steps if logps[pairs].isnan().any()]

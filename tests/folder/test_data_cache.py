@@ -289,12 +289,16 @@ def test_of_many_that_start_at_once_one_prepares(tmp_path, monkeypatch):
 
 
 def test_who_was_killed_while_it_prepared_blocks_nobody(tmp_path):
-    """Its lock is gone with it, and what it had written is cleared away."""
+    """Its lock is gone with it, and what it had written is cleared away; of an entry that nobody makes again, after a
+    day."""
     path = write(tmp_path, pairs())
     load(path, tmp_path / "cache")
     file = entry(tmp_path / "cache")
     os.rename(file, data_cache.aside(file, 12345))
     data_cache.aside(file, "lock").touch()
+    other = file.with_name(".data-other.safetensors.1.partial")
+    other.touch()
+    os.utime(other, (0, 0))
     load(path, tmp_path / "cache")
     assert entry(tmp_path / "cache") == file
 

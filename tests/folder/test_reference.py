@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,21 @@ def test_a_pass_that_was_killed_goes_on(seconds, kept, run, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run(micro_batches_of=killed)
     assert torch.equal(run(), TRUTH) and run.scored == list(range(kept, 6))
+
+
+def test_what_killed_processes_left_in_the_folder_goes_after_a_day(run):
+    """By a process on another machine, perhaps: nobody can tell whether it lives. What is younger may be written to,
+    and what has another kind of name is somebody else's."""
+    left = [".reference-a.safetensors.17.partial", ".data-b.safetensors.18.partial", ".data-b.safetensors.lock.partial"]
+    kept = [".reference-c.safetensors.19.partial", ".report.partial", "reference-d.safetensors"]
+    for name in left + kept:
+        (run.folder / name).touch()
+        if name != kept[0]:
+            os.utime(run.folder / name, (0, time.time() - 25 * 3600))
+    assert torch.equal(run(), TRUTH)
+    (own,) = {file.name for file in run.folder.iterdir()} - {*kept}
+    assert own.startswith("reference-") and own.endswith(".safetensors")
+    assert all((run.folder / name).exists() for name in kept)
 
 
 def test_a_fast_pass_is_saved_by_the_minute_and_not_by_the_step(run, monkeypatch):
