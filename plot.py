@@ -31,6 +31,7 @@ from nanodpo.figures.drawing import house_style, save
 from nanodpo.figures.page import write_page
 from nanodpo.figures.scatter import HELP
 from nanodpo.figures.three_panel import ROLES
+from nanodpo.flags.settings import open_home
 from nanodpo.flags.unknown import parse_known
 from nanodpo.scoring.runs import newest_run
 from nanodpo.screen import put
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{flag}: is for the figure of scores.parquet, and there is none; "
                             "--scores FILE names one")
     places = list(dict.fromkeys(folders.values())) or [Path(file).parent for file in [*files, args.series][:1]]
-    target = home(args.output_dir or (places[0] if len(places) == 1 else "runs/figures"))
+    target = Path(open_home("--output_dir", args.output_dir) if args.output_dir else
+                  places[0] if len(places) == 1 else "runs/figures")
     if args.page:
         noise = noise_of(list(folders.values()), files)
         file, notes = write_page(files, target, names if args.scores else [], args.test, noise)

@@ -8,7 +8,6 @@ import argparse
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from os.path import expanduser
 from pathlib import Path
 
 from ..core.losses import LOSSES
@@ -17,7 +16,7 @@ from .help import help_text
 from .launchers import local_rank
 from .limits import ABOVE_0, BELOW_1, BELOW_HALF, GIB, NOT_NEGATIVE, SEED, STEPS, Limit, check, row_numbers
 from .loss import SMOOTHED
-from .settings import as_flags, check_path, read_settings
+from .settings import as_flags, check_path, open_home, read_settings
 from .unknown import OTHERWISE, unknown_arguments
 
 
@@ -155,10 +154,10 @@ class TrainArguments:
         self.use_lora = self.use_lora and self.lora_r > 0
         if isinstance(self.lora_target_modules, list):
             self.lora_target_modules = ",".join(self.lora_target_modules)
-        for name in PATHS:  # no shell opens ~ in --name=~/x or in a settings file
-            if (value := getattr(self, name)) and value.startswith("~"):
-                setattr(self, name, expanduser(value))
-            check_path(f"--{name}", value or "")
+        for name in PATHS:
+            check_path(f"--{name}", value := getattr(self, name) or "")
+            if value.startswith("~"):
+                setattr(self, name, open_home(f"--{name}", value))
         if self.assistant_header:  # a shell passes on what an error message shows: a backslash and an n
             self.assistant_header = self.assistant_header.replace("\\n", "\n")
         self.without_rows = row_numbers(self.without_rows)

@@ -70,6 +70,17 @@ def _unique_keys(base: type) -> type:
     return Loader
 
 
+def open_home(flag: str, path: str) -> str:
+    """A path with its ~ opened: no shell does that in --name=~/x or in a settings file. Raises UserError for a ~ that
+    is nobody's home here: a folder with that name would be made."""
+    if (opened := os.path.expanduser(path)).startswith("~"):
+        home = path.partition("/")[0]
+        unset = " (HOME is not set)" * (home == "~")
+        raise UserError(f"{flag} {path}: there is no home folder {home} here{unset}; give a full path, or "
+                        f"./{path} if that is its name")
+    return opened
+
+
 def check_path(flag: str, path: str) -> None:
     """Raises UserError for a path that no file can have: a settings file may hold characters that a shell would not
     pass on."""

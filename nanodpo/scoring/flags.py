@@ -9,7 +9,7 @@ import torch
 
 from ..errors import UserError
 from ..flags.launchers import local_rank
-from ..flags.settings import check_path, check_utf_8
+from ..flags.settings import check_path, check_utf_8, open_home
 from ..flags.unknown import parse_known
 from ..ranks.distributed import check_sequence_parallel
 from .recorded import FLAGS, PRECISION, READING
@@ -89,6 +89,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
         raise UserError(f"--max_new_tokens {args.max_new_tokens}: no answers are made; add --answers ROWS, or {GREEDY} "
                         "to --responses")
     check_path("--output_dir", args.output_dir or "")
+    args.output_dir = args.output_dir and open_home("--output_dir", args.output_dir)
     check_gpu(args.gpu_id)
     check_sequence_parallel(args.sequence_parallel_size)
     args.ledger_rows = [*dict.fromkeys(args.ledger_rows or [])]
@@ -101,7 +102,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     if "gap" in (args.responses or []):
         raise UserError("--responses gap: summary.csv has the gap of chosen to rejected under this name; give the "
                         "column another name")
-    args.targets += [args.model_path] if args.model_path else []
+    args.targets = [open_home("target", path) for path in (*args.targets, *filter(None, [args.model_path]))]
     args.targets = args.targets or [newest_run(Path("runs"))]
     args.own = not args.dataset_path
     args.dataset_path = named_data(args.dataset_path) or [own_data(args.targets[0])]
@@ -148,7 +149,7 @@ def named_data(given: list[str]) -> list[tuple[str, str]]:
         if not (name and file):
             raise UserError(f"--dataset_path {name}={file}: expected FILE or NAME=FILE")
         check_utf_8("--dataset_path", name)
-        found.append((name, file))
+        found.append((name, open_home("--dataset_path", file)))
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
         raise UserError(f"--dataset_path: two data sets are called {max(names, key=names.count)}; name them, NAME=FILE")

@@ -183,6 +183,7 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["@"], "@/metrics.jsonl: No"),
     (["@/s.csv"], "@/s.csv/metrics.jsonl: Not a directory"),
     (["~nobody-at-all"], "~nobody-at-all/metrics.jsonl: No such"),
+    (["@/run", "--output_dir=~nobody-at-all/o"], "--output_dir ~nobody-at-all/o: there is no home folder"),
 ]]
 NOT_OURS = "@/run/run.json: is not what train.py writes"
 RECORDS = [(f"run.json: {text[:60]!r}", written("run/run.json", text), RUN, [NOT_OURS]) for text in (

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import pwd
 import re
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from nanodpo.folder import atomic
 from nanodpo.model import source
 from nanodpo.run import deepspeed_settings
 from nanodpo.scoring.flags import make_parser
+from nanodpo.scoring.flags import parse as parse_scores
 
 sys.path.insert(0, str(ROOT / "examples"))
 import forward_reverse
@@ -267,6 +269,34 @@ def test_home_is_found_where_no_shell_looked(tmp_path, monkeypatch):
     args = arguments(file)
     assert (args.model_name, args.train_file_path, args.output_dir) == ("/home/x/m", "/home/x/d/*.parquet", "/home/x/o")
     assert args.cache_dir == "/home/x/.cache/nanodpo"
+
+
+def nobody(user):
+    raise KeyError(user)
+
+
+def test_a_home_that_nobody_has_is_refused(monkeypatch):
+    """A folder called ~ would be made, in the folder that the command is run in: of this user without HOME, whom the
+    machine does not know, as in a container; and of a name mistyped."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert error_of(*NEEDED) == ("--cache_dir ~/.cache/nanodpo: there is no home folder ~ here (HOME is not set); give "
+                                 "a full path, or ./~/.cache/nanodpo if that is its name")
+    assert arguments(*NEEDED, "--cache_dir=/c", "--output_dir=./~o").output_dir == "./~o"
+    for flag in ("output_dir", "model_name", "train_file_path", "fork"):
+        given = ["--model_name=m", "--train_file_path=d", "--cache_dir=/c", f"--{flag}=~nobody-at-all/x"]
+        assert error_of(*given).startswith(f"--{flag} ~nobody-at-all/x: there is no home folder ~nobody-at-all here; ")
+    assert "NUL or half a character" in error_of(*NEEDED, "--output_dir=~\0/x")
+
+
+@pytest.mark.parametrize("given", [["{}", "--dataset_path=d"], ["--model_path={}", "--dataset_path=d"],
+                                   ["m", "--dataset_path", "a={}"], ["m", "--dataset_path=d", "--output_dir={}"]])
+def test_home_is_found_or_refused_in_scoring_too(given, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    args = parse_scores([word.format("~/y") for word in given], "")
+    assert "/home/x/y" in (*args.targets, args.output_dir, args.dataset_path[0][1])
+    with pytest.raises(UserError, match="~nobody-at-all/y: there is no home folder ~nobody-at-all here"):
+        parse_scores([word.format("~nobody-at-all/y") for word in given], "")
 
 
 def launched(monkeypatch, **names):
