@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from .errors import first_line
+from .errors import UserError, first_line
 
 MAX_BYTES = 2**26  # a settings file has a few hundred, run.json of a large data set a few million
 
@@ -46,6 +46,16 @@ def why(error: Exception) -> str:
 def parse_json(text: str, **options):
     """json.loads that raises ValueError for a key that an object has twice, of which JSON's readers take the last."""
     return json.loads(text, object_pairs_hook=_without_repeats, **options)
+
+
+def read_json(file, max_bytes: int = MAX_BYTES):
+    """A JSON file of this project. Raises UserError for one that can't be read, or is no JSON: cut off, say."""
+    try:
+        return parse_json(read_text(file, max_bytes))
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({why(error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: can't be read as JSON ({first_line(error)}); copy it anew") from error
 
 
 def _without_repeats(pairs: list[tuple]) -> dict:

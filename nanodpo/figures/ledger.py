@@ -7,7 +7,7 @@ from matplotlib import rcParams
 from matplotlib.patches import Patch
 
 from ..errors import UserError
-from ..files import parse_json, read_text
+from ..files import read_json
 from .axes import COLOURS, GREY, add_legend, grid, listed, plain, wrap
 from .noise import Marks, Noise
 from .tables import read_parquet
@@ -26,13 +26,13 @@ def read_ledger(folder: Path) -> tuple[pandas.DataFrame, list[dict]]:
     if not file.exists():
         raise UserError(f"{file}: is not there; score.py makes it where it is told --ledger ROWS")
     table = read_parquet(file, COLUMNS, more=("row", "pair"), gaps=("row", "pair"))
+    records = read_json(folder / "ledger.json", 2**32)
     try:
-        records = parse_json(read_text(folder / "ledger.json", 2**32))
         records = [record for record in records if record["row"] is None]
         for record in records:
             _ = [record["dataset"], record["response"], record["change"] + 0.0, record["residual"] + 0.0,
                  [level + 0.0 for level in record["levels"]], [f"{why}" for why in record.get("doubts", [])]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'ledger.json'}: is not what score.py writes ({type(error).__name__}: {error})"
                         ) from error
     return table[table["row"].isna()], records

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from ..errors import UserError, first_line
-from ..files import parse_json, read_text
+from ..files import read_json
 from ..run.noise import LOGPS
 from .axes import ABOVE_GRID
 
@@ -64,15 +64,16 @@ def read_verdicts(file: Path) -> dict[str, Noise]:
     """{run: its noise} from a verdict.json: what lies beside scores that are not in their run's folder. Empty where
     there is no such file; raises UserError where it is not what score.py writes."""
     found = {}
+    if not file.exists():
+        return found
+    lines = read_json(file)
     try:
-        for line in parse_json(read_text(file)):
+        for line in lines:
             for name in LOGPS:
                 numbers = line["numbers"].get(f"change of {name.rpartition('/')[2]}", {})
                 if "run" in line and "noise" in numbers:
                     noise = numbers["noise"] / 2 * math.sqrt(numbers["n"])  # of a mean over n, twice the deviation
                     found.setdefault(line["run"], Noise())[name] = noise
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: is not what score.py writes ({first_line(error)})") from error
     return found

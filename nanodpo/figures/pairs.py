@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from ..data.rows import read_rows
 from ..data.shapes import choose_columns, read_row
 from ..errors import UserError, one_line
-from ..files import parse_json, read_text
+from ..files import read_json
 from .ledger import read_ledger
 from .records import SIDES
 
@@ -49,7 +49,7 @@ def read_pairs(folder: Path) -> dict:
 def read_texts(folder: Path, rows: set[int]) -> tuple[dict[int, list[str]], str]:
     """({row: prompt, chosen, rejected} of the training data of the run in this folder, why there are none)."""
     try:
-        settings = SimpleNamespace(**parse_json(read_text(folder / "run.json"))["arguments"])
+        settings = SimpleNamespace(**read_json(folder / "run.json")["arguments"])
         data = read_rows(path := settings.train_file_path)
         if max(rows, default=0) >= len(data):
             raise UserError(f"{path}: has {len(data):,} rows, and the ledger one of number {max(rows):,}")

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from ..core.losses import LOSSES, needs_reference
-from ..errors import UserError, first_line
-from ..files import parse_json, read_text
+from ..errors import UserError
+from ..files import read_json
 from ..flags.loss import loss_name
 from ..folder.elastic import pairs_per_step
 from ..run.noise import of_record
@@ -46,14 +46,11 @@ class Facts:
 
 
 def read_facts(folder: Path) -> Facts:
-    """Of a run's folder. Raises UserError where run.json is not what train.py writes."""
+    """Of a run's folder. Raises UserError where run.json can't be read, or is not what train.py writes."""
     file = folder / "run.json"
-    try:
-        record = parse_json(read_text(file))
-    except (FileNotFoundError, NotADirectoryError):
+    if not file.exists():
         return Facts()
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is not what train.py writes ({first_line(error)})") from error
+    record = read_json(file)
     given = record.get("arguments", {}) if isinstance(record, dict) else None
     if not isinstance(given, dict):
         raise UserError(f"{file}: is not what train.py writes; arguments must be an object")

@@ -16,7 +16,7 @@ import torch
 
 from ..data.places import absolute
 from ..errors import RunStopped, UserError
-from ..files import MAX_BYTES, read_text
+from ..files import MAX_BYTES, read_json
 from ..flags.arguments import BY_CONTENT
 from ..ranks.distributed import world_size
 from .atomic import aside, check_writable, clear_partials, flush, hold, new_file, saved_steps, writing
@@ -109,13 +109,10 @@ def take(folder: Path) -> Path:
 
 
 def read(folder: Path) -> dict:
-    """A run's run.json. Raises UserError for a file that train.py has not written."""
-    try:
-        if is_record(record := json.loads(read_text(folder / "run.json"))):
-            return record
-    except (OSError, ValueError, RecursionError):
-        pass
-    raise UserError(f"{folder / 'run.json'}: is not what train.py writes; name another --output_dir")
+    """A run's run.json. Raises UserError for a file that can't be read, or that train.py has not written."""
+    if not is_record(record := read_json(folder / "run.json")):
+        raise UserError(f"{folder / 'run.json'}: is not what train.py writes; put it back, or name another folder")
+    return record
 
 
 def is_record(record) -> bool:

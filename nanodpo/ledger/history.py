@@ -17,7 +17,7 @@ from ..data.example import SIDES, Example, row_starts, trained_sides
 from ..data.mixing import read_weights
 from ..data.schedule import learning_rate, pairs_of_step
 from ..errors import UserError
-from ..files import read_text
+from ..files import read_text, why
 from ..flags.arguments import TrainArguments
 from ..flags.loss import own_function
 from ..folder.elastic import pairs_per_step
@@ -256,12 +256,16 @@ def read_steps(folder: Path) -> tuple[set[int], dict[int, float]]:
     """(steps that made no update, {step: norm of its gradient}) of a run's metrics.jsonl. Raises UserError."""
     file, skipped, norms, before = folder / "metrics.jsonl", set(), {}, 0
     try:
-        for line in map(json.loads, read_text(file, MAX_BYTES).splitlines()):
+        text = read_text(file, MAX_BYTES)
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({why(error)})") from error
+    try:
+        for line in map(json.loads, text.splitlines()):
             if (count := line.get("skipped_steps", before)) > before:
                 skipped.add(line["step"])
                 before = count
             if "grad_norm" in line:
                 norms[line["step"]] = line["grad_norm"]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise UserError(f"{file}: is not what train.py writes ({type(error).__name__}: {error})") from error
     return skipped, norms

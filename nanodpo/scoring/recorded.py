@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from ..data.shapes import options_of
 from ..errors import UserError
-from ..files import read_text
+from ..files import read_json
 from ..flags.arguments import TrainArguments
 from ..flags.loss import LOSSES, own_function
 
@@ -30,11 +30,11 @@ NOT_A_RUN = {"trust_remote_code": False, "record": {}, "function": None}
 def recorded_settings(run: Path) -> SimpleNamespace:
     """Those of a run's folder, and all of its run.json as `record`. Raises UserError for a file that train.py has not
     written."""
+    record = read_json(run / "run.json")
     try:
-        record = json.loads(read_text(run / "run.json"))
         given = record["arguments"] | {"max_length": record["max_length"]} | {
             key: record.get(key) for key in ("prompt_leads", "held_out_rows", "date")}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run / 'run.json'}: is not what train.py writes ({type(error).__name__}: {error})") from error
     given = {key: given[key] for key in BARE_MODEL if key in given}
     if wrong := next((key for key, value in given.items() if not _right(key, value)), None):

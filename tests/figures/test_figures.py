@@ -1176,7 +1176,8 @@ def test_scores_outside_a_runs_folder_have_its_noise_by_the_verdict(tmp_path, dr
     short = '[{"run": "dpo", "numbers": {"change of chosen": {"noise": 1}}}]'
     for text in ("{", "[1]", "3", '[{"run": "dpo"}]', short):
         (tmp_path / "verdict.json").write_text(text)
-        with pytest.raises(UserError, match="verdict.json: is not what score.py writes"):
+        words = "can't be read as JSON" if text == "{" else "is not what score.py writes"
+        with pytest.raises(UserError, match=f"verdict.json: {words}"):
             draw("--scores", tmp_path / "scores.parquet")
 
 

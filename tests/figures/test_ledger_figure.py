@@ -84,7 +84,8 @@ def test_plot_writes_it(folder):
 @pytest.mark.parametrize("change, words", [
     (lambda f: (f / "ledger.parquet").unlink(), "is not there; score.py makes it where it is told --ledger ROWS"),
     (lambda f: (f / "ledger.parquet").write_text("x"), "ledger.parquet: can't be read"),
-    (lambda f: (f / "ledger.json").unlink(), "ledger.json: is not what score.py writes"),
+    (lambda f: (f / "ledger.json").unlink(), r"ledger.json: can't be read \(No such file"),
+    (lambda f: (f / "ledger.json").write_text("[{"), "ledger.json: can't be read as JSON"),
     (lambda f: (f / "ledger.json").write_text("3"), "ledger.json: is not what score.py writes"),
     (lambda f: (f / "ledger.json").write_text('[{"row": null, "dataset": "test"}]'), "is not what score.py writes"),
     (lambda f: (f / "ledger.json").write_text("[]"), "has single rows alone"),

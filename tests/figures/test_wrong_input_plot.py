@@ -185,14 +185,16 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["~nobody-at-all"], "~nobody-at-all/metrics.jsonl: No such"),
     (["@/run", "--output_dir=~nobody-at-all/o"], "--output_dir ~nobody-at-all/o: there is no home folder"),
 ]]
-NOT_OURS = "@/run/run.json: is not what train.py writes"
+NOT_OURS, NO_JSON = "@/run/run.json: is not what train.py writes", "@/run/run.json: can't be read as JSON"
 RECORDS = [(f"run.json: {text[:60]!r}", written("run/run.json", text), RUN, [NOT_OURS]) for text in (
-    "", "[1]", "{", DEEP, '{"arguments": 3}', '{"noise": [1]}', '{"arguments": {"loss": 3}}',
+    "[1]", '{"arguments": 3}', '{"noise": [1]}', '{"arguments": {"loss": 3}}',
     '{"arguments": {"model_name": null}}', '{"arguments": {"label_smoothing": "x"}}', '{"arguments": {"beta": NaN}}',
     '{"noise": {"rewards/margins": -1}}', '{"noise": {"logps_per_token/chosen": "x"}}',
     '{"noise": {"logps_per_token/rejected": Infinity}}')]
-RECORDS += [(f"run.json {how}", broken("run/run.json", change), RUN, [NOT_OURS])
-            for how, change in {**BYTES, "a folder": "a folder"}.items()]
+RECORDS += [(f"run.json: {text[:60]!r}", written("run/run.json", text), RUN, [NO_JSON]) for text in ("", "{", DEEP)]
+RECORDS += [(f"run.json {how}", broken("run/run.json", change), RUN, [NO_JSON]) for how, change in BYTES.items()]
+RECORDS += [("run.json a folder", broken("run/run.json", "a folder"), RUN,
+             ["@/run/run.json: can't be read (Is a directory)"])]
 
 
 def answers(**changed):

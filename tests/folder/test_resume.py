@@ -20,6 +20,7 @@ from conftest import ROOT, environment, forked, launch, lines_of, zero
 from safetensors.torch import load_file, save_file
 
 from nanodpo.errors import Preempted, RunStopped, UserError
+from nanodpo.figures.runs import read_facts
 from nanodpo.flags.arguments import TrainArguments
 from nanodpo.folder import card, resume, same_run
 from nanodpo.folder import fork as fork_of
@@ -40,6 +41,7 @@ from nanodpo.folder.log import read_lines
 from nanodpo.folder.state import COUNTERS
 from nanodpo.run import lifecycle, signals
 from nanodpo.run.start import Run
+from nanodpo.scoring.recorded import recorded_settings
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
 # Saves every two steps, evaluates every three, and has dropout, so that random numbers count.
@@ -647,6 +649,19 @@ def test_a_damaged_record(changes, tmp_path):
     for where in ({"resume": "auto", "output_dir": str(tmp_path)}, {"resume": str(tmp_path), "output_dir": None}):
         with pytest.raises(UserError, match="run.json: is not what train.py writes"):
             run_record.find(**where, name="new")
+
+
+def test_a_record_that_can_not_be_read(another_user, tmp_path):
+    """Of another user, or cut off: it is said so, and not that another program wrote it."""
+    (tmp_path / "run.json").write_text('{"arguments": {"loss')
+    for where in ({"resume": "auto", "output_dir": str(tmp_path)}, {"resume": str(tmp_path), "output_dir": None}):
+        with pytest.raises(UserError, match=r"run.json: can't be read as JSON \(Unterminated string"):
+            run_record.find(**where, name="new")
+    (tmp_path / "run.json").chmod(0)
+    another_user()
+    for read in (run_record.read, recorded_settings, read_facts):
+        with pytest.raises(UserError, match=r"run.json: can't be read \(Permission denied\)$"):
+            read(Path())
 
 
 def test_runs_of_one_second_take_folders_of_their_own(tmp_path):

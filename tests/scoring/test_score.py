@@ -793,7 +793,7 @@ def test_wrong_input_is_one_line(run, tiny, tmp_path, capsys, monkeypatch):
             ([], "runs/ holds no run"), (["nowhere", *data], "nowhere"), ([model], "name data with --dataset_path"),
             ([run, "--responses", "best"], "no such column; it has prompt, chosen"),
             ([run, "--what"], "unknown argument --what"),
-            ([str(broken), *data], "run.json: is not what train.py writes"),
+            ([str(broken), *data], "run.json: can't be read as JSON"),
             ([run, run], "dpo/checkpoint-0: is named twice"),
             ([model, str(foreign), *data], "different tokenizers or chat templates"),
             ([run, "--dataset_path", "gone.parquet"], "gone.parquet: no such file"),

@@ -27,15 +27,16 @@ from nanodpo.scoring.recorded import BARE_MODEL
 
 ROWS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": "no"} for i in range(3)]
 RUN, LAST, DATA = ["@/run"], ["@/run/checkpoint-3"], ["--dataset_path=@/rows.jsonl"]
-WRITES = "@/run/run.json: is not what train.py writes"
+WRITES, NO_JSON = "@/run/run.json: is not what train.py writes", "@/run/run.json: can't be read as JSON"
 
 
 def setting(**values):
     return edited("run/run.json", **{f"arguments__{name}": value for name, value in values.items()})
 
 
-RUNS = [(f"run.json {how}", broken("run/run.json", change), RUN, [WRITES]) for how, change in BYTES.items()]
-RUNS += [(f"run.json is {what}", written("run/run.json", text), RUN, [WRITES]) for what, text in JSONS.items()]
+RUNS = [(f"run.json {how}", broken("run/run.json", change), RUN, [NO_JSON]) for how, change in BYTES.items()]
+RUNS += [(f"run.json is {what}", written("run/run.json", text), RUN, [NO_JSON if what == "too deep" else WRITES])
+         for what, text in JSONS.items()]
 RUNS += [(f"run.json: {name} is {value}", edited("run/run.json", **{name: value}), RUN, [WRITES, words])
          for name, value, words in [
     ("arguments", 3, ""), ("arguments", [], ""), ("arguments", None, ""), ("arguments", ..., "KeyError: 'arguments'"),
