@@ -53,8 +53,9 @@ def check_loss(args) -> None:
 FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError)
 
 
-def read_loss(args) -> tuple[Callable, str | None]:
-    """(the loss as pair_losses takes it, the hash of the file that it was read from). Raises UserError."""
+def read_loss(args, beta_given: bool = False) -> tuple[Callable, str | None]:
+    """(the loss as pair_losses takes it, the hash of the file that it was read from). Raises UserError, also for a
+    --beta, where one was given, by which nothing is multiplied: neither the loss nor rewards among the metrics."""
     if not (own := own_function(args.loss)):
         return _tried(bind(LOSSES[args.loss], args), args), None
     spec = importlib.util.spec_from_file_location(Path(own[0]).stem, own[0])
@@ -70,6 +71,8 @@ def read_loss(args) -> tuple[Callable, str | None]:
     if not {"chosen", "rejected"} <= inputs_of(function):
         raise UserError(f"--loss {args.loss}: takes no chosen and rejected; the parameters of a loss are named "
                         f"{', '.join(INPUTS)}, beta, label_smoothing, and what --loss_kwargs gives")
+    if beta_given and "beta" not in inspect.signature(function).parameters and not needs_reference(function):
+        raise UserError(f"--beta {args.beta} has no meaning for --loss {args.loss}; leave it out")
     return _tried(bind(function, args), args), hashlib.sha256(text.encode()).hexdigest()
 
 

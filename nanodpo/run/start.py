@@ -155,7 +155,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
         name_splits(args)
         weights = read_weights(args.mix_weights, args.train_file_path)
         lora = read_lora(args)
-        loss, loss_hash = read_loss(args)
+        loss, loss_hash = read_loss(args, args.beta != TrainArguments.beta)
         compared |= {"--peft_config with": json.dumps(lora), "a loss function's file that hashes to": loss_hash}
         compared |= agreement.flags(dataclasses.asdict(args)) | agreement.program(script, args.local_rank)
     if args.print_config:

@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
 
 from nanodpo.core.losses import LOSSES, pair_losses
 from nanodpo.errors import UserError
 from nanodpo.flags.arguments import parse
 from nanodpo.flags.loss import loss_name, read_loss
+from nanodpo.run import start
 
 LOGPS, REF = torch.tensor([[-1.0, -16.0]]), torch.tensor([[-3.0, -8.0]])
 LENGTHS = torch.tensor([[4.0, 2.0]])
@@ -79,6 +81,17 @@ def test_a_function_of_the_users_own(own):
     assert loss_name(f"{own}:mine") == "mine" and loss_name("dpo") == "dpo"
 
 
+def test_beta_without_a_use(own):
+    """Of a loss with a reference it scales the rewards among the metrics; of a run that is scored it is recorded."""
+    own.write_text("def mine(chosen, rejected, ref_chosen): return rejected - chosen + ref_chosen\n"
+                   "def free(chosen, rejected): return rejected - chosen\n")
+    assert read_loss(args_of("--loss", f"{own}:mine", "--beta", "0.3"), beta_given=True)
+    assert read_loss(args_of("--loss", f"{own}:free", "--beta", "0.3"))
+    with pytest.raises(UserError, match="--beta 0.3 has no meaning for --loss .*:free; leave it out"):
+        start.prepare(["--model_name", "M", "--train_file_path", "D", "--loss", f"{own}:free", "--beta", "0.3"],
+                      ROOT / "train.py")
+
+
 def test_the_hash_is_of_the_file(own):
     """So that a run does not go on with a function that has changed; a loss of the house has none."""
     before = read_loss(args_of("--loss", f"{own}:mine"))[1]
@@ -125,6 +138,7 @@ def test_every_loss_of_the_house_can_be_named(name):
     (["--loss", "simpo", "--reference", "M"], "--reference M has no meaning for --loss simpo"),
     (["--loss", "sft", "--sft_weight", "0.5"], "--sft_weight 0.5 has no meaning for --loss sft"),
     (["--loss", "sft", "--beta", "0.3"], "--beta 0.3 has no meaning for --loss sft"),
+    (["--loss", "@my losses.py:smoothed", "--beta", "0.3"], "my losses.py:smoothed; leave it out"),
     (["--train_on", "last"], "--train_on last has no meaning for --loss dpo"),
     (["--sft_weight", "-1"], "--sft_weight -1.0: must not be negative"),
     (["--loss", "gate", "--label_smoothing", "0.1"], "no meaning for --loss gate; leave it out, or use dpo or "),
@@ -132,7 +146,7 @@ def test_every_loss_of_the_house_can_be_named(name):
 def test_wrong_input(own, flags, words):
     """One line that names the flag, what was found and what would do."""
     with pytest.raises(UserError) as caught:
-        read_loss(args_of(*(flag.replace("@", f"{own.parent}/") for flag in flags)))
+        read_loss(args_of(*(flag.replace("@", f"{own.parent}/") for flag in flags)), "--beta" in flags)
     assert words in str(caught.value)
 
 
