@@ -115,12 +115,16 @@ def _check_scored(path: str, row: dict) -> None:
 
 def _check_labelled(path: str, rows: list[dict]) -> None:
     """Raises UserError for unpaired answers of which a label says whether they are good (KTO): trained on as they
-    stand, the bad ones would count as chosen. A CSV file has its labels as text."""
-    labels = [row.get("label") for row in rows] if "completion" in rows[0] else []
-    if bad := sum(label is False or isinstance(label, str) and label.strip().lower() == "false" for label in labels):
-        raise UserError(f"{path}: has unpaired answers (KTO), {bad} of {len(rows)} with label false; join a true and a "
-                        "false one of the same prompt into columns prompt, chosen and rejected, or for --loss sft "
-                        "leave out the rows with label false")
+    stand, the bad ones would count as chosen. A CSV file has its labels as text. Some write 0 and 1, and numbers that
+    are others, too, are something else."""
+    labels = [str(row.get("label")).strip().lower() for row in rows] if "completion" in rows[0] else []
+    truths = {"true", "false", "1", "0", "1.0", "0.0", "none", ""}  # those of a column with gaps, too
+    false = ("false", "0", "0.0") if {*labels} <= truths else ("false",)
+    if bad := sum(label in false for label in labels):
+        raise UserError(f"{path}: has unpaired answers (KTO), {bad} of {len(rows)} with label false or 0; join a true "
+                        "and a false one of the same prompt into columns prompt, chosen and rejected, or for --loss "
+                        "sft leave out the rows with label false; if label means something else, give that column "
+                        "another name")
 
 
 def _check_judged(path: str, names: list[str]) -> None:

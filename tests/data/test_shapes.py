@@ -327,10 +327,14 @@ def test_answers_with_scores_are_no_pairs_yet(tmp_path):
 def test_a_label_of_unpaired_answers_is_not_passed_over(loss, tmp_path):
     """KTO's rows: what is labelled false would be trained on as good. Without such rows SFT takes them."""
     good, bad = ({"prompt": "2?", "completion": text, "label": text == "4"} for text in ("4", "5"))
-    said = "1 of 2 with label false; join a true and a false one"
+    said = "1 of 2 with label false or 0; join a true and a false one"
     assert said in error_of(tmp_path, good, bad, loss=loss)
     texts = [row | {"label": str(row["label"])} for row in (good, bad)]  # as a CSV file that pandas wrote has them
     assert said in error_of(tmp_path, *texts, loss=loss)
+    for one, nought in ((1, 0), ("1", "0"), (1.0, 0.0), (None, 0)):
+        assert said in error_of(tmp_path, good | {"label": one}, bad | {"label": nought}, loss=loss)
+    classes = [good | {"label": 2}, bad | {"label": 0}]  # of a text, say
+    assert len(load(tmp_path, *classes, loss="sft").examples) == 2
     assert [e.chosen for e in load(tmp_path, good, loss="sft").examples] == [[*b"4", 260]]
 
 
