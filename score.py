@@ -98,9 +98,8 @@ def score(argv: list[str]) -> None:
             for data in datasets:
                 add_greedy(opener, checkpoints[0], data, parts, args.max_tokens)
             work = plan(checkpoints, datasets, parts, args.tokens, args.gradients, args.risers or 0)
-            if args.gradients and not any(item.of_kind("gradients") for item in work):
-                raise UserError("--gradients: needs both responses of a pair, and of no data set chosen and rejected "
-                                "are scored; name both in --responses, or leave it out")
+            if args.gradients:
+                check_pairs(work)
             score_all(opener, work, parts, args.max_tokens)
         distributed.leave()
         if distributed.is_main():
@@ -117,6 +116,16 @@ def add_greedy(opener: Opener, first: Checkpoint, data: ResponseSet, parts: Part
         answer(opener.open(first), data, result, parts, max_tokens)
     said = distributed.from_main(parts.answers(result.key, result.kind) if distributed.is_main() else None)
     data.add_greedy([said[row] for row in result.rows])
+
+
+def check_pairs(work: list[Work]) -> None:
+    """Names the data sets that have no gradients. Raises UserError where these are all."""
+    without = {item.data.name for item in work if not item.of_kind("gradients")}
+    if without == {item.data.name for item in work}:
+        raise UserError("--gradients: needs both responses of a pair, and of no data set chosen and rejected are "
+                        "scored; name both in --responses, or leave it out")
+    for name in sorted(without):
+        distributed.say(f"{name}: has no gradients, which need both chosen and rejected")
 
 
 def score_all(opener: Opener, work: list[Work], parts: Parts, max_tokens: int) -> None:

@@ -51,6 +51,16 @@ def test_the_same_numbers(adapter, tiny, tmp_path):
     assert len(tables[0][0]) == 11 and (tables[0][0]["grad_norm_chosen"] > 0).all()
 
 
+def test_a_data_set_without_pairs_is_named(adapter, tiny, tmp_path, capsys):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"prompt": "2+2=", "chosen": "4"}\n')
+    score.main(["--model_path", str(adapter), "--dataset_path", f"pairs={tiny / 'train.jsonl'}", str(answers),
+                "--gradients", "--output_dir", str(tmp_path / "out")])
+    assert set(pandas.read_parquet(tmp_path / "out" / "pairs.parquet")["dataset"]) == {"pairs"}
+    said = capsys.readouterr().out
+    assert "answers: has no gradients, which need both chosen and rejected\n" in said and "pairs: has no" not in said
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_layers_are_computed_again(adapter, recompute):
     """In the forward pass and, where backward computes them again, in each of the pair's two backward passes."""
