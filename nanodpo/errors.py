@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import pickle
 import sys
 
 from .screen import escape_all_output, printable, put
@@ -46,6 +47,8 @@ TEMPFAIL = 75
 
 def first_line(error: Exception) -> str:
     """The message of a library's exception in one line: its first line, and the next where that ends in a colon."""
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to run the code in it
+        return "the pickle is broken, or holds more than tensors; save the weights as safetensors"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     message = lines.pop(0)
     while message.endswith(":") and lines:

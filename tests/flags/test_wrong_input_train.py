@@ -234,6 +234,21 @@ def pickled(name, other):
     return change
 
 
+class Code:
+    """What a pickle can hold in place of a tensor: a call."""
+
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def with_code(name, other):
+    """A change: weights in the old format, with code among them."""
+    def change(folder):
+        broken(name, "missing")(folder)
+        torch.save({"weight": Code()}, folder / other)
+    return change
+
+
 CONFIG, TOKENIZER, WEIGHTS = ("model @/model: config.json can't be opened",
                               "model @/model: the tokenizer can't be opened",
                               "@/model/model.safetensors: can't be")
@@ -254,6 +269,10 @@ MODELS += [
     ("weights that are a folder", broken("model/model.safetensors", "a folder"), MODEL, ["model.safetensors"]),
     ("a pickle of junk", pickled("model/model.safetensors", "model/pytorch_model.bin"), MODEL,
      ["@/model: the weights can't be loaded"]),
+    ("a pickle with code", with_code("model/model.safetensors", "model/pytorch_model.bin"), MODEL,
+     ["@/model: the weights can't be loaded: the pickle is broken, or holds more than tensors; save the"]),
+    ("an adapter with code", with_code("adapter/adapter_model.safetensors", "adapter/adapter_model.bin"), ADAPTER,
+     ["holds more than tensors; save the weights as safetensors\n"]),
     ("a folder that is not there", nothing_changed, ["--model_name=@/none"], ["model @/none: no such folder"]),
     ("a run in place of a model", lambda folder: [(folder / "old").mkdir(), (folder / "old/run.json").write_text("{}")],
      ["--model_name=@/old"], ["model @/old: is a run; name one of its checkpoints, @/old/checkpoint-<step>"]),
