@@ -11,6 +11,8 @@ import re
 import warnings
 from pathlib import Path
 
+import torch
+
 from ..errors import UserError, first_line
 from ..files import read_text
 from .lora_settings import AS_PLAIN
@@ -141,6 +143,7 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
                  "name the merged model") * ("embed_tokens" in str(error))
         raise UserError(f"{adapter}: does not fit its base: {first_line(error)}{grown}") from error
     _check_within_layers(model.active_peft_config, adapter)
+    _check_scales(model, adapter)
     if model.get_base_model().get_output_embeddings() is not head:
         raise UserError(f"{adapter}: changes the output layer, which its target_modules or modules_to_save name; merge "
                         "the adapter (PEFT's merge_and_unload), and name the merged model")
@@ -158,6 +161,15 @@ def _check_within_layers(config, adapter: str) -> None:
     if str(start := getattr(config, "init_lora_weights", None)).startswith("pissa_niter"):
         raise UserError(f"{adapter}: has other log-probs each time: its init_lora_weights is {start!r}, by which PEFT "
                         f"draws random numbers to change the base, whenever it opens it; {AS_PLAIN}")
+
+
+def _check_scales(model, adapter: str) -> None:
+    """Raises UserError for a scale of LoRA, lora_alpha / r, that is no number: the base would be said to be broken."""
+    for name, layer in model.named_modules():
+        for scale in getattr(layer, "scaling", {}).values() if hasattr(layer, "lora_A") else ():
+            if not abs(scale) <= torch.finfo(torch.float32).max:
+                raise UserError(f"{adapter}: its adapter_config.json gives {name.removeprefix('base_model.model.')} a "
+                                f"scale of {scale:g}, by lora_alpha or alpha_pattern; mend it there")
 
 
 def check_mergeable(model, where: str) -> None:
@@ -186,6 +198,10 @@ def _read(model, adapter: str) -> dict:
     from peft.utils import get_peft_model_state_dict, load_peft_weights
 
     weights = load_peft_weights(adapter, device="cpu")
+    # Of LoRA alone: VB-LoRA and SHiRA have indices among their weights.
+    if odd := min((n for n, w in weights.items() if ".lora_" in n and not w.is_floating_point()), default=None):
+        raise UserError(f"{adapter}: {odd} is of {str(weights[odd].dtype).removeprefix('torch.')}, and weights are "
+                        "floating-point numbers; save the adapter as it was before it was quantised")
     with no_false_alarm():
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if lacking := expected.keys() - weights.keys():

@@ -1,6 +1,7 @@
 """train.py on malformed input: rows, files, models, templates, weights, adapters, settings, flags. A case a line."""
 
 import json
+import math
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -435,6 +436,9 @@ ADAPTERS += [(f"adapter_config.json: {name} {str(value)[:30]}", edited("adapter/
     ("target_modules", ["nope"], UNFIT + "Target modules {'nope'} not found in the base model"),
     ("target_modules", ["q_proj"], "@/adapter: has weights that its base or its adapter_config.json has no place for"),
     ("lora_alpha", "x", UNFIT), ("lora_alpha", None, UNFIT),
+    ("lora_alpha", math.nan, "@/adapter: its adapter_config.json gives model.layers.0.self_attn.q_proj a "
+     "scale of nan, by lora_alpha or alpha_pattern; mend it there"), ("lora_alpha", 1e308, "a scale of 5e+307, by"),
+    ("alpha_pattern", {"k_proj": math.inf}, "gives model.layers.0.self_attn.k_proj a scale of inf"),
     ("lora_dropout", "x", UNFIT), ("lora_dropout", 2, UNFIT),
     ("modules_to_save", 3, "@/adapter: its modules_to_save "),
     ("use_dora", True, "lacks 7 of the weights that its adapter_config.json asks for, such as base_model"),
@@ -452,6 +456,10 @@ def one_more(state):
     state["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 8)
 
 
+def in_whole_numbers(state):
+    state[min(state)] = state[min(state)].to(torch.int8)
+
+
 def wider(state):
     state[min(state)] = torch.zeros(9, 9)
 
@@ -463,6 +471,7 @@ ADAPTERS += [(f"adapter's weights {change.__name__}", changed_weights("adapter/a
      "@/adapter: lacks 1 of the weights that its adapter_config.json asks for, such as base_model.model.model"),
     (one_more,
      "has weights that its base or its adapter_config.json has no place for, such as base_model.model.model.la"),
+    (in_whole_numbers, "down_proj.lora_A.weight is of int8, and weights are floating-point numbers; save the adapter"),
     (wider, UNFIT + "Error(s) in loading state_dict for PeftModelForCausalLM: size mismatch"),
     (all_others, "@/adapter: lacks 14 of the weights"),
 ]]
