@@ -30,6 +30,11 @@ def pairs_of(row: dict, chosen: str, rejected: str | None, alone: bool) -> list[
     return [((i, j), row | {chosen: ours[i]} | ({rejected: theirs[j]} if rejected else {})) for i, j in numbers]
 
 
+def count_pairs(row: dict, chosen: str, rejected: str | None, alone: bool) -> int:
+    """How many pairs `pairs_of` makes of a row."""
+    return len(answers_of(row[chosen])) * (1 if alone or not rejected else len(answers_of(row[rejected])))
+
+
 def weight_of(row: dict, there: bool) -> float:
     """The weight of a row: 1 without the column. Raises UserError where its value is neither 0 nor within LIMITS."""
     value = row[WEIGHT] if there else 1

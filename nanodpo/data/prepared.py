@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from ..errors import UserError
 from ..progress import Progress
-from .answers import WEIGHT, pairs_of, weight_of
+from ..ranks.distributed import say
+from .answers import WEIGHT, count_pairs, pairs_of, weight_of
 from .encoding import tokenize, tokenize_more
 from .example import SIDES, CompactIds, Example
 from .forks import cores, in_forks
@@ -22,6 +23,7 @@ from .texts import Texts, before_answer, render_more, render_row, render_whole
 
 AT_ONCE = 500  # rows whose texts are in memory at one time, in each process
 MANY = 2000  # rows from which on it is worth while to start processes
+MANY_PAIRS = 10**5  # of fewer rows: they take more than ten seconds
 
 
 class Reading(NamedTuple):
@@ -105,6 +107,10 @@ def prepare(path: str, template: Template, how: Reading, alone: bool = False, pl
     columns = choose_columns(path, rows, how, how.pairs)
     if missing := [name for name in how.more if name not in rows[0]]:
         raise UserError(f"--responses {missing[0]}: {path} has no such column; it has {', '.join(rows[0])}")
+    pairs = 0 if columns.whole else sum(count_pairs(row, columns.chosen, columns.rejected, how.loss == "sft")
+                                        for row in rows)
+    if pairs >= MANY_PAIRS > len(rows):  # the bar counts rows
+        say(f"data {path}: its lists of answers make {pairs:,} pairs, to be prepared one by one")
     found = Prepared(describe_columns(rows, columns, how.more), unread_parts(rows, columns), counts, how.more,
                      _questions(rows))
     parts = in_forks(functools.partial(_prepare_some, rows, template, how, columns), range(0, len(rows), AT_ONCE),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_tokenizers as tiny
 
+from nanodpo.data import prepared
 from nanodpo.data.example import Example, row_starts
 from nanodpo.data.inspection import inspect
 from nanodpo.data.mixing import mix
@@ -52,6 +53,18 @@ def texts(data) -> list[tuple]:
 
 ROW = {"prompt": "2?", "chosen": ["4", "four"], "rejected": ["5", "six", "7!"]}
 PAIRS = [(0, chosen, rejected) for chosen in ROW["chosen"] for rejected in ROW["rejected"]]
+
+
+def test_many_pairs_of_few_rows_are_told_before_they_are_made(tmp_path, monkeypatch, capsys):
+    """The bar counts rows, and a row may be a million pairs. SFT has an answer of chosen each time."""
+    monkeypatch.setattr(prepared, "MANY_PAIRS", 7)
+    load(tmp_path, ROW, {"prompt": "3?", "chosen": "6", "rejected": "7"})
+    told = f"data {tmp_path / 'rows.jsonl'}: its lists of answers make 7 pairs, to be prepared one by one\n"
+    assert capsys.readouterr().out == told
+    load(tmp_path, ROW, {"prompt": "3?", "chosen": "6", "rejected": "7"}, loss="sft")
+    load(tmp_path, ROW)
+    load(tmp_path, *({"prompt": f"{i}?", "chosen": "6", "rejected": "7"} for i in range(7)))
+    assert capsys.readouterr().out == ""
 
 
 def test_every_chosen_with_every_rejected_answer(tmp_path):
