@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import datetime
+import operator
 import re
 import signal
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,6 +18,7 @@ from .shapes import options_of
 QUESTION, PROBE = "nanodpo-question", "nanodpo-probe"  # contents that no template writes on its own
 ASK, REPLY = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": PROBE}
 SECONDS = 10.0  # for one conversation, which takes milliseconds: a template is a program, and may loop for hours
+BITS = 2**20  # of a whole number that a template computes: no alarm interrupts the making of a larger one
 RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")  # what Jinja offers to draw with
 
 
@@ -71,7 +74,8 @@ def read_template(tokenizer, assistant_header: str | None = None, date: str | No
                             "could be made again; take that out of chat_template.jinja")
         if "strftime_now" in str(tokenizer.chat_template):
             template.date = _day(date)
-        _read(template)
+        with _bounded_numbers():  # transformers compiles a template once
+            _read(template)
     template.end = template.end or tokenizer.eos_token
     template.written = template.written or template.header
     if not template.end:
@@ -176,6 +180,24 @@ def apply(template: Template, messages: list[dict], **options) -> str:
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
             MemoryError) as error:  # templates compute with contents
         raise UserError(f"cannot be rendered by the chat template: {str(error) or type(error).__name__}") from error
+
+
+def _bounded_numbers():
+    """A template that is compiled within the block can't compute 9 ** (9 ** 9), nor square a number again and again."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
+
+    def bounded(operation: Callable, bits: Callable) -> Callable:
+        def compute(left, right):
+            if isinstance(left, int) and isinstance(right, int) and bits(left, right) > BITS:
+                raise OverflowError("it computes a number of more than 2^20 bits")
+            return operation(left, right)
+
+        return compute
+
+    power = bounded(operator.pow, lambda left, right: left.bit_length() * right)
+    product = bounded(operator.mul, lambda left, right: left.bit_length() + right.bit_length())
+    return mock.patch.multiple(Sandbox, intercepted_binops=frozenset({"**", "*"}), default_binop_table={
+        **Sandbox.default_binop_table, "**": power, "*": product})
 
 
 @contextlib.contextmanager

@@ -224,6 +224,23 @@ def test_a_template_that_asks_for_more_memory_than_there_is_is_refused():
         read_template(tokenizer)
 
 
+@pytest.mark.parametrize("endless", ["9 ** (9 ** 9)", "n.x", "(10 ** 300000) * (10 ** 300000)"])
+def test_a_template_that_computes_endless_numbers_is_refused(endless):
+    """No alarm interrupts Python in an operation; 3 squared 40 times has 5 x 10^11 digits."""
+    tokenizer = tiny.chatml()
+    squared = "{% set n = namespace(x=3) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}"
+    tokenizer.chat_template = squared * (endless == "n.x") + "{% if " + endless + " > 1 %}{% endif %}" + tiny.CHATML
+    with pytest.raises(UserError, match=r"by the chat template: it computes a number of more than 2\^20 bits; mend"):
+        read_template(tokenizer)
+
+
+def test_a_template_may_compute():
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = "{{ 2 ** 10 }}{{ 3 * 7 }}{{ 'ab' * 2 }}{{ 2.5 * 2 }}{{ 2 ** -1 }}" + tiny.CHATML
+    text = template_module.apply(read_template(tokenizer), [message("user", "?")])
+    assert text.startswith("102421abab5.00.5<|im_start|>user")
+
+
 def test_a_template_that_loses_the_question_is_refused():
     tokenizer = tokenizer_of("qwen25")
     tokenizer.chat_template = QWEN25.replace("('user', 'assistant')", "('assistant',)")
