@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from ..errors import UserError, first_line
 from ..files import read_text
@@ -37,7 +38,10 @@ def open_base(name: str, dtype, trust_remote_code: bool, bits: int | None = None
 
     try:
         with hold_logs(), sharded_as_read(shared, dtype) as finish:
-            check_attention(AutoConfig.from_pretrained(place_of(name), trust_remote_code=trust_remote_code), name)
+            config = AutoConfig.from_pretrained(place_of(name), trust_remote_code=trust_remote_code)
+            check_attention(config, name)
+            if not getattr(config, "quantization_config", None):
+                _check_kinds(Path(place_of(name)))
             model, keys = AutoModelForCausalLM.from_pretrained(
                 place_of(name), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
                 ignore_mismatched_sizes=True, **loading_options(bits))  # the error below names the weight
@@ -59,6 +63,17 @@ def open_base(name: str, dtype, trust_remote_code: bool, bits: int | None = None
     check_loaded(model, name, bits)
     make_alike(model)
     return model
+
+
+def _check_kinds(folder: Path) -> None:
+    """Raises UserError for weights in whole numbers, which transformers reads as floats of these values: they were
+    quantised, and nothing says how."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():
+                if name.endswith(".weight") and "F" not in (kind := weights.get_slice(name).get_dtype()):
+                    raise UserError(f"{file}: {name} is of {kind}, and weights are floating-point numbers; name the "
+                                    "model that was quantised")
 
 
 def make_alike(model) -> None:

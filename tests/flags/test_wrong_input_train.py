@@ -235,6 +235,10 @@ def pickled(name, other):
     return change
 
 
+def in_whole_numbers(state):
+    state[min(state)] = state[min(state)].to(torch.int8)
+
+
 class Code:
     """What a pickle can hold in place of a tensor: a call."""
 
@@ -274,6 +278,8 @@ MODELS += [
      ["@/model: the weights can't be loaded: the pickle is broken, or holds more than tensors; save the"]),
     ("an adapter with code", with_code("adapter/adapter_model.safetensors", "adapter/adapter_model.bin"), ADAPTER,
      ["holds more than tensors; save the weights as safetensors\n"]),
+    ("weights in whole numbers", changed_weights("model/model.safetensors", in_whole_numbers), MODEL,
+     ["@/model/model.safetensors: lm_head.weight is of I8, and weights are floating-point numbers; name the model"]),
     ("a folder that is not there", nothing_changed, ["--model_name=@/none"], ["model @/none: no such folder"]),
     ("a run in place of a model", lambda folder: [(folder / "old").mkdir(), (folder / "old/run.json").write_text("{}")],
      ["--model_name=@/old"], ["model @/old: is a run; name one of its checkpoints, @/old/checkpoint-<step>"]),
@@ -454,10 +460,6 @@ def one_less(state):
 
 def one_more(state):
     state["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 8)
-
-
-def in_whole_numbers(state):
-    state[min(state)] = state[min(state)].to(torch.int8)
 
 
 def wider(state):
