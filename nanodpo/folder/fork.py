@@ -2,7 +2,8 @@
 
 The fork's folder is made as if it were the source's, stopped at that step: it gets the lines of metrics.jsonl before
 the step, the checkpoints up to it, and the state. From there on it is a run like any other, stopped and gone on with as
-every run is, and the source is not needed any more. A fork at step 0 needs nothing but the source's settings.
+every run is, and the source is not needed any more. A fork at step 0 needs nothing but the source's settings; a source
+whose first steps had others, since it is a fork itself, has no step 0.
 
 At a later step only those settings can be changed that the steps before did not depend on. What they are changed to
 holds from that step on: of a longer run, too, only the steps to come have other learning rates.
@@ -10,6 +11,7 @@ holds from that step on: of a longer run, too, only the steps to come have other
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -28,6 +30,7 @@ CHANGEABLE = {f"--{name}" for name in (
     "learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
     "eval_steps save_steps per_device_eval_batch_size use_flash_attention").split()} | {
         "steps", "reference", "loss_function"}
+KEEPING = {"--save_steps", "--eval_steps"}  # of these, flags that change no weight
 # What a process was told of itself alone.
 OWN = ("output_dir", "resume", "local_rank", "fork", "inspect", "inspect_row", "dry_run", "print_config")
 
@@ -53,6 +56,13 @@ def owners(record: dict) -> list[str]:
 def forks_of(entry: dict | None) -> list[dict]:
     """A run's entry `fork`, where it has one, then that of the run which it is a fork of, and so on."""
     return [entry, *forks_of(entry.get("of"))] if entry else []
+
+
+def changed_on_the_way(entry: dict | None) -> dict | None:
+    """The last fork, of those that made a run, before which its steps had other settings than it has now, by the entry
+    `fork` of its run.json; None where its weights are those that its settings give from step 0 on."""
+    later = itertools.takewhile(lambda one: one["step"], forks_of(entry))  # one at 0 has all steps anew
+    return next((one for one in later if {*one["changed"]} - KEEPING), None)
 
 
 def settings_of(fork: str, output_dir: str | None) -> tuple[dict, str]:
@@ -85,12 +95,17 @@ def find(fork: str, folder: Path | None) -> Fork:
         raise UserError(f"--output_dir {folder}: holds {what}; name a new folder for the fork")
     if not (run / "run.json").is_file():
         raise UserError(f"--fork {fork}: {run} is no run (run.json is missing)")
-    there = [0, *sorted(resume.steps_in(run))]
+    source = record.read(run)
+    changed = changed_on_the_way(source.get("fork"))
+    there = [*[0] * (changed is None), *sorted(resume.steps_in(run))]
     if not at or step not in map(str, there):
         said = f"there is no state of step {step}" if at else "must be RUN@STEP"
+        if changed:
+            said += f" (its steps before {changed['step']} are those of {changed['run']}, which had other settings)"
+        can = f"can be forked at step {listed(there)}" if there else "can't be forked"
         more = "" if len(there) > 1 else "; a run with --keep_states and --resume_steps or --save_steps has more"
-        raise UserError(f"--fork {fork}: {said}; {run} can be forked at step {listed(there)}{more}")
-    return Fork(run, int(step), record.read(run))
+        raise UserError(f"--fork {fork}: {said}; {run} {can}{more}")
+    return Fork(run, int(step), source)
 
 
 def _is_run(folder: Path, fingerprint: str) -> bool:

@@ -21,7 +21,7 @@ from ..files import read_text, why
 from ..flags.arguments import TrainArguments
 from ..flags.loss import own_function
 from ..folder.elastic import pairs_per_step
-from ..folder.fork import forks_of
+from ..folder.fork import KEEPING, changed_on_the_way
 from ..folder.log import MAX_BYTES
 from ..folder.reference import data_hash
 from ..model.adapters import dora_norms
@@ -35,8 +35,6 @@ from ..scoring.runs import Checkpoint, find_bases, loss_of_run, open_targets
 from ..screen import command_line
 from .adamw import AdamW
 from .probes import Probes
-
-KEEPING = {"--save_steps", "--eval_steps"}  # settings that change no weight
 
 
 @dataclasses.dataclass
@@ -200,18 +198,12 @@ def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: i
     Raises UserError where they are not those of every step of one run, where its training data are others by now, and
     for what made gradients that can't be made again: dropout.
     """
-    first = checkpoints[0]
     check_steps(checkpoints)
+    first = checkpoints[0]
     folder, record = Path(first.path).parent, first.settings.record
     known = {field.name for field in dataclasses.fields(TrainArguments)}
     args = TrainArguments(**{name: value for name, value in record["arguments"].items() if name in known}
                           | {"trust_remote_code": trust_remote_code, "local_rank": -1})
-    for fork in forks_of(record.get("fork")):
-        if fork["step"] == 0:
-            break  # all steps are its own, or those of forks of it
-        if {*fork["changed"]} - KEEPING:
-            raise UserError(f"--ledger: {folder} is a fork, and its steps before {fork['step']} had other settings "
-                            "than those after; fork at 0 for a run whose steps are all alike")
     if args.allow_dropout:
         raise UserError(f"--ledger: {folder} was trained with dropout, whose gradients can't be made again")
     if own_function(args.loss) and not trust_remote_code:
@@ -235,12 +227,16 @@ def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: i
 
 
 def check_steps(checkpoints: list[Checkpoint]) -> None:
-    """Raises UserError where these are not the checkpoints of one run at step 0, 1, 2 and so on."""
+    """Raises UserError where these are not the checkpoints of one run at step 0, 1, 2 and so on, with the same settings
+    at each."""
     first = checkpoints[0]
     if len({c.run for c in checkpoints}) > 1 or not first.phase:
         raise UserError(f"--ledger: is of one run, and {first.path} is no run, or not the only one; name the folder of "
                         "a run")
     steps, folder = [c.step for c in checkpoints], Path(first.path).parent
+    if fork := changed_on_the_way(first.settings.record.get("fork")):
+        raise UserError(f"--ledger: {folder} is a fork, and its steps before {fork['step']} had other settings than "
+                        f"those after; a fork of {fork['run']} at 0 with its settings has steps that are all alike")
     if lacking := sorted({*range(steps[-1] + 1)} - {*steps}):
         keep = ["--save_steps", 1]
         if first.settings.record["arguments"].get("save_total_limit"):

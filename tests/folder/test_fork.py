@@ -112,6 +112,10 @@ def test_another_beta_from_step_2_on(source, tmp_path):
         assert codes == [2] and "holds a run with other settings (--beta: 0.3 -> 0." in said
     codes, said = forked(TRAIN, "--fork", f"{place}@2", "--output_dir", tmp_path / "back", "--beta", "0.1")
     assert codes == [0] and lines_of(tmp_path / "back") == lines_of(source)
+    # From step 0 its last settings would make another run, whose steps 0 and 1 are not the fork's.
+    codes, said = forked(TRAIN, "--fork", f"{place}@0", "--output_dir", tmp_path / "start")
+    assert codes == [2] and f"its steps before 2 are those of {source}, which had other settings" in said
+    assert not (tmp_path / "start").exists()
     # The cards say it of the checkpoints that come after the change, and run.json of all before it.
     cards = [(place / f"checkpoint-{step}" / "README.md").read_text() for step in (2, 3)]
     assert "were changed" not in cards[0] and "changed on the way: at step 2 `beta` 0.1 -> 0.3. Those" in cards[1]
@@ -283,6 +287,31 @@ def test_a_damaged_state_is_refused(name, how, copied):
     (copied / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="state: metrics.jsonl lacks step 0"):
         fork.entry(fork.find(f"{copied}@3", None), None)
+
+
+@pytest.mark.parametrize("steps, changed, there", [
+    ([2], [{"--beta": [0.1, 0.5]}], "2, 3"), ([3, 2], [{}, {"--beta": [0.1, 0.5]}], "2, 3"), ([2], [{}], "0, 2, 3"),
+    ([2], [{"--save_steps": [1, 2]}], "0, 2, 3"), ([0], [{"--beta": [0.1, 0.5]}], "0, 2, 3"),
+    ([0, 2], [{}, {"--beta": [0.1, 0.5]}], "0, 2, 3")])
+def test_a_run_whose_steps_are_not_alike_has_no_step_0(steps, changed, there, copied):
+    """It has the settings of its last steps, with which its first ones would be others. The states are those that the
+    fork has, of its own step on; a fork at 0 is alike from there on."""
+    facts, entry = json.loads((copied / "run.json").read_text()), None
+    for step, values in zip(reversed(steps), reversed(changed)):
+        entry = {"run": "/old", "step": step, "fingerprint": "0" * 16, "changed": values, "of": entry}
+    (copied / "run.json").write_text(json.dumps(facts | {"fork": entry}))
+    shutil.rmtree(folder_of(copied, 1))
+    said = "" if there[0] == "0" else r" \(its steps before 2 are those of /old, which had other settings\)"
+    with pytest.raises(UserError, match=rf"no state of step 1{said}; .*run can be forked at step {there}$"):
+        fork.find(f"{copied}@1", None)
+    if there[0] == "0":
+        assert fork.find(f"{copied}@0", None).step == 0
+        return
+    with pytest.raises(UserError, match=rf"run@0: there is no state of step 0{said}; "):
+        fork.find(f"{copied}@0", None)
+    shutil.rmtree(copied / "resume")
+    with pytest.raises(UserError, match=rf"{said}; .*run can't be forked; a run with --keep_states and"):
+        fork.find(f"{copied}@2", None)
 
 
 def test_what_is_evaluated_is_refused_for_its_own_reason(copied):

@@ -163,6 +163,10 @@ def test_a_fork_of_a_fork_that_changed_a_setting_is_refused_like_it(tiny, tmp_pa
         launch(ROOT / "train.py", "--fork", f"{source}@{step}", "--output_dir", place, *flags, launcher="fork")
     with pytest.raises(UserError, match="c is a fork, and its steps before 2 had other settings than those after"):
         score.main([str(c), "--ledger", "3", "--output_dir", str(tmp_path / "no")])
+    # Also where it lacks checkpoints: no fork of it at 0 would train it again.
+    with pytest.raises(UserError, match=f"b is a fork, .*; a fork of {a} at 0 with its settings has steps that are"):
+        score.main([str(b / "checkpoint-0"), str(b / "checkpoint-5"), "--ledger", "3", "--output_dir",
+                    str(tmp_path / "no")])
     places = [d / f"checkpoint-{step}" for step in range(5)]
     score.main([*map(str, places), "--ledger", "3", "--output_dir", str(tmp_path / "out")])
 
