@@ -125,6 +125,8 @@ def recipe(record: dict) -> tuple[str, int | None]:
     kept = custom(given, FREE | {"seed", "eval_steps", "save_steps", "per_device_eval_batch_size"})
     content = ["steps", "max_length", "world_size", "peft_config", *["weights"] * (not given.get("random_init")),
                *["data"] * (not given.get("eval_size"))]
-    fork = record.get("fork")  # one at step 0 is as a run with its settings
-    fork = [fork["step"], fork.get("changed")] if isinstance(fork, dict) and fork.get("step") else None
-    return json.dumps([kept, fork, *(record.get(name) for name in content)], sort_keys=True), given.get("seed")
+    forks, entry = [], record.get("fork")
+    while isinstance(entry, dict) and entry.get("step"):  # a fork at step 0 is as a run with its settings
+        forks.append([entry["step"], entry.get("changed")])
+        entry = entry.get("of")
+    return json.dumps([kept, forks, *(record.get(name) for name in content)], sort_keys=True), given.get("seed")
