@@ -39,13 +39,13 @@ from .training import (
     PANELS,
     PROMINENT,
     REWARDS,
+    as_drawn,
     curves,
     forks,
     noise_of_step,
     of_loss,
     panels_of,
     too_many,
-    with_moved,
 )
 
 PAIR = ["dataset", "row", "response", "step"]  # a score in two runs
@@ -54,7 +54,7 @@ PAIR = ["dataset", "row", "response", "step"]  # a score in two runs
 def training_difference_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, Facts]):
     """(figure, caption) of the metrics that two runs, {name: lines of metrics.jsonl}, have at the same steps. None
     where they share no panel: those of a loss without a reference are others."""
-    runs = {run: [with_moved(line) for line in lines] for run, lines in runs.items()}
+    runs = {run: as_drawn(lines, facts[run]) for run, lines in runs.items()}
     panels = {label: names for label, (names, here) in panels_of(runs, facts).items() if len(here) == 2}
     below = subtract(*runs.values())
     if not panels or not below:

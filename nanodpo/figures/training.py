@@ -32,8 +32,8 @@ MOVED = r"$\log(\pi/\pi_{\mathrm{ref}})$ (nats per token)"
 # The level of log-probs is drawn where there is no reference: with few pairs a step it tells which pairs came, and not
 # what was learned.
 OF_REWARDS = {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": MARGIN}
-PANELS = {REWARDS: OF_REWARDS, FREE_REWARDS: OF_REWARDS, MOVED: {side: f"moved/{side}" for side in SIDES},
-          LOGPS: {side: f"logps_per_token/{side}" for side in SIDES}}
+PANELS = {REWARDS: OF_REWARDS, FREE_REWARDS: {side: f"free_{name}" for side, name in OF_REWARDS.items()},
+          MOVED: {side: f"moved/{side}" for side in SIDES}, LOGPS: {side: f"logps_per_token/{side}" for side in SIDES}}
 WORDS = {LOGPS: "mean log-prob per token (nats)", REWARDS: "rewards (nats)",
          FREE_REWARDS: "rewards without a reference, beta times the log-prob of a response, for SimPO and ORPO "
                        "per token (nats)",
@@ -49,7 +49,7 @@ def training_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, 
     if len(runs) > len(COLOURS):
         raise UserError(f"{len(runs)} runs: at most {len(COLOURS)} can be told apart in one figure; name fewer")
     facts = {run: (facts or {}).get(run, Facts()) for run in runs}
-    runs = {run: [with_moved(line) for line in lines] for run, lines in runs.items()}
+    runs = {run: as_drawn(lines, facts[run]) for run, lines in runs.items()}
     colours = {run: {"color": colour} for run, colour in zip(runs, COLOURS)} if len(runs) > 1 else {}
     held_out = any(is_evaluation(line) for lines in runs.values() for line in lines)
     reach = {run: len({line["step"] for line in lines}) // PART for run, lines in runs.items()}
@@ -72,8 +72,17 @@ def training_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, 
     return fig, _caption(runs, panels, facts, held_out, reach) + marks.caption
 
 
-def with_moved(line: dict) -> dict:
-    """The line with how far its log-probs are from the reference's, in place of their level."""
+def as_drawn(lines: list[dict], facts: Facts) -> list[dict]:
+    """The lines with how far log-probs are from the reference's, in place of their level; and with another name for
+    rewards without a reference, which a fork to another loss has at some of its steps."""
+    moved = [_with_moved(line) for line in lines]
+    known = [any("ref_logps_per_token/" in name for name in line) for line in lines]
+    some = facts.without_reference or any(known)
+    return [line if has or not some else {name.replace("rewards/", "free_rewards/"): v for name, v in line.items()}
+            for line, has in zip(moved, known)]
+
+
+def _with_moved(line: dict) -> dict:
     line = dict(line)
     for prefix in ("", "eval_"):
         for side in SIDES:
@@ -95,10 +104,8 @@ def panels_of(runs: dict, facts: dict) -> dict[str, tuple[dict[str, str], list[s
         label = "loss (runs with rewards)" if label in panels else label
         panels[label] = {"loss": "loss"}, [run for run in members if "loss" in there[run]]
     for label, names in PANELS.items():
-        # One of the two panels of rewards is not for this run.
-        mine = [run for run in runs if label != (REWARDS if facts[run].without_reference else FREE_REWARDS)]
-        have = {side: name for side, name in names.items() if any(name in there[run] for run in mine)}
-        panels[label] = have, [run for run in mine if there[run] & set(have.values())]
+        have = {side: name for side, name in names.items() if any(name in there[run] for run in runs)}
+        panels[label] = have, [run for run in runs if there[run] & set(have.values())]
     return {label: (names, members) for label, (names, members) in panels.items() if names and members}
 
 

@@ -302,9 +302,9 @@ def test_skipped_steps_are_gaps(tmp_path, draw):  # noqa: F811
 
 
 def test_what_is_checked_is_what_is_drawn():
-    """moved/... is the difference of two metrics of the file."""
+    """moved/... is the difference of two metrics of the file, and free_rewards/... are some of its rewards."""
     names = {name for panel in training.PANELS.values() for name in panel.values()} | {"loss"}
-    names = {name for name in names if not name.startswith("moved/")} | {
+    names = {name for name in names if not name.startswith(("moved/", "free_"))} | {
         f"ref_logps_per_token/{side}" for side in ("chosen", "rejected")}
     assert records.DRAWN == names | {f"eval_{name}" for name in names}
 
@@ -717,13 +717,31 @@ def test_rewards_without_a_reference_have_a_panel_of_their_own(tmp_path, draw): 
     found = draw(*runs)
     fig, labels = found["training"], {}
     for run in "ab":
-        panel, _, values = points(fig, f"{run} rewards/margins")
+        panel, _, values = points(fig, f"{run} {'free_' * (run == 'b')}rewards/margins")
         labels[run] = fig.axes[panel].get_ylabel()
         assert values == [0.0, 0.25, 0.5] and bool(hatched(fig.axes[panel])) == (run == "a")
     assert labels == {"a": r"reward, $\beta\,\log(\pi/\pi_{\mathrm{ref}})$ (nats)",
                       "b": "reward, no reference (nats)"}
     assert ("rewards without a reference, beta times the log-prob of a response, for SimPO and ORPO per token (nats)"
             ) in found["captions"]["training"]
+
+
+@pytest.mark.parametrize("losses", [("dpo", "simpo"), ("simpo", "dpo"), ("dpo", "sft")])
+def test_rewards_of_a_fork_to_another_loss_are_drawn_as_what_they_are(losses, tmp_path, draw):  # noqa: F811
+    """Each step's own line tells whether they are of a reference; run.json knows the last loss alone."""
+    lines = [{"step": k, "loss": 1.0, "logps_per_token/chosen": -2.0}
+             | {"dpo": {"rewards/margins": 0.5 * k, "ref_logps_per_token/chosen": -2.0}, "sft": {},
+                "simpo": {"rewards/margins": -1.5 * k}}[losses[k > 2]] for k in range(6)]
+    found = draw(write_lines(tmp_path / "a", lines, arguments={"loss": losses[1], "beta": 2.0}))
+    for loss, label, name, slope in (("dpo", r"reward, $\beta\,\log(\pi/\pi_{\mathrm{ref}})$ (nats)", "rewards", 0.5),
+                                     ("simpo", "reward, no reference (nats)", "free_rewards", -1.5)):
+        if loss in losses:
+            panel, steps, values = points(found["training"], f"a {name}/margins")
+            assert found["training"].axes[panel].get_ylabel() == label
+            assert {k: v for k, v in zip(steps, values) if not math.isnan(v)} == {
+                k: slope * k for k in range(6) if losses[k > 2] == loss}
+        else:
+            assert label not in [ax.get_ylabel() for ax in found["training"].axes]
 
 
 def test_an_average_lies_over_raw_values_which_all_stay(tmp_path, draw):  # noqa: F811
