@@ -26,7 +26,7 @@ from rows import QWEN_7B, TOY
 
 from nanodpo.core import attention
 from nanodpo.core.logprobs import LogProbHead
-from nanodpo.model import kernels
+from nanodpo.model import kernels, layers
 from nanodpo.ranks.gpu import be_deterministic, rounding_restored
 
 # Of attention's backward pass: the order of its sums, and the empty sequences behind the batch.
@@ -100,7 +100,12 @@ class Parts:
         def positions():
             return [one.bfloat16() for one in apply_rotary_pos_emb(q, k, cos, sin)]
 
-        for call, given, size in ((norm, [x], 6 * x.numel()), (positions, [q, k], 4 * (q.numel() + k.numel()))):
+        def positions_by_kernel():
+            return layers._rotated(q, k, cos, sin)
+
+        by_kernel = [(positions_by_kernel, [q, k], 4 * (q.numel() + k.numel()))] * q.is_cuda
+        for call, given, size in ((norm, [x], 6 * x.numel()), (positions, [q, k], 4 * (q.numel() + k.numel())),
+                                  *by_kernel):
             yield call.__name__, self.seconds(call), 0, size
             yield f"{call.__name__} and gradients", self.seconds(lambda call=call, given=given: torch.autograd.grad(
                 out := call(), given, [torch.ones_like(one) for one in out])), 0, 3 * size

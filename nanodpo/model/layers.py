@@ -10,10 +10,14 @@ The activation, and its product with up, are as large, and cheap to compute agai
 
 `fuse_norms`: on a GPU an RMSNorm is one pass, PyTorch's own.
 
-Shapes: (..., I) inputs, (..., O) outputs, R rank of LoRA; (..., F) within an MLP of inner size F.
+`fuse_rotations`: on a GPU rotary positions are one kernel, where products are bfloat16. arXiv 2104.09864, section 3.
+
+Shapes: (..., I) inputs, (..., O) outputs, R rank of LoRA; (..., F) within an MLP of inner size F; B, T tokens, H heads
+of size E.
 """
 
 import functools
+import types
 from collections.abc import Callable
 
 import torch
@@ -21,7 +25,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb, rotate_half
 from transformers.pytorch_utils import Conv1D
 
 from ..core.logprobs import NO_SECOND
@@ -136,6 +140,60 @@ def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
+def fuse_rotations(model: nn.Module) -> None:
+    """Layers that turn queries and keys by Llama's function do it by a GPU's kernel."""
+    for module in model.modules():
+        forward, name = type(module).forward, apply_rotary_pos_emb.__name__
+        code = getattr(forward, "__code__", None)
+        if code and name in code.co_names and _turns_as_llama(forward.__globals__.get(name)):
+            module.forward = functools.partial(_rotating_forward, module)
+
+
+def _turns_as_llama(function: Callable) -> bool:
+    half = getattr(function, "__globals__", {}).get(rotate_half.__name__)
+    return _bytecode(function) == _bytecode(apply_rotary_pos_emb) and _bytecode(half) == _bytecode(rotate_half)
+
+
+def _rotating_forward(module: nn.Module, *args, **kwargs):
+    return _with_kernel(type(module).forward)(module, *args, **kwargs)
+
+
+@functools.cache
+def _with_kernel(forward: Callable) -> Callable:
+    """The same function with `_rotated` in the place of transformers' own."""
+    known = forward.__globals__ | {apply_rotary_pos_emb.__name__: _rotated}
+    copy = types.FunctionType(forward.__code__, known, None, forward.__defaults__, forward.__closure__)
+    return functools.update_wrapper(copy, forward)
+
+
+def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """(B, H, T, E) x 2, (B, T, E) x 2 -> (B, H, T, E) x 2."""
+    if not query.dtype == key.dtype == torch.bfloat16 or unsqueeze_dim != 1:
+        return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim)
+    for x in (cos, sin):
+        if not hasattr(x, "parts"):  # once for all layers, which are given the same two tensors
+            x.parts = kernels.in_three(x.chunk(2, -1)[0].unsqueeze(2).float())  # the second half is the same
+    return _Rotation.apply(query, cos.parts, sin.parts), _Rotation.apply(key, cos.parts, sin.parts)
+
+
+class _Rotation(torch.autograd.Function):
+    """(B, H, T, E) turned by the angles of its tokens, each number with the one half a head further."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.cos, ctx.sin = cos, sin
+        a, b = x.transpose(1, 2).chunk(2, -1)  # laid out as attention reads it
+        return torch.cat(kernels.rotate(a, b, cos, sin), -1).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(NO_SECOND)
+        a, b = grad.transpose(1, 2).chunk(2, -1)
+        b, a = kernels.rotate(b, a, ctx.cos, ctx.sin)  # the two exchanged are turned back
+        return torch.cat((a, b), -1).transpose(1, 2), None, None
+
+
 def keep_less(model: nn.Module) -> None:
     """MLPs with Llama's forward keep fewer tensors for backward; others are unchanged. No bit of a number changes.
 
@@ -147,15 +205,15 @@ def keep_less(model: nn.Module) -> None:
 
 def _with_forward_of(kind: type, model: nn.Module) -> list[nn.Module]:
     """The modules of a model whose forward is that of this class of Llama's, under whatever name."""
-    llama = _bytecode(kind)
-    return [module for module in model.modules() if llama and _bytecode(type(module)) == llama]
+    llama = _bytecode(kind.forward)
+    return [module for module in model.modules() if llama and _bytecode(type(module).forward) == llama]
 
 
-def _bytecode(kind: type) -> tuple | None:
-    """The instructions of a class's forward, with the names and numbers in them. Model families write Llama's layers
-    under names of their own, so the name of the class does not tell."""
-    code = getattr(kind.forward, "__code__", None)  # a forward that is no plain function has none
-    return code and (code.co_code, code.co_names, code.co_consts)
+def _bytecode(function: Callable) -> tuple | None:
+    """The instructions of a function, with the names and numbers in them. Model families write Llama's layers under
+    names of their own, so the name of a class does not tell."""
+    code = getattr(function, "__code__", None)  # only a plain function has some
+    return code and (code.co_code, code.co_names, [one for one in code.co_consts if one != function.__doc__])
 
 
 def _gated_forward(mlp: nn.Module, x: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ def exchange_layers(model: nn.Module, device: torch.device, zero3: bool = False)
     layers.keep_less(model)
     if device.type == "cuda":
         layers.fuse_norms(model)
+        layers.fuse_rotations(model)
 
 
 def freeze(model: nn.Module, bf16: bool, device: torch.device, longest: int, parallel: OneRank,
