@@ -1,5 +1,6 @@
 """Packed batches against separate forward passes, by family; the CUDA path against a slow one; the self-check."""
 
+import heapq
 import math
 from types import SimpleNamespace
 
@@ -194,6 +195,59 @@ def test_cuda_kernel_is_as_exact_as_the_loop(window, kv_heads):
     for exact, usual, ours in zip(truth, loop, varlen):
         assert (ours - exact).abs().max() <= 2 * (usual - exact).abs().max()
         assert (ours - exact).abs().mean() <= 2 * (usual - exact).abs().mean()
+
+
+@pytest.mark.parametrize("lengths, heads, processors, empty", [
+    ((900, 900), 28, 132, 1),  # 3 parts of each head: 168, two rounds of a third; with one more 2: 112, one of a half
+    ((900, 900), 32, 132, 1),  # 3: 192, two rounds of a third; 2: 128, one of a half
+    ((900, 900), 14, 132, 1),  # 5: 140, two of a fifth; 4: 112, one of a quarter; with two more 3: 84, one of a third
+    ((900, 900), 32, 108, 0),  # 2: 128, two of a half; 2 again; 1: 64, one whole
+    ((900,) * 8, 28, 132, 0),  # 1: 224, two whole
+    ((900, 225), 28, 132, 0),  # the second has a sixteenth of the work: 3 parts are one round of a third
+    ((900, 720), 28, 132, 1),  # two thirds of it: 3 parts are more than one round
+])
+def test_how_many_empty_sequences_make_attentions_backward_pass_fastest(lengths, heads, processors, empty):
+    """The GPU's processors are handed the parts in turn, as the kernel lists them: by part, sequence and head. With so
+    many empty sequences the last one is done first, or within a tenth of it."""
+    segments = pack([([1], [[2] * (n - 1)]) for n in lengths]).segments
+    assert attention.empty_sequences(segments, heads, processors) == empty
+    parts = [math.ceil(processors / (heads * (len(lengths) + n))) for n in range(3)]
+    times = [done_by(lengths, heads, processors, n) for n in parts]
+    assert times[empty] <= 1.1 * min(times), times
+
+
+def done_by(lengths, heads, processors, parts) -> float:
+    """Products until the last processor is done: of a part of the keys, in blocks of 128, with the queries behind."""
+    free = [0.0] * processors
+    for length in lengths * heads:
+        work = [0] * parts
+        for block in range(math.ceil(length / 128)):
+            work[block % parts] += length - 128 * block
+        for each in work:
+            heapq.heapreplace(free, free[0] + each)
+    return max(free)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a CUDA device")
+def test_empty_sequences_change_gradients_by_rounding_alone(monkeypatch):
+    """Without them, with one and with two: as far from float64 as one another, and each the same bits again."""
+    batch = pack([([*range(1, 70)], [[5] * 700, [7] * 900])]).to(torch.device("cuda"))
+    call = {"segments": batch.segments, "length": batch.input_ids.shape[1], "window": None, "size": 64,
+            "device": "cuda"}
+    truth = attend(lambda m, *a, **k: loop_attention(m, *(x if x is None else x.bfloat16().double() for x in a), **k),
+                   **call)
+    torch.use_deterministic_algorithms(True)
+    try:
+        errors = []
+        for empty in range(3):
+            monkeypatch.setattr(attention, "empty_sequences", lambda *sizes, empty=empty: empty)
+            one, again = (attend(varlen_attention, dtype=torch.bfloat16, **call) for _ in range(2))
+            assert all(map(torch.equal, one, again))
+            errors.append([((x.double() - y).norm() / y.norm()).item() for x, y in zip(one, truth)])
+        assert all(max(each) <= 1.05 * min(each) < 0.01 for each in zip(*errors)), errors
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class Square(TorchDispatchMode):
