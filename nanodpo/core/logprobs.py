@@ -13,13 +13,10 @@ never below float32; sums over a response are float64: the order of adding 20,00
 """
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from .packing import make_batch
 
 # The most bytes of float32 logits at one time. Every chunk reads the whole output weight again: on a GPU this is slow
 # unless some hundred tokens share it (an estimate); on a CPU larger chunks are not faster (bench/head.py).
@@ -134,6 +131,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, head):
         ctx.head, on_chunk = head, head.on_chunk
+        factor = weight.bfloat16() if head.bf16 else weight  # cast once, not for each chunk
         logps = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         top, total = torch.empty_like(logps), torch.empty_like(logps)
         ctx.trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -144,12 +142,12 @@ class _TokenLogProbs(torch.autograd.Function):
         assert exps is None or dlogp_dh is None, "the gradient overwrites the exponentials that on_chunk needs"
         for i in range(0, len(hidden) or 1, head.chunk_size):  # for no token too: `on_chunk` is called on every rank
             here, gradient = slice(i, i + head.chunk_size), None
-            z = head.logits(hidden[here], buffer, (weight, bias))
+            z = head.logits(hidden[here], buffer, (factor, bias))
             slope = None if dlogp_dh is None else head.slope(z)  # before exponentials overwrite z
             chunk = chunk_logps(z, targets[here], exps)
             logps[here], top[here], total[here] = chunk.logps, chunk.top, chunk.total
             if dlogp_dh is not None:
-                gradient = head.times_weight(_logit_grad(chunk.exps, chunk.total, targets[here], slope), weight)
+                gradient = head.times_weight(_logit_grad(chunk.exps, chunk.total, targets[here], slope), factor)
                 dlogp_dh[here] = gradient  # rounded to the dtype of the hidden states
             if on_chunk:
                 on_chunk(chunk, z, hidden[here], gradient)
@@ -165,18 +163,21 @@ class _TokenLogProbs(torch.autograd.Function):
             (dlogp_dh,) = ctx.saved_tensors
             return (dlogp_dh * grad[:, None]).to(dlogp_dh.dtype), None, None, None, None
         (hidden, weight, bias, targets, top, total), head = ctx.saved_tensors, ctx.head
+        factor = weight.bfloat16() if head.bf16 else weight
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=top.dtype)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=top.dtype)
         buffer = hidden.new_empty(min(head.chunk_size, len(hidden)), len(weight), dtype=top.dtype)
         for i in range(0, len(hidden), head.chunk_size):
             here = slice(i, i + head.chunk_size)
-            z = head.logits(hidden[here], buffer, (weight, bias))
+            z = head.logits(hidden[here], buffer, (factor, bias))
             slope = head.slope(z)
             exps = z.sub_(top[here, None]).exp_()
             dz = _logit_grad(exps, total[here], targets[here], slope).mul_(grad[here, None])
-            d_hidden[here] = head.times_weight(dz, weight)
-            d_weight += (torch.mm(dz.bfloat16().T, hidden[here].bfloat16(), out_dtype=dz.dtype) if head.bf16 else
-                         dz.T @ hidden[here].to(dz.dtype))
+            d_hidden[here] = head.times_weight(dz, factor)
+            if head.bf16:
+                torch.addmm(d_weight, dz.bfloat16().T, hidden[here].bfloat16(), out_dtype=dz.dtype, out=d_weight)
+            else:
+                d_weight += dz.T @ hidden[here].to(dz.dtype)
             if d_bias is not None:
                 d_bias += dz.sum(0)
         return d_hidden, d_weight.to(weight.dtype), d_bias, None, None
@@ -238,11 +239,3 @@ class SequenceLogProbs(nn.Module):
     def forward(self, batch) -> Tensor:
         """Batch -> (S,): the summed log-prob of each response, nats, float64."""
         return sum_by_sequence(self.token_logps(batch), batch.sequence_ids, batch.n_sequences)
-
-
-@torch.no_grad()
-def response_logps(model, examples: list, sides: Sequence[str], layout: str, device: torch.device) -> Tensor:
-    """(P, R) float64: log pi(y|x) of each response, summed over its tokens, nats; without gradients.
-    `model` is a SequenceLogProbs or DeepSpeed's engine around one."""
-    batch, index = make_batch(examples, sides, layout, device)
-    return model(batch)[index]

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.logprobs import response_logps
 from ..core.losses import loss_divisor, needs_reference, pair_losses, pair_weights
 from ..core.packing import LAYOUTS, make_batch, pair_lengths
 from ..data.example import SIDES, Example, row_starts, trained_sides
@@ -26,6 +25,7 @@ from ..folder.log import MAX_BYTES
 from ..folder.reference import data_hash
 from ..model.adapters import dora_norms
 from ..model.decay import is_decayed
+from ..model.ready import response_logps
 from ..model.source import open_source
 from ..progress import track
 from ..run.datasets import read_data

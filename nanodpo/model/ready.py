@@ -1,9 +1,13 @@
-"""Makes a model ready to give log-probs: a policy, a checkpoint to be scored, or a reference, all in the same way."""
+"""Makes a model ready to give log-probs: a policy, a checkpoint to be scored, or a reference, all in the same way; and
+takes those of pairs."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from ..core.logprobs import OneRank, SequenceLogProbs
+from ..core.packing import make_batch
 from ..errors import UserError
 from .adapters import adapted
 from .precision import mix_precision, product_dtype
@@ -67,3 +71,11 @@ def freeze(model: nn.Module, bf16: bool, device: torch.device, longest: int, par
     if is_sharded(model):
         gather_in_forward(module, settings)
     return module, *selfcheck.choose_layout(module, device, product, False, longest, recompute)
+
+
+@torch.no_grad()
+def response_logps(model, examples: list, sides: Sequence[str], layout: str, device: torch.device) -> torch.Tensor:
+    """(P, R) float64: log pi(y|x) of each response, summed over its tokens, nats; without gradients.
+    `model` is a SequenceLogProbs or DeepSpeed's engine around one."""
+    batch, index = make_batch(examples, sides, layout, device)
+    return model(batch)[index]

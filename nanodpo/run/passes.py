@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .. import progress
-from ..core.logprobs import response_logps
 from ..core.losses import loss_divisor, needs_reference, pair_losses
 from ..core.packing import LAYOUTS, groups_of, make_batch, pair_lengths, total_tokens
 from ..data.example import SIDES, Example
@@ -18,7 +17,7 @@ from ..data.tokens import DataSet
 from ..errors import RunStopped
 from ..folder import fork, record, reference, state
 from ..model.loading import reference_policy
-from ..model.ready import freeze
+from ..model.ready import freeze, response_logps
 from ..model.sharding import is_sharded, let_go
 from ..ranks import distributed
 from ..screen import folded

@@ -8,10 +8,11 @@ import torch
 from tiny_models import KeepDouble, tiny
 
 from nanodpo.core.attention import LOOP
-from nanodpo.core.logprobs import SequenceLogProbs, response_logps
+from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.losses import dpo, pair_losses
 from nanodpo.core.packing import LAYOUTS, groups_of, make_batch, pair_lengths, total_tokens
 from nanodpo.data.example import Example, PartlyScored
+from nanodpo.model.ready import response_logps
 
 CPU, SIDES = torch.device("cpu"), ["chosen", "rejected"]
 CHOSEN, REJECTED = [[11, 12, 13], [14]], [[21, 22], [23, 24, 25, 26], [27]]

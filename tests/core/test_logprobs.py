@@ -282,6 +282,25 @@ def test_on_a_gpu_logits_are_never_bfloat16():
         assert (LogProbHead(layer)(hidden, targets).double() - truth).abs().max() < 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA multiplies bfloat16 into float32")
+def test_on_a_gpu_a_trained_heads_gradient_is_summed_in_float32():
+    """Products of bfloat16, several chunks: the weight's gradient is float64's to a hundredth, those of tokens that are
+    hardly likely too, though each adds little to what is there."""
+    layer = linear(False, torch.float32, trainable=True, std=0.3, vocabulary=1000, width=64).cuda()
+    layer.product_dtype = torch.bfloat16
+    hidden, targets = (x.cuda() for x in inputs(3000, torch.float32, vocabulary=1000, width=64))
+    hidden = hidden.detach().requires_grad_()
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, layer.weight)]
+    truth = F.linear(*exact).log_softmax(1).gather(1, targets[:, None]).sum()
+    wanted = torch.autograd.grad(truth, exact)
+    found = torch.autograd.grad(LogProbHead(layer, chunk_size=257)(hidden, targets).sum(), (hidden, layer.weight))
+    for one, other in zip(found, wanted):
+        assert one.dtype == torch.float32 and ((one - other).norm() / other.norm()).item() < 0.01
+    each = (found[1] - wanted[1]).norm(dim=1) / wanted[1].norm(dim=1)
+    assert each.max().item() < 0.02
+
+
 @pytest.mark.parametrize("offset", [0.0, 24.0, 8192.0])
 def test_a_log_prob_has_the_digits_of_its_own_size(offset):
     """Whatever the size of the logits: log softmax stays as it is where all of them grow by one number. The sum of two
