@@ -2,7 +2,9 @@
 run with LoRA, or of a model with gated MLPs, goes through them. Slow to import, with PEFT and transformers.
 
 `fuse_lora`: a layer and its LoRA are one function. PEFT multiplies, scales and adds: three passes over tensors as large
-as the output, and one as large as the input in backward. y = W x + b + s B A x, arXiv 2106.09685, Eq. 3.
+as the output, and one as large as the input in backward. y = W x + b + s B A x, arXiv 2106.09685, Eq. 3. And PEFT
+rounds W x before it adds to it: in bfloat16 what is below half of the last place is lost, as is most of what the first
+steps change. Here W x is added to s B A x before it is rounded, and so what LoRA adds is there on average.
 
 `keep_less`: gated MLPs keep two large tensors for backward instead of four: the gate before its activation, and up.
 The activation, and its product with up, are as large, and cheap to compute again. y = W_down (act(gate) * up), arXiv
@@ -79,10 +81,16 @@ def _lora_forward(layer: nn.Module, name: str, matrix: Callable, x: Tensor, *arg
     """(..., I) -> (..., O)."""
     base, kind = layer.get_base_layer(), x.device.type
     trained = base.weight.requires_grad or base.bias is not None and base.bias.requires_grad  # unfrozen later
-    if trained or layer.disable_adapters or layer.merged or layer.active_adapters != [name] or args or kwargs:
+    if trained or layer.merged or layer.active_adapters != [name] or args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
+    if layer.disable_adapters:
+        if x.dtype != torch.bfloat16:
+            return type(layer).forward(layer, x)
+        # By the product below, so that an adapter of zero changes no bit.
+        weight, lines = matrix(base.weight, x.dtype), x.flatten(0, -2)
+        return _with_bias(lines.new_zeros(len(lines), len(weight)).addmm_(lines, weight.T), base.bias, x)
     dropped = layer.lora_dropout[name](x)
     return _LoraProduct.apply(x, None if dropped is x else dropped, base.weight, base.bias, layer.lora_A[name].weight,
                               layer.lora_B[name].weight, layer.scaling[name], matrix)
@@ -95,10 +103,15 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, z, weight, bias, a, b, scale, matrix):
-        y = nn.functional.linear(x, matrix(weight, x.dtype), None if bias is None else bias.to(x.dtype))
         ctx.same, z = z is None, x if z is None else z
-        h = z.flatten(0, -2) @ a.T.to(x.dtype)
-        y.flatten(0, -2).addmm_(h, b.T.to(h.dtype), alpha=scale)
+        h, w = z.flatten(0, -2) @ a.T.to(x.dtype), matrix(weight, x.dtype)
+        # addmm with beta=0 ignores its first argument. It scales a product at no cost, which mm can't.
+        if x.dtype == torch.bfloat16:
+            more = torch.addmm(h.new_empty(()), h, b.T.to(h.dtype), beta=0, alpha=scale)
+            y = _with_bias(more.addmm_(x.flatten(0, -2), w.T), bias, x)
+        else:
+            y = nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
+            y.flatten(0, -2).addmm_(h, b.T.to(h.dtype), alpha=scale)
         ctx.save_for_backward(z, h, weight, a, b)
         ctx.scale, ctx.matrix = scale, matrix
         return y
@@ -109,15 +122,24 @@ class _LoraProduct(torch.autograd.Function):
             raise RuntimeError(NO_SECOND)
         (z, h, weight, a, b), lines = ctx.saved_tensors, grad.flatten(0, -2)
         for_x, for_z, _, _, for_a, for_b, *_ = ctx.needs_input_grad
-        # addmm with beta=0 ignores its first argument. It scales a product at no cost, which mm can't.
+        a_low, w = a.to(grad.dtype), ctx.matrix(weight, grad.dtype) if for_x else None
         d_h = torch.addmm(lines.new_empty(()), lines, b.to(grad.dtype), beta=0, alpha=ctx.scale)
-        d_x = lines @ ctx.matrix(weight, grad.dtype) if for_x else None
-        if for_x and ctx.same:
-            d_x.addmm_(d_h, a.to(grad.dtype))
-        d_z = (d_h @ a.to(grad.dtype)).view(z.shape) if for_z else None
+        if for_x and ctx.same and grad.dtype == torch.bfloat16:
+            d_x = (d_h @ a_low).addmm_(lines, w)
+        else:
+            d_x = lines @ w if for_x else None
+            if for_x and ctx.same:
+                d_x.addmm_(d_h, a_low)
+        d_z = (d_h @ a_low).view(z.shape) if for_z else None
         d_a = _weight_grad(d_h, z.flatten(0, -2), a.dtype) if for_a else None
         d_b = _weight_grad(lines, h, b.dtype).mul_(ctx.scale) if for_b else None
         return None if d_x is None else d_x.view(z.shape), d_z, None, None, d_a, d_b, None, None
+
+
+def _with_bias(y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """(T, O), (O,) -> (..., O), as x is shaped: y + b."""
+    y = y.view(*x.shape[:-1], -1)
+    return y if bias is None else y.add_(bias)
 
 
 def _weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -202,6 +202,46 @@ def test_bfloat16_rounds_once():
     assert 0 < ours < 0.9 * theirs
 
 
+class RoundedOnce(TorchDispatchMode):
+    """Products of bfloat16 as a GPU has them, whatever the CPU: sums in float32, rounded at their end."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        low = args and isinstance(args[-1], torch.Tensor) and args[-1].dtype == torch.bfloat16 and not args[-1].is_cuda
+        if not low or op.overloadpacket.__name__ not in ("mm", "addmm", "addmm_"):
+            return op(*args, **(kwargs or {}))
+        product = getattr(torch.ops.aten, op.overloadpacket.__name__.strip("_")).default
+        out = product(*(x.float() for x in args), **(kwargs or {})).bfloat16()
+        return args[0].copy_(out) if op.overloadpacket.__name__ == "addmm_" else out
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device")])])
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_bfloat16_an_adapters_small_change_is_not_lost(bias, device):
+    """What LoRA adds is some 2^-13 of W x, far below half of bfloat16's last place. Rounding hides it in each number,
+    but not in their sum: outputs with the adapter minus those without it are what it adds, on average. PEFT rounds W x
+    first, and of what it then adds next to nothing is left."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 256, bias=bias)), LoraConfig(r=4, target_modules=["0"]))
+    inner = model.base_model.model[0]
+    nn.init.normal_(inner.lora_B["default"].weight, 0, 5e-5)
+    x = torch.randn(4000, 64, device=device).bfloat16()
+    peft = model.to(device).bfloat16()
+    fused, exact = copy.deepcopy(peft), copy.deepcopy(peft).double()
+    fuse_lora(fused)
+
+    def added(model, x):
+        with torch.no_grad(), RoundedOnce():
+            policy = model(x).double()
+            with model.disable_adapter():
+                return policy - model(x).double()
+
+    truth = added(exact, x.double())
+    assert truth.square().mean().sqrt() < 2**-12 * exact(x.double()).square().mean().sqrt()
+    ours, pefts = ((added(model, x) * truth).sum() / truth.square().sum() for model in (fused, peft))
+    assert abs(ours - 1) < 0.15 and pefts < 0.5, (ours, pefts)
+
+
 def test_dropout_stays():
     """The same draws as in PEFT's own forward."""
     peft, x = layer(lora_dropout=0.5, r=2), torch.randn(4, 2, dtype=torch.float64)
