@@ -104,6 +104,12 @@ class Parts:
         here, there = self.train("full", *same), self.train("full-cpu", *same, cpu=True)
         return apart(here, there), "the CPU's, to float32"
 
+    def full_bf16(self):
+        """A CPU multiplies trained weights in float32 even so."""
+        same = ["--use_lora", "false", "--learning_rate", "1e-5", "--bf16"]
+        here, there = self.train("full-bf16", *same), self.train("full-bf16-cpu", *same, cpu=True)
+        return apart(here, there), f"what products in bfloat16 do; noise of a pair {noise(here.facts)}"
+
     def sft(self):
         same = ["--loss", "sft", "--bf16"]
         here, there = self.train("sft", *same), self.train("sft-cpu", *same, cpu=True)
@@ -165,6 +171,21 @@ class Parts:
     def scored_bf16(self):
         return self.scored("--bf16")
 
+    def gradients(self):
+        """score.py's gradients of pairs, with the layers computed again and without."""
+        import pyarrow.parquet
+
+        run, tables, rows = self.train("graded", "--bf16"), [], self.folder / "rows.parquet"
+        pyarrow.parquet.write_table(pyarrow.parquet.read_table(ROOT / "examples/piles/test.parquet").slice(0, 20), rows)
+        for more in ([], ["--gradient_checkpointing"]):
+            place = self.folder / f"graded-{len(tables)}"
+            self.call(ROOT / "score.py", run.folder / f"checkpoint-{run.facts['steps']}", "--gradients", *more,
+                      "--responses", "chosen", "rejected", "--dataset_path", rows, "--output_dir", place)
+            tables.append(read_table(place / "pairs.parquet"))
+        one, two = ([row["grad_dot"] for row in rows] for rows in tables)
+        return (f"{len(one)} pairs, most apart {max(abs(a / b - 1) for a, b in zip(one, two, strict=True)):.1e} of the "
+                "inner product", "0: the same bits")
+
     def bits(self):
         """4 and 8 bits a number, trained, and merged at the end."""
         if not measure.can_run("bitsandbytes"):
@@ -210,11 +231,12 @@ class Parts:
 
 BESIDE = {"tests marked gpu": Parts.tests, "default run, against the CPU's": Parts.default_run,
           "the same with --bf16, the varlen kernel": Parts.bfloat16, "all weights": Parts.full,
-          "SFT, --bf16": Parts.sft,
+          "all weights, --bf16": Parts.full_bf16, "SFT, --bf16": Parts.sft,
           "a real model, --bf16": Parts.real_model, "--activation_memory": Parts.by_need, "ZeRO 1, 2, 3": Parts.stages,
           "offloading, pinned": Parts.offload, "again, killed and resumed": Parts.resumed,
           "the same with --bf16": Parts.resumed_bf16, "scored, against the CPU's": Parts.scored,
-          "scored, --bf16": Parts.scored_bf16, "4 and 8 bits": Parts.bits, "DeepSpeed's launcher": Parts.launcher,
+          "scored, --bf16": Parts.scored_bf16, "gradients of pairs, layers computed again": Parts.gradients,
+          "4 and 8 bits": Parts.bits, "DeepSpeed's launcher": Parts.launcher,
           "longest rows": Parts.rows}
 ALONE = {"against TRL": Parts.contest, "parts of a step": Parts.layer}
 
@@ -254,10 +276,14 @@ def same_bytes(one: Ran, other: Ran) -> str:
 
 def logps_of(file: Path) -> dict[tuple, float]:
     """Of each response in a table of scores: its log-prob, by what names it."""
+    return {tuple(row[name] for name in ("step", "dataset", "row", "response")): row["logps"]
+            for row in read_table(file)}
+
+
+def read_table(file: Path) -> list[dict]:
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(file).to_pylist()
-    return {tuple(row[name] for name in ("step", "dataset", "row", "response")): row["logps"] for row in rows}
+    return pyarrow.parquet.read_table(file).to_pylist()
 
 
 def apart(one: Ran, other: Ran) -> str:

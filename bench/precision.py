@@ -32,6 +32,7 @@ ROWS = {"nanodpo, float32": ("nanodpo", {}), "nanodpo --bf16, CPU": ("nanodpo", 
         "trl, bfloat16 weights": ("trl", {"dtype": LOW})}
 UNTIMED = {"nanodpo --bf16, as on a GPU", "nanodpo, bfloat16 throughout"}  # no flag of train.py does that on a CPU
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+ADDED = torch.ops.aten.addmm_.default  # in place
 
 
 class Widen(TorchDispatchMode):
@@ -40,6 +41,8 @@ class Widen(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op in PRODUCTS and any(arg.dtype == LOW for arg in args):
             return op(*(arg.float() for arg in args), **(kwargs or {})).to(LOW)
+        if op is ADDED and args[0].dtype == LOW:
+            return args[0].copy_(torch.addmm(*(arg.float() for arg in args), **(kwargs or {})))
         return op(*args, **(kwargs or {}))
 
 
@@ -88,8 +91,8 @@ class Probe:
         return contenders.BETA * (chosen - rejected).item()
 
 
-def those_that_run() -> list[str]:
-    return [row for row, (name, _) in ROWS.items() if name != "trl" or measure.can_run("trl")]
+def those_that_run(only: list[str] | None) -> list[str]:
+    return [row for row in only or ROWS if ROWS[row][0] != "trl" or measure.can_run("trl")]
 
 
 def follow(work: contenders.Work, args) -> dict[str, dict]:
@@ -105,7 +108,7 @@ def follow(work: contenders.Work, args) -> dict[str, dict]:
         print(row, found, flush=True)
         return found
 
-    rows = those_that_run()
+    rows = those_that_run(args.only)
     with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
         found = dict(zip(rows, pool.map(one, rows)))
     truth = next(iter(found.values()))["margins"]
@@ -118,7 +121,7 @@ def cost(work: contenders.Work, args) -> dict[str, dict]:
     """name -> seconds of a step and MiB above the loaded model, without `Widen`, in turns."""
     workers = {row: measure.Worker(Probe, args.threads, name=ROWS[row][0], widen=False, rate=args.learning_rate,
                                    work=dataclasses.replace(work, **ROWS[row][1]))
-               for row in those_that_run() if row not in UNTIMED}
+               for row in those_that_run(args.only) if row not in UNTIMED}
     return measure.contest(workers, [("step", k) for k in range(args.rounds + 1)])
 
 
@@ -147,6 +150,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="0: no margins, and times of pairs of any length")
     parser.add_argument("--rounds", type=int, default=1, help="timed steps, after one that is not; 0: no times")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--only", nargs="*", choices=ROWS, metavar="ROW",
+                        help="of the table; distances are from the first one's margins")
     parser.add_argument("--json", help="default: bench/results/precision.json")
     args = parser.parse_args()
     pairs = contenders.real_pairs(args.model_name, args.train_file_path, args.max_length)
