@@ -123,8 +123,9 @@ def _reference_logps(run: Run, opened: tuple, data: DataSet, name, steps: list[l
                    # Stage 3 has matrix products of its own, which round differently.
                    "zero": stage, "device": distributed.device_name(run.device), "versions": record.versions()}
     if run.device.type == "cuda":
-        # The text names a way to compute: norms in several passes, and sums in bfloat16, would round differently.
-        fingerprint |= {"on a GPU": ["norms in one pass, sums in float32", args.deterministic]}
+        # The text names a way to compute: earlier ones rounded differently.
+        how = "norms in one pass, sums in float32, positions and the sum with LoRA rounded once"
+        fingerprint |= {"on a GPU": [how, args.deterministic]}
     if args.sequence_parallel_size > 1:  # products of parts of a batch round differently, too
         fingerprint |= {"ranks that share a batch": args.sequence_parallel_size}
     if run.device.type == "cpu" and (threads := torch.get_num_threads()) > 1:  # as do parts of a product

@@ -81,9 +81,10 @@ def open_own_losses(checkpoints: list[Checkpoint]) -> list[str]:
 
 @functools.cache
 def machine() -> str:
-    """The device and the libraries: another device or library rounds differently."""
+    """The device and the libraries: another device or library rounds differently, as earlier versions did on a GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return f"{device_name(device)} {json.dumps(versions())}"
+    how = "positions and the sum with LoRA rounded once " * (device.type == "cuda")
+    return f"{device_name(device)} {how}{json.dumps(versions())}"
 
 
 def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkpoint]:
