@@ -2,6 +2,8 @@
 rounding alone moves them, and the costs. The same real pairs, LoRA, learning rate and optimizer for all.
 
     python bench/precision.py --model_name SmolLM2-135M --train_file_path pairs.parquet
+    python bench/precision.py --model_name SmolLM2-135M --train_file_path pairs.parquet --seen 10
+                        instead: how much of what an adapter does to 10 other pairs is left in bfloat16
 
 A CPU without bfloat16 instructions multiplies in it many times slower than in float32. Margins are therefore taken
 within `Widen`: products of bfloat16 matrices computed in float32 and rounded, which is what the slow kernel does as
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import contenders
 import measure
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LOW, FULL = torch.bfloat16, torch.float32
@@ -91,6 +94,48 @@ class Probe:
         return contenders.BETA * (chosen - rejected).item()
 
 
+    def take(self, other: "Probe", peft: bool) -> None:
+        """Takes the other's adapter. `peft`: its layers are PEFT's own from now on."""
+        its = dict(other.contender.model.named_parameters())
+        for name, p in self.contender.model.named_parameters():
+            if p.requires_grad:
+                p.data.copy_(its[name])
+        for layer in self.contender.model.modules():
+            if peft and isinstance(layer, LoraLayer):
+                vars(layer).pop("forward", None)
+
+    @torch.no_grad()
+    def moved(self, pairs: list) -> torch.Tensor:
+        """(P, 2): the log-probs of chosen and rejected with the adapter minus those without it, nats."""
+        found, one = [], self.contender
+        one.model.eval()
+        with self.mode:
+            for pair in pairs:
+                policy = one.logps([pair])
+                with one.model.disable_adapter():
+                    found.append((policy - one.logps([pair])).double())
+        return torch.cat(found)
+
+
+def seen(work: contenders.Work, others: list, args) -> str:
+    """A table of how far an adapter, trained in float32, moves other pairs: its own float32, and in bfloat16."""
+    ways = {"float32": FULL, "--bf16, as on a GPU": LOW, "the same with PEFT's layers": LOW}
+    probes = {row: Probe("nanodpo", dataclasses.replace(work, mixed=mixed, cached=mixed == FULL), True,
+                         args.learning_rate) for row, mixed in ways.items()}
+    exact, *_ = probes.values()
+    for k in range(args.steps):
+        exact.step(k)
+    lines, truth = [], exact.moved(others)
+    for row, probe in probes.items():
+        if probe is not exact:
+            probe.take(exact, "PEFT" in row)
+        here = probe.moved(others)
+        share, off = (here * truth).sum() / truth.square().sum(), (here - truth).square().mean().sqrt()
+        lines.append([row, *(f"{x:.2f}" for x in (*here.mean(0), (here[:, 0] - here[:, 1]).mean(), off, share))])
+    return measure.table(["products", "chosen moved, nats", "rejected", "their difference", "off, root mean square",
+                          "share of float32's"], lines)
+
+
 def those_that_run(only: list[str] | None) -> list[str]:
     return [row for row in only or ROWS if ROWS[row][0] != "trl" or measure.can_run("trl")]
 
@@ -150,12 +195,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="0: no margins, and times of pairs of any length")
     parser.add_argument("--rounds", type=int, default=1, help="timed steps, after one that is not; 0: no times")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--seen", type=int, default=0, metavar="N", help="pairs behind those of the steps")
     parser.add_argument("--only", nargs="*", choices=ROWS, metavar="ROW",
                         help="of the table; distances are from the first one's margins")
     parser.add_argument("--json", help="default: bench/results/precision.json")
     args = parser.parse_args()
     pairs = contenders.real_pairs(args.model_name, args.train_file_path, args.max_length)
     work = contenders.Work(pairs[: args.steps or args.rounds + 1], args.model_name)
+    if args.seen:
+        torch.set_num_threads(args.threads or torch.get_num_threads())
+        return print(seen(work, pairs[args.steps : args.steps + args.seen], args))
     results = follow(work, args) if args.steps else {}
     # Slow kernels take minutes for longer ones.
     timed = [min(pairs, key=lambda pair: sum(map(len, pair)))] if args.steps else work.pairs
