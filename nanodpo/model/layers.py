@@ -124,12 +124,12 @@ class _LoraProduct(torch.autograd.Function):
         for_x, for_z, _, _, for_a, for_b, *_ = ctx.needs_input_grad
         a_low, w = a.to(grad.dtype), ctx.matrix(weight, grad.dtype) if for_x else None
         d_h = torch.addmm(lines.new_empty(()), lines, b.to(grad.dtype), beta=0, alpha=ctx.scale)
-        if for_x and ctx.same and grad.dtype == torch.bfloat16:
+        if not (for_x and ctx.same):
+            d_x = lines @ w if for_x else None
+        elif grad.dtype == torch.bfloat16:  # what is small first, as above
             d_x = (d_h @ a_low).addmm_(lines, w)
         else:
-            d_x = lines @ w if for_x else None
-            if for_x and ctx.same:
-                d_x.addmm_(d_h, a_low)
+            d_x = (lines @ w).addmm_(d_h, a_low)
         d_z = (d_h @ a_low).view(z.shape) if for_z else None
         d_a = _weight_grad(d_h, z.flatten(0, -2), a.dtype) if for_a else None
         d_b = _weight_grad(lines, h, b.dtype).mul_(ctx.scale) if for_b else None
@@ -172,8 +172,8 @@ def fuse_rotations(model: nn.Module) -> None:
 
 
 def _turns_as_llama(function: Callable) -> bool:
-    half = getattr(function, "__globals__", {}).get(rotate_half.__name__)
-    return _bytecode(function) == _bytecode(apply_rotary_pos_emb) and _bytecode(half) == _bytecode(rotate_half)
+    half, llama = getattr(function, "__globals__", {}).get(rotate_half.__name__), _bytecode(apply_rotary_pos_emb)
+    return llama is not None and llama == _bytecode(function) and _bytecode(half) == _bytecode(rotate_half)
 
 
 def _rotating_forward(module: nn.Module, *args, **kwargs):
