@@ -22,8 +22,9 @@ import time
 import torch
 
 import train
-from nanodpo.core import logprobs
+from nanodpo.core import packing
 from nanodpo.folder import checkpoint, reference, resume
+from nanodpo.model import ready
 from nanodpo.run import lifecycle, passes, signals
 
 
@@ -163,8 +164,8 @@ def plant(fault: str) -> None:
     if "-" in what:
         plant_in(*reversed(what.split("-")), int(step), mine)
     elif what == "slow":
-        batch = logprobs.make_batch
-        for place in (logprobs, passes, train):
+        batch = packing.make_batch
+        for place in (ready, passes, train):
             place.make_batch = lambda *args: (time.sleep(float(step)), batch(*args))[1]
     elif what == "often":
         reference.SAVE_SECONDS = float(step)
