@@ -76,9 +76,9 @@ class LogProbHead(nn.Module):
         return (z / self.cap).square_().neg_().add_(1).mul_(self.scale)
 
     def times_weight(self, dz: Tensor, weight: Tensor) -> Tensor:
-        """(C, V), (V, D) -> (C, D): dz W, in the dtype of dz, or in bfloat16."""
+        """(C, V), (V, D) -> (C, D): dz W, in the dtype of dz, or in bfloat16, as the weight then is."""
         if self.bf16:
-            return dz.bfloat16() @ weight.bfloat16()
+            return dz.bfloat16() @ weight
         return functools.reduce(torch.add, (dz[:, vocab] @ rows for vocab, rows in _blocks(weight, dz.dtype)))
 
 
