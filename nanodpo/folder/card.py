@@ -19,8 +19,8 @@ from ..data.urls import client_errors
 from ..files import read_text
 from ..flags.loss import loss_name
 from .atomic import new_file
-from .fork import forks_of
 from .log import Log, is_evaluation, timeless
+from .same_run import forks_of
 
 FIGURE = "training.png"
 MOST = 1000  # entries of trainer_state.json of training, and as many of evaluation: each checkpoint has one

@@ -11,7 +11,6 @@ holds from that step on: of a longer run, too, only the steps to come have other
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +22,7 @@ from . import record, resume, same_run
 from .atomic import BESIDE, aside, new_file, saved_steps, writing
 from .elastic import DEFAULTS, zero_alone
 from .log import read_lines
+from .same_run import forks_of, later_forks
 
 # What a run can have anew from a step on: flags, and entries of run.json that follow from them.
 CHANGEABLE = {f"--{name}" for name in (
@@ -53,16 +53,10 @@ def owners(record: dict) -> list[str]:
     return [same_run.fingerprint(record), *(one["fingerprint"] for one in forks_of(record.get("fork")))]
 
 
-def forks_of(entry: dict | None) -> list[dict]:
-    """A run's entry `fork`, where it has one, then that of the run which it is a fork of, and so on."""
-    return [entry, *forks_of(entry.get("of"))] if entry else []
-
-
 def changed_on_the_way(entry: dict | None) -> dict | None:
     """The last fork, of those that made a run, before which its steps had other settings than it has now, by the entry
     `fork` of its run.json; None where its weights are those that its settings give from step 0 on."""
-    later = itertools.takewhile(lambda one: one["step"], forks_of(entry))  # one at 0 has all steps anew
-    return next((one for one in later if {*one["changed"]} - KEEPING), None)
+    return next((one for one in later_forks(entry) if {*one["changed"]} - KEEPING), None)
 
 
 def settings_of(fork: str, output_dir: str | None) -> tuple[dict, str]:

@@ -1,6 +1,7 @@
 """Whether two run.json are of the same run, in what they differ, and whether seeds alone tell them apart."""
 
 import hashlib
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -118,6 +119,16 @@ def fingerprint(record: dict) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def forks_of(entry: dict | None) -> list[dict]:
+    """A run's entry `fork`, where it has one, then that of the run which it is a fork of, and so on."""
+    return [entry, *forks_of(entry.get("of"))] if isinstance(entry, dict) else []
+
+
+def later_forks(entry: dict | None) -> list[dict]:
+    """Of `forks_of`, those behind the last one at step 0, which is as a run with its settings."""
+    return [*itertools.takewhile(lambda fork: fork.get("step"), forks_of(entry))]
+
+
 def recipe(record: dict) -> tuple[str, int | None]:
     """(everything in run.json that makes a run, but its seed, as text; the seed). Weights that the seed drew and rows
     that it held out are part of the seed."""
@@ -125,8 +136,5 @@ def recipe(record: dict) -> tuple[str, int | None]:
     kept = custom(given, FREE | {"seed", "eval_steps", "save_steps", "per_device_eval_batch_size"})
     content = ["steps", "max_length", "world_size", "peft_config", *["weights"] * (not given.get("random_init")),
                *["data"] * (not given.get("eval_size"))]
-    forks, entry = [], record.get("fork")
-    while isinstance(entry, dict) and entry.get("step"):  # a fork at step 0 is as a run with its settings
-        forks.append([entry["step"], entry.get("changed")])
-        entry = entry.get("of")
+    forks = [[fork["step"], fork.get("changed")] for fork in later_forks(record.get("fork"))]
     return json.dumps([kept, forks, *(record.get(name) for name in content)], sort_keys=True), given.get("seed")
