@@ -25,7 +25,6 @@ from .axes import (
     draw_curve,
     focus_on_crowd,
     grid,
-    listed,
     plain,
     wrap,
 )
@@ -40,6 +39,7 @@ from .training import (
     PROMINENT,
     REWARDS,
     as_drawn,
+    at_forks,
     curves,
     forks,
     noise_of_step,
@@ -162,6 +162,5 @@ def finish(fig, runs, looks: dict[str, dict], facts: dict[str, Facts], marks: Ma
 
 def caption(what: str, runs, facts: dict[str, Facts], means: str) -> str:
     first, second = runs
-    steps = listed(forks(facts))
-    forked = f" Dashed: the fork at step {steps}." if steps else ""
-    return f"{what} of {first} and {second} over steps, and below {second} minus {first}: {means}.{forked}"
+    what += f" of {first} and {second} over steps, and below {second} minus {first}: {means}."
+    return what + at_forks(forks(facts))

@@ -11,10 +11,12 @@ from ..errors import UserError
 from ..files import read_json
 from ..flags.loss import loss_name
 from ..folder.elastic import pairs_per_step
+from ..folder.same_run import forks_of, later_forks
 from ..run.noise import of_record
 from .axes import listed
 from .noise import Noise
 
+OF_LOSS = {"--loss", "--label_smoothing", "--sft_weight", "--loss_kwargs", "loss_function"}  # what makes its kind
 WEIGHTS = re.compile(r"checkpoint-\d+|merged")  # the folders in a run's folder that another run can begin from
 
 
@@ -30,7 +32,8 @@ class Facts:
     kwargs: str | None = None  # of --loss_kwargs
     noise: Noise = dataclasses.field(default_factory=Noise)
     pairs: int = 1  # of a step
-    forked: int | None = None  # the step at which it was forked from another run
+    forks: tuple[int, ...] = ()  # the steps at which it, or the run that it was forked from, was forked from another
+    loss_since: int = 0  # the step before which it had a loss of another kind, as a fork may
 
     @property
     def without_reference(self) -> bool:
@@ -57,17 +60,31 @@ def read_facts(folder: Path) -> Facts:
     facts = Facts(given.get("loss", ""), given.get("label_smoothing", 0.0), given.get("beta"),
                   given.get("model_name", ""), given.get("sft_weight", 0.0), given.get("loss_kwargs"),
                   Noise(of_record(record, file)), _pairs(given, record.get("world_size", 1)))
-    facts.forked = fork.get("step") if isinstance(fork := record.get("fork"), dict) else None
+    facts.forks, facts.loss_since = _forks(record.get("fork"), file)
     numbers = {"label_smoothing": facts.smoothing, "beta": facts.beta or 0.0, "sft_weight": facts.sft_weight}
     wrong = [name for name, value in numbers.items() if type(value) not in (int, float) or not 0 <= value < math.inf]
     texts = {"loss": facts.loss, "model_name": facts.model, "loss_kwargs": facts.kwargs or ""}
     wrong += [name for name, value in texts.items() if not isinstance(value, str)]
     wrong += [] if type(facts.pairs) is int and facts.pairs > 0 else ["the number of pairs of a step"]
-    wrong += [] if facts.forked is None or type(facts.forked) is int and facts.forked >= 0 else ["the step of the fork"]
     if wrong:
         raise UserError(f"{file}: is not what train.py writes: {wrong[0]} has no value that it could have")
     facts.loss = loss_name(facts.loss)
     return facts
+
+
+def _forks(entry, file: Path) -> tuple[tuple[int, ...], int]:
+    """(the steps of the forks that made a run, the last one first; the step since which its loss is of its kind), by
+    the entry `fork` of its run.json."""
+    found = forks_of(entry)
+    for fork in found:
+        for name, right in (("step", type(step := fork.get("step")) is int and step >= 0),
+                            ("entry `changed`", isinstance(fork.get("changed", {}), dict))):
+            if not right:
+                raise UserError(f"{file}: is not what train.py writes: the {name} of the fork has no value that it "
+                                "could have")
+    later = later_forks(entry)  # of one at step 0 nothing is of the run before it
+    since = (fork["step"] for fork in later if not OF_LOSS.isdisjoint(fork.get("changed", {})))
+    return tuple(fork["step"] for fork in found[: len(later) + 1]), next(since, 0)
 
 
 def _pairs(given: dict, ranks) -> int:

@@ -73,17 +73,17 @@ def training_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, 
 
 
 def as_drawn(lines: list[dict], facts: Facts) -> list[dict]:
-    """The lines with how far log-probs are from the reference's, in place of their level; and with another name for
-    rewards without a reference, which a fork to another loss has at some of its steps."""
-    moved = [_with_moved(line) for line in lines]
+    """The lines with how far log-probs are from the reference's, in place of their level. Of a fork to another loss the
+    steps before it have no loss, which was of another kind; and rewards without a reference have another name."""
+    moved = [_with_moved(line, {"loss", "eval_loss"} if line["step"] < facts.loss_since else set()) for line in lines]
     known = [any("ref_logps_per_token/" in name for name in line) for line in lines]
     some = facts.without_reference or any(known)
     return [line if has or not some else {name.replace("rewards/", "free_rewards/"): v for name, v in line.items()}
             for line, has in zip(moved, known)]
 
 
-def _with_moved(line: dict) -> dict:
-    line = dict(line)
+def _with_moved(line: dict, without: set[str]) -> dict:
+    line = {name: value for name, value in line.items() if name not in without}
     for prefix in ("", "eval_"):
         for side in SIDES:
             name, ref = f"{prefix}logps_per_token/{side}", f"{prefix}ref_logps_per_token/{side}"
@@ -157,8 +157,8 @@ def _noise(marks: Marks, ax, label: str, runs: list[tuple[Facts, list[dict]]]) -
 
 
 def forks(facts: dict[str, Facts]) -> list[int]:
-    """The steps at which these runs were forked from another."""
-    return sorted({f.forked for f in facts.values() if f.forked is not None})
+    """The steps at which these runs were forked from others."""
+    return sorted({step for f in facts.values() for step in f.forks})
 
 
 def noise_of_step(label: str, facts: Facts) -> float:
@@ -215,5 +215,12 @@ def _caption(runs: dict, panels: dict, facts: dict[str, Facts], held_out: bool, 
                  f"each, {spans} to either side.")
     betas = {facts[run].beta for label in (REWARDS, FREE_REWARDS) if label in panels for run in panels[label][1]}
     text += " The rewards of each run have its own beta." * (len(betas) > 1)
-    steps = listed(filter(None, forks(facts)))
-    return text + f" Dashed: the fork at step {steps}; before it all is of the run that was forked." * bool(steps)
+    text += at_forks(filter(None, forks(facts)), "; before it all is of the run that was forked")
+    another = any(f.loss_since for f in facts.values()) and bool(losses)
+    return text + " A loss of another kind, before a fork, is not drawn." * another
+
+
+def at_forks(steps, more: str = "") -> str:
+    """A caption's sentence on where the forks are; empty where there are none."""
+    which = "; ".join(f"the fork at step {step}" for step in steps)
+    return f" Dashed: {which}{more}." if which else ""

@@ -147,6 +147,39 @@ def test_a_fork_is_marked_in_its_training(tmp_path, draw):
         assert "fork" not in found["captions"]["training"]
 
 
+def test_a_fork_of_a_fork_is_marked_at_both(tmp_path, draw):
+    """At 3 it left a run that was itself forked at 1. What is before a fork at step 0 is of no other run."""
+    run = make_run(tmp_path / "a")
+    whole = {"run": "o", "step": 4, "changed": {}}
+    for name, forks, marked in (("b", [3, 1], [1, 3]), ("c", [3, 0, 2], [0, 3]), ("d", [3], [3])):
+        fork = forked_from(tmp_path / name, run, 3, 0.25)
+        entry = None
+        for step in reversed(forks):
+            entry = whole | {"step": step, "of": entry}
+        (fork / "run.json").write_text(json.dumps({"fork": entry}))
+        found = draw(run, fork, "--diff")
+        for ax in found["difference"].axes:
+            assert [x for line in ax.get_lines() if len(set(x := list(line.get_xdata()))) == 1] == [
+                [step, step] for step in marked]
+        where = "; ".join(f"the fork at step {step}" for step in marked)
+        assert found["captions"]["difference"].endswith(f" Dashed: {where}.")
+
+
+def test_a_fork_to_another_loss_has_its_loss_alone_as_a_curve(tmp_path, draw):
+    """Numbers of two losses are no curve: before the fork there is none. Where --beta or the rate is another, it is of
+    the same kind."""
+    run = make_run(tmp_path / "a")
+    for name, changed, first in (("b", "--loss", 2), ("c", "--loss_kwargs", 2), ("d", "--beta", 0)):
+        fork = forked_from(tmp_path / name, run, 2, 0.25)
+        entry = {"run": "a", "step": 2, "changed": {changed: ["x", "y"]}}
+        (fork / "run.json").write_text(json.dumps({"arguments": {"loss": "ipo"}, "fork": entry}))
+        found = draw(fork)
+        _, steps, losses = points(found["training"], f"{name} loss")
+        assert [step for step, value in zip(steps, losses) if not math.isnan(value)] == [*range(first, 5)]
+        assert points(found["training"], f"{name} {SIDES[0]}")[1] == [*range(5)]
+        assert ("A loss of another kind, before a fork, is not drawn" in found["captions"]["training"]) == bool(first)
+
+
 def test_figures_of_scores_that_are_gone_go_too(tmp_path):
     """These scores have no masses, so a figure of masses is of others."""
     make_scores(tmp_path / "scores.parquet", SCORES)
