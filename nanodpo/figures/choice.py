@@ -40,7 +40,8 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
         runs = names if args.scores else []
         tokens = [file.with_name("tokens.parquet") for file in files]
         (tokens,) = select([read_tokens(tokens, args.strip, runs, args.test)], runs, args.test)
-        return {"strip": strip_figure(tokens, args.strip, args.columns, noise_of(folders, files))}, []
+        return ({"strip": strip_figure(tokens, args.strip, args.columns, noise_of(folders, files))},
+                say_unread(args, folders, tokens))
     if args.ledger:
         if len(folders) != 1:
             raise UserError(f"--ledger: is of one run, and {len(folders)} are named")
@@ -48,7 +49,8 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
     scores = read_scores(files) if files else None
     if args.scatter:
         (scores,) = select([scores], names if args.scores else [], args.test)
-        return {"scatter": draw_scatter(args, files, scores, noise_of(folders, files))}, []
+        return ({"scatter": draw_scatter(args, files, scores, noise_of(folders, files))},
+                say_unread(args, folders, scores))
     series = read_series(args.series) if args.series else None
     if args.three_panel:
         return draw_three_panel(args, scores, series, noise_of(folders, files))
@@ -63,13 +65,10 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
         scores, series = select_beside(scores, series, names if args.scores or args.phases else [], args.test)
     noise = noise_of(folders, files)
     if args.heatmap:
-        return {"heatmap": heatmap_figure(scores, args.columns, noise)}, []
+        return {"heatmap": heatmap_figure(scores, args.columns, noise)}, say_unread(args, folders, scores)
     notes = []
     if scores is not None or series is not None:
-        here = {} if args.scores else runs
-        there = set() if scores is None else {*scores["run"]}
-        unread = [run for run, folder in here.items() if there.isdisjoint(names_of(folder))]
-        said = [no_scores(unread, there, args.test)] * bool(unread)
+        said = say_unread(args, folders, scores)
         scores, series, phases, notes = follow(args, scores, series, names, runs, facts)
         answers = read_answers([file.with_name("answers.parquet") for file in files])
         drawn |= draw_scores(args, scores, series, answers, phases, noise)
@@ -148,6 +147,13 @@ def follow(args, scores, series, names: list[str], runs: dict[str, Path], facts:
         in_phases(None, order)  # raises
     beside = f"dynamics are drawn beside one another, and not as phases: {why}"
     return scores, series, None, [beside] if why and scores is not None else []
+
+
+def say_unread(args, folders: list[Path], scores: pandas.DataFrame | None) -> list[str]:
+    """A note that names the folders of which these scores, or tokens, have nothing."""
+    there = set() if scores is None else {*scores["run"]}
+    unread = [] if args.scores else [run for run, place in label(folders).items() if there.isdisjoint(names_of(place))]
+    return [no_scores(unread, there, args.test)] * bool(unread)
 
 
 def no_scores(runs: list[str], there: set[str], sets: list[str] | None) -> str:

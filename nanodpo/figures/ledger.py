@@ -62,7 +62,8 @@ def ledger_figure(folder: Path, columns: int, noise: Noise | None = None):
     doubts = [f" Of {record['response']} on {record['dataset']} the shares are {why}." for record in records
               for why in record.get("doubts", [])]
     first = records[0]
-    rows = listed(dict.fromkeys(f"{record['rows']} rows of {record['dataset']}" for record in records))
+    rows = listed(dict.fromkeys(f"{(n := record['rows'])} row{'s' * (n > 1)} of {record['dataset']}"
+                                for record in records))
     caption = (f"What changed the mean log-prob per token over {rows} in "
                f"{first['run']}, {first['steps']} steps. Left: the sum so far of what the chosen and the rejected "
                "sides of the pairs of each step made of the final change, their sum, and the log-prob as it was. "

@@ -62,7 +62,8 @@ def to_record(history: History, probes: list[Probe], found: Found) -> list[dict]
 
 def sentence(record: dict) -> str:
     """How a probe changed and what made it, in one line, and one more where that is not to be relied on."""
-    whose = f"row {record['row']}" if record["row"] is not None else f"mean of {record['rows']} rows"
+    mean = f"mean of {(n := record['rows'])} row{'s' * (n > 1)}"
+    whose = mean if record["row"] is None else f"row {record['row']}"
     names = {"chosen": "from chosen halves", "rejected": "from rejected halves", "weight_decay": "from weight decay"}
     digits = decimals(record["change"])
     parts = "".join(f" {'-' if part < 0 else '+'} {abs(part):.{digits}f} {names[name]}"

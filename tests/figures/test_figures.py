@@ -480,6 +480,18 @@ def make_tokens(folder, chosen, rejected, steps=(0, 40), row=7, **changed):
     return make_scores(folder / "scores.parquet", SCORES)
 
 
+@pytest.mark.parametrize("figure", [["--heatmap"], ["--strip", "7"],
+                                    ["--scatter", "chosen.mean_logps", "rejected.mean_logps"]])
+def test_figures_of_rows_name_the_run_that_was_not_scored(tmp_path, draw, capsys, figure):  # noqa: F811
+    """A scoring of several runs lies in the first one's folder: what lies here is all of another run, called dpo."""
+    run = make_run(tmp_path / "mine")
+    make_tokens(run, WORDS, WORDS)
+    draw(run, *figure)
+    assert capsys.readouterr().err == "note: no scores of mine were read, only of dpo\n"
+    draw("--scores", run / "scores.parquet", *figure)
+    assert capsys.readouterr().err == ""
+
+
 WORDS = ["So", " Ivy", " has", "\n", " $5_0", " & 3%", "{x}"]
 
 

@@ -72,8 +72,8 @@ def test_the_caption_counts_the_rows_of_each_data_set(folder):
     table = pandas.read_parquet(folder / "ledger.parquet")
     pandas.concat([table, table.assign(dataset="hard")]).to_parquet(folder / "ledger.parquet")
     record = json.loads((folder / "ledger.json").read_text())[0]
-    (folder / "ledger.json").write_text(json.dumps([record, record | {"dataset": "hard", "rows": 8}]))
-    assert "over 5 rows of test and 8 rows of hard in r, 7 steps." in ledger_figure(folder, 2)[1]
+    (folder / "ledger.json").write_text(json.dumps([record, record | {"dataset": "hard", "rows": 1}]))
+    assert "over 5 rows of test and 1 row of hard in r, 7 steps." in ledger_figure(folder, 2)[1]
 
 
 def test_plot_writes_it(folder):

@@ -793,3 +793,7 @@ def test_the_page_names_no_interval_where_there_is_none(tmp_path, show, problem)
         scores.assign(problem=problem).to_parquet(folder / "scores.parquet")
     said = "mean of 4 rows, nats per token"
     assert texts(show(make(folder)), "#set-title") == [said if problem else f"{said}, 95% interval"]
+
+
+def test_the_mean_of_a_single_row(tmp_path, show):
+    assert texts(show(make(write_scoring(tmp_path / "run", rows=1))), "#set-title") == ["mean of 1 row, nats per token"]
