@@ -11,6 +11,9 @@ from .errors import UserError, first_line
 
 MAX_BYTES = 2**26  # a settings file has a few hundred, run.json of a large data set a few million
 
+# Errors of reading that say that there is no such file: none of that name, or what is no file of ours, or too long.
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.ENAMETOOLONG}
+
 
 def check_regular(path) -> None:
     """Raises OSError for a FIFO, device, socket or folder, which may wait for ever when opened, for no file, and
@@ -41,6 +44,14 @@ def read_text(path, max_bytes: int = MAX_BYTES, errors: str = "strict") -> str:
 def why(error: Exception) -> str:
     """The reason in an error of reading: the system's words without number and path, or an exception's first line."""
     return getattr(error, "strerror", None) or first_line(error)
+
+
+def check_absent(error: OSError, folder: Path) -> None:
+    """Raises UserError for an error of reading that leaves open what is in the file, as of a network that is down: it
+    may be whole, and must not be made again."""
+    if error.errno not in ABSENT:
+        raise UserError(f"{error.filename or folder}: can't be read ({why(error)}); mend that, or move {folder} "
+                        "elsewhere") from error
 
 
 def parse_json(text: str, **options):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import RunStopped, UserError, first_line
-from ..files import check_regular, read_text
+from ..files import check_absent, check_regular, read_text
 from ..ranks.distributed import say
 
 MANIFEST, FACTS_HASH = "manifest.json", "facts_sha256"
@@ -185,7 +185,7 @@ def _facts(folder: Path) -> dict:
 
 def read_manifest(folder: Path) -> dict | str:
     """The facts in a folder's manifest; where it or a file is not as it was written, words that say so. Reads every
-    file."""
+    file. Raises UserError for one that can't be read."""
     try:
         facts = _facts(folder)
         for name, expected in facts["files"].items():
@@ -197,6 +197,7 @@ def read_manifest(folder: Path) -> dict | str:
             if file_facts(file) != expected:
                 return f"{name} is not what was written"
     except OSError as error:
+        check_absent(error, folder)
         return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
@@ -214,11 +215,14 @@ def read_facts(folder: Path) -> dict:
 
 def check_whole(folder: Path) -> dict[str, dict]:
     """Returns size and hash of the files in a folder's manifest, by name; nothing for a folder that nanodpo has not
-    written. Raises UserError where a file is not as the manifest says."""
+    written. Raises UserError where a file is not as the manifest says, or can't be read."""
     try:
         if '"sha256"' not in read_text(folder / MANIFEST, errors="replace"):  # somebody else's
             return {}
-    except (OSError, ValueError):  # none, or a hub id, or no path at all
+    except OSError as error:  # none, or a hub id
+        check_absent(error, folder)
+        return {}
+    except ValueError:  # no path at all
         return {}
     if isinstance(facts := read_manifest(folder), str):
         raise UserError(f"{folder}: {facts}; copy the folder anew, or remove its {MANIFEST} if the change is meant")

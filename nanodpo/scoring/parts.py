@@ -18,8 +18,17 @@ import pandas
 import pyarrow
 
 from ..errors import RankStopped, RunStopped, UserError
-from ..files import read_text
-from ..folder.atomic import MANIFEST, clear_partials, hold, new_folder, open_lock, read_manifest, remove, writing
+from ..files import check_absent, read_text
+from ..folder.atomic import (
+    MANIFEST,
+    clear_partials,
+    hold,
+    new_folder,
+    open_lock,
+    read_manifest,
+    remove,
+    writing,
+)
 from ..ranks import waits
 from ..ranks.distributed import from_main, is_main, main_first, say
 from . import plausible
@@ -69,7 +78,10 @@ class Parts:
                 if facts["format"] != FORMAT or not all(isinstance(held["family"], str) for held in holds.values()):
                     raise ValueError
                 found.append((place.name, holds))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except OSError as error:
+                check_absent(error, place)
+                unknown += 1
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 unknown += 1
         if unknown:
             say(f"{self.folder}: {unknown} parts are damaged, or of another version, and not used; they can be removed")

@@ -1,6 +1,9 @@
 """Runs that were stopped, however, go on to the bytes of a run that never was; what can't is refused in one line."""
 
+import builtins
 import concurrent.futures
+import errno
+import io
 import json
 import os
 import shutil
@@ -41,6 +44,7 @@ from nanodpo.folder.log import read_lines
 from nanodpo.folder.state import COUNTERS
 from nanodpo.run import lifecycle, signals
 from nanodpo.run.start import Run
+from nanodpo.scoring.parts import Parts
 from nanodpo.scoring.recorded import recorded_settings
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
@@ -662,6 +666,34 @@ def test_a_record_that_can_not_be_read(another_user, tmp_path):
     for read in (run_record.read, recorded_settings, read_facts):
         with pytest.raises(UserError, match=r"run.json: can't be read \(Permission denied\)$"):
             read(Path())
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "manifest.json"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_what_can_not_be_read_is_not_damaged(name, number, tmp_path, monkeypatch):
+    """It may be whole, behind a network that is down: a state that was passed over for that would be removed, and its
+    part of a scoring made again."""
+    place = tmp_path / "checkpoint-2"
+    aside(place).mkdir()
+    (aside(place) / "weights.safetensors").write_bytes(bytes(100))
+    publish(place, {"step": 2})
+    real = builtins.open
+
+    def fails(file, *args, **kwargs):
+        if str(file).endswith(name):
+            raise OSError(number, os.strerror(number), str(file))
+        return real(file, *args, **kwargs)
+
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", fails)
+    for read in (read_manifest, check_whole):
+        with pytest.raises(UserError, match=f"{name}: can't be read .{os.strerror(number)}.; mend that, or move"):
+            read(place)
+    if name == "manifest.json":
+        with pytest.raises(UserError, match=f"manifest.json: can't be read .{os.strerror(number)}.; mend that"):
+            Parts(tmp_path)
+    monkeypatch.undo()
+    assert read_manifest(place)["step"] == 2 and check_whole(place)
 
 
 def test_runs_of_one_second_take_folders_of_their_own(tmp_path):
