@@ -31,8 +31,9 @@ def read_ledger(folder: Path) -> tuple[pandas.DataFrame, list[dict]]:
         records = [record for record in records if record["row"] is None]
         for record in records:
             _ = [record["dataset"], record["response"], record["change"] + 0.0, record["residual"] + 0.0,
-                 [level + 0.0 for level in record["levels"]], [f"{why}" for why in record.get("doubts", [])]]
-    except (KeyError, TypeError) as error:
+                 [level + 0.0 for level in record["levels"]], [f"{why}" for why in record.get("doubts", [])],
+                 ["".join(texts) for texts in record.get("texts", {}).values()]]
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'ledger.json'}: is not what score.py writes ({type(error).__name__}: {error})"
                         ) from error
     return table[table["row"].isna()], records

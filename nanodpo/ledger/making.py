@@ -13,7 +13,7 @@ from ..ranks.distributed import rank_and_world, say
 from ..scoring.contents import hash_of
 from ..scoring.datasets import ResponseSet
 from ..scoring.runs import Checkpoint
-from . import report
+from . import report, texts
 from .history import History, open_history
 from .probes import Probes, make_probes
 from .sweeps import Found, Store, backward, forward, references
@@ -74,6 +74,7 @@ def write(history: History, found: list[tuple[Probes, Found]], store: Store, fol
 
     table = pandas.concat([report.to_table(history, part.names, its) for part, its in found], ignore_index=True)
     records = [record for part, its in found for record in report.to_record(history, part.names, its)]
+    texts.add_texts(records, table, history.args)
     with writing(folder):
         with new_file(folder / "ledger.parquet") as place:
             table.to_parquet(place, index=False)

@@ -16,7 +16,6 @@ import plot
 from nanodpo.errors import UserError
 from nanodpo.figures import page
 from nanodpo.figures.after import page_after
-from nanodpo.figures.pairs import read_texts
 
 STEPS = [0, 40, 120]
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "<!--", "]]>", "\u2028", "\u202e", "\u2066", "\x00", "&lt;", "",
@@ -281,8 +280,8 @@ def test_scoring_makes_it_unasked(tmp_path):
 
 def add_ledger(folder, run="dpo", name="test"):
     """A ledger of 20 pairs, a step each: row k moves chosen by (k - 6) / 1000 with its chosen side and by a tenth of
-    that with its rejected one; and the run.json and training data that it came from, with a hostile row. One probe is
-    a single row, which is nobody's mean."""
+    that with its rejected one; a hostile row is among their texts. One probe is a single row, which is nobody's mean.
+    """
     lines = [{"step": k, "pair": k, "side": side, "share": (k - 6) / 1000 * part}
              for k in range(20) for side, part in (("chosen", 1), ("rejected", 0.1))]
     lines.append({"step": 0, "pair": None, "side": "weight_decay", "share": 1.0})
@@ -291,17 +290,12 @@ def add_ledger(folder, run="dpo", name="test"):
     table.astype({"pair": "Int64", "row": "Int64"}).to_parquet(folder / "ledger.parquet")
     record = {"run": run, "dataset": name, "response": "chosen", "row": None, "rows": 4, "change": 0.077,
               "levels": [0.0], "residual": 0.07, "steps": 20, "doubts": ["unreliable: 7% is left over"]}
-    (folder / "ledger.json").write_text(json.dumps([record, record | {"row": 3}]))
-    pairs = [{"prompt": f"Q{k}", "chosen": {0: "A0 " * 2000, 19: HOSTILE[0]}.get(k, f"A{k}"), "rejected": f"B{k}"}
-             for k in range(20)]
-    (folder / "train.json").write_text(json.dumps(pairs))
-    arguments = {"train_file_path": str(folder / "train.json"), "loss": "dpo", "prompt_field": None,
-                 "chosen_field": None, "rejected_field": None}
-    (folder / "run.json").write_text(json.dumps({"arguments": arguments}))
+    texts = {k: [f"Q{k}", {19: HOSTILE[0]}.get(k, f"A{k}"), f"B{k}"] for k in range(20)}
+    (folder / "ledger.json").write_text(json.dumps([record | {"texts": texts}, record | {"row": 3}]))
 
 
 def test_pairs_of_a_ledger(tmp_path):
-    """Those that lowered the mean most and raised it most, their two sides, and texts, of which a long one is cut."""
+    """Those that lowered the mean most and raised it most, their two sides, and texts."""
     folder = write_scoring(tmp_path / "run", rows=2)
     assert data_of(make(folder))["ledger"] == {}
     add_ledger(folder)
@@ -312,12 +306,12 @@ def test_pairs_of_a_ledger(tmp_path):
     for row, share, first, second in (*chosen["lowered"], *chosen["raised"]):
         assert [share, first, second] == pytest.approx([(row - 6) * part / 1000 for part in (1.1, 1, 0.1)])
     assert (chosen["rows"], chosen["change"], chosen["doubts"]) == (4, 0.077, ["unreliable: 7% is left over"])
-    assert {*found["texts"]} == {str(row) for row in (0, 1, 2, 3, 4, 15, 16, 17, 18, 19)}
-    assert found["texts"]["19"] == ["Q19", HOSTILE[0], "B19"] and found["why"] == ""
-    assert found["texts"]["0"][1].endswith(" ... (2,000 characters more)")
-    (folder / "train.json").write_text("[]")
+    assert found["texts"]["19"] == ["Q19", HOSTILE[0], "B19"]
+    records = json.loads((folder / "ledger.json").read_text())
+    del records[0]["texts"]
+    (folder / "ledger.json").write_text(json.dumps(records))
     found = data_of(make(folder))["ledger"]["dpo"]
-    assert found["texts"] == {} and "train.json" in found["why"]
+    assert found["texts"] == {} and "score.py --ledger makes it again" in found["why"]
 
 
 # --- In a browser ----------------------------------------------------------------------------------------------------
@@ -771,17 +765,6 @@ def test_eighty_rows_at_ten_checkpoints_are_seen_within_a_second(tmp_path, show)
         until(browser, f"{PAINT}.length")  # it is noted a moment after it happened
         times.append(ask(browser, f"{PAINT}[0].startTime"))
     assert min(times) < 1000 and len(texts(browser, "#row option")) == 80
-
-
-def test_a_pair_of_a_row_with_lists_of_answers_shows_them_all(tmp_path):
-    """Texts, and conversations, one after the other."""
-    answer = [{"role": "assistant", "content": "6"}]
-    row = {"prompt": "2+3?", "chosen": ["5", "five"], "rejected": [answer, [{"role": "assistant", "content": "7"}]]}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    settings = {"prompt_field": None, "chosen_field": None, "rejected_field": None, "loss": "dpo",
-                "train_file_path": str(tmp_path / "rows.jsonl")}
-    (tmp_path / "run.json").write_text(json.dumps({"arguments": settings}))
-    assert read_texts(tmp_path, {0}) == ({0: ["2+3?", "5\n\nfive", "assistant: 6\n\nassistant: 7"]}, "")
 
 
 @pytest.mark.parametrize("problem", ["one", None])

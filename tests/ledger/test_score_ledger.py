@@ -34,7 +34,7 @@ def run(tiny, tmp_path_factory):
                  "--gradient_accumulation_steps", "2", "--warmup_steps", "2", "--max_grad_norm", "0.5")
 
 
-def test_shares_add_up_to_what_the_scores_say(run, tmp_path, capsys):
+def test_shares_add_up_to_what_the_scores_say(run, tiny, tmp_path, capsys):
     """The mean of four rows and one row alone, from scores.parquet of step 0 and the last."""
     table, records = ledger(run, tmp_path, "--ledger", "4", "--ledger_rows", "6")
     said = capsys.readouterr().out
@@ -54,6 +54,14 @@ def test_shares_add_up_to_what_the_scores_say(run, tmp_path, capsys):
     assert {*table["side"]} == {"chosen", "rejected", "weight_decay"}
     assert {*table["step"]} == {0, 1, 2, 3, 4}
     assert len(table[(table["step"] == 0) & (table["response"] == "chosen") & table["row"].isna()]) == 2 * 4 + 1
+    # The texts of the strongest pairs of each mean, as they are in the data file.
+    data = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()]
+    for record in records:
+        assert ("texts" in record) == (record["row"] is None)
+        if record["row"] is None:
+            net = table[table["row"].isna() & (table["response"] == record["response"])].groupby("pair")["share"].sum()
+            ends = {*net[net < 0].nsmallest(5).index, *net[net > 0].nlargest(5).index}
+            assert record["texts"] == {str(k): [data[k][s] for s in ("prompt", "chosen", "rejected")] for k in ends}
     assert not [place for place in tmp_path.iterdir() if "partial" in place.name]  # nothing stays of the work
     assert (tmp_path / "ledger.png").stat().st_size > 10_000  # nobody had to ask for it
 
