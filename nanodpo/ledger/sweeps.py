@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError, first_line
-from ..files import check_regular
+from ..files import check_regular, why
 from ..folder.atomic import new_file, tensors_hash, writing
 from ..progress import track
 from .adamw import Adjoint, Moments, lacking
@@ -44,7 +44,9 @@ class Store:
                 found, hashes = {key: opened.get_tensor(key) for key in keys or opened.keys()}, opened.metadata()
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
+            raise UserError(f"{file}: can't be read ({why(error)})") from error
+        except SafetensorError as error:
             raise UserError(f"{file}: is damaged ({first_line(error)}); remove {self.folder}") from error
         if hashes and any(hashes.get(key) != self._hash(name, key, tensor) for key, tensor in found.items()):
             raise UserError(f"{file}: is damaged (not what was written); remove {self.folder}")

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import UserError, first_line
+from ..files import why
 from .measures import Sets
 
 PARTS = ("counts", "rest", "ids", "probabilities")
@@ -59,5 +60,7 @@ def read(folder: Path, lengths: list[int]) -> list[Sets]:
     try:
         sets = load_file(folder / NAME)
         return split(tuple(sets[name] for name in PARTS), lengths)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+    except OSError as error:
+        raise UserError(f"{folder / NAME}: can't be read ({why(error)})") from error
+    except (SafetensorError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder / NAME}: is damaged ({first_line(error)}); remove {folder}") from error
