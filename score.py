@@ -155,6 +155,7 @@ def open_for(work: Work, opener: Opener) -> tuple[Opened, Opened | None]:
 def score_part(opened: Opened, start: Opened | None, work: Work, parts: Parts, max_tokens: int, bar: Progress) -> None:
     """Scores what is missing of a data set under a checkpoint, and keeps it after every so many micro-batches.
     `start`: step 0 of its run, where risers are missing."""
+    bar.begin()
     parallel = opened.module.parallel
     rank, world = (number // parallel.size for number in distributed.rank_and_world())  # of micro-batches
     missing = {"scores": work.missing(*FORWARD), "gradients": work.missing("gradients")}  # {index: results}

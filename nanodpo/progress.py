@@ -37,6 +37,12 @@ class Progress:
     def __exit__(self, *error) -> None:
         self.bar.close()
 
+    def begin(self) -> None:
+        """Starts the clock where no unit is done yet: what came before, as loading a model, is no unit's time."""
+        if self.done == self.start == 0:
+            self.began = time.monotonic()
+            self.bar.reset()
+
     def update(self, count: int = 1, text: str | None = None) -> None:
         """Counts units that are done; `text` stands at the end of the bar."""
         if self.total is not None:

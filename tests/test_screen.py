@@ -245,6 +245,23 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(monkeypatch, capsy
         f"{rest:02} to go\n" for done, spent, left, rest in ((13, 36, 13, 24), (16, 72, 12, 48), (19, 108, 12, 12)))
 
 
+def test_loading_a_model_is_no_row_s_time(monkeypatch, capsys):
+    """40 s until the first model is there, then 5 s a row: 14 rows take 70 s more. Loading the next one counts."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.Progress("scoring", 20, "row") as bar:
+        clock[0] += 40.0
+        bar.begin()
+        for row in range(10):
+            clock[0] += 5.0 + (row == 6) * 13.0
+            if row == 6:
+                bar.begin()
+            bar.update()
+    assert capsys.readouterr().out.splitlines() == [
+        "scoring: 1 of 20 rows, 5.0 s a row, 0:00:05 so far, about 0:01:35 to go",
+        "scoring: 7 of 20 rows, 6.9 s a row, 0:00:48 so far, about 0:01:29 to go"]
+
+
 def test_a_work_of_unknown_size_says_how_much_is_done(monkeypatch, capsys):
     """Lines of a packed file: nobody knows how many follow. A short reading says nothing."""
     clock = [0.0]
