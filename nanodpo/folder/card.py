@@ -20,7 +20,7 @@ from ..files import read_text
 from ..flags.loss import loss_name
 from .atomic import new_file
 from .log import Log, is_evaluation, timeless
-from .same_run import forks_of
+from .same_run import later_forks
 
 FIGURE = "training.png"
 MOST = 1000  # entries of trainer_state.json of training, and as many of evaluation: each checkpoint has one
@@ -172,10 +172,10 @@ def _cell(value) -> str:
 def _forked(facts: dict, step: int) -> list[str]:
     """A sentence on the settings that were changed before this step, where the run is a fork."""
     found = []
-    for fork in forks_of(facts.get("fork")):
+    for fork in later_forks(facts.get("fork")):
         pairs = [(name.removeprefix("--"), pair) for name, pair in fork["changed"].items() if name.startswith("--")]
         words = ", ".join(f"`{name}` {was} -> {now}" for name, (was, now) in pairs if name in SETTINGS)
-        if words and 0 < fork["step"] < step:
+        if words and fork["step"] < step:
             found.insert(0, f"at step {fork['step']} {words}")
     return [f"Settings were changed on the way: {'; '.join(found)}. Those below are the last."] if found else []
 

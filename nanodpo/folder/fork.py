@@ -22,7 +22,7 @@ from . import record, resume, same_run
 from .atomic import BESIDE, aside, new_file, saved_steps, writing
 from .elastic import DEFAULTS, zero_alone
 from .log import read_lines
-from .same_run import forks_of, later_forks
+from .same_run import changed_weights, forks_of, later_forks
 
 # What a run can have anew from a step on: flags, and entries of run.json that follow from them.
 CHANGEABLE = {f"--{name}" for name in (
@@ -30,7 +30,6 @@ CHANGEABLE = {f"--{name}" for name in (
     "learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
     "eval_steps save_steps per_device_eval_batch_size use_flash_attention").split()} | {
         "steps", "reference", "loss_function"}
-KEEPING = {"--save_steps", "--eval_steps"}  # of these, flags that change no weight
 # What a process was told of itself alone.
 OWN = ("output_dir", "resume", "local_rank", "fork", "inspect", "inspect_row", "dry_run", "print_config")
 
@@ -56,7 +55,7 @@ def owners(record: dict) -> list[str]:
 def changed_on_the_way(entry: dict | None) -> dict | None:
     """The last fork, of those that made a run, before which its steps had other settings than it has now, by the entry
     `fork` of its run.json; None where its weights are those that its settings give from step 0 on."""
-    return next((one for one in later_forks(entry) if {*one["changed"]} - KEEPING), None)
+    return next(filter(changed_weights, later_forks(entry)), None)
 
 
 def settings_of(fork: str, output_dir: str | None) -> tuple[dict, str]:
@@ -147,7 +146,7 @@ def check(fork: Fork, facts: dict, before_loading: bool = False) -> dict[str, li
 def first_step_with(name: str, facts: dict) -> int:
     """The step from which on a setting, like --beta, has the value that it has now; `facts` are the entries of
     run.json."""
-    return next((entry["step"] for entry in forks_of(facts.get("fork")) if name in entry["changed"]), 0)
+    return next((entry["step"] for entry in later_forks(facts.get("fork")) if name in entry["changed"]), 0)
 
 
 def _of_evaluation(name: str, was, now) -> bool:

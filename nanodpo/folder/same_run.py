@@ -19,6 +19,8 @@ FREE = {"output_dir", "cache_dir", "local_rank", "logging_steps", "resume", "res
 # ... or, as those of BY_CONTENT, since the content of what they name is compared: weights, token ids, settings.
 # An adapter that is trained on has settings of its own, which are known only when it is loaded.
 ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
+# Flags that change no weight of a run, and nothing of what it says of them at a step.
+KEEPING = {"eval_steps", "save_steps", "per_device_eval_batch_size"}
 # The machine may be another one for the continuation; the run says so, since its last bits may then differ.
 MACHINE = ("versions", "git_commit", "device", "threads")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
@@ -129,12 +131,18 @@ def later_forks(entry: dict | None) -> list[dict]:
     return [*itertools.takewhile(lambda fork: fork.get("step"), forks_of(entry))]
 
 
+def changed_weights(fork: dict) -> dict[str, list]:
+    """What an entry `fork` of run.json says that it changed, without KEEPING: empty where its weights are the
+    source's."""
+    return {name: pair for name, pair in (fork.get("changed") or {}).items() if name.removeprefix("--") not in KEEPING}
+
+
 def recipe(record: dict) -> tuple[str, int | None]:
     """(everything in run.json that makes a run, but its seed, as text; the seed). Weights that the seed drew and rows
     that it held out are part of the seed."""
     given = record["arguments"]
-    kept = custom(given, FREE | {"seed", "eval_steps", "save_steps", "per_device_eval_batch_size"})
+    kept = custom(given, FREE | KEEPING | {"seed"})
     content = ["steps", "max_length", "world_size", "peft_config", *["weights"] * (not given.get("random_init")),
                *["data"] * (not given.get("eval_size"))]
-    forks = [[fork["step"], fork.get("changed")] for fork in later_forks(record.get("fork"))]
+    forks = [[fork["step"], changed] for fork in later_forks(record.get("fork")) if (changed := changed_weights(fork))]
     return json.dumps([kept, forks, *(record.get(name) for name in content)], sort_keys=True), given.get("seed")

@@ -20,9 +20,10 @@ from ..files import read_text, why
 from ..flags.arguments import TrainArguments
 from ..flags.loss import own_function
 from ..folder.elastic import pairs_per_step
-from ..folder.fork import KEEPING, changed_on_the_way
+from ..folder.fork import changed_on_the_way
 from ..folder.log import MAX_BYTES
 from ..folder.reference import data_hash
+from ..folder.same_run import changed_weights
 from ..model.adapters import dora_norms
 from ..model.decay import is_decayed
 from ..model.ready import response_logps
@@ -63,7 +64,7 @@ class History:
         its source: its weights are the same, and so are their scores."""
         first = self.checkpoints[0]
         fork = first.settings.record.get("fork") or {}
-        again = fork and not fork["step"] and not {*fork["changed"]} - KEEPING
+        again = fork and not fork["step"] and not changed_weights(fork)
         return Path(fork["run"]).name if again else first.run
 
     @functools.cached_property

@@ -14,7 +14,7 @@ from test_resume import flags as resume_flags
 
 from nanodpo.data.schedule import epoch_order, pairs_of_step
 from nanodpo.errors import UserError
-from nanodpo.folder import fork, record, same_run
+from nanodpo.folder import card, fork, record, same_run
 from nanodpo.folder.resume import folder_of
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
@@ -287,6 +287,18 @@ def test_a_damaged_state_is_refused(name, how, copied):
     (copied / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="state: metrics.jsonl lacks step 0"):
         fork.entry(fork.find(f"{copied}@3", None), None)
+
+
+def test_a_fork_at_0_has_nothing_of_the_forks_before_it():
+    """a was changed at 2, b is a fork of it at 0, which has its settings from the first step on, and c of b at 3. By
+    b's card and --without_rows nothing was changed on the way."""
+    a = {"run": "o", "step": 2, "changed": {"--beta": [0.3, 0.1], "--without_rows": ["", "7"]}, "of": None}
+    b = {"run": "a", "step": 0, "changed": {}, "of": a}
+    c = {"run": "b", "step": 3, "changed": {"--learning_rate": [1e-3, 1e-4]}, "of": b}
+    for entry, step, said in ((a, 2, "at step 2 `beta` 0.3 -> 0.1"), (b, 0, ""), (c, 0, "at step 3 `learning_rate`")):
+        assert fork.first_step_with("--without_rows", {"fork": entry}) == step
+        words = "".join(card._forked({"fork": entry}, 9))
+        assert said in words and ("beta" in words) == (entry is a) and bool(words) == bool(said)
 
 
 @pytest.mark.parametrize("steps, changed, there", [

@@ -407,13 +407,18 @@ def test_what_a_recipe_is():
         [{"learning_rate": 2e-4}], [{}, ("steps", 8)], [{}, ("weights", "v")], [{}, ("data", ["e"])]))
     forks = [changed({"seed": seed}, fork={"run": f"r{seed}", "step": step, "changed": beta})[0]
              for seed, step, beta in ((1, 4, {}), (2, 4, {}), (2, 5, {}), (2, 4, {"--beta": [0.1, 0.3]}), (2, 0, {}))]
-    assert forks[0] == forks[1] and len({*forks}) == 4 and forks[-1] == same, "of two seeds, changed alike at one step"
+    assert {forks[0], forks[1], forks[2], forks[4]} == {same}, "with nothing changed it is the run that it goes on from"
+    forks = [changed({"seed": seed}, fork={"run": f"r{seed}", "step": step, "changed": flags})[0]
+             for seed, step, flags in (
+                 (1, 4, {"--beta": [0.1, 0.3]}), (2, 4, {"--beta": [0.1, 0.3], "--save_steps": [9, 1]}),
+                 (2, 5, {"--beta": [0.1, 0.3]}), (2, 4, {"--beta": [0.2, 0.3]}))]
+    assert forks[0] == forks[1] and len({*forks, same}) == 4, "of two seeds, changed alike at one step"
     # What the run had changed that was forked counts, too, back to a fork at 0, which began anew.
     again = [changed({"seed": 2}, fork={"run": "b", "step": 4, "changed": {}, "of": {
         "run": "a", "step": step, "changed": beta, "of": of}})[0] for step, beta, of in (
             (2, {"--beta": [0.3, 0.1]}, None), (3, {"--beta": [0.3, 0.1]}, None), (0, {"--beta": [0.3, 0.1]}, None),
             (0, {}, {"run": "r", "step": 2, "changed": {"--beta": [0.3, 0.1]}}))]
-    assert len({*again}) == 3 and again[2] == again[3] == forks[0]
+    assert len({*again}) == 3 and again[2] == again[3] == same
     for flag, fact in (({"eval_size": 5}, {"data": ["e"]}), ({"random_init": True}, {"weights": "v"})):
         assert changed(flag)[0] == changed(flag, **fact)[0] != same
 
