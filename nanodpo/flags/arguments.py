@@ -209,7 +209,9 @@ def parse(argv: list[str], default_file: Path,
     except UserError as error:
         message = _as_typed(str(error), own, file)
         if told.fork and message.startswith(f"{file}: "):
-            message += " (a fork takes over its run's flags: give this one another value)"
+            texts = {f"--{flag.name}" for flag in fields(TrainArguments) if flag.default is None and flag.type is str}
+            none = ", or '' for none" * (str(error).split()[0].rstrip(":") in texts)
+            message += f" (a fork takes over its run's flags: give this one another value{none})"
         raise UserError(message) from error
     if unknown and unknown[0].endswith((".yaml", ".yml", ".json")) and not unknown[0].startswith("-"):
         raise UserError(f"unknown argument {unknown[0]}; a settings file comes first")

@@ -132,8 +132,8 @@ def later_forks(entry: dict | None) -> list[dict]:
 
 
 def changed_weights(fork: dict) -> dict[str, list]:
-    """What an entry `fork` of run.json says that it changed, without KEEPING: empty where its weights are the
-    source's."""
+    """The settings that an entry `fork` of run.json says it changed, without KEEPING: none where its weights are those
+    of its source."""
     return {name: pair for name, pair in (fork.get("changed") or {}).items() if name.removeprefix("--") not in KEEPING}
 
 

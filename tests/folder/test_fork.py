@@ -14,6 +14,7 @@ from test_resume import flags as resume_flags
 
 from nanodpo.data.schedule import epoch_order, pairs_of_step
 from nanodpo.errors import UserError
+from nanodpo.flags.arguments import parse
 from nanodpo.folder import card, fork, record, same_run
 from nanodpo.folder.resume import folder_of
 
@@ -392,3 +393,19 @@ def test_a_fork_that_has_lost_its_states_does_not_begin_again(copied):
         shutil.rmtree(place)
     with pytest.raises(UserError, match="no state to go on from .there is none, but it is a fork at step 2"):
         resume.begin(copied, 8, None, ["x"], 2)
+
+
+def test_a_flag_that_the_new_loss_does_not_take_can_be_given_up():
+    """The source has another model as its reference, which simpo takes none of. There is no flag to leave out."""
+    asked = ["--fork", "run@2", "--loss", "simpo"]
+
+    def parsed(*more):
+        return parse([*asked, *more], ROOT / "none.yaml", lambda of, folder: (
+            {"model_name": "m", "train_file_path": "d", "reference": "x"}, "run/run.json"))
+
+    with pytest.raises(UserError, match="^run/run.json: --reference x has no meaning for --loss simpo; leave it out .a "
+                                        "fork takes over its run's flags: give this one another value, or '' for none"):
+        parsed()
+    assert not parsed("--reference", "").reference
+    with pytest.raises(UserError, match="^--reference y has no meaning for --loss simpo; leave it out$"):
+        parsed("--reference", "y")
