@@ -6,13 +6,9 @@ import numpy as np
 import pandas
 
 from . import risers
-from .measures import MEASURES, TOKEN_MEASURES
+from .measures import DERIVED, MEASURES, TOKEN_MEASURES
 from .pairs import ches
 from .sections import answer_start, sections, shared_prefix
-
-# Of each token, from measures of it: those of MEASURES that are no column of tokens.parquet.
-DERIVED = {"argmax_mass": lambda measures: np.exp(measures["argmax_logps"]),
-           "accuracy": lambda measures: measures["rank"] == 1}
 
 
 def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict], token_texts,

@@ -1,4 +1,4 @@
-"""Measures a model's distribution along a response, in the kernel's own chunks. Torch only.
+"""Measures a model's distribution along a response, in the kernel's own chunks.
 
 Shapes: N scored tokens, S sequences, C tokens in a chunk, V vocabulary, D hidden size; the largest
 tensor is (C, V).
@@ -20,6 +20,7 @@ changes nothing, and one that spreads its probability over what was and is unlik
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,9 +30,11 @@ from ..run.metrics import LOWEST
 
 # Of each token: the columns of tokens.parquet, where one token's log-prob is called logp, not logps.
 TOKEN_MEASURES = ["logps", "entropy", "argmax_logps", "rank", "implausible_mass", "implausible_mass_start"]
-# Means over a response's tokens, in scores.parquet, summary.csv and sections.csv. Two are DERIVED in describe.py:
-# argmax_mass is the mean of exp(argmax_logps), and accuracy the share of tokens with rank 1.
+# Means over a response's tokens, in scores.parquet, summary.csv and sections.csv.
 MEASURES = ["argmax_logps", "entropy", "argmax_mass", "implausible_mass", "implausible_mass_start", "accuracy"]
+# Of each token, from (n,) measures of it: those of MEASURES that are no column of tokens.parquet.
+DERIVED = {"argmax_mass": lambda measures: np.exp(measures["argmax_logps"]),
+           "accuracy": lambda measures: measures["rank"] == 1}
 IMPLAUSIBLE = 1e-3
 # Of the start: (N,) how many plausible tokens a place has, (N,) the probability of all others; (K,) the ids and (K,)
 # the probabilities of the plausible ones, one place after the other.

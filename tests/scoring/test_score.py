@@ -26,9 +26,8 @@ from nanodpo.errors import RankStopped, RunStopped, UserError, run_script
 from nanodpo.figures import after
 from nanodpo.scoring import means, responses, tables
 from nanodpo.scoring import opened as models_of
-from nanodpo.scoring.describe import DERIVED
 from nanodpo.scoring.flags import check_gpu
-from nanodpo.scoring.measures import MEASURES, TOKEN_MEASURES
+from nanodpo.scoring.measures import DERIVED, MEASURES, TOKEN_MEASURES
 from nanodpo.scoring.parts import Parts
 from nanodpo.scoring.runs import open_targets
 
