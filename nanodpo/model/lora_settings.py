@@ -1,6 +1,7 @@
 """The settings of a LoRA adapter beyond train.py's flags, from a file in the form of PEFT's adapter_config.json."""
 
 import dataclasses
+import json
 import re
 
 from ..errors import UserError
@@ -140,6 +141,16 @@ def take_over(args, own: dict, whose: str) -> None:
         if getattr(args, flag) not in (value, type(args).__dataclass_fields__[flag].default):
             raise UserError(f"--{flag} {getattr(args, flag)}: {whose} has {value}; leave the flag out")
         setattr(args, flag, value)
+
+
+def as_text(own) -> str:
+    """The settings of an adapter, of PEFT's config `own`, on which its log-probs depend beside its weights."""
+    from peft import LoraConfig  # slow to import
+
+    if isinstance(own, LoraConfig):
+        return repr((own.r, own.lora_alpha, own.use_rslora, own.rank_pattern, own.alpha_pattern))
+    return json.dumps({name: value for name, value in own.to_dict().items() if name not in ASIDE}, sort_keys=True,
+                      default=sorted)  # of sets, whose order is another one in each process
 
 
 def _defaults() -> dict:

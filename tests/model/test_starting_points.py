@@ -372,6 +372,27 @@ def test_an_adapter_outside_the_layers_is_not_left_out_without_a_word(kind, tiny
         assert [found[row, side] for side in ("chosen", "rejected")] == pytest.approx(values, abs=1e-4)
 
 
+def test_an_adapter_of_another_kind_than_lora_is_a_reference(tiny, tmp_path):
+    """LoHa has no lora_alpha, which the hash of a reference asked for: a traceback. Two with the same weights and other
+    settings are two references, each with its own log-probs, which are kept apart."""
+    from peft import LoHaConfig, get_peft_model
+
+    pairs, means = oracle.read_pairs(tiny / "train.jsonl"), {}
+    for alpha in (4, 16):
+        torch.manual_seed(0)
+        base = oracle.load(tiny / "model")
+        base.name_or_path = str(tiny / "model")
+        model = get_peft_model(base, LoHaConfig(r=4, alpha=alpha, target_modules=["q_proj", "v_proj"])).eval()
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(tmp_path / f"loha-{alpha}")
+        run_with(tiny, tmp_path / f"run-{alpha}", "--reference", tmp_path / f"loha-{alpha}", "--max_steps", "1")
+        line = json.loads((tmp_path / f"run-{alpha}" / "metrics.jsonl").read_text().splitlines()[0])
+        means[alpha] = sums(model, [pairs[i] for i in pairs_of_step(11, 4, 42, 0)]).mean(0).tolist()
+        assert [line["ref_logps/chosen"], line["ref_logps/rejected"]] == pytest.approx(means[alpha], abs=1e-4)
+    assert abs(means[4][0] - means[16][0]) > 0.01
+
+
 @pytest.mark.parametrize("settings, words", [
     ({"alora_invocation_tokens": "It"}, "is turned on by certain tokens of a text (alora_invocation_tokens)"),
     ({"init_lora_weights": "pissa_niter_4"}, "has other log-probs each time: its init_lora_weights is 'pissa_niter")])
