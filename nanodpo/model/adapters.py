@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from ..errors import UserError, first_line
 from ..files import read_text
-from .lora_settings import AS_PLAIN
+from .lora_settings import AS_PLAIN, check_readable
 from .quantised import check_loaded, loading_options
 from .sharding import sharded_as_read
 from .source import BROKEN, check_attention, hold_logs, place_of
@@ -146,11 +146,12 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
         return model
     from peft import PeftModel
 
-    head = model.get_output_embeddings()
+    check_readable(adapter_shape(adapter), f"{adapter}/adapter_config.json")
+    head, weights = model.get_output_embeddings(), _read(adapter)
     try:
         with no_false_alarm():
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
-        _read(model, adapter)
+        _check_names(model, weights, adapter)
     except UserError:
         raise
     except BROKEN as error:
@@ -200,23 +201,34 @@ def exchange_adapter(model, adapter: str) -> None:
     """Replaces the model's adapter by another one of the same shape. Raises UserError for one that does not fit."""
     from peft.utils import set_peft_model_state_dict
 
+    weights = _read(adapter)
+    _check_names(model, weights, adapter)
     try:
-        set_peft_model_state_dict(model, _read(model, adapter))
-    except UserError:
-        raise
+        set_peft_model_state_dict(model, weights)
     except BROKEN as error:
         raise UserError(f"{adapter}: can't be opened: {first_line(error)}") from error
 
 
-def _read(model, adapter: str) -> dict:
-    """An adapter's weights on disk, by name. Raises UserError where the names are not those of the model's adapter."""
-    from peft.utils import get_peft_model_state_dict, load_peft_weights
+def _read(adapter: str) -> dict:
+    """An adapter's weights on disk, by name. Raises UserError for a file that is broken, or holds whole numbers."""
+    from peft.utils import load_peft_weights
 
-    weights = load_peft_weights(adapter, device="cpu")
-    # Of LoRA alone: VB-LoRA and SHiRA have indices among their weights.
-    if odd := min((n for n, w in weights.items() if ".lora_" in n and not w.is_floating_point()), default=None):
+    try:
+        weights = load_peft_weights(adapter, device="cpu")
+        # Of LoRA alone: VB-LoRA and SHiRA have indices among their weights.
+        odd = min((n for n, w in weights.items() if ".lora_" in n and not w.is_floating_point()), default=None)
+    except BROKEN as error:
+        raise UserError(f"{adapter}: its weights can't be read: {first_line(error)}") from error
+    if odd:
         raise UserError(f"{adapter}: {odd} is of {str(weights[odd].dtype).removeprefix('torch.')}, and weights are "
                         "floating-point numbers; save the adapter as it was before it was quantised")
+    return weights
+
+
+def _check_names(model, weights: dict, adapter: str) -> None:
+    """Raises UserError where the names of an adapter's weights on disk are not those of the model's adapter."""
+    from peft.utils import get_peft_model_state_dict
+
     with no_false_alarm():
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if lacking := expected.keys() - weights.keys():
@@ -234,7 +246,6 @@ def _read(model, adapter: str) -> dict:
                "where its model is (PEFT's merge_and_unload), and name the merged model")
         raise UserError(f"{adapter}: has weights that its base or its adapter_config.json has no place for, such as "
                         f"{min(whole or strange)}{why * bool(whole)}")
-    return weights
 
 
 def adapter_weights(model, path: str) -> list:

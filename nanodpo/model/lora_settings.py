@@ -31,6 +31,7 @@ COUNT = Limit("must be a whole number above 0", _whole)
 NAMES = Limit("must be a list of names, or a regular expression", _names)
 PATTERN = Limit("must be an object of names, or regular expressions, with a whole number above 0 for each",
                 lambda value: isinstance(value, dict) and all(map(_whole, value.values())) and _names([*value]))
+NUMBER = Limit("must be a number", lambda value: type(value) in (int, float))
 TAKEN = {
     "r": COUNT, "lora_alpha": COUNT, "rank_pattern": PATTERN, "alpha_pattern": PATTERN,
     "lora_dropout": Limit(BELOW_1.words, lambda value: type(value) in (int, float) and BELOW_1.holds(value)),
@@ -43,6 +44,11 @@ TAKEN = {
                                "base as it is, since the policy of step 0 is compared with it",
                                lambda value: value is True or value == "gaussian"),
 }
+# What an adapter that is opened may have for these: its scales may be any numbers.
+OWN = {name: limit for name, limit in TAKEN.items() if name != "init_lora_weights"} | {
+    "lora_alpha": NUMBER, "bias": Limit("must be none, all or lora_only", ("none", "all", "lora_only").__contains__),
+    "alpha_pattern": Limit("must be an object of names, or regular expressions, with a number for each",
+                           lambda value: isinstance(value, dict) and all(map(NUMBER.holds, value.values())))}
 WHY_NOT = {  # of those that can't be trained, resumed or scored exactly
     "bias": "trains the base's own biases, and with the adapter off the model would no longer be its base; lora_bias "
             "gives the adapter biases of its own",
@@ -89,17 +95,36 @@ def check_settings(found: dict, where: str) -> dict:
             continue
         if name not in TAKEN:
             raise UserError(f"{where}: {name} {WHY_NOT.get(name, NOT_EXACT)}; leave it out")
-        if not TAKEN[name].holds(value):
-            raise UserError(f"{where}: {name} is {str(value)[:100]}; it {TAKEN[name].words}")
-        expressions = [value] if isinstance(value, str) else value if isinstance(value, dict) else ()
-        for expression in expressions:
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise UserError(f"{where}: {name} has {expression!r}, which is no regular expression: {error}"
-                                ) from error
+        _check_value(name, value, TAKEN[name], where)
         kept[name] = value
     return kept
+
+
+def _check_value(name: str, value, limit: Limit, where: str) -> None:
+    """Raises UserError for a value of a setting that is beyond its limit, or holds what is no regular expression."""
+    if not limit.holds(value):
+        raise UserError(f"{where}: {name} is {str(value)[:100]}; it {limit.words}")
+    for expression in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise UserError(f"{where}: {name} has {expression!r}, which is no regular expression: {error}") from error
+
+
+def check_readable(own: dict, where: str) -> None:
+    """Raises UserError for an adapter, of config `own`, of a kind that this PEFT does not know, or for a setting of
+    LoRA whose value PEFT can't read, or would read as another one; `where` begins the message."""
+    from peft import PeftType  # slow to import
+
+    if (kind := own.get("peft_type")) not in [*PeftType]:
+        raise UserError(f"{where}: peft_type is {str(kind)[:100]}, which this release of PEFT does not know; install "
+                        "a newer one, or mend it")
+    defaults = _defaults() if kind == "LORA" else {}
+    for name, limit in OWN.items() if defaults else ():
+        value = own.get(name, defaults[name])
+        unset = not value and type(defaults[name]) in (bool, type(None))  # null, [], {}
+        if value != defaults[name] and not unset:
+            _check_value(name, value, limit, where)
 
 
 def check_trainable(own: dict, where: str) -> None:

@@ -8,7 +8,7 @@ from ..folder import record
 from ..folder.atomic import check_whole
 from ..model import loading
 from ..model.adapters import adapter_shape
-from ..model.lora_settings import check_dora, check_trainable, read_lora_settings, take_over
+from ..model.lora_settings import check_dora, check_readable, check_trainable, read_lora_settings, take_over
 from ..model.quantised import QUANTISATION, bits_of, check_quantised
 from ..model.sharding import is_sharded, shared_weights, stage_of
 from ..model.source import Source, base_of, check_heads, check_reference, open_source, read_template_file
@@ -47,6 +47,7 @@ def check_lora(args, lora: dict, source: Source, stage: int) -> None:
                         "settings of its own; leave it out")
     own = adapter_shape(source.adapter)
     check_trainable(own, f"--model_name {args.model_name}")
+    check_readable(own, f"--model_name {args.model_name}: adapter_config.json")
     check_dora(own, f"--model_name {args.model_name}", args.bf16, stage)
 
 

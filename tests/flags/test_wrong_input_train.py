@@ -424,6 +424,7 @@ ADAPTERS += [(f"a manifest, and {name} flipped", listed(name, flipped), ADAPTER,
              for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "model/config.json",
                           "model/model.safetensors", "model/tokenizer.json")]
 UNFIT = "@/adapter: does not fit its base: "
+ITS = "--model_name @/adapter: adapter_config.json: "
 ADAPTERS += [(f"adapter_config.json: {name} {str(value)[:30]}", edited("adapter/adapter_config.json", **{name: value}),
               ADAPTER, [words]) for name, value, words in [
     ("base_model_name_or_path", None, "base_model_name_or_path is None, not a model's name"),
@@ -436,19 +437,28 @@ ADAPTERS += [(f"adapter_config.json: {name} {str(value)[:30]}", edited("adapter/
     ("peft_type", "NOPE", "is a NOPE adapter; only LoRA"),
     ("peft_type", 3, "is a 3 adapter; only LoRA can be trained on"),
     ("peft_type", ..., "is a None adapter"), ("peft_type", "IA3", "@/adapter: is a IA3 adapter; only LoRA can be tr"),
-    ("r", 0, UNFIT + "`r` should be a positive integer"), ("r", "x", UNFIT), ("r", None, UNFIT),
+    ("r", 0, ITS + "r is 0; it must be a whole number above 0"), ("r", "x", ITS + "r is x; it "),
+    ("r", None, ITS + "r is None"),
+    ("r", 2.0, ITS + "r is 2.0; it must be"), ("r", True, ITS + "r is True; it must be"),
     ("r", 4, UNFIT + "Error(s) in loading state_dict for PeftModelForCausalLM: size mismatch for base_model"),
-    ("target_modules", [], UNFIT), ("target_modules", 3, UNFIT), ("target_modules", "(", UNFIT),
+    ("target_modules", [], UNFIT), ("target_modules", 3, ITS + "target_modules is 3; it must be a list of names"),
+    ("target_modules", "(", ITS + "target_modules has '(', which is no regular expression"),
     ("target_modules", ["nope"], UNFIT + "Target modules {'nope'} not found in the base model"),
     ("target_modules", ["q_proj"], "@/adapter: has weights that its base or its adapter_config.json has no place for"),
-    ("lora_alpha", "x", UNFIT), ("lora_alpha", None, UNFIT),
+    ("lora_alpha", "x", ITS + "lora_alpha is x; it must be a number"), ("lora_alpha", None, ITS + "lora_alpha is None"),
     ("lora_alpha", math.nan, "@/adapter: its adapter_config.json gives model.layers.0.self_attn.q_proj a "
      "scale of nan, by lora_alpha or alpha_pattern; mend it there"), ("lora_alpha", 1e308, "a scale of 5e+307, by"),
     ("alpha_pattern", {"k_proj": math.inf}, "gives model.layers.0.self_attn.k_proj a scale of inf"),
-    ("lora_dropout", "x", UNFIT), ("lora_dropout", 2, UNFIT),
+    ("lora_dropout", "x", ITS + "lora_dropout is x; it must be at least 0 and below 1"),
+    *[("lora_dropout", rate, f"{ITS}lora_dropout is {rate}; it must be at least 0 and below 1")
+      for rate in (2, 1, -1, math.nan, None)],
+    ("use_rslora", "false", ITS + "use_rslora is false; it must be true or false"),
     ("modules_to_save", 3, "@/adapter: its modules_to_save "),
     ("use_dora", True, "lacks 7 of the weights that its adapter_config.json asks for, such as base_model"),
-    ("modules_to_save", ["lm_head"], "@/adapter"), ("task_type", "NOPE", UNFIT), ("rank_pattern", 3, UNFIT),
+    ("modules_to_save", ["lm_head"], "@/adapter"), ("task_type", "NOPE", UNFIT),
+    ("rank_pattern", 3, ITS + "rank_pattern is 3"),
+    ("rank_pattern", {"(": 2}, ITS + "rank_pattern has '(', which is no regular expression"),
+    ("alpha_pattern", {"q_proj": "6"}, ITS + "alpha_pattern is {'q_proj': '6'}; it must be an object of names"),
     ("rank_pattern", {"q_proj": 4}, UNFIT), ("bias", "nope", "@/adapter: its bias "),
     ("init_lora_weights", "nope", UNFIT),
 ]]
@@ -481,7 +491,7 @@ ADAPTERS += [
     ("no weights of an adapter", broken("adapter/adapter_model.safetensors", "missing"), ADAPTER,
      ["model @/adapter: has adapter_config.json, but no adapter_model.safetensors"]),
     ("an adapter's pickle of junk", pickled("adapter/adapter_model.safetensors", "adapter/adapter_model.bin"), ADAPTER,
-     [UNFIT]),
+     ["@/adapter: its weights can't be read: "]),
     ("an adapter on itself", lambda folder: edited("adapter/adapter_config.json", base_model_name_or_path=str(
         folder / "adapter"))(folder), ADAPTER, ["model @/adapter: config.json can't be opened"]),
     ("a base of another size", lambda folder: make_model(folder / "model", hidden_size=16), ADAPTER,

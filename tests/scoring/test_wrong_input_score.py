@@ -120,6 +120,10 @@ CHECKPOINTS += [
      ["@/run/checkpoint-0: its base @/model: config.json"]),
     ("another rank", edited("run/checkpoint-3/adapter_config.json", r=4), LAST,
      ["does not fit its base", "size mismatch"]),
+    ("a rate that is no number", edited("run/checkpoint-3/adapter_config.json", lora_dropout=float("nan")), LAST,
+     ["@/run/checkpoint-3/adapter_config.json: lora_dropout is nan; it must be at least 0 and below 1"]),
+    ("an adapter of a newer kind", edited("run/checkpoint-3/adapter_config.json", peft_type="NEWER"), LAST,
+     ["@/run/checkpoint-3/adapter_config.json: peft_type is NEWER, which this release of PEFT does not know"]),
     ("broken weights of the base", broken("model/model.safetensors", BYTES["cut short"]), [*LAST, "--bf16"],
      ["@/model: the weights can't be loaded"]),
 ]
