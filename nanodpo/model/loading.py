@@ -73,6 +73,12 @@ def check_plain_lora(model: nn.Module, where: str) -> None:
         kind = "LoRA on embeddings (target_modules): " * (".lora_embedding_" in odd[0])
         raise UserError(f"{where}: trains {kind}{odd[0]}; only LoRA on linear layers is supported. Leave that out, or "
                         "merge a trained adapter (PEFT's merge_and_unload) and name the merged model")
+    head = getattr(model.get_base_model().get_output_embeddings(), "weight", None)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A") and any(p is head for p in layer.get_base_layer().parameters(recurse=False)):
+            raise UserError(f"{where}: trains LoRA on {plain_name(name).removeprefix('base_model.model.')}, whose "
+                            "weight is the output layer's, too, and would be another there once it is merged; leave it "
+                            "out of target_parameters")
 
 
 def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:

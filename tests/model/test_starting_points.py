@@ -275,6 +275,8 @@ def test_a_killed_run_with_dora_goes_on_to_the_bit(tiny, other, tmp_path):
     ({"modules_to_save": ["lm_head"]}, (), "modules_to_save trains whole layers beside LoRA"),
     ({"trainable_token_indices": [1]}, (), "trainable_token_indices trains tokens' embeddings"),
     ({"target_modules": ["q_proj", "embed_tokens"]}, (), "LoRA on embeddings (target_modules)"),
+    ({"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]}, ("--merge_weights",),
+     "trains LoRA on model.embed_tokens, whose weight is the output layer's, too"),
     ({"target_modules": ["q_proj", "w_proj"]}, (), "the model has no module w_proj"),
     ({"target_modules": "(q_proj"}, (), "which is no regular expression"),
     ({"target_modules": "none_such"}, (), "not found in the base model"),
