@@ -12,6 +12,7 @@ from ..ranks import gpu
 from ..ranks.distributed import rank_and_world, say
 from ..scoring.contents import hash_of
 from ..scoring.datasets import ResponseSet
+from ..scoring.parts import FORMAT
 from ..scoring.runs import Checkpoint
 from . import report, texts
 from .history import History, open_history
@@ -33,7 +34,9 @@ def make_ledger(checkpoints: list[Checkpoint], datasets: list[ResponseSet], args
     if device.type == "cuda" and history.args.deterministic:
         gpu.be_deterministic()  # as in training, whose gradients are made again
     keys = [c.key for c in history.checkpoints] + [c.key for c in [history.reference] if c]
-    store = Store(folder / f"ledger-{hash_of([keys, history.planned])[:16]}.partial")
+    store = Store(folder / f"ledger-{hash_of([FORMAT, keys, history.planned])[:16]}.partial")
+    for place in sorted({*folder.glob("ledger-*.partial")} - {store.folder}):
+        say(f"{place}: is of another run or another version, and not used; it can be removed")
     at_once = check_cost(history, probes, args.ledger_memory, store.folder)
     references(history, store)
     forward(history, store)

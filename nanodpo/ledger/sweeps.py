@@ -35,22 +35,22 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str, *keys: str) -> dict[str, Tensor] | None:
-        """The tensors kept under this name, or these of them; None where there are none, or those of an earlier version
-        without hashes. Raises UserError for a damaged file."""
+        """The tensors kept under this name, or these of them; None where there are none. Raises UserError for a damaged
+        file."""
         file = self.folder / f"{name}.safetensors"
         try:
             check_regular(file)  # a pipe would be waited for
             with safe_open(file, "pt") as opened:
-                found, hashes = {key: opened.get_tensor(key) for key in keys or opened.keys()}, opened.metadata()
+                found, hashes = {key: opened.get_tensor(key) for key in keys or opened.keys()}, opened.metadata() or {}
         except FileNotFoundError:
             return None
         except OSError as error:
             raise UserError(f"{file}: can't be read ({why(error)})") from error
         except SafetensorError as error:
             raise UserError(f"{file}: is damaged ({first_line(error)}); remove {self.folder}") from error
-        if hashes and any(hashes.get(key) != self._hash(name, key, tensor) for key, tensor in found.items()):
+        if any(hashes.get(key) != self._hash(name, key, tensor) for key, tensor in found.items()):
             raise UserError(f"{file}: is damaged (not what was written); remove {self.folder}")
-        return found if hashes else None
+        return found
 
     def _hash(self, name: str, key: str, tensor: Tensor) -> str:
         """Each tensor has its own: some are read alone."""
@@ -114,7 +114,6 @@ class Found:
 def backward(history: History, probes: Probes, store: Store, name: str) -> Found:
     """Shares and effects of all pairs, from the last step to the first. `name`: under which it keeps what is done."""
     kept = store.read(name)
-    kept = kept if kept and "predicted" in kept else None  # an earlier version's has none
     history.open(history.steps)
     if kept is None:
         level, end = history.probe_gradients(probes)

@@ -33,7 +33,7 @@ from ..ranks import waits
 from ..ranks.distributed import from_main, is_main, main_first, say
 from . import plausible
 
-FORMAT = 5  # of the tables and of what is in them; another one is not read
+FORMAT = 5  # of the tables and of what is in them, and of what a stopped ledger keeps; another one is not read
 # Without a start; where a gradient is zero.
 MAY_BE_MISSING = {"implausible_mass", "implausible_mass_start", "grad_cosine"}
 

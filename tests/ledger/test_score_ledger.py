@@ -12,6 +12,7 @@ from tiny_models import tiny as make_family
 
 import score
 from nanodpo.errors import UserError
+from nanodpo.ledger import history, making
 from nanodpo.ledger.report import decimals, doubts, worst_pairs
 
 STEPS = ["--max_steps", "5", "--save_steps", "1", "--per_device_train_batch_size", "2", "--draw", "false"]
@@ -64,6 +65,24 @@ def test_shares_add_up_to_what_the_scores_say(run, tiny, tmp_path, capsys):
             assert record["texts"] == {str(k): [data[k][s] for s in ("prompt", "chosen", "rejected")] for k in ends}
     assert not [place for place in tmp_path.iterdir() if "partial" in place.name]  # nothing stays of the work
     assert (tmp_path / "ledger.png").stat().st_size > 10_000  # nobody had to ask for it
+
+
+def test_what_another_version_kept_of_a_stopped_ledger_is_not_used(run, tmp_path, capsys, monkeypatch):
+    """Its gradients are rounded otherwise, or are other ones: the ledger is that of a folder without any."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    flags, (whole, _) = ["--ledger", "2"], ledger(run, tmp_path / "new", "--ledger", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "FORMAT", 0, raising=False)
+        patch.setattr(making, "backward", stop)
+        patch.setattr(history.History, "step_gradient", lambda self, step: torch.full_like(self.weights(), 1e-3))
+        with pytest.raises(KeyboardInterrupt):
+            ledger(run, tmp_path / "old", *flags)
+    (kept,) = (tmp_path / "old").glob("ledger-*.partial")
+    capsys.readouterr()
+    assert ledger(run, tmp_path / "old", *flags)[0].equals(whole)
+    assert f"{kept}: is of another run or another version, and not used" in capsys.readouterr().out
 
 
 def test_layers_computed_again_change_no_bit(run, tmp_path):
