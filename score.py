@@ -291,8 +291,9 @@ def report(folder: Path, checkpoints: list[Checkpoint], work: list[Work], parts:
         distributed.say(text)
     if gone := [item for item in before if item not in tables.contents(folder)]:
         names = ", ".join(gone[:6]) + " ..." * (len(gone) > 6)
-        distributed.say(f"no longer in {folder}: {names}; the command that scored it brings it back from parts/, and "
-                        "another --output_dir keeps both")
+        back = "" if parts.unknown else " from parts/"
+        distributed.say(f"no longer in {folder}: {names}; the command that scored it brings it back{back}, and another "
+                        "--output_dir keeps both")
     distributed.say(draw_after(folder))
     if page := page_after(folder):
         distributed.say(page)

@@ -46,6 +46,7 @@ class Parts:
         self.made = [place for place in (folder, *folder.parents) if not place.exists()] if is_main() else []
         self.folder, self.lock, self.index, self.families = folder, None, {}, {}
         self.whole: set[str] = set()  # names of parts whose files were read and compared with their manifest
+        self.unknown = 0  # parts that are not read, on rank 0
         found = []
         with main_first():
             if is_main():
@@ -69,7 +70,7 @@ class Parts:
 
     def _list(self) -> list[tuple[str, dict]]:
         """(name, what it holds) of each part, the oldest first."""
-        found, unknown = [], 0
+        found = []
         for place in sorted(self.folder.glob("[!.]*/"), key=lambda place: (place.stat().st_mtime_ns, place.name)):
             try:
                 facts = json.loads(read_text(place / MANIFEST))
@@ -80,11 +81,12 @@ class Parts:
                 found.append((place.name, holds))
             except OSError as error:
                 check_absent(error, place)
-                unknown += 1
+                self.unknown += 1
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                unknown += 1
-        if unknown:
-            say(f"{self.folder}: {unknown} parts are damaged, or of another version, and not used; they can be removed")
+                self.unknown += 1
+        if self.unknown:
+            say(f"{self.folder}: {self.unknown} parts are damaged, or of another version, and not used; they can be "
+                "removed. The tables keep what is scored again now, and lose the rest")
         return found
 
     def _enter(self, name: str, holds: dict) -> None:

@@ -352,6 +352,18 @@ def test_parts_of_another_version_are_not_read(run, tmp_path, work, capsys, monk
     assert work["tokens"] == needed
 
 
+def test_what_is_lost_with_parts_of_another_version_is_not_said_to_come_from_them(run, tmp_path, capsys, monkeypatch):
+    scored(run, "--tokens", tmp_path)
+    monkeypatch.setattr(kept, "FORMAT", kept.FORMAT + 1)
+    capsys.readouterr()
+    scored(run, tmp_path)
+    said = capsys.readouterr().out
+    assert said.index("keep what is scored again now, and lose the rest") < said.index("parts, 0 of them done")
+    assert "no longer in" in said and "tokens.parquet" in said.split("no longer in")[1] and "from parts/" not in said
+    assert len(scored(run, "--tokens", tmp_path)[0]["tokens.parquet"])
+    assert "no longer in" not in capsys.readouterr().out
+
+
 def test_tables_are_written_anew_from_the_parts(run, tmp_path, work):
     """A change of scores.parquet by somebody is gone after the next call, and counts for nothing."""
     before = scored(run, tmp_path)
