@@ -25,6 +25,7 @@ KEEPING = {"eval_steps", "save_steps", "per_device_eval_batch_size"}
 MACHINE = ("versions", "git_commit", "device", "threads")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
             "peft_config", "loss_function", "layout", "attention", "fork")
+FILES = {"data", "weights", "reference", "loss_function"}  # of these, hashes of what the user's files hold
 
 
 def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False) -> None:
@@ -46,7 +47,8 @@ def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False)
                       "is then the reference, too, unless --reference names another); for one longer run, name a new "
                       "--output_dir alone")
         elif (commit := old.get("git_commit")) != new.get("git_commit") and not any(name[0] == "-" for name in names):
-            advice = f"go on with the version of nanodpo that began it, commit {commit}, or name a new folder"
+            advice = "put back what has changed; if nothing has, " * (not names.isdisjoint(FILES))
+            advice += f"go on with the version of nanodpo that began it, commit {commit}, or name a new folder"
         raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); {advice}")
 
 

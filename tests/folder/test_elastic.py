@@ -283,6 +283,19 @@ def test_a_run_of_another_version_is_said_to_be_one():
                                       f"null -> false); {advice}")
 
 
+def test_changed_files_are_to_be_put_back_whatever_the_version():
+    """Where the data's hash is another one, the file may have changed, or another version reads it otherwise."""
+    def made(commit, data):
+        return {"world_size": 1, "steps": 3, "arguments": elastic.DEFAULTS, "git_commit": commit, "data": [data]}
+
+    mend = "put back what has changed; if nothing has, go on with the version of nanodpo that began it, commit def, or "
+    for old, advice in (("def", mend), ("abc", "give it the same ones to go on with it, or ")):
+        with pytest.raises(UserError) as refused:
+            same_run.check_same(Path("run"), made(old, "one"), made("abc", "two"))
+        assert str(refused.value) == ('--output_dir run: holds a run with other settings (data: ["one"] -> ["two"]); '
+                                      f"{advice}name a new folder")
+
+
 def test_the_same_steps_are_the_same_run():
     """However ranks share them: no difference, and one fingerprint. Other steps differ in all that makes them."""
     def made(world, accumulation, batch=2):
