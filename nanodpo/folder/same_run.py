@@ -94,12 +94,15 @@ def _parts(name: str, was, now) -> list[tuple]:
 
 
 def changed_machine(old: dict, new: dict) -> str:
-    """The differences in MACHINE between two run.json, and of --deterministic on a GPU, in words; empty where there are
-    none."""
+    """The differences in MACHINE between two run.json, and of --deterministic on a GPU, in words, with what they may
+    change; empty where there are none."""
     found = _changed(old, new, MACHINE)
     if new["device"] != "cpu":  # an earlier version's record lacks the flag
         found += _changed({"deterministic": False} | old["arguments"], new["arguments"], ["deterministic"], "--")
-    return in_words(found)
+    what = "the last bits may differ"
+    if any(name == "git_commit" for name, *_ in found):
+        what = "numbers may differ, since this is another version of nanodpo"
+    return f"{what}: {in_words(found)}" if found else ""
 
 
 def _short(value) -> str:

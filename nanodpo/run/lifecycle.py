@@ -92,12 +92,12 @@ def _open_as_main(run: Run) -> dict:
     data = [data for data in (run.train_set, run.held_out) if data]
     record.list_rows(run.folder / "dropped_rows.jsonl", [row for one in data for row in one.dropped])
     record.list_rows(run.folder / "cut_rows.jsonl", [row for one in data for row in one.cut_rows()])
-    first = run.fork.step if run.fork else 0
+    first, before = run.fork.step if run.fork else 0, run.resumed or (run.fork and run.fork.source)
+    if before and (changed := same_run.changed_machine(before, run.facts)):
+        distributed.say(f"{'resume' if run.resumed else 'fork'}: {changed}")
     if not (run.resumed or first):
         return {"step": 0}
     memory.check_disk(run.folder, disk_needed(run))  # now, when half-written files of an ended process are removed
-    if changed := same_run.changed_machine(run.resumed or run.fork.source, run.facts):
-        distributed.say(f"resume: the last bits may differ: {changed}")
     if run.fork:
         fork.fill(run.fork, run.folder)
     owners = fork.owners(run.resumed or run.facts)

@@ -296,6 +296,15 @@ def test_changed_files_are_to_be_put_back_whatever_the_version():
                                       f"{advice}name a new folder")
 
 
+def test_another_version_may_change_more_than_the_last_bits():
+    """What a metric means, say: an evaluation's entropy in SFT was once that of both responses."""
+    old = {"arguments": {}, "device": "cpu", "versions": {"torch": "1"}, "git_commit": "abc", "threads": 1}
+    version = "numbers may differ, since this is another version of nanodpo"
+    for changed, words in (({"versions": {"torch": "2"}}, "the last bits may differ: versions.torch: 1 -> 2"),
+                           ({"git_commit": "def"}, f"{version}: git_commit: abc -> def"), ({}, "")):
+        assert same_run.changed_machine(old, old | changed) == words
+
+
 def test_the_same_steps_are_the_same_run():
     """However ranks share them: no difference, and one fingerprint. Other steps differ in all that makes them."""
     def made(world, accumulation, batch=2):

@@ -360,6 +360,16 @@ def test_a_run_of_another_version(copied):
         fork.settings_of(f"{copied}@2", None)
 
 
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_fork_of_another_versions_run_says_so(step, copied, tmp_path):
+    """At step 0, too: what it shows beside its source is then not of its changes alone."""
+    made = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps(made | {"git_commit": "abc"}))
+    codes, said = forked(TRAIN, "--fork", f"{copied}@{step}", "--beta", "0.3", "--output_dir", tmp_path / "fork")
+    assert codes == [0], said
+    assert "fork: numbers may differ, since this is another version of nanodpo: git_commit: abc -> " in said
+
+
 def test_a_run_that_keeps_no_states_names_the_flag(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"arguments": {}, "steps": 4, "world_size": 1}))
     with pytest.raises(UserError, match="can be forked at step 0; a run with --keep_states and --resume_steps or"):
