@@ -7,7 +7,8 @@ from ..errors import UserError
 from ..flags.arguments import TrainArguments
 from ..ranks.distributed import world_size
 
-# A record that an earlier version wrote lacks the flags that came later; what they do by default it did.
+# A record that an earlier version wrote lacks the flags that came later; what they do by default it did, but for one:
+# see `arguments_of`.
 DEFAULTS = {flag.name: flag.default for flag in dataclasses.fields(TrainArguments)}
 # Entries of run.json that may differ as long as `pairs_per_step` is the same.
 SHARING = {"gradient_accumulation_steps", "sequence_parallel_size", "world_size"}
@@ -17,8 +18,9 @@ PLACES = ("stage", "offload_", "overlap_comm", "contiguous_gradients", "round_ro
 
 
 def arguments_of(record: dict) -> dict:
-    """All settings of a run, by its run.json."""
-    return DEFAULTS | record["arguments"]
+    """All settings of a run, by its run.json. Before there was --train_on, SFT scored the last answer alone."""
+    given = record["arguments"]
+    return DEFAULTS | ({"train_on": "last"} if given.get("loss") == "sft" else {}) | given
 
 
 def pairs_per_step(record: dict) -> int:

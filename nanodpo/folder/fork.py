@@ -20,7 +20,7 @@ from ..flags.arguments import BY_CONTENT
 from ..ranks.distributed import is_main
 from . import record, resume, same_run
 from .atomic import BESIDE, aside, new_file, saved_steps, writing
-from .elastic import DEFAULTS, zero_alone
+from .elastic import DEFAULTS, arguments_of, zero_alone
 from .log import read_lines
 from .same_run import changed_weights, forks_of, later_forks
 
@@ -63,7 +63,7 @@ def settings_of(fork: str, output_dir: str | None) -> tuple[dict, str]:
     fork's own run.json has, too. Raises UserError."""
     found = find(fork, Path(output_dir) if output_dir else None)
     if found.source:
-        file, settings = found.run / "run.json", found.source["arguments"]
+        file, settings = found.run / "run.json", arguments_of(found.source)
     else:
         file = Path(output_dir) / "run.json"
         own = record.read(file.parent)

@@ -61,6 +61,7 @@ def differences(old: dict, new: dict, before_loading: bool = False) -> list[tupl
     shared = SHARING if pairs_per_step(old) == pairs_per_step(new) else set()
     free = FREE.union(BY_CONTENT, shared, ADAPTER if before_loading else (),
                       ["loss"] if _same_own_loss(old, new) else (),
+                      {"train_on"} - old["arguments"].keys(),  # the hash of the data tells
                       ["num_train_epochs"] if min(before["max_steps"], now["max_steps"]) > 0 else ())  # no effect
     found = _changed(before, now, [name for name in now if name not in free], "--")
     found += _changed(old, new, [name for name in COMPARED if name in new and name not in {"arguments", *shared}])

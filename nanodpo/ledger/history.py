@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..files import read_text, why
 from ..flags.arguments import TrainArguments
 from ..flags.loss import own_function
-from ..folder.elastic import pairs_per_step
+from ..folder.elastic import arguments_of, pairs_per_step
 from ..folder.fork import changed_on_the_way
 from ..folder.log import MAX_BYTES
 from ..folder.reference import data_hash
@@ -203,7 +203,7 @@ def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: i
     first = checkpoints[0]
     folder, record = Path(first.path).parent, first.settings.record
     known = {field.name for field in dataclasses.fields(TrainArguments)}
-    args = TrainArguments(**{name: value for name, value in record["arguments"].items() if name in known}
+    args = TrainArguments(**{name: value for name, value in arguments_of(record).items() if name in known}
                           | {"trust_remote_code": trust_remote_code, "local_rank": -1})
     if args.allow_dropout:
         raise UserError(f"--ledger: {folder} was trained with dropout, whose gradients can't be made again")

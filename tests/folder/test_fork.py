@@ -350,7 +350,7 @@ def test_a_run_of_another_version(copied):
     del made["arguments"]["keep_states"], made["fork"]
     (copied / "run.json").write_text(json.dumps(made))
     settings, file = fork.settings_of(f"{copied}@2", None)
-    assert settings["lora_r"] == 4 and "keep_states" not in settings and file == str(copied / "run.json")
+    assert settings["lora_r"] == 4 and not settings["keep_states"] and file == str(copied / "run.json")
     made["arguments"]["new_setting"] = 1
     (copied / "run.json").write_text(json.dumps(made))
     with pytest.raises(UserError, match="of another version of nanodpo, which has the settings new_setting; fork it"):
@@ -358,6 +358,19 @@ def test_a_run_of_another_version(copied):
     (copied / "run.json").write_text(json.dumps(made | {"fork": {"run": 3}}))
     with pytest.raises(UserError, match="is not what train.py writes"):
         fork.settings_of(f"{copied}@2", None)
+
+
+def test_a_run_from_before_train_on_scored_the_last_answer(copied):
+    """So does its fork. Where it is the same run tells the data's hash: of rows of one answer both are the same."""
+    made = json.loads((copied / "run.json").read_text())
+    del made["arguments"]["train_on"]
+    for loss, train_on in (("sft", "last"), ("dpo", "all")):
+        made["arguments"]["loss"] = loss
+        (copied / "run.json").write_text(json.dumps(made))
+        assert fork.settings_of(f"{copied}@0", None)[0]["train_on"] == train_on
+        now = made | {"arguments": made["arguments"] | {"train_on": "all"}}
+        assert same_run.differences(made, now) == []
+        assert same_run.differences(now, now | {"arguments": now["arguments"] | {"train_on": "last"}})
 
 
 @pytest.mark.parametrize("step", [0, 3])
