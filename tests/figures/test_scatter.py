@@ -163,8 +163,9 @@ def test_the_interval_holds_the_truth():
 
 
 @pytest.mark.parametrize("x, y, rho", [([1, 2, 3, 4], [2, 4, 6, 9], 1), ([1, 2, 3, 4], [4, 3, 2, 1], -1),
-                                       ([1, 2, 3], [2, 1, 3], 0.5), ([1, 1, 1, 1], [1, 2, 3, 4], math.nan)])
+                                       ([1, 2, 3], [2, 1, 3], 0.5), ([1, 1, 1, 1], [1, 2, 3, 4], math.nan),
+                                       (range(40000), [1, 0, *range(2, 40000)], 1)])
 def test_no_interval_where_there_is_none(x, y, rho):
-    """In one order; of three problems; where all are equal."""
+    """In one order; of three problems; where all are equal; and where rho is less than 1 by 12 / 40000^3 alone."""
     found, *ends = rank_correlation(np.array(x, float), np.array(y, float), range(len(x)))
     assert found == pytest.approx(rho, nan_ok=True) and all(map(math.isnan, ends))

@@ -37,11 +37,13 @@ def test_the_standard_error_over_problems_by_hand():
 
 
 def test_rows_of_different_problems_have_the_usual_standard_error():
-    """1, 3, 8: standard deviation sqrt(13), by the root of 3. Of a single problem nothing can be said."""
-    table = pandas.DataFrame({"run": list("rrrss"), "problem": list("abcaa"), "value": [1.0, 3.0, 8.0, 1.0, 2.0]})
-    several, single = over_problems(table, ["run"], "value").to_dict("records")
+    """1, 3, 8: standard deviation sqrt(13), by the root of 3. Of a single problem nothing can be said, nor of none."""
+    values = [1.0, 3.0, 8.0, 1.0, 2.0, math.nan]
+    table = pandas.DataFrame({"run": list("rrrsst"), "problem": list("abcaaa"), "value": values})
+    several, single, none = over_problems(table, ["run"], "value").to_dict("records")
     assert several["sem"] == pytest.approx(math.sqrt(13 / 3)) and several["problems"] == 3
     assert single["mean"] == 1.5 and all(math.isnan(single[name]) for name in ("sem", "low", "high"))
+    assert (none["n"], none["rows"], none["problems"]) == (0, 1, 0) and math.isnan(none["mean"])
 
 
 def test_problems_of_equal_size_have_the_interval_of_their_means():
@@ -136,6 +138,10 @@ def test_a_share_over_problems():
     assert found["high"] == pytest.approx((centre + reach) / (1 + z * z / n), rel=1e-5)
     alike = estimates.share(by_row([True] * 8, list("aabbccdd")))
     assert alike["low"] == pytest.approx(estimates.share(by_row([True] * 4))["low"])
+    # One of each problem's two is right: all problems are alike, but rows count for no more than independent ones.
+    n = 8 * (2.364624 / 3.182446) ** 2
+    found = estimates.share(by_row([True, False] * 4, list("aabbccdd")))
+    assert found["high"] - 0.5 == pytest.approx(z * math.sqrt(1 / (4 * n) + z * z / (4 * n * n)) / (1 + z * z / n))
 
 
 @pytest.mark.parametrize("rows", [2, 4])
