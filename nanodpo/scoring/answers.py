@@ -8,7 +8,7 @@ from .sections import ANSWERS
 
 DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?|(?<![\w.])\.\d++)(?:[eE][-+\u2212]?\d++)?"
 # A fraction is one number. A part of a power, a time, a date or digits in groups of another kind is none.
-NUMBER = (r"((?:(?<![\w)])[-\u2212])?(?<!\d)(?<!\d[.:/\u00a0\u202f\u2009])(?<!\^)(?<!\^[{(-])" + DECIMAL
+NUMBER = (r"((?:(?<![\w)])[-\u2212])?(?<!\d)(?<!\d[.:/\u00a0\u202f\u2009])(?<!\^)(?<!\^[(-])" + DECIMAL
           + rf"(?:\s?/\s?{DECIMAL})?(?!\s?[/^]\s?[\d{{(]|[.:\u00a0\u202f\u2009]\d))")
 LAST = re.compile(NUMBER + r"(?:<[^<>\s]*>|[^\w<])*$")  # nothing but punctuation and special tokens after it
 NAMED = re.compile(r"answer(?:s?\s+(?:is|are))?[^\w<.]*?" + NUMBER + r"(?!\w)", re.IGNORECASE)
@@ -63,7 +63,8 @@ def thinks(text: str) -> bool:
 
 def final_answer(text: str, marked: bool = False) -> str | None:
     r"""The answer of a response, after its thinking: its last \boxed{...}; else the number that it ends with; else the
-    number right after its last "answer" ("The answer is 12 apples"); else None, since any other number may be anything.
+    number right after its last "answer" ("The answer is 12 apples"); else None, since any other number may be anything,
+    as one in the braces of a LaTeX command may.
 
     `marked`: thinking that never ends is no answer.
 
@@ -91,7 +92,10 @@ def final_answer(text: str, marked: bool = False) -> str | None:
         boxed = "".join(boxed.split())
         number = re.fullmatch(NUMBER, boxed.replace("{,}", ","))
         return (plain_number(number[0]) if number else boxed) or None
-    return plain_number(next(iter(LAST.findall(said) or NAMED.findall(said)[-1:]), "")) or None
+    *_, found = None, *NAMED.finditer(said), *LAST.finditer(said)
+    if found is None or re.search(r"[\w}^]\{[^{}]*\Z", said[: found.start(1)]):  # in the braces of a LaTeX command
+        return None
+    return plain_number(found[1])
 
 
 def plain_number(text: str) -> str:
