@@ -6,7 +6,7 @@ import torch
 
 from .sections import ANSWERS
 
-DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?|(?<![\w.])\.\d++)(?:[eE][-+\u2212]?\d++)?"
+DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?|(?<![\w.])\.\d++)(?:[eE][-+\u2212]?\d++)?"
 # A fraction is one number. A part of a power, a time, a date or digits in groups of another kind is none.
 NUMBER = (r"((?:(?<![\w)])[-\u2212])?(?<!\d)(?<!\d[.:/\u00a0\u202f\u2009])(?<!\^)(?<!\^[(-])" + DECIMAL
           + rf"(?:\s?/\s?{DECIMAL})?(?!\s?[/^]\s?[\d{{(]|[.:\u00a0\u202f\u2009]\d))")
