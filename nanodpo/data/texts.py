@@ -21,7 +21,7 @@ from .transcripts import (
 SYSTEMS = {"system", "developer"}  # roles that ask nothing
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of Anthropic's HH and what is written like it
 # Letters and digits of languages that put spaces between words.
-JOINED = re.compile(r"[^\W_\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff]")
+JOINED = re.compile(r"[^\W_\u2e80-\ua4cf\uf900-\ufaff]")
 GOES_ON = re.compile(r"[\w+\-*/=^.,('\"]\Z")  # the end of a text that the next one belongs to
 REPEATED = "begins with the prompt itself, which then stands twice"
 

@@ -206,6 +206,7 @@ def test_thoughts_that_a_template_leaves_out_of_earlier_answers_are_not_scored(t
     ("Q: 2?\nA: 4", "Q: 2?\nA: 42", ("Q: 2?\nA:", " 4", " 42")),  # one answer begins as the other
     ("Q: 2?\n\n4", "Q: 2?\n\nfive", ("Q: 2?\n\n", "4", "five")),
     ("天空是蓝的", "天空是黑的", ("天空是", "蓝的", "黑的")),  # no spaces between words
+    ("하늘은 파란색이다", "하늘은 파랗다", ("하늘은", " 파란색이다", " 파랗다")),  # Korean has some
     ("\n\nHuman: 2?\n\nAssistant: It is 4", "\n\nHuman: 2?\n\nAssistant: It is 5",
      ("\n\nHuman: 2?\n\nAssistant:", " It is 4", " It is 5")),  # whole answers
     ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
