@@ -873,6 +873,8 @@ def test_messages_in_text_are_read_as_messages():
     talk = [USER, YES]
     for text in (json.dumps(talk), str(talk), f"  {json.dumps(talk, indent=1)}\n"):
         assert as_messages(text) == talk
+    share = [{"from": "human", "value": USER["content"]}, {"value": YES["content"], "from": "gpt"}]  # ShareGPT
+    assert as_messages(json.dumps(share)) == as_messages(str(share[::-1]))[::-1] == talk
     for text in ("[1, 2]", '[{"a": 1}]', "[{role}]", '[{"role": "user"}, 3]'):
         assert as_messages(text) == text
     with pytest.raises(UserError, match="looks like a list of messages, and can't be read as JSON; write it as JSON"):
@@ -934,11 +936,14 @@ def test_white_space_that_tells_a_pair_apart_is_noted(chatml):
 
 
 def test_a_question_that_only_ends_like_the_transcripts_is_another_one(chatml):
-    asked = ASKED.replace("How many?", "What is 2+2?")
     differs = "prompt column differs from the transcript's prompt (the transcript is used)"
-    for question, noted in (("2?", True), ("2+2?", False), ("What is 2+2?", False), ("s 2+2?", True)):
+    for whole, question, noted in (
+            ("What is 2+2?", "2?", True), ("What is 2+2?", "2+2?", False), ("What is 2+2?", "What is 2+2?", False),
+            ("What is 2+2?", "s 2+2?", True), ("What is 0.5?", "5?", True), ("Is it 1,500?", "500?", True),
+            ("It's what?", "s what?", True), ('Who said "No?', "No?", True), ("Add: 2+2?", "2+2?", False)):
+        asked = ASKED.replace("How many?", whole)
         notes = render_row(chatml, 0, question, asked + "4<|im_end|>", asked + "5<|im_end|>", True).notes
-        assert (differs in notes) == noted, question
+        assert (differs in notes) == noted, (whole, question)
 
 
 def test_an_answer_that_is_its_prompt_repeats_it(chatml):

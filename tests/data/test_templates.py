@@ -65,7 +65,8 @@ VICUNA = ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].co
           "{% if m.role == 'user' %}{{ 'USER: ' + m.content }}"
           "{% elif m.role == 'assistant' %}{{ ' ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
           + GENERATION + "{{ ' ASSISTANT:' }}{% endif %}")
-SWITCH = QWEN25.replace("messages[0].content +", "messages[0].content.replace('/no_think', '').rstrip() +")  # SmolLM3
+SWITCH = QWEN25.replace("messages[0].content +", "messages[0].content.replace('/no_think', '')"
+                        ".replace('/system_override', '').rstrip() +")  # SmolLM3
 IM, H = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<s>", "</s>", "<|h|>", "<|/h|>", "<|eot|>"]
 IDIOMS = {  # special tokens, the first the BOS; does the tokenizer put it in front; what the template is found to write
     "qwen25": (QWEN25, IM, None, "<|im_end|>", "<|im_start|>assistant\n", "<|im_end|>", "<|im_start|>user", ""),
@@ -135,7 +136,7 @@ def test_ids_are_those_of_inference(name, tmp_path):
     """Prompt as apply_chat_template gives it, tokenised; then the answer, and exactly one end of turn. The same from
     messages, from a plain answer to a prompt of messages, from the rendered prompt, and from rendered transcripts."""
     tokenizer = tokenizer_of(name)
-    talk = TALK if name in NO_SYSTEM else [message("system", "Be 'brief'.\n/no_think"), *TALK]
+    talk = TALK if name in NO_SYSTEM else [message("system", "Be 'brief'.\n/system_override /no_think"), *TALK]
     asked = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
     text = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template([*talk, message("assistant", "4")], tokenize=False)
@@ -204,6 +205,8 @@ def test_a_template_that_draws_is_refused():
         tokenizer.chat_template = QWEN25 + drawn
         with pytest.raises(UserError, match="draws at random"):
             read_template(tokenizer)
+    tokenizer.chat_template = QWEN25 + "{# no random, nor anything | randomised #}"
+    assert read_template(tokenizer).end
 
 
 def test_a_template_that_takes_hours_is_refused(monkeypatch):

@@ -16,7 +16,7 @@ from nanodpo.data import encoding, prepared
 from nanodpo.data.example import Example, PartlyScored
 from nanodpo.data.inspection import histogram, inspect
 from nanodpo.data.limits import truncate
-from nanodpo.data.marks import spaced_text, token_text
+from nanodpo.data.marks import shared_start, spaced_text, token_text
 from nanodpo.data.template import read_template
 from nanodpo.data.tokens import DataSet, load_dataset
 from nanodpo.errors import UserError
@@ -472,3 +472,11 @@ def test_a_token_that_is_part_of_a_character_is_written_in_bytes():
     tokenizer.add_tokens(["\ufffd", "é!"])
     assert [token_text(tokenizer, i) for i in tokenizer.convert_tokens_to_ids(["\ufffd", "é!"])] == ["\ufffd", "é!"]
     assert token_text(tokenizer, 10**6) == tokenizer.decode([10**6])  # no token of the tokenizer
+
+
+def test_no_tag_is_cut_where_two_texts_part():
+    """Nor a token; with either at the beginning and at the end."""
+    tokenizer = make_tokenizer()
+    for a, b, start, end in (("a</think>x", "a</thing>x", "a", "x"), ("a<think>x", "a<thing>x", "a", "x"),
+                             ("a<|im_start|>x", "a<|im_end|>x", "a", "x"), ("<b>1</b>", "<b>2</b>", "<b>", "</b>")):
+        assert (shared_start(tokenizer, a, b), shared_start(tokenizer, a, b, at_end=True)) == (start, end)
