@@ -84,6 +84,7 @@ def test_no_row_that_is_held_out_is_trained_on(tiny, tmp_path):
     trained = [Counter(example.row for example in start.train_set.examples) for start in starts]
     assert held[0] == held[1] and not {*held[1]} & {*trained[1]}
     assert starts[0].facts["data"] == starts[1].facts["data"]
+    assert all(": 11 rows, " in start.facts["data_report"][0] for start in starts)  # the held-out ones included
     assert {*trained[1]} <= {*trained[0]} and all(trained[1][row] == 3 for row in range(4) if row not in held[1])
 
 

@@ -129,6 +129,7 @@ def test_header_end_and_marks_of_published_templates(name):
     header, end, user, bos = IDIOMS[name][4:]
     assert template.header.strip() == header.strip() and template.end == end
     assert (template.openings[0], template.bos) == (user, bos)
+    assert all(template.openings)  # an empty text would be found in any text
 
 
 @pytest.mark.parametrize("name", IDIOMS)
