@@ -107,16 +107,28 @@ def test_small_changes_and_missing_numbers_name_nothing():
 @pytest.mark.parametrize("name, changes", [
     ("spreading", {"mass": 1.9}), ("breaking off", {"rows": 200, "silent": 0.05}), ("squeezing", {
         "chosen": -0.005, "rejected": -0.2, "argmax": 0.05}), ("saturation", {"rows": 2, "weight": 0.0995}),
-    ("healthy", {"chosen": -0.004})])
+    ("healthy", {"chosen": -0.004}), ("collapse", {"repetition": 0.09}), ("over-confidence", {
+        "correct": 0.5, "reward": 0.875})])
 def test_just_short_of_a_rule(name, changes):
     """1.9 times the mass, not 2; a sure rise of 5%, not 10; other responses that stay; a mean below a fifth of
-    the start's 0.5 with an interval that is not; a chosen that falls, surely and little, beside a gap that rises."""
+    the start's 0.5 with an interval that is not; a chosen that falls, surely and little, beside a gap that rises; 9%
+    more repetition; a reward accuracy of 0.875, not 0.9."""
     (found,) = judge(*tables(**changes))
     assert name not in found["names"]
     if name == "breaking off":
         assert found["numbers"]["change of answers without one"]["low"] > 0
     if name == "saturation":
         assert found["numbers"]["weight"]["mean"] < 0.1 < found["numbers"]["weight"]["high"]
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("spreading", {"mass": 2.1}), ("breaking off", {"rows": 200, "silent": 0.11}), ("saturation", {"weight": 0.095}),
+    ("collapse", {"repetition": 0.11}), ("over-confidence", {"correct": 0.5, "reward": 0.9}),
+    ("displacement", {"chosen": -0.012, "rejected": -0.02})])
+def test_just_past_a_rules_threshold(name, changes):
+    """Those of docs/scoring.md: 2 times the mass, 0.1 of the answers, 0.2 of the start's weight of 0.5, and so on."""
+    (found,) = judge(*tables(**changes))
+    assert name in found["names"]
 
 
 def test_runs_and_data_sets_are_judged_apart():
