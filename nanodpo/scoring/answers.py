@@ -11,6 +11,8 @@ DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?|(?<![\w.])\.\d++)(?:[eE][
 NUMBER = (r"((?:(?<![\w)])[-\u2212])?(?<!\d)(?<!\d[.:/\u00a0\u202f\u2009])(?<!\^)(?<!\^[(-])" + DECIMAL
           + rf"(?:\s?/\s?{DECIMAL})?(?!\s?[/^]\s?[\d{{(]|[.:\u00a0\u202f\u2009]\d))")
 LAST = re.compile(NUMBER + r"(?:<[^<>\s]*>|[^\w<])*$")  # nothing but punctuation and special tokens after it
+COMMAND = re.compile(r"(\\?\w+|[]}^])\Z")  # of LaTeX, before its argument in braces: \frac{1}{2}, x_{2}
+STYLE = re.compile(r"\\(?:text|math)[a-z]*")  # of those, commands that show their argument as it is
 NAMED = re.compile(r"answer(?:s?\s+(?:is|are))?[^\w<.]*?" + NUMBER + r"(?!\w)", re.IGNORECASE)
 
 
@@ -64,7 +66,7 @@ def thinks(text: str) -> bool:
 def final_answer(text: str, marked: bool = False) -> str | None:
     r"""The answer of a response, after its thinking: its last \boxed{...}; else the number that it ends with; else the
     number right after its last "answer" ("The answer is 12 apples"); else None, since any other number may be anything,
-    as one in the braces of a LaTeX command may.
+    as one in the braces of a LaTeX command may, unless it says how it looks (\textbf).
 
     `marked`: thinking that never ends is no answer.
 
@@ -93,9 +95,12 @@ def final_answer(text: str, marked: bool = False) -> str | None:
         number = re.fullmatch(NUMBER, boxed.replace("{,}", ","))
         return (plain_number(number[0]) if number else boxed) or None
     *_, found = None, *NAMED.finditer(said), *LAST.finditer(said)
-    if found is None or re.search(r"[\w}^]\{[^{}]*\Z", said[: found.start(1)]):  # in the braces of a LaTeX command
+    if found is None:
         return None
-    return plain_number(found[1])
+    before, brace, inside = said[: found.start(1)].rpartition("{")
+    command = COMMAND.search(before[-40:])
+    an_argument = brace and "}" not in inside and command and not STYLE.fullmatch(command[1])
+    return None if an_argument else plain_number(found[1])
 
 
 def plain_number(text: str) -> str:

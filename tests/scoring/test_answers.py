@@ -24,6 +24,8 @@ LATEX = {
     r"\boxed{4}, no, \boxed{5}": "5", r"\boxed{ 5,000.0 }": "5000",
     # A number within the braces of a command is a part of something else, and what is cut off may go on.
     r"it is $\frac{1}{2}$.": None, r"it is \(3\sqrt{2}\)": None, r"so \sqrt{9} = 3": "3",
+    r"it is $\mathbf{7}$.": "7", r"\textbf{x + y = 7}": "7", r"\mathbf{x_{7}}": None, "${7}$": "7",
+    r"\sqrt[3]{8}": None,
     r"so x_{2}": None, r"so \boxed{5": None, r"\left\{ x + y = 7, so the answer is 5": "5"}
 THINKING = {"</think> answer 3 <|im_start|>answer four": None, "<|im_start|>answer 3</think> 4": "4",
             "3</think> four": None}
