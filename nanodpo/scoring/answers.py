@@ -12,6 +12,7 @@ NUMBER = (r"((?:(?<![\w)])[-\u2212])?(?<!\d)(?<!\d[.:/\u00a0\u202f\u2009])(?<!\^
           + rf"(?:\s?/\s?{DECIMAL})?(?!\s?[/^]\s?[\d{{(]|[.:\u00a0\u202f\u2009]\d))")
 LAST = re.compile(NUMBER + r"(?:<[^<>\s]*>|[^\w<])*$")  # nothing but punctuation and special tokens after it
 COMMAND = re.compile(r"(\\?\w+|[]}^])\Z")  # of LaTeX, before its argument in braces: \frac{1}{2}, x_{2}
+BARE = re.compile(r"\\(?:[cdt]?frac|sqrt)\Z")  # of commands whose argument may have no braces: \frac12, \sqrt2
 STYLE = re.compile(r"\\(?:text|math)[a-z]*")  # of those, commands that show their argument as it is
 NAMED = re.compile(r"answer(?:s?\s+(?:is|are))?[^\w<.]*?" + NUMBER + r"(?!\w)", re.IGNORECASE)
 
@@ -99,8 +100,8 @@ def final_answer(text: str, marked: bool = False) -> str | None:
         return None
     before, brace, inside = said[: found.start(1)].rpartition("{")
     command = COMMAND.search(before[-40:])
-    an_argument = brace and "}" not in inside and command and not STYLE.fullmatch(command[1])
-    return None if an_argument else plain_number(found[1])
+    braced = brace and "}" not in inside and command and not STYLE.fullmatch(command[1])
+    return None if braced or BARE.search(inside[-40:]) else plain_number(found[1])
 
 
 def plain_number(text: str) -> str:

@@ -26,6 +26,7 @@ LATEX = {
     r"it is $\frac{1}{2}$.": None, r"it is \(3\sqrt{2}\)": None, r"so \sqrt{9} = 3": "3",
     r"it is $\mathbf{7}$.": "7", r"\textbf{x + y = 7}": "7", r"\mathbf{x_{7}}": None, "${7}$": "7",
     r"\sqrt[3]{8}": None,
+    r"it is $\frac12$.": None, r"it is $\sqrt2$.": None, r"$x\approx 7$": "7", r"$x\approx7$": "7",
     r"so x_{2}": None, r"so \boxed{5": None, r"\left\{ x + y = 7, so the answer is 5": "5"}
 THINKING = {"</think> answer 3 <|im_start|>answer four": None, "<|im_start|>answer 3</think> 4": "4",
             "3</think> four": None}
