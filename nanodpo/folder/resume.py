@@ -45,6 +45,7 @@ from .state import COUNTERS
 KEEP = 2
 FOREIGN = "was written by another run"
 LOST = "metrics.jsonl lacks step"
+OTHER = "was written by another version of nanodpo, with which (run.json: git_commit) the run can go on"
 LAYOUT = "by name"  # of the tensors in the files; before, a file had the shards of its rank by number
 
 
@@ -156,18 +157,20 @@ def find(run: Path, lines: list[tuple[str, dict]], owners: list[str], wanted: in
     Says which states it passes over, and why. Raises UserError where none is left: starting again from step 0 would
     throw away the work of the run.
     """
-    steps, passed = steps_in(run) if wanted is None else [wanted], []
+    steps, passed = steps_in(run) if wanted is None else [wanted], {}
     for step in steps:
         facts = state(run, step, lines, owners)
         if isinstance(facts, dict):
             return facts
-        passed.append(f"step-{step}: {facts}")
+        passed.setdefault(facts, []).append(f"step-{step}")
         say(f"resume: passing over {folder_of(run, step)}: {facts}")
     done = [step for step in saved_steps(run) if step > 0]
     if passed or done or first:
         there = f"checkpoint-{done[0]} is there" if done else f"it is a fork at step {first}"
-        broken = "; ".join(passed) or f"there is none, but {there}"
-        mend = "put metrics.jsonl back as it was, or " * bool(passed and all(LOST in why for why in passed))
+        broken = "; ".join(f"{', '.join(names)}: {why}" for why, names in passed.items())
+        mends = {"put metrics.jsonl back as it was, or " if LOST in why else "go on with that version, or "
+                 if why == OTHER else "" for why in passed}
+        broken, mend = broken or f"there is none, but {there}", mends.pop() if len(mends) == 1 else ""
         raise UserError(f"{run}: no state to go on from ({broken}); {mend}train again into a new --output_dir")
     return None
 
@@ -179,7 +182,7 @@ def state(run: Path, step: int, lines: list[tuple[str, dict]], owners: list[str]
     if isinstance(facts, str):
         return facts
     if facts.get("tensors") != LAYOUT:
-        return "was written by another version of nanodpo; with that version (run.json: git_commit) the run can go on"
+        return OTHER
     if facts.get("run") not in owners:
         return FOREIGN
     if any(type(facts.get(name)) is not int for name in ("tokens", "skipped", *COUNTERS)):

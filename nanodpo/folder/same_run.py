@@ -46,6 +46,8 @@ def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False)
                       f"start from its end in a new --output_dir: --model_name {shlex.quote(str(last))} (for DPO that "
                       "is then the reference, too, unless --reference names another); for one longer run, name a new "
                       "--output_dir alone")
+        elif old.get("finished") and names.isdisjoint(FILES) and not any(name[0] == "-" for name in names):
+            advice = "it is finished; name a new folder"
         elif (commit := old.get("git_commit")) != new.get("git_commit") and not any(name[0] == "-" for name in names):
             advice = "put back what has changed; if nothing has, " * (not names.isdisjoint(FILES))
             advice += f"go on with the version of nanodpo that began it, commit {commit}, or name a new folder"

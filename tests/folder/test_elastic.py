@@ -276,9 +276,10 @@ def test_a_run_of_another_version_is_said_to_be_one():
 
     begun = "go on with the version of nanodpo that began it, commit abc, or name a new folder"
     same = "give it the same ones to go on with it, or name a new folder"
-    for commit, advice in (("def", begun), ("abc", same)):
+    for commit, finished, advice in (("def", {}, begun), ("abc", {}, same), (
+            "def", {"finished": "2026-01-01"}, "it is finished; name a new folder")):
         with pytest.raises(UserError) as refused:
-            same_run.check_same(Path("run"), made("abc"), made(commit, enabled=False))
+            same_run.check_same(Path("run"), made("abc") | finished, made(commit, enabled=False))
         assert str(refused.value) == ("--output_dir run: holds a run with other settings (deepspeed.timers.enabled: "
                                       f"null -> false); {advice}")
 

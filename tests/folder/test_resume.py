@@ -447,6 +447,13 @@ def test_states_that_do_not_fit(stopped, capsys):
         shutil.rmtree(resume.folder_of(stopped, 4))
         state(stopped, 4, ranks=ranks, **facts)
         assert resume.find(stopped, read_lines(stopped), OWNERS)["step"] == 2 and words in capsys.readouterr().out
+    for step in (2, 4):
+        shutil.rmtree(resume.folder_of(stopped, step))
+        state(stopped, step, tensors=None)
+    with pytest.raises(UserError, match=r"no state to go on from .step-4, step-2: was written by another version of "
+                                        r"nanodpo, .*can go on.; go on with that version, or train again into a new"):
+        resume.find(stopped, read_lines(stopped), OWNERS)
+    state(stopped, 4)
     text = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
     (stopped / "metrics.jsonl").write_text("".join(text[:1] + text[2:]))
     with pytest.raises(UserError, match="metrics.jsonl lacks step 1"):
