@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ..errors import UserError
+from ..run.noise import of_seeds
 from .axes import (
     ABOVE_GRID,
     CHANGE,
@@ -103,10 +104,10 @@ def _seeds(curves: pandas.DataFrame, role: str, test: str, side: str, runs: list
         if list(here["step"]) != list(first["step"]):
             raise UserError(f"--{role} {run}: has scores of {side} at steps {list(here['step'])} on {test}, {runs[0]} "
                             f"at {list(first['step'])}; seeds need the same")
-    squares = [(noise[run].gap if side == "gap" else noise[run].logps) ** 2 / max(here["n"].iloc[0], 1)
-               for run, here in found.items() if run in noise]
-    return over_seeds(pandas.concat(found.values())).assign(step=list(first["step"]),
-                                                            noise=math.sqrt(sum(squares)) / len(found))
+    own = {run: noise.get(run, Noise()) for run in found}
+    deviation = of_seeds([(own[run].gap if side == "gap" else own[run].logps) / math.sqrt(max(here["n"].iloc[0], 1))
+                          for run, here in found.items()])
+    return over_seeds(pandas.concat(found.values())).assign(step=list(first["step"]), noise=deviation)
 
 
 def _phases(seeds: dict[Key, pandas.DataFrame], keys: list[Key]) -> list[tuple[str, float, float]]:

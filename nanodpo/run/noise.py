@@ -63,6 +63,14 @@ def of_record(record: dict, file) -> dict[str, float]:
     return noise
 
 
+def of_seeds(deviations: list[float]) -> float:
+    """The standard deviation that rounding gives the mean over runs of several seeds, from that of each run's change.
+    Half of a change's variance is the start's rounding: seeds begin with one model, and no number of them averages it
+    out."""
+    count = len(deviations)
+    return math.sqrt(sum(x * x for x in deviations) / count * (1 + 1 / count) / 2)
+
+
 def nothing_learned(lines: list[dict], noise: dict[str, float], pairs_per_step: int, rate: float) -> str | None:
     """A line for the end of a run of 10 steps or more whose margins, over its last half, are no larger than twice the
     noise of a step's mean (root mean square); else None. `lines`: those of metrics.jsonl, `rate`: its learning rate."""

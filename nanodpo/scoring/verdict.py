@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas
 
+from ..run.noise import of_seeds
 from . import risers
 from .changes import of_answers, of_pairs, of_scores, worst_tenth
 from .estimates import over_runs
@@ -184,6 +185,9 @@ def _over_seeds(lines: list[dict], recipes: dict, rising: pandas.DataFrame | Non
         shared = [name for name in group[0]["numbers"] if all(name in line["numbers"] for line in group)]
         numbers = {name: over_runs([line["numbers"][name] for line in group], SHARES.get(name)) | {"over": over}
                    for name in shared}
+        for name, stats in numbers.items():
+            if any(each := [line["numbers"][name].get("noise", 0.0) for line in group]):
+                stats["noise"] = of_seeds(each)
         place = " or ".join(dict.fromkeys(line["there"] for line in group if line["there"])) or None
         found.append(_named({"runs": names, "phase": phase, "dataset": dataset, "first": first, "last": last,
                              "over": over, "there": place, "risers": _risers(rising, group), "numbers": numbers}))

@@ -1166,7 +1166,8 @@ def test_noise_in_a_difference(tmp_path, draw):  # noqa: F811
 
 
 def test_noise_in_the_three_panels(tmp_path, draw):  # noqa: F811
-    """Three seeds of four rows: a mean over twelve, of which the third seed's have no noise. Around the
+    """Three seeds of four rows, of which the third's have no noise. From their start, which all share, comes half of a
+    run's variance, and from their ends a third of the other half: of the mean of all variances, two thirds. Around the
     starts of y+ and y- along their curves; of a gap, sqrt(a^2 + b^2) of its sides, around no gap."""
     runs = [make_run(tmp_path / f"{role}{seed}") for role in "frmd" for seed in range(3)]
     for run in runs[:2]:
@@ -1175,11 +1176,11 @@ def test_noise_in_the_three_panels(tmp_path, draw):  # noqa: F811
     flags = lab_flags(lab)
     found = draw(*(tmp_path / flag if flag in ("f0", "f1", "f2") else flag for flag in flags))
     a, b, c = found["three_panel"].axes
-    one = math.sqrt(2 * 0.125**2 / 4) / 3
+    one = math.sqrt(2 / 3 * 2 / 3 * 0.125**2 / 4)
     starts = [np.mean(by_hand("f", "forward", side, 0)) for side in ("chosen", "rejected")]
     assert np.array(hatched(a)) == pytest.approx(np.array([(at - 2 * one, at + 2 * one) for at in starts]))
     assert [patch.get_x() + patch.get_width() for patch in a.patches] == [100, 100] and not hatched(b)
-    gap = math.sqrt(2 * (0.125**2 + 0.0625**2) / 4) / 3
+    gap = math.sqrt(2 / 3 * 2 / 3 * (0.125**2 + 0.0625**2) / 4)
     assert np.array(hatched(c)) == pytest.approx(np.array([(-2 * gap, 2 * gap)]))
 
 

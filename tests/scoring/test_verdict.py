@@ -8,6 +8,7 @@ import pandas
 import pytest
 
 from nanodpo.folder.same_run import recipe
+from nanodpo.run.noise import of_seeds
 from nanodpo.scoring.changes import choose_place, worst_tenth
 from nanodpo.scoring.verdict import RULES, Numbers, judge
 from nanodpo.stats import over_problems, t_quantile
@@ -450,3 +451,21 @@ def test_a_change_within_bfloat16s_noise_is_no_change():
     assert still["names"] == ["unclear"] and still["text"].count("within bfloat16's noise") == 2
     (louder,) = judge(*tables(chosen=-0.07, rejected=-0.2), None, noise)
     assert louder["names"] == ["displacement"] and "noise" not in louder["text"]
+
+
+def test_seeds_share_the_noise_of_their_start():
+    """Of a change half of the noise's variance, s^2, is the end's, a run's own, and half the start's, the same in every
+    seed: their mean has s^2 / 2 + s^2 / 2 / 3. Drawn so, with nothing learned, the interval over three runs leaves 0
+    out in about 16 of 100 recipes; beyond the noise, too, is what lies so in less than 5."""
+    draws = np.random.default_rng(0).normal(size=(4000, 4))
+    moved, noise = draws[:, 1:] - draws[:, :1], 2 * of_seeds([math.sqrt(2)] * 3)
+    assert noise / 2 == pytest.approx(moved.mean(1).std(), rel=0.05)
+    sure = np.abs(moved.mean(1)) > t_quantile(2) * moved.std(1, ddof=1) / math.sqrt(3)
+    assert sure.mean() > 0.12 and (sure & (np.abs(moved.mean(1)) > noise)).mean() < 0.05
+    parts, recipes = seeds(*({"chosen": -0.05 - i / 100, "rejected": -0.3} for i in range(3)))
+    for one, name in ((0.2, "displacement"), (0.3, "wider gap")):  # 0.052 and 0.077, where the mean change is -0.06
+        noises = {run: {"logps_per_token/chosen": one, "logps_per_token/rejected": one} for run in recipes}
+        together = judge(*parts, recipes, noises)[-1]
+        assert together["names"] == [name] and ("within bfloat16's noise" in together["text"]) == (one == 0.3)
+        assert together["numbers"]["change of chosen"]["noise"] == pytest.approx(2 * one * math.sqrt(2 / 3 / 40))
+        assert together["numbers"]["change of gap"]["noise"] == pytest.approx(2 * one * math.sqrt(4 / 3 / 40))
