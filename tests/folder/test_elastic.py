@@ -256,6 +256,20 @@ def test_how_many_micro_batches_a_rank_gets(had, now, given, expected, monkeypat
         assert args.gradient_accumulation_steps == given
 
 
+@pytest.mark.parametrize("was, now, alone", [
+    ({"stage": 2}, {"stage": 3, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1}, True),
+    ({"stage": 2, "overlap_comm": False}, {"stage": 1, "contiguous_gradients": True,
+                                             "allgather_partitions": True}, True),
+    ({"stage": 2}, {"stage": 2, "zero_quantized_gradients": True}, False),
+    ({"stage": 2, "zero_hpz_partition_size": 2}, {"stage": 2}, False)])
+def test_where_zero_keeps_a_model_makes_no_other_run(was, now, alone):
+    """What exchanges other numbers does, and so does all else in DeepSpeed's file."""
+    was, now = ({"zero_optimization": one, "gradient_clipping": 1.0} for one in (was, now))
+    assert elastic.zero_alone(was, now) is alone
+    assert not elastic.zero_alone(was, now | {"gradient_clipping": 2.0})
+    assert not elastic.zero_alone({"gradient_clipping": 1.0}, now) and not elastic.zero_alone(None, now)
+
+
 def test_epochs_beside_a_number_of_steps_make_no_other_run():
     """--max_steps decides: what is given as --num_train_epochs besides has no effect."""
     def made(epochs, steps):
@@ -319,6 +333,7 @@ def test_the_same_steps_are_the_same_run():
     assert same_run.differences(made(2, 4), made(4, 4)) == [("world_size", 2, 4)]
     assert same_run.differences(made(2, 4), made(1, 4)) == [("world_size", 2, 1)]
     assert [name for name, *_ in same_run.differences(made(2, 4), made(2, 8, 1))] == ["--per_device_train_batch_size"]
-    for name in ("deepspeed", "reference", "peft_config", "weights"):  # some have the name of a flag that may differ
+    for name in ("deepspeed", "reference", "peft_config", "weights", "steps", "max_length", "data", "loss_function",
+                 "layout", "attention"):  # some have the name of a flag that may differ
         was, now = (made(world, 8 // world) | {name: world} for world in (2, 4))
         assert (name, 2, 4) in same_run.differences(was, now) and same_run.fingerprint(was) != same_run.fingerprint(now)
