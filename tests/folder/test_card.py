@@ -85,17 +85,28 @@ def test_a_local_base_is_named_by_its_folder_and_its_license_is_handed_on(tmp_pa
 def test_the_log_of_a_checkpoint_is_what_led_to_it(step, kept, tmp_path):
     """As Trainer writes it: of two steps each the means, under the number of updates that are done, and what is left
     at the end; evaluations up to it; nothing that depends on the machine's speed. Four steps are an epoch."""
-    lines = [{"step": k, "epoch": k / 4, "loss": 8.0 - 2 * k, "learning_rate": float(k), "perf/step_seconds": 1.0,
-              "mem/peak_gib": 2.0} for k in range(6)]
+    last = ("learning_rate", "grad_norm", "num_tokens", "skipped_steps")  # those of the step before the checkpoint
+    lines = [{"step": k, "epoch": k / 4, "loss": 8.0 - 2 * k, "perf/step_seconds": 1.0, "mem/peak_gib": 2.0}
+             | dict.fromkeys(last, float(k)) for k in range(6)]
     lines[0:0] = [{"step": 0, "epoch": 0.0, "eval_loss": 0.7}]
     lines[5:5] = [{"step": 4, "epoch": 1.0, "eval_loss": 0.6}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     log = History(tmp_path, FACTS).until(step)
     assert " ".join(f"e{line['step']}" if "eval_loss" in line else f"t{line['step']}={line['loss']:g}"
                     for line in log) == kept
-    assert all(line.keys() <= {"step", "epoch", "loss", "learning_rate", "eval_loss"} for line in log)
-    assert all(line["learning_rate"] == line["step"] - 1 for line in log if "loss" in line)
+    assert all(line.keys() <= {"step", "epoch", "loss", "eval_loss", *last} for line in log)
+    assert all(line[name] == line["step"] - 1 for line in log if "loss" in line for name in last)
     assert step == 1 or all(line["epoch"] == line["step"] / 4 for line in log)  # one step does not tell an epoch
+
+
+@pytest.mark.parametrize("norm, rate, updates", [(1.0, 0.0, False), (0.0, 1e-3, False), (1.0, 1e-3, True)])
+def test_a_step_without_gradient_or_learning_rate_updates_nothing(norm, rate, updates, tmp_path):
+    """As the first of a warm-up: the checkpoint behind it may have the weights that the run began with."""
+    line = {"step": 0, "loss": 1.0, "grad_norm": norm, "learning_rate": rate}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
+    history = History(tmp_path, FACTS)
+    history.until(1)
+    assert history.has_updates is updates
 
 
 def log_of(file, steps: range, every: int = 10) -> None:
