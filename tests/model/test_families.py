@@ -6,13 +6,14 @@ import torch
 from conftest import make_tokenizer
 from test_models import args
 from tiny_models import naive_token_logps, random_groups, tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from nanodpo.core.attention import LOOP
 from nanodpo.core.logprobs import SequenceLogProbs
 from nanodpo.core.packing import LAYOUTS
 from nanodpo.errors import UserError
 from nanodpo.model import loading
+from nanodpo.model.decay import is_decayed
 from nanodpo.model.ready import make_ready
 from nanodpo.model.selfcheck import choose_layout
 from nanodpo.model.source import open_source
@@ -177,3 +178,14 @@ def test_a_text_model_beside_an_eye_is_packed():
         truth = torch.cat(naive_token_logps(model.eval(), groups))
     assert (our_logps(model, groups) - truth).abs().max() < 1e-4
     assert model.config.get_text_config()._attn_implementation == LOOP != model.config._attn_implementation
+
+
+@pytest.mark.parametrize("family, changes", [("gpt_oss", {}), ("cohere", {"use_qk_norm": True}), ("gpt2", {}),
+                                             ("lfm2", {}), ("phi", {})])
+def test_weight_decay_shrinks_the_matrices_that_transformers_shrinks(family, changes):
+    """Neither biases of experts and norms of heads, which are stacked, nor vectors of other names, like gpt_oss' sinks.
+    """
+    weights = dict((model := tiny(family, **changes)).named_parameters())
+    theirs = {name for name in Trainer.get_decay_parameter_names(None, model) if name in weights}  # a head may be tied
+    assert {name for name, weight in weights.items() if is_decayed(name, weight)} == {
+        name for name in theirs if weights[name].ndim > 1}
