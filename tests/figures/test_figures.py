@@ -25,6 +25,7 @@ from nanodpo.errors import UserError
 from nanodpo.figures import drawing, heatmap, intervals, records, training
 from nanodpo.figures.axes import crowd, escape_tex, place, set_focus, set_phases
 from nanodpo.figures.intervals import t_quantile
+from nanodpo.figures.selection import select_there
 
 ROLES = {"forward": "f", "reverse": "r", "mixed": "m", "dpo": "d"}
 TESTS = ("forward", "reverse", "mixed")
@@ -1019,6 +1020,14 @@ def test_published_curves_are_drawn_as_far_as_they_go(tmp_path, draw, capsys):  
     assert [ax.get_title() for ax in fig.axes] == ["(a) SFT"]
     with pytest.raises(UserError, match="--dpo F: has none of the curves"):
         draw("--three_panel", "--reverse", "R", "--dpo", "F", "--series", tmp_path / "p.csv")
+
+
+def test_published_curves_of_none_of_the_data_sets_are_not_those_of_all():
+    """Some of the sets may be missing; where all are, the first is named, and nothing else is drawn for them."""
+    table = pandas.DataFrame(curve("chosen", {0: -1.0})).assign(dataset=["forward"])
+    assert [len(kept) for kept in select_there([table], ["r"], ["forward", "mixed"])] == [1]
+    with pytest.raises(UserError, match="^no data set called mixed in what was read; there is forward$"):
+        select_there([table], ["r"], ["mixed"])
 
 
 def test_gaps_are_added_where_they_are_missing():
