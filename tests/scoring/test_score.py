@@ -763,6 +763,26 @@ def test_rewards_are_of_the_rows_own_data_set():
     assert found.loc[("e", 9), ["rewards/chosen", "margin"]].tolist() == pytest.approx([0.2, 0.2])
 
 
+def test_rewards_are_against_the_model_that_reference_names():
+    """It is scored under another name, and its path may be written otherwise; beta is 0.1. Run s has its own start, and
+    u, whose reference was not scored, has no rewards, though its start was."""
+    chosen = {("r", "r/checkpoint-0", 0): -5.0, ("r", "r/checkpoint-9", 9): -1.0, ("m", "models/m", 7): -2.0,
+              ("s", "s/checkpoint-0", 0): -8.0, ("s", "s/checkpoint-9", 9): -7.0, ("u", "u/checkpoint-0", 0): -4.0}
+    table = pandas.DataFrame([{"run": run, "checkpoint": path, "step": step, "dataset": "d", "row": 0, "tokens": 5,
+                               "response": side, "logps": logps * times}
+                              for (run, path, step), logps in chosen.items()
+                              for side, times in (("chosen", 1), ("rejected", 3))])
+    pairs = table[table["response"] == "chosen"][["run", "dataset", "row", "step"]].reset_index(drop=True)
+    settings = {"r": settings_of("dpo", reference="models/../models/m"), "s": settings_of("dpo"),
+                "u": settings_of("dpo", reference="models/other"), "m": settings_of("dpo")}
+    found = means.add_rewards(pairs, table, settings).set_index(["run", "step"])
+    wanted = {("r", 0): [-0.3, -0.9], ("r", 9): [0.1, 0.3], ("s", 0): [0, 0], ("s", 9): [0.1, 0.3],
+              ("u", 0): [math.nan] * 2, ("m", 7): [math.nan] * 2}
+    assert len(found) == len(wanted)
+    for at, numbers in wanted.items():
+        assert found.loc[at, ["rewards/chosen", "rewards/rejected"]].tolist() == pytest.approx(numbers, nan_ok=True), at
+
+
 def test_label_smoothing_is_read_from_the_run(run, tmp_path):
     """All the way: run.json says 0.1, so that step 0 begins with beta (0.5 - 0.1)."""
     shutil.copytree(run, tmp_path / "dpo")
