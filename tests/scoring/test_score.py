@@ -739,6 +739,14 @@ def test_the_band_knows_the_signs_of_the_weights(cosine, up, down):
     assert found["in_band"] is bool(step @ chosen >= 0 and step @ rejected < 0)
 
 
+@pytest.mark.parametrize("up, down, cosine", [(math.nan, math.nan, 0.5), (0, 0, 0.5), (1, 1, math.nan)])
+def test_a_pair_without_weights_or_without_a_gradient_is_neither_in_the_band_nor_outside(up, down, cosine):
+    """That of sft, say, or of a hinge that is satisfied: no step on it is made."""
+    line = {"weights/chosen": up, "weights/rejected": down, "grad_dot": 2 * cosine, "grad_cosine": cosine,
+            "grad_norm_chosen": 1.0, "grad_norm_rejected": 2.0}
+    assert means._band(pandas.DataFrame([line]).astype(float))["in_band"].tolist() == [None]
+
+
 def test_the_screen_says_how_many_pairs_are_in_the_band():
     """Of three pairs two at step 0 and none at step 9; a pair whose weights are not known does not count."""
     pairs = pandas.DataFrame([{"run": "r", "dataset": "d", "step": step, "row": row, "in_band": inside}
