@@ -111,6 +111,11 @@ def test_the_start_has_neither_gained_nor_lost():
         assert [len(table) for table in compared(module, module, pack(GROUPS), V, [4, 1, 2, 3, 1])] == [0] * 5
 
 
+@pytest.mark.parametrize("token, name", [(" a\n", r"' a\n'"), ("", "token 7"), ("a\ufffd", "token 7")])
+def test_a_token_whose_text_tells_it_from_no_other_is_named_by_its_number(token, name):
+    assert risers.named(token, 7) == name
+
+
 @pytest.mark.parametrize("length", [1, 4, 10, 25, 137])
 def test_the_tenth_of_a_position_is_the_section_that_holds_it(length):
     parts = sections(length, None, None)
