@@ -487,6 +487,13 @@ def test_a_line_that_train_py_can_not_have_written_is_none(value, tmp_path):
         assert [line["step"] for _, line in read_lines(tmp_path)] == [0, 2]
 
 
+@pytest.mark.parametrize("text", ['{"step": 1, "lo', "", "[" * 100_000])
+def test_a_line_that_is_no_json_is_none(text, tmp_path):
+    """As one of which a machine that went down kept a half."""
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0}}\n{text}\n{{"step": 2}}\n')
+    assert [line["step"] for _, line in read_lines(tmp_path)] == [0, 2]
+
+
 @pytest.mark.parametrize("make, words", [(Path.mkdir, "Is a directory"), (os.mkfifo, "is a pipe, not a file")])
 def test_a_log_that_is_no_file_is_named(make, words, tmp_path):
     make(tmp_path / "metrics.jsonl")
