@@ -129,8 +129,9 @@ def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: 
     # ZeRO has float32 weights of its own; without it AdamW's weights are the model's, and are counted there.
     of_adamw = f"float32 weights and AdamW's moments {gib(12 * state)}" if engine.zero_optimization_stage() else (
         f"AdamW's moments {gib(8 * state)}")
+    rest = "activations" if device.type == "cuda" else "Python with its libraries, and activations"
     lines = [f"peak memory by rank: {', '.join(f'{peak:.2f}' for peak in peaks)} GiB, of which weights {gib(model)}"
-             f"{spread}, {of_adamw}, gradients at least {gib(4 * state)}; the rest are activations"]
+             f"{spread}, {of_adamw}, gradients at least {gib(4 * state)}; the rest are {rest}"]
     if reference:
         lines.append(f"before the first step the reference's weights are there as well, {gib(reference)}{spread}; the "
                      "peak is of both")
