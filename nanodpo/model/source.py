@@ -105,7 +105,8 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
             moved = (f". If the base has moved, write its place into {Path(adapter or '') / 'adapter_config.json'}, "
                      "base_model_name_or_path, and take that file's entry out of manifest.json beside it"
                      ) * bool(adapter and what == "config.json")
-            reason = _missing(Path(base)) or first_line(error)
+            no_folder = f"there is no folder {base}, and on the hub: " * (not os.path.exists(base))
+            reason = _missing(Path(base)) or no_folder + first_line(error)
             raise UserError(f"model {where}: {what} can't be opened: {reason}{moved}") from error
         check_attention(config, where)
         if quantised and not (isinstance(quantised, dict) and quantised.get("quant_method") == "bitsandbytes"):

@@ -198,3 +198,21 @@ def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
     assert means["adapter@two", 0] == pytest.approx(truth["two"], rel=1e-6)
     assert means["fresh", 0] == pytest.approx(truth["v1"], rel=1e-6)
     assert means["fresh", 2] == pytest.approx(moved, rel=1e-6)
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_says_both(tmp_path, monkeypatch):
+    """A misspelt name of a folder looks like a hub id, and the hub's own words say nothing of folders. A folder that is
+    there is not looked for on the hub."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("smolm2", "models/smolm2"):
+        with pytest.raises(UserError, match=f"^model {name}: config.json can't be opened: there is no folder {name}, "
+                                            "and on the hub: "):
+            open_source(name, trust_remote_code=False)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(UserError, match="opened: models has no smolm2$"):
+        open_source("models/smolm2", trust_remote_code=False)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        open_source("broken", trust_remote_code=False)
+    assert "the hub" not in str(caught.value)
