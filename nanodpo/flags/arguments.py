@@ -219,7 +219,8 @@ def parse(argv: list[str], default_file: Path,
         raise UserError(unknown_arguments(unknown, names, "train.py", OTHERWISE))
     args.local_rank = local_rank(args.local_rank)
     if missing := [name for name in ("model_name", "train_file_path") if not getattr(args, name)]:
-        raise UserError(f"--{missing[0]} is missing")
+        other = "train_file_path" if missing[0] == "model_name" else "model_name"
+        raise UserError(f"--{missing[0]} is missing; name it beside --{other}, or leave out both to run the example")
     return args
 
 

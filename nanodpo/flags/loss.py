@@ -19,9 +19,10 @@ from .unknown import hint
 TRL = {name: f"TRL's {name} is {ours} here" for name, ours in {
     "sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "slic": "hinge", "rpo": "dpo", "nll": "sft"}.items()}
 TRL |= dict.fromkeys("exo_pair nca_pair bco_pair sppo_hard apo_down discopop alphapo".split(),
-                     "not built in; a function of your own gives it (docs/losses.md)")
+                     "is not built in; a function of your own gives it (docs/losses.md)")
 TRL |= dict.fromkeys("aot aot_unpaired kto".split(),
-                     "not built in; its terms depend on other rows of the batch, here a pair's on its own row alone")
+                     "is not built in, since its terms depend on other rows of the batch; a loss here has the "
+                     "numbers of one pair alone")
 SMOOTHED = sorted(name for name, loss in LOSSES.items() if "label_smoothing" in inspect.signature(loss).parameters)
 OWN = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 
@@ -43,8 +44,9 @@ def check_loss(args) -> None:
         bind(LOSSES[args.loss], args)
     elif not own_function(args.loss):
         words = hint(args.loss, LOSSES, TRL, "")
+        words = words if args.loss in TRL else "; ".join(["there is no such loss", *filter(None, [words])])
         end = "" if words.endswith("?") else "."
-        raise UserError(f"--loss {args.loss}: there is no such loss{'; ' * bool(words)}{words}{end} There are "
+        raise UserError(f"--loss {args.loss}: {words}{end} There are "
                         f"{', '.join(LOSSES)}, and FILE.py:FUNCTION, a function of your own like those in "
                         "nanodpo/core/losses.py")
 

@@ -248,7 +248,8 @@ def test_wrong_flags(flags, words):
 @pytest.mark.parametrize("missing", ["model_name", "train_file_path"])
 def test_what_a_run_cannot_do_without(missing):
     flags = [flag for flag in ("--model_name=M", "--train_file_path=D") if missing not in flag]
-    assert error_of(*flags) == f"--{missing} is missing"
+    there = flags[0].partition("=")[0]
+    assert error_of(*flags) == (f"--{missing} is missing; name it beside {there}, or leave out both to run the example")
 
 
 # What is derived
@@ -364,7 +365,8 @@ def test_the_example_is_found_from_any_folder_and_takes_flags(tmp_path):
     file = settings(folder, "model_name: examples/m\ntrain_file_path: examples/d.parquet\nbeta: 0.5")
     args = arguments("--beta", "0.2", file=file)
     assert (args.model_name, args.train_file_path, args.beta) == (f"{folder}/m", f"{folder}/d.parquet", 0.2)
-    assert error_of("--model_name=M", file=file) == "--train_file_path is missing"
+    assert error_of("--model_name=M", file=file) == (
+        "--train_file_path is missing; name it beside --model_name, or leave out both to run the example")
 
 
 # Files that could hang a run, or say two things at once
