@@ -63,7 +63,8 @@ def read_parquet(file: Path, names: list[str], filters=None, more: tuple[str, ..
                 raise UserError(f"{file}: column {name} must hold {what}, found {kinds[name]}")
         table = pyarrow.parquet.read_table(file, columns=names, filters=filters).to_pandas(ignore_metadata=True)
     except FileNotFoundError as error:
-        raise UserError(f"{file}: is not there; score.py makes it") from error
+        where = " where it scores chosen and rejected" * (file.name == "pairs.parquet")
+        raise UserError(f"{file}: is not there; score.py makes it{where}") from error
     except (OSError, UnicodeError, pyarrow.ArrowException) as error:  # a path may be no text, too
         raise UserError(f"{file}: can't be read as Parquet ({why(error)})") from error
     if table.empty and filters is None:

@@ -132,7 +132,8 @@ def test_tables_that_can_not_be_drawn_are_refused(scores, draw):  # noqa: F811
     with pytest.raises(UserError, match="pairs.parquet, row 1: has a value that is missing or not finite"):
         draw("--scores", scores, "--scatter", "ches", "ches")
     scores.with_name("pairs.parquet").unlink()
-    with pytest.raises(UserError, match="pairs.parquet: is not there; score.py makes it"):
+    with pytest.raises(UserError, match="pairs.parquet: is not there; score.py makes it where it scores chosen and "
+                                        "rejected$"):
         draw("--scores", scores, "--scatter", "ches", "ches")
 
 
