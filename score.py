@@ -134,7 +134,8 @@ def score_all(opener: Opener, work: list[Work], parts: Parts, max_tokens: int) -
     results = [result for item in left for result in item.results]
     rows, missing = sum(len(result.rows) for result in results), sum(len(result.missing) for result in results)
     some = f", and {1 - missing / rows:.0%} of the rest" if missing < rows else ""
-    distributed.say(f"{len(work)} part{'s' * (len(work) > 1)}, {len(work) - len(left)} of them done before{some}")
+    distributed.say(f"{len(work)} part{'s' * (len(work) > 1)}, {len(work) - len(left)} of them done before{some} "
+                    "(a part: one data set under one checkpoint)")
     with Progress("scoring", sum(len(item.missing(*FORWARD, "gradients")) for item in left), "row") as bar:
         for item in left:
             bar.update(0, f"{item.checkpoint.run} step {item.checkpoint.step} {item.data.name}")

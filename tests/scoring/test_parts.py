@@ -110,11 +110,11 @@ def test_tokens_that_come_later_are_kept_alone(run, tmp_path, capsys):
     """Their scores, and the start's plausible tokens, are there already, which is half of what is asked for."""
     scored(run, "--responses", "chosen", tmp_path)
     before = {*(tmp_path / "parts").glob("*/*")}
-    assert "2 parts, 0 of them done before\n" in capsys.readouterr().out
+    assert "2 parts, 0 of them done before (a part: " in capsys.readouterr().out
     scored(run, "--responses", "chosen", "--tokens", tmp_path)
-    assert "2 parts, 0 of them done before, and 50% of the rest\n" in capsys.readouterr().out
+    assert "2 parts, 0 of them done before, and 50% of the rest (a part: " in capsys.readouterr().out
     scored(run, "--responses", "chosen", "--tokens", tmp_path)
-    assert "2 parts, 2 of them done before\n" in capsys.readouterr().out
+    assert "2 parts, 2 of them done before (a part: " in capsys.readouterr().out
     assert sorted(file.name for file in {*(tmp_path / "parts").glob("*/*")} - before) == [
         MANIFEST, MANIFEST, "tokens.parquet", "tokens.parquet"]
 
