@@ -45,8 +45,10 @@ def open_folder(run: Run) -> dict:
     if words := shared_anew(run, facts):
         distributed.say(words)
     going = f", going on at step {facts['step']}" if run.resumed or run.fork else ""
-    epochs = f"{run.steps / run.steps_per_epoch:.3g} epochs"
-    distributed.say(f"run: {run.folder}, {run.steps} steps of {run.pairs_per_step} pairs, {epochs}{going}")
+    epochs = f"{run.steps / run.steps_per_epoch:.3g}"
+    steps, pairs, epochs = (f"{n} {unit}{'s' * (str(n) != '1')}" for n, unit in (
+        (run.steps, "step"), (run.pairs_per_step, "pair"), (epochs, "epoch")))
+    distributed.say(f"run: {run.folder}, {steps} of {pairs}, {epochs}{going}")
     _say_idle_flags(run.args, run.steps)
     save_checkpoint(run)  # the engine has the weights of step 0 until `go_on`: a damaged checkpoint-0 is made again
     return facts
