@@ -124,7 +124,7 @@ def show(table: pandas.DataFrame) -> str:
     shown = shown.map(lambda value: "" if np.isnan(value) else f"{value:.4f}")
     least, most = table["n"].min(), table["n"].max()
     notes = [f"mean log-prob, nats a token, over {least if least == most else f'{least} to {most}'} "
-             f"row{'s' if most != 1 else ''} of one run"]
+             f"row{'s' if most != 1 else ''} of one run" + "; gap: chosen - rejected" * ("gap" in shown)]
     along = table[table["response"] == "chosen"].set_index(keys).reindex(shown.index)
     if along["implausible_mass"].notna().any():
         start = [f"{value:.2g} -> " * (step != "-") for value, step in

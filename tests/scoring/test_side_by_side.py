@@ -75,7 +75,9 @@ def test_right_answers_and_implausible_mass_are_in_the_summary_and_on_the_screen
     assert found.loc[(9, "chosen"), "implausible_mass"] == pytest.approx(0.01)
     shown = means.show(means.summary(scores, answers))
     assert "2 of 3" in shown and "0 of 3" in shown and "0.001 -> 0.01" in shown and "-2.5000" in shown
-    assert "over 4 rows of one run" in shown and "nan" not in shown.lower()
+    assert "over 4 rows of one run; gap: chosen - rejected)" in shown and "nan" not in shown.lower()
+    alone = means.show(means.summary(scores[scores["response"] == "chosen"]))
+    assert "over 4 rows of one run)" in alone and "gap" not in alone
     model = means.show(means.summary(scores[scores["step"] == 0].assign(phase="")))
     assert re.search(r"r +- +d .*-2.5000 +-2.5000 .* 0.001\n", model) and "0.001 ->" not in model
     bare = scores.assign(implausible_mass=float("nan"), implausible_mass_start=float("nan"))
