@@ -101,11 +101,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         figures.add_argument(f"--{role}", nargs="+", metavar="RUN", default=[],
                              help=f"{what}; several runs are seeds, and the interval is over them.")
     look = parser.add_argument_group("look")
-    look.add_argument("--columns", type=int, choices=[1, 2], default=2, help="Of a journal: 3.3 or 6.9 inches.")
+    look.add_argument("--columns", type=int, choices=[1, 2], default=2,
+                      help="Width, in columns of a journal: 3.3 or 6.9 inches.")
     look.add_argument("--focus", type=float, nargs=2, metavar=("LOW", "HIGH"),
                       help="A band, in nats per token, that gets a quarter of the height: of levels in dynamics, of "
                            "gaps in the three-panel figure, where it is 0.05 0.10 if you don't say.")
-    look.add_argument("--floor", type=float, metavar="VALUE", help="Marks the best possible level.")
+    look.add_argument("--floor", type=float, metavar="VALUE", help="Draws a line at this level, the best possible one.")
     look.add_argument("--panel_ratios", type=float, nargs=3, metavar=("A", "B", "C"),
                       help="Widths of the three panels (heights in one column). Default: 1 1 1.2.")
     look.add_argument("--style", help="A matplotlib style sheet: its name, or a file.")

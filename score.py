@@ -8,8 +8,9 @@
 
 Leaves scores.parquet, a line for each checkpoint, data set, row and response, summary.csv, their means, verdict.json,
 what became of each run, and the other tables that nanodpo/scoring/tables.py describes. A scoring that was stopped goes
-on where it was, and another one in the same folder adds to what is there: all that is done is kept in
-<output_dir>/parts, under a hash of what the checkpoint and the data contain (nanodpo/scoring/parts.py).
+on where it was. Another one in the same folder adds its responses and measures; the tables then hold the checkpoints
+and data sets that it names. All that was ever scored is kept in <output_dir>/parts, under a hash of what the checkpoint
+and the data contain (nanodpo/scoring/parts.py), and is not scored again.
 """
 
 import json

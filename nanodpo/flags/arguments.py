@@ -39,7 +39,7 @@ class TrainArguments:
     eval_file_path: str = _flag(None, "Data to evaluate on, given as train_file_path is.")
     eval_size: int = _flag(0, "Without eval_file_path: hold out this many training rows, drawn by seed.", NOT_NEGATIVE)
     split: str = _flag(None, "Split of train_file_path. Default: the only one; of the hub, train.")
-    eval_split: str = _flag(None, "The same of eval_file_path.")
+    eval_split: str = _flag(None, "Split of eval_file_path. Default: as for split.")
     mix_weights: str = _flag(None, "How often an epoch has each row of the data sets in train_file_path: 1,0.5. "
                              "Default: once.")
     without_rows: str = _flag(None, "Rows of train_file_path whose pairs stay where they are in the order of the data, "
@@ -65,10 +65,10 @@ class TrainArguments:
     # Loss
     loss: str = _flag("dpo", f"What to minimise: {', '.join(LOSSES)}; or FILE.py:FUNCTION, your own.")
     beta: float = _flag(0.1, "How strongly the reference holds the policy.", ABOVE_0)
-    label_smoothing: float = _flag(0.0, f"Chance that a label is flipped, for {' and '.join(SMOOTHED)}: 0 to below "
-                                   "0.5.", BELOW_HALF)
+    label_smoothing: float = _flag(0.0, f"Probability that a label is flipped, for {' and '.join(SMOOTHED)}: 0 to "
+                                   "below 0.5.", BELOW_HALF)
     loss_kwargs: str = _flag(None, "A loss's own settings, as JSON: '{\"simpo_gamma\": 1.0}'.")
-    sft_weight: float = _flag(0.0, "Adds so many times -log pi of chosen, per token, to the loss of each pair.",
+    sft_weight: float = _flag(0.0, "Adds this number times -log pi of chosen, per token, to the loss of each pair.",
                               NOT_NEGATIVE)
 
     # Training
@@ -106,11 +106,11 @@ class TrainArguments:
     allow_dropout: bool = _flag(False, "Keep dropout (LoRA's and the model's own) on in training passes.")
 
     # Precision and memory
-    bf16: bool = _flag(False, "Frozen matrices, and on a GPU matrix products, in bfloat16; all else, and without it "
-                        "all, in float32.")
+    bf16: bool = _flag(False, "Keep frozen matrices in bfloat16, and on a GPU multiply matrices in it. All else stays "
+                        "in float32, as everything does without this flag.")
     load_in_4bit: bool = _flag(False, "QLoRA: hold the base's matrices in 4 bits (nf4, double quantisation); needs "
                                "bitsandbytes.")
-    load_in_8bit: bool = _flag(False, "Hold them in 8 bits; needs bitsandbytes.")
+    load_in_8bit: bool = _flag(False, "Hold the base's matrices in 8 bits, and train LoRA on them; needs bitsandbytes.")
     use_flash_attention: bool = _flag(False, "Demand the variable-length flash kernel (CUDA); stop where it fails.")
     deterministic: bool = _flag(True, "On a GPU: only operations that give the same bits each time; false for a model "
                                 "that has others.")
@@ -118,7 +118,7 @@ class TrainArguments:
     activation_memory: float = _flag(None, "GiB a rank has for activations: as many layers are recomputed as each "
                                      "batch needs. -1: what the GPU has left.", GIB)
     sequence_parallel_size: int = _flag(1, "Ranks that share each micro-batch, for pairs too long for one (Ulysses); "
-                                        "where batches are counted they are one rank.", ABOVE_0)
+                                        "they count as one rank in the number of pairs a step.", ABOVE_0)
     deepspeed: str = _flag(None, "JSON file for DeepSpeed: ZeRO and the like. Default: ds_config.json beside train.py.")
 
     # Output and resuming

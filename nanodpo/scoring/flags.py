@@ -25,7 +25,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("targets", nargs="*", help="run folders, checkpoints, adapters or models")
-    parser.add_argument("--model_path", help="one more of them")
+    parser.add_argument("--model_path", help="one more target")
     parser.add_argument("--dataset_path", nargs="+", default=[], help="FILE or NAME=FILE; default: the "
                         "held-out data of the run, or without any its training data")
     parser.add_argument("--responses", nargs="+", metavar="KIND", help=f"of {', '.join(KINDS)}, {GREEDY} (the first "
@@ -37,7 +37,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         "vocabulary that gained and the K that lost most probability since the run's step 0: "
                         "risers.parquet, risers.csv; takes the memory of two models, but of a LoRA run's base once")
     parser.add_argument("--gradients", action="store_true",
-                        help="also the inner product and cosine of a pair's gradients by the LoRA weights")
+                        help="also the inner product and cosine of a pair's gradients w.r.t. the LoRA weights")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="compute layers again in the backward "
                         "passes of --gradients and --ledger, as train.py does: less memory, more time, the same "
                         "numbers")
@@ -51,18 +51,18 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--answers", type=int, default=0, metavar="ROWS",
                         help="also let each checkpoint answer the first so many rows of each data set whose chosen "
                         r"response ends in a \boxed{...} or a number, greedily, and check that")
-    parser.add_argument("--max_new_tokens", type=int, help="of a greedy answer; default: as the data's longest chosen")
+    parser.add_argument("--max_new_tokens", type=int, help="most tokens of an answer; default: as the longest chosen")
     parser.add_argument("--other_prompts", action="store_true",
                         help="also score prompts that open as none did in training (with another system prompt); "
                         "without it they are refused")
     parser.add_argument("--max_tokens", type=int, default=16384 if torch.cuda.is_available() else 2048,
-                        help="the most in a micro-batch; default: 2048, on a GPU 16384")
+                        help="the most tokens in a micro-batch; default: 2048, on a GPU 16384")
     parser.add_argument("--sequence_parallel_size", type=int, default=1, metavar="N", help="ranks that share a "
                         "micro-batch, for responses too long for one, as in train.py")
     parser.add_argument("--seed", type=int, default=42, help="of the drawn (other) and shuffled responses; default: 42")
     for name in PRECISION:
-        parser.add_argument(f"--{name}", action="store_true", help="open all targets so; without it runs as they "
-                            "were trained")
+        parser.add_argument(f"--{name}", action="store_true", help=f"open all targets as train.py does with --{name}; "
+                            "default: each run as it was trained, other models without")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the weights, "
                         "and a run's own loss (FILE.py:FUNCTION)")
     for name in READING:
