@@ -32,10 +32,10 @@ def dpo(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing
 
     Where it comes from: the policy in proportion to ref exp(r / beta) maximises E[r] - beta KL(policy || ref). So every
     policy is the best one for the reward r = beta (logps - ref_logps) + c, with a c that depends on the prompt alone.
-    By Bradley and Terry, chosen wins with chance sigmoid(r(chosen) - r(rejected)), in which c cancels; the loss is -log
-    of that chance.
+    By Bradley and Terry, chosen wins with probability sigmoid(r(chosen) - r(rejected)), in which c cancels; the loss is
+    -log of that probability.
 
-    label_smoothing, e below, in [0, 0.5), is the chance that a label is flipped ("conservative DPO", Eq. 3 of
+    label_smoothing, e below, in [0, 0.5), is the probability that a label is flipped ("conservative DPO", Eq. 3 of
     Mitchell's note of 2023): -(1-e) log sigmoid(beta m) - e log sigmoid(-beta m), smallest at beta m = logit(1-e).
     """
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
@@ -81,8 +81,8 @@ def pair_weights(loss: Callable, logps: Tensor, ref: Tensor | None, lengths: Ten
     where the loss takes chosen alone.
 
     They say how hard a pair pushes its chosen response up and its rejected one down. With w of this function the
-    gradient of a pair's loss by the model's parameters is -w_chosen grad(chosen) + w_rejected grad(rejected). For dpo
-    both are beta (sigmoid(-beta m) - label_smoothing).
+    gradient of a pair's loss (with respect to the model's parameters) is -w_chosen grad(chosen) + w_rejected
+    grad(rejected). For dpo both are beta (sigmoid(-beta m) - label_smoothing).
 
     The loss is computed again, on numbers without a graph: a metric can't touch the graph that training needs, and an
     evaluation or score.py, which have none, call this function as training does.
@@ -116,8 +116,8 @@ def logratio_difference(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, re
 def robust(chosen, rejected, ref_chosen, ref_rejected, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """((1-e) L(m) - e L(-m)) / (1-2e) with L = dpo and e = label_smoothing: (P,). Eq. 13 of arXiv 2403.00409.
 
-    Unbiased: where labels are flipped with chance e, its expectation is the clean DPO loss. L(-m) is dpo with chosen
-    and rejected exchanged.
+    Unbiased: where labels are flipped with probability e, its expectation is the clean DPO loss. L(-m) is dpo with
+    chosen and rejected exchanged.
     """
     kept = dpo(chosen, rejected, ref_chosen, ref_rejected, beta)  # the label as it is
     flipped = dpo(rejected, chosen, ref_rejected, ref_chosen, beta)
@@ -187,8 +187,8 @@ def bounded(chosen, rejected, ref_chosen, ref_rejected, beta: float, bounded_lam
 
 def gate(chosen, rejected, ref_chosen, ref_rejected, lengths, beta: float, gate_slope: float = 20.0,
          gate_threshold: float = 0.1) -> Tensor:
-    """dpo whose gradient by rejected is multiplied by g = sigmoid(slope (p - threshold)): (P,). The sequence form of
-    arXiv 2605.02626.
+    """dpo with its gradient with respect to rejected times g = sigmoid(slope (p - threshold)): (P,). The sequence form
+    of arXiv 2605.02626.
 
     p is the geometric mean of the probabilities of rejected's tokens. A response that is hardly possible any more is
     not pushed down further. g is a constant for the gradient, and the loss has dpo's value.
