@@ -225,7 +225,7 @@ def score_groups(opened: Opened, start: Opened | None, work: Work, groups: dict[
 
 @torch.enable_grad()
 def score_gradients(opened: Opened, work: Work, i: int) -> dict:
-    """{("gradients", i): {table: lines}} of a pair: products of the gradients of its two sides by the LoRA weights."""
+    """{("gradients", i): {table: lines}} of a pair: products of its two sides' gradients w.r.t. the LoRA weights."""
     example, (prompt, responses) = work.data.examples[i], work.data.groups[i]
     with shortage_named(f"the gradients under {opened.checkpoint.path}", [example]):
         batch = LAYOUTS[opened.layout]([(prompt, [responses[side] for side in SIDES])]).to(opened.device)

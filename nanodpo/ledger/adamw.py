@@ -82,8 +82,8 @@ class Adjoint:
     gradient did to M probes."""
 
     def __init__(self, adam: AdamW, end: Tensor, state: dict[str, Tensor] | None = None):
-        """`end`: (M, D), the gradients of the probes by the weights after the last update. `state`: what `state` gave,
-        to go on from there, in the same memory."""
+        """`end`: (M, D), the gradients of the probes with respect to the weights after the last update.
+        `state`: what `state` gave, to go on from there, in the same memory."""
         self.adam, self.end = adam, end
         self.q, self.q_end, self.r = ((state[name] if state else torch.zeros_like(end)) for name in STATE)
 

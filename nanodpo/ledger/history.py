@@ -1,4 +1,4 @@
-"""A run's steps once more: its checkpoints, the pairs of each step, and gradients by the weights that it trained."""
+"""A run's steps once more: its checkpoints, the pairs of each step, and gradients of what it trained."""
 
 import dataclasses
 import functools
@@ -157,7 +157,7 @@ class History:
         return logps, ref, pair_lengths(here, sides, opened.device)
 
     def step_gradient(self, step: int) -> Tensor:
-        """(D,): of the loss of a step, before clipping, by the weights that are open."""
+        """(D,): of the loss of a step, before clipping, with respect to the weights that are open."""
         total, divisor = 0.0, self.divisor(step)
         for indices in self.micro_batches(step):
             logps, ref, lengths = self._logps(indices, self.sides)

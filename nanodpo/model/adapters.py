@@ -252,7 +252,7 @@ def adapter_weights(model, path: str) -> list:
     """The adapter's parameters, made ready for gradients. Raises UserError for a model without one."""
     weights = [p for name, p in model.named_parameters() if ".lora_" in name]
     if not weights:
-        raise UserError(f"--gradients: are by the weights of a LoRA adapter, and {path} has none")
+        raise UserError(f"--gradients: needs a LoRA adapter, and {path} has none; leave it out")
     for parameter in weights:
         parameter.requires_grad_(True)
     return weights

@@ -16,7 +16,7 @@ def ches(chosen: Tensor, rejected: Tensor, n_chosen: int, n_rejected: int) -> tu
 
 
 def gradient_products(logps: Tensor, parameters: list[Tensor], sum_over=lambda part: part) -> dict[str, float]:
-    """(2,) log-probs of chosen and rejected -> inner product, cosine and norms of their gradients by `parameters`.
+    """(2,) log-probs of chosen and rejected -> inner product, cosine and norms of their gradients w.r.t. `parameters`.
     `sum_over`: the `sum` of OneRank, for ranks that share the batch and have a part of each gradient.
 
     A small step along g(chosen) - g(rejected), dpo's direction, raises chosen where <g(chosen), g(rejected)> is below
