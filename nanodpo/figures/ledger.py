@@ -8,6 +8,7 @@ from matplotlib.patches import Patch
 
 from ..errors import UserError
 from ..files import read_json
+from ..ledger.texts import of_mean
 from .axes import COLOURS, GREY, add_legend, grid, listed, plain, wrap
 from .noise import Marks, Noise
 from .tables import read_parquet
@@ -48,7 +49,7 @@ def ledger_figure(folder: Path, columns: int, noise: Noise | None = None):
     fig, axes = grid(2 * len(records), 2, columns, height=1.9, sharex=False)
     several = len({record["dataset"] for record in records}) > 1
     for record, left, right in zip(records, axes[::2], axes[1::2]):
-        here = table[(table["dataset"] == record["dataset"]) & (table["response"] == record["response"])]
+        here = of_mean(table, record)
         name = f"{record['dataset']}, {record['response']}" if several else record["response"]
         # The first word of each doubt: unreliable, ill-conditioned. The caption has all of them.
         _forces(left, here, record, ", ".join([name, *(why.partition(":")[0] for why in record.get("doubts", []))]))

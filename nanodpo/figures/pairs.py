@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..ledger.texts import strongest
+from ..ledger.texts import of_mean, strongest
 from .ledger import read_ledger
 
 WITHOUT = "ledger.json has no texts, as an earlier version left it; score.py --ledger makes it again"
@@ -20,7 +20,7 @@ def read_pairs(folder: Path) -> dict:
     (table, records), found = read_ledger(folder), {}
     for record in records:
         name, response = record["dataset"], record["response"]
-        ends = strongest(table[(table["dataset"] == name) & (table["response"] == response)])
+        ends = strongest(of_mean(table, record))
         its = found.setdefault(record["run"], {"sets": {}, "texts": {}, "why": WITHOUT})
         its["sets"].setdefault(name, {})[response] = {
             "rows": record["rows"], "change": record["change"], "doubts": record.get("doubts", [])} | {
