@@ -46,6 +46,7 @@ KEEP = 2
 FOREIGN = "was written by another run"
 LOST = "metrics.jsonl lacks step"
 OTHER = "was written by another version of nanodpo, with which (run.json: git_commit) the run can go on"
+MENDS = {LOST: "put metrics.jsonl back as it was, or ", OTHER: "go on with that version, or "}
 LAYOUT = "by name"  # of the tensors in the files; before, a file had the shards of its rank by number
 
 
@@ -168,9 +169,9 @@ def find(run: Path, lines: list[tuple[str, dict]], owners: list[str], wanted: in
     if passed or done or first:
         there = f"checkpoint-{done[0]} is there" if done else f"it is a fork at step {first}"
         broken = "; ".join(f"{', '.join(names)}: {why}" for why, names in passed.items())
-        mends = {"put metrics.jsonl back as it was, or " if LOST in why else "go on with that version, or "
-                 if why == OTHER else "" for why in passed}
-        broken, mend = broken or f"there is none, but {there}", mends.pop() if len(mends) == 1 else ""
+        broken = broken or f"there is none, but {there}"
+        kinds = {LOST if LOST in why else why for why in passed}
+        mend = MENDS.get(kinds.pop(), "") if len(kinds) == 1 else ""
         raise UserError(f"{run}: no state to go on from ({broken}); {mend}train again into a new --output_dir")
     return None
 
