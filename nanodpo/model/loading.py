@@ -15,7 +15,7 @@ from ..errors import UserError, first_line
 from ..ranks.distributed import say, world_size
 from ..screen import folded
 from .adapters import adapted, add_adapter, check_mergeable, make_alike, no_false_alarm, open_base, plain_name
-from .lora_settings import as_text, take_over
+from .lora_settings import settings_text, take_over
 from .precision import storage_dtype
 from .quantised import bits_of, numel, quantised_layers
 from .sharding import as_bytes, is_sharded, shape_of, whole
@@ -208,7 +208,7 @@ def weights_hash(model: nn.Module, fresh_lora: bool, as_read: bool = False) -> s
     """
     hashes = base_hashes(model, as_read)
     if not fresh_lora and hasattr(model, "peft_config"):
-        digest = hashlib.sha256(as_text(model.peft_config["default"]).encode())
+        digest = hashlib.sha256(settings_text(model.peft_config["default"]).encode())
         _add_tensors(digest, {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name})
         hashes.append(digest.hexdigest())
     return " ".join(hashes)

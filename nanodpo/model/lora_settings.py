@@ -168,7 +168,7 @@ def take_over(args, own: dict, whose: str) -> None:
         setattr(args, flag, value)
 
 
-def as_text(own) -> str:
+def settings_text(own) -> str:
     """The settings of an adapter, of PEFT's config `own`, on which its log-probs depend beside its weights."""
     from peft import LoraConfig  # slow to import
 
