@@ -25,6 +25,7 @@ from nanodpo.figures.after import draw_run_after, is_drawn
 from nanodpo.folder import checkpoint, state
 from nanodpo.model import loading
 from nanodpo.model.quantised import bits_of
+from nanodpo.model.ready import freeze
 from nanodpo.ranks import distributed, gpu
 from nanodpo.run import lifecycle, memory, monitors
 from nanodpo.run.deepspeed_settings import check_with_deepspeed
@@ -71,9 +72,12 @@ def build(start: Start, stop: Stop) -> Run:
         model, start_hash, reference_model, reference_hash = load_models(start)
         distributed.say(loading.describe(model) + checkpoint.say_ends(model, start.source.tokenizer))
         engine, layout, attention = make_engine(model, args, start.deepspeed, device, start.longest)
+    with memory.shortage_named(rank, "loading the reference"):
+        frozen = reference_model and freeze(reference_model, args.bf16, device, start.longest, engine.module.parallel,
+                                      start.deepspeed)
     torch.manual_seed(args.seed + rank)  # dropout's, with --allow_dropout
     return Run(**vars(start), stop=stop, start_hash=start_hash, reference_hash=reference_hash,
-               reference_model=reference_model, engine=engine, layout=layout, attention=attention, device=device,
+               reference_model=frozen, engine=engine, layout=layout, attention=attention, device=device,
                world=world, rank=rank)
 
 

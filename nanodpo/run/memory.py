@@ -116,7 +116,7 @@ def gib(size: float) -> str:
 
 
 def weight_bytes(model) -> int:
-    return sum(_numel(p) * p.element_size() for p in model.parameters()) if model is not None else 0
+    return sum(_numel(p) * p.element_size() for p in model.parameters())
 
 
 def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: dict[str, int],

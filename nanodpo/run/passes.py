@@ -17,7 +17,7 @@ from ..data.tokens import DataSet
 from ..errors import RunStopped
 from ..folder import fork, record, reference, state
 from ..model.loading import reference_policy
-from ..model.ready import freeze, response_logps
+from ..model.ready import response_logps
 from ..model.sharding import is_sharded, let_go
 from ..ranks import distributed
 from ..screen import folded
@@ -75,7 +75,7 @@ def add_references(run: Run) -> None:
 def _free_reference(run: Run) -> None:
     """Frees the memory of the model of --reference. Nobody may hold it but the run."""
     if run.reference_model is not None:
-        let_go(run.reference_model)
+        let_go(run.reference_model[0])
         run.reference_model = None
         gc.collect()  # its parts refer to each other
         torch.cuda.empty_cache()
@@ -89,10 +89,7 @@ def _open_reference(run: Run):
         with reference_policy(run.engine.module.model, run.adapter_off):
             yield run.engine, run.layout, run.attention, run.engine.zero_optimization_stage()
         return
-    with memory.shortage_named(run.rank, "loading the reference"):
-        frozen = freeze(run.reference_model, run.args.bf16, run.device, run.longest, run.engine.module.parallel,
-                        run.deepspeed)
-    yield *frozen, 3 if is_sharded(run.reference_model) else 0
+    yield *run.reference_model, 3 if is_sharded(run.reference_model[0]) else 0
 
 
 def _compute_references(run: Run) -> None:
@@ -238,7 +235,7 @@ def dry_run(run: Run) -> None:
     shared = f", which {args.sequence_parallel_size} ranks share" if args.sequence_parallel_size > 1 else ""
     distributed.say(f"dry run on {memory.describe(examples)}{shared}")
     ref = _logps_of_reference(run, examples) if needs_reference(run.loss) else None
-    size = memory.weight_bytes(run.reference_model)
+    size = memory.weight_bytes(run.reference_model[0]) if run.reference_model else 0
     _free_reference(run)
     run.engine.train()
 

@@ -83,7 +83,7 @@ class Run(Start):
     stop: Stop = None
     start_hash: str = ""  # of the weights that it starts from, which are the reference without --reference
     reference_hash: str | None = None  # of --reference
-    reference_model: object = None  # of --reference, on CPU until the references are computed
+    reference_model: tuple | None = None  # of --reference: (SequenceLogProbs, layout, attention), until it was used
     engine: object = None  # DeepSpeed's
     device: torch.device = None
     world: int = 1

@@ -10,7 +10,7 @@ import pandas
 import pytest
 import torch
 from conftest import ROOT, forked, launch, make_model, make_tokenizer, train, without_times, zero
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nanodpo.data.schedule import pairs_of_step
 from nanodpo.scoring.runs import open_targets
@@ -109,10 +109,13 @@ def test_a_run_goes_on_with_its_own_reference(tiny, other, tmp_path):
 
 
 def test_what_can_not_be_a_reference(tiny, other, tmp_path):
-    """Another vocabulary, a shorter context, SFT, and nothing at all: a line each, and no folder."""
-    swapped, short = tmp_path / "swapped", tmp_path / "short"
-    for folder in (swapped, short):
+    """Another vocabulary, a shorter context, weights of NaN, SFT, and nothing at all: a line each, and no folder."""
+    swapped, short, broken = tmp_path / "swapped", tmp_path / "short", tmp_path / "broken"
+    for folder in (swapped, short, broken):
         shutil.copytree(other, folder)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
     tokenizer = json.loads((swapped / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["e"], vocabulary["x"] = vocabulary["x"], vocabulary["e"]
@@ -121,6 +124,7 @@ def test_what_can_not_be_a_reference(tiny, other, tmp_path):
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
     for flags, words in (
             (("--reference", swapped), f"--reference {swapped}: has another vocabulary than --model_name: token"),
+            (("--reference", broken), f"{broken}: its log-probs are not finite"),
             (("--reference", short), "its context is 20 tokens"), (("--reference", tmp_path / "no"), "no such folder"),
             (("--reference", other, "--loss", "sft"), "has no meaning for --loss sft"),
             (("--ref_model", other), "--ref_model: it is --reference here")):
