@@ -159,7 +159,7 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
                  "name the merged model") * ("embed_tokens" in str(error))
         raise UserError(f"{adapter}: does not fit its base: {first_line(error)}{grown}") from error
     _check_within_layers(model.active_peft_config, adapter)
-    _check_scales(model, adapter)
+    _check_scales(model, adapter, trainable)
     if model.get_base_model().get_output_embeddings() is not head:
         raise UserError(f"{adapter}: changes the output layer, which its target_modules or modules_to_save name; merge "
                         "the adapter (PEFT's merge_and_unload), and name the merged model")
@@ -179,11 +179,12 @@ def _check_within_layers(config, adapter: str) -> None:
                         f"draws random numbers to change the base, whenever it opens it; {AS_PLAIN}")
 
 
-def _check_scales(model, adapter: str) -> None:
-    """Raises UserError for a scale of LoRA, lora_alpha / r, that is no number: the base would be said to be broken."""
+def _check_scales(model, adapter: str, trainable: bool) -> None:
+    """Raises UserError for a scale of LoRA, lora_alpha / r, that is no number: the base would be said to be broken; and
+    for 0 in what is to be trained: its gradient would be 0, too."""
     for name, layer in model.named_modules():
         for scale in getattr(layer, "scaling", {}).values() if hasattr(layer, "lora_A") else ():
-            if not abs(scale) <= torch.finfo(torch.float32).max:
+            if not abs(scale) <= torch.finfo(torch.float32).max or (trainable and scale == 0):
                 raise UserError(f"{adapter}: its adapter_config.json gives {name.removeprefix('base_model.model.')} a "
                                 f"scale of {scale:g}, by lora_alpha or alpha_pattern; mend it there")
 

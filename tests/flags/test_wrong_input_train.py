@@ -448,6 +448,7 @@ ADAPTERS += [(f"adapter_config.json: {name} {str(value)[:30]}", edited("adapter/
     ("lora_alpha", "x", ITS + "lora_alpha is x; it must be a number"), ("lora_alpha", None, ITS + "lora_alpha is None"),
     ("lora_alpha", math.nan, "@/adapter: its adapter_config.json gives model.layers.0.self_attn.q_proj a "
      "scale of nan, by lora_alpha or alpha_pattern; mend it there"), ("lora_alpha", 1e308, "a scale of 5e+307, by"),
+    ("lora_alpha", 0, "self_attn.q_proj a scale of 0, by lora_alpha or alpha_pattern; mend it there"),
     ("alpha_pattern", {"k_proj": math.inf}, "gives model.layers.0.self_attn.k_proj a scale of inf"),
     ("lora_dropout", "x", ITS + "lora_dropout is x; it must be at least 0 and below 1"),
     *[("lora_dropout", rate, f"{ITS}lora_dropout is {rate}; it must be at least 0 and below 1")
