@@ -144,7 +144,8 @@ def model_card(facts: dict, step: int, log: list[dict], base: str, peft=None) ->
             f"`{loss}` loss.", *([RS_LORA] if getattr(peft, "use_rslora", False) else []),
             *_forked(facts, step),
             *([QUANTISED.format(json.dumps(how))] if peft and (how := facts.get("quantisation")) else []),
-            "## Data", *(f"- {_short_report(report)}" for report in facts["data_report"])]
+            "## Data", *(which + _short_report(report) for which, report in zip(("- ", "- held out: "),
+                                                                                facts["data_report"]))]
     held_out = [line for line in log if is_evaluation(line)]
     if held_out:
         first, last = held_out[0], held_out[-1]

@@ -195,7 +195,7 @@ def prepare(argv: list[str], script: Path) -> Start | None:
             check_writable(Path(args.cache_dir), f"--cache_dir {args.cache_dir}")
         compared |= agreement.inputs((args.train_file_path, args.eval_file_path), facts, old, wanted)
     if not start.finished:
-        distributed.say(folded("\n".join(data.report() for data in sets)))
+        distributed.say(folded("\n".join(which + data.report() for which, data in zip(("", "held-out "), sets))))
     return start
 
 

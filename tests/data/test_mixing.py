@@ -75,11 +75,14 @@ def run_of(tiny, tmp_path):
                           str(tmp_path / "cache"), *more]
 
 
-def test_no_row_that_is_held_out_is_trained_on(tiny, tmp_path):
-    """They are drawn before, the same for all weights; what is recorded of the data is the same, too."""
+def test_no_row_that_is_held_out_is_trained_on(tiny, tmp_path, capsys):
+    """They are drawn before, the same for all weights; what is recorded of the data is the same, too. The screen says
+    which of the two sets is which."""
     flags = run_of(tiny, tmp_path)
     starts = [prepare(flags("--output_dir", str(tmp_path / name), "--eval_size", "3", *more), ROOT / "train.py")
               for name, more in (("x", ()), ("y", ("--mix_weights", "3,0.5")))]
+    said = capsys.readouterr().out.splitlines()
+    assert [sum(line.startswith(start) for line in said) for start in ("data ", "held-out data 3 rows of ")] == [2, 2]
     held = [[example.row for example in start.held_out.examples] for start in starts]
     trained = [Counter(example.row for example in start.train_set.examples) for start in starts]
     assert held[0] == held[1] and not {*held[1]} & {*trained[1]}

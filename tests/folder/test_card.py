@@ -33,7 +33,8 @@ def test_a_hub_reads_the_head_and_no_folder_of_this_machine_is_in_it():
     data = ModelCard(text).data
     assert (data.base_model, data.library_name, data.datasets) == ("org/base-1B", "peft", ["org/pairs"])
     assert data.tags == ["nanodpo", "dpo", "lora"] and data.pipeline_tag == "text-generation" and data.license is None
-    assert "/home" not in text and "held.jsonl: 4 rows, 1 dropped" in text and "org/pairs:main: 8 rows" in text
+    assert "/home" not in text and "\n- org/pairs:main: 8 rows" in text
+    assert "\n- held out: held.jsonl: 4 rows, 1 dropped\n" in text
     assert "arXiv 2305.18290" in text and "lora_alpha / sqrt(r)" in text
     assert "sqrt" not in model_card(FACTS, 4, [], "org/base-1B", SimpleNamespace(use_rslora=False))
 
