@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 
 import oracle
 import pandas
@@ -220,7 +221,8 @@ def test_dpo_on_an_sft_adapter_keeps_it_as_reference(tiny, tmp_path):
     start = tmp_path / "sft" / "checkpoint-3"
     done = launch(ROOT / "train.py", "--model_name", start, "--train_file_path", tiny / "train.jsonl", "--output_dir",
                   tmp_path / "dpo", "--cache_dir", tmp_path / "cache", *MICRO4, "--max_steps", "2", launcher="fork")
-    assert "LoRA on" in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "LoRA on" in said and f"reference: {start}, as the run begins with it reference: 8 pairs computed" in said
     first, second = map(json.loads, (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines())
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-12)
     pairs, model = oracle.read_pairs(tiny / "train.jsonl"), oracle.load(start, tiny / "model").eval()
@@ -277,7 +279,8 @@ def test_reference_after_training_equals_the_cache(tiny, tmp_path):
 
 
 def test_what_a_run_leaves(tiny, tmp_path):
-    """run.json, metrics with TRL's names, checkpoint-0 and the rotation, dropped rows with their reason, cut ones."""
+    """run.json with commit, device and data, metrics with TRL's names, checkpoint-0 and the rotation, dropped rows with
+    their reason, cut ones."""
     more = [{"prompt": "Empty? ", "chosen": " ", "rejected": "x"},
             {"prompt": "Long? ", "chosen": "a" * 90, "rejected": "b"}]
     rows = (tiny / "train.jsonl").read_text() + "".join(json.dumps(row) + "\n" for row in more)
@@ -295,6 +298,9 @@ def test_what_a_run_leaves(tiny, tmp_path):
     record = json.loads((run / "run.json").read_text())
     assert record["arguments"]["lora_r"] == 4 and record["versions"]["torch"] == torch.__version__
     assert record["steps"] == 5 and record["layout"] == "packed" and "train.py" in record["command"]
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert record["git_commit"] == (commit or None) and record["device"] == "cpu"
+    assert [len(data) for data in record["data"]] == [64, 64]  # sha256 of what is trained on, and of what is held out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps, evals = ([x for x in lines if key in x] for key in ("loss", "eval_loss"))
     assert [x["step"] for x in steps] == [0, 1, 2, 3, 4] and [x["step"] for x in evals] == [0, 2, 4, 5]
