@@ -104,7 +104,8 @@ def no_false_alarm():
     """Without PEFT's warnings of what is an error here, of ranks of experts, which it uses all the same, and of biases
     of lora_B, which it takes for matrices that are cut."""
     with warnings.catch_warnings():
-        for words in ("Found missing adapter keys", "The following (rank|alpha)_pattern keys did not match",
+        for words in ("Found missing adapter keys", "Model has `tie_word_embeddings=True` and a tied layer is part of",
+                      "The following (rank|alpha)_pattern keys did not match",
                       r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape"):
             warnings.filterwarnings("ignore", words)
         yield
