@@ -6,6 +6,12 @@ from .rendering import Rendered
 from .template import Template
 from .transcripts import close_turn, header_at_end, opening_in
 
+# Notes on the end of a response: they are true as long as it is not cut.
+SCORED_BEFORE = "before the end of turn is scored as well"
+DOUBLED = "a second end of the turn is left out"
+ADDED = "added the end of turn"
+OF_ENDS = (SCORED_BEFORE, DOUBLED, ADDED)
+
 
 def close(template: Template, side: str, found: Rendered, value, notes: list[str]) -> None:
     """Gives the response exactly one end of turn. Raises UserError for one that is empty or holds other turns."""
@@ -24,12 +30,12 @@ def close(template: Template, side: str, found: Rendered, value, notes: list[str
     body = response[last:].removesuffix(end)
     _check_answer(template, body, end)
     if marks := [token for token in template.tokenizer.all_special_tokens if token and body.rstrip().endswith(token)]:
-        notes.append(f"{side}: the special token {marks[0]!r} before the end of turn is scored as well")
+        notes.append(f"{side}: the special token {marks[0]!r} {SCORED_BEFORE}")
     if found.places:
         found.places = (*found.places[:-1], (last, len(response)))
     found.response, found.end = response, end
-    notes += [f"{side}: a second end of the turn is left out"] * dropped
-    notes += [f"{side}: added the end of turn"] * added
+    notes += [f"{side}: {DOUBLED}"] * dropped
+    notes += [f"{side}: {ADDED}"] * added
 
 
 def _check_answer(template: Template, body: str, end: str) -> None:

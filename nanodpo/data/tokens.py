@@ -4,6 +4,7 @@ import collections
 import dataclasses
 
 from ..errors import UserError, one_line
+from .closing import OF_ENDS
 from .example import SIDES, Example
 from .limits import too_long, truncate
 from .prepared import Line, Reading, answers_named, prepare
@@ -115,17 +116,25 @@ def _add(data: DataSet, examples: list[Example], limit: int, args) -> list[tuple
 def _add_notes(data: DataSet, lines: list[Line]) -> None:
     """Counts what was changed or found in the rows that stay."""
     left, rows = {example.row: example.weight for example in data.examples}, {}
+    cut = {(example.row, example.answer_numbers): example.cut for example in data.examples if any(example.cut)}
     for line in lines:
         if line.row in left:
             rows.setdefault(line.row, []).append(line)
     for own in rows.values():  # a set: both sides, and all pairs, may say the same of one row
-        data.notes.update({note for line in own for note in line.notes})
+        data.notes.update({note for line in own for note in _true_notes(line, cut)})
     for what, count in (("weight 0, which counts nothing in the loss", sum(not w for w in left.values())),
                         ("a weight other than 0 and 1", sum(w not in (0, 1) for w in left.values()))):
         if count:
             data.notes[what] = count
     if duplicates := len(rows) - len({tuple(line.content for line in own) for own in rows.values()}):
         data.notes["repeats an earlier row"] = duplicates
+
+
+def _true_notes(line: Line, cut: dict[tuple, tuple[bool, bool]]) -> list[str]:
+    """The notes of a pair, without those on an end that was cut off. `cut`: Example.cut of all pairs that were cut, by
+    row and numbers of answers."""
+    gone = dict(zip(SIDES, cut.get((line.row, tuple(line.answer_numbers)), ())))
+    return [note for note in line.notes if not (note.endswith(OF_ENDS) and gone.get(note.partition(":")[0]))]
 
 
 def _check_repeated(path: str, lines: list[Line]) -> None:

@@ -175,7 +175,9 @@ def test_truncation_cuts_each_side_by_its_own_length_and_closes_nothing(tmp_path
         Example(3, [*b"2?"], [*b"a", 258], [*b"b", 258], (False, False))]
     assert [(d["row"], d["reason"]) for d in data.dropped] == [
         (2, "9 tokens (prompt 2, chosen 7), over --max_length 5; cut, both responses would be equal")]
-    assert data.notes["only chosen cut to fit 5 tokens"] == data.notes["only rejected cut to fit 5 tokens"] == 1
+    assert data.notes == {
+        "only chosen cut to fit 5 tokens": 1, "only rejected cut to fit 5 tokens": 1,
+        "chosen: added the end of turn": 2, "rejected: added the end of turn": 2}  # of those that still have it
     assert [(line["row"], line["cut"]) for line in data.cut_rows()] == [(0, ["chosen"]), (1, ["rejected"])]
     assert load(tmp_path, tiny.plain(), ROWS).cut_rows() == []
 
