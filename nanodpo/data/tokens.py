@@ -213,7 +213,8 @@ def _handle_overlong(data: DataSet, overlong: list[tuple[Example, str]], limit: 
             _drop(data, example.row, f"{reason}; {cut}" if cut else reason)
             continue
         data.examples.append(cut)
-        sides = "both responses" if all(cut.cut) else f"only {'chosen' if cut.cut[0] else 'rejected'}"
+        side = SIDES[cut.cut.index(True)]
+        sides = "both responses" if all(cut.cut) else side if cut.rejected is None else f"only {side}"
         shortened.add((example.row, f"{sides} cut to fit {limit} tokens"))
     data.notes.update(note for _, note in shortened)
     data.examples.sort(key=lambda example: (example.row, example.answer_numbers))

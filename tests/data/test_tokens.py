@@ -180,6 +180,9 @@ def test_truncation_cuts_each_side_by_its_own_length_and_closes_nothing(tmp_path
         "chosen: added the end of turn": 2, "rejected: added the end of turn": 2}  # of those that still have it
     assert [(line["row"], line["cut"]) for line in data.cut_rows()] == [(0, ["chosen"]), (1, ["rejected"])]
     assert load(tmp_path, tiny.plain(), ROWS).cut_rows() == []
+    alone = [{"prompt": "2?", "completion": "four"}]
+    data = load(tmp_path, tiny.plain(), alone, limit=5, pairs=False, overlong="truncate", loss="sft")
+    assert data.notes == {"chosen cut to fit 5 tokens": 1}, "there is no other side"
 
 
 def test_a_prompt_that_fills_the_limit_is_the_reason_why_its_row_is_dropped(tmp_path):
