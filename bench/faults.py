@@ -218,10 +218,12 @@ def send(pids: list[int], number: signal.Signals) -> None:
 
 def damage(config: dict, draw: random.Random) -> None:
     """Flips a bit of a file that a run can do without, or knows to name, or leaves half a line in metrics.jsonl."""
+    from nanodpo.folder.atomic import BESIDE  # a checkpoint's card and log, which anybody may change
+
     run, cache = config["folder"] / "killed", config["folder"] / "killed-cache"
     states = sorted(run.glob("resume/step-*"), key=lambda state: int(state.name.removeprefix("step-")))
     files = [file for place in (*run.glob("checkpoint-*"), *states[1:][-1:], cache) for file in place.glob("*")
-             if file.is_file() and file not in config["damaged"]]
+             if file.is_file() and file not in config["damaged"] and file.name not in BESIDE]
     if not files or draw.random() < 0.15:
         with (run / "metrics.jsonl").open("a") as out:
             out.write('{"step": 3, "lo')
