@@ -16,6 +16,7 @@ from faulty import small_files
 from test_resume import FAULTY, TRAIN, assert_same, flags, whole  # noqa: F401 (a fixture)
 from transformers.utils.logging import disable_progress_bar
 
+from nanodpo.data.schedule import epoch_order
 from nanodpo.errors import RunStopped, UserError, run_script
 from nanodpo.folder import checkpoint, record, resume, state
 from nanodpo.folder.atomic import read_manifest
@@ -202,6 +203,17 @@ def test_the_disk_a_run_needs():
     assert memory.disk_needed(model, args, None, 10)["states to resume from"] == 6 * 1200
 
 
+def test_what_a_run_has_written_it_does_not_need_again(tmp_path, monkeypatch):
+    """600 bytes are there, of it and of its checkpoint, and 1,000 are free: 1,600 fit, and one more does not."""
+    (tmp_path / "checkpoint-1").mkdir()
+    for file, size in ((tmp_path / "run.json", 200), (tmp_path / "checkpoint-1" / "model.safetensors", 400)):
+        file.write_bytes(bytes(size))
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    memory.check_disk(tmp_path, {"checkpoints": 1500, "the log": 100})
+    with pytest.raises(UserError, match="the run needs"):
+        memory.check_disk(tmp_path, {"checkpoints": 1501, "the log": 100})
+
+
 def test_what_waits_beside_the_activations():
     """By hand: 4 bytes of gradient and 8 of moments for each of 100 trained weights, and a trained head's 30 twice.
     Where a GPU multiplies in bfloat16, 2 for a copy of each weight, but under ZeRO-3."""
@@ -273,7 +285,9 @@ def test_a_dry_run_writes_nothing(tiny, tmp_path):
     """The longest pair first; memory, time and disk. Nor where the run is finished."""
     codes, said = forked(TRAIN, *flags(tiny, tmp_path / "run", "--dry_run"), ranks=2)
     assert codes == [0, 0], said
-    assert "dry run on row" in said and "peak memory by rank: " in said and "disk: checkpoints " in said
+    rows = [sum(map(len, row.values())) for row in map(json.loads, (tiny / "train.jsonl").read_text().splitlines())]
+    longest = max({*range(11)} - {*epoch_order(11, 42, -1)[:3]}, key=rows.__getitem__)  # a token a letter
+    assert f"dry run on row {longest} (" in said and "peak memory by rank: " in said and "disk: checkpoints " in said
     assert not (tmp_path / "run").exists() and not (tmp_path / "run-cache").exists()
     assert forked(TRAIN, *flags(tiny, tmp_path / "done", "--max_steps", "1"))[0] == [0]
     there = sorted((tmp_path / "done").rglob("*"))

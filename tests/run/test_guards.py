@@ -14,6 +14,7 @@ from nanodpo.core.losses import LOSSES, pair_losses
 from nanodpo.errors import Preempted, RunStopped
 from nanodpo.ranks import distributed
 from nanodpo.run.guards import StepGuard, check_start, guarded, nonfinite
+from nanodpo.run.memory import describe
 from nanodpo.run.signals import Stop
 
 EXAMPLES = [SimpleNamespace(row=10 + i, prompt=[0] * 3, chosen=[0] * 4, rejected=[0] * 5) for i in range(10)]
@@ -58,6 +59,7 @@ def test_pairs_that_went_wrong_are_remembered_by_side():
     assert guard.why_left_out({"loss": math.inf, "x": 1.0}, math.nan, [7]).startswith("loss not finite; row 17 (prompt")
     words = "the gradient is not finite (norm nan); row 12 (prompt 3, chosen 4, rejected 5 tokens)"
     assert guard.why_left_out({"loss": 0.5}, math.nan, [2]) == words
+    assert guard.why_left_out({"loss": 0.5}, 1.0, [2]) == f"DeepSpeed skipped the update; {words.partition('; ')[2]}"
     fine = StepGuard(guard.examples, guard.stop)  # a metric that is not finite where log-probs and losses are
     assert fine.why_left_out({"weights/chosen": math.nan}, math.nan, [2]) == (
         f"weights/chosen not finite; {words.partition('; ')[2]}")
@@ -67,6 +69,13 @@ def test_the_loss_of_sft_data_is_not_called_rejected():
     guard = StepGuard(EXAMPLES, Stop())
     guard.nan_where_nonfinite([7, 8], torch.tensor([[-1.0], [-2.0]]), torch.tensor([0.5, math.inf]))
     assert guard.nonfinite_rows() == "row 18 (prompt 3, chosen 4, rejected 5 tokens) in loss"
+
+
+def test_of_many_rows_the_first_16_are_named():
+    rows = [SimpleNamespace(row=i, prompt=[0] * 3, chosen=[0] * 4, rejected=None) for i in range(19)]
+    assert describe(rows[:2]) == "row 0 (prompt 3, chosen 4 tokens), row 1 (prompt 3, chosen 4 tokens)"
+    assert describe(rows[:16]).endswith(", row 15 (prompt 3, chosen 4 tokens)")
+    assert describe(rows) == f"{describe(rows[:16])} and 3 more"
 
 
 def test_one_pair_that_is_not_finite_makes_the_whole_gradient_nan_and_finite_ones_change_no_bit():

@@ -433,12 +433,14 @@ def test_the_engine_is_gone_when_the_adapter_is_merged(stage, tiny, tmp_path):
 
 
 def test_flags_without_effect_are_named(tiny, tmp_path):
-    """Those of LoRA without LoRA, epochs where the number of steps is given, and what keeps states where none is saved.
-    """
+    """Those of LoRA without LoRA, epochs where the number of steps is given, what keeps states where none is saved, and
+    more steps than there are: after one of four steps of warm-up the rate is a quarter."""
     said = launch(ROOT / "train.py", "--model_name", tiny / "model", "--train_file_path", tiny / "train.jsonl",
                   "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--draw", "false", "--max_steps",
                   "1", "--use_lora", "false", "--lora_alpha", "99", "--num_train_epochs", "3", "--keep_states",
-                  launcher="fork").stdout
+                  "--warmup_steps", "4", "--eval_size", "1", "--eval_steps", "2", launcher="fork").stdout
+    assert "--warmup_steps 4: more than the run has; it ends at 25% of --learning_rate\n" in said
+    assert "--eval_steps 2: more than the " in said
     assert "no effect without LoRA: --lora_alpha 99\n" in said
     assert "--keep_states: no effect without --save_steps or --resume_steps, which save states\n" in said
     assert "--num_train_epochs 3: no effect beside --max_steps 1\n" in said
