@@ -298,6 +298,20 @@ def test_a_run_of_another_version_is_said_to_be_one():
                                       f"null -> false); {advice}")
 
 
+def test_a_finished_run_is_not_made_longer():
+    """Each of its steps would have had another learning rate. How to train further is said, where nothing else differs.
+    """
+    def made(steps, **more):
+        return {"world_size": 1, "steps": steps, "arguments": elastic.DEFAULTS | {"max_steps": steps} | more}
+
+    old, longer = made(3) | {"finished": True}, "in a longer run each step has another learning rate"
+    for was, now, said in ((old, made(5), True), (made(3), made(5), False), (old, made(5, beta=0.5), False)):
+        with pytest.raises(UserError, match="steps: 3 -> 5") as refused:
+            same_run.check_same(Path("a run"), was, now)
+        assert (longer in str(refused.value)) == said
+        assert ("in a new --output_dir: --model_name 'a run/checkpoint-3' (for DPO" in str(refused.value)) == said
+
+
 def test_changed_files_are_to_be_put_back_whatever_the_version():
     """Where the data's hash is another one, the file may have changed, or another version reads it otherwise."""
     def made(commit, data):
@@ -318,6 +332,9 @@ def test_another_version_may_change_more_than_the_last_bits():
     for changed, words in (({"versions": {"torch": "2"}}, "the last bits may differ: versions.torch: 1 -> 2"),
                            ({"git_commit": "def"}, f"{version}: git_commit: abc -> def"), ({}, "")):
         assert same_run.changed_machine(old, old | changed) == words
+    for device, words in (("a GPU", "the last bits may differ: --deterministic: false -> true"), ("cpu", "")):
+        new = old | {"device": device, "arguments": {"deterministic": True}}
+        assert same_run.changed_machine(old | {"device": device}, new) == words
 
 
 def test_the_same_steps_are_the_same_run():

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -17,6 +18,7 @@ from nanodpo.errors import UserError
 from nanodpo.flags.arguments import parse
 from nanodpo.folder import card, fork, record, same_run
 from nanodpo.folder.resume import folder_of
+from nanodpo.run import passes
 
 TRAIN, FAULTY = ROOT / "train.py", ROOT / "tests" / "faulty.py"
 MORE = ("--max_steps", "4", "--save_steps", "1", "--eval_steps", "2", "--keep_states")  # after those of test_resume
@@ -387,6 +389,42 @@ def test_a_run_that_keeps_no_states_names_the_flag(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"arguments": {}, "steps": 4, "world_size": 1}))
     with pytest.raises(UserError, match="can be forked at step 0; a run with --keep_states and --resume_steps or"):
         fork.find(f"{tmp_path}@2", None)
+    for step in range(1, 24):  # of many states some are named
+        folder_of(tmp_path, step).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"step 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 \.\.\. 19, 20, 21, 22, 23$"):
+        fork.find(f"{tmp_path}@24", None)
+
+
+def test_a_fork_knows_its_source_by_another_name(tmp_path):
+    """On another machine, or where it is gone; another run is not taken for it, nor another step."""
+    made = {"arguments": {}, "steps": 4, "world_size": 1}
+    entry = {"run": "/old/run", "step": 2, "fingerprint": same_run.fingerprint(made), "changed": {}, "of": None}
+    for name, facts in (("run", made), ("other", made | {"steps": 5}), ("fork", made | {"fork": entry})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(facts))
+    for source in ("/old/run", tmp_path / "run"):
+        found = fork.find(f"{source}@2", tmp_path / "fork")
+        assert (str(found.run), found.step, found.source) == (str(source), 2, None)
+    for source in ("/old/run@3", tmp_path / "run@3", tmp_path / "other@2", tmp_path / "gone@2"):
+        with pytest.raises(UserError, match="fork: holds another run; name a new folder"):
+            fork.find(str(source), tmp_path / "fork")
+
+
+def test_a_fork_visits_every_row_in_its_first_whole_epoch(capsys):
+    """It begins with the last of the six steps of an epoch of 11 rows: the next epoch has all of them, in its last step
+    the one that these two leave."""
+    def run(row, steps):
+        return SimpleNamespace(without_rows=frozenset([row]), steps=steps, steps_per_epoch=6, pairs_per_step=2,
+                               facts={"fork": {"step": 5, "changed": {"--without_rows": [None, str(row)]}}},
+                               train_set=SimpleNamespace(examples=[SimpleNamespace(row=i) for i in range(11)]),
+                               args=SimpleNamespace(seed=42), row_starts=None)
+
+    seen = [row for step in range(5, 12) for row in pairs_of_step(11, 2, 42, step)]
+    for row in range(11):
+        passes.say_unvisited(run(row, 100))
+    assert capsys.readouterr().out == "" and {*seen} == {*range(11)} != {*seen[:-1]}
+    passes.say_unvisited(run(seen[-1], 11))
+    assert f"row {seen[-1]}: not among those that steps 5 to 10 of this run visit" in capsys.readouterr().out
 
 
 def test_links_where_there_are_links_and_copies_of_what_people_edit(copied, tmp_path, monkeypatch):
