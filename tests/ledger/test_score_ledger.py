@@ -52,6 +52,7 @@ def test_shares_add_up_to_what_the_scores_say(run, tiny, tmp_path, capsys):
         assert here["share"].sum() == pytest.approx(end - start, rel=0.01, abs=1e-5)
         assert f"{record['change']:+.{decimals(record['change'])}f} nats a token" in said
         assert abs(record["residual"]) < 0.01 and record["updates_rebuilt"]["largest"] < 1e-4
+    assert float(re.search(r"gradient norms within (\S+) of those in metrics.jsonl", said)[1]) < 1e-4
     assert {*table["side"]} == {"chosen", "rejected", "weight_decay"}
     assert {*table["step"]} == {0, 1, 2, 3, 4}
     assert len(table[(table["step"] == 0) & (table["response"] == "chosen") & table["row"].isna()]) == 2 * 4 + 1
@@ -115,9 +116,9 @@ def test_a_mean_of_one_row_is_no_row_by_itself(run, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--loss", "simpo", "--beta", "2", "--sft_weight", "0.3"], ["--loss", "sft"], ["--use_lora", "false"],
-    ["--loss", "ipo", "--bf16"]], ids=["no reference", "sft", "full", "bf16"])
+    ["--loss", "ipo", "--bf16", "--reference", "untied"]], ids=["no reference", "sft", "full", "bf16, a reference"])
 def test_every_kind_of_run_has_a_ledger(tiny, tmp_path, flags):
-    run = train(tiny, tmp_path / "run", "--learning_rate", "1e-3", *flags)
+    run = train(tiny, tmp_path / "run", "--learning_rate", "1e-3", *(tiny / f if f == "untied" else f for f in flags))
     table, records = ledger(run, tmp_path / "out", "--ledger", "3", "--responses", "chosen")
     (record,) = records
     assert abs(record["residual"]) < 0.01 and abs(record["change"]) > 1e-4
@@ -268,6 +269,15 @@ def test_a_run_whose_steps_were_all_left_out_has_none(run, tmp_path):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     log.write_text("".join(json.dumps(line | {"skipped_steps": line["step"] + 1}) + "\n" for line in lines))
     with pytest.raises(UserError, match="--ledger: no step of .* made an update, so nothing has changed"):
+        score.main([str(tmp_path / "run"), "--ledger", "2", "--output_dir", str(tmp_path / "out")])
+
+
+def test_gradients_of_dropout_can_not_be_made_again(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    record["arguments"] |= {"lora_dropout": 0.1, "allow_dropout": True}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="run was trained with dropout, whose gradients can't be made again"):
         score.main([str(tmp_path / "run"), "--ledger", "2", "--output_dir", str(tmp_path / "out")])
 
 
