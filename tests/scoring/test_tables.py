@@ -1,5 +1,6 @@
 """The tables of a scoring: how much memory they take while they are made, and what they are made of."""
 
+import math
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,8 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pandas
 import pyarrow
+import pytest
 
 from nanodpo.data.example import SIDES
+from nanodpo.errors import UserError
 from nanodpo.scoring import tables, verdict
 from nanodpo.scoring.measures import MEASURES
 from nanodpo.scoring.parts import Parts
@@ -71,6 +74,19 @@ def test_further_checkpoints_take_little_memory(tmp_path):
         made(tmp_path, work[:few], parts)  # what is imported at first use
         less, more = (made(tmp_path, work[:count], parts) for count in (few, many))
     assert (more - less) / rows / (many - few) < BYTES
+
+
+def test_weights_of_which_no_log_prob_is_finite_are_refused(tmp_path):
+    """Before anything of them is kept. One row that failed is no reason."""
+    with Parts(tmp_path / "parts") as parts:
+        (item,) = kept(parts, 2, 1)
+        new, there = Result("scores", SIDES, {0: 0, 1: 1}, "new", "new"), {*parts.index}
+        lines = [{"row": row, "response": side, "logps": math.nan} for row in range(2) for side in SIDES]
+        with pytest.raises(UserError, match="runs/run/checkpoint-0: no log-prob of test is finite: the weights are"):
+            tables.keep(parts, item, [([new], i, {"scores": lines}) for i in range(2)])
+        assert {*parts.index} == there
+        tables.keep(parts, item, [([new], 0, {"scores": [lines[0], lines[1] | {"logps": -1.0}]})])
+        assert {*parts.index} == there | {"new"}
 
 
 def test_sections_are_means_over_the_rows_of_each_checkpoint(tmp_path):
