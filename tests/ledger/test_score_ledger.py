@@ -272,6 +272,15 @@ def test_a_run_whose_steps_were_all_left_out_has_none(run, tmp_path):
         score.main([str(tmp_path / "run"), "--ledger", "2", "--output_dir", str(tmp_path / "out")])
 
 
+def test_the_steps_without_an_update_are_those_where_their_number_grows(tmp_path):
+    """Two of five; an evaluation is no step, and has no such number."""
+    lines = [{"step": 0, "grad_norm": 0.5}, {"step": 1, "skipped_steps": 1}, {"step": 2, "eval_loss": 0.7},
+             {"step": 2, "grad_norm": 2.5, "skipped_steps": 1}, {"step": 3, "skipped_steps": 2},
+             {"step": 4, "grad_norm": 4.5, "skipped_steps": 2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert history.read_steps(tmp_path) == ({1, 3}, {0: 0.5, 2: 2.5, 4: 4.5})
+
+
 def test_gradients_of_dropout_can_not_be_made_again(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     record = json.loads((run / "run.json").read_text())

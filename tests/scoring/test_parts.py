@@ -232,6 +232,24 @@ def test_a_response_is_compared_with_the_start_that_was_scored_likewise():
         assert [found[0, side] for side in unit] == [unit] * len(unit)
 
 
+def test_a_result_is_kept_under_all_that_could_change_it():
+    """Of scores, tokens and risers two models, two starts and two contents are eight results, and of gradients, which
+    have no start, four. An answer is another one where its kind, model, prompt, end or one of its limits is."""
+    data = SimpleNamespace(rows_with=lambda unit: ({}, unit))
+    kinds, units = ("scores", "tokens", "risers", "gradients"), (SIDES, ("other",))
+    keys = [plan.response_result(kind, model, start, data, unit).key for kind in kinds for model in "mn"
+            for start in "st" for unit in units]
+    assert len({*keys}) == 3 * 8 + 4
+
+    def answer(kind="answers", model="m", **other):
+        data = SimpleNamespace(**{"prompts_hash": "p", "limit": 9, "ends": [1], "answer_limit": 5} | other)
+        parts = SimpleNamespace(rows=lambda key: set())
+        return plan.answer_result(kind, SimpleNamespace(key=model), data, {}, parts, True).key
+
+    others = {"prompts_hash": "q", "limit": 8, "ends": [2], "answer_limit": 6, "kind": "greedy", "model": "n"}
+    assert len({answer(), *(answer(**{name: value}) for name, value in others.items())}) == 7
+
+
 def test_a_rank_reads_the_plausible_tokens_of_its_own_rows(run, tmp_path, monkeypatch):
     """Those of others it would hold for nothing. A part that has none of its rows is not even opened."""
     monkeypatch.setattr(score, "AT_ONCE", 1)
