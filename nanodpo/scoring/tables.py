@@ -98,7 +98,6 @@ def table_of(work: Work, parts: Parts, name: str) -> pandas.DataFrame:
         products = _concat([parts.read(result.key, "gradients") for result in work.of_kind("gradients")])
         table = table.merge(products, on="row", how="left") if len(products) else table
     if name in BY_POSITION and len(table):
-        table = table.drop(columns="token", errors="ignore")  # parts of an earlier version have texts of tokens
         texts = table["id"].map(work.data.spaced_texts(table["id"].unique().tolist()))
         table.insert(list(table).index("id") + 1, "token", texts)
     return _labelled(_ordered(table, work), work)
