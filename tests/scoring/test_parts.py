@@ -250,6 +250,16 @@ def test_a_result_is_kept_under_all_that_could_change_it():
     assert len({answer(), *(answer(**{name: value}) for name, value in others.items())}) == 7
 
 
+@pytest.mark.parametrize("asked, done, missing", [([], {0, 1}, set()), ([], {0}, None), (["greedy"], {0}, {1})])
+def test_greedy_answers_that_nobody_asks_for_are_taken_where_all_are_there(asked, done, missing):
+    """Those that a stopped call left in part are not finished for a call that is about others."""
+    examples = [SimpleNamespace(row=row) for row in (0, 1)]
+    data = SimpleNamespace(asked=asked, examples=examples, prompts_hash="p", limit=9, ends=[1], answer_limit=5)
+    parts = SimpleNamespace(rows=lambda key: done, newest=lambda family: "key")
+    found = plan.greedy_result(SimpleNamespace(key="m"), data, parts)
+    assert (found and found.missing) == missing and (found is None) == (missing is None)
+
+
 def test_a_rank_reads_the_plausible_tokens_of_its_own_rows(run, tmp_path, monkeypatch):
     """Those of others it would hold for nothing. A part that has none of its rows is not even opened."""
     monkeypatch.setattr(score, "AT_ONCE", 1)

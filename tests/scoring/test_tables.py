@@ -76,6 +76,18 @@ def test_further_checkpoints_take_little_memory(tmp_path):
     assert (more - less) / rows / (many - few) < BYTES
 
 
+def test_what_a_folder_holds_is_named(tmp_path):
+    """Each step of each run, data set and response once, and the other tables; so that what goes can be said."""
+    assert tables.contents(tmp_path) == []
+    (tmp_path / "risers.parquet").touch(), (tmp_path / "answers.parquet").touch()
+    assert tables.contents(tmp_path) == ["risers.parquet", "answers.parquet"]
+    pandas.DataFrame([{"run": run, "step": step, "dataset": "d", "response": side, "row": row}
+                      for run, step in (("a", 0), ("a", 4), ("b", 0)) for side in SIDES for row in range(2)]
+                     ).to_parquet(tmp_path / "scores.parquet")
+    assert tables.contents(tmp_path) == ["a step 0", "a step 4", "b step 0", "data set d", "response chosen",
+                                         "response rejected", "risers.parquet", "answers.parquet"]
+
+
 def test_weights_of_which_no_log_prob_is_finite_are_refused(tmp_path):
     """Before anything of them is kept. One row that failed is no reason."""
     with Parts(tmp_path / "parts") as parts:
