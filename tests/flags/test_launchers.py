@@ -154,15 +154,29 @@ def test_auto_in_a_deepspeed_file_means_the_flags(capsys):
     plain = engine_config({"zero_optimization": {"stage": 2}}, "ds.json", args)
     assert engine_config(AUTO, "ds.json", args) == plain
     assert capsys.readouterr().out == ""
-    same = {"optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.999], "weight_decay": 0.1}},
-            "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": "auto"}}}
-    assert engine_config(AUTO | same, "ds.json", args) == plain
-    assert capsys.readouterr().out == ("ds.json: scheduler WarmupLR is constant; this run is cosine, which "
-                                       "--lr_scheduler_type decides\n")
+    same = {"optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8,
+                                                        "weight_decay": 0.1}}}
+    for name, meant in (("WarmupLR", "constant"), ("WarmupDecayLR", "linear")):
+        scheduler = {"type": name, "params": {"warmup_min_lr": 0, "warmup_max_lr": "auto", "total_num_steps": "auto"}}
+        assert engine_config(AUTO | same | {"scheduler": scheduler}, "ds.json", args) == plain
+        assert capsys.readouterr().out == (f"ds.json: scheduler {name} is {meant}; this run is cosine, which "
+                                           "--lr_scheduler_type decides\n")
+
+
+def test_the_batch_of_a_deepspeed_file_is_that_of_a_step(monkeypatch):
+    """Four ranks, of which two share each of the batches of 2 pairs, three times a step: 12 pairs."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    args = arguments(per_device_train_batch_size=2, gradient_accumulation_steps=3, sequence_parallel_size=2)
+    assert "train_batch_size" not in engine_config({"train_batch_size": 12}, "ds.json", args)
+    for wrong in (2, 4, 6, 8, 24):
+        with pytest.raises(UserError, match="sets train_batch_size, which train.py owns"):
+            engine_config({"train_batch_size": wrong}, "ds.json", args)
 
 
 @pytest.mark.parametrize("block", [
-    {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, {"optimizer": {"type": "Lamb", "params": {"lr": "auto"}}},
+    {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+    {"optimizer": {"type": "AdamW", "params": {"eps": 1e-6}}},
+    {"optimizer": {"type": "Lamb", "params": {"lr": "auto"}}},
     {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "freeze_step": 4}}}, {"optimizer": []},
     {"optimizer": {"type": "AdamW", "params": [1]}}, {"optimizer": {"type": "AdamW", "legacy_fusion": True}},
     {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}, {"scheduler": {"type": ["WarmupLR"]}},

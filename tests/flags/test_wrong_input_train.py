@@ -600,8 +600,9 @@ FLAGS += [(f"DeepSpeed: {text[:80]!r}", written("ds.json", text), ["--deepspeed=
         ("train_micro_batch_size_per_gpu", 2), ("train_batch_size", 16), ("gradient_accumulation_steps", 4)]),
     ('{"gradient_predivide_factor": 4}', "sets gradient_predivide_factor, which train.py does not support"),
     *((json.dumps({"zero_optimization": {"stage": 2, name: value}}), f"sets zero_optimization.{name}, which train.py "
-       "does not support; remove it") for name, value in [("legacy_stage1", True), ("zenflow", {"topk_ratio": 0.1}),
-                                                 ("zero_quantized_weights", True), ("zero_quantized_gradients", True)]),
+       "does not support; remove it") for name, value in [
+        ("legacy_stage1", True), ("zenflow", {"topk_ratio": 0.1}), ("zero_quantized_weights", True),
+        ("zero_quantized_nontrainable_weights", True), ("zero_quantized_gradients", True)]),
     ('{"checkpoint": {"tag_validation": "x"}}', "invalid tag_validation value of X"),
     ('{"amp": {}}', "AMP integration has been removed"),
     ('{"compile": {"a": []}}', "a: Extra inputs"), ('{"sparse_gradients": true}', "Sparse compression"),
