@@ -158,10 +158,14 @@ def home(path: str | Path) -> Path:
 
 
 def find_folders(args: argparse.Namespace, given: list[str]) -> dict[str, Path]:
-    """The given runs that are folders: without a table to look a name up in, all."""
+    """The given runs that are folders: without a table to look a name up in, all. Raises UserError for a file."""
     paths = {run: home(run) for run in given}
-    return {run: path for run, path in paths.items()
-            if not (args.scores or (args.series and args.three_panel)) or os.path.exists(path / "metrics.jsonl")}
+    found = {run: path for run, path in paths.items()
+             if not (args.scores or (args.series and args.three_panel)) or os.path.exists(path / "metrics.jsonl")}
+    if file := next(filter(os.path.isfile, found.values()), None):
+        raise UserError(f"{file}: is a file, and no run's folder; a table of score.py belongs to --scores, a csv to "
+                        "--series")
+    return found
 
 
 def find_scores(args: argparse.Namespace, folders: list[Path]) -> list[Path]:

@@ -176,12 +176,13 @@ FLAGS = [(" ".join(flags)[:60], nothing_changed, [*RUN, *flags], [words]) for fl
     (["--mixed=run"], "--mixed: is for --three_panel"),
     (["--strip=7", "--test=nope"], "no data set called nope in what was read; there is d"),
     (["--nope"], "unknown argument --nope"),
+    (["@/run/scores.parquet"], "@/run/scores.parquet: is a file, and no run's folder; a table of score.py belongs"),
     (["@/none"], "@/none/metrics.jsonl: No such file"), (["x" * 5000], "File name too long"),
     *((flags, "File name too long") for flags in (
         ["--series=@/" + "x" * 300], ["--phases", "@/run", "x" * 300], ["--phases", "x" * 300, "@/run"])),
     (["--style=" + "x" * 300], "neither a style of matplotlib nor a file with one"),
     (["@"], "@/metrics.jsonl: No"),
-    (["@/s.csv"], "@/s.csv/metrics.jsonl: Not a directory"),
+    (["@/s.csv"], "@/s.csv: is a file, and no run's folder; a table of score.py belongs to --scores, a csv to --ser"),
     (["~nobody-at-all"], "~nobody-at-all/metrics.jsonl: No such"),
     (["@/run", "--output_dir=~nobody-at-all/o"], "--output_dir ~nobody-at-all/o: there is no home folder"),
 ]]
