@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 import matplotlib.style
@@ -93,16 +94,13 @@ def house_style(sheet: str | None = None, serif: bool = False, usetex: bool = Fa
         said = "--usetex" if usetex else f"text.usetex of {' or '.join(filter(None, places))}"
         if missing := " and ".join(name for name in ("latex", "dvipng") if not shutil.which(name)):
             raise UserError(f"{said}: needs {missing}, not found here; --serif looks like LaTeX without it")
-        own = getattr(PdfFile, "_get_subset_prefix", None)  # private; for Type 1 fonts it hashes an address
+        own = "_get_subset_prefix"  # private; for Type 1 fonts it hashes an address
         try:
-            if own:
-                PdfFile._get_subset_prefix = staticmethod(subset_prefix)
-            yield
+            with (mock.patch.object(PdfFile, own, staticmethod(subset_prefix)) if hasattr(PdfFile, own)
+                  else contextlib.nullcontext()):
+                yield
         except RuntimeError as error:  # what matplotlib raises where latex fails
             raise UserError(f"{said}: latex can't set this figure: {first_line(error)}") from error
-        finally:
-            if own:
-                PdfFile._get_subset_prefix = staticmethod(own)
 
 
 def save(drawn: dict, folder: Path, columns: int) -> list[Path]:

@@ -13,6 +13,7 @@ import os
 import sys
 import uuid
 from pathlib import Path
+from unittest import mock
 
 from ..errors import RankStopped, UserError, first_line
 from ..folder.atomic import aside, check_writable
@@ -210,8 +211,5 @@ def _told_to_wandb(on: bool, **values):
     variables = {"id": "WANDB_RUN_ID"}
     told = {name: value for name, value in values.items()
             if variables.get(name, f"WANDB_{name.upper()}") not in os.environ}
-    init, wandb.init = wandb.init, functools.partial(wandb.init, **told)
-    try:
+    with mock.patch.object(wandb, "init", functools.partial(wandb.init, **told)):
         yield
-    finally:
-        wandb.init = init
