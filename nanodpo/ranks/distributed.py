@@ -179,18 +179,16 @@ def process_restored():
     """Leaves a process that no launcher started as it was before, so that another run can be made in it."""
     if "deepspeed" in sys.modules and not errors.as_script:
         gc.collect()  # an earlier run's model and engine; a script's process has none
-    before, linear = {name: os.environ.get(name) for name in NAMES}, torch.nn.functional.linear
+    before, linear = {name: os.environ[name] for name in NAMES if name in os.environ}, torch.nn.functional.linear
     try:
         with gpu.rounding_restored():
             yield
     finally:
-        if before["RANK"] is None and os.environ.get("WORLD_SIZE", "1") == "1":
+        if "RANK" not in before and os.environ.get("WORLD_SIZE", "1") == "1":
             leave()
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+            for name in NAMES:
+                os.environ.pop(name, None)
+            os.environ.update(before)
             torch.nn.functional.linear = linear  # ZeRO-3 puts one of its own there for good
 
 
