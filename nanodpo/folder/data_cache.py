@@ -29,7 +29,7 @@ from ..data.template import Template
 from ..errors import UserError, first_line
 from ..files import check_regular
 from ..ranks.distributed import say
-from .atomic import aside, clear, clear_abandoned, new_file, open_lock, tensors_hash
+from .atomic import aside, clear, clear_abandoned, file_facts, new_file, open_lock, tensors_hash
 
 SMALL = 2**20  # bytes of files that are prepared in less time than it takes to look after a cache
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
@@ -91,7 +91,7 @@ def fingerprint(files: list[tuple], template: Template, how: Reading) -> str:
     own = [*sorted((Path(__file__).parent.parent / "data").glob("*.py")), Path(__file__)]
     facts = [files, how._asdict(), template.header, template.end, str(template.date), template.options,
              str(template.tokenizer.chat_template), _tokenizer_files(template.tokenizer),
-             [(file.name, _hash(file)) for file in own], platform.python_version(),
+             [(file.name, file_facts(file)["sha256"]) for file in own], platform.python_version(),
              [importlib.metadata.version(name) for name in LIBRARIES]]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
@@ -101,11 +101,7 @@ def _tokenizer_files(tokenizer) -> list[tuple[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = [*sorted(Path(folder).rglob("*")), Path(inspect.getfile(type(tokenizer)))]
-        return [(file.name, _hash(file)) for file in files if file.is_file()]
-
-
-def _hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+        return [(file.name, file_facts(file)["sha256"]) for file in files if file.is_file()]
 
 
 @contextlib.contextmanager

@@ -190,7 +190,7 @@ def test_other_contents_libraries_and_programs_have_entries_of_their_own(tmp_pat
     monkeypatch.setattr(data_cache.importlib.metadata, "version", lambda name: version(name) + "1" * (name == "jinja2"))
     found.append(of(path))
     monkeypatch.undo()
-    monkeypatch.setattr(data_cache, "_hash", lambda file: "another")
+    monkeypatch.setattr(data_cache, "file_facts", lambda file: {"sha256": "another"})
     found.append(of(path))
     assert len({*found}) == len(found)
 
