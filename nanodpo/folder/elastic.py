@@ -29,12 +29,9 @@ def pairs_per_step(record: dict) -> int:
 
 
 def _micro_batches(record: dict) -> int:
-    return arguments_of(record)["gradient_accumulation_steps"] * _groups(record)
-
-
-def _groups(record: dict) -> int:
-    """The number of ranks, where those that share a batch count as one."""
-    return record["world_size"] // arguments_of(record)["sequence_parallel_size"]
+    """Those of a step, on all ranks; ranks that share a batch count as one."""
+    given = arguments_of(record)
+    return given["gradient_accumulation_steps"] * (record["world_size"] // given["sequence_parallel_size"])
 
 
 def share_anew(args, old: dict, where, demanded: bool = True) -> None:
