@@ -51,9 +51,9 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     """Bytes by purpose: checkpoints (all that will stay), states to resume from, the merged model."""
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if args.use_lora else list(model.parameters())
-    weights = sum(_numel(p) * p.element_size() for p in saved)
-    whole = sum(numel(p) * (2 if args.bf16 else 4) if is_quantised(p) else _numel(p) * p.element_size()
-                for p in model.parameters())
+    weights = sum(numel(p) * p.element_size() for p in saved)
+    merged = 2 if args.bf16 else 4  # bytes of a number that is held in fewer bits now
+    whole = sum(numel(p) * (merged if is_quantised(p) else p.element_size()) for p in model.parameters())
     extra = len(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else 0
     times = saves(args.save_steps, steps)
     kept = min(times, args.save_total_limit + 1) if args.save_total_limit else times  # one more while it is written
@@ -61,7 +61,7 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     needs = {"checkpoints": (kept + 1) * (weights + extra) + kept * log, "the log": 1000 * steps}  # and checkpoint-0
     # The float32 weights and AdamW's two moments; two states stay and a third is being written, or all of them stay.
     states = max(KEEP + 1, kept_states(args.save_steps, args.resume_steps, steps) if args.keep_states else 0)
-    needs["states to resume from"] = states * 12 * sum(map(_numel, trained))
+    needs["states to resume from"] = states * 12 * sum(map(numel, trained))
     return needs | ({"the merged model": whole + extra} if args.merge_weights else {})
 
 
@@ -116,7 +116,7 @@ def gib(size: float) -> str:
 
 
 def weight_bytes(model) -> int:
-    return sum(_numel(p) * p.element_size() for p in model.parameters())
+    return sum(shape_of(p).numel() * p.element_size() for p in model.parameters())
 
 
 def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: dict[str, int],
@@ -141,7 +141,3 @@ def estimate(engine, device, shards, peaks: list[float], seconds: float, needs: 
     lines.append(f"the longest micro-batch took {seconds:.2f} s, forward, backward and update")
     lines.append("disk: " + ", ".join(f"{name} {gib(size)}" for name, size in needs.items()))
     return "\n".join(lines)
-
-
-def _numel(parameter) -> int:
-    return shape_of(parameter).numel()
