@@ -7,7 +7,7 @@ import json
 
 from ..data.example import Example
 from ..data.limits import longest_allowed
-from ..data.marks import spaced_text, token_text
+from ..data.marks import token_text
 from ..data.template import Template, template_for
 from ..data.tokens import DataSet, load_dataset
 from ..data.transcripts import prompt_leads
@@ -72,10 +72,6 @@ class ResponseSet:
         """A function of token ids: their texts, of a token by itself."""
         text = functools.lru_cache(None)(functools.partial(token_text, self.template.tokenizer))
         return lambda ids: [*map(text, ids)]
-
-    def spaced_texts(self, ids: list[int]) -> dict[int, str]:
-        """{id: its text within a text}, as the tables have it."""
-        return {i: spaced_text(self.template.tokenizer, i) for i in ids}
 
     def add_greedy(self, answers: list[list[int]]) -> None:
         """Puts the first checkpoint's own answer to each example among its responses."""

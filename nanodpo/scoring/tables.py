@@ -47,6 +47,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..data.example import SIDES
+from ..data.marks import spaced_text
 from ..errors import UserError
 from ..folder.atomic import new_file, writing
 from . import risers
@@ -98,8 +99,8 @@ def table_of(work: Work, parts: Parts, name: str) -> pandas.DataFrame:
         products = _concat([parts.read(result.key, "gradients") for result in work.of_kind("gradients")])
         table = table.merge(products, on="row", how="left") if len(products) else table
     if name in BY_POSITION and len(table):
-        texts = table["id"].map(work.data.spaced_texts(table["id"].unique().tolist()))
-        table.insert(list(table).index("id") + 1, "token", texts)
+        texts = {i: spaced_text(work.data.template.tokenizer, i) for i in table["id"].unique().tolist()}
+        table.insert(list(table).index("id") + 1, "token", table["id"].map(texts))
     return _labelled(_ordered(table, work), work)
 
 
