@@ -175,15 +175,13 @@ def check_starts(checkpoints: list[Checkpoint], k: int | None) -> None:
 
 def _tell_apart(found: list[Checkpoint]) -> None:
     """Runs of one name in two folders, seed-1/dpo and seed-2/dpo, take the folder's name into theirs."""
-    homes = {}
-    for checkpoint in found:
-        place = Path(checkpoint.path).resolve()
-        place = place.parent if checkpoint.phase else place
-        homes.setdefault(checkpoint.run, {}).setdefault(place, []).append(checkpoint)
-    for places in (places for places in homes.values() if len(places) > 1):
-        for place, checkpoints in places.items():
-            for checkpoint in checkpoints:
-                checkpoint.run = f"{place.parent.name}/{place.name}"
+    places = [Path(c.path).resolve().parent if c.phase else Path(c.path).resolve() for c in found]
+    homes = collections.defaultdict(set)
+    for checkpoint, place in zip(found, places):
+        homes[checkpoint.run].add(place)
+    for checkpoint, place in zip(found, places):
+        if len(homes[checkpoint.run]) > 1:
+            checkpoint.run = f"{place.parent.name}/{place.name}"
 
 
 def newest_run(folder: Path) -> str:
