@@ -65,20 +65,21 @@ def read_scores(files: list[Path]) -> pandas.DataFrame:
     tables = []
     for file in files:
         table = read_parquet(file, [*KEYS, "tokens", "mean_logps"], more=("problem", *MASS), gaps=("mean_logps", *MASS))
-        table = with_problems(table)
-        refuse(file, table, table.duplicated(KEYS), "is there twice")
+        tables.append(by_row(file, table, KEYS))
         if table["mean_logps"].isna().all():
             raise UserError(f"{file}: every score in it is missing; all its rows failed")
-        tables.append(table)
     runs = [run for table in tables for run in table["run"].unique()]
     if shared := sorted({run for run in runs if runs.count(run) > 1}):
         raise UserError(f"{', '.join(map(str, files))}: more than one has a run called {', '.join(shared)}")
     return pandas.concat(tables, ignore_index=True)
 
 
-def with_problems(table: pandas.DataFrame) -> pandas.DataFrame:
-    """In a table without problems every row is one of its own."""
-    return table if "problem" in table else table.assign(problem=table["row"].astype(str))
+def by_row(file: Path, table: pandas.DataFrame, keys: list[str]) -> pandas.DataFrame:
+    """The table; in one without problems every row is one of its own. Raises UserError for `keys` that two lines have.
+    """
+    table = table if "problem" in table else table.assign(problem=table["row"].astype(str))
+    refuse(file, table, table.duplicated(keys), "is there twice")
+    return table
 
 
 def read_measure(files: list[Path], column: str, response: str) -> pandas.DataFrame:
@@ -95,21 +96,16 @@ def read_measure(files: list[Path], column: str, response: str) -> pandas.DataFr
         if response and response not in set(table["response"]):
             raise UserError(f"{file}: no response {response}; it has {listed(table['response'].unique())}")
         table = table[table["response"] == response].drop(columns="response") if response else table
-        table = with_problems(table)
-        refuse(file, table, table.duplicated(keys), "is there twice")
-        tables.append(table)
+        tables.append(by_row(file, table, keys))
     return pandas.concat(tables, ignore_index=True)
 
 
 def read_answers(files: list[Path]) -> pandas.DataFrame | None:
     """run, phase, dataset, row, step, problem and correct of those of these files that are there, or None. Raises
     UserError, naming file and row, where a table can't be drawn."""
-    names, tables = ["run", "phase", "dataset", "row", "step"], []
-    for file in [file for file in files if file.exists()]:
-        table = read_parquet(file, [*names, "correct"], more=("problem",))
-        table = with_problems(table)
-        refuse(file, table, table.duplicated(names), "is there twice")
-        tables.append(table)
+    names = ["run", "phase", "dataset", "row", "step"]
+    tables = [by_row(file, read_parquet(file, [*names, "correct"], more=("problem",)), names)
+              for file in files if file.exists()]
     return pandas.concat(tables, ignore_index=True) if tables else None
 
 
