@@ -15,7 +15,6 @@ def permutation(n: int, name: str) -> tuple[int, ...]:
     return tuple(order)
 
 
-@functools.lru_cache(maxsize=2)  # each step asks for it again
 def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
     """The order in which epoch `epoch` visits n examples."""
     return permutation(n, f"{seed}/{epoch}")
@@ -27,7 +26,7 @@ def steps_of(max_steps: int, epochs: float, steps_per_epoch: int) -> int:
     return max_steps if max_steps > 0 else max(1, math.ceil(round(epochs * steps_per_epoch, 6)))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)  # each step asks for it again
 def pair_order(n: int, seed: int, epoch: int, starts: tuple[int, ...] | None) -> tuple[int, ...]:
     """The order in which an epoch visits n pairs: that of its rows. Pairs of one row stay together; `starts` has the
     index of each row's first pair, None where every row is one pair.
