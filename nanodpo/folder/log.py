@@ -68,11 +68,6 @@ class LogHash:
         return whole.hexdigest()
 
 
-def hash_before(lines: list[tuple[str, dict]], step: int) -> str:
-    """The same hash, of a log that was read: `lines` are all that it has."""
-    return LogHash(lambda: lines).before(step)
-
-
 def read_lines(run: Path) -> list[tuple[str, dict]]:
     """All lines of `Log.new_lines`."""
     return Log(run).new_lines()

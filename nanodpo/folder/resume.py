@@ -39,7 +39,7 @@ from .atomic import (
     saved_steps,
     writing,
 )
-from .log import MAX_BYTES, Log, LogHash, hash_before, is_evaluation, read_lines, trained_steps
+from .log import MAX_BYTES, Log, LogHash, is_evaluation, read_lines, trained_steps
 from .state import COUNTERS
 
 KEEP = 2
@@ -64,7 +64,7 @@ def begin(run: Path, steps: int, wanted: int | None, owners: list[str], first: i
         facts = {"step": steps, "complete": True}  # the last thing that training writes
     else:
         facts = find(run, lines, owners, wanted, first) or {"step": 0}
-    if facts.get("log", (now := hash_before(lines, facts["step"]))) != now:
+    if facts.get("log", (now := LogHash(lambda: lines).before(facts["step"]))) != now:
         say(f"resume: {run / 'metrics.jsonl'}: lines before step {facts['step']} are not as the run wrote them; they "
             "stay as they are")
     strangers = {k: stranger(read_facts(run / f"checkpoint-{k}"), k, owners) for k in saved_steps(run)}

@@ -138,8 +138,8 @@ def test_a_long_log_is_read_once_however_often_it_is_saved(tmp_path, monkeypatch
     assert len(read) == 3 * len(lines)  # by each of three readers once
     before = json.dumps([run_log.timeless(line) for _, line in lines if line["step"] < 850], sort_keys=True)
     assert found[850][1] == hashlib.sha256(before.encode()).hexdigest()
-    assert all(found[step] == (texts(facts, step, History(tmp_path, facts), "org/base"), run_log.hash_before(
-        lines, step)) for step in (50, 850, 2000))
+    assert all(found[step] == (texts(facts, step, History(tmp_path, facts), "org/base"), run_log.LogHash(
+        lambda: lines).before(step)) for step in (50, 850, 2000))
 
 
 @pytest.mark.parametrize("every, shown", [(1, 3), (2, 4), (50, 50)])
