@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 
 from ..folder.log import is_evaluation
 from ..stats import over_problems
+from . import training
 from .axes import (
     COLOURS,
     DASHES,
@@ -30,23 +31,6 @@ from .axes import (
 )
 from .noise import Marks
 from .runs import Facts
-from .training import (
-    FAINT,
-    FORK,
-    FREE_REWARDS,
-    LOOKS,
-    PANELS,
-    PROMINENT,
-    REWARDS,
-    as_drawn,
-    at_forks,
-    curves,
-    forks,
-    noise_of_step,
-    of_loss,
-    panels_of,
-    too_many,
-)
 
 PAIR = ["dataset", "row", "response", "step"]  # a score in two runs
 
@@ -54,29 +38,29 @@ PAIR = ["dataset", "row", "response", "step"]  # a score in two runs
 def training_difference_figure(runs: dict[str, list[dict]], columns: int, facts: dict[str, Facts]):
     """(figure, caption) of the metrics that two runs, {name: lines of metrics.jsonl}, have at the same steps. None
     where they share no panel: those of a loss without a reference are others."""
-    runs = {run: as_drawn(lines, facts[run]) for run, lines in runs.items()}
-    panels = {label: names for label, (names, here) in panels_of(runs, facts).items() if len(here) == 2}
+    runs = {run: training.as_drawn(lines, facts[run]) for run, lines in runs.items()}
+    panels = {label: names for label, (names, here) in training.panels_of(runs, facts).items() if len(here) == 2}
     below = subtract(*runs.values())
     if not panels or not below:
         return None
     held_out = any(map(is_evaluation, below))
-    look = FAINT if held_out else {}
+    look = training.FAINT if held_out else {}
     marks, fig, pairs = Marks("a step's mean"), *framed(panels, columns, facts)
     for (label, names), (above, ax) in zip(panels.items(), pairs):
         for side, name in names.items():
             for colour, (run, lines) in zip(COLOURS, runs.items()):
-                curves(above, run, lines, name, LOOKS[side] | {"color": colour}, look, 0)
-            curves(ax, "difference", below, name, LOOKS[side] | {"color": "black"}, look, 0)
-        if label in PANELS:
-            marks.band(ax, 0, math.hypot(*(noise_of_step(label, f) for f in facts.values())))
+                training.curves(above, run, lines, name, training.LOOKS[side] | {"color": colour}, look, 0)
+            training.curves(ax, "difference", below, name, training.LOOKS[side] | {"color": "black"}, look, 0)
+        if label in training.PANELS:
+            marks.band(ax, 0, math.hypot(*(training.noise_of_step(label, f) for f in facts.values())))
     sides = dict.fromkeys(side for names in panels.values() for side in names if side != "loss")
-    looks = {side: LOOKS[side] | ({} if held_out else {"marker": ""}) for side in sides}
+    looks = {side: training.LOOKS[side] | ({} if held_out else {"marker": ""}) for side in sides}
     finish(fig, runs, looks, facts, marks, held_out)
-    more = " that is drawn, of evenly spaced ones" * too_many(runs)
+    more = " that is drawn, of evenly spaced ones" * training.too_many(runs)
     more += ", and at the large markers over all held-out pairs" * held_out
-    more += of_loss(panels, facts)
-    more += ". The rewards of each run have its own beta" * (len({f.beta for f in facts.values()}) > 1
-                                                              and not {REWARDS, FREE_REWARDS}.isdisjoint(panels))
+    more += training.of_loss(panels, facts)
+    rewards = not {training.REWARDS, training.FREE_REWARDS}.isdisjoint(panels)
+    more += ". The rewards of each run have its own beta" * (rewards and len({f.beta for f in facts.values()}) > 1)
     return fig, caption("Training", runs, facts, f"means over the pairs of a step{more}") + marks.caption
 
 
@@ -139,9 +123,9 @@ def framed(labels, columns: int, facts: dict[str, Facts]):
         above.set_ylabel(label)
         below.set_ylabel("difference")
         below.axhline(0, **ZERO)
-        for step in forks(facts):
-            above.axvline(step, **FORK)
-            below.axvline(step, **FORK)
+        for step in training.forks(facts):
+            above.axvline(step, **training.FORK)
+            below.axvline(step, **training.FORK)
     return fig, pairs
 
 
@@ -152,15 +136,15 @@ def finish(fig, runs, looks: dict[str, dict], facts: dict[str, Facts], marks: Ma
     handles = [Line2D([], [], color=colour, label=wrap(run)) for colour, run in zip(COLOURS, runs)]
     handles.append(Line2D([], [], color="black", label=wrap(f"{second} minus {first}")))
     handles += [Line2D([], [], **look | {"color": GREY}, label=plain(name)) for name, look in looks.items()]
-    handles += [Line2D([], [], **FORK, label="fork")] * bool(forks(facts))
+    handles += [Line2D([], [], **training.FORK, label="fork")] * bool(training.forks(facts))
     handles += [Patch(color="black", **INTERVAL, label="95% interval")] * intervals
     if held_out:
-        handles += [Line2D([], [], color=GREY, **FAINT, label="training"),
-                    Line2D([], [], color=GREY, **PROMINENT, marker="o", linestyle="", label="held-out")]
+        handles += [Line2D([], [], color=GREY, **training.FAINT, label="training"),
+                    Line2D([], [], color=GREY, **training.PROMINENT, marker="o", linestyle="", label="held-out")]
     add_legend(fig, handles + marks.handles)
 
 
 def caption(what: str, runs, facts: dict[str, Facts], means: str) -> str:
     first, second = runs
     what += f" of {first} and {second} over steps, and below {second} minus {first}: {means}."
-    return what + at_forks(forks(facts))
+    return what + training.at_forks(training.forks(facts))
