@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas
 
 from ..errors import UserError
+from . import selection
 from .aside import aside_figure
 from .axes import listed
 from .difference import scored_difference_figure, training_difference_figure
@@ -17,16 +18,6 @@ from .noise import Noise, read_verdicts
 from .records import read_answers, read_metrics, read_scores, read_series, read_tokens
 from .runs import Facts, in_order, read_facts
 from .scatter import scatter_figure, scatter_table
-from .selection import (
-    at_phases,
-    differing,
-    everywhere,
-    in_phases,
-    select,
-    select_beside,
-    select_there,
-    series_in_phases,
-)
 from .strip import strip_figure
 from .three_panel import FOCUS, RATIOS, ROLES, three_panel_figure
 from .training import training_figure
@@ -39,7 +30,7 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
     if args.strip is not None:
         runs = names if args.scores else []
         tokens = [file.with_name("tokens.parquet") for file in files]
-        (tokens,) = select([read_tokens(tokens, args.strip, runs, args.test)], runs, args.test)
+        (tokens,) = selection.select([read_tokens(tokens, args.strip, runs, args.test)], runs, args.test)
         return ({"strip": strip_figure(tokens, args.strip, args.columns, noise_of(folders, files))},
                 say_unread(args, folders, tokens))
     if args.ledger:
@@ -48,7 +39,7 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
         return {"ledger": ledger_figure(folders[0], args.columns, read_facts(folders[0]).noise)}, []
     scores = read_scores(files) if files else None
     if args.scatter:
-        (scores,) = select([scores], names if args.scores else [], args.test)
+        (scores,) = selection.select([scores], names if args.scores else [], args.test)
         return ({"scatter": draw_scatter(args, files, scores, noise_of(folders, files))},
                 say_unread(args, folders, scores))
     series = read_series(args.series) if args.series else None
@@ -62,7 +53,7 @@ def draw(args: argparse.Namespace, folders: list[Path], files: list[Path], names
         return draw_difference(args, lines, facts, scores)
     drawn = {"training": training_figure(lines, args.columns, facts)} if trained else {}
     if scores is not None or series is not None:
-        scores, series = select_beside(scores, series, names if args.scores or args.phases else [], args.test)
+        scores, series = selection.select_beside(scores, series, names if args.scores or args.phases else [], args.test)
     noise = noise_of(folders, files)
     if args.heatmap:
         return {"heatmap": heatmap_figure(scores, args.columns, noise)}, say_unread(args, folders, scores)
@@ -94,14 +85,14 @@ def draw_scores(args, scores, series, answers, phases, noise) -> dict:
         since = ["dataset", "response"] if phases else KEYS
         tables.append((levels(scores), changes(scores, since)))
     if series is not None:
-        series = everywhere(series, scores["dataset"].unique() if tables else [])
+        series = selection.everywhere(series, scores["dataset"].unique() if tables else [])
         tables.append((series, moved(series)))
     level, change = (pandas.concat(pair, ignore_index=True) for pair in zip(*tables))
     drawn["dynamics"] = dynamics_figure(level, change, args.columns, args.focus, args.floor, phases, noise)
     if scores is not None:
         if answers is not None:
             answers = answers[answers["run"].isin(scores["run"]) & answers["dataset"].isin(scores["dataset"])]
-            answers = at_phases(answers, phases) if phases else answers.assign(at=answers["step"])
+            answers = selection.at_phases(answers, phases) if phases else answers.assign(at=answers["step"])
         if aside := aside_figure(scores, answers, args.columns, phases, noise):
             drawn["mass_and_answers"] = aside
     return drawn
@@ -116,10 +107,10 @@ def draw_difference(args, lines: dict[str, list[dict]], facts: dict[str, Facts],
     drawn = {"difference": training_difference_figure(lines, args.columns, facts)}
     notes = [] if drawn["difference"] else [f"{listed(names)} have no panel of training in common"]
     if scores is not None:
-        (scores,) = select([scores], [], args.test)
+        (scores,) = selection.select([scores], [], args.test)
         if missing := [run for run in names if run not in set(scores["run"])]:
             notes.append(f"{no_scores(missing, {*scores['run']}, args.test)}: no difference of scores is drawn")
-        elif said := differing(scores, names, []):
+        elif said := selection.differing(scores, names, []):
             notes.append(said)
         else:
             drawn["difference_scores"] = scored_difference_figure(scores, names, args.columns, facts)
@@ -137,14 +128,14 @@ def follow(args, scores, series, names: list[str], runs: dict[str, Path], facts:
     order = [runs[run].resolve().name if run in runs else run for run in order]
     if order and scores is not None:
         try:
-            here, phases = in_phases(scores if args.phases else scores[scores["run"].isin(order)], order)
-            return here, series if series is None else series_in_phases(series, phases), phases, []
+            here, phases = selection.in_phases(scores if args.phases else scores[scores["run"].isin(order)], order)
+            return here, series if series is None else selection.series_in_phases(series, phases), phases, []
         except UserError as error:
             if args.phases:
                 raise
             why = str(error).removeprefix("--phases: ")
     elif args.phases:
-        in_phases(None, order)  # raises
+        selection.in_phases(None, order)  # raises
     beside = f"dynamics are drawn beside one another, and not as phases: {why}"
     return scores, series, None, [beside] if why and scores is not None else []
 
@@ -187,8 +178,8 @@ def draw_three_panel(args: argparse.Namespace, scores, series, noise) -> tuple[d
     if series is not None and (unused := sorted(set(series["run"]) - set(named))):
         raise UserError(f"--series: {unused[0]} is named by none of --{', --'.join(ROLES)}")
     tables = [*([levels(scores.assign(at=scores["step"]))] if scores is not None else []),
-              *([with_gaps(everywhere(series, tests))] if series is not None else [])]
-    tables = select(tables, named, tests) if series is None else select_there(tables, named, tests)
+              *([with_gaps(selection.everywhere(series, tests))] if series is not None else [])]
+    tables = selection.select(tables, named, tests) if series is None else selection.select_there(tables, named, tests)
     figure, caption, missing = three_panel_figure(
         pandas.concat(tables, ignore_index=True), roles, tests, args.columns, args.focus or FOCUS,
         args.panel_ratios or RATIOS, args.floor, noise)
