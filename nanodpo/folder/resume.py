@@ -26,19 +26,7 @@ from torch import Tensor
 from ..errors import RankStopped, RunStopped, UserError
 from ..files import read_text
 from ..ranks.distributed import gather_or_raise, is_main, main_first, say
-from .atomic import (
-    aside,
-    clear,
-    file_facts,
-    flush,
-    new_file,
-    publish,
-    read_facts,
-    read_manifest,
-    remove,
-    saved_steps,
-    writing,
-)
+from . import atomic
 from .log import MAX_BYTES, Log, LogHash, is_evaluation, read_lines, trained_steps
 from .state import COUNTERS
 
@@ -60,22 +48,22 @@ def begin(run: Path, steps: int, wanted: int | None, owners: list[str], first: i
     """
     lines = read_lines(run)
     if (wanted is None and sum(0 <= step < steps for step in trained_steps(lines)) == steps
-            and isinstance(read_manifest(run / f"checkpoint-{steps}"), dict)):
+            and isinstance(atomic.read_manifest(run / f"checkpoint-{steps}"), dict)):
         facts = {"step": steps, "complete": True}  # the last thing that training writes
     else:
         facts = find(run, lines, owners, wanted, first) or {"step": 0}
     if facts.get("log", (now := LogHash(lambda: lines).before(facts["step"]))) != now:
         say(f"resume: {run / 'metrics.jsonl'}: lines before step {facts['step']} are not as the run wrote them; they "
             "stay as they are")
-    strangers = {k: stranger(read_facts(run / f"checkpoint-{k}"), k, owners) for k in saved_steps(run)}
+    strangers = {k: stranger(atomic.read_facts(run / f"checkpoint-{k}"), k, owners) for k in atomic.saved_steps(run)}
     # What is made again takes the place of these.
     if anew := [k for k, words in strangers.items() if words and not 0 < k < facts["step"]]:
         raise UserError(f"{run / f'checkpoint-{anew[0]}'}: {strangers[anew[0]]}; move it elsewhere, and the same "
                         "command goes on")
     evaluated = go_back(run, lines, facts["step"])
     # Checkpoint 0 and the one of this step are made again where they are damaged.
-    for k in [k for k in saved_steps(run) if 0 < k < facts["step"]]:
-        damage = read_manifest(place := run / f"checkpoint-{k}")
+    for k in [k for k in atomic.saved_steps(run) if 0 < k < facts["step"]]:
+        damage = atomic.read_manifest(place := run / f"checkpoint-{k}")
         if words := damage if isinstance(damage, str) else strangers[k]:
             say(f"resume: {place}: {words}; only a run into a new --output_dir would make it again")
     return facts, evaluated
@@ -95,7 +83,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 def steps_in(run: Path) -> list[int]:
     """The steps of a run's states, the newest first."""
-    return saved_steps(run / "resume", "step")
+    return atomic.saved_steps(run / "resume", "step")
 
 
 def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: int, keep: bool = False,
@@ -105,16 +93,16 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
     The state gets its name last, when every rank has read its file back and rank 0 has seen them all. `facts` go into
     the manifest. `keep`: older states stay. `log`: rank 0's hash of the run's log so far, made anew where None.
     """
-    folder, place = folder_of(run, step), aside(folder_of(run, step))
+    folder, place = folder_of(run, step), atomic.aside(folder_of(run, step))
     file, error, written = place / f"rank{rank}.safetensors", None, None
     with main_first():
         if is_main():
-            clear(place)
-            with writing(folder):
+            atomic.clear(place)
+            with atomic.writing(folder):
                 place.parent.mkdir(exist_ok=True)  # in the run's folder, which must be there still
                 place.mkdir()
     try:
-        with writing(folder):
+        with atomic.writing(folder):
             written = _write(file, tensors)
     except RunStopped as caught:
         error = caught
@@ -126,27 +114,27 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], facts: dict, rank: in
                 if unseen := [name for name in names if not (place / name).is_file()]:
                     raise UserError(f"{run}: {unseen[0]} was written, but can't be seen by rank 0; --output_dir must "
                                     "be a folder that all machines share")
-                with writing(folder):
+                with atomic.writing(folder):
                     if (run / "metrics.jsonl").exists():
-                        flush(run / "metrics.jsonl")
+                        atomic.flush(run / "metrics.jsonl")
                     before = (log or LogHash(Log(run).new_lines)).before(step)
-                    publish(folder, {"step": step, "tensors": LAYOUT, "log": before, **facts}, names)
+                    atomic.publish(folder, {"step": step, "tensors": LAYOUT, "log": before, **facts}, names)
                 if not keep:
                     for old in [s for s in steps_in(run) if s < step][KEEP - 1 :]:
-                        remove(folder_of(run, old))
+                        atomic.remove(folder_of(run, old))
     finally:
         if is_main():
-            clear(place)
+            atomic.clear(place)
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> dict:
     """Writes a file and reads it back; its `file_facts`."""
     save_file(tensors, file)
-    flush(file)
+    atomic.flush(file)
     for name, tensor in load_file(file).items():
         if not torch.equal(tensor, tensors[name]) or not tensor.isfinite().all():
             raise RankStopped(f"{file}: {name} is not finite, or not as it is in memory")
-    return file_facts(file)
+    return atomic.file_facts(file)
 
 
 def find(run: Path, lines: list[tuple[str, dict]], owners: list[str], wanted: int | None = None,
@@ -165,7 +153,7 @@ def find(run: Path, lines: list[tuple[str, dict]], owners: list[str], wanted: in
             return facts
         passed.setdefault(facts, []).append(f"step-{step}")
         say(f"resume: passing over {folder_of(run, step)}: {facts}")
-    done = [step for step in saved_steps(run) if step > 0]
+    done = [step for step in atomic.saved_steps(run) if step > 0]
     if passed or done or first:
         there = f"checkpoint-{done[0]} is there" if done else f"it is a fork at step {first}"
         broken = "; ".join(f"{', '.join(names)}: {why}" for why, names in passed.items())
@@ -179,7 +167,7 @@ def find(run: Path, lines: list[tuple[str, dict]], owners: list[str], wanted: in
 def state(run: Path, step: int, lines: list[tuple[str, dict]], owners: list[str]) -> dict | str:
     """The facts of a state; words where it is not whole or another run's, or metrics.jsonl, whose `lines` these are,
     lacks one before it. On one rank."""
-    facts = read_manifest(folder_of(run, step))
+    facts = atomic.read_manifest(folder_of(run, step))
     if isinstance(facts, str):
         return facts
     if facts.get("tensors") != LAYOUT:
@@ -236,9 +224,9 @@ def go_back(run: Path, lines: list[tuple[str, dict]], step: int) -> set[int]:
     kept = [(text, line) for text, line in lines
             if line["step"] < step or (is_evaluation(line) and line["step"] == step)]
     if metrics.exists() and read_text(metrics, MAX_BYTES, "replace") != "".join(text for text, _ in kept):
-        with writing(metrics), new_file(metrics) as place:
+        with atomic.writing(metrics), atomic.new_file(metrics) as place:
             place.write_text("".join(text for text, _ in kept), encoding="utf-8")
     for folder, prefix in ((run / "resume", "step"), (run, "checkpoint")):
-        for later in [s for s in saved_steps(folder, prefix) if s > step]:
-            remove(folder / f"{prefix}-{later}")
+        for later in [s for s in atomic.saved_steps(folder, prefix) if s > step]:
+            atomic.remove(folder / f"{prefix}-{later}")
     return {line["step"] for _, line in kept if is_evaluation(line)}

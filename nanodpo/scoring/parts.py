@@ -19,16 +19,7 @@ import pyarrow
 
 from ..errors import RankStopped, RunStopped, UserError
 from ..files import check_absent, read_text
-from ..folder.atomic import (
-    MANIFEST,
-    clear_partials,
-    hold,
-    new_folder,
-    open_lock,
-    read_manifest,
-    remove,
-    writing,
-)
+from ..folder import atomic
 from ..ranks import waits
 from ..ranks.distributed import from_main, is_main, main_first, say
 from . import plausible
@@ -73,7 +64,7 @@ class Parts:
         found = []
         for place in sorted(self.folder.glob("[!.]*/"), key=lambda place: (place.stat().st_mtime_ns, place.name)):
             try:
-                facts = json.loads(read_text(place / MANIFEST))
+                facts = json.loads(read_text(place / atomic.MANIFEST))
                 holds = {key: held | {"rows": set(held["rows"]), "family": held["family"]}
                          for key, held in facts["holds"].items()}
                 if facts["format"] != FORMAT or not all(isinstance(held["family"], str) for held in holds.values()):
@@ -100,9 +91,9 @@ class Parts:
         with main_first():
             if is_main():
                 for name in {*self.index.get(key, {})} - self.whole:
-                    if isinstance(wrong := read_manifest(self.folder / name), str):
+                    if isinstance(wrong := atomic.read_manifest(self.folder / name), str):
                         say(f"{self.folder / name}: {wrong}; its rows are scored again")
-                        remove(self.folder / name)
+                        atomic.remove(self.folder / name)
                         damaged.append(name)
                     self.whole.add(name)
         for name in from_main(damaged):
@@ -129,7 +120,7 @@ class Parts:
 
     def _write(self, place: Path, holds: dict, tables: dict[str, pandas.DataFrame], sets) -> None:
         written = {key: held | {"rows": sorted(held["rows"])} for key, held in holds.items()}
-        with new_folder(place, {"format": FORMAT, "holds": written}) as new:
+        with atomic.new_folder(place, {"format": FORMAT, "holds": written}) as new:
             for name, table in tables.items():
                 check_finite(table, f"{place.parent}, {name}")
                 table.to_parquet(new / f"{name}.parquet", index=False)
@@ -173,7 +164,7 @@ class Parts:
         taken: set[int] = set()
         for name, held in self.index.get(key, {}).items():
             place = self.folder / name
-            if not waits.seen((place / MANIFEST).exists):
+            if not waits.seen((place / atomic.MANIFEST).exists):
                 raise RankStopped(f"{place}: rank 0 wrote it, and this machine does not see it; --output_dir must be a "
                                   "folder that all machines share")
             yield place, held, held["rows"] - taken
@@ -201,13 +192,13 @@ def check_finite(table: pandas.DataFrame, where: str) -> None:
 
 def _lock(folder: Path):
     """Keeps a second scoring out for as long as this process lives; the file must be kept open."""
-    with writing(folder):
+    with atomic.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open_lock(folder / "lock")
-    hold(file, taken := f"--output_dir {folder.parent}: another scoring is at work there; wait for its end, or name "
-         "another folder")
+        file = atomic.open_lock(folder / "lock")
+    atomic.hold(file, taken := f"--output_dir {folder.parent}: another scoring is at work there; wait for its end, or "
+                "name another folder")
     place = folder / "lock"
     if not place.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(place)):
         raise UserError(taken)  # the other has just ended, and taken its file away
-    clear_partials(folder)
+    atomic.clear_partials(folder)
     return file
