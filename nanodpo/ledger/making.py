@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas
 import torch
 
 from ..errors import UserError
@@ -73,8 +74,6 @@ def check_cost(history: History, probes: Probes, memory: float, place: Path) -> 
 
 def write(history: History, found: list[tuple[Probes, Found]], store: Store, folder: Path) -> list[str]:
     """The files; returns the lines for the screen."""
-    import pandas
-
     table = pandas.concat([report.to_table(history, part.names, its) for part, its in found], ignore_index=True)
     records = [record for part, its in found for record in report.to_record(history, part.names, its)]
     texts.add_texts(records, table, history.args)

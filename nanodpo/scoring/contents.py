@@ -37,9 +37,7 @@ class Contents:
     def check(self) -> None:
         """Raises UserError where the files are others by now. Only files that were written to are read again."""
         found = self._stamps()
-        changed = {*found} ^ {*self.stamps} | {file for file in {*found} & {*self.stamps}
-                                              if found[file] != self.stamps[file]}
-        for file in sorted(changed):
+        for file in sorted(file for file in found | self.stamps if found.get(file) != self.stamps.get(file)):
             if file not in found or file_facts(self.folder / file) != self.hashes.get(file):
                 raise UserError(f"{self.folder / file}: has changed while it was scored; what was done before is kept. "
                                 "Give the same command again")
