@@ -62,7 +62,8 @@ def reference_logps(examples, steps, micro_batches_of, score, fingerprint: dict,
     `check` raises where the run was told to stop. Raises UserError for a cache that can't be read, and RunStopped for a
     log-prob that is not finite.
     """
-    file, logps = cache_file(cache_dir, fingerprint), None
+    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    file, logps = Path(cache_dir) / f"reference-{key[:24]}.safetensors", None
     with main_first():
         if is_main():
             clear_abandoned(file.parent)
@@ -109,11 +110,6 @@ def _fill(logps: Tensor, steps, micro_batches_of, score, device, bar, check) -> 
         raise RunStopped(f"{bad} pair{'s have' if bad > 1 else ' has'} a reference log-prob that is not finite: the "
                          "weights of the reference are broken")
     return done, stopped
-
-
-def cache_file(cache_dir: str, fingerprint: dict) -> Path:
-    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-    return Path(cache_dir) / f"reference-{key[:24]}.safetensors"
 
 
 def _load(file: Path, fingerprint: dict, n: int) -> Tensor:
