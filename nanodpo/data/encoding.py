@@ -156,7 +156,8 @@ def _apart(tokenizer, prompts: list[list[int]], responses: list[str]) -> list[li
     Those are given something that comes first and is taken away again, and that no token joins with what follows: the
     prompt's last token where it is an added one, else a mark or letter.
     """
-    if not _puts_in_front(tokenizer):
+    line, word, both = _ids(tokenizer, ["\n", "a", "\na"])
+    if both == line + word:  # nothing is put in front
         return _ids(tokenizer, responses)
     added, found = set(added_tokens(tokenizer)), []
     for prompt, response in zip(prompts, responses):
@@ -169,11 +170,6 @@ def _apart(tokenizer, prompts: list[list[int]], responses: list[str]) -> list[li
         else:
             found.append("can't be tokenised apart from its prompt; leave out --boundary concat")
     return found
-
-
-def _puts_in_front(tokenizer) -> bool:
-    line, word, both = _ids(tokenizer, ["\n", "a", "\na"])
-    return both != line + word
 
 
 def _after(prompt: list[int], whole: list[int], tokenizer) -> list[int] | str:
