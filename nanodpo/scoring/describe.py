@@ -39,7 +39,8 @@ def describe(row: dict, responses: dict[str, list[int]], found: dict[str, dict],
         out["sections"] += [key | {"section": name, "tokens": len(part)} | mean
                             for (name, part), mean in zip(parts.items(), means)]
         if with_tokens:
-            out["tokens"].append(_token_table(key, ids, measures))
+            columns = {name.replace("logps", "logp"): measures[name] for name in TOKEN_MEASURES}
+            out["tokens"].append(pandas.DataFrame(key | {"position": range(len(ids)), "id": ids} | columns))
         if "risers" in found[kind]:
             out["risers"].append(risers.table_of(key, found[kind]["risers"]))
     if pair and all(math.isfinite(found[side]["logps"]) for side in ("chosen", "rejected")):
@@ -54,8 +55,3 @@ def _means(table: np.ndarray, parts: list[range]) -> list[dict[str, float]]:
     borders = [border for part in parts for border in (part.start, part.stop)]
     sums = np.add.reduceat(table, borders, axis=1)[:, ::2]  # the rest lies between parts
     return [dict(zip(("mean_logps", *MEASURES), mean)) for mean in (sums / [len(part) for part in parts]).T.tolist()]
-
-
-def _token_table(key: dict, ids: list[int], measures: dict[str, np.ndarray]) -> pandas.DataFrame:
-    columns = {name.replace("logps", "logp"): measures[name] for name in TOKEN_MEASURES}
-    return pandas.DataFrame(key | {"position": range(len(ids)), "id": ids} | columns)
