@@ -222,7 +222,9 @@ def damage(config: dict, draw: random.Random) -> None:
 
     run, cache = config["folder"] / "killed", config["folder"] / "killed-cache"
     states = sorted(run.glob("resume/step-*"), key=lambda state: int(state.name.removeprefix("step-")))
-    files = [file for place in (*run.glob("checkpoint-*"), *states[1:][-1:], cache) for file in place.glob("*")
+    # Without states, as right before its end, a run can't make its checkpoints again, but for the first.
+    checkpoints = [place for place in run.glob("checkpoint-*") if states or place.name == "checkpoint-0"]
+    files = [file for place in (*checkpoints, *states[1:][-1:], cache) for file in place.glob("*")
              if file.is_file() and file not in config["damaged"] and file.name not in BESIDE]
     if not files or draw.random() < 0.15:
         with (run / "metrics.jsonl").open("a") as out:
