@@ -39,7 +39,7 @@ from nanodpo.scoring.describe import describe
 from nanodpo.scoring.flags import parse
 from nanodpo.scoring.means import band_to_screen, show
 from nanodpo.scoring.measures import token_measures
-from nanodpo.scoring.opened import Opened, Opener, open_device
+from nanodpo.scoring.opened import Opened, Opener, check_references, open_device
 from nanodpo.scoring.pairs import gradient_products
 from nanodpo.scoring.parts import Parts
 from nanodpo.scoring.plan import FORWARD, Result, Work, greedy_result, plan
@@ -85,6 +85,9 @@ def score(argv: list[str]) -> None:
     for line in without_weights:
         distributed.say(line)
     device = open_device(args.local_rank, args.gpu_id)
+    with distributed.main_first():
+        if distributed.is_main():
+            check_references(checkpoints)
     if args.ledger or args.ledger_rows:
         with shortage_named("the ledger", advice=LEDGER_ADVICE):
             lines = make_ledger(checkpoints, datasets, args, device, folder)

@@ -31,8 +31,8 @@ from ..model.source import open_source
 from ..progress import track
 from ..run.datasets import read_data
 from ..run.passes import row_weights
-from ..scoring.opened import Opened, Opener
-from ..scoring.runs import Checkpoint, find_bases, loss_of_run, open_targets
+from ..scoring.opened import Opened, Opener, check_references
+from ..scoring.runs import Checkpoint, as_reference, find_bases, loss_of_run, open_targets
 from ..screen import command_line
 from .adamw import AdamW
 from .probes import Probes
@@ -217,7 +217,9 @@ def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: i
     reference = first if needs_reference(loss) else None
     if args.reference:  # refused for a loss that takes none
         reference = open_targets([args.reference])[0]
+        as_reference(reference, [first])
         find_bases([reference])
+        check_references([reference, first])
     skipped, norms = read_steps(folder)
     if skipped >= {*range(len(checkpoints) - 1)}:
         raise UserError(f"--ledger: no step of {folder} made an update, so nothing has changed")

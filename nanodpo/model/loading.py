@@ -255,6 +255,19 @@ def check_base(hashes: list[str], base: str, record: dict, run) -> None:
         say(f"{base}: transformers {now} reads its config differently from {then}, under which {run} was trained")
 
 
+def check_reference(hashes: list[str], place: str, record: dict, run) -> None:
+    """Raises UserError where a model is not the reference that a run had: `hashes` are from `weights_hash`, of the
+    model as the run opened it, and `record` is the run's run.json."""
+    recorded = str(record.get("reference") or "").split()
+    if len(recorded) < 2:
+        return say(f"{run}/run.json: has no hash of its reference's weights; {place} is taken as it is")
+    if record.get("versions", {}).get("transformers") != importlib.metadata.version("transformers"):
+        hashes = [hashes[0], recorded[1], *hashes[2:]]  # which may read a config differently
+    if hashes != recorded:
+        what = "other weights" if (hashes[0], hashes[2:]) != (recorded[0], recorded[2:]) else "another config"
+        raise UserError(f"{place}: has {what} than when it was the --reference of {run}; put back what was there")
+
+
 def load_reference(source: Source | None, adapter_off: bool, args, shared: dict | None) -> nn.Module | None:
     """The model of --reference in the policy's precision; None without it, and where the policy serves, with its
     adapter off. `shared` as in `load_model`. Raises UserError."""

@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from ..core.logprobs import OneRank, SequenceLogProbs
+from ..folder.elastic import arguments_of
 from ..model.adapters import adapter_shape, adapter_weights, add_adapter, exchange_adapter, open_base
-from ..model.loading import base_hashes, check_base, turn_off_dropout
+from ..model.loading import base_hashes, check_base, check_reference, turn_off_dropout, weights_hash
 from ..model.precision import storage_dtype
 from ..model.quantised import bits_of
 from ..model.ready import freeze
 from ..model.source import base_of
 from ..ranks import distributed, gpu
-from .runs import Checkpoint
+from .runs import Checkpoint, runs_against
 
 
 @dataclasses.dataclass
@@ -131,7 +132,7 @@ class Opener:
               bits: int | None) -> Opened:
         from ..model import selfcheck  # slow to import
 
-        dtype = storage_dtype(bf16, frozen=adapter is not None)
+        dtype = storage_dtype(bf16, frozen=adapter is not None or checkpoint.frozen)
         model = open_base(base, dtype, checkpoint.settings.trust_remote_code, bits)
         if checkpoint.settings.record and adapter:
             self.hashes[base, bf16, bits] = base_hashes(model)
@@ -155,6 +156,18 @@ def _only_lora(shape: dict | None) -> bool:
     """Tells whether an adapter of this shape has LoRA weights and no others."""
     return bool(shape and shape.get("peft_type") == "LORA" and shape.get("bias", "none") == "none" and not any(
         shape.get(name) for name in ("modules_to_save", "trainable_token_indices")))
+
+
+def check_references(checkpoints: list[Checkpoint]) -> None:
+    """Raises UserError where a model that is here as a run's reference is not the one that the run had: its rewards
+    would be others. On one rank; loads the model as the run did."""
+    for model in checkpoints:
+        base, adapter = base_of(model.path)
+        for run, c in {Path(c.path).parent: c for c in runs_against(model, checkpoints)}.items():
+            record = c.settings.record
+            dtype = storage_dtype(c.recorded.bf16, frozen=arguments_of(record)["use_lora"])
+            as_then = add_adapter(open_base(base, dtype, c.settings.trust_remote_code, bits_of(c.recorded)), adapter)
+            check_reference(weights_hash(as_then, False).split(), model.path, record, run)
 
 
 def open_device(local_rank: int, gpu_id: int | None) -> torch.device:

@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..flags.loss import loss_name, own_function, read_loss
 from ..flags.settings import check_utf_8
 from ..folder.atomic import MANIFEST, read_facts, saved_steps, step_of
+from ..folder.elastic import arguments_of
 from ..folder.fork import owners
 from ..folder.record import is_record, versions
 from ..folder.resume import stranger
@@ -41,6 +42,7 @@ class Checkpoint:
     path: str
     settings: SimpleNamespace  # those of the run, and what the command line says instead
     recorded: SimpleNamespace | None = None  # those of the run alone
+    frozen: bool = False  # whether all its weights are frozen where it is used, as a reference's beside LoRA
     contents: Contents | None = None  # its files as they were when it was named
     base: Contents | None = None  # the same of the model that it is an adapter on, or itself
 
@@ -48,7 +50,8 @@ class Checkpoint:
     def key(self) -> str:
         """All of a checkpoint that could change a number, wherever it lies: weights, precision, device, libraries."""
         quantised = [name for name in PRECISION[1:] if getattr(self.settings, name)]
-        return " ".join([self.contents.key, self.base.key, "bf16" * self.settings.bf16, *quantised, machine()])
+        precision = ("bf16 weights" if self.frozen else "bf16") if self.settings.bf16 else ""
+        return " ".join([self.contents.key, self.base.key, precision, *quantised, machine()])
 
 
 def loss_of_run(settings, record: dict, folder: Path) -> Callable:
@@ -93,9 +96,8 @@ def open_targets(targets: list[str], changes: dict | None = None) -> list[Checkp
     Raises UserError, also for a checkpoint that is not what was written.
     """
     found = [checkpoint for target in targets for checkpoint in _open(target)]
-    for model in (c for c in found if not c.phase):  # the reference of a run is scored in the run's precision
-        for name in PRECISION:
-            setattr(model.settings, name, any(getattr(c.settings, name) for c in runs_against(model, found)))
+    for model in (c for c in found if not c.phase):
+        as_reference(model, runs_against(model, found))
     for checkpoint in found:
         checkpoint.recorded = checkpoint.settings
         checkpoint.settings = SimpleNamespace(**vars(checkpoint.settings) | (changes or {}))
@@ -128,6 +130,14 @@ def check_place(checkpoint: Checkpoint) -> None:
         raise UserError(f"{place}: {words}; move it elsewhere, or remove its {MANIFEST} if that is meant")
     if is_record(record) and (words := stranger(facts, step, owners(record))):
         say(f"{place}: {words} than {place.parent / 'run.json'} is of, by its {MANIFEST}")
+
+
+def as_reference(model: Checkpoint, runs: list[Checkpoint]) -> None:
+    """Has a model opened as the reference of these runs is in training: in their precision. Its weights are frozen
+    there, and with LoRA and --bf16 stored in bfloat16, as the policy's base is."""
+    for name in PRECISION:
+        setattr(model.settings, name, any(getattr(c.settings, name) for c in runs))
+    model.frozen = any(arguments_of(c.settings.record)["use_lora"] for c in runs)
 
 
 def runs_against(model: Checkpoint, checkpoints: list[Checkpoint]) -> list[Checkpoint]:

@@ -147,6 +147,12 @@ def test_scored_rewards_are_those_of_training(tiny, other, tmp_path):
     for line in (line for line in lines if "eval_loss" in line):
         for name in ("rewards/chosen", "rewards/rejected"):
             assert found.loc[line["step"], name] == pytest.approx(line[f"eval_{name}"], abs=1e-6)
+    # With --bf16 a reference is stored in bfloat16 beside LoRA, and it rounds here as it did there.
+    lines = train(tiny, tmp_path / "rounded", *STEP, "--gradient_accumulation_steps", "2", "--reference", other,
+                  "--bf16", "--eval_file_path", tiny / "train.jsonl")
+    launch(ROOT / "score.py", tmp_path / "rounded", other, "--output_dir", out, launcher="fork")
+    found = pandas.read_parquet(out / "pairs.parquet").query("run == 'rounded' and step == 0")
+    assert found["margin"].mean() == pytest.approx(lines[0]["eval_rewards/margins"], abs=1e-6)
     # A checkpoint of a run with other data is a reference, too: what that run held out does not matter here.
     (tmp_path / "few.jsonl").write_text("".join((tiny / "train.jsonl").read_text().splitlines(keepends=True)[:4]))
     train(tiny, tmp_path / "sft", *STEP, "--loss", "sft", "--train_file_path", tmp_path / "few.jsonl")
@@ -164,6 +170,26 @@ def test_scored_rewards_are_those_of_training(tiny, other, tmp_path):
 
 
 # Adapters by a file
+
+def test_a_reference_that_has_changed_is_refused(tiny, other, tmp_path):
+    """By score.py beside its run, and by the run's ledger, which finds it by its name."""
+    place, run = tmp_path / "reference", tmp_path / "run"
+    shutil.copytree(other, place)
+    train(tiny, run, *STEP, "--save_steps", "1", "--reference", place)
+    config = json.loads((place / "config.json").read_text())
+    weights = load_file(place / "model.safetensors")
+    weights["model.norm.weight"][0] += 2**-20
+    save_file(weights, tmp_path / "other.safetensors", {"format": "pt"})
+    for changed, content, flags, words in (
+            ("config.json", json.dumps(config | {"rms_norm_eps": 2e-6}).encode(), (place,), "another config"),
+            ("model.safetensors", (tmp_path / "other.safetensors").read_bytes(), ("--ledger", "2"), "other weights")):
+        kept = (place / changed).read_bytes()
+        (place / changed).write_bytes(content)
+        done = launch(ROOT / "score.py", run, *flags, "--output_dir", tmp_path / "s", check=False, launcher="fork")
+        assert done.returncode == 2 and (f"error: {place}: has {words} than when it was the --reference of {run}; put "
+                                         "back what was there\n") in done.stderr, done.stderr
+        (place / changed).write_bytes(kept)
+
 
 SETTINGS = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 ADAPTERS = {
