@@ -66,9 +66,9 @@ def check_cost(history: History, probes: Probes, memory: float, place: Path) -> 
         raise UserError(f"--ledger: keeps {disk / 2**30:.1f} GiB in {place} until it is done, and {free / 2**30:.1f} "
                         "GiB are free; name another --output_dir")
     say(f"ledger: {history.steps} steps, {pairs} pairs, {size // history.trained[0].element_size():,} trained weights, "
-        f"{len(probes.names)} probes of {responses} responses; takes {pairs * (1 + passes):,} passes over a pair and "
-        f"{responses * (history.steps + 1):,} over a response, {VECTORS * at_once * size / 2**20:,.0f} MiB of memory "
-        f"beside the model, and {disk / 2**20:,.0f} MiB of disk until it is done")
+        f"probes: {len(probes.names)}, responses in them: {responses}; takes {pairs * (1 + passes):,} passes over a "
+        f"pair and {responses * (history.steps + 1):,} over a response, {VECTORS * at_once * size / 2**20:,.0f} MiB "
+        f"of memory beside the model, and {disk / 2**20:,.0f} MiB of disk until it is done")
     return at_once
 
 

@@ -61,7 +61,7 @@ def _say_idle_flags(args, steps: int) -> None:
                         f"{steps / args.warmup_steps:.0%} of --learning_rate")
     for name in ("eval_steps", "save_steps", "resume_steps"):
         if (every := getattr(args, name)) > steps:
-            distributed.say(f"--{name} {every}: more than the {steps} steps of the run, so it has no effect")
+            distributed.say(f"--{name} {every}: more than the run has, so it has no effect")
     if args.max_steps > 0 and args.num_train_epochs != elastic.DEFAULTS["num_train_epochs"]:
         distributed.say(f"--num_train_epochs {args.num_train_epochs:g}: no effect beside --max_steps {args.max_steps}")
     if args.keep_states and not (args.save_steps or args.resume_steps):

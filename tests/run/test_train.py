@@ -440,7 +440,7 @@ def test_flags_without_effect_are_named(tiny, tmp_path):
                   "1", "--use_lora", "false", "--lora_alpha", "99", "--num_train_epochs", "3", "--keep_states",
                   "--warmup_steps", "4", "--eval_size", "1", "--eval_steps", "2", launcher="fork").stdout
     assert "--warmup_steps 4: more than the run has; it ends at 25% of --learning_rate\n" in said
-    assert "--eval_steps 2: more than the " in said
+    assert "--eval_steps 2: more than the run has, so it has no effect\n" in said
     assert "no effect without LoRA: --lora_alpha 99\n" in said
     assert "--keep_states: no effect without --save_steps or --resume_steps, which save states\n" in said
     assert "--num_train_epochs 3: no effect beside --max_steps 1\n" in said
