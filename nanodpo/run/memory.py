@@ -52,8 +52,8 @@ def disk_needed(model, args, tokenizer, steps: int) -> dict[str, int]:
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if args.use_lora else list(model.parameters())
     weights = sum(numel(p) * p.element_size() for p in saved)
-    merged = 2 if args.bf16 else 4  # bytes of a number that is held in fewer bits now
-    whole = sum(numel(p) * (merged if is_quantised(p) else p.element_size()) for p in model.parameters())
+    whole = sum(numel(p) * ((2 if args.bf16 else 4) if is_quantised(p) else p.element_size())
+                for p in model.parameters())
     extra = len(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else 0
     times = saves(args.save_steps, steps)
     kept = min(times, args.save_total_limit + 1) if args.save_total_limit else times  # one more while it is written
