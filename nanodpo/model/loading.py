@@ -21,6 +21,8 @@ from .quantised import bits_of, numel, quantised_layers
 from .sharding import as_bytes, is_sharded, shape_of, whole
 from .source import BROKEN, Source, name_and_revision
 
+REQUANTISED = "; or another device, or release of bitsandbytes, than the run's has quantised it"
+
 
 def load_model(source: Source, args, lora: dict | None = None, shared: dict | None = None) -> nn.Module:
     """The policy before training: the base model with its adapter, or with a fresh LoRA where args ask for one. `lora`:
@@ -245,14 +247,18 @@ def check_base(hashes: list[str], base: str, record: dict, run) -> None:
         return say(f"{run}/run.json: has no hash of its base's weights; {base} is taken as it is")
     back = f"put back what was there, or copy it to another folder and name that in {run}'s adapter_config.json files"
     if hashes[0] != recorded[0]:
-        back += ("; or another device, or release of bitsandbytes, than the run's has quantised it"
-                 ) * bool(record.get("quantisation"))
+        back += REQUANTISED * bool(record.get("quantisation"))
         raise UserError(f"{base}: holds other weights than those that {run} was trained on; {back}")
-    if hashes[1] != recorded[1]:
-        then, now = record.get("versions", {}).get("transformers"), importlib.metadata.version("transformers")
-        if then == now:
-            raise UserError(f"{base}: its config.json is not the one that {run} was trained with; {back}")
-        say(f"{base}: transformers {now} reads its config differently from {then}, under which {run} was trained")
+    if hashes[1] != recorded[1] and not _read_otherwise(base, record, run):
+        raise UserError(f"{base}: its config.json is not the one that {run} was trained with; {back}")
+
+
+def _read_otherwise(place: str, record: dict, run) -> bool:
+    """Tells whether another release of transformers than the run's has read the config of a model, and says so."""
+    then, now = record.get("versions", {}).get("transformers"), importlib.metadata.version("transformers")
+    if then != now:
+        say(f"{place}: transformers {now} reads its config differently from {then}, under which {run} was trained")
+    return then != now
 
 
 def check_reference(hashes: list[str], place: str, record: dict, run) -> None:
@@ -261,11 +267,11 @@ def check_reference(hashes: list[str], place: str, record: dict, run) -> None:
     recorded = str(record.get("reference") or "").split()
     if len(recorded) < 2:
         return say(f"{run}/run.json: has no hash of its reference's weights; {place} is taken as it is")
-    if record.get("versions", {}).get("transformers") != importlib.metadata.version("transformers"):
-        hashes = [hashes[0], recorded[1], *hashes[2:]]  # which may read a config differently
-    if hashes != recorded:
-        what = "other weights" if (hashes[0], hashes[2:]) != (recorded[0], recorded[2:]) else "another config"
-        raise UserError(f"{place}: has {what} than when it was the --reference of {run}; put back what was there")
+    back = f"than when it was the --reference of {run}; put back what was there"
+    if (hashes[0], hashes[2:]) != (recorded[0], recorded[2:]):  # of its base, and of its adapter where it has one
+        raise UserError(f"{place}: has other weights {back}" + REQUANTISED * bool(record.get("quantisation")))
+    if hashes[1] != recorded[1] and not _read_otherwise(place, record, run):
+        raise UserError(f"{place}: has another config {back}")
 
 
 def load_reference(source: Source | None, adapter_off: bool, args, shared: dict | None) -> nn.Module | None:
