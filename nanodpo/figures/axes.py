@@ -116,10 +116,10 @@ def set_focus(ax, low: float, high: float, share: float = 0.25) -> bool:
     """Gives the band [low, high] `share` of the height of the y axis as it is now; outside it, one linear scale.
 
     Dotted lines mark where the scale changes, and both have a tick. Returns whether it does: in a band that holds all
-    of the axis there is one scale.
+    of the axis there is one scale. Raises UserError where LOW, an end of --focus, isn't below HIGH.
     """
-    if not (math.isfinite(low) and math.isfinite(high) and low < high and 0 < share < 1):
-        raise UserError(f"focus {low:g} {high:g}, share {share:g}: LOW must be below HIGH, share between 0 and 1")
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(f"--focus {low:g} {high:g}: LOW must be below HIGH")
     bottom, top = min(ax.get_ylim()[0], low), max(ax.get_ylim()[1], high)
     rest = (top - bottom) - (high - low)
     share, slope = (share, (1 - share) / rest) if rest > 0 else (1.0, 1 / (high - low))
