@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         if start is None:
             return  # --inspect, --print_config
         if start.finished and not start.args.dry_run:
-            return end_again(start)
+            return complete_finished_run(start)
         with build(start, stop) as run:
             if run.args.dry_run:
                 return dry_run(run)
@@ -215,7 +215,7 @@ def log_step(run: Run, bar, line: dict[str, float]) -> None:
         progress.show(bar, line, line["step"] % run.args.logging_steps == 0 or line["step"] == run.steps - 1)
 
 
-def end_again(start: Start) -> None:
+def complete_finished_run(start: Start) -> None:
     """Does what is missing at the end of a finished run: the merged model, the figures."""
     args, folder, steps = start.args, start.folder, start.resumed["steps"]
     distributed.leave()

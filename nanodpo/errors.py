@@ -89,9 +89,9 @@ def run_script(main) -> int:
         if isinstance(error, RankStopped) or os.environ.get("LOCAL_RANK", "0") == "0":
             put(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else TEMPFAIL if isinstance(error, Unreachable) else 1
-    except Preempted as told:
+    except Preempted as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            put(told, file=sys.stderr)
+            put(stop, file=sys.stderr)
         return TEMPFAIL
     except BrokenPipeError:  # `train.py --inspect | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again

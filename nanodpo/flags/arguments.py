@@ -195,9 +195,9 @@ def parse(argv: list[str], default_file: Path,
     if argv and argv[0].endswith((".yaml", ".yml", ".json")) and not argv[0].startswith("-"):
         file = argv[0]
         argv = read_settings(file, names) + argv[1:]
-    told = _before_all_others(argv)
-    if told.fork:
-        settings, recorded = settings_of(told.fork, told.output_dir)
+    early = _before_all_others(argv)
+    if early.fork:
+        settings, recorded = settings_of(early.fork, early.output_dir)
         argv, file = as_flags(settings, recorded) + argv, file or recorded
     elif not file and not own & {"--model_name", "--model-name", "--train_file_path", "--train-file-path"}:
         # Neither a model nor data: the example, changed by these flags. Its paths are relative to the program.
@@ -208,7 +208,7 @@ def parse(argv: list[str], default_file: Path,
                                                            return_remaining_strings=True)
     except UserError as error:
         message = _as_typed(str(error), own, file)
-        if told.fork and message.startswith(f"{file}: "):
+        if early.fork and message.startswith(f"{file}: "):
             texts = {f"--{flag.name}" for flag in fields(TrainArguments) if flag.default is None and flag.type is str}
             none = ", or '' for none" * (str(error).split()[0].rstrip(":") in texts)
             message += f" (a fork takes over its run's flags: give this one another value{none})"

@@ -31,13 +31,13 @@ def take_over() -> None:
             break
     else:
         return
-    told = {name: os.environ[name] for name in (rank, size, local) if name}
-    world = told.get(size) or os.environ.get("WORLD_SIZE")
+    values = {name: os.environ[name] for name in (rank, size, local) if name}
+    world = values.get(size) or os.environ.get("WORLD_SIZE")
     if world == "1":
         return
-    if wrong := [name for name, value in told.items() if not re.fullmatch("[0-9]{1,9}", value)]:
-        raise UserError(f"{wrong[0]} is {told[wrong[0]]!r} in the environment, not a number; {command} sets it")
-    here, place = ", ".join(f"{name}={value}" for name, value in told.items()), os.environ.get("LOCAL_RANK")
+    if wrong := [name for name, value in values.items() if not re.fullmatch("[0-9]{1,9}", value)]:
+        raise UserError(f"{wrong[0]} is {values[wrong[0]]!r} in the environment, not a number; {command} sets it")
+    here, place = ", ".join(f"{name}={value}" for name, value in values.items()), os.environ.get("LOCAL_RANK")
     if missing := [name for name, there in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", local or place))
                    if not there]:
         raise UserError(f"several processes were started by {command} ({here}), which does not tell each its "
@@ -50,7 +50,7 @@ def take_over() -> None:
                         f"{' and '.join(missing)}, the host of the first and a port, the same for all; or start one "
                         f"torchrun a machine: {command} torchrun --nproc_per_node=... train.py. To be a run of its "
                         f"own: unset {rank} {size}")
-    os.environ.update(RANK=told[rank], WORLD_SIZE=world, LOCAL_RANK=place or told[local])
+    os.environ.update(RANK=values[rank], WORLD_SIZE=world, LOCAL_RANK=place or values[local])
 
 
 def local_rank(flag: int) -> int:

@@ -19,12 +19,12 @@ NAMED = re.compile(r"answer(?:s?\s+(?:is|are))?[^\w<.]*?" + NUMBER + r"(?!\w)", 
 
 @torch.no_grad()
 def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[int], budget: int,
-           told=lambda count: None, padded: bool = True) -> list[list[int]]:
+           report=lambda count: None, padded: bool = True) -> list[list[int]]:
     """Takes the likeliest token after each prompt, again and again: to one of `ends`, which is included, to `most`
     tokens, or to `limit` tokens with the prompt.
 
     Prompts of one batch are padded on the left, or, where `padded` is False, have one length: some models number the
-    padding too. A batch holds about `budget` tokens. `told` hears how many prompts were answered just now.
+    padding too. A batch holds about `budget` tokens. `report` is called with the number of prompts just answered.
     """
     from transformers import GenerationConfig
 
@@ -41,7 +41,7 @@ def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[in
                  and (padded or len(prompts[i]) == longest)]
         order = order[len(batch):]
         if room < 1:
-            told(len(batch))
+            report(len(batch))
             continue
         ids = torch.tensor([[ends[0]] * (longest - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
         lengths = torch.tensor([len(prompts[i]) for i in batch], device=model.device)
@@ -50,7 +50,7 @@ def greedy(model, prompts: list[list[int]], most: int, limit: int, ends: list[in
         for i, line in zip(batch, out[:, longest:].tolist()):
             end = next((at + 1 for at, token in enumerate(line) if token in ends), len(line))
             answers[i] = line[:end]
-        told(len(batch))
+        report(len(batch))
     return answers
 
 

@@ -615,11 +615,11 @@ def test_a_finished_run_without_its_figure_gets_one(tmp_path, capsys):
     (run / ".training.png.partial").write_bytes(b"half")
     args = SimpleNamespace(merge_weights=False, draw=False)
     start = SimpleNamespace(args=args, folder=run, resumed={"steps": 5})
-    train.end_again(start)
+    train.complete_finished_run(start)
     assert not (run / "training.png").exists()
     args.draw = True
-    train.end_again(start)
+    train.complete_finished_run(start)
     assert "figures: training.png" in capsys.readouterr().out and not list(run.glob(".*"))
-    train.end_again(start)
+    train.complete_finished_run(start)
     said = capsys.readouterr().out
     assert said.startswith(f"{run}: this run is finished, all 5 steps\n") and "figure" not in said
