@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .places import SUFFIXES, hub_parts, one_split, suffix_of
+from .urls import look_for_hub
 
 
 def table_rows(place: str, name: str | None, split: str | None, files: list[str], kind: str | None, most: int):
@@ -99,4 +100,5 @@ def _from_hub(place: str):
     name, revision, config, split = hub_parts(place)
     if suffix_of(name) in SUFFIXES or name.count("/") > 1 or name[:1] in (".", "/", "~") or glob.has_magic(name):
         raise UserError(f"{place}: no such file" + f", seen from {Path.cwd()}" * (not Path(place).is_absolute()))
+    look_for_hub()
     return datasets.load_dataset(name, config or None, split=split or "train", revision=revision or None)

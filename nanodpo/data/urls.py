@@ -1,4 +1,5 @@
-"""Copies what a URL names (hf://, s3://, file:// ..., by fsspec) to this machine, for as long as it takes to read."""
+"""Copies what a URL names (hf://, s3://, file:// ..., by fsspec) to this machine, for as long as it takes to read; and
+whether the Hugging Face hub can be reached."""
 
 import contextlib
 import os
@@ -7,6 +8,9 @@ import tempfile
 from collections.abc import Iterator
 
 from ..errors import UserError, first_line
+from ..ranks.distributed import say
+
+SECONDS = 5  # for the hub's first answer
 
 
 @contextlib.contextmanager
@@ -16,6 +20,8 @@ def copy_of(place: str) -> Iterator[str]:
     import fsspec
 
     url, _, split = place.partition("::")
+    if url.startswith("hf://"):
+        look_for_hub()
     with tempfile.TemporaryDirectory() as folder:
         try:
             system, path = fsspec.core.url_to_fs(url)
@@ -30,6 +36,22 @@ def copy_of(place: str) -> Iterator[str]:
             yield f"{here}::{split}" if split else here
         except UserError as error:
             raise UserError(str(error).replace(folder, url.rpartition("/")[0])) from error
+
+
+def look_for_hub() -> None:
+    """Where the hub does not answer, says so and tells its library, which then takes files from its cache. It would ask
+    six times for every file, half a minute each: minutes until a run starts on a machine without a network."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session  # slow to import
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except (OSError, *client_errors()) as error:
+        constants.HF_HUB_OFFLINE = True
+        say(f"the Hugging Face hub can't be reached ({first_line(error)}): what its cache on this machine has is used; "
+            "HF_HUB_OFFLINE=1 in the environment says this beforehand")
 
 
 def client_errors() -> list[type]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from ..data.urls import look_for_hub
 from ..errors import UserError, first_line
 from ..files import check_regular, read_text, why
 
@@ -218,6 +219,7 @@ def place_of(name: str) -> str:
     from huggingface_hub import snapshot_download  # slow to import
     from transformers.utils.peft_utils import find_adapter_config_file
 
+    look_for_hub()
     try:
         if not revision and not find_adapter_config_file(repository):
             return name

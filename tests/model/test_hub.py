@@ -16,6 +16,8 @@ import torch
 from conftest import ROOT, launch, make_model, make_tokenizer
 from huggingface_hub import constants
 
+from nanodpo.data.rows import read_rows
+from nanodpo.data.urls import look_for_hub
 from nanodpo.errors import UserError
 from nanodpo.folder.card import license_of, model_card
 from nanodpo.model.source import base_of, open_source, place_of
@@ -158,6 +160,28 @@ def test_a_hub_that_does_not_answer_costs_a_few_seconds(online, monkeypatch):
         start = time.monotonic()
         assert license_of("org/bare") is None and time.monotonic() - start < 6
     assert license_of("org/bare") is None  # the connection is refused
+
+
+def test_a_hub_that_is_not_there_is_looked_for_once(online, hub, monkeypatch, capsys):
+    """Its library would ask six times for each of ten files, half a minute each; what is cached needs none of it. A hub
+    that answers, with whatever, is asked as always."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    answered = constants.ENDPOINT
+    look_for_hub()
+    assert not constants.HF_HUB_OFFLINE and capsys.readouterr().out == ""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+    start = time.monotonic()
+    source = open_source("org/base", False)
+    assert source.config.vocab_size == open_source(str(hub / "old"), False).config.vocab_size
+    said = capsys.readouterr().out
+    assert said.startswith("the Hugging Face hub can't be reached (") and said.count("\n") == 1
+    with pytest.raises(UserError, match="^model org/none: config.json can't be opened: there is no folder org/none, "):
+        open_source("org/none", False)
+    with pytest.raises(UserError, match="^org/data: can't be read as a data set: "):
+        list(read_rows("org/data"))
+    assert time.monotonic() - start < 10 and capsys.readouterr().out == ""
+    monkeypatch.setattr(constants, "ENDPOINT", answered)
 
 
 @pytest.mark.slow
