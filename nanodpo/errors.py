@@ -45,12 +45,14 @@ class Preempted(_Short, BaseException):
 TEMPFAIL = 75
 
 
-def first_line(error: Exception) -> str:
-    """The message of a library's exception in one line: its first line, and the next where that ends in a colon."""
+def first_line(error: Exception, most: int = 1) -> str:
+    """The message of a library's exception in one line: its first `most` lines, and the next where they end in a colon.
+    """
     if isinstance(error, pickle.UnpicklingError):  # torch advises to run the code in it
         return "the pickle is broken, or holds more than tensors; save the weights as safetensors"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    message = lines.pop(0)
+    message = " ".join(lines[:most])
+    del lines[:most]
     while message.endswith(":") and lines:
         message += f" {lines.pop(0)}"
     return f"{type(error).__name__} {message}" if isinstance(error, LookupError) else message

@@ -46,12 +46,20 @@ def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False)
                       f"start from its end in a new --output_dir: --model_name {shlex.quote(str(last))} (for DPO that "
                       "is then the reference, too, unless --reference names another); for one longer run, name a new "
                       "--output_dir alone")
+        elif "weights" in names and _has_moved(old, new):
+            advice = f"the hub has other weights by now: give it --model_name {old['base']}, or name a new folder"
         elif old.get("finished") and names.isdisjoint(FILES) and not any(name[0] == "-" for name in names):
             advice = "it is finished; name a new folder"
         elif (commit := old.get("git_commit")) != new.get("git_commit") and not any(name[0] == "-" for name in names):
             advice = "put back what has changed; if nothing has, " * (not names.isdisjoint(FILES))
             advice += f"go on with the version of nanodpo that began it, commit {commit}, or name a new folder"
         raise UserError(f"--output_dir {folder}: holds a run with other settings ({changes}); {advice}")
+
+
+def _has_moved(old: dict, new: dict) -> bool:
+    """Whether the run's --model_name is an id on the hub, of which its cache had another commit then."""
+    name, _, revision = str(old.get("base")).partition("@")
+    return bool(revision) and name == old["arguments"]["model_name"] and old["base"] != new.get("base")
 
 
 def differences(old: dict, new: dict, before_loading: bool = False) -> list[tuple]:

@@ -16,10 +16,11 @@ from safetensors import safe_open
 
 from ..errors import UserError, first_line
 from ..files import read_text
+from .hub import place_of
 from .lora_settings import AS_PLAIN, check_readable
 from .quantised import check_loaded, loading_options
 from .sharding import sharded_as_read
-from .source import BROKEN, check_attention, hold_logs, place_of
+from .source import BROKEN, check_attention, hold_logs
 
 SETS = ("target_modules", "target_parameters", "exclude_modules")  # in an adapter's config; PEFT has them in any order
 NOT_SHAPE = ("base_model_name_or_path", "peft_version", "inference_mode", "revision")  # of an adapter's config

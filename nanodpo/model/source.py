@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -17,16 +16,14 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from ..data.urls import look_for_hub
 from ..errors import UserError, first_line
 from ..files import check_regular, read_text, why
+from .hub import commit_of, place_of
 
 # The errors that libraries raise where a file of a model is broken or a setting in it makes no sense.
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
           AssertionError, EOFError, struct.error, pickle.UnpicklingError, re.error, SafetensorError,
           StrictDataclassError)
-# Of a model or adapter on the hub: weights, settings, tokenizer, code.
-FILES = ["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
 @dataclasses.dataclass
@@ -107,7 +104,7 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
                      "base_model_name_or_path, and take that file's entry out of manifest.json beside it"
                      ) * bool(adapter and what == "config.json")
             no_folder = f"there is no folder {base}, and on the hub: " * (not os.path.exists(base))
-            reason = _missing(Path(base)) or no_folder + first_line(error)
+            reason = _missing(Path(base)) or no_folder + first_line(error, 2 if no_folder else 1)
             raise UserError(f"model {where}: {what} can't be opened: {reason}{moved}") from error
         check_attention(config, where)
         if quantised and not (isinstance(quantised, dict) and quantised.get("quant_method") == "bitsandbytes"):
@@ -208,26 +205,6 @@ def _check_files(folder: Path) -> None:
                         "model.safetensors.index.json lists; remove those that are not meant")
 
 
-@functools.cache
-def place_of(name: str) -> str:
-    """Where a model or adapter is read from. Of an adapter on the hub, and of a hub id with a revision, NAME@REVISION,
-    this is the folder of its files in the hub's cache, where they are fetched to; all other names stay. Raises
-    UserError where the hub has no such files."""
-    repository, _, revision = name.partition("@")
-    if os.path.lexists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.startswith("."):
-        return name
-    from huggingface_hub import snapshot_download  # slow to import
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    look_for_hub()
-    try:
-        if not revision and not find_adapter_config_file(repository):
-            return name
-        return snapshot_download(repository, revision=revision or None, allow_patterns=FILES)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name}: can't be fetched from the hub: {first_line(error)}") from error
-
-
 def base_of(name: str) -> tuple[str, str | None]:
     """(name of the base model, folder of the adapter or None) of a model or adapter. Raises UserError for a folder that
     is neither."""
@@ -261,14 +238,18 @@ def _check_model(path: Path, name: str) -> None:
 
 
 def name_and_revision(base: str) -> tuple[str, str | None]:
-    """A base as an adapter_config.json names it: a local folder by its full path, a hub id with its revision apart."""
-    name, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
-    return absolute(name), revision or None
+    """A base as an adapter_config.json names it: as `absolute`, a hub id with its revision apart."""
+    name, _, revision = (absolute(base), "", "") if Path(base).is_dir() else absolute(base).partition("@")
+    return name, revision or None
 
 
 def absolute(name: str) -> str:
-    """A local folder by its full path, so that a checkpoint finds its base from anywhere; a hub id as it is."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    """A local folder by its full path, so that a checkpoint finds its base from anywhere; a hub id with its revision,
+    or, where it has none, with the commit that the cache has of it: the hub may have another one tomorrow."""
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    commit = "" if "@" in name else commit_of(name)
+    return f"{name}@{commit}" if commit else name
 
 
 def read_template_file(file: str) -> str:

@@ -15,7 +15,7 @@ from ..folder.atomic import check_whole, flush, read_manifest, remove, writing
 from ..folder.log import Log, LogHash, append_line, read_lines
 from ..model import loading
 from ..model.quantised import bits_of
-from ..model.source import base_of
+from ..model.source import absolute, base_of
 from ..ranks import distributed, waits
 from . import agreement, engine, memory, noise
 from .start import Run
@@ -28,7 +28,8 @@ def open_folder(run: Run) -> dict:
     """
     # Loading an adapter has written its settings into run.args.
     run.facts |= {"arguments": record.arguments(run.args), "steps": run.steps, "layout": run.layout,
-                  "attention": run.attention, "weights": run.start_hash, "reference": run.reference_hash,
+                  "attention": run.attention, "base": absolute(run.source.base), "weights": run.start_hash,
+                  "reference": run.reference_hash,
                   "device": distributed.device_name(run.device),
                   "held_out_rows": sorted({e.row for e in run.held_out.examples}) if run.args.eval_size else None}
     with agreement.same_on_all_ranks() as compared:

@@ -8,7 +8,9 @@ from pathlib import Path
 from ..errors import UserError, first_line
 from ..files import read_text
 from ..folder.atomic import BESIDE, MANIFEST, check_whole, file_facts
-from ..model.source import FILES, place_of
+from ..model.hub import TEXTS, commit_of, place_of
+
+FILES = ["*.safetensors", "*.bin", *TEXTS]
 
 
 def hash_of(value) -> str:
@@ -30,7 +32,7 @@ class Contents:
             raise UserError(f"{name}: can't be read: {first_line(error)}") from error
         # Not of the manifest, which says whose checkpoint it is: one set of weights is scored once.
         whole = sorted((file, facts["sha256"]) for file, facts in self.hashes.items() if file != MANIFEST)
-        self.key = hashlib.sha256(repr(whole or (name, _commit(name))).encode()).hexdigest()
+        self.key = hashlib.sha256(repr(whole or (name, commit_of(name))).encode()).hexdigest()
         small = [item for item in whole if not item[0].endswith((".safetensors", ".bin"))]
         self.settings_key = hash_of(small or name)  # of its tokenizer and config
 
@@ -63,15 +65,3 @@ def _listed(folder: Path) -> dict[str, Path]:
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
             found |= {name: folder / name for name in json.loads(read_text(index))["weight_map"].values()}
     return found
-
-
-def _commit(name: str) -> str:
-    """The commit of a hub id's files in the cache, which holds a folder for each."""
-    from huggingface_hub import try_to_load_from_cache  # slow to import
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        file = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # no hub id; whoever opens it says so
-        file = None
-    return Path(file).parent.name if isinstance(file, str) else ""

@@ -298,6 +298,23 @@ def test_a_run_of_another_version_is_said_to_be_one():
                                       f"null -> false); {advice}")
 
 
+def test_a_model_that_has_moved_on_the_hub_is_named_by_its_commit():
+    """Where its weights are others by now; not where the user's own folder has changed, nor where the commit is the
+    same."""
+    def made(weights, base, model="org/m"):
+        return {"world_size": 1, "steps": 3, "arguments": elastic.DEFAULTS | {"model_name": model}, "weights": weights,
+                "base": base}
+
+    moved = "the hub has other weights by now: give it --model_name org/m@abc, or name a new folder"
+    same = "give it the same ones to go on with it, or name a new folder"
+    for old, new, advice in ((made("1", "org/m@abc"), made("2", "org/m@def"), moved),
+                             (made("1", "org/m@abc"), made("2", "org/m@abc"), same),
+                             (made("1", "/models/m", "m"), made("2", "/models/m", "m"), same)):
+        with pytest.raises(UserError) as refused:
+            same_run.check_same(Path("run"), old, new)
+        assert str(refused.value).endswith(f"(weights: 1 -> 2); {advice}")
+
+
 def test_a_finished_run_is_not_made_longer():
     """Each of its steps would have had another learning rate. How to train further is said, where nothing else differs.
     """

@@ -9,18 +9,21 @@ import socket
 import threading
 import time
 
+import huggingface_hub
 import oracle
 import pandas
 import pytest
 import torch
 from conftest import ROOT, launch, make_model, make_tokenizer
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 
 from nanodpo.data.rows import read_rows
 from nanodpo.data.urls import look_for_hub
 from nanodpo.errors import UserError
 from nanodpo.folder.card import license_of, model_card
-from nanodpo.model.source import base_of, open_source, place_of
+from nanodpo.model.hub import place_of
+from nanodpo.model.source import absolute, base_of, name_and_revision, open_source
 from nanodpo.scoring.contents import Contents
 
 STEP = ("--max_steps", "2", "--learning_rate", "1e-2", "--draw", "false")
@@ -84,10 +87,39 @@ def test_names_and_their_places(offline, tiny):
     assert base_of("org/adapter@two") == ("org/base@v1", str(adapters / ("d" * 40)))
     assert place_of(str(tiny / "model")) == str(tiny / "model") and place_of("no/such") == "no/such"
     assert open_source("org/adapter@two", False).base == "org/base@v1"
+    # As an adapter_config.json names them: by the commit, since a hub id alone may be another model tomorrow.
+    for name, commit in (("org/base", "a" * 40), ("org/base@v1", "v1"), ("no/such", None), ("not a name", None)):
+        assert name_and_revision(name) == (name.partition("@")[0], commit)
+    assert absolute("org/base") == "org/base@" + "a" * 40
     keys = {Contents(name).key for name in ("org/base", "org/base@v1", "org/adapter", "org/adapter@two")}
     assert len(keys) == 4
     with pytest.raises(UserError, match="^model org/base@v9: can't be fetched from the hub: "):
         place_of("org/base@v9")
+
+
+@pytest.mark.parametrize("there, fetched", [
+    ({"model-00001-of-2.safetensors", "model-00002-of-2.safetensors", "pytorch_model-00001-of-2.bin", "tf_model.h5",
+      "consolidated.safetensors", "original/consolidated.00.pth", "coreml/weight.bin", "onnx/model.safetensors"},
+     {"model-00001-of-2.safetensors", "model-00002-of-2.safetensors"}),
+    ({"pytorch_model.bin", "tf_model.h5", "training_args.bin"}, {"pytorch_model.bin"}),
+    ({"adapter_model.safetensors", "adapter_model.bin", "optimizer.bin"}, {"adapter_model.safetensors"}),
+    ({"adapter_model.bin"}, {"adapter_model.bin"})])
+def test_weights_are_fetched_once(tmp_path, monkeypatch, there, fetched):
+    """Of a model that is there in several kinds of files, of 14 GB each, those that are read."""
+    texts = {"config.json", "tokenizer.model", "qwen.tiktoken", "modeling.py", "additional_chat_templates/tool.jinja"}
+
+    def snapshot_download(repository, revision, allow_patterns):
+        assert (repository, revision) == ("org/many", "v1")
+        for name in filter_repo_objects(sorted(there | texts), allow_patterns=allow_patterns):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    place_of.cache_clear()
+    assert place_of("org/many@v1") == str(tmp_path)
+    place_of.cache_clear()
+    assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} == fetched | texts
 
 
 def test_a_card_names_the_base_without_its_revision(offline):
@@ -187,8 +219,8 @@ def test_a_hub_that_is_not_there_is_looked_for_once(online, hub, monkeypatch, ca
 @pytest.mark.slow
 def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
     """Trained on, as a reference and scored: the log-probs are those of plain PEFT on the base of the right revision. A
-    fresh adapter on an old revision says so in the words of PEFT, and is opened on it. All in one new process, which
-    reads HF_HOME when it starts."""
+    fresh adapter on an old revision says so in the words of PEFT, and is opened on it; one on the newest is opened on
+    that also when the hub has a newer one. In new processes, which read HF_HOME when they start."""
     monkeypatch.setenv("HF_HOME", str(hub))
     pairs = oracle.read_pairs(tiny / "train.jsonl")
     data = ("--train_file_path", tiny / "train.jsonl", "--eval_file_path", tiny / "train.jsonl", "--cache_dir",
@@ -202,10 +234,17 @@ def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
             ("fresh", "org/base@v1", (), "v1", "v1")]
     cells = [("train", ["--model_name", model, "--output_dir", tmp_path / run, *data, *STEP, *more], False)
              for run, model, more, _, _ in runs]
-    cells.append(("score", ["org/adapter@two", tmp_path / "fresh", "--dataset_path", f"t={tiny / 'train.jsonl'}",
-                            "--responses", "chosen", "--output_dir", tmp_path / "scores"], False))
+    main = hub / "hub" / "models--org--base" / "refs" / "main"
+    cells.append(("train", ["--model_name", "org/base", "--output_dir", tmp_path / "newest", *data, *STEP], False))
     done = launch(ROOT / "tests" / "notebook.py", json.dumps(cells, default=str))
     assert done.stdout.count("cell: done\n") == 3, done.stdout
+    main.write_text("b" * 40)  # the hub has other weights by now: those of v1
+    cells = [("score", ["org/adapter@two", tmp_path / "fresh", tmp_path / "newest", "--dataset_path",
+                        f"t={tiny / 'train.jsonl'}", "--responses", "chosen", "--output_dir", tmp_path / "scores"],
+              False)]
+    done = launch(ROOT / "tests" / "notebook.py", json.dumps(cells, default=str))
+    assert done.stdout.count("cell: done\n") == 1, done.stdout
+    main.write_text("a" * 40)
     for run, _, _, start, ref in runs:
         lines = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         assert lines[0]["eval_logps/chosen"] == pytest.approx(truth[start], rel=1e-6)
@@ -222,6 +261,13 @@ def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
     assert means["adapter@two", 0] == pytest.approx(truth["two"], rel=1e-6)
     assert means["fresh", 0] == pytest.approx(truth["v1"], rel=1e-6)
     assert means["fresh", 2] == pytest.approx(moved, rel=1e-6)
+    own = json.loads((tmp_path / "newest" / "checkpoint-2" / "adapter_config.json").read_text())
+    record = json.loads((tmp_path / "newest" / "run.json").read_text())
+    assert own["revision"] == "a" * 40 and record["base"] == "org/base@" + "a" * 40
+    with torch.no_grad():
+        model = oracle.load(tmp_path / "newest" / "checkpoint-2", tiny / "model").eval()
+        moved = sum(oracle.sequence_logp(model, *pair[:2]).item() for pair in pairs) / 11
+    assert means["newest", 2] == pytest.approx(moved, rel=1e-6)
 
 
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub_says_both(tmp_path, monkeypatch):
