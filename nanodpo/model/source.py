@@ -87,6 +87,8 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
     disable_progress_bar()  # a bar for every file read or written, on every rank
     # Names that transformers 6 will drop; PEFT and the range of releases supported here still need them.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+    # PEFT imports bitsandbytes wherever it is installed, which warns then of a kernel for CPUs that is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").disabled = True
     base, adapter = base_of(name)
     has_tokenizer = adapter and (Path(adapter) / "tokenizer_config.json").is_file()
     where, what = name if base == name else f"{name}: its base {base}", "config.json"

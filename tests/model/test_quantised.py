@@ -199,6 +199,15 @@ def runs(tiny, tmp_path_factory):
     return made
 
 
+@installed
+def test_nothing_is_said_of_a_kernel_that_is_not_used(tiny):
+    """bitsandbytes warns of it when it is imported, as PEFT does in every command, on a CPU with bfloat16
+    instructions."""
+    opened = f"from nanodpo.model.source import open_source; open_source({str(tiny / 'model')!r}, False)"
+    done = launch("-c", f"{opened}; import bitsandbytes")
+    assert done.stdout + done.stderr == ""
+
+
 def steps(lines: list[dict]) -> list[dict]:
     return without_times([line for line in lines if "loss" in line])
 
