@@ -161,6 +161,7 @@ def add_adapter(model, adapter: str | None, trainable: bool = False):
                  "name the merged model") * ("embed_tokens" in str(error))
         raise UserError(f"{adapter}: does not fit its base: {first_line(error)}{grown}") from error
     _check_within_layers(model.active_peft_config, adapter)
+    _check_joined(model.active_peft_config, adapter)
     _check_scales(model, adapter, trainable)
     if model.get_base_model().get_output_embeddings() is not head:
         raise UserError(f"{adapter}: changes the output layer, which its target_modules or modules_to_save name; merge "
@@ -179,6 +180,17 @@ def _check_within_layers(config, adapter: str) -> None:
     if str(start := getattr(config, "init_lora_weights", None)).startswith("pissa_niter"):
         raise UserError(f"{adapter}: has other log-probs each time: its init_lora_weights is {start!r}, by which PEFT "
                         f"draws random numbers to change the base, whenever it opens it; {AS_PLAIN}")
+
+
+def _check_joined(config, adapter: str) -> None:
+    """Raises UserError for LoRA on experts, from transformers 4, whose scales PEFT changes where it joins gate_proj and
+    up_proj: it doubles rank and lora_alpha, as `config` has them, whatever else they depend on."""
+    own = adapter_shape(adapter)
+    odd = [name for name in ("use_rslora", "alpha_pattern") if own.get(name)]
+    if odd and own["peft_type"] == "LORA" and (config.rank_pattern or {}) != (own.get("rank_pattern") or {}):
+        raise UserError(f"{adapter}: is of transformers 4, which had layers for each expert; where PEFT joins them, "
+                        f"their scales are not those of its {odd[0]}. Merge it where it was made (PEFT's "
+                        "merge_and_unload), and name the merged model")
 
 
 def _check_scales(model, adapter: str, trainable: bool) -> None:
@@ -205,11 +217,11 @@ def exchange_adapter(model, adapter: str) -> None:
     from peft.utils import set_peft_model_state_dict
 
     weights = _read(adapter)
-    _check_names(model, weights, adapter)
     try:
         set_peft_model_state_dict(model, weights)
     except BROKEN as error:
         raise UserError(f"{adapter}: can't be opened: {first_line(error)}") from error
+    _check_names(model, weights, adapter)
 
 
 def _read(adapter: str) -> dict:
@@ -229,9 +241,12 @@ def _read(adapter: str) -> dict:
 
 
 def _check_names(model, weights: dict, adapter: str) -> None:
-    """Raises UserError where the names of an adapter's weights on disk are not those of the model's adapter."""
+    """Raises UserError where the names of an adapter's weights on disk are not those of the model's adapter. Those of
+    transformers 4, which had a layer for each expert, PEFT turns into today's whenever it opens them."""
     from peft.utils import get_peft_model_state_dict
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
+    weights = convert_peft_adapter_state_dict_for_transformers(model, model.active_peft_config, weights)
     with no_false_alarm():
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if lacking := expected.keys() - weights.keys():

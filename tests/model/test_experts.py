@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, launch
+from safetensors.torch import save_file
 from test_families import load, our_logps, own_logps, saved
 from test_models import args
 from tiny_models import random_groups
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nanodpo.errors import UserError
 from nanodpo.model import loading, ready
-from nanodpo.model.adapters import add_adapter, open_base
+from nanodpo.model.adapters import add_adapter, exchange_adapter, open_base
 from nanodpo.model.source import open_source
 
 CPU = torch.device("cpu")
@@ -103,6 +104,54 @@ def test_a_name_that_no_weight_has(tmp_path):
     with pytest.raises(UserError, match="target_parameters has 'experts.w', which is no weight of the model"):
         loading.load_model(open_source(path, False), args(use_lora=True, peft_config="lora.json", merge_weights=False),
                            {"target_parameters": ["experts.w"]})
+
+
+def of_transformers_4(path: str, folder, seed: int, **settings):
+    """An adapter as PEFT wrote it beside transformers 4, where each expert had linear layers; and its sum by hand."""
+    rank, alpha, names = 4, 6, ("gate_proj", "up_proj", "down_proj")
+    plain, weights = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), {}
+    draw = torch.Generator().manual_seed(seed)
+    for number, layer in enumerate(plain.model.layers):
+        stack, inner = layer.mlp.experts, layer.mlp.experts.down_proj.shape[-1]
+        parts = {f"self_attn.{name}": getattr(layer.self_attn, name).weight.data for name in ("q_proj", "o_proj")}
+        for e, (both, down) in enumerate(zip(stack.gate_up_proj.data, stack.down_proj.data)):
+            parts |= {f"mlp.experts.{e}.{name}": w for name, w in zip(names, (both[:inner], both[inner:], down))}
+        for name, weight in parts.items():
+            rows, columns = weight.shape
+            b, a = (torch.randn(shape, generator=draw) / 10 for shape in ((rows, rank), (rank, columns)))
+            weight += alpha / rank * b @ a
+            for side, matrix in (("A", a), ("B", b)):
+                weights[f"base_model.model.model.layers.{number}.{name}.lora_{side}.weight"] = matrix
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    own = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": path, "r": rank,
+           "lora_alpha": alpha, "target_modules": ["q_proj", "o_proj", *names]} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(own))
+    plain.save_pretrained(folder.with_name(f"{folder.name}-sum"))
+    return own_logps(f"{folder}-sum", random_groups())
+
+
+def test_adapters_of_transformers_4_are_what_they_were(tmp_path):
+    """PEFT joins the layers of all experts when it opens one. Its names in the file were compared with those of today,
+    and a good adapter was said to lack weights."""
+    path, groups = saved(tmp_path / "base", "qwen3_moe"), random_groups()
+    first, second = (of_transformers_4(path, tmp_path / str(seed), seed) for seed in (1, 2))
+    assert (first - own_logps(path, groups)).abs().max() > 0.1 and (first - second).abs().max() > 0.1
+    model = add_adapter(open_base(path, torch.float32, False), str(tmp_path / "1"))
+    exchange_adapter(model, str(tmp_path / "2"))
+    assert (our_logps(model, groups) - second).abs().max() < 1e-4
+    model = add_adapter(open_base(path, torch.float32, False), str(tmp_path / "1"))
+    assert (our_logps(model, groups) - first).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("settings", [{"use_rslora": True}, {"alpha_pattern": {"up_proj": 60}}])
+def test_scales_that_peft_does_not_carry_over_are_refused(settings, tmp_path):
+    """PEFT joins gate_proj and up_proj by twice the rank and twice lora_alpha: with rank-stabilised LoRA that scale is
+    not the one before, and an alpha_pattern of theirs is passed over."""
+    path = saved(tmp_path / "base", "qwen3_moe")
+    of_transformers_4(path, tmp_path / "old", 1, **settings)
+    with pytest.raises(UserError, match=f"old: is of transformers 4, .* scales .*{[*settings][0]}.*name the merged"):
+        add_adapter(open_base(path, torch.float32, False), str(tmp_path / "old"))
 
 
 @pytest.mark.slow
