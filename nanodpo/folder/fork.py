@@ -62,17 +62,16 @@ def settings_of(fork: str, output_dir: str | None) -> tuple[dict, str]:
     """(the settings that are the defaults of a fork's flags, the file that they come from): the source's, which the
     fork's own run.json has, too. Raises UserError."""
     found = find(fork, Path(output_dir) if output_dir else None)
-    if found.source:
-        file, settings = found.run / "run.json", arguments_of(found.source)
-    else:
-        file = Path(output_dir) / "run.json"
-        own = record.read(file.parent)
-        settings = own["arguments"] | {name.removeprefix("--"): was for name, (was, _) in own["fork"]["changed"].items()
-                                       if name.startswith("--")}
+    folder = found.run if found.source else Path(output_dir)
+    own, file = found.source or record.read(folder), folder / "run.json"
+    was = {} if found.source else {name: before for name, (before, _) in own["fork"]["changed"].items()}
+    settings = arguments_of(own) | {name.removeprefix("--"): was[name] for name in was if name.startswith("--")}
     if unknown := settings.keys() - DEFAULTS.keys():
         raise UserError(f"--fork {fork}: {file} is of another version of nanodpo, which has the settings "
                         f"{', '.join(sorted(unknown))}; fork it with that version")
-    return {name: value for name, value in settings.items() if name not in OWN}, str(file)
+    # An adapter that was trained on, whose hash is the third, still has its settings, and some that no flag may have.
+    its = same_run.ADAPTER if len(str(was.get("weights", own.get("weights"))).split()) > 2 else ()
+    return {name: value for name, value in settings.items() if name not in {*OWN, *its}}, str(file)
 
 
 def find(fork: str, folder: Path | None) -> Fork:

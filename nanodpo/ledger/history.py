@@ -23,7 +23,7 @@ from ..folder.elastic import arguments_of, pairs_per_step
 from ..folder.fork import changed_on_the_way
 from ..folder.log import MAX_BYTES
 from ..folder.reference import data_hash
-from ..folder.same_run import changed_weights
+from ..folder.same_run import ADAPTER, changed_weights
 from ..model.adapters import dora_norms
 from ..model.decay import is_decayed
 from ..model.ready import response_logps
@@ -202,7 +202,7 @@ def open_history(checkpoints: list[Checkpoint], device: torch.device, longest: i
     check_steps(checkpoints)
     first = checkpoints[0]
     folder, record = Path(first.path).parent, first.settings.record
-    known = {field.name for field in dataclasses.fields(TrainArguments)}
+    known = {field.name for field in dataclasses.fields(TrainArguments)} - ADAPTER
     args = TrainArguments(**{name: value for name, value in arguments_of(record).items() if name in known}
                           | {"trust_remote_code": trust_remote_code, "local_rank": -1})
     if args.allow_dropout:

@@ -69,6 +69,23 @@ def test_nothing_changed_is_nothing_different(step, source, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_fork_of_a_run_on_an_adapter_that_has_a_dropout(source, tiny, tmp_path):
+    """Which is off in training, so that the run needed no --allow_dropout; a fork takes none from its run.json as a
+    flag. On the base in place of the adapter, a fork has the flags' defaults, also when it is called again."""
+    run, more = tmp_path / "run", ("--lora_dropout", "0", "--allow_dropout", "false")
+    assert forked(TRAIN, *flags(tiny, run, "--model_name", source / "checkpoint-2", *more))[0] == [0]
+    assert record.read(run)["arguments"]["lora_dropout"] > 0
+    for step in (0, 1):
+        codes, said = forked(TRAIN, "--fork", f"{run}@{step}", "--output_dir", tmp_path / f"at-{step}")
+        assert codes == [0] and "with nothing changed" in said
+        assert_same(tmp_path / f"at-{step}", run, step)
+    for again in (False, True):
+        codes, said = forked(TRAIN, "--fork", f"{run}@0", "--output_dir", tmp_path / "base", "--model_name",
+                             tiny / "model")
+        assert codes == [0] and ("this run is finished" in said) == again
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, ranks, more", [(0, 1, FULL), (2, 2, ())], ids=["full", "zero2-2"])
 def test_a_fork_that_was_killed_goes_on_without_its_source(stage, ranks, more, tiny, tmp_path):
     """Killed before it had its state, then in step 3, then the source is gone: the same command ends as the source."""

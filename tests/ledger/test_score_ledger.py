@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, launch, make_tokenizer
 from tiny_models import tiny as make_family
+from transformers import AutoModelForCausalLM
 
 import score
 from nanodpo.errors import UserError
@@ -103,6 +104,20 @@ def test_shares_of_a_dora_run_add_up(tiny, tmp_path, rate):
     _, (record,) = ledger(run, tmp_path / "out", "--ledger", "4", "--responses", "chosen")
     assert abs(record["residual"]) < (0.001 if rate == "1e-5" else 0.02)
     assert record["updates_rebuilt"]["median"] < 1e-3
+
+
+def test_an_adapter_that_has_a_dropout_is_no_reason_against_a_ledger(tiny, tmp_path):
+    """It is off in training, but its run.json was read as flags, and such a dropout needs --allow_dropout there."""
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
+    base.name_or_path = str(tiny / "model")
+    get_peft_model(base, LoraConfig(r=4, lora_dropout=0.2, target_modules=["q_proj", "v_proj"])
+                   ).save_pretrained(tmp_path / "adapter")
+    run = train(tiny, tmp_path / "run", "--model_name", tmp_path / "adapter", "--learning_rate", "1e-3",
+                "--warmup_steps", "3")
+    _, (record,) = ledger(run, tmp_path / "out", "--ledger", "2", "--responses", "chosen")
+    assert abs(record["residual"]) < 0.01 and record["updates_rebuilt"]["median"] < 1e-3
 
 
 def test_a_mean_of_one_row_is_no_row_by_itself(run, tmp_path):
