@@ -163,6 +163,8 @@ def merge(adapter: Path, folder: Path, dtype: torch.dtype, trust_remote_code: bo
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()  # the product B A is rounded once, when it is added
-    model = model.merge_and_unload()
+    # Without this PEFT rounds the product for a mixture's experts, too, to the dtype of their weights.
+    with mock.patch("peft.tuners.lora.layer.ALLOWED_COMPUTE_DTYPES", ()):
+        model = model.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
     save(model, tokenizer, dict(model.named_parameters()), folder, {"merged": adapter.name}, texts)

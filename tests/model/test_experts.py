@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import ROOT, launch, make_tokenizer
 from safetensors.torch import save_file
 from test_families import load, our_logps, own_logps, saved
 from test_models import args
@@ -13,6 +13,7 @@ from tiny_models import random_groups
 from transformers import AutoModelForCausalLM
 
 from nanodpo.errors import UserError
+from nanodpo.folder import checkpoint
 from nanodpo.model import loading, ready
 from nanodpo.model.adapters import add_adapter, exchange_adapter, open_base
 from nanodpo.model.source import open_source
@@ -87,6 +88,19 @@ def test_bfloat16_does_not_round_it_away(monkeypatch, tmp_path):
                                         "--lora_target_modules k_proj,o_proj,q_proj,v_proj$"):
         ready.make_ready(load(path, use_lora=True, bf16=True), True, CPU)
     ready.make_ready(load(path, use_lora=True, bf16=True, lora_target_modules="q_proj,v_proj"), True, CPU)
+
+
+def test_merged_experts_are_rounded_once(tmp_path):
+    """In bfloat16 W + s B A is rounded, and s B A not before, which loses most where it all but cancels W."""
+    path = saved(tmp_path / "base", "qwen3_moe")
+    model = moving(load(path, use_lora=True, lora_r=4, bf16=True))
+    tokenizer = make_tokenizer()
+    checkpoint.save(model, tokenizer, checkpoint.gather(model, True), tmp_path / "checkpoint-1", {"step": 1})
+    checkpoint.merge(tmp_path / "checkpoint-1", tmp_path / "merged", torch.bfloat16, False)
+    open_base(path, torch.bfloat16, False).save_pretrained(tmp_path / "rounded")
+    merged = dict(open_base(str(tmp_path / "merged"), torch.bfloat16, False).named_parameters())
+    for name, truth in by_hand(model, str(tmp_path / "rounded")).named_parameters():
+        assert ((merged[name].float() - truth).abs() <= truth.abs() * 2**-8 * 1.001).all(), name
 
 
 def test_stage_3_is_refused(tmp_path):
