@@ -136,7 +136,7 @@ def check_weight_files(name: str) -> None:
     base, adapter = base_of(name)
     folder = Path(adapter or place_of(base))
     _check_files(folder)
-    if adapter and not any(folder.glob("adapter_model.*")):
+    if adapter and not any((folder / f"adapter_model.{kind}").exists() for kind in ("safetensors", "bin")):
         raise UserError(f"model {name}: has adapter_config.json, but no adapter_model.safetensors")
 
 

@@ -491,6 +491,10 @@ ADAPTERS += [(f"adapter's weights {change.__name__}", changed_weights("adapter/a
 ADAPTERS += [
     ("no weights of an adapter", broken("adapter/adapter_model.safetensors", "missing"), ADAPTER,
      ["model @/adapter: has adapter_config.json, but no adapter_model.safetensors"]),
+    ("an adapter's weights in several files", lambda folder: (folder / "adapter" / "adapter_model.safetensors").rename(
+        folder / "adapter" / "adapter_model-00001-of-00001.safetensors") and written(
+            "adapter/adapter_model.safetensors.index.json", "{}")(folder), ADAPTER,
+     ["model @/adapter: has adapter_config.json, but no adapter_model.safetensors"]),
     ("an adapter's pickle of junk", pickled("adapter/adapter_model.safetensors", "adapter/adapter_model.bin"), ADAPTER,
      ["@/adapter: its weights can't be read: "]),
     ("an adapter on itself", lambda folder: edited("adapter/adapter_config.json", base_model_name_or_path=str(
