@@ -224,6 +224,9 @@ def base_of(name: str) -> tuple[str, str | None]:
         raise UserError(f"{file}: no base_model_name_or_path can be read from it: {first_line(error)}") from error
     if not isinstance(base, str) or not base:
         raise UserError(f"{file}: base_model_name_or_path is {base!r}, not a model's name")
+    if os.path.isfile(os.path.join(base, "adapter_config.json")) and not os.path.samefile(base, folder):
+        raise UserError(f"{file}: base_model_name_or_path is {base}, which is an adapter itself; merge that one into "
+                        "its base (PEFT's merge_and_unload), and write the merged model's place there")
     if isinstance(revision, str) and revision not in ("", "main") and not os.path.exists(base):
         base += f"@{revision}"  # of a base on the hub, as AutoPeftModel reads it
     return base, folder

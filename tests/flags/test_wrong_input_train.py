@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -499,6 +500,9 @@ ADAPTERS += [
      ["@/adapter: its weights can't be read: "]),
     ("an adapter on itself", lambda folder: edited("adapter/adapter_config.json", base_model_name_or_path=str(
         folder / "adapter"))(folder), ADAPTER, ["model @/adapter: config.json can't be opened"]),
+    ("an adapter on another", lambda folder: (shutil.copytree(folder / "adapter", folder / "first"), edited(
+        "adapter/adapter_config.json", base_model_name_or_path=str(folder / "first"))(folder)), ADAPTER,
+     ["@/adapter/adapter_config.json: base_model_name_or_path is @/first, which is an adapter itself; merge that one"]),
     ("a base of another size", lambda folder: make_model(folder / "model", hidden_size=16), ADAPTER,
      [UNFIT + "Error(s) in loading state_dict for PeftModelForCausalLM: size mismatch"]),
     ("a base with fewer layers", lambda folder: make_model(folder / "model", num_hidden_layers=0), ADAPTER, [UNFIT]),
