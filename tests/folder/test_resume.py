@@ -758,7 +758,7 @@ def test_the_disk_of_a_held_folder_is_nobody_elses_matter(tmp_path, monkeypatch)
     monkeypatch.setattr(lifecycle, "template_for", lambda *_: None)
     data = SimpleNamespace(examples=[], dropped=[])
     args = TrainArguments("model", train_file_path="data", max_steps=1)
-    source = SimpleNamespace(tokenizer=None)
+    source = SimpleNamespace(tokenizer=None, base="m")
     run = Run(args, None, {}, source, data, None, tmp_path, {"date": None}, {"arguments": {}}, None,
               device=torch.device("cpu"))
     with pytest.raises(UserError, match="is in use by another run"):
