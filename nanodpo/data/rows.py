@@ -49,7 +49,7 @@ def read_places(path: str, here: bool | None = None) -> list[list[dict]]:
     for place, rows in zip(places, found):
         if not rows:
             raise UserError(f"{place}: has no rows")
-        if [*rows[0]] != [*found[0][0]]:
+        if rows[0].keys() != found[0][0].keys():
             raise UserError(f"{place}: has the columns {', '.join(rows[0])}, and {places[0]} has "
                             f"{', '.join(found[0][0])}")
     return found

@@ -45,7 +45,7 @@ def _rows_of_batches(place: str, files: list[str], batches_of):
     first = None
     for file in files:
         for batch in batches_of(place, file):
-            if (columns := batch.schema.names) != (first := first or columns):
+            if {*(columns := batch.schema.names)} != {*(first := first or columns)}:
                 raise UserError(f"{file}: has the columns {', '.join(columns)}, and {files[0]} has {', '.join(first)}")
             # Dataset reads what its own files say beyond Arrow's types (columns of JSON). It would make a fingerprint
             # in more time than it takes to read the rows.

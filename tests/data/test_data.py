@@ -566,6 +566,15 @@ def test_several_files_with_commas_between(tmp_path):
         read_rows(f"{first},{tmp_path / 'none.jsonl'}")
 
 
+def test_files_may_have_their_columns_in_any_order(tmp_path):
+    """Columns are found by name: files that programs of two kinds have written are one data set."""
+    turned = [dict(reversed(row.items())) for row in ROWS]
+    files = [write(tmp_path / f"{name}.parquet", rows) for name, rows in (("a", ROWS), ("b", turned))]
+    assert read_rows(str(tmp_path / "*.parquet")) == ROWS + turned
+    files.append(write(tmp_path / "c.jsonl", turned))
+    assert read_rows(",".join(map(str, files))) == ROWS + turned + turned
+
+
 def test_a_run_keeps_the_names_of_its_data_so_that_they_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.jsonl", ROWS)
