@@ -54,8 +54,7 @@ OTHERWISE = {name: what for what, names in {
         "quantization_bit quantization use_bnb_nested_quant bnb_4bit_quant_type bnb_4bit_use_double_quant "
         "bnb_4bit_compute_dtype bnb_4bit_quant_storage",
     "not needed: each run finds out what is right for its model; --use_flash_attention demands the kernel":
-        "attn_implementation padding_free packing packing_strategy eval_packing group_by_length use_liger_kernel "
-        "use_liger_loss",
+        "attn_implementation padding_free packing packing_strategy eval_packing use_liger_kernel use_liger_loss",
     "AdamW is the only optimizer; leave it out": "optim optimizer optim_args optim_target_modules",
     "no schedule here has settings; leave it out": "lr_scheduler_kwargs",
     "the reference is --model_name as training finds it, or --reference; its log-probs are computed before training":
@@ -93,7 +92,8 @@ OTHERWISE = {name: what for what, names in {
     "ZeRO shares a model among GPUs: a stage in the file of --deepspeed": "fsdp fsdp_config zero_stage",
     "the settings file comes first, without a flag: train.py FILE.yaml": "config config_file",
     "all rows are read before step 0; leave it out": "dataset_streaming streaming",
-    "the order is drawn by --seed, anew each epoch": "shuffle_dataset train_sampling_strategy length_column_name",
+    "the order is drawn by --seed, anew each epoch, whatever the lengths of rows":
+        "shuffle_dataset group_by_length train_sampling_strategy length_column_name",
     "a response is scored with its end: the template's end of turn, or of plain text the tokenizer's eos_token":
         "eos_token",
     "only causal language models are trained": "is_encoder_decoder",

@@ -73,6 +73,8 @@ def test_every_name_of_trl_is_a_flag_or_has_a_hint_of_its_own(name):
     ("optim_target_modules", "AdamW is the only optimizer; leave it out"),
     ("lora_target_parameters", "target_parameters in the file of --peft_config"),
     ("packing_strategy", OTHERWISE["packing"]), ("eval_packing", OTHERWISE["packing"]),
+    *[(name, "the order is drawn by --seed, anew each epoch, whatever the lengths of rows")
+      for name in ("group_by_length", "train_sampling_strategy", "shuffle_dataset")],
     ("dataset_streaming", "all rows are read before step 0; leave it out"),
     ("dataset_kwargs", "not needed: leave it out"),
     ("eval_delay", "step 0 and the end are always evaluated, where there is --eval_file_path or --eval_size"),
