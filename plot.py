@@ -16,8 +16,8 @@
 
 A RUN is a run's folder or, with --scores, a name in its column `run`. Leaves each figure as .png, .pdf and .svg, with a
 .tex that includes it, in the run's folder (runs/figures for several runs). Every number drawn is read from
-metrics.jsonl, the tables of score.py (scores, answers, tokens, ledger) or the csv, and bfloat16's noise from run.json
-or verdict.json; a rerun gives the same bytes.
+metrics.jsonl, the tables of score.py (scores, pairs, answers, tokens, risers, ledger) or the csv, and bfloat16's noise
+from run.json or verdict.json; a rerun gives the same bytes.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="Run folders, or names in the files of --scores. Default: the newest.")
-    add("--output_dir", help="Default: the folder of the run, or of the first file; of several runs/figures.")
+    add("--output_dir", help="Default: the folder of the run, or of the first file; of several runs, runs/figures.")
     add("--scores", nargs="+", metavar="FILE", help="Files of score.py. Default: scores.parquet of each run folder.")
     add("--series", metavar="CSV", help="Means from elsewhere: columns series (its name, drawn like a run's), step, "
                                         "mean and, as you have them, low, high, dataset, response, phase (sft, dpo).")

@@ -50,7 +50,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         "run more often")
     parser.add_argument("--answers", type=int, default=0, metavar="ROWS",
                         help="also let each checkpoint answer the first so many rows of each data set whose chosen "
-                        r"response ends in a \boxed{...} or a number, greedily, and check that")
+                        r"response ends in a \boxed{...} or a number, greedily, and check these answers")
     parser.add_argument("--max_new_tokens", type=int, help="most tokens of an answer; default: as the longest chosen")
     parser.add_argument("--other_prompts", action="store_true",
                         help="also score prompts that open as none did in training (with another system prompt); "

@@ -8,10 +8,10 @@ Standard errors are over the problems of one run (stats.py).
                       response's tokens: MEASURES of measures.py
     pairs.parquet     row, rewards of chosen and rejected = beta (logps - those of the run's reference), margin,
                       weights/chosen and weights/rejected = -dL/dchosen and dL/drejected of the run's loss, by autograd
-                      (missing for sft and for a loss that is the user's own function), shared (tokens before the
-                      responses part), ches, ches_normalised. The reference is the run's step 0, or what its
-                      --reference named; where that was not scored beside the run, rewards are missing. simpo, cpo and
-                      orpo have no reference, and the rewards that run/metrics.py says.
+                      (missing for sft, and for a loss that is the user's own function unless --trust_remote_code runs
+                      it), shared (tokens before the responses part), ches, ches_normalised. The reference is the run's
+                      step 0, or what its --reference named; where that was not scored beside the run, rewards are
+                      missing. simpo, cpo and orpo have no reference, and the rewards that run/metrics.py says.
                       Where gradients were asked for: grad_dot, grad_cosine and norms, and the disentanglement band:
                       weight_ratio, band_low, band_high, in_band (means.py, _band)
     sections.csv      by response and part of it (tenths, prefix and suffix of a pair, think and answer): n, problems,
