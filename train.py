@@ -4,8 +4,9 @@
     python train.py --model_name M --train_file_path D     plain python and torchrun work too
     python train.py --help                                 every setting
 
-A run that was stopped goes on with the same command: --output_dir holds all that it needs. Told to stop (SIGTERM,
-SIGINT, ...) it saves what is done and exits with 75; 0 is a finished run, 2 a mistake in the input, 1 anything else.
+A run that was stopped goes on with the same command and its --output_dir, which holds all that it needs. Told to stop
+(SIGTERM, SIGINT, ...) it saves what is done and exits with 75; 0 is a finished run, 2 a mistake in the input, 1
+anything else.
 
 Step k is the k-th update, from 0: its line in metrics.jsonl holds the numbers under the weights of checkpoint-k.
 """
