@@ -26,6 +26,7 @@ MACHINE = ("versions", "git_commit", "device", "threads")
 COMPARED = ("arguments", "world_size", "steps", "max_length", "data", "deepspeed", "weights", "reference",
             "peft_config", "loss_function", "layout", "attention", "fork")
 FILES = {"data", "weights", "reference", "loss_function"}  # of these, hashes of what the user's files hold
+EMPTY = (("", None), (None, ""))  # values of a flag that are no difference: an empty text stands for none
 
 
 def check_same(folder: Path, old: dict, new: dict, before_loading: bool = False) -> None:
@@ -80,7 +81,8 @@ def differences(old: dict, new: dict, before_loading: bool = False) -> list[tupl
 
 def _changed(was: dict, now: dict, names, dashes: str = "") -> list[tuple]:
     """(name, value before, value now) of those entries that are others now."""
-    return [(dashes + name, was.get(name), now[name]) for name in names if was.get(name) != now[name]]
+    return [(dashes + name, was.get(name), now[name]) for name in names
+            if was.get(name) != now[name] and (was.get(name), now[name]) not in EMPTY]
 
 
 def _same_own_loss(old: dict, new: dict) -> bool:

@@ -1,5 +1,6 @@
 """A fork is its source to the last bit, but for what it changes and what follows from that."""
 
+import dataclasses
 import json
 import math
 import re
@@ -487,3 +488,17 @@ def test_a_flag_that_the_new_loss_does_not_take_can_be_given_up():
     assert not parsed("--reference", "").reference
     with pytest.raises(UserError, match="^--reference y has no meaning for --loss simpo; leave it out$"):
         parsed("--reference", "y")
+
+
+def test_an_empty_name_and_none_are_no_difference():
+    """A run without evaluations was given --eval_file_path ''; its fork takes over the setting as none. A fork that
+    keeps every step has the weights of its source all the same, so the source's page takes its ledger."""
+    def recorded(*flags):
+        flags = ["--model_name", "M", "--train_file_path", "D", "--eval_file_path", *flags]
+        return {"arguments": dataclasses.asdict(parse(flags, None)), "world_size": 1}
+
+    source, its_fork = recorded(""), recorded("", "--save_steps", "1")
+    its_fork["arguments"]["eval_file_path"] = None
+    assert same_run.differences(source, its_fork) == [("--save_steps", 0, 1)]
+    assert same_run.differences(its_fork, source) == [("--save_steps", 1, 0)]
+    assert ("--eval_file_path", "", "E") in same_run.differences(source, recorded("E", "--save_steps", "1"))
