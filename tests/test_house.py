@@ -19,7 +19,7 @@ CORE = [name for name in MODULES if name.startswith("core.")]
 # From the ground up: a folder, or a module that lies beside them, imports those before it alone.
 ORDER = ("core", "screen", "errors", "files", "stats", "flags", "ranks", "progress", "data", "model",
          "folder", "run", "scoring", "ledger", "figures")
-LENGTHS = {"train.py": 300, "score.py": 320, "plot.py": 200}
+LENGTHS = {"train.py": 300, "score.py": 320, "plot.py": 200, "README.md": 150}
 
 
 def imports(file: Path) -> set[str]:
@@ -52,7 +52,7 @@ def test_the_core_is_read_in_an_hour():
 
 
 @pytest.mark.parametrize("name", LENGTHS)
-def test_scripts_are_short(name):
+def test_the_scripts_and_the_readme_are_short(name):
     assert len((ROOT / name).read_text().splitlines()) <= LENGTHS[name]
 
 
