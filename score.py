@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=2 score.py RUN                the same work, shared by the ranks
     python score.py RUN --ledger 16                         which training pairs moved 16 rows of the data
 
-Leaves scores.parquet, a line for each checkpoint, data set, row and response, summary.csv, their means, verdict.json,
-what became of each run, and the other tables that nanodpo/scoring/tables.py describes. A scoring that was stopped goes
+Leaves scores.parquet (a line for each checkpoint, data set, row and response), summary.csv (their means), verdict.json
+(what became of each run) and the other tables that nanodpo/scoring/tables.py describes. A scoring that was stopped goes
 on where it was. Another one in the same folder adds its responses and measures; the tables then hold the checkpoints
 and data sets that it names. All that was ever scored is kept in <output_dir>/parts, under a hash of what the checkpoint
 and the data contain (nanodpo/scoring/parts.py), and is not scored again.
