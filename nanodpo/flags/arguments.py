@@ -91,12 +91,13 @@ class TrainArguments:
                                  NOT_NEGATIVE)
     skip_nonfinite: int = _flag(0, "Leave out so many steps whose loss or gradient is not finite before stopping.",
                                 NOT_NEGATIVE)
-    seed: int = _flag(42, "Of the data order, LoRA's weights, random_init and dropout.", SEED)
+    seed: int = _flag(42, "Of the data order, the rows that eval_size and mix_weights draw, LoRA's weights, "
+                      "random_init and dropout.", SEED)
 
     # LoRA
     use_lora: bool = _flag(True, "Train a LoRA adapter; false is full fine-tuning, as is --lora_r 0.")
     lora_r: int = _flag(16, "LoRA rank.", NOT_NEGATIVE)
-    lora_alpha: int = _flag(32, "LoRA scale times rank.", ABOVE_0)
+    lora_alpha: int = _flag(32, "This number divided by lora_r is the factor of what LoRA adds.", ABOVE_0)
     lora_dropout: float = _flag(0.0, "Dropout before LoRA; needs --allow_dropout, since step 0 is then not ln 2.",
                                 BELOW_1)
     lora_target_modules: str = _flag("all-linear", "Module names, with commas or spaces between, or all-linear.",
@@ -124,8 +125,8 @@ class TrainArguments:
     # Output and resuming
     output_dir: str = _flag(None, "Folder of the run: new, empty or this very run's. Default: runs/<loss>-<date-time>.")
     resume: str = _flag("auto", "auto: go on if output_dir holds this very run; never; or the folder to go on from.")
-    resume_steps: int = _flag(0, "Keep a state to resume from every so many steps, besides those of save_steps.",
-                              NOT_NEGATIVE)
+    resume_steps: int = _flag(0, "Save a state to resume from every so many steps, besides those of save_steps; the "
+                              "two newest stay.", NOT_NEGATIVE)
     keep_states: bool = _flag(False, "Keep all these states, also those of a finished run: --fork can go on from each.")
     fork: str = _flag(None, "RUN@STEP: a new run that goes on from this state of RUN, whose settings are then the "
                       "defaults of all flags; @0 is the start.")
