@@ -31,7 +31,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--responses", nargs="+", metavar="KIND", help=f"of {', '.join(KINDS)}, {GREEDY} (the first "
                         "checkpoint's own answer) and further columns of the data, by name; default: the first four, "
                         "as far as the data has them")
-    parser.add_argument("--output_dir", help="default: the first run's folder, or scores/")
+    parser.add_argument("--output_dir", help="default: the first target, where it is a run's folder, else scores/")
     parser.add_argument("--tokens", action="store_true", help="also keep every token's numbers: tokens.parquet")
     parser.add_argument("--risers", type=int, metavar="K", help="also keep, at each position, the K tokens of the "
                         "vocabulary that gained and the K that lost most probability since the run's step 0: "
