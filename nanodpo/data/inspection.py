@@ -26,7 +26,8 @@ def inspect(data, tokenizer, limit: int, row: int | None = None, held_out=None) 
     pairs = find_row(data, held_out, data.examples[0].row if row is None else row, f"--inspect_row {row}")
     first, count = pairs[0], f", {len(pairs)} pairs" * (len(pairs) > 1)
     weight = f", weight {first.weight:g}" * (first.weight != 1)
-    often = f", {sum(example is first for example in data.examples)} times in an epoch" * bool(data.mixture)
+    times = sum(example is first for example in data.examples)
+    often = f", {times} time{'s' * (times != 1)} in an epoch" * bool(data.mixture)
     note = ["  dropped rows stop a run, but for --on_bad_row drop, --overlong drop or truncate"] * bool(data.dropped)
     parts = [folded(data.report()), *note, f"\nrow {first.row}{count}{weight}{often}; [scored tokens] in brackets"]
     for k, side in enumerate(("chosen", "rejected")):

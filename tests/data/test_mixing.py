@@ -112,11 +112,11 @@ def test_inspect_shows_the_epoch_that_a_run_would_have(tiny, tmp_path, capsys):
                         ROOT / "train.py").train_set
     drawn = Counter(example.row for example in train_set.examples)
     left_out = next(row for row in range(4, 11) if row not in drawn)
-    for row, times in ((0, 2), (max(drawn), 1), (left_out, 0)):
+    for row, times in ((0, "2 times"), (max(drawn), "1 time"), (left_out, "0 times")):
         capsys.readouterr()
         assert prepare([*flags, "--inspect_row", str(row)], ROOT / "train.py") is None
         said = capsys.readouterr().out
-        assert "an epoch has 10 rows: 8 of " in said and f"\nrow {row}, {times} times in an epoch; [scored" in said
+        assert "an epoch has 10 rows: 8 of " in said and f"\nrow {row}, {times} in an epoch; [scored" in said
         assert said.count("--- chosen: ") == 1
     with pytest.raises(UserError, match="^--without_rows .*: this row is not drawn by --mix_weights, and is"):
         prepare([*flags, "--without_rows", str(left_out)], ROOT / "train.py")
