@@ -4,7 +4,7 @@ import pandas
 
 from .axes import ABOVE_GRID, GREY, listed, set_phases
 from .dynamics import dashes_of, draw_panel, has_bars, interval, legend_of, looks_of, panel_grid, xlabel
-from .intervals import levels, shares
+from .intervals import OVER_PROBLEMS, levels, shares
 from .noise import Marks, Noise
 from .records import MASS, SIDES
 
@@ -67,4 +67,4 @@ def _caption(tables: dict[str, pandas.DataFrame], sets: list[str], phases) -> st
 def _shaded(curves: pandas.DataFrame, how: str) -> str:
     """The words for what is shaded, in brackets, and `how` it was taken; none where there is no interval."""
     said = interval(curves)
-    return f" ({said}, {how})" if said else ""
+    return f" ({said}, {how} {OVER_PROBLEMS})" if said else ""

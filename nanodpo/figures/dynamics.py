@@ -30,7 +30,7 @@ from .axes import (
     wrap,
 )
 from .bars import draw_bars
-from .intervals import said_missing
+from .intervals import OVER_PROBLEMS, said_missing
 from .noise import Marks, Noise
 
 
@@ -200,7 +200,7 @@ def _caption(levels: pandas.DataFrame, since: str | None, phases, floor, band) -
     text += f": its level (left) and its change since {since}, {', '.join(how)} (right)." if since else "."
     given = levels.loc[levels["run"].isin(means) & levels["low"].notna(), "run"].unique()
     said = interval(levels[~levels["run"].isin(means)])
-    shaded = [f"{said} (mean ± Student's t standard errors over problems; n counts rows)"] * bool(said)
+    shaded = [f"{said} (mean ± Student's t standard errors {OVER_PROBLEMS})"] * bool(said)
     shaded += [f"low to high, as given for {listed(given)}"] * bool(len(given))
     text += f" {'Shaded' if since else 'Lines'}: {'; '.join(shaded)}." if shaded else ""
     text += f" Dashed: the best possible value, {floor:g}." if floor is not None else ""

@@ -11,6 +11,7 @@ import pandas
 from ..stats import over_problems, t_quantile, wilson
 
 KEYS = ["dataset", "run", "phase", "response"]
+OVER_PROBLEMS = "over problems; n counts rows"  # of an interval, in captions
 
 
 def levels(scores: pandas.DataFrame) -> pandas.DataFrame:

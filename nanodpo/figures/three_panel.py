@@ -198,6 +198,7 @@ def _caption(panels: dict[str, list[Key]], focus, shaded: str, floor, missing: l
         text += (f"; {focus[0]:g} to {focus[1]:g} take a quarter of the height; the scale changes at the dotted lines, "
                  "and nowhere else." if focus else ".")
     text += f" Shaded: {shaded}" * bool(shaded)
-    text += " (mean ± Student's t standard errors)" * shaded.startswith("95%") + "." * bool(shaded)
+    over = "; those of rows are over problems" * ("rows" in shaded)
+    text += f" (mean ± Student's t standard errors{over})" * shaded.startswith("95%") + "." * bool(shaded)
     text += f" Dashed line: the best possible value, {floor:g}." if floor is not None else ""
     return text + f" Not given: {listed(missing)}." * bool(missing)

@@ -114,6 +114,14 @@ def test_one_run_of_each_has_intervals_over_rows(tmp_path, draw):  # noqa: F811
     assert "95% interval over 4 rows" in [text.get_text() for text in fig.legends[0].get_texts()]
 
 
+def test_the_three_panels_caption_says_which_errors_are_over_problems(tmp_path, draw):  # noqa: F811
+    """Rows of one problem count as less than as many rows: whoever takes the standard error over rows finds another."""
+    of_rows = draw(*lab_flags(make_lab(tmp_path / "one.parquet", seeds=1), seeds=1))["captions"]["three_panel"]
+    assert "over 4 rows (mean ± Student's t standard errors; those of rows are over problems)." in of_rows
+    assert "over 3 seeds (mean ± Student's t standard errors)." in draw(
+        *lab_flags(make_lab(tmp_path / "s.parquet")))["captions"]["three_panel"]
+
+
 def test_a_single_row_counts_among_those_of_no_interval(tmp_path, draw):  # noqa: F811
     def fail(table):
         gone = (table["run"] == "f0") & (table["response"] == "chosen") & (table["step"] == 50) & (table["row"] > 0)
@@ -962,7 +970,8 @@ def test_mass_and_right_answers_are_drawn_where_they_were_scored(tmp_path, draw)
             assert (share - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / 4, abs=1e-9)
     assert bands(right)[0][0][2] == pytest.approx(1.0)
     caption = found["captions"]["mass_and_answers"]
-    assert "less than 0.001" in caption and "answers that are right (95% interval, n = 4, Wilson's)" in caption
+    assert "less than 0.001 (95%" in caption and "Student's t standard errors over problems; n counts rows)" in caption
+    assert "that are right (95% interval, n = 4, Wilson's over problems; n counts rows)" in caption
     (tmp_path / "answers.parquet").unlink()
     assert {ax.get_ylabel() for ax in draw("--scores", scores)["mass_and_answers"].axes} == {
         "change of mass on\nimplausible tokens"}
