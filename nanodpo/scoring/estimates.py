@@ -50,9 +50,10 @@ def share(hits: pandas.Series) -> dict[str, float]:
 
 
 def over_runs(numbers: list[dict[str, float]], ends: tuple[float, float] | None = None) -> dict[str, float]:
-    """A number's mean over runs of several seeds -+ Student's t standard errors. `ends`: of a share of rows, or of its
-    change, the smallest and the largest value. A share is known to 1 / rows alone, so its standard deviation over runs
-    is taken to be no less than that of a number that was rounded so: runs that agree by chance are no proof."""
+    """A number's mean over runs of several seeds -+ Student's t standard errors. `ends`: of a count divided by rows (a
+    share, a mean length), or of its change, the smallest and the largest value. It is known to 1 / rows alone, so its
+    standard deviation over runs is taken to be no less than that of a number that was rounded so: runs that agree by
+    chance are no proof."""
     values = pandas.Series([stats["mean"] for stats in numbers])
     deviation, (lowest, highest) = values.std(), ends or (-math.inf, math.inf)
     if ends:

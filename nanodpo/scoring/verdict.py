@@ -59,9 +59,10 @@ class Rule:
 
 FALLING = ("change of chosen", "change of rejected", "change of other")
 BOTH = ("change of chosen", "change of gap")
-# Shares of rows, and changes of them, with the smallest and the largest value that they can have.
-SHARES = {name: (0, 1) for name in ("right answers at the start", "right answers", "reward accuracy")}
-SHARES |= {name: (-1, 1) for name in ("change of answer accuracy", "change of answers without one")}
+# Counts divided by rows, and changes of them, with the smallest and the largest value that they can have.
+COUNTS = {name: (0, 1) for name in ("right answers at the start", "right answers", "reward accuracy")}
+COUNTS |= {"change of answer length": (-math.inf, math.inf)}
+COUNTS |= {name: (-1, 1) for name in ("change of answer accuracy", "change of answers without one")}
 RULES = [
     Rule("displacement", f"the chosen responses' log-prob falls, by {NOTABLE} nats a token or more",
          lambda of: of.falls("change of chosen", NOTABLE), ("change of chosen", "change of chosen there")),
@@ -183,7 +184,7 @@ def _over_seeds(lines: list[dict], recipes: dict, rising: pandas.DataFrame | Non
             continue
         over = f"{len(group)} runs of one recipe"
         shared = [name for name in group[0]["numbers"] if all(name in line["numbers"] for line in group)]
-        numbers = {name: over_runs([line["numbers"][name] for line in group], SHARES.get(name)) | {"over": over}
+        numbers = {name: over_runs([line["numbers"][name] for line in group], COUNTS.get(name)) | {"over": over}
                    for name in shared}
         for name, stats in numbers.items():
             if any(each := [line["numbers"][name].get("noise", 0.0) for line in group]):

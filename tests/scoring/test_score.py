@@ -556,11 +556,12 @@ def test_runs_of_two_seeds_get_a_verdict_together(run, tmp_path, capsys):
     one, other, both = json.loads((tmp_path / "out" / "verdict.json").read_text())
     assert both["runs"] == [one["run"], other["run"]] and both["over"] == "2 runs of one recipe"
     assert one["over"] == "11 rows of one run"
-    reach = math.tan(math.pi * 0.475) / math.sqrt(2) / math.sqrt(12)  # by the rows: what a share is at least unsure of
+    reach = math.tan(math.pi * 0.475) / math.sqrt(2) / math.sqrt(12)  # by the rows: what a count is at least unsure of
     for name, number in both["numbers"].items():
         mean, n = one["numbers"][name]["mean"], one["numbers"][name]["n"]
         share = any(word in name for word in ("right", "accuracy", "without one"))
-        ends = [mean - share * reach / n, mean + share * reach / n]
+        count = share or "length" in name
+        ends = [mean - count * reach / n, mean + count * reach / n]
         if share:
             ends = [max(ends[0], -1.0 if "change" in name else 0.0), min(ends[1], 1.0)]
         assert [number[what] for what in ("mean", "low", "high")] == pytest.approx([mean, *ends]), name

@@ -372,6 +372,16 @@ def test_answers_that_agree_by_chance_over_seeds_prove_nothing():
     assert judge(*parts, recipes)[-1]["names"] == ["over-confidence"]
 
 
+def test_answer_lengths_that_agree_over_seeds_are_not_known_exactly():
+    """Of 40 answers one is 2 tokens longer in each seed: +0.05, a multiple of 1/40, as a share is. The interval has the
+    width that such a rounding gives it, and no ends."""
+    (scores, pairs, answers, tenths), recipes = seeds({}, {})
+    answers["tokens"] += 2 * ((answers["step"] == 9) & (answers["row"] == 7))
+    length = judge(scores, pairs, answers, tenths, recipes)[-1]["numbers"]["change of answer length"]
+    reach = math.tan(math.pi * 0.475) / math.sqrt(2) / 40 / math.sqrt(12)
+    assert [length[name] for name in ("mean", "low", "high")] == pytest.approx([0.05, 0.05 - reach, 0.05 + reach])
+
+
 def test_saturation_is_of_the_preference_loss_alone():
     """With --sft_weight 1 and 20 tokens chosen's weight has 0.05 more, from first to last: the dpo loss pushes rejected
     with 0.4% of what it did."""
