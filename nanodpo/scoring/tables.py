@@ -2,14 +2,15 @@
 
 All but prompts begin with run, phase (the run's loss), checkpoint (path), step and dataset. Log-probs are in nats. What
 has a row has a problem beside it: a short hash that rows with one prompt, or of one question and its reverse, share.
+Positions are from 0: token 1 of a figure or of the page has position 0.
 Standard errors are over the problems of one run (stats.py).
 
     scores.parquet    row, response, tokens, logps (the sum, float64), mean_logps (logps / tokens), and means over the
                       response's tokens: MEASURES of measures.py
     pairs.parquet     row, rewards of chosen and rejected = beta (logps - those of the run's reference), margin,
                       weights/chosen and weights/rejected = -dL/dchosen and dL/drejected of the run's loss, by autograd
-                      (missing for sft, and for a loss that is the user's own function unless --trust_remote_code runs
-                      it), shared (tokens before the responses part), ches, ches_normalised. The reference is the run's
+                      (missing for sft, and without --trust_remote_code for a loss that is the user's own function),
+                      shared (tokens before the responses part), ches, ches_normalised. The reference is the run's
                       step 0, or what its --reference named; where that was not scored beside the run, rewards are
                       missing. simpo, cpo and orpo have no reference, and the rewards that run/metrics.py says.
                       Where gradients were asked for: grad_dot, grad_cosine and norms, and the disentanglement band:
