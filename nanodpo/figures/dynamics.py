@@ -145,11 +145,17 @@ def _band(levels: pandas.DataFrame) -> tuple[float, float] | None:
 
 
 def xlabel(levels: pandas.DataFrame, bars: bool) -> str:
-    names, steps = set(levels["phase"]), levels["step"].unique()
+    names, steps = set(levels["phase"]), _steps(levels).unique()
     text = f"{plain(names.pop().upper())} step".strip() if len(names) == 1 else "step"
     if bars:
-        return f"at {text} {steps[0]:g}" if len(steps) == 1 else ""
+        return f"at {text} {steps[0]:g}" if len(steps) == 1 and steps[0] == steps[0] else ""
     return text
+
+
+def _steps(levels: pandas.DataFrame) -> pandas.Series:
+    """The step of each line; NaN of a model that is no run's, whose step 0 in the tables is none. A csv, which counts
+    no rows, may leave out its phase."""
+    return levels["step"].where((levels["phase"] != "") | (levels["n"] == 0))
 
 
 def _since(changes: pandas.DataFrame, phases) -> str:
@@ -171,13 +177,14 @@ def interval(levels: pandas.DataFrame) -> str:
 def legend_of(fig, levels: pandas.DataFrame, dashes, looks, phases, shaded: str, more: list) -> None:
     """Responses, runs, the words for what is shaded, and `more`; over it the run's name where there is one alone."""
     bars = has_bars(levels, phases)
-    steps = levels.groupby("run")["step"].first()
+    steps = _steps(levels).groupby(levels["run"]).first()
     beside = {run: dash for run, dash in dashes.items() if not phases or run[0] not in phases}
     handles = [Line2D([], [], **look, linestyle="" if bars else "-", label=wrap(response or "log-prob"))
                for response, look in looks.items()]
     if len(dashes) > 1:
         alike = len({run for run, _ in dashes}) < len(dashes)
-        said = {run: f", step {steps[run]:g}" if bars and steps.nunique() > 1 else "" for run, _ in beside}
+        several = bars and steps.nunique(dropna=False) > 1
+        said = {run: f", step {steps[run]:g}" if several and steps[run] == steps[run] else "" for run, _ in beside}
         handles += [Line2D([], [], color=GREY, linestyle=dash,
                            label=wrap((f"{run} ({phase})" if alike else run) + said[run]))
                     for (run, phase), dash in beside.items()]

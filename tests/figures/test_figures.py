@@ -922,6 +922,20 @@ def test_bars_of_several_models_stand_side_by_side(tmp_path, draw):  # noqa: F81
     assert one.get_x() + one.get_width() < two.get_x() and one.get_linestyle() != two.get_linestyle()
 
 
+def test_a_model_that_is_no_runs_has_no_step_in_figures(tmp_path, draw):  # noqa: F811
+    """scores.parquet has step 0 of it, the screen "-". Runs of different steps have theirs, and so has a csv."""
+    tables = [make_scores(tmp_path / f"{run}.parquet", {("test", "chosen", step): [-1.0, -2.0]}, run=run, phase=phase)
+              for run, phase, step in (("tuned", "dpo", 60), ("early", "dpo", 0), ("base", "", 0))]
+    fig = draw("--scores", *tables)["dynamics"]
+    assert [text.get_text() for text in fig.legends[0].get_texts()][1:4] == ["tuned, step 60", "early, step 0", "base"]
+    assert draw("--scores", tables[2])["dynamics"].axes[0].get_xlabel() == ""
+    fig = draw("--scores", *tables[1:])["dynamics"]
+    assert [text.get_text() for text in fig.legends[0].get_texts()][1:3] == ["early, step 0", "base"]
+    assert fig.axes[0].get_xlabel() == ""
+    (tmp_path / "paper.csv").write_text("series,response,step,mean\npaper,chosen,7,-1\n")
+    assert draw("--series", tmp_path / "paper.csv")["dynamics"].axes[0].get_xlabel() == "at step 7"
+
+
 def test_intervals_of_one_colour_have_their_runs_dash(tmp_path, draw):  # noqa: F811
     tables = [make_scores(tmp_path / f"{run}.parquet", SCORES, run=run) for run in ("a", "b", "c")]
     ax = draw("--scores", *tables)["dynamics"].axes[0]
