@@ -32,7 +32,10 @@ class Measure:
 
     def values(self, files: list[Path], steps: dict[str, tuple[int, int]]) -> pandas.Series:
         """By run, dataset, row and problem, from the tables beside these files of scores; of the runs in `steps`, whose
-        first and last step those are. Rows without a number are left out."""
+        first and last step those are. Rows without a number are left out, and so are changes of runs with one step."""
+        if self.when == "change" and not (steps := {run: ends for run, ends in steps.items() if ends[0] < ends[1]}):
+            raise UserError(f"--scatter {self.name}: its change is asked for, and no run here was scored at two steps; "
+                            f"{self.name}:first takes one")
         table = read_measure(files, self.column, self.response)
         table = table[table["run"].isin(steps)]
         first, last = (table[table["step"] == table["run"].map({run: ends[end] for run, ends in steps.items()})]

@@ -137,6 +137,23 @@ def test_tables_that_can_not_be_drawn_are_refused(scores, draw):  # noqa: F811
         draw("--scores", scores, "--scatter", "ches", "ches")
 
 
+def test_what_was_scored_at_one_step_has_no_change(tmp_path, scores, draw):  # noqa: F811
+    """A model alone, or one checkpoint: all changes would be 0, on a line. Beside a run it is left out."""
+    (folder := tmp_path / "base").mkdir()
+    base = make_scores(folder / "scores.parquet", {("test", "chosen", 0): [-1.0] * 5}, run="base", phase="")
+    table = pandas.read_parquet(base)
+    table.assign(problem="p" + table["row"].astype(str)).to_parquet(base)
+    make_pairs(base, {0: [1.0, 2, 3, 4, 5]}, run="base")
+    with pytest.raises(UserError, match="--scatter chosen.mean_logps: its change is asked for, and no run here was "
+                                        "scored at two steps; chosen.mean_logps:first takes one"):
+        draw("--scores", base, "--scatter", "ches", "chosen.mean_logps")
+    found = draw("--scores", scores, base, "--scatter", "ches", "chosen.mean_logps")
+    assert dots(found["scatter"].axes[0]) == [(1, -1), (2, -0.5), (3, -2), (4, -1.5), (5, -2.5)]
+    assert "(change from step 0 to 40) upwards, of each row of test under dpo." in found["captions"]["scatter"]
+    (ax,) = draw("--scores", base, "--scatter", "ches", "chosen.mean_logps:first")["scatter"].axes
+    assert dots(ax) == [(1, -1), (2, -1), (3, -1), (4, -1), (5, -1)]
+
+
 def test_the_interval_is_a_loop_over_problems():
     """Spearman's rho by its ranks; Fisher's z without each problem in turn, of rows of unequal number, with ties."""
     draws = np.random.default_rng(0)
