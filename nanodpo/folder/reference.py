@@ -1,7 +1,7 @@
 """Reference log-probs: computed once, before the first step, for the pairs that the run will visit, and kept on disk.
 
 The file is named by a fingerprint of everything that could change a number in it. Another fingerprint is another file,
-so a stale cache is never read; the run says so where weights, data or versions have changed since it was written.
+so a stale cache is never read; the run says so where the newest one is of other weights, data or versions.
 """
 
 import array
@@ -126,7 +126,7 @@ def _load(file: Path, fingerprint: dict, n: int) -> Tensor:
         say(f"reference: {file} is damaged (not what was written), computing it again")
     except (FileNotFoundError, NotADirectoryError):
         if changed := _changed(file.parent, fingerprint):
-            say(f"reference: the cached one is stale ({', '.join(changed)} changed), computing it again")
+            say(f"reference: the cached one is of other {' and '.join(changed)}, computing it again")
     except SafetensorError as error:
         say(f"reference: {file} is damaged ({first_line(error)}), computing it again")
     except OSError as error:

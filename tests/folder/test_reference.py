@@ -180,7 +180,7 @@ def test_another_data_set_in_its_place(run, capsys):
     save_file({"logps": torch.zeros(5, 2, dtype=torch.float64)}, run.file, {"fingerprint": json.dumps({})})
     assert torch.equal(run(), TRUTH) and "is damaged (not what was written)" in capsys.readouterr().out
     run(weights="v")
-    assert "is stale (weights changed)" in capsys.readouterr().out
+    assert "is of other weights, computing" in capsys.readouterr().out
 
 
 def test_a_copy_of_another_runs_cache_is_not_taken_for_this_ones(run, capsys):
@@ -195,17 +195,18 @@ def test_a_copy_of_another_runs_cache_is_not_taken_for_this_ones(run, capsys):
 
 
 def test_any_other_fingerprint_is_another_cache(run, capsys):
-    """And it is called stale only where something changed under the same names: a run of other settings has its own."""
+    """And it is said to be another only where something changed under the same names: a run of other settings has its
+    own."""
     run(data="a", zero=0)
     os.utime(run.file, (1, 1))
-    for changed, said in (({"data": "b", "zero": 0}, "is stale (data changed)"), ({"data": "b", "zero": 3}, ""),
+    for changed, said in (({"data": "b", "zero": 0}, "is of other data, "), ({"data": "b", "zero": 3}, ""),
                           ({"data": "b", "zero": 0, "batches": [42, 4, 8]}, ""),
-                          ({"data": "c", "zero": 3, "versions": 1}, "is stale (data, versions changed)"),
+                          ({"data": "c", "zero": 3, "versions": 1}, "is of other data and versions, "),
                           ({"data": "c", "zero": 0, "bf16": True}, ""),
-                          ({"data": "c", "zero": 3, "weights": "v"}, "is stale (weights changed)")):
+                          ({"data": "c", "zero": 3, "weights": "v"}, "is of other weights, ")):
         assert torch.equal(run(**changed), TRUTH) and run.scored == list(range(6))
         shown = capsys.readouterr().out
-        assert said in shown and ("stale" in shown) == bool(said), (changed, shown)
+        assert said in shown and ("of other" in shown) == bool(said), (changed, shown)
     assert run(data="a", zero=0).equal(TRUTH) and run.scored == []
 
 
