@@ -42,7 +42,9 @@ def load_model(source: Source, args, lora: dict | None = None, shared: dict | No
     if source.adapter:
         model = _open_adapter(model, source, args)
     elif args.use_lora:
-        model = _add_lora(model, source, args, lora or {})
+        model = _add_lora(model, args, lora or {})
+    for own in getattr(model, "peft_config", {}).values():
+        own.base_model_name_or_path, own.revision = name_and_revision(source.base)
     if not args.allow_dropout:
         turn_off_dropout(model)
     elif world_size() > 1 and (name := next((name for module, name in _dropouts(model) if "layerdrop" in name
@@ -83,7 +85,7 @@ def check_plain_lora(model: nn.Module, where: str) -> None:
                             "out of target_parameters")
 
 
-def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:
+def _add_lora(model: nn.Module, args, lora: dict) -> nn.Module:
     """The model with a fresh adapter by the flags and, where there are some, the settings `lora` of --peft_config."""
     from peft import LoraConfig, get_peft_model
 
@@ -117,8 +119,6 @@ def _add_lora(model: nn.Module, source: Source, args, lora: dict) -> nn.Module:
         _check_used(model, lora, flag)
     if lora.get("lora_bias") and args.merge_weights:
         check_mergeable(model, flag)
-    own = model.peft_config["default"]
-    own.base_model_name_or_path, own.revision = name_and_revision(source.base)
     return model
 
 

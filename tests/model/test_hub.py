@@ -235,9 +235,10 @@ def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
     cells = [("train", ["--model_name", model, "--output_dir", tmp_path / run, *data, *STEP, *more], False)
              for run, model, more, _, _ in runs]
     main = hub / "hub" / "models--org--base" / "refs" / "main"
-    cells.append(("train", ["--model_name", "org/base", "--output_dir", tmp_path / "newest", *data, *STEP], False))
+    cells += [("train", ["--model_name", f"org/{name}", "--output_dir", tmp_path / run, *data, *STEP], False)
+              for run, name in (("newest", "base"), ("further", "adapter"))]
     done = launch(ROOT / "tests" / "notebook.py", json.dumps(cells, default=str))
-    assert done.stdout.count("cell: done\n") == 3, done.stdout
+    assert done.stdout.count("cell: done\n") == 4, done.stdout
     main.write_text("b" * 40)  # the hub has other weights by now: those of v1
     cells = [("score", ["org/adapter@two", tmp_path / "fresh", tmp_path / "newest", "--dataset_path",
                         f"t={tiny / 'train.jsonl'}", "--responses", "chosen", "--output_dir", tmp_path / "scores"],
@@ -261,9 +262,10 @@ def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
     assert means["adapter@two", 0] == pytest.approx(truth["two"], rel=1e-6)
     assert means["fresh", 0] == pytest.approx(truth["v1"], rel=1e-6)
     assert means["fresh", 2] == pytest.approx(moved, rel=1e-6)
-    own = json.loads((tmp_path / "newest" / "checkpoint-2" / "adapter_config.json").read_text())
+    newest, further = (json.loads((tmp_path / run / "checkpoint-2" / "adapter_config.json").read_text())["revision"]
+                       for run in ("newest", "further"))
     record = json.loads((tmp_path / "newest" / "run.json").read_text())
-    assert own["revision"] == "a" * 40 and record["base"] == "org/base@" + "a" * 40
+    assert newest == further == "a" * 40 and record["base"] == "org/base@" + "a" * 40
     with torch.no_grad():
         model = oracle.load(tmp_path / "newest" / "checkpoint-2", tiny / "model").eval()
         moved = sum(oracle.sequence_logp(model, *pair[:2]).item() for pair in pairs) / 11
