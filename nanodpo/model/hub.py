@@ -10,9 +10,9 @@ from ..errors import UserError, first_line
 
 # Settings, tokenizer and code.
 TEXTS = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py"]
-# Weights by the names that are read: a model may be there twice, in files of other names or kinds, too.
-WEIGHTS = ["model*.safetensors", "adapter_model*.safetensors"]
-OLD_WEIGHTS = ["pytorch_model*.bin", "adapter_model*.bin"]
+# Weights may be there twice: OTHERS are what other programs read; PICKLES are fetched where there is nothing else.
+OTHERS = ["consolidated*", "*/*.safetensors"]
+PICKLES = ["pytorch_model*.bin", "adapter_model*.bin"]
 
 
 @functools.cache
@@ -30,10 +30,9 @@ def place_of(name: str) -> str:
     try:
         if not revision and not find_adapter_config_file(repository):
             return name
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=WEIGHTS + TEXTS)
-        if not any(Path(folder).glob("*.safetensors")):
-            folder = snapshot_download(repository, revision=revision or None, allow_patterns=OLD_WEIGHTS)
-        return folder
+        fetch = functools.partial(snapshot_download, repository, revision=revision or None)
+        folder = fetch(allow_patterns=["*.safetensors", *TEXTS], ignore_patterns=OTHERS)
+        return folder if any(Path(folder).glob("*.safetensors")) else fetch(allow_patterns=PICKLES)
     except (OSError, ValueError) as error:
         raise UserError(f"model {name}: can't be fetched from the hub: {first_line(error, 2)}") from error
 
