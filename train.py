@@ -92,24 +92,30 @@ def train(run: Run) -> None:
     how += "" if args.resume == "auto" else " and without --resume"
     run.stop.advice = lambda: f" after {max(run.step, saved['step'])} of {run.steps} steps; to go on: {how}"
     run.stop.defer()
-    if needs_reference(run.loss):
-        add_references(run)
-    say_unvisited(run)
-    run.row_weights = row_weights(run.train_set.examples, run.without_rows)
-    lifecycle.go_on(run, saved)
-    with monitors.reporting(run), progress.Progress("training", run.steps, "step", run.step) as bar:
+    with monitors.reporting(run):  # opened before the references, which take long: a login may fail
+        if needs_reference(run.loss):
+            add_references(run)
+        say_unvisited(run)
+        run.row_weights = row_weights(run.train_set.examples, run.without_rows)
+        lifecycle.go_on(run, saved)
+        take_steps(run)
+
+
+def take_steps(run: Run) -> None:
+    """The steps that are left. Told to stop, it saves the state as before the step that was begun."""
+    with progress.Progress("training", run.steps, "step", run.step) as bar:
         try:
             between_steps(run)
             while run.step < run.steps:
                 with guarded(run.train_set.examples, run.stop, run.rank, f"step {run.step}") as guard:
                     line = train_step(run, guard)
-                if run.step == 0 and run.ref is not None and run.starts_as_reference and not args.allow_dropout:
-                    check_start(line, guard.reference_gap(run.ref), args.bf16, args.cache_dir)
+                if run.step == 0 and run.ref is not None and run.starts_as_reference and not run.args.allow_dropout:
+                    check_start(line, guard.reference_gap(run.ref), run.args.bf16, run.args.cache_dir)
                 log_step(run, bar, line)
                 run.step += 1
                 between_steps(run)
         except Preempted:
-            lifecycle.save_state(run)  # as before the step that was begun, random numbers too
+            lifecycle.save_state(run)  # random numbers too
             raise
 
 

@@ -183,7 +183,8 @@ def _open(blocks: dict[str, dict], folder: Path) -> Monitors:
         return Monitors(blocks, folder)
     except (ValueError, RuntimeError, ImportError, *_failures()) as error:
         on = [name for name, block in blocks.items() if block.get("enabled")]
-        raise UserError(f"--report_to {' '.join(on)}: {first_line(error)}") from error
+        offline = "; without a network set WANDB_MODE=offline" * ("wandb" in on)
+        raise UserError(f"--report_to {' '.join(on)}: {first_line(error).rstrip('.')}{offline}") from error
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -320,6 +320,16 @@ def test_a_run_that_goes_on_does_not_write_into_the_log_of_another_either(alone,
     assert rows(tmp_path / "all" / "mine" / "train_loss.csv") == ["step,loss", "1,0.5"]
 
 
+def test_a_monitor_that_does_not_start_costs_no_reference(tiny, tmp_path):
+    """References of long responses take hours: a login that fails is said before them."""
+    (tmp_path / "all" / "mine").mkdir(parents=True)
+    (tmp_path / "all" / "mine" / "train_loss.csv").write_text("step,loss\n0,0.5\n")
+    block = {"enabled": True, "output_path": str(tmp_path / "all"), "job_name": "mine"}
+    (tmp_path / "ds.json").write_text(json.dumps({"csv_monitor": block}))
+    codes, said = forked(TRAIN, *flags(tiny, tmp_path / "run", "--deepspeed", tmp_path / "ds.json"))
+    assert codes == [2] and "has the log of another run" in said and "reference:" not in said
+
+
 @pytest.mark.skipif(not installed("tensorboard"), reason="TensorBoard is not installed")
 def test_a_run_whose_second_monitor_did_not_start_is_no_other_run(alone, tmp_path, monkeypatch):
     """No login, say: TensorBoard's log was begun, and the same command must not take it for another run's."""
