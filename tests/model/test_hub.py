@@ -148,7 +148,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
-        self.asked.append(path)
+        self.asked += [path] * (path != "/api/agent-harnesses")  # the library's own question, once a process
         code, said = self.answers.get(path, (404, {}))
         body = json.dumps(said).encode() if said is not None else b"<html>Please log in</html>"
         self.send_response(code)
