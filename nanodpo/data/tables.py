@@ -100,5 +100,5 @@ def _from_hub(place: str):
     name, revision, config, split = hub_parts(place)
     if suffix_of(name) in SUFFIXES or name.count("/") > 1 or name[:1] in (".", "/", "~") or glob.has_magic(name):
         raise UserError(f"{place}: no such file" + f", seen from {Path.cwd()}" * (not Path(place).is_absolute()))
-    look_for_hub()
+    look_for_hub(f"datasets/{name}")
     return datasets.load_dataset(name, config or None, split=split or "train", revision=revision or None)

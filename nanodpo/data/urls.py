@@ -3,6 +3,7 @@ whether the Hugging Face hub can be reached."""
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,14 +22,14 @@ def copy_of(place: str) -> Iterator[str]:
 
     url, _, split = place.partition("::")
     if url.startswith("hf://"):
-        look_for_hub()
+        look_for_hub("/".join(re.split("[/@]", url.removeprefix("hf://"))[:3]))
     with tempfile.TemporaryDirectory() as folder:
         try:
             system, path = fsspec.core.url_to_fs(url)
             system.get(path, f"{folder}/", recursive=True)
         except FileNotFoundError as error:
             raise UserError(f"{place}: no such file") from error
-        except (OSError, ValueError, ImportError, *client_errors()) as error:
+        except network_errors() as error:
             raise UserError(f"{place}: can't be fetched ({first_line(error)})") from error
         found = os.listdir(folder)
         here = os.path.join(folder, found[0] if len(found) == 1 else "*")
@@ -38,24 +39,28 @@ def copy_of(place: str) -> Iterator[str]:
             raise UserError(str(error).replace(folder, url.rpartition("/")[0])) from error
 
 
-def look_for_hub() -> None:
+def look_for_hub(repository: str) -> None:
     """Where the hub does not answer, says so and tells its library, which then takes files from its cache. It would ask
-    six times for every file, half a minute each: minutes until a run starts on a machine without a network."""
+    six times for every file, half a minute each: minutes until a run starts on a machine without a network, or while
+    the hub is busy. It is asked as for a file of this `repository`, since its limits are others for its pages."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session  # slow to import
+    from huggingface_hub.utils import build_hf_headers, http_backoff  # slow to import
 
     if constants.HF_HUB_OFFLINE:
         return
-    try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except (OSError, *client_errors()) as error:
+    try:  # an error of the server is tried again, any other answer serves
+        http_backoff("HEAD", f"{constants.ENDPOINT}/{repository}/resolve/main/README.md", headers=build_hf_headers(),
+                     max_retries=2, retry_on_exceptions=(), timeout=SECONDS)
+    except network_errors() as error:
         constants.HF_HUB_OFFLINE = True
         say(f"the Hugging Face hub can't be reached ({first_line(error)}): what its cache on this machine has is used; "
             "HF_HUB_OFFLINE=1 in the environment says this beforehand")
 
 
-def client_errors() -> list[type]:
-    """Errors of the network, of the libraries by which file systems reach it, that are no OSError."""
-    named = (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("aiohttp", "ClientError"),
-             ("botocore.exceptions", "BotoCoreError"))
-    return [getattr(sys.modules[library], name) for library, name in named if library in sys.modules]
+def network_errors() -> tuple[type, ...]:
+    """Errors of the network, of the libraries by which file systems reach it, and of settings that they can't follow,
+    as of a proxy: ImportError where it needs another package."""
+    named = (("httpx", "HTTPError"), ("httpx", "InvalidURL"), ("httpx2", "HTTPError"), ("httpx2", "InvalidURL"),
+             ("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"))
+    return (OSError, ValueError, ImportError,
+            *(getattr(sys.modules[library], name) for library, name in named if library in sys.modules))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core.losses import LOSSES
 from ..data.places import hub_parts, places_of
-from ..data.urls import client_errors
+from ..data.urls import network_errors
 from ..files import read_text
 from ..flags.loss import loss_name
 from .atomic import new_file
@@ -194,7 +194,7 @@ def license_of(base: str) -> str | None:
             return _license_in(read_text(card))
         found = HfApi().model_info(name, revision=revision, timeout=SECONDS).card_data
         return found and found.license
-    except (OSError, ValueError, TypeError, *client_errors()):  # no card; no network, or not the hub behind it
+    except (TypeError, *network_errors()):  # no card; no network, or not the hub behind it
         return None
 
 

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from ..data.urls import look_for_hub
+from ..data.urls import look_for_hub, network_errors
 from ..errors import UserError, first_line
 
 # Settings, tokenizer and code.
@@ -26,14 +26,14 @@ def place_of(name: str) -> str:
     from huggingface_hub import snapshot_download  # slow to import
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    look_for_hub()
+    look_for_hub(repository)
     try:
         if not revision and not find_adapter_config_file(repository):
             return name
         fetch = functools.partial(snapshot_download, repository, revision=revision or None)
         folder = fetch(allow_patterns=["*.safetensors", *TEXTS], ignore_patterns=OTHERS)
         return folder if any(Path(folder).glob("*.safetensors")) else fetch(allow_patterns=PICKLES)
-    except (OSError, ValueError) as error:
+    except network_errors() as error:
         raise UserError(f"model {name}: can't be fetched from the hub: {first_line(error, 2)}") from error
 
 

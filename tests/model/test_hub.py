@@ -4,6 +4,7 @@ nothing is fetched but from a server of this machine that stands in for the hub.
 import hashlib
 import http.server
 import json
+import re
 import shutil
 import socket
 import threading
@@ -145,6 +146,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
                "/api/models/no/card": (200, {"id": "no/card"}), "/api/models/no/json": (200, None),
                "/api/models/org/gated": (403, {"error": "no"}), "/api/models/org/broken": (500, {"error": "no"})}
     asked = []
+    busy = []  # of the next requests for a file's head: the codes by which a server says so
+
+    def do_HEAD(self):
+        self.asked.append(self.path)
+        self.send_response(self.busy.pop() if self.busy else 401)
+        self.end_headers()
 
     def do_GET(self):
         path = self.path.partition("?")[0]
@@ -199,7 +206,7 @@ def test_a_hub_that_is_not_there_is_looked_for_once(online, hub, monkeypatch, ca
     that answers, with whatever, is asked as always."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     answered = constants.ENDPOINT
-    look_for_hub()
+    look_for_hub("org/base")
     assert not constants.HF_HUB_OFFLINE and capsys.readouterr().out == ""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
@@ -214,6 +221,37 @@ def test_a_hub_that_is_not_there_is_looked_for_once(online, hub, monkeypatch, ca
         list(read_rows("org/data"))
     assert time.monotonic() - start < 10 and capsys.readouterr().out == ""
     monkeypatch.setattr(constants, "ENDPOINT", answered)
+
+
+@pytest.mark.parametrize("code", [429, 500, 503])
+def test_a_busy_hub_is_asked_three_times_and_not_for_every_file(online, monkeypatch, capsys, code):
+    """Of each file its library would ask six times, too. It is asked for a file of the model: the limits of the hub are
+    others for its pages."""
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    Hub.busy[:] = [code] * 2
+    look_for_hub("org/base")  # the third answer serves
+    assert not constants.HF_HUB_OFFLINE and slept == [1, 2] and capsys.readouterr().out == ""
+    Hub.busy[:] = [code] * 100
+    Hub.asked.clear()
+    place_of.cache_clear()
+    open_source("org/base", False)
+    assert Hub.asked == ["/org/base/resolve/main/README.md"] * 3 and sum(slept) == 6
+    assert re.match(rf"the Hugging Face hub can't be reached \(.*\b{code}\b", capsys.readouterr().out)
+    Hub.busy.clear()
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "ftp://127.0.0.1:1", "http://[::1", "http://127.0.0.1:1"])
+def test_a_proxy_that_does_not_serve_is_named_as_the_reason(online, monkeypatch, capsys, proxy):
+    """One whose package is not installed, of an unknown kind, misspelt, and one that is not there."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    huggingface_hub.utils.close_session()  # the next one reads the environment
+    assert license_of("org/bare") is None
+    look_for_hub("org/base")
+    huggingface_hub.utils.close_session()
+    assert constants.HF_HUB_OFFLINE and "hub can't be reached (" in capsys.readouterr().out and not Hub.asked
 
 
 @pytest.mark.slow
