@@ -89,20 +89,37 @@ def run_script(main) -> int:
     except (UserError, RunStopped) as error:
         # Once a machine: files may be missing on one only.
         if isinstance(error, RankStopped) or os.environ.get("LOCAL_RANK", "0") == "0":
-            put(f"error: {one_line(str(error))}", file=sys.stderr)
+            _say_last(f"error: {one_line(str(error))}")
         return 2 if isinstance(error, UserError) else TEMPFAIL if isinstance(error, Unreachable) else 1
     except Preempted as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            put(stop, file=sys.stderr)
+            _say_last(stop)
         return TEMPFAIL
-    except BrokenPipeError:  # `train.py --inspect | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # `train.py --inspect | head`
+            if error.filename != sys.stdout.name:
+                raise
+            _say_last(f"error: the output can't be written ({error.strerror}); make room there, or send it elsewhere")
+        _discard(sys.stdout)
         return 1
     except KeyboardInterrupt:
-        put("stopped by Ctrl-C", file=sys.stderr)
+        _say_last("stopped by Ctrl-C")
         return 130
     finally:
         as_script = False
+
+
+def _say_last(text) -> None:
+    """A line on stderr, where that can be written: the exit code must come through."""
+    try:
+        put(text, file=sys.stderr)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream) -> None:
+    """Writes what is left of an output to nowhere: the flush at exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def exit_process(code: int) -> None:

@@ -17,10 +17,14 @@ _format_warning = warnings.formatwarning
 
 
 def put(*text, file=None) -> None:
-    """Prints a line on stdout, or on `file`, above a progress bar where there is one."""
+    """Prints a line on stdout, or on `file`, above a progress bar where there is one. Raises OSError that names it."""
     file = file or sys.stdout
-    tqdm.write(printable(" ".join(map(str, text))), file=file)
-    file.flush()
+    try:
+        tqdm.write(printable(" ".join(map(str, text))), file=file)
+        file.flush()
+    except OSError as error:
+        error.filename = file.name
+        raise
 
 
 def command_line(*words, cwd: Path | None = None) -> str:
@@ -71,7 +75,12 @@ def folded(text: str, width: int = 80) -> str:
 
 def escape_all_output() -> None:
     """Passes what Python and its libraries print through `printable`: warnings, log records and tracebacks. A terminal
-    that lacks a character gets its escape."""
+    that lacks a character gets its escape, and what was closed when the process began is nowhere: a file that is
+    opened would get its number, and what a library prints."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     warnings.formatwarning = lambda *args, **options: printable(_format_warning(*args, **options))
     logging.setLogRecordFactory(_Record)
     sys.excepthook = lambda *error: put("".join(traceback.format_exception(*error)).rstrip(), file=sys.stderr)

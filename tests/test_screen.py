@@ -37,6 +37,17 @@ def own_hooks(monkeypatch):
     logging.setLogRecordFactory(before)
 
 
+@pytest.mark.parametrize("flags, where, code, said", [
+    ("--print_config", ">/dev/full", 1, "error: the output can't be written (No space left on device); "),
+    ("--print_config", ">/dev/full 2>/dev/full", 1, ""), ("--beta -1", "2>/dev/full", 2, ""),
+    ("--inspect", ">&-", 0, ""), ("--inspect", "<&- >&- 2>&-", 0, "")])
+def test_an_output_that_is_full_or_closed(flags, where, code, said):
+    """One line, where it can be written, and the exit code; where nobody wants the output there is no error."""
+    command = f"exec {sys.executable} {ROOT / 'train.py'} {flags} {where}"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT)
+    assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
 def acts(text: str) -> bool:
     """Is there a character that a terminal would obey, but for the end of a line and a tab?"""
     return re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text) is not None

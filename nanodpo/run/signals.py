@@ -11,6 +11,7 @@ process at once. While C code waits for other ranks, Python's signal handlers do
 and ends the process where the main thread can't.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -185,8 +186,9 @@ class Stop:
 
 
 def _write(text: str) -> None:
-    """A line on stderr, below a progress bar that may stand there."""
-    os.write(2, f"{chr(10) * os.isatty(2)}{text}\n".encode())
+    """A line on stderr, below a progress bar that may stand there. A full disk must not keep a run from its end."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{chr(10) * os.isatty(2)}{text}\n".encode())
 
 
 def release_closed() -> None:

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import signal
 from functools import partial
 from types import SimpleNamespace
 
@@ -27,6 +29,21 @@ def test_ranks_are_asked_before_each_micro_batch_and_stop_after_the_one_before_w
             done.append((indices, factor))
             stop.name = "SIGTERM"
     assert done == [([1], 1.0), ([2], 1.0)]
+
+
+def test_a_run_is_told_to_stop_also_where_its_log_is_on_a_full_disk():
+    """The line that says so is lost; the run ends with what it has saved."""
+    own, full = os.dup(2), os.open("/dev/full", os.O_WRONLY)
+    try:
+        with Stop() as stop:
+            stop.defer()
+            os.dup2(full, 2)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.name == "SIGTERM"
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
+        os.close(full)
 
 
 def test_the_answer_of_the_ranks_is_awaited_after_the_micro_batch_not_before_it(monkeypatch):
