@@ -29,7 +29,7 @@ from ..data.template import Template
 from ..errors import UserError, first_line
 from ..files import check_regular
 from ..ranks.distributed import say
-from .atomic import aside, clear, clear_abandoned, file_facts, new_file, open_lock, tensors_hash
+from .atomic import aside, clear, clear_abandoned, file_facts, new_file, open_lock, tensors_hash, writing
 
 SMALL = 2**20  # bytes of files that are prepared in less time than it takes to look after a cache
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
@@ -98,7 +98,7 @@ def fingerprint(files: list[tuple], template: Template, how: Reading) -> str:
 
 def _tokenizer_files(tokenizer) -> list[tuple[str, str]]:
     """The files that a tokenizer would be saved as, which have all of it, and that of its class."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
         tokenizer.save_pretrained(folder)
         files = [*sorted(Path(folder).rglob("*")), Path(inspect.getfile(type(tokenizer)))]
         return [(file.name, file_facts(file)["sha256"]) for file in files if file.is_file()]

@@ -6,6 +6,9 @@ import functools
 import json
 import multiprocessing
 import os
+import resource
+import signal
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -20,7 +23,7 @@ from nanodpo.data import prepared
 from nanodpo.data.prepared import Reading
 from nanodpo.data.template import read_template
 from nanodpo.data.tokens import load_dataset
-from nanodpo.errors import UserError
+from nanodpo.errors import RunStopped, UserError
 from nanodpo.folder import data_cache
 
 LIMIT = 60
@@ -310,6 +313,22 @@ def test_a_folder_that_takes_no_file_stops_no_run(tmp_path, capsys):
     assert load(path, tmp_path / "cache", on_bad_row="drop", overlong="drop") == load(path, on_bad_row="drop",
                                                                                     overlong="drop")
     assert "can't be written" in capsys.readouterr().out
+
+
+def test_a_full_folder_for_temporary_files_is_named(tmp_path, monkeypatch):
+    """There the tokenizer is saved, from whose files the name of an entry follows. Here a file can't be longer than 100
+    bytes."""
+    rows, limits = write(tmp_path, pairs()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(RunStopped, match=f"^{tmp_path}/[^/]+: can't be written .*File too large"):
+            load(rows, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_an_entry_that_can_not_be_read_is_named(tmp_path):
