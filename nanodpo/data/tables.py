@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .places import SUFFIXES, hub_parts, one_split, suffix_of
-from .urls import look_for_hub
+from .urls import look_for_hub, where_full
 
 
 def table_rows(place: str, name: str | None, split: str | None, files: list[str], kind: str | None, most: int):
@@ -32,7 +32,7 @@ def table_rows(place: str, name: str | None, split: str | None, files: list[str]
         cause = error.__cause__ or error  # datasets wraps what the parser said
         what = ' '.join(str(cause).split())[:300] or type(cause).__name__
         kind = "a data set" if files or not name else "a folder of datasets' save_to_disk"
-        raise UserError(f"{place}: can't be read as {kind}: {what}") from error
+        raise UserError(f"{place}: can't be read as {kind}: {what}{where_full(cause)}") from error
 
 
 def _rows_of_batches(place: str, files: list[str], batches_of):

@@ -2,6 +2,7 @@
 whether the Hugging Face hub can be reached."""
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -55,6 +56,14 @@ def look_for_hub(repository: str) -> None:
         constants.HF_HUB_OFFLINE = True
         say(f"the Hugging Face hub can't be reached ({first_line(error)}): what its cache on this machine has is used; "
             "HF_HUB_OFFLINE=1 in the environment says this beforehand")
+
+
+def where_full(error: Exception) -> str:
+    """Words that say which disk has no room for what the hub is asked for; empty for another error."""
+    from huggingface_hub import constants
+
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return f"; the hub's cache is in {constants.HF_HOME}: make room there, or name another folder by HF_HOME" * full
 
 
 def network_errors() -> tuple[type, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from ..data.urls import where_full
 from ..errors import UserError, first_line
 from ..files import read_text
 from .hub import place_of
@@ -60,7 +61,7 @@ def open_base(name: str, dtype, trust_remote_code: bool, bits: int | None = None
     except UserError:
         raise
     except BROKEN as error:
-        raise UserError(f"{name}: the weights can't be loaded: {first_line(error)}") from error
+        raise UserError(f"{name}: the weights can't be loaded: {first_line(error)}{where_full(error)}") from error
     check_loaded(model, name, bits)
     make_alike(model)
     return model

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from ..data.urls import look_for_hub, network_errors
+from ..data.urls import look_for_hub, network_errors, where_full
 from ..errors import UserError, first_line
 
 # Settings, tokenizer and code.
@@ -34,7 +34,8 @@ def place_of(name: str) -> str:
         folder = fetch(allow_patterns=["*.safetensors", *TEXTS], ignore_patterns=OTHERS)
         return folder if any(Path(folder).glob("*.safetensors")) else fetch(allow_patterns=PICKLES)
     except network_errors() as error:
-        raise UserError(f"model {name}: can't be fetched from the hub: {first_line(error, 2)}") from error
+        raise UserError(f"model {name}: can't be fetched from the hub: {first_line(error, 2)}{where_full(error)}"
+                        ) from error
 
 
 def commit_of(name: str) -> str:

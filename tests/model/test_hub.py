@@ -1,20 +1,24 @@
 """Models and adapters by their ids on the hub: the hub's cache is made by hand, as its own library lays it out, and
 nothing is fetched but from a server of this machine that stands in for the hub."""
 
+import errno
 import hashlib
 import http.server
 import json
+import os
 import re
 import shutil
 import socket
 import threading
 import time
 
+import datasets
 import huggingface_hub
 import oracle
 import pandas
 import pytest
 import torch
+import transformers
 from conftest import ROOT, launch, make_model, make_tokenizer
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
@@ -23,6 +27,7 @@ from nanodpo.data.rows import read_rows
 from nanodpo.data.urls import look_for_hub
 from nanodpo.errors import UserError
 from nanodpo.folder.card import license_of, model_card
+from nanodpo.model.adapters import open_base
 from nanodpo.model.hub import place_of
 from nanodpo.model.source import absolute, base_of, name_and_revision, open_source
 from nanodpo.scoring.contents import Contents
@@ -221,6 +226,21 @@ def test_a_hub_that_is_not_there_is_looked_for_once(online, hub, monkeypatch, ca
         list(read_rows("org/data"))
     assert time.monotonic() - start < 10 and capsys.readouterr().out == ""
     monkeypatch.setattr(constants, "ENDPOINT", answered)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_of_the_cache_is_named(offline, monkeypatch, number):
+    """The home directory's, mostly, of whose quota nobody thinks."""
+    def full(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    for owner, name in ((huggingface_hub, "snapshot_download"), (datasets, "load_dataset"),
+                        (transformers.AutoModelForCausalLM, "from_pretrained")):
+        monkeypatch.setattr(owner, name, full)
+    for fetch in (lambda: place_of("org/base@v1"), lambda: open_base("org/base", torch.float32, False),
+                  lambda: list(read_rows("org/data"))):
+        with pytest.raises(UserError, match=rf"{os.strerror(number)}; the hub's cache is in {constants.HF_HOME}: "):
+            fetch()
 
 
 @pytest.mark.parametrize("code", [429, 500, 503])
