@@ -294,7 +294,8 @@ def report(folder: Path, checkpoints: list[Checkpoint], work: list[Work], parts:
     for text in [*band_to_screen(found["pairs"]), *risers.to_screen(found["risers"]),
                  *side_by_side.to_screen(found["answers"]), *(verdict.show(line) for line in lines)]:
         distributed.say(text)
-    if gone := [item for item in before if item not in tables.contents(folder)]:
+    now = tables.contents(folder)
+    if gone := [item for item in before if item not in now]:
         names = ", ".join(gone[:6]) + " ..." * (len(gone) > 6)
         back = "" if parts.unknown else " from parts/"
         distributed.say(f"no longer in {folder}: {names}; the command that scored it brings it back{back}, and another "

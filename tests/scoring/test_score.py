@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import oracle
@@ -568,6 +569,17 @@ def test_runs_of_two_seeds_get_a_verdict_together(run, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "over 2 runs of one recipe:" in shown and "of 3 right at step 3" in shown
     assert "right at step 0" in (tmp_path / "out" / "answers.txt").read_text()
+
+
+def test_what_was_there_is_read_once_however_much_it_was(run, tmp_path, monkeypatch):
+    """The names of what a folder's tables hold, a run's 4 steps, a data set and a response: before the tables are
+    written and afterwards, not once more for each name."""
+    read = mock.Mock(side_effect=tables.contents)
+    monkeypatch.setattr(tables, "contents", read)
+    for calls in (2, 4):
+        scored(tmp_path, run, "--responses", "chosen")
+        assert read.call_count <= calls
+    assert len(read(tmp_path)) == 6
 
 
 def test_what_a_scoring_takes_the_place_of_is_said(run, tiny, tmp_path, capsys):
