@@ -13,6 +13,7 @@ import html
 import json
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +77,7 @@ def make_page(files: list[Path], scores: pandas.DataFrame, title: str,
     frame = {"title": title, "runs": _runs(there, noise), "sets": _sets(scores), "ledger": ledger}
     room = LIMIT - len(_fill(frame | {"detail": DETAILS[0], "notes": [" " * 200]}))
     means = _row_means(there, frame["runs"])
-    for detail in DETAILS:
-        rows, left_out = _pack_rows(files, there, order, lines, detail, means, room)
-        if not left_out:
-            break
+    detail, rows, left_out = _finest(lambda detail: _pack_rows(files, there, order, lines, detail, means, room))
     notes = [f"rows left out, so that the page stays below {LIMIT // 10**6} MB: {left_out} of {len(order)}, those "
              f"whose {_first_side(there)} response fell least"] * bool(left_out)
     for name, found in rows.items():
@@ -148,6 +146,21 @@ def _row_means(scores: pandas.DataFrame, runs: dict) -> dict:
 def _short(number) -> float | None:
     """A number in six digits; None for one that is missing."""
     return None if number is None or pandas.isna(number) else float(f"{number:.6g}")
+
+
+def _finest(pack: Callable[[dict], tuple[dict, int]]) -> tuple[dict, dict, int]:
+    """The finest of DETAILS with which all rows fit, else the coarsest, and what `pack` makes with it. The coarsest is
+    tried second: where it leaves rows out, those between do, too, and each try reads the tables anew."""
+    finest, *between, coarsest = DETAILS
+    rows, left_out = pack(finest)
+    if not left_out:
+        return finest, rows, left_out
+    rows, left_out = pack(coarsest)
+    for detail in between if not left_out else ():
+        found, more = pack(detail)
+        if not more:
+            return detail, found, more
+    return coarsest, rows, left_out
 
 
 def _pack_rows(files, scores, order, lines, detail, means, room: int) -> tuple[dict, int]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas
@@ -207,6 +208,19 @@ def test_a_page_that_would_be_too_large_is_coarser_then_lacks_rows_and_says_so(t
     scores = pandas.read_parquet(folder / "scores.parquet")
     chosen = scores[scores["response"] == "chosen"].pivot(index="row", columns="step", values="mean_logps")
     assert rows == (chosen[STEPS[-1]] - chosen[0]).sort_values().index[: len(rows)].tolist()
+
+
+def test_tables_of_which_no_page_holds_all_are_read_for_two_details_alone(tmp_path, monkeypatch):
+    """Where the coarsest numbers are too long, so are those between. Each try is a pass through the tables."""
+    folder = write_scoring(tmp_path / "many", rows=14, length=60)
+    read = mock.Mock(side_effect=page.read_parts)
+    monkeypatch.setattr(page, "read_parts", read)
+    size = make(folder).stat().st_size
+    assert read.call_count == 1
+    monkeypatch.setattr(page, "LIMIT", (size + page.TEMPLATE.stat().st_size) // 2)
+    data = data_of(make(folder))
+    assert len(data["notes"]) == 1 and data["detail"] == page.DETAILS[-1]
+    assert [call.args[3] for call in read.call_args_list[1:]] == [0.001, 0.1]
 
 
 def test_a_folder_without_tokens_names_the_command_that_makes_them(tmp_path):
