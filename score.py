@@ -41,7 +41,7 @@ from nanodpo.scoring.means import band_to_screen, show
 from nanodpo.scoring.measures import token_measures
 from nanodpo.scoring.opened import Opened, Opener, check_references, open_device
 from nanodpo.scoring.pairs import gradient_products
-from nanodpo.scoring.parts import Parts
+from nanodpo.scoring.parts import Alone, Parts
 from nanodpo.scoring.plan import FORWARD, Result, Work, greedy_result, plan
 from nanodpo.scoring.responses import Group, batches
 from nanodpo.scoring.runs import Checkpoint, check_starts, find_bases, open_own_losses, open_targets
@@ -89,9 +89,10 @@ def score(argv: list[str]) -> None:
         if distributed.is_main():
             check_references(checkpoints)
     if args.ledger or args.ledger_rows:
-        with shortage_named("the ledger", advice=LEDGER_ADVICE):
+        with Alone(folder / "parts"), shortage_named("the ledger", advice=LEDGER_ADVICE):
             lines = make_ledger(checkpoints, datasets, args, device, folder)
-        return distributed.say("\n".join(filter(None, [*lines, draw_after(folder, ledger=True), page_after(folder)])))
+            lines += filter(None, [draw_after(folder, ledger=True), page_after(folder)])
+        return distributed.say("\n".join(lines))
     from nanodpo.model.ulysses import ranks_of_a_batch  # slow to import, with transformers' models
 
     longest = max(example.length for data in datasets for example in data.examples)

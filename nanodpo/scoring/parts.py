@@ -29,22 +29,16 @@ FORMAT = 5  # of the tables and of what is in them, and of what a stopped ledger
 MAY_BE_MISSING = {"implausible_mass", "implausible_mass_start", "grad_cosine"}
 
 
-class Parts:
-    """The parts in a folder, within a `with`. All ranks have the same list; rank 0 writes."""
+class Alone:
+    """Keeps other scorings out of <output_dir>, whose parts are in `folder`, within a `with`. All ranks make it."""
 
     def __init__(self, folder: Path):
         """Makes the folder. Raises UserError where another scoring is at work in it."""
         self.made = [place for place in (folder, *folder.parents) if not place.exists()] if is_main() else []
-        self.folder, self.lock, self.index, self.families = folder, None, {}, {}
-        self.whole: set[str] = set()  # names of parts whose files were read and compared with their manifest
-        self.unknown = 0  # parts that are not read, on rank 0
-        found = []
+        self.folder, self.lock = folder, None
         with main_first():
             if is_main():
                 self.lock = _lock(folder)
-                found = self._list()
-        for name, holds in from_main(found):
-            self._enter(name, holds)
 
     def __enter__(self):
         return self
@@ -58,6 +52,22 @@ class Parts:
                     place.rmdir()
         if self.lock:
             self.lock.close()
+
+
+class Parts(Alone):
+    """The parts in a folder, within a `with`. All ranks have the same list; rank 0 writes."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.index, self.families = {}, {}
+        self.whole: set[str] = set()  # names of parts whose files were read and compared with their manifest
+        self.unknown = 0  # parts that are not read, on rank 0
+        found = []
+        with main_first():
+            if is_main():
+                found = self._list()
+        for name, holds in from_main(found):
+            self._enter(name, holds)
 
     def _list(self) -> list[tuple[str, dict]]:
         """(name, what it holds) of each part, the oldest first."""

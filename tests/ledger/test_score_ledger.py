@@ -15,6 +15,7 @@ import score
 from nanodpo.errors import UserError
 from nanodpo.ledger import history, making
 from nanodpo.ledger.report import decimals, doubts, worst_pairs
+from nanodpo.scoring.parts import Parts
 
 STEPS = ["--max_steps", "5", "--save_steps", "1", "--per_device_train_batch_size", "2", "--draw", "false"]
 
@@ -67,6 +68,16 @@ def test_shares_add_up_to_what_the_scores_say(run, tiny, tmp_path, capsys):
             assert record["texts"] == {str(k): [data[k][s] for s in ("prompt", "chosen", "rejected")] for k in ends}
     assert not [place for place in tmp_path.iterdir() if "partial" in place.name]  # nothing stays of the work
     assert (tmp_path / "ledger.png").stat().st_size > 10_000  # nobody had to ask for it
+
+
+def test_a_ledger_and_another_scoring_of_one_folder(run, tmp_path):
+    """Two ledgers would take each other's gradients away, and mix their files. The second is told so."""
+    for flags in (["--ledger", "2"], ["--ledger_rows", "3"], []):
+        with Parts(tmp_path / "out" / "parts"), pytest.raises(UserError, match="another scoring is at work there"):
+            score.main([str(run), "--output_dir", str(tmp_path / "out"), *flags])
+        assert not (tmp_path / "out").exists()
+    ledger(run, tmp_path / "out", "--ledger", "2")
+    assert not (tmp_path / "out" / "parts").exists()
 
 
 def test_what_another_version_kept_of_a_stopped_ledger_is_not_used(run, tmp_path, capsys, monkeypatch):
