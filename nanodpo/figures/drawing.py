@@ -118,7 +118,7 @@ def save(drawn: dict, folder: Path, columns: int) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as all_whole:
             for file, content in files.items():
-                all_whole.enter_context(new_file(file)).write_bytes(content)
+                all_whole.enter_context(new_file(file, shared=True)).write_bytes(content)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: can't be written ({first_line(error)})") from error
     return list(files)

@@ -57,7 +57,7 @@ def write_page(files: list[Path], folder: Path, runs: list[str], sets: list[str]
     text, notes = make_page(tokens, scores, one_line(folder.resolve().name), noise, ledger)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with new_file(folder / "page.html") as place:
+        with new_file(folder / "page.html", shared=True) as place:
             place.write_text(text, encoding="utf-8", newline="")
     except OSError as error:
         raise UserError(f"--output_dir {folder}: can't be written ({first_line(error)})") from error

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -44,19 +45,25 @@ class writing:
                              "and the same command goes on from there") from error
 
 
-def aside(place: Path, owner: int | str | None = None) -> Path:
-    """The name under which a file or folder is written until it is whole. `owner`, a process, has one of its own."""
+def aside(place: Path, owner: str | None = None) -> Path:
+    """The name under which a file or folder is written until it is whole. An `owner` has one of its own."""
     return place.with_name(f".{place.name}{f'.{owner}' if owner else ''}.partial")
 
 
-@contextlib.contextmanager
-def new_file(file: Path, owner: int | None = None):
-    """Yields a path to write to, which takes the file's place after the block: a reader, or a run after a crash, finds
-    the old file or the new one. After an error the old one stays, and nothing else.
+def new_owner() -> str:
+    """For `aside`, one that nobody has: in containers, and on other machines, processes have the same numbers."""
+    return secrets.token_hex(8)
 
-    `owner`: this process's id, where another process may write the same file at the same time.
+
+@contextlib.contextmanager
+def new_file(file: Path, shared: bool = False):
+    """Yields a path to write to, which takes the file's place after the block: a reader, or a run after a crash, finds
+    the old file or the new one. After an error the old one stays, and nothing else. `shared`: another process may write
+    the same file at the same time; what such ones left when they were killed goes after a day.
     """
-    place = aside(file, owner)
+    place = aside(file, new_owner() if shared else None)
+    if shared:
+        clear_abandoned(file)
     try:
         yield place
         finish_file(place)
@@ -268,10 +275,10 @@ def clear_partials(folder: Path) -> None:
         clear(place)
 
 
-def clear_abandoned(cache: Path) -> None:
-    """Removes what killed processes left half-written in a cache, and leaves what others, on other machines, too, may
-    write to just now."""
-    for place in cache.glob(aside(Path("*.safetensors"), "*").name):
+def clear_abandoned(file: Path) -> None:
+    """Removes what killed processes left half-written of a shared file, whose name may be a pattern, and leaves what
+    others, on other machines, too, may write to just now."""
+    for place in file.parent.glob(aside(file, "*").name):
         with contextlib.suppress(OSError):  # another process was first
             if time.time() - place.lstat().st_mtime > ABANDONED:
                 clear(place)

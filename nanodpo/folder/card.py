@@ -57,12 +57,12 @@ def add_figure(run: Path) -> None:
         return
     for card in [*run.glob("checkpoint-*/README.md"), *run.glob("merged/README.md")]:
         if not card.with_name(FIGURE).exists():
-            with new_file(card.with_name(FIGURE)) as place:
+            with new_file(card.with_name(FIGURE), shared=True) as place:
                 try:
                     os.link(figure, place)
                 except OSError:
                     shutil.copyfile(figure, place)
-            with new_file(card) as place:
+            with new_file(card, shared=True) as place:
                 place.write_text(f"{read_text(card)}\n## Training\n\n![Training, step by step]({FIGURE})\n",
                                  encoding="utf-8")
 

@@ -117,7 +117,7 @@ def _alone(file: Path):
     if lock:
         for left in {*file.parent.glob(aside(file, "*").name)} - {place}:
             clear(left)  # of a process that was killed while it wrote
-        clear_abandoned(file.parent)
+        clear_abandoned(file.with_name("*.safetensors"))
     try:
         yield lock is not None
     finally:
@@ -169,7 +169,7 @@ def _save(file: Path, found: Prepared) -> bool:
     tensors = {"ids": torch.frombuffer(found.ids, dtype=torch.int32),
                "rows": torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)}
     try:
-        with new_file(file, os.getpid()) as place:
+        with new_file(file, shared=True) as place:
             save_file(tensors, place, {"sha256": tensors_hash(file.name, tensors)})
     except (OSError, SafetensorError) as error:
         say(f"data: {file} can't be written ({first_line(error)}); the next start prepares the rows again")

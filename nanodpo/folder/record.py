@@ -19,7 +19,7 @@ from ..errors import RunStopped, UserError
 from ..files import MAX_BYTES, read_json
 from ..flags.arguments import BY_CONTENT
 from ..ranks.distributed import world_size
-from .atomic import aside, check_writable, clear_partials, flush, hold, new_file, saved_steps, writing
+from .atomic import aside, check_writable, clear_partials, flush, hold, new_file, new_owner, saved_steps, writing
 from .elastic import pairs_per_step
 from .reference import data_hash
 
@@ -137,7 +137,7 @@ def _is_fork(entry) -> bool:
 def create(folder: Path, record: dict) -> None:
     """Makes the folder with its run.json. Raises UserError where another run was first, and for more than `read` takes;
     RunStopped for a full disk."""
-    text, place = _text(record | {"output_dir": str(folder)}), aside(folder / "run.json", os.getpid())
+    text, place = _text(record | {"output_dir": str(folder)}), aside(folder / "run.json", new_owner())
     if len(text) > MAX_BYTES - len('  "finished": true,\n'):
         name = max(record, key=lambda name: len(json.dumps(record[name])))
         raise UserError(f"{folder / 'run.json'}: would have {len(text):,} bytes, most of them in {name}; it can have "

@@ -66,7 +66,7 @@ def reference_logps(examples, steps, micro_batches_of, score, fingerprint: dict,
     file, logps = Path(cache_dir) / f"reference-{key[:24]}.safetensors", None
     with main_first():
         if is_main():
-            clear_abandoned(file.parent)
+            clear_abandoned(file.with_name("*.safetensors"))
             logps = _load(file, fingerprint, len(examples))
     logps = from_main(logps)
     missing = [pairs for pairs in steps if logps[pairs].isnan().any()]
@@ -158,7 +158,7 @@ def _digest(logps: Tensor) -> str:
 def _save(file: Path, logps: Tensor, fingerprint: dict) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(file, os.getpid()) as place:  # other runs may fill the same cache
+        with new_file(file, shared=True) as place:  # other runs may fill the same cache
             save_file({"logps": logps}, place, {"fingerprint": json.dumps(fingerprint), "sha256": _digest(logps)})
     except (OSError, SafetensorError) as error:
         raise RunStopped(f"{file}: can't be written ({first_line(error)})") from error

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ from nanodpo.figures.after import draw_after
 from nanodpo.figures.axes import set_focus
 from nanodpo.figures.records import read_metrics
 from nanodpo.figures.training import training_figure
+from nanodpo.folder import atomic
 
 FORMATS = ("png", "pdf", "svg")
 OKABE_ITO = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
@@ -609,10 +611,25 @@ def test_a_figure_that_fails_is_one_line(error, words, tmp_path, monkeypatch):
     assert said.startswith(words) and "\n" not in said and ("plot.py" in said) == ("`" in words)
 
 
+def test_two_that_draw_at_once_do_not_take_each_others_files(tmp_path, monkeypatch):
+    """plot.py beside a run that ends, say: both end well, and every file is one of theirs, whole."""
+    figure, flush, others = Figure((1, 1)), atomic.flush, [2]
+
+    def meanwhile(place):
+        if others:
+            drawing.save({"a": (figure, "second")}, tmp_path, others.pop())
+        flush(place)
+
+    monkeypatch.setattr(atomic, "flush", meanwhile)  # the first has written all of its files, and named none
+    files = drawing.save({"a": (figure, "first")}, tmp_path, 1)
+    assert not others and {*files} == {*tmp_path.iterdir()} and "first" in (tmp_path / "a.tex").read_text()
+
+
 def test_a_finished_run_without_its_figure_gets_one(tmp_path, capsys):
     """Killed while it drew, or not asked to: the same command draws, and the next one finds it there."""
     run = make_run(tmp_path / "run")
-    (run / ".training.png.partial").write_bytes(b"half")
+    (left := run / ".training.png.1.partial").write_bytes(b"half")
+    os.utime(left, (0, time.time() - 25 * 3600))  # a younger one may be written to by somebody else
     args = SimpleNamespace(merge_weights=False, draw=False)
     start = SimpleNamespace(args=args, folder=run, resumed={"steps": 5})
     train.complete_finished_run(start)

@@ -120,6 +120,20 @@ def test_a_fast_pass_is_saved_by_the_minute_and_not_by_the_step(run, monkeypatch
     assert len(saved) == 1 and summed == [3, 3]
 
 
+def test_two_runs_whose_processes_have_one_number_may_fill_one_cache(run, monkeypatch):
+    """As in two containers, or on two machines: the second writes and names the file while the first writes it."""
+    write, others = reference.save_file, [1]
+
+    def meanwhile(tensors, place, about):
+        write(tensors, place, about)
+        if others and others.pop():
+            assert torch.equal(Pass(run.folder)(), TRUTH)
+
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(reference, "save_file", meanwhile)
+    assert torch.equal(run(), TRUTH) and list(run.folder.iterdir()) == [run.file]
+
+
 def test_a_micro_batch_that_only_keeps_ranks_in_step_counts_for_nothing(run):
     """The step's first once more, with weight 0."""
     assert torch.equal(run(micro_batches_of=lambda pairs: [(pairs, 1.0), (pairs[:1], 0.0)]), TRUTH)

@@ -201,7 +201,7 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
             raise error
     assert not list(tmp_path.iterdir())
     file.write_text("old")
-    with new_file(file, 1) as one, new_file(file, 2) as other:
+    with new_file(file, shared=True) as one, new_file(file, shared=True) as other:
         other.write_text("by another")
         one.touch(0o600)
         one.write_text("new")
