@@ -23,7 +23,7 @@ from nanodpo.core.packing import make_batch, pair_lengths, total_tokens
 from nanodpo.data.schedule import learning_rate, micro_batches_of, pairs_of_step
 from nanodpo.errors import Preempted, RunStopped, exit_process, run_script
 from nanodpo.figures.after import draw_run_after, is_drawn
-from nanodpo.folder import checkpoint, state
+from nanodpo.folder import checkpoint, record, state
 from nanodpo.model import loading
 from nanodpo.model.quantised import bits_of
 from nanodpo.model.ready import freeze
@@ -229,7 +229,8 @@ def complete_finished_run(start: Start) -> None:
     distributed.say(f"{folder}: this run is finished, all {steps} steps")
     distributed.say(f"next: {command_line(SCRIPT.with_name('score.py'), folder)}")
     if args.merge_weights and distributed.is_main() and not (folder / "merged").is_dir():
-        lifecycle.merge(folder, steps, args.bf16, args.trust_remote_code, bits_of(args))
+        with record.lock(folder):
+            lifecycle.merge(folder, steps, args.bf16, args.trust_remote_code, bits_of(args))
     if args.draw and distributed.is_main() and not is_drawn(folder):  # it was killed while it drew, or was not to
         distributed.say(draw_run_after(folder))
 

@@ -22,6 +22,7 @@ import torch
 from conftest import ROOT, environment, forked, launch, lines_of, zero
 from safetensors.torch import load_file, save_file
 
+import train
 from nanodpo.errors import Preempted, RunStopped, UserError
 from nanodpo.figures.runs import read_facts
 from nanodpo.flags.arguments import TrainArguments
@@ -834,6 +835,21 @@ def test_a_folder_that_a_live_run_holds_is_refused(tiny, tmp_path):
     assert codes == [2] and "is in use by another run" in said
     live.kill()
     live.wait()
+
+
+def test_a_finished_run_is_merged_by_one_process(tmp_path, monkeypatch):
+    """A second one would take the half-written model away, or write into it."""
+    (tmp_path / "run.json").write_text("{}")
+    merged: list = []
+    monkeypatch.setattr(train.lifecycle, "merge", lambda *args: merged.append(args))
+    args = SimpleNamespace(merge_weights=True, draw=False, bf16=False, trust_remote_code=False, load_in_4bit=False,
+                           load_in_8bit=False)
+    start = SimpleNamespace(args=args, folder=tmp_path, resumed={"steps": 5})
+    with run_record.lock(tmp_path), pytest.raises(UserError, match="is in use by another run"):
+        train.complete_finished_run(start)
+    assert not merged
+    train.complete_finished_run(start)
+    assert len(merged) == 1
 
 
 def test_a_signal_repeated_at_once_is_one(monkeypatch, capfd):
