@@ -38,6 +38,7 @@ Standard errors are over the problems of one run (stats.py).
 """
 
 import collections
+import contextlib
 import itertools
 import math
 from pathlib import Path
@@ -159,24 +160,29 @@ def _ordered(table: pandas.DataFrame, work: Work) -> pandas.DataFrame:
 
 
 def join(folder: Path, work: list[Work], parts: Parts, runs: dict) -> dict[str, pandas.DataFrame]:
-    """Writes the output files; `runs` are the settings of each run by name. Returns the tables without tokens,
-    which may be larger than memory, as "tenths" the sections' lines of chosen's tenths, row by row, at the first and
-    the last step of each run, and as "risers" those of risers.csv."""
+    """Writes the output files, all of them or none; `runs` are the settings of each run by name. Returns the tables
+    without tokens, which may be larger than memory, as "tenths" the sections' lines of chosen's tenths, row by row, at
+    the first and the last step of each run, and as "risers" those of risers.csv."""
     tables = {name: _concat([table_of(item, parts, name) for item in work]) for name in TABLES}
     tables["scores"] = tables["scores"][COLUMNS]
     tables["pairs"] = add_rewards(tables["pairs"], tables["scores"], runs)
     tables["summary"] = summary(tables["scores"], tables["answers"])
     tables["sections"], tables["tenths"] = sections_of(work, parts)
-    for name in ("scores.parquet", "pairs.parquet", "answers.parquet", "summary.csv", "sections.csv", "failed.jsonl"):
-        _write(folder / name, tables[Path(name).stem])
-    _stream((table_of(item, parts, "tokens") for item in work), folder / "tokens.parquet")
-    _stream(map(prompts_of, {item.data.name: item.data for item in work if item.of_kind("tokens")}.values()),
-            folder / "prompts.parquet")
     sums: list[pandas.DataFrame] = []
-    _stream((_summed(table_of(item, parts, "risers"), tables["scores"], sums) for item in work),
-            folder / "risers.parquet")
-    tables["risers"] = _concat(sums)
-    _write(folder / "risers.csv", tables["risers"])
+    empty: list[Path] = []
+    with contextlib.ExitStack() as whole:  # else a scoring that ends in the midst leaves tables of two scorings
+        for name in ("scores.parquet", "pairs.parquet", "answers.parquet", "summary.csv", "sections.csv",
+                     "failed.jsonl"):
+            empty += _write(folder / name, tables[Path(name).stem], whole)
+        empty += _stream((table_of(item, parts, "tokens") for item in work), folder / "tokens.parquet", whole)
+        prompts = map(prompts_of, {item.data.name: item.data for item in work if item.of_kind("tokens")}.values())
+        empty += _stream(prompts, folder / "prompts.parquet", whole)
+        lines = (_summed(table_of(item, parts, "risers"), tables["scores"], sums) for item in work)
+        empty += _stream(lines, folder / "risers.parquet", whole)
+        tables["risers"] = _concat(sums)
+        empty += _write(folder / "risers.csv", tables["risers"], whole)
+    for file in empty:
+        file.unlink(missing_ok=True)
     return tables
 
 
@@ -214,21 +220,29 @@ def _concat(tables: list[pandas.DataFrame]) -> pandas.DataFrame:
     return pandas.concat(found, ignore_index=True) if found else pandas.DataFrame()
 
 
-def _write(file: Path, table: pandas.DataFrame) -> None:
-    """A table in place of the file; without rows no file, and none that an earlier call left."""
+def _write(file: Path, table: pandas.DataFrame, whole: contextlib.ExitStack) -> list[Path]:
+    """A table in place of the file, at the end of `whole`. Without rows there is none: returns files that have to go.
+    """
     if table.empty:
-        return file.unlink(missing_ok=True)
-    with writing(file), new_file(file) as place:
-        WRITERS[file.suffix](table, place)
+        return [file]
+    with writing(file):
+        WRITERS[file.suffix](table, _place(file, whole))
+    return []
 
 
-def _stream(tables, target: Path) -> None:
-    """All of these tables as one file, one in memory at a time."""
+def _stream(tables, target: Path, whole: contextlib.ExitStack) -> list[Path]:
+    """As `_write`, all of these tables as one file, one in memory at a time."""
     tables = (table for table in tables if len(table))
     if (first := next(tables, None)) is None:
-        target.unlink(missing_ok=True)
-        return
+        return [target]
     schema = pyarrow.Schema.from_pandas(first, preserve_index=False)
-    with writing(target), new_file(target) as place, pyarrow.parquet.ParquetWriter(place, schema) as writer:
+    with writing(target), pyarrow.parquet.ParquetWriter(_place(target, whole), schema) as writer:
         for table in itertools.chain([first], tables):
             writer.write_table(pyarrow.Table.from_pandas(table, schema, preserve_index=False))
+    return []
+
+
+def _place(file: Path, whole: contextlib.ExitStack) -> Path:
+    """Where to write what takes the place of the file at the end of `whole`."""
+    whole.enter_context(writing(file))
+    return whole.enter_context(new_file(file))

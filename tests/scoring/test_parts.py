@@ -1,6 +1,7 @@
 """The parts that score.py keeps: nothing is scored twice, nothing damaged is taken for done, and asking for more
 adds."""
 
+import errno
 import json
 import os
 import shutil
@@ -400,6 +401,27 @@ def test_tables_are_written_anew_from_the_parts(run, tmp_path, work):
     work["tokens"] = 0
     assert_same(scored(run, tmp_path), before)
     assert work["tokens"] == 0
+
+
+def test_tables_are_of_one_scoring_whatever_ends_the_next(run, tmp_path, monkeypatch):
+    """A disk that fills in the tokens of other data: scores of these beside tokens of the first would be drawn as one.
+    """
+    scored(run, "--tokens", tmp_path)
+    files = [file for file in tmp_path.iterdir() if file.suffix in (".parquet", ".csv", ".json")]
+    before = {file: file.read_bytes() for file in files}
+    rows = [json.loads(line) | {"prompt": "Why? "} for line in (run.parent / "d.jsonl").read_text().splitlines()]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyarrow.parquet.ParquetWriter", full)  # pandas has its own name for it
+        with pytest.raises(RunStopped, match="tokens.parquet: can't be written"):
+            scored(run, "--dataset_path", f"train={tmp_path / 'other.jsonl'}", "--tokens", tmp_path)
+    assert {file: file.read_bytes() for file in files} == before and not list(tmp_path.glob(".*"))
+    scored(run, "--dataset_path", f"train={tmp_path / 'other.jsonl'}", "--tokens", tmp_path)
+    assert all(file.read_bytes() != before[file] for file in files if file.stem in ("scores", "tokens", "pairs"))
 
 
 def test_what_another_device_or_library_computed_is_not_taken(monkeypatch):
