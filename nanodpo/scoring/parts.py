@@ -204,7 +204,11 @@ def _lock(folder: Path):
     """Keeps a second scoring out for as long as this process lives; the file must be kept open."""
     with atomic.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = atomic.open_lock(folder / "lock")
+        try:
+            file = atomic.open_lock(folder / "lock")
+        except PermissionError as error:  # another user's
+            raise UserError(f"--output_dir {folder.parent}: parts/lock can't be written to ({error.strerror}); name "
+                            "another folder") from error
     atomic.hold(file, taken := f"--output_dir {folder.parent}: another scoring is at work there; wait for its end, or "
                 "name another folder")
     place = folder / "lock"

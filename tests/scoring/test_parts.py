@@ -278,6 +278,15 @@ def test_a_rank_reads_the_plausible_tokens_of_its_own_rows(run, tmp_path, monkey
     assert all(torch.equal(a, b) for a, b in zip(found[1, "chosen"], every[1, "chosen"]))
 
 
+def test_a_lock_of_another_user(tmp_path, monkeypatch):
+    """In a folder in which everybody may write: this one can't go on there."""
+    denied = PermissionError(errno.EACCES, "Permission denied", "lock")
+    monkeypatch.setattr(kept.atomic, "open_lock", lambda place: (_ for _ in ()).throw(denied))
+    with pytest.raises(UserError, match=f"^--output_dir {tmp_path}/out: parts/lock can't be written to .Permission "
+                                        "denied.; name another folder$"):
+        kept.Parts(tmp_path / "out" / "parts")
+
+
 def test_two_scorings_of_one_folder(run, tmp_path):
     """The second is told so, before it does anything; when the first is gone, it works."""
     with kept.Parts(tmp_path / "out" / "parts"):
