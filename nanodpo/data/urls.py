@@ -41,9 +41,9 @@ def copy_of(place: str) -> Iterator[str]:
 
 
 def look_for_hub(repository: str) -> None:
-    """Where the hub does not answer, says so and tells its library, which then takes files from its cache. It would ask
-    six times for every file, half a minute each: minutes until a run starts on a machine without a network, or while
-    the hub is busy. It is asked as for a file of this `repository`, since its limits are others for its pages."""
+    """Where the hub does not answer, says so and tells its library, which then takes files from its cache. Else that
+    asks six times for every file, half a minute each: minutes until a run starts on a machine without a network, or
+    while the hub is busy. Asks for a file of this `repository`: the hub limits other kinds of requests otherwise."""
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, http_backoff  # slow to import
 
@@ -54,8 +54,8 @@ def look_for_hub(repository: str) -> None:
                      max_retries=2, retry_on_exceptions=(), timeout=SECONDS)
     except network_errors() as error:
         constants.HF_HUB_OFFLINE = True
-        say(f"the Hugging Face hub can't be reached ({first_line(error)}): what its cache on this machine has is used; "
-            "HF_HUB_OFFLINE=1 in the environment says this beforehand")
+        say(f"the Hugging Face hub can't be reached ({first_line(error)}): what its cache on this machine has is used. "
+            "With HF_HUB_OFFLINE=1 in the environment it is not asked")
 
 
 def where_full(error: Exception) -> str:
