@@ -6,7 +6,7 @@ import os
 import pickle
 import sys
 
-from .screen import escape_all_output, printable, put
+from .screen import OutputLost, escape_all_output, printable, put
 
 as_script = False  # whether this process is a script's own, and may be ended; a notebook's may not
 
@@ -95,11 +95,11 @@ def run_script(main) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _say_last(stop)
         return TEMPFAIL
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # `train.py --inspect | head`
-            if error.filename != sys.stdout.name:
-                raise
-            _say_last(f"error: the output can't be written ({error.strerror}); make room there, or send it elsewhere")
+    except OutputLost as error:
+        _say_last(f"error: the output can't be written ({error.strerror}); make room there, or send it elsewhere")
+        _discard(sys.stdout)
+        return 1
+    except BrokenPipeError:  # `train.py --inspect | head`
         _discard(sys.stdout)
         return 1
     except KeyboardInterrupt:

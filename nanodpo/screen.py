@@ -16,15 +16,21 @@ from tqdm import tqdm
 _format_warning = warnings.formatwarning
 
 
+class OutputLost(OSError):
+    """The output goes to a disk that is full, or the like."""
+
+
 def put(*text, file=None) -> None:
-    """Prints a line on stdout, or on `file`, above a progress bar where there is one. Raises OSError that names it."""
+    """Prints a line on stdout, or on `file`, above a progress bar where there is one. Raises OutputLost, and
+    BrokenPipeError where nobody reads it any more."""
     file = file or sys.stdout
     try:
         tqdm.write(printable(" ".join(map(str, text))), file=file)
         file.flush()
-    except OSError as error:
-        error.filename = file.name
+    except BrokenPipeError:
         raise
+    except OSError as error:
+        raise OutputLost(error.errno, error.strerror) from error
 
 
 def command_line(*words, cwd: Path | None = None) -> str:
