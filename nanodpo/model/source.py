@@ -244,7 +244,9 @@ def _check_model(path: Path, name: str) -> None:
 
 def name_and_revision(base: str) -> tuple[str, str | None]:
     """A base as an adapter_config.json names it: as `absolute`, a hub id with its revision apart."""
-    name, _, revision = (absolute(base), "", "") if Path(base).is_dir() else absolute(base).partition("@")
+    if Path(base).is_dir():
+        return absolute(base), None
+    name, _, revision = absolute(base).partition("@")
     return name, revision or None
 
 
