@@ -274,6 +274,13 @@ def test_a_proxy_that_does_not_serve_is_named_as_the_reason(online, monkeypatch,
     assert constants.HF_HUB_OFFLINE and "hub can't be reached (" in capsys.readouterr().out and not Hub.asked
 
 
+@torch.no_grad()
+def mean_logp(pairs: list, *places) -> float:
+    """The mean log-prob of the chosen responses, nats, by plain PEFT."""
+    model = oracle.load(*places).eval()
+    return sum(oracle.sequence_logp(model, *pair[:2]).item() for pair in pairs) / len(pairs)
+
+
 @pytest.mark.slow
 def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
     """Trained on, as a reference and scored: the log-probs are those of plain PEFT on the base of the right revision. A
@@ -283,10 +290,9 @@ def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
     pairs = oracle.read_pairs(tiny / "train.jsonl")
     data = ("--train_file_path", tiny / "train.jsonl", "--eval_file_path", tiny / "train.jsonl", "--cache_dir",
             tmp_path / "cache")
-    with torch.no_grad():
-        truth = {name: sum(oracle.sequence_logp(oracle.load(*places).eval(), *pair[:2]).item() for pair in pairs) / 11
-                 for name, places in {"two": (hub / "two", hub / "old"), "one": (hub / "one", tiny / "model"),
-                                      "v1": (hub / "old",)}.items()}
+    truth = {name: mean_logp(pairs, *places)
+             for name, places in {"two": (hub / "two", hub / "old"), "one": (hub / "one", tiny / "model"),
+                                  "v1": (hub / "old",)}.items()}
     assert len({round(value, 3) for value in truth.values()}) == 3
     runs = [("on", "org/adapter@two", ("--reference", "org/adapter"), "two", "one"),
             ("fresh", "org/base@v1", (), "v1", "v1")]
@@ -311,9 +317,7 @@ def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
         own = json.loads((tmp_path / run / "checkpoint-2" / "adapter_config.json").read_text())
         assert (own["base_model_name_or_path"], own["revision"]) == ("org/base", "v1")
         assert '\nlicense: "llama3.2"\n' in (tmp_path / run / "checkpoint-2" / "README.md").read_text()
-        with torch.no_grad():
-            model = oracle.load(tmp_path / run / "checkpoint-2", hub / "old").eval()
-            moved = sum(oracle.sequence_logp(model, *pair[:2]).item() for pair in pairs) / 11
+        moved = mean_logp(pairs, tmp_path / run / "checkpoint-2", hub / "old")
         assert lines[-1]["eval_logps/chosen"] == pytest.approx(moved, rel=1e-6)
     table = pandas.read_parquet(tmp_path / "scores" / "scores.parquet")
     means = table.groupby(["run", "step"])["logps"].mean()
@@ -324,9 +328,7 @@ def test_runs_and_scores_of_what_the_hub_has(hub, tiny, tmp_path, monkeypatch):
                        for run in ("newest", "further"))
     record = json.loads((tmp_path / "newest" / "run.json").read_text())
     assert newest == further == "a" * 40 and record["base"] == "org/base@" + "a" * 40
-    with torch.no_grad():
-        model = oracle.load(tmp_path / "newest" / "checkpoint-2", tiny / "model").eval()
-        moved = sum(oracle.sequence_logp(model, *pair[:2]).item() for pair in pairs) / 11
+    moved = mean_logp(pairs, tmp_path / "newest" / "checkpoint-2", tiny / "model")
     assert means["newest", 2] == pytest.approx(moved, rel=1e-6)
 
 
